@@ -1,0 +1,95 @@
+"""The models by task name, the sizes they take, and what a checkpoint folder may declare about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from wan.configs.rows import I2V_A14B, T2V_A14B, TI2V_5B, V2V_5B, V2V_14B, ModelConfig
+from wan.errors import UserError
+
+__all__ = [
+    "MAX_AREA_CONFIGS",
+    "SIZE_CONFIGS",
+    "SUPPORTED_SIZES",
+    "WAN_CONFIGS",
+    "ModelConfig",
+    "config_for",
+    "parse_size",
+]
+
+DECLARATION = "wan_config.json"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "width*height" -> (width, height) in pixels. Raises UserError on anything else."""
+    width, star, height = text.partition("*")
+    if not (star and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"size must look like 1280*720 (width*height), {text!r} does not")
+    return int(width), int(height)
+
+
+WAN_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
+    {row.name: row for row in (T2V_A14B, I2V_A14B, TI2V_5B, V2V_14B, V2V_5B)}
+)
+SUPPORTED_SIZES: Mapping[str, tuple[str, ...]] = MappingProxyType({name: row.sizes for name, row in WAN_CONFIGS.items()})
+SIZE_CONFIGS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {size: parse_size(size) for row in WAN_CONFIGS.values() for size in row.sizes}
+)
+MAX_AREA_CONFIGS: Mapping[str, int] = MappingProxyType(
+    {size: width * height for size, (width, height) in SIZE_CONFIGS.items()}
+)
+
+
+def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
+    """The row of `task` with what the checkpoint folder declares about itself in `wan_config.json`, if it has one.
+
+    The file is a JSON object of row fields, for checkpoints that are not the released ones: `sizes`, `frame_num`,
+    `sample_fps`, `sample_steps`, `sample_shift`, `sample_guide_scale`, `boundary`, `vae_mean`, `vae_std`, and the
+    dtypes by name. Raises UserError when the file is not such an object.
+    """
+    row = WAN_CONFIGS[task]
+    path = Path(checkpoint_dir) / DECLARATION
+    if not path.is_file():
+        return row
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(declared, dict):
+        raise UserError(f"{path} must be a JSON object, it is a {type(declared).__name__}")
+    return dataclasses.replace(row, **{key: _parse(path, key, value) for key, value in declared.items()})
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parse(path: Path, key: str, value: Any) -> Any:
+    """One declared field in the type of the row. Raises UserError with the field's name."""
+    if key == "sizes" and isinstance(value, list) and value and all(isinstance(size, str) for size in value):
+        for size in value:
+            parse_size(size)
+        return tuple(value)
+    if key in ("frame_num", "sample_fps", "sample_steps") and isinstance(value, int) and value > 0:
+        return value
+    if key in ("sample_shift", "boundary") and _number(value):
+        return float(value)
+    if key == "sample_guide_scale" and _number(value):
+        return float(value)
+    numbers = isinstance(value, list) and bool(value) and all(_number(item) for item in value)
+    if (key == "sample_guide_scale" and numbers and len(value) == 2) or (key in ("vae_mean", "vae_std") and numbers):
+        return tuple(float(item) for item in value)
+    if key in ("param_dtype", "t5_dtype") and value in _DTYPES:
+        return _DTYPES[value]
+    known = "sizes, frame_num, sample_fps, sample_steps, sample_shift, sample_guide_scale, boundary, vae_mean, vae_std"
+    raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood (known: {known}, param_dtype, t5_dtype)")

@@ -1,0 +1,90 @@
+"""`WanI2V`: image-to-video with the A14B experts, its size rule and preprocessing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from wan.modules.conditioning import Condition, ImageChannels
+from wan.pipeline import TwoExperts, draw_seed
+from wan.placement import Placement
+from wan.types import OnStep, Request, image_to_frame
+
+
+def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
+    """The official A14B rule: the image's aspect within `max_area` pixels, floored to 16 -> (width, height).
+
+    Float arithmetic as in the official code, which makes 832x464 of an 832x480 image at the budget 832*480: the root
+    comes out as 479.99999999999994 before the floor. `exact_size` does not.
+    """
+    aspect = height / width
+    return int(math.sqrt(max_area / aspect) // cell * cell), int(math.sqrt(max_area * aspect) // cell * cell)
+
+
+def exact_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
+    """The same rule in exact integer arithmetic -> (width, height)."""
+    return (
+        math.isqrt(max_area * width // height) // cell * cell,
+        math.isqrt(max_area * height // width) // cell * cell,
+    )
+
+
+def preprocess(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+    """An image, or a frame [3, H, W] in [-1, 1], stretched to float32 [3, height, width].
+
+    Bicubic without antialiasing and without clamping its overshoot, as in the official code.
+    """
+    frame = image if isinstance(image, Tensor) else image_to_frame(image)
+    return F.interpolate(frame.float().cpu()[None], size=(height, width), mode="bicubic")[0]
+
+
+class WanI2V(TwoExperts):
+    """Image to video. Attributes as in Wan2.2: `low_noise_model`, `high_noise_model`, `vae`, `text_encoder`."""
+
+    def generate(
+        self,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 720 * 1280,
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 40,
+        guide_scale: float | tuple[float, float] = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+        *,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """A video float32 [3, T, H, W] in [-1, 1] that starts with the image.
+
+        Its size is the image's aspect within `max_area` by the official rule; `guide_scale` is one number or
+        (low noise, high noise). Raises UserError.
+        """
+        width, height = official_size(img.width, img.height, max_area)
+        request = Request(
+            input_prompt,
+            n_prompt or self.config.sample_neg_prompt,
+            img,
+            self.geometry(width, height, frame_num),
+            self.sampling(sampling_steps, shift, sample_solver, guide_scale),
+            draw_seed(seed),
+        )
+        return self.run(request, offload=offload_model, on_step=on_step).video
+
+    def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
+        """The size of a continuation of a width x height video -> (width, height)."""
+        return exact_size(width, height, max_area)
+
+    def condition(self, request: Request, placement: Placement) -> Condition:
+        assert request.image is not None
+        geometry = request.geometry
+        first = preprocess(request.image, geometry.width, geometry.height)
+        rest = torch.zeros(3, geometry.frames - 1, geometry.height, geometry.width)
+        latents = self.encode_frames(torch.cat([first[:, None], rest], dim=1), placement)
+        return ImageChannels.from_latents(latents)

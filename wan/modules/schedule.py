@@ -1,0 +1,51 @@
+"""Solver, steps and shift -> a scheduler with the official sigma table."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from wan.types import Sampling
+
+
+class Scheduler(Protocol):
+    """What the loop needs: `timesteps` int64 [N] for the model and `step` for the solver."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> Any: ...
+
+
+def build_scheduler(sampling: Sampling, device: torch.device, train_timesteps: int = 1000) -> Scheduler:
+    """A scheduler for one clip, at its first step.
+
+    Sources of the tables: the official Wan2.2 FlowUniPC and FlowDPM++ schedulers. The model sees sigma * 1000
+    truncated to an integer, the solver the exact float32 sigma; the library's own tables differ from both.
+    """
+    options: dict[str, Any] = {
+        "num_train_timesteps": train_timesteps,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": sampling.shift,
+    }
+    scheduler: Any
+    if sampling.solver == "unipc":
+        scheduler = UniPCMultistepScheduler(**options)
+        first = float(np.float32(1 - 1 / train_timesteps))
+        # unshifted: the class applies flow_shift itself
+        scheduler.set_timesteps(sampling.steps, device=device, sigmas=np.linspace(first, 0, sampling.steps + 1)[:-1])
+    else:
+        scheduler = DPMSolverMultistepScheduler(**options, algorithm_type="dpmsolver++", solver_order=2)
+        scheduler.set_timesteps(sampling.steps, device=device)
+        base = np.linspace(1, 0, sampling.steps + 1)[:-1]
+        sigmas = sampling.shift * base / (1 + (sampling.shift - 1) * base)
+        scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0)).to(torch.float32)
+        scheduler.timesteps = torch.from_numpy(sigmas * train_timesteps).to(device=device, dtype=torch.int64)
+    # two equal integer timesteps would otherwise make the class start at the second
+    scheduler.set_begin_index(0)
+    return scheduler  # type: ignore[no-any-return]

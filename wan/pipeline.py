@@ -1,0 +1,218 @@
+"""Request -> pixels, once for all models."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan.configs import ModelConfig
+from wan.errors import UserError
+from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
+from wan.modules.conditioning import Condition
+from wan.modules.model import WanModel
+from wan.modules.sampling import Expert, plan_stages, sample
+from wan.modules.schedule import build_scheduler
+from wan.modules.text import PromptTokenizer, TextEncoder
+from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
+from wan.placement import Placement, generator_on, main_device, peak_gib, reset_peak, synchronize
+from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, TextContext
+
+
+class Pipeline(ABC):
+    """A Wan2.2 model ready to sample.
+
+    The checkpoint is checked in the constructor; each model is loaded when it is first used and kept. Constructor
+    arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
+    Raises UserError for a checkpoint that is not whole or not the one that `config` describes.
+    """
+
+    vae_class: type[WanVAE] = Wan2_1_VAE
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint_dir: str | Path,
+        device_id: int = 0,
+        rank: int = 0,
+        t5_fsdp: bool = False,
+        dit_fsdp: bool = False,
+        use_sp: bool = False,
+        t5_cpu: bool = False,
+        init_on_cpu: bool = True,
+        convert_model_dtype: bool = False,
+    ) -> None:
+        if t5_fsdp or dit_fsdp or use_sp:
+            raise UserError("t5_fsdp, dit_fsdp and use_sp need several GPUs, which is not supported yet; leave them out")
+        self.config = config
+        self.rank = rank
+        self.device = main_device(device_id)
+        self.text_device = torch.device("cpu") if t5_cpu else self.device
+        self.load_device = torch.device("cpu") if init_on_cpu else self.device
+        self.convert_model_dtype = convert_model_dtype
+        self.checkpoint = open_checkpoint(
+            resolve_folder(checkpoint_dir),
+            in_channels=config.in_channels,
+            experts=1 if config.boundary is None else 2,
+            names=Names(
+                low_noise=config.low_noise_checkpoint,
+                high_noise=config.high_noise_checkpoint,
+                vae=config.vae_checkpoint,
+                text_encoder=config.t5_checkpoint,
+                tokenizer=config.t5_tokenizer,
+            ),
+        )
+        self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """UMT5, in host memory until it is used."""
+        return TextEncoder.from_weights(
+            self.checkpoint.text_encoder, self.tokenizer, dtype=self.config.t5_dtype, device=torch.device("cpu")
+        )
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        """The VAE, in host memory until it is used."""
+        return self.vae_class.from_weights(
+            self.checkpoint.vae, mean=self.config.vae_mean, std=self.config.vae_std, device=torch.device("cpu")
+        )
+
+    def _load_expert(self, name: str) -> WanModel:
+        return WanModel.from_weights(
+            self.checkpoint.experts[name],
+            dtype=self.config.param_dtype,
+            device=self.load_device,
+            convert_model_dtype=self.convert_model_dtype,
+        )
+
+    @abstractmethod
+    def experts(self, guidance: tuple[float, float]) -> list[Expert]:
+        """The denoisers from high noise to low, with their guidance out of (low, high)."""
+
+    @abstractmethod
+    def condition(self, request: Request, placement: Placement) -> Condition:
+        """What is known of the clip, encoded, on the device."""
+
+    def geometry(self, width: int, height: int, frames: int) -> Geometry:
+        """The size of a clip for this model. Raises UserError for sizes that it cannot make."""
+        return Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
+
+    def sampling(
+        self, steps: int, shift: float, solver: str, guide_scale: float | tuple[float, float] | list[float]
+    ) -> Sampling:
+        """Wan's sampling arguments as one value; one guidance number is for both experts. Raises UserError."""
+        if isinstance(guide_scale, int | float):
+            guide_scale = (guide_scale, guide_scale)
+        low, high = guide_scale
+        return Sampling(steps, shift, (float(low), float(high)), solver)
+
+    def run(self, request: Request, *, offload: bool = True, on_step: OnStep | None = None) -> Generation:
+        """Make one clip. `offload` keeps only the model in use on the GPU."""
+        placement = Placement(self.device, offload)
+        watch = Stopwatch(self.device)
+        reset_peak(self.device)
+        with watch.stage("text"):
+            context = self._encode_text(request, placement)
+        with watch.stage("encode"):
+            condition = self.condition(request, placement)
+        with watch.stage("load"):
+            experts = self.experts(request.sampling.guidance)
+        with watch.stage("sample"):
+            scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
+            noise = torch.randn(
+                (self.config.z_dim, *request.geometry.latent),
+                generator=generator_on(self.device, request.seed),
+                device=self.device,
+                dtype=torch.float32,
+            )
+            stages = plan_stages(scheduler.timesteps, experts)
+            latents = sample(noise, stages, scheduler, condition, context, placement, on_step)
+        with watch.stage("decode"), placement.on_device(self.vae):
+            pixels = self.vae.decode([latents])[0].cpu()
+        clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
+        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device))
+
+    def _encode_text(self, request: Request, placement: Placement) -> TextContext:
+        """Both prompts, encoded once for as long as they repeat."""
+        texts = (request.prompt, request.negative)
+        if any(self.text_encoder.kept(text) is None for text in texts):
+            with placement.on_device(self.text_encoder, self.text_device) as encode:
+                for text in texts:
+                    if encode.kept(text) is None:
+                        encode(text)
+        positive, negative = (self.text_encoder.kept(text) for text in texts)
+        assert positive is not None and negative is not None
+        self.text_encoder.keep_only(texts)
+        return TextContext(positive.to(self.device), negative.to(self.device))
+
+    def encode_frames(self, frames: Tensor, placement: Placement) -> Tensor:
+        """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
+        with placement.on_device(self.vae):
+            return self.vae.encode([frames.to(self.device)])[0]
+
+
+class OneExpert(Pipeline):
+    """A model with one denoiser (5B)."""
+
+    vae_class = Wan2_2_VAE
+
+    @cached_property
+    def model(self) -> WanModel:
+        """The denoiser."""
+        return self._load_expert("model")
+
+    def experts(self, guidance: tuple[float, float]) -> list[Expert]:
+        return [Expert("denoise", self.model, guidance[0], 0)]
+
+
+class TwoExperts(Pipeline):
+    """A model with a high-noise and a low-noise denoiser (A14B)."""
+
+    @cached_property
+    def low_noise_model(self) -> WanModel:
+        """The denoiser for the schedule below the boundary."""
+        return self._load_expert("low_noise_model")
+
+    @cached_property
+    def high_noise_model(self) -> WanModel:
+        """The denoiser for the schedule from the boundary up."""
+        return self._load_expert("high_noise_model")
+
+    def experts(self, guidance: tuple[float, float]) -> list[Expert]:
+        assert self.config.boundary is not None
+        low, high = guidance
+        boundary = self.config.boundary * self.config.num_train_timesteps
+        return [
+            Expert("high noise", self.high_noise_model, high, boundary),
+            Expert("low noise", self.low_noise_model, low, 0),
+        ]
+
+
+class Stopwatch:
+    """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def draw_seed(seed: int) -> int:
+    """The seed itself, or a new one for a negative seed, as Wan2.2 does."""
+    return seed if seed >= 0 else random.randint(0, sys.maxsize)

@@ -1,0 +1,162 @@
+"""`WanTI2V`: text- and image-to-video with the 5B model, its size rule and preprocessing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan.errors import UserError
+from wan.modules.conditioning import Condition, KnownLatents, TextOnly
+from wan.pipeline import OneExpert, draw_seed
+from wan.placement import Placement
+from wan.types import OnStep, Request, image_to_frame
+
+
+def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
+    """The official 5B rule -> (width, height), multiples of 32 within `max_area`.
+
+    Of two candidates, one that fixes the width first and one that fixes the height first, the one with the closer
+    aspect. Raises UserError for a picture so narrow that a side would vanish.
+    """
+    aspect = width / height
+    ideal_width = (max_area * aspect) ** 0.5
+    ideal_height = max_area / ideal_width
+
+    wide, high = int(ideal_width // cell * cell), int(ideal_height // cell * cell)
+    if not (wide and high):
+        raise UserError(f"a {width}x{height} picture is too narrow for an area of {max_area} pixels; crop it first")
+
+    by_width = wide, int(max_area / wide // cell * cell)
+    by_height = int(max_area / high // cell * cell), high
+
+    def distortion(size: tuple[int, int]) -> float:
+        other = size[0] / size[1]
+        return max(aspect / other, other / aspect)
+
+    return by_width if distortion(by_width) < distortion(by_height) else by_height
+
+
+def preprocess(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+    """An image, or a frame [3, H, W] in [-1, 1], scaled to cover and centre-cropped: float32 [3, height, width].
+
+    LANCZOS as in the official code. A frame that has the size already is taken as it is.
+    """
+    if isinstance(image, Tensor):
+        if image.shape[1:] == (height, width):
+            return image.float()
+        planes = [Image.fromarray(plane.cpu().float().numpy()) for plane in image]  # mode F keeps the float levels
+        return torch.from_numpy(np.stack([np.asarray(cover(plane, width, height)) for plane in planes]))
+    return image_to_frame(cover(image.convert("RGB"), width, height))
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled to cover width x height and cropped around its centre."""
+    scale = max(width / image.width, height / image.height)
+    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
+
+
+class WanTI2V(OneExpert):
+    """Text or image to video. Attributes as in Wan2.2: `model`, `vae`, `text_encoder`."""
+
+    def generate(
+        self,
+        input_prompt: str,
+        img: Image.Image | None = None,
+        size: tuple[int, int] = (1280, 704),
+        max_area: int = 704 * 1280,
+        frame_num: int = 81,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+        *,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """A video float32 [3, T, H, W] in [-1, 1]: from the image within `max_area`, or of `size` (width, height).
+
+        Raises UserError.
+        """
+        if img is not None:
+            size = best_size(img.width, img.height, max_area)
+        request = Request(
+            input_prompt,
+            n_prompt or self.config.sample_neg_prompt,
+            img,
+            self.geometry(*size, frame_num),
+            self.sampling(sampling_steps, shift, sample_solver, guide_scale),
+            draw_seed(seed),
+        )
+        return self.run(request, offload=offload_model, on_step=on_step).video
+
+    def t2v(
+        self,
+        input_prompt: str,
+        size: tuple[int, int] = (1280, 704),
+        frame_num: int = 121,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 50,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> Tensor:
+        """`generate` without an image, under Wan2.2's name."""
+        return self.generate(
+            input_prompt,
+            size=size,
+            frame_num=frame_num,
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            n_prompt=n_prompt,
+            seed=seed,
+            offload_model=offload_model,
+        )
+
+    def i2v(
+        self,
+        input_prompt: str,
+        img: Image.Image,
+        max_area: int = 704 * 1280,
+        frame_num: int = 121,
+        shift: float = 5.0,
+        sample_solver: str = "unipc",
+        sampling_steps: int = 40,
+        guide_scale: float = 5.0,
+        n_prompt: str = "",
+        seed: int = -1,
+        offload_model: bool = True,
+    ) -> Tensor:
+        """`generate` with an image, under Wan2.2's name."""
+        return self.generate(
+            input_prompt,
+            img,
+            max_area=max_area,
+            frame_num=frame_num,
+            shift=shift,
+            sample_solver=sample_solver,
+            sampling_steps=sampling_steps,
+            guide_scale=guide_scale,
+            n_prompt=n_prompt,
+            seed=seed,
+            offload_model=offload_model,
+        )
+
+    def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
+        """The size of a continuation of a width x height video -> (width, height)."""
+        return best_size(width, height, max_area)
+
+    def condition(self, request: Request, placement: Placement) -> Condition:
+        if request.image is None:
+            return TextOnly()
+        first = preprocess(request.image, request.geometry.width, request.geometry.height)
+        return KnownLatents(self.encode_frames(first[:, None], placement), self.config.patch_size)

@@ -1,0 +1,162 @@
+"""The frozen values that cross files. A value that exists is valid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wan.errors import UserError
+
+SOLVERS = ("unipc", "dpm++")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The size of one clip: pixel frames, height and width, and the VAE and patch strides that divide them."""
+
+    frames: int
+    height: int
+    width: int
+    vae_stride: tuple[int, int, int]  # pixels per latent cell in T, H, W
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent cells per token in F, h, w
+
+    def __post_init__(self) -> None:
+        step = self.vae_stride[0]
+        if self.frames < 1 or (self.frames - 1) % step:
+            low = max((self.frames - 1) // step * step + 1, 1)
+            raise UserError(f"frame_num must be {step}n+1: {self.frames} is not, {low} and {low + step} are")
+        for name, size, stride, patch in (
+            ("height", self.height, self.vae_stride[1], self.patch_size[1]),
+            ("width", self.width, self.vae_stride[2], self.patch_size[2]),
+        ):
+            if size < stride * patch or size % (stride * patch):
+                raise UserError(f"{name} must be a positive multiple of {stride * patch} pixels, {size} is not")
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """The latent grid F, h, w."""
+        t, h, w = self.vae_stride
+        return (self.frames - 1) // t + 1, self.height // h, self.width // w
+
+    @property
+    def tokens(self) -> int:
+        """Tokens L of one clip inside the denoiser."""
+        return math.prod(cells // patch for cells, patch in zip(self.latent, self.patch_size, strict=True))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: solver steps, sigma shift, classifier-free guidance as (low noise, high noise), solver name."""
+
+    steps: int
+    shift: float
+    guidance: tuple[float, float]
+    solver: str = "unipc"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"sample_steps must be at least 1, {self.steps} is not")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise UserError(f"sample_shift must be a positive number, {self.shift} is not")
+        if not all(math.isfinite(scale) for scale in self.guidance):
+            raise UserError(f"sample_guide_scale must be finite, {self.guidance} is not")
+        if self.solver not in SOLVERS:
+            raise UserError(f"sample_solver must be one of {', '.join(SOLVERS)}; {self.solver!r} is not")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pixels between models and files: `frames` float32 [T, H, W, 3] in [-1, 1], `fps` frames per second."""
+
+    frames: Tensor
+    fps: Fraction
+
+    @property
+    def last(self) -> Tensor:
+        """The last frame, float32 [3, H, W] in [-1, 1]."""
+        return self.frames[-1].permute(2, 0, 1)
+
+    def uint8(self, frames: slice | list[int] | None = None) -> np.ndarray:
+        """All or the chosen frames rounded to uint8 [T, H, W, 3]; truncating would darken by half a level."""
+        chosen = self.frames if frames is None else self.frames[frames]
+        return to_uint8(chosen)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make. `image` is the known first frame: a PIL image, or float32 [3, H, W] in [-1, 1], or None."""
+
+    prompt: str
+    negative: str
+    image: Image.Image | Tensor | None
+    geometry: Geometry
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Encoded prompts, float32 or bf16 [1, 512, D], zeros after the valid tokens."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One solver step that has just been taken; `latents` [z, F, h, w] are its result."""
+
+    index: int
+    total: int
+    stage: str
+    latents: Tensor
+
+
+class OnStep(Protocol):
+    """Called after every solver step: a progress bar, a preview or a stopwatch."""
+
+    def __call__(self, step: Step, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished clip and what made it.
+
+    `clip` is None where pixels were not decoded (ranks other than 0); `latents` float32 [z, F, h, w], normalised;
+    `seconds` per stage; `peak_gib` the highest GPU memory in GiB, or None on CPU.
+    """
+
+    clip: Clip
+    latents: Tensor
+    request: Request
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_gib: float | None = None
+
+    @property
+    def video(self) -> Tensor:
+        """The clip as the official code returns it: [3, T, H, W] in [-1, 1]."""
+        return self.clip.frames.permute(3, 0, 1, 2)
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Float pixels in [-1, 1] -> uint8 in [0, 255] of the same shape, rounded to nearest, NaN as mid grey."""
+    levels = torch.nan_to_num(pixels.detach().float(), nan=0.0).add(1.0).mul(127.5).round().clamp(0, 255)
+    return levels.to("cpu", torch.uint8).numpy()
+
+
+def from_uint8(levels: np.ndarray) -> Tensor:
+    """Uint8 [0, 255] of any shape -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5, the official arithmetic, bit for bit."""
+    return torch.tensor(levels).float().div(255).sub(0.5).div(0.5)
+
+
+def image_to_frame(image: Image.Image) -> Tensor:
+    """A PIL image -> float32 [3, H, W] in [-1, 1]."""
+    return from_uint8(np.asarray(image.convert("RGB"))).permute(2, 0, 1)
