@@ -12,7 +12,7 @@ from torch import Tensor
 from wan.modules.conditioning import Condition, ImageChannels
 from wan.pipeline import TwoExperts, draw_seed
 from wan.placement import Placement
-from wan.types import OnStep, Request, image_to_frame
+from wan.types import Frame, OnStep, Request, image_to_frame
 
 
 def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
@@ -33,7 +33,7 @@ def exact_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[
     )
 
 
-def preprocess(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+def preprocess(image: Frame, width: int, height: int) -> Tensor:
     """An image, or a frame [3, H, W] in [-1, 1], stretched to float32 [3, height, width].
 
     Bicubic without antialiasing and without clamping its overshoot, as in the official code.

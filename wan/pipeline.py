@@ -25,7 +25,7 @@ from wan.modules.schedule import build_scheduler
 from wan.modules.text import PromptTokenizer, TextEncoder
 from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.placement import Placement, generator_on, main_device, peak_gib, reset_peak, synchronize
-from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, TextContext
+from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, Step, TextContext
 
 
 class Pipeline(ABC):
@@ -119,7 +119,7 @@ class Pipeline(ABC):
     def run(self, request: Request, *, offload: bool = True, on_step: OnStep | None = None) -> Generation:
         """Make one clip. `offload` keeps only the model in use on the GPU."""
         placement = Placement(self.device, offload)
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         with watch.stage("text"):
             context = self._encode_text(request, placement)
@@ -199,14 +199,22 @@ class TwoExperts(Pipeline):
 
 
 class Stopwatch:
-    """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work."""
+    """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work.
 
-    def __init__(self, device: torch.device) -> None:
+    `on_step` hears of every stage that begins.
+    """
+
+    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None) -> None:
         self.device = device
+        self.steps = steps
+        self.on_step = on_step
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        if self.on_step is not None:
+            done = self.steps if "sample" in self.seconds else 0
+            self.on_step(Step(done, self.steps, name))
         start = time.perf_counter()
         yield
         synchronize(self.device)

@@ -11,7 +11,7 @@ from wan.errors import UserError
 from wan.modules.conditioning import Condition, KnownLatents, TextOnly
 from wan.pipeline import OneExpert, draw_seed
 from wan.placement import Placement
-from wan.types import OnStep, Request, image_to_frame
+from wan.types import Frame, OnStep, Request, image_to_frame
 
 
 def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
@@ -38,7 +38,7 @@ def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[i
     return by_width if distortion(by_width) < distortion(by_height) else by_height
 
 
-def preprocess(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+def preprocess(image: Frame, width: int, height: int) -> Tensor:
     """An image, or a frame [3, H, W] in [-1, 1], scaled to cover and centre-cropped: float32 [3, height, width].
 
     LANCZOS as in the official code. A frame that has the size already is taken as it is.
@@ -47,7 +47,8 @@ def preprocess(image: Image.Image | Tensor, width: int, height: int) -> Tensor:
         if image.shape[1:] == (height, width):
             return image.float()
         planes = [Image.fromarray(plane.cpu().float().numpy()) for plane in image]  # mode F keeps the float levels
-        return torch.from_numpy(np.stack([np.asarray(cover(plane, width, height)) for plane in planes]))
+        covered = np.stack([np.asarray(cover(plane, width, height)) for plane in planes])
+        return torch.from_numpy(covered).clamp(-1, 1)  # as the overshoot of an 8-bit image is
     return image_to_frame(cover(image.convert("RGB"), width, height))
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, Union
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from wan.errors import UserError
 
 SOLVERS = ("unipc", "dpm++")
+
+UInt8Array = npt.NDArray[np.uint8]
+Frame = Union[Image.Image, Tensor]  # a PIL image, or float32 [3, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -84,19 +88,29 @@ class Clip:
         """The last frame, float32 [3, H, W] in [-1, 1]."""
         return self.frames[-1].permute(2, 0, 1)
 
-    def uint8(self, frames: slice | list[int] | None = None) -> np.ndarray:
-        """All or the chosen frames rounded to uint8 [T, H, W, 3]; truncating would darken by half a level."""
-        chosen = self.frames if frames is None else self.frames[frames]
-        return to_uint8(chosen)
+    def samples(self, count: int) -> UInt8Array:
+        """`count` frames spread over the clip, uint8 [count, H, W, 3], for a captioner."""
+        return to_uint8(self.frames[frame_indices(len(self.frames), count)])
+
+
+class Footage(Protocol):
+    """What can be continued: a `Clip` in memory or a video file."""
+
+    @property
+    def last(self) -> Frame:
+        """The last frame."""
+
+    def samples(self, count: int) -> UInt8Array:
+        """`count` frames spread over it, uint8 [count, H, W, 3]."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to make. `image` is the known first frame: a PIL image, or float32 [3, H, W] in [-1, 1], or None."""
+    """One clip to make. `image` is the known first frame, if there is one."""
 
     prompt: str
     negative: str
-    image: Image.Image | Tensor | None
+    image: Frame | None
     geometry: Geometry
     sampling: Sampling
     seed: int
@@ -112,16 +126,19 @@ class TextContext:
 
 @dataclass(frozen=True)
 class Step:
-    """One solver step that has just been taken; `latents` [z, F, h, w] are its result."""
+    """Where a clip stands: `index` of `total` solver steps are done, and `stage` is what goes on.
+
+    After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None.
+    """
 
     index: int
     total: int
     stage: str
-    latents: Tensor
+    latents: Tensor | None = None
 
 
 class OnStep(Protocol):
-    """Called after every solver step: a progress bar, a preview or a stopwatch."""
+    """Called when a stage begins and after every solver step: a progress bar, a preview or a stopwatch."""
 
     def __call__(self, step: Step, /) -> None: ...
 
@@ -130,8 +147,7 @@ class OnStep(Protocol):
 class Generation:
     """One finished clip and what made it.
 
-    `clip` is None where pixels were not decoded (ranks other than 0); `latents` float32 [z, F, h, w], normalised;
-    `seconds` per stage; `peak_gib` the highest GPU memory in GiB, or None on CPU.
+    `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on CPU.
     """
 
     clip: Clip
@@ -146,15 +162,26 @@ class Generation:
         return self.clip.frames.permute(3, 0, 1, 2)
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
+def frame_indices(frames: int, count: int) -> list[int]:
+    """`count` frame numbers spread over `frames`, as InternVL's video example chooses them; few frames repeat."""
+    step = (frames - 1) / count
+    return [int(step / 2 + round(step * index)) for index in range(count)]
+
+
+def to_uint8(pixels: Tensor) -> UInt8Array:
     """Float pixels in [-1, 1] -> uint8 in [0, 255] of the same shape, rounded to nearest, NaN as mid grey."""
     levels = torch.nan_to_num(pixels.detach().float(), nan=0.0).add(1.0).mul(127.5).round().clamp(0, 255)
     return levels.to("cpu", torch.uint8).numpy()
 
 
-def from_uint8(levels: np.ndarray) -> Tensor:
+def from_uint8(levels: UInt8Array) -> Tensor:
     """Uint8 [0, 255] of any shape -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5, the official arithmetic, bit for bit."""
     return torch.tensor(levels).float().div(255).sub(0.5).div(0.5)
+
+
+def frame_size(frame: Frame) -> tuple[int, int]:
+    """(width, height) of a frame."""
+    return (frame.shape[2], frame.shape[1]) if isinstance(frame, Tensor) else frame.size
 
 
 def image_to_frame(image: Image.Image) -> Tensor:

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""One clip: flags -> mp4 + json. `python generate.py --help`."""
+
+import sys
+
+from wan.cli import generate_main
+
+if __name__ == "__main__":
+    sys.exit(generate_main())

@@ -1,0 +1,145 @@
+"""The flags of both commands, checked as far as they can be without a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from wan.configs import WAN_CONFIGS, ModelConfig, config_for, parse_size
+from wan.errors import UserError
+from wan.types import SOLVERS
+
+V2V_TASKS = ("v2v-14B", "v2v-5B")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def generate_flags() -> Parser:
+    """Wan2.2's flags, `--task v2v-*` and what continuing a video needs."""
+    parser = Parser(prog="generate.py", description="Make one clip with Wan2.2, or continue a video by one clip.")
+    parser.add_argument("--task", choices=tuple(WAN_CONFIGS), help="default: told from --ckpt_dir and --video/--image")
+    _add_common(parser)
+    parser.add_argument("--video", help="the video to continue (v2v tasks)")
+    parser.add_argument("--image", help="the first frame (i2v-A14B, ti2v-5B)")
+    parser.add_argument("--prompt", help="what happens; for v2v tasks the default is a description of the video")
+    parser.add_argument("--frame_num", type=int, help="frames of the clip, 4n+1; default: 81 (14B) or 121 (5B)")
+    parser.add_argument("--save_file", help="the .mp4 to write; default: a name made of task, size, input and time")
+    return parser
+
+
+def continuous_flags() -> Parser:
+    """The flags of a chain."""
+    parser = Parser(prog="generate_continuous.py", description="Continue a video by a chain of clips, each on its last.")
+    parser.add_argument("--task", choices=V2V_TASKS, help="default: told from --ckpt_dir")
+    _add_common(parser)
+    parser.add_argument("--video", required=True, help="the video to continue")
+    parser.add_argument("--num_videos", type=int, default=12, help="clips to make (default: 12)")
+    parser.add_argument("--output_dir", default="./continuous_outputs", help="folder for clips, joined video and logs")
+    parser.add_argument("--frame_num", type=int, default=81, help="frames of each clip, 4n+1 (default: 81)")
+    parser.add_argument(
+        "--custom_prompt", default="continue video", help="goes before each description (default: %(default)r)"
+    )
+    return parser
+
+
+def _add_common(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--ckpt_dir", required=True, help="checkpoint folder, official or diffusers layout, or a hub id")
+    add("--size", help="width*height: the area to fill; the aspect is the input's. Default: the task's first size")
+    add("--base_seed", type=int, default=-1, help="seed; negative draws one (default)")
+    add("--sample_solver", choices=SOLVERS, default="unipc")
+    add("--sample_steps", type=int, help="solver steps; default: the model's")
+    add("--sample_shift", type=float, help="sigma shift; default: the model's")
+    add("--sample_guide_scale", type=_guidance, metavar="G or LOW,HIGH", help="guidance; default: the model's")
+    add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
+    add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
+    add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
+    add("--vlm_path", help="InternVL folder or hub id; default: InternVL3_5-8B in or beside --ckpt_dir, else the hub's")
+    add("--vlm_device", help="device of the VLM, for instance cuda:1; default: the main model's")
+    add("--vlm_url", help="OpenAI-compatible endpoint to describe with, instead of a local VLM")
+    add("--vlm_question", default="Describe this video in detail.", help="what the VLM is asked (default: %(default)r)")
+    add("--vlm_trust_remote_code", action="store_true", help="run the code that comes with the VLM's checkpoint")
+    add("--num_segments", type=int, default=8, help="frames the VLM sees (default: 8)")
+    add("--video_reader", choices=("auto", "pyav", "decord"), default="auto", help="what samples the VLM's frames")
+    add("--no_video_metadata", action="store_true", help="do not write prompt and settings into the mp4")
+    add("--ulysses_size", type=int, default=1, help="not supported yet beyond 1")
+    add("--t5_fsdp", action="store_true", help="not supported yet")
+    add("--dit_fsdp", action="store_true", help="not supported yet")
+
+
+def _flag(text: str) -> bool:
+    """Wan2.2's str2bool."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def _guidance(text: str) -> tuple[float, float]:
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if len(scales) not in (1, 2) or not all(math.isfinite(scale) for scale in scales):
+        raise argparse.ArgumentTypeError(f"expected one number or LOW,HIGH, not {text!r}")
+    return scales[0], scales[-1]
+
+
+def check_world(args: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Refuse what needs several GPUs, until that is there, rather than ignore it. Raises UserError."""
+    asked = [f"--ulysses_size {args.ulysses_size}"] if args.ulysses_size != 1 else []
+    asked += [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(args, name)]
+    if int(environment.get("WORLD_SIZE", "1")) > 1:
+        asked.append(f"WORLD_SIZE={environment['WORLD_SIZE']}")
+    if asked:
+        raise UserError(f"{', '.join(asked)}: several GPUs are not supported yet; run one process without it")
+
+
+def choose_task(given: str | None, found: tuple[int, int], video: str | None, image: str | None) -> str:
+    """The task, told from the checkpoint's (experts, input channels) unless it is given. Raises UserError."""
+    if given is None:
+        by_kind = {(2, 36): ("i2v-A14B", "v2v-14B"), (1, 48): ("ti2v-5B", "v2v-5B"), (2, 16): ("t2v-A14B", "t2v-A14B")}
+        if found not in by_kind:
+            raise UserError(f"--ckpt_dir holds a denoiser with {found[1]} input channels, which no task is for")
+        given = by_kind[found][video is not None]
+    if video is not None and given not in V2V_TASKS:
+        raise UserError(f"--task {given} takes no --video; use --task v2v-14B or v2v-5B with their checkpoints")
+    if video is None and given in V2V_TASKS:
+        raise UserError(f"--task {given} needs --video, the clip to continue")
+    if image is not None and given not in ("i2v-A14B", "ti2v-5B"):
+        raise UserError(f"--task {given} takes no --image")
+    if image is None and given == "i2v-A14B":
+        raise UserError("--task i2v-A14B needs --image, the first frame")
+    return given
+
+
+def choose_size(given: str | None, config: ModelConfig, folder: Path) -> tuple[int, int]:
+    """(width, height) of `--size`, which must be on the task's list. Raises UserError."""
+    size = given or config.sizes[0]
+    parse_size(size)
+    if size not in config.sizes:
+        raise UserError(f"--size {size} is not one of {', '.join(config.sizes)} that {config.name} in {folder} takes")
+    return parse_size(size)
+
+
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, with numbers in range. Raises UserError."""
+    args = parser.parse_args(argv)
+    for name in ("num_videos", "num_segments", "sample_steps", "frame_num"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, {value} is not")
+    if args.vlm_url is not None and not args.vlm_url.startswith(("http://", "https://")):
+        raise UserError(f"--vlm_url must begin with http:// or https://, {args.vlm_url!r} does not")
+    return args
