@@ -21,7 +21,15 @@ from wan.textimage2video import best_size
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation, Sampling
 
-RUNS = [("5b", "main"), ("5b", "dpmpp"), ("5b", "steps20"), ("5b", "t2v"), ("14b", "main"), ("14b", "dpmpp"), ("14b", "steps20")]
+RUNS = [
+    ("5b", "main"),
+    ("5b", "dpmpp"),
+    ("5b", "steps20"),
+    ("5b", "t2v"),
+    ("14b", "main"),
+    ("14b", "dpmpp"),
+    ("14b", "steps20"),
+]
 
 
 @pytest.fixture
@@ -92,9 +100,15 @@ def test_14b_denoisers_are_within_2e_5(i2v: Any) -> None:
         assert relative(output, wanted[f"out_{name}_t{t}"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", sorted({key.rsplit(".", 1)[0] for key in load_file(GOLDEN / "schedulers.safetensors")}))
+@pytest.mark.parametrize(
+    "name", sorted({key.rsplit(".", 1)[0] for key in load_file(GOLDEN / "schedulers.safetensors")})
+)
 def test_sigma_tables_are_exact_and_trajectories_follow(name: str) -> None:
-    tables = {key.rsplit(".", 1)[1]: value for key, value in load_file(GOLDEN / "schedulers.safetensors").items() if key.rsplit(".", 1)[0] == name}
+    tables = {
+        key.rsplit(".", 1)[1]: value
+        for key, value in load_file(GOLDEN / "schedulers.safetensors").items()
+        if key.rsplit(".", 1)[0] == name
+    }
     solver, steps, shift = name.split("_")
     sampling = Sampling(int(steps[5:]), float(shift[5:]), (1, 1), {"unipc": "unipc", "dpmpp": "dpm++"}[solver])
     scheduler = build_scheduler(sampling, torch.device("cpu"))
@@ -117,7 +131,9 @@ def test_a_continuation_keeps_a_size_that_the_official_float_arithmetic_loses() 
     assert exact_size(832, 480, 832 * 480) == (832, 480)
 
 
-@pytest.mark.parametrize(("pipeline", "family", "run"), [(family, family, run) for family, run in RUNS], indirect=["pipeline"])
+@pytest.mark.parametrize(
+    ("pipeline", "family", "run"), [(family, family, run) for family, run in RUNS], indirect=["pipeline"]
+)
 def test_whole_runs_make_the_official_video(
     pipeline: Any, family: str, run: str, golden: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

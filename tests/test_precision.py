@@ -10,7 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from wan.modules.checkpoint import _open_safetensors
+from wan.modules.checkpoint import open_safetensors
 from wan.modules.model import WanModel
 
 # Official error (relative L2 of a 30-layer random model against float32), without --convert_model_dtype and with it.
@@ -65,7 +65,7 @@ def error(model: Any, reference: Tensor, family: str, dtype: torch.dtype = torch
 @torch.no_grad()
 def test_bf16_is_as_close_to_float32_as_the_official_code(deep: tuple[str, Path]) -> None:
     family, folder = deep
-    weights = _open_safetensors(folder, "diffusion_pytorch_model")
+    weights = open_safetensors(folder, "diffusion_pytorch_model")
     cpu = torch.device("cpu")
     latents, t, text = inputs(family)
     reference = WanModel.from_weights(weights, dtype=torch.float32, device=cpu)(latents, t, text, return_dict=False)[0]

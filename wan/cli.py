@@ -91,7 +91,9 @@ def _generate(argv: Sequence[str] | None) -> int:
     if args.prompt is None and args.video is None:
         raise UserError(f"--task {config.name} needs --prompt")
     stem = Path(args.video or args.image or "").stem or args.prompt
-    target = Path(args.save_file or f"{config.name}_{size[0]}x{size[1]}_{_slug(stem)}_{time.strftime('%Y%m%d_%H%M%S')}.mp4")
+    target = Path(
+        args.save_file or f"{config.name}_{size[0]}x{size[1]}_{_slug(stem)}_{time.strftime('%Y%m%d_%H%M%S')}.mp4"
+    )
     if args.video is not None and target.exists() and target.samefile(args.video):
         raise UserError(f"--save_file {target} is the input video; give another name")
     media.check_output(target)

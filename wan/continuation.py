@@ -37,7 +37,6 @@ VLM_NAME = "InternVL3_5-8B"
 VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
 
-
 class VideoFile:
     """A video file as `Footage`. Opening it reads its last frame; raises UserError when it has none."""
 
@@ -278,5 +277,3 @@ def chain(
         made = extend(footage, seed + index)
         yield made
         footage = made.clip
-
-

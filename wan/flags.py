@@ -37,7 +37,9 @@ def generate_flags() -> Parser:
 
 def continuous_flags() -> Parser:
     """The flags of a chain."""
-    parser = Parser(prog="generate_continuous.py", description="Continue a video by a chain of clips, each on its last.")
+    parser = Parser(
+        prog="generate_continuous.py", description="Continue a video by a chain of clips, each on its last."
+    )
     parser.add_argument("--task", choices=V2V_TASKS, help="default: told from --ckpt_dir")
     _add_common(parser)
     parser.add_argument("--video", required=True, help="the video to continue")
@@ -129,8 +131,6 @@ def choose_size(given: str | None, config: ModelConfig, folder: Path) -> tuple[i
     if size not in config.sizes:
         raise UserError(f"--size {size} is not one of {', '.join(config.sizes)} that {config.name} in {folder} takes")
     return parse_size(size)
-
-
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -52,7 +52,9 @@ class Pipeline(ABC):
         convert_model_dtype: bool = False,
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
-            raise UserError("t5_fsdp, dit_fsdp and use_sp need several GPUs, which is not supported yet; leave them out")
+            raise UserError(
+                "t5_fsdp, dit_fsdp and use_sp need several GPUs, which is not supported yet; leave them out"
+            )
         self.config = config
         self.rank = rank
         self.device = main_device(device_id)

@@ -38,7 +38,9 @@ def parse_size(text: str) -> tuple[int, int]:
 WAN_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
     {row.name: row for row in (T2V_A14B, I2V_A14B, TI2V_5B, V2V_14B, V2V_5B)}
 )
-SUPPORTED_SIZES: Mapping[str, tuple[str, ...]] = MappingProxyType({name: row.sizes for name, row in WAN_CONFIGS.items()})
+SUPPORTED_SIZES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {name: row.sizes for name, row in WAN_CONFIGS.items()}
+)
 SIZE_CONFIGS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {size: parse_size(size) for row in WAN_CONFIGS.values() for size in row.sizes}
 )

@@ -112,8 +112,10 @@ def identify(folder: Path, names: Names) -> tuple[int, int]:
     candidates = ("transformer_2", "transformer") if diffusers else (names.low_noise, ".")
     for experts, part in zip((2, 1), candidates, strict=True):
         if list((folder / part).glob("diffusion_pytorch_model*.safetensors*")):
-            return experts, _patch_embedding(_open_safetensors(folder / part, "diffusion_pytorch_model"))[1]
-    raise UserError(f"{folder} holds no Wan2.2 checkpoint: neither {names.low_noise}/ nor diffusion_pytorch_model files")
+            return experts, _patch_embedding(open_safetensors(folder / part, "diffusion_pytorch_model"))[1]
+    raise UserError(
+        f"{folder} holds no Wan2.2 checkpoint: neither {names.low_noise}/ nor diffusion_pytorch_model files"
+    )
 
 
 def fill(
@@ -172,7 +174,9 @@ def _listing(what: str, keys: Iterable[str]) -> str:
 
 
 def _open_official(folder: Path, experts: int, names: Names) -> Checkpoint:
-    parts = {"low_noise_model": names.low_noise, "high_noise_model": names.high_noise} if experts == 2 else {"model": "."}
+    parts = (
+        {"low_noise_model": names.low_noise, "high_noise_model": names.high_noise} if experts == 2 else {"model": "."}
+    )
     missing = [part for part in parts.values() if not list((folder / part).glob("diffusion_pytorch_model*"))]
     if missing:
         try:
@@ -188,7 +192,7 @@ def _open_official(folder: Path, experts: int, names: Names) -> Checkpoint:
     return Checkpoint(
         folder,
         "official",
-        {name: _open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
+        {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
         _open_pth(folder / names.vae),
         _open_pth(folder / names.text_encoder),
         tokenizer,
@@ -204,20 +208,22 @@ def _open_diffusers(folder: Path, experts: int) -> Checkpoint:
     wanted = [*parts.values(), "vae", "text_encoder", "tokenizer"]
     missing = [part for part in wanted if not (folder / part).is_dir()]
     if missing:
-        raise UserError(f"{folder} (diffusers layout): expected the folders {', '.join(wanted)}, missing {', '.join(missing)}")
+        raise UserError(
+            f"{folder} (diffusers layout): expected the folders {', '.join(wanted)}, missing {', '.join(missing)}"
+        )
     if experts == 1 and list((folder / "transformer_2").glob("*.safetensors")):
         raise UserError(f"{folder}: expected one expert, found two (transformer and transformer_2)")
     return Checkpoint(
         folder,
         "diffusers",
-        {name: _open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
-        _open_safetensors(folder / "vae", "diffusion_pytorch_model"),
-        _open_safetensors(folder / "text_encoder", "model"),
+        {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
+        open_safetensors(folder / "vae", "diffusion_pytorch_model"),
+        open_safetensors(folder / "text_encoder", "model"),
         folder / "tokenizer",
     )
 
 
-def _open_safetensors(folder: Path, stem: str) -> Weights:
+def open_safetensors(folder: Path, stem: str) -> Weights:
     """A folder of `stem.safetensors`, or of shards with their index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():

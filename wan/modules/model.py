@@ -149,4 +149,3 @@ def _cast_to_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.float()
-

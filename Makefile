@@ -1,0 +1,53 @@
+# `make demo` and `make test` create what they need. Another interpreter: make PYTHON=python3.12 ...
+PYTHON ?= python3
+BIN := .venv/bin
+TINY := build/tiny
+DEMO := outputs/demo
+CLIP := examples/ball.mp4
+
+.PHONY: demo test lint format lock clean
+
+demo: .venv/.ready $(TINY)/.ready
+	@mkdir -p $(DEMO)
+	$(BIN)/python generate.py --task v2v-5B --ckpt_dir $(TINY)/tiny-Wan2.2-TI2V-5B --vlm_path $(TINY)/tiny-InternVL \
+		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --base_seed 0 --save_file $(DEMO)/continued.mp4
+	$(BIN)/python generate_continuous.py --ckpt_dir $(TINY)/tiny-Wan2.2-I2V-A14B --vlm_path $(TINY)/tiny-InternVL \
+		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --num_videos 3 --output_dir $(DEMO)/chain
+	@echo
+	@echo "The weights are random, so the pictures are too; everything else is the real thing:"
+	@echo "  one continued clip  $(CURDIR)/$(DEMO)/continued.mp4"
+	@echo "  a chain of three    $(CURDIR)/$(DEMO)/chain/"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The lock constrains versions and is no list of what to install, so that a CPU build of torch brings no CUDA packages.
+.venv/.ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[dev]"
+	touch $@
+
+$(TINY)/.ready: examples/make_tiny_checkpoint.py | .venv/.ready
+	rm -rf $(TINY)
+	$(BIN)/python examples/make_tiny_checkpoint.py $(TINY)
+	touch $@
+
+# Keeps the versions in the file wherever they still fit pyproject.toml; remove a line to let that package move.
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet "uv>=0.13,<0.14"
+	build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
+		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv build outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

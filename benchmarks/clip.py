@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Time and memory of one clip at real size, with random weights made on the GPU: no files are needed.
+
+    python benchmarks/clip.py --scenario 5b-704p-121 [--steps 4] [--stock]
+
+Prints a table and, as the last line, JSON. Weights do not change speed or memory; quality is not measured here.
+`--stock` times diffusers' own transformer class on the same inputs in the same process: ratios, not lone times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from PIL import Image
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wan.configs import WAN_CONFIGS
+from wan.image2video import WanI2V
+from wan.modules.model import WanModel, policy_dtype
+from wan.modules.text import TextEncoder
+from wan.pipeline import Pipeline
+from wan.placement import host_peak_gib
+from wan.textimage2video import WanTI2V
+from wan.types import Request, Sampling, Step
+
+SCENARIOS: dict[str, tuple[str, int, int, int]] = {
+    "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
+    "a14b-720p-81": ("i2v-A14B", 1280, 720, 81),
+    "5b-704p-121": ("ti2v-5B", 1280, 704, 121),
+}
+DIT: dict[str, dict[str, Any]] = {
+    "i2v-A14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 36, "out_channels": 16},
+    "ti2v-5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
+}
+VAE: dict[str, dict[str, Any]] = {
+    "i2v-A14B": {},
+    "ti2v-5B": {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
+
+
+def materialise(model: torch.nn.Module, dtype_of: Any, device: torch.device) -> Any:
+    """Random weights of a sane scale, made on the GPU (a CPU draw of 14 B numbers takes minutes), moved to `device`."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        scale = 1.0 if "norm" in name else 0.02
+        value = torch.randn(parameter.shape, device="cuda", generator=generator).mul_(scale).to(dtype_of(name))
+        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
+    return model.to(device).eval()
+
+
+class Words:
+    """Stands for the tokenizer: as many ids as a long prompt has."""
+
+    def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.arange(512)[None] % 1000
+        mask = (torch.arange(512)[None] < 300).long()
+        return ids, mask
+
+
+def build(task: str) -> Pipeline:
+    """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
+    cpu = torch.device("cpu")
+    pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
+    pipeline.config = config = WAN_CONFIGS[task]
+    pipeline.rank, pipeline.convert_model_dtype = 0, False
+    pipeline.device = pipeline.text_device = torch.device("cuda:0")
+
+    def denoiser() -> WanModel:
+        with init_empty_weights():
+            model = WanModel(**DIT[task])
+        return materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
+
+    for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):
+        pipeline.__dict__[name] = denoiser()
+    with init_empty_weights():
+        vae = AutoencoderKLWan(**VAE[task])
+    vae = materialise(vae, lambda name: torch.float32, cpu)
+    pipeline.__dict__["vae"] = type(pipeline).vae_class(vae, config.vae_mean, config.vae_std)
+    with init_empty_weights():
+        text = UMT5Config(
+            vocab_size=256384,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+        text._attn_implementation = "eager"
+        encoder = UMT5EncoderModel(text)
+    encoder = materialise(encoder, lambda name: config.t5_dtype, cpu)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    pipeline.__dict__["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
+    return pipeline
+
+
+def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int) -> Request:
+    config = pipeline.config
+    image = Image.effect_noise((width, height), 60).convert("RGB")
+    return Request(
+        "p",
+        "n",
+        image,
+        pipeline.geometry(width, height, frames),
+        Sampling(steps, config.sample_shift, config.guidance),
+        seed=1,
+    )
+
+
+def timed_run(pipeline: Pipeline, request: Request, offload: bool) -> dict[str, Any]:
+    stamps: list[tuple[str, float]] = []
+
+    def on_step(step: Step) -> None:
+        torch.cuda.synchronize()
+        stamps.append((step.stage if step.latents is not None else f"begin {step.stage}", time.perf_counter()))
+
+    made = pipeline.run(request, offload=offload, on_step=on_step)
+    # the first step of a stage also moves the expert
+    steps = [after[1] - before[1] for before, after in zip(stamps, stamps[1:], strict=False) if before[0] == after[0]]
+    return {
+        "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
+        "step_median": round(statistics.median(steps), 3) if steps else None,
+        "steps": [round(step, 3) for step in steps],
+        "peak_gpu_gib": round(made.peak_gib or 0.0, 2),
+        "finite": bool(torch.isfinite(made.clip.frames).all()),
+    }
+
+
+@torch.no_grad()
+def stock_step(task: str, request: Request, repeats: int) -> float:
+    """Seconds of the two guidance forwards of diffusers' own class in bf16, as its pipeline calls it."""
+    with init_empty_weights():
+        model = WanTransformer3DModel(**DIT[task])
+    keep = tuple(model._keep_in_fp32_modules)
+    model = materialise(
+        model,
+        lambda name: torch.float32 if any(part in name for part in keep) else torch.bfloat16,
+        torch.device("cuda"),
+    )
+    geometry = request.geometry
+    latents = torch.randn(1, DIT[task]["in_channels"], *geometry.latent, device="cuda", dtype=torch.bfloat16)
+    text = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    t = torch.full((1,), 600, device="cuda")
+    if task == "ti2v-5B":
+        t = t[:, None].expand(1, geometry.tokens).contiguous()
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(2):
+            model(latents, t, text, return_dict=False)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def commit() -> str:
+    """The commit that is measured, from the repository's files: a copied tree need not have git installed."""
+    git = Path(__file__).resolve().parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        return (git / head.removeprefix("ref: ")).read_text().strip()[:12] if head.startswith("ref: ") else head[:12]
+    except OSError:
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", choices=tuple(SCENARIOS), required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
+    parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
+    parser.add_argument("--commit", default=commit())
+    args = parser.parse_args()
+
+    task, width, height, frames = SCENARIOS[args.scenario]
+    start = time.perf_counter()
+    pipeline = build(task)
+    built = time.perf_counter() - start
+    request = make_request(pipeline, width, height, frames, args.steps)
+    runs = [timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload) for seed in (1, 2)]
+    result: dict[str, Any] = {
+        "scenario": args.scenario,
+        "commit": args.commit,
+        "gpu": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "offload": not args.no_offload,
+        "build_seconds": round(built, 1),
+        "first": runs[0],
+        "second": runs[1],
+        "peak_host_gib": round(host_peak_gib(), 1),
+    }
+    if args.stock:
+        for name in ("model", "low_noise_model", "high_noise_model"):
+            pipeline.__dict__.pop(name, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+        result["stock_step"] = round(stock_step(task, request, 2), 3)
+        result["step_over_stock"] = round(runs[1]["step_median"] / result["stock_step"], 3)
+    for key, value in result.items():
+        print(f"{key:16} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Bad input: exit code 2 and one line that says what is wrong, before any model loads, and no file is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import DATA, GOLDEN
+from wan.cli import continuous_main, generate_main
+
+VIDEO = DATA / "corpus" / "h264_faststart.mp4"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of each kind, videos and non-videos."""
+    folder = tmp_path_factory.mktemp("world")
+    declared = {"sizes": ["96*64", "64*96"], "frame_num": 5, "sample_steps": 2, "param_dtype": "float32"}
+    for name, source in (("i2v", "14b"), ("ti2v", "5b")):
+        shutil.copytree(GOLDEN / source / "ckpt", folder / name)
+        (folder / name / "wan_config.json").write_text(json.dumps(declared))
+        shutil.copy(GOLDEN / source / "image.png", folder / f"{name}.png")
+    shutil.copytree(GOLDEN / "5b" / "ckpt", folder / "released")
+    shutil.copytree(GOLDEN / "5b" / "ckpt", folder / "declares_nonsense")
+    (folder / "declares_nonsense" / "wan_config.json").write_text('{"layers": 3}')
+    shutil.copytree(GOLDEN / "5b" / "ckpt", folder / "shard_lost")
+    next((folder / "shard_lost").glob("*00002-of*")).unlink()
+    for name in ("text.mp4", "audio_only.mp4", "zero_length.mp4"):
+        shutil.copy(DATA / "corpus" / name, folder / name)
+    shutil.copy(VIDEO, folder / "clip.mp4")
+    (folder / "empty").mkdir()
+    (folder / "old_run").mkdir()
+    (folder / "old_run" / "video_01_seed3.mp4").touch()
+    (folder / "no_model").mkdir()
+    (folder / "no_model" / "config.json").write_text('{"model_type": "internlm2"}')
+    (folder / "broken_vlm").mkdir()
+    (folder / "broken_vlm" / "config.json").write_text("{")
+    return folder
+
+
+GENERATE: list[tuple[str, str]] = [
+    # flags
+    ("", "the following arguments are required: --ckpt_dir"),
+    ("--ckpt_dir {i2v} --speed 9", "unrecognized arguments: --speed 9"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --task v2v-1B", "argument --task: invalid choice: 'v2v-1B'"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_steps many", "argument --sample_steps: invalid int value: 'many'"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_steps 0", "--sample_steps must be at least 1, 0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_shift -1", "sample_shift must be a positive number"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_shift nan", "sample_shift must be a positive number"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_guide_scale high", "expected one number or LOW,HIGH, not 'high'"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_guide_scale 1,2,3", "expected one number or LOW,HIGH"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_solver euler", "argument --sample_solver: invalid choice"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --offload_model maybe", "expected true or false, not 'maybe'"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 6", "frame_num must be 4n+1: 6 is not, 5 and 9 are"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 0", "--frame_num must be at least 1, 0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --num_segments 0", "--num_segments must be at least 1, 0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --video_reader opencv", "argument --video_reader: invalid choice"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_url ftp://x", "--vlm_url must begin with http:// or https://"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device tpu", "device 'tpu' is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device cuda:77", "device 'cuda:77' is not there"),
+    # several GPUs
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --ulysses_size 2", "--ulysses_size 2: several GPUs are not supported yet"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --dit_fsdp", "--dit_fsdp: several GPUs are not supported yet"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --t5_fsdp", "--t5_fsdp: several GPUs are not supported yet"),
+    # task against inputs and checkpoint
+    ("--ckpt_dir {ti2v} --task v2v-5B", "--task v2v-5B needs --video"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --video {clip.mp4}", "--task ti2v-5B takes no --video"),
+    ("--ckpt_dir {i2v} --task i2v-A14B --prompt x", "--task i2v-A14B needs --image"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --image {ti2v.png}", "--task v2v-5B takes no --image"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B", "--task ti2v-5B needs --prompt"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {text.mp4}", "text.mp4 is no picture"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {nowhere.png}", "nowhere.png does not exist"),
+    ("--ckpt_dir {ti2v} --task v2v-14B --video {clip.mp4}", "found TI2V-5B"),
+    ("--ckpt_dir {i2v} --task v2v-5B --video {clip.mp4}", "found I2V-A14B"),
+    # sizes
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --size 64x96", "size must look like 1280*720"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --size 0*96", "size must look like 1280*720"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --size 832*480", "--size 832*480 is not one of 96*64, 64*96"),
+    ("--ckpt_dir {released} --video {clip.mp4} --size 96*64", "--size 96*64 is not one of 1280*704, 704*1280"),
+    # checkpoints
+    ("--ckpt_dir {nowhere} --video {clip.mp4}", "checkpoint folder {nowhere} does not exist"),
+    ("--ckpt_dir {clip.mp4} --video {clip.mp4}", "is a file; a checkpoint is a folder"),
+    ("--ckpt_dir {empty} --video {clip.mp4}", "holds no Wan2.2 checkpoint"),
+    ("--ckpt_dir {shard_lost} --video {clip.mp4}", "1 of 3 shards are missing"),
+    ("--ckpt_dir {declares_nonsense} --video {clip.mp4}", "layers = 3 is not understood"),
+    # videos
+    ("--ckpt_dir {ti2v} --video {nowhere.mp4}", "nowhere.mp4"),
+    ("--ckpt_dir {ti2v} --video {empty}", "empty"),
+    ("--ckpt_dir {ti2v} --video {text.mp4}", "text.mp4"),
+    ("--ckpt_dir {ti2v} --video {audio_only.mp4}", "audio_only.mp4"),
+    ("--ckpt_dir {ti2v} --video {zero_length.mp4}", "zero_length.mp4"),
+    # the captioner
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_path {nowhere}", "nowhere"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_path {empty}", "empty"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_path {broken_vlm}", "broken_vlm"),
+    # output
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {out.avi}", "out.avi"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {nowhere}/out.mp4", "nowhere"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {clip.mp4}", "is the input video"),
+]
+
+CONTINUOUS: list[tuple[str, str]] = [
+    ("--ckpt_dir {ti2v}", "the following arguments are required: --video"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --num_videos 0", "--num_videos must be at least 1, 0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --task ti2v-5B", "argument --task: invalid choice: 'ti2v-5B'"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {old_run}", "already holds a run (video_01_seed3.mp4"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {clip.mp4}", "is a file; give a folder"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 80", "frame_num must be 4n+1: 80 is not"),
+    ("--ckpt_dir {ti2v} --video {text.mp4}", "text.mp4"),
+    ("--ckpt_dir {i2v} --task v2v-5B --video {clip.mp4}", "found I2V-A14B"),
+]
+
+CASES = [(generate_main, *case) for case in GENERATE] + [(continuous_main, *case) for case in CONTINUOUS]
+
+
+@pytest.mark.parametrize(("main", "flags", "message"), CASES, ids=[f"{case[0].__name__} {case[1]}" for case in CASES])
+def test_bad_input_is_one_line_and_exit_code_2(
+    main: Any,
+    flags: str,
+    message: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("model.WanModel", "vae.WanVAE", "text.TextEncoder"):
+        monkeypatch.setattr(f"wan.modules.{name}.from_weights", loaded)
+    monkeypatch.chdir(tmp_path)
+    before = {entry.name for entry in world.iterdir()}
+
+    def fill_in(text: str) -> str:
+        for part in text.split("{")[1:]:
+            name = part.split("}")[0]
+            text = text.replace(f"{{{name}}}", str(world / name))
+        return text
+
+    assert main([fill_in(word) for word in flags.split()]) == 2
+    output = capsys.readouterr()
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), output.err
+    assert fill_in(message) in lines[0]
+    assert output.out == ""
+    assert {entry.name for entry in world.iterdir()} == before
+    assert not list(tmp_path.iterdir())

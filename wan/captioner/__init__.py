@@ -1,0 +1,25 @@
+"""Frames and a question -> text: what a vision-language model says about a video, and the prompt made of it."""
+
+from wan.captioner.base import Captioner
+from wan.captioner.endpoint import EndpointCaptioner
+from wan.captioner.frames import build_transform, dynamic_preprocess, frame_indices
+from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
+from wan.captioner.internvl import InternVLCaptioner
+from wan.captioner.opening import open_captioner
+from wan.captioner.text import clean_caption, compose_prompt
+from wan.compat import hide_broken_torchvision
+
+__all__ = [
+    "Captioner",
+    "EndpointCaptioner",
+    "GenericCaptioner",
+    "InternVLCaptioner",
+    "RemoteCodeCaptioner",
+    "build_transform",
+    "clean_caption",
+    "compose_prompt",
+    "dynamic_preprocess",
+    "frame_indices",
+    "hide_broken_torchvision",
+    "open_captioner",
+]

@@ -1,0 +1,154 @@
+"""What all back ends share: the interface, the one-line errors, and a model that loads late and can be freed."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from wan.compat import hide_broken_torchvision
+from wan.errors import UserError
+from wan.placement import release_memory
+
+OFFER = "or pass --prompt to go on without captioning"
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class Captioner(Protocol):
+    """Answers a question about frames."""
+
+    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        """RGB frames uint8 [n, H, W, 3], in order, and a question -> the answer as the model gave it.
+
+        `system` None means the model's own system message, "" means none. Raises UserError.
+        """
+
+    def close(self) -> None:
+        """Free the memory; a later `describe` loads again."""
+
+
+class BackEnd(ABC):
+    """A captioner whose foreseeable failures are UserErrors of one line that offer --prompt."""
+
+    source: str  # names the model in messages
+
+    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        """See `Captioner.describe`."""
+        with foreseen_failures(self.source):
+            if max_new_tokens < 1:
+                raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+            answer = self.answer(frames, question, system, max_new_tokens).strip()
+            if not answer:
+                raise UserError(f"{self.source} gave an empty answer: ask with another --vlm_question")
+        return answer
+
+    @abstractmethod
+    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+        """The answer, possibly empty or with spaces around it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the memory; a later `describe` loads again."""
+
+
+class LocalModel(BackEnd):
+    """A model folder; the model loads at its first use and goes with `close()`."""
+
+    faults: tuple[str, ...] = ("missing", "unexpected", "mismatched")  # what weights must not be
+
+    def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.folder = Path(path)
+        self.source = str(path)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        hide_broken_torchvision()
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in evaluation mode, on the device."""
+        return self.load()
+
+    @abstractmethod
+    def load(self) -> Any:
+        """A new model, complete and on the device."""
+
+    def close(self) -> None:
+        """Free the weights and hand GPU memory back; a later `describe` loads again."""
+        if self.__dict__.pop("model", None) is not None:
+            release_memory(self.device)
+
+    def from_pretrained(self, model_class: Any, source: Path | None, **options: Any) -> Any:
+        """The library's loader, except that weights that are missing or do not fit are a UserError, not a log line."""
+        model, report = model_class.from_pretrained(
+            source,
+            dtype=self.dtype,
+            device_map={"": str(self.device)},
+            ignore_mismatched_sizes=True,  # they come back in the report, with names
+            output_loading_info=True,
+            **options,
+        )
+        for what in self.faults:
+            if keys := [str(key) for key in report[f"{what}_keys"]]:
+                shown = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+                raise UserError(
+                    f"{self.folder} has {len(keys)} {what} weights ({shown}): download it again or name another folder"
+                )
+        return model
+
+
+@contextmanager
+def foreseen_failures(source: str) -> Iterator[None]:
+    """Make one line, with the reason and the way round it, of what can go wrong outside this code."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}, {OFFER}") from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"captioning with {source} ran out of memory: use --vlm_device cpu, a smaller model, {OFFER}"
+        ) from error
+    except (OSError, SafetensorError, HTTPException) as error:
+        raise UserError(f"captioning with {source} failed ({one_line(error)}): put that right, {OFFER}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def to_images(frames: UInt8Array) -> list[Image.Image]:
+    """Frames uint8 [n, H, W, 3] -> PIL images. Raises UserError for anything else."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}: a captioner needs RGB uint8 [n, H, W, 3]")
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def number_frames(slots: list[str], question: str) -> str:
+    """The official layout of a question about a video: `slots` stand for the frames."""
+    return "".join(f"Frame{number}: {slot}\n" for number, slot in enumerate(slots, 1)) + question
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is not a VLM folder, it has no {path.name}: check --vlm_path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: download it again")
+    return content

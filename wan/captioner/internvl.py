@@ -1,0 +1,224 @@
+"""InternVL folders of either format, original or transformers, in the one native model class; no remote code."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan.captioner.base import LocalModel, UInt8Array, number_frames, one_line, read_json, to_images
+from wan.captioner.frames import build_transform, dynamic_preprocess
+from wan.errors import UserError
+
+SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+TURN_END = "<|im_end|>"
+LANGUAGE_MODELS = ("qwen2", "qwen3")  # others fuse or name their weights differently
+
+VISION_CONFIG = {  # original name -> native name
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "norm_type": "norm_type",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+OPTIONAL_VISION_CONFIG = {  # both sides have the same defaults
+    "num_channels": "num_channels",
+    "hidden_act": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_range",
+    "attention_dropout": "attention_dropout",
+}
+BOOKKEEPING = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "transformers_version")
+
+WEIGHT_PREFIXES = {  # original -> native
+    "vision_model.embeddings.": "model.vision_tower.embeddings.",
+    "vision_model.encoder.layers.": "model.vision_tower.encoder.layer.",
+    "mlp1.0.": "model.multi_modal_projector.layer_norm.",
+    "mlp1.1.": "model.multi_modal_projector.linear_1.",  # mlp1.2 is the activation
+    "mlp1.3.": "model.multi_modal_projector.linear_2.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
+VISION_PARTS = {
+    "class_embedding": "cls_token",
+    "position_embedding": "position_embeddings",
+    "patch_embedding": "patch_embeddings.projection",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn": "attention",
+    "proj": "projection_layer",
+}
+
+
+class InternVLCaptioner(LocalModel):
+    """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use."""
+
+    def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(path, device, dtype)
+        config = read_json(self.folder / "config.json")
+        if config.get("model_type") not in ("internvl", "internvl_chat"):
+            raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check --vlm_path")
+        self.original = config["model_type"] == "internvl_chat"
+        try:
+            self.config = native_config(config) if self.original else config
+            language_model = self.config["text_config"]["model_type"]
+            patch = self.config["vision_config"].get("patch_size", 14)
+        except KeyError as error:
+            raise UserError(f"{self.folder}/config.json lacks {error}: download it again") from error
+        if language_model not in LANGUAGE_MODELS:
+            raise UserError(
+                f"{self.folder} has a language model of type {language_model}; only InternVL with "
+                f"{' or '.join(LANGUAGE_MODELS)} works: use InternVL3_5-8B or a smaller one of that family"
+            )
+        self.weights = weight_files(self.folder)
+        check_tokenizer(self.folder)
+        self.tokens_per_frame = int(self.config.get("image_seq_length", 256))
+        side = round(math.sqrt(self.tokens_per_frame) / self.config.get("downsample_ratio", 0.5))
+        self.image_size = side * (patch if isinstance(patch, int) else patch[0])
+
+    def prepare(self, frames: UInt8Array, question: str, system: str | None = None) -> tuple[Tensor, Tensor]:
+        """Frames uint8 [n, H, W, 3] and a question -> token ids [1, L], pixels float32 [n, 3, S, S], on the CPU.
+
+        Both are what the official code makes, exactly.
+        """
+        transform = build_transform(self.image_size)
+        tiles = [dynamic_preprocess(image, max_num=1, image_size=self.image_size)[0] for image in to_images(frames)]
+        slot = f"<img>{'<IMG_CONTEXT>' * self.tokens_per_frame}</img>"
+        turns = [("user", number_frames([slot] * len(tiles), question))]
+        if system != "":
+            turns.insert(0, ("system", SYSTEM if system is None else system))
+        text = "".join(f"<|im_start|>{role}\n{said}{TURN_END}\n" for role, said in turns)
+        ids = self.tokenizer(f"{text}<|im_start|>assistant\n", return_tensors="pt").input_ids
+        return ids, torch.stack([transform(tile) for tile in tiles])
+
+    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+        ids = self.generate(*self.prepare(frames, question, system), max_new_tokens)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
+        """What `prepare` returned -> the new token ids [L], the end mark among them, always the likeliest ones."""
+        ids = ids.to(self.device)
+        output: Tensor = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels.to(self.device, self.dtype),
+            max_new_tokens=max_new_tokens,
+        )
+        return output[0, ids.shape[1] :]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import Qwen2Tokenizer
+
+        try:  # this class and not AutoTokenizer, which asks about remote code on stdin
+            tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
+        except ValueError as error:
+            raise UserError(
+                f"cannot read the tokenizer in {self.folder} ({one_line(error)}): download it again"
+            ) from error
+        known = tokenizer.get_vocab()
+        for token in ("<|im_start|>", TURN_END, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>"):
+            if token not in known:
+                raise UserError(f"the tokenizer in {self.folder} lacks {token}: download the folder again")
+        return tokenizer
+
+    def load(self) -> Any:
+        from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
+
+        id_of = self.tokenizer.get_vocab()
+        if self.original:
+            model = self.from_pretrained(
+                InternVLForConditionalGeneration,
+                None,
+                config=InternVLConfig(**self.config, image_token_id=id_of["<IMG_CONTEXT>"]),
+                state_dict=native_weights(self.weights),
+            )
+        else:
+            model = self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
+        # the folder's own would add what the official chat overrides, and the original one has no end mark
+        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False, eos_token_id=id_of[TURN_END], pad_token_id=id_of["<|endoftext|>"]
+        )
+        return model
+
+
+def native_config(original: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of an original folder -> arguments of InternVLConfig, all but image_token_id. Raises KeyError."""
+    if (shuffle := original.get("ps_version", "v1")) != "v2":
+        raise UserError(f"the checkpoint has ps_version {shuffle}, only v2 works: use InternVL 2.5 or newer")
+    vision, text = original["vision_config"], original["llm_config"]
+    ratio = original.get("downsample_ratio", 0.5)
+    side = (original.get("force_image_size") or vision["image_size"]) // vision["patch_size"]
+    return {
+        "vision_config": {native: vision[name] for name, native in VISION_CONFIG.items()}
+        | {native: vision[name] for name, native in OPTIONAL_VISION_CONFIG.items() if name in vision},
+        "text_config": {name: value for name, value in text.items() if name not in BOOKKEEPING} | {"use_cache": True},
+        "downsample_ratio": ratio,
+        "image_seq_length": int((side * ratio) ** 2),
+        "vision_feature_layer": original.get("select_layer", -1),
+        "tie_word_embeddings": text.get("tie_word_embeddings", False),  # the native default would be True
+    }
+
+
+def native_weights(files: list[Path]) -> dict[str, Tensor]:
+    """The weights of an original folder under their native names; mapped from the files, not read yet."""
+    from safetensors import safe_open
+
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  (a shard is not iterable)
+                weights |= native_tensors(name, shard.get_tensor(name))
+    return weights
+
+
+def native_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One original weight as native ones; a name that is not known stays, to be reported as unexpected."""
+    prefix = next((prefix for prefix in WEIGHT_PREFIXES if name.startswith(prefix)), "")
+    rest = name.removeprefix(prefix)
+    if prefix.startswith("vision_model."):
+        rest = ".".join(VISION_PARTS.get(part, part) for part in rest.split("."))
+    name = WEIGHT_PREFIXES.get(prefix, "") + rest
+    if ".qkv." not in name:
+        return {name: tensor}
+    return {name.replace(".qkv.", f".{which}_proj."): part for which, part in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all there. Raises UserError."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise UserError(f"{index} names no weights: download it again")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing[:3])}: download the VLM again, as safetensors")
+    return [check_content(folder / name) for name in names]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError unless there is a tokenizer to read."""
+    if (folder / "tokenizer.json").is_file():
+        check_content(folder / "tokenizer.json")
+    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise UserError(f"{folder} lacks tokenizer.json (or vocab.json and merges.txt): download the VLM again")
+
+
+def check_content(path: Path) -> Path:
+    """The path, unless git left a note there in place of the file. Raises UserError."""
+    with path.open("rb") as file:
+        if file.read(20) == b"version https://git-":
+            raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull in {path.parent}")
+    return path

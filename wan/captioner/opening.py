@@ -1,0 +1,87 @@
+"""Which back end a path or an address gets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan.captioner.base import BackEnd, Captioner, UInt8Array, foreseen_failures, one_line, read_json
+from wan.captioner.endpoint import EndpointCaptioner
+from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
+from wan.captioner.internvl import InternVLCaptioner
+from wan.errors import UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def open_captioner(
+    path: str | Path | None,
+    *,
+    url: str | None = None,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+) -> Captioner:
+    """The captioner for a folder, a hub id such as OpenGVLab/InternVL3_5-8B, or an endpoint's `url`.
+
+    With `url`, `path` is the name of the model there, None for the first one. Nothing is downloaded or loaded before
+    the first description, but a folder is checked. `trust_remote_code` runs the code of a folder that brings some;
+    without it none is run. Raises UserError.
+    """
+    if url is not None:
+        return EndpointCaptioner(url, None if path is None else str(path))
+
+    def open_folder(folder: Path) -> BackEnd:
+        config = read_json(folder / "config.json")
+        own_code = trust_remote_code and "auto_map" in config
+        if config.get("model_type") == "internvl_chat" and own_code:
+            return RemoteCodeCaptioner(folder, device, dtype)
+        if config.get("model_type") in ("internvl_chat", "internvl"):
+            return InternVLCaptioner(folder, device, dtype)
+        return GenericCaptioner(folder, device, dtype, trust_remote_code=own_code)
+
+    with foreseen_failures(str(path)):
+        if path is None:
+            raise UserError("captioning needs a model: pass --vlm_path or --vlm_url")
+        if Path(path).is_dir():
+            return open_folder(Path(path))
+        if HUB_ID.fullmatch(str(path)) and not Path(path).parent.is_dir():
+            return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
+        raise UserError(f"there is no VLM folder {path}: check --vlm_path")
+
+
+class HubCaptioner(BackEnd):
+    """A model on the Hugging Face Hub, downloaded into its cache at the first description."""
+
+    def __init__(self, hub_id: str, open_folder: Callable[[Path], BackEnd], *, with_code: bool) -> None:
+        self.source = hub_id
+        self.open_folder = open_folder
+        self.patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"] + ["*.py"] * with_code
+        self.local: BackEnd | None = None
+
+    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+        if self.local is None:
+            self.local = self.open_folder(self.download())
+        return self.local.answer(frames, question, system, max_new_tokens)
+
+    def download(self) -> Path:
+        """The local folder; what the cache holds already is not fetched again. Raises UserError."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
+        transport: Any = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+        try:
+            return Path(snapshot_download(self.source, allow_patterns=self.patterns))
+        except (OSError, transport, HFValidationError) as error:
+            raise UserError(
+                f"cannot download {self.source} ({one_line(error)}): check --vlm_path and the connection"
+            ) from error
+
+    def close(self) -> None:
+        if self.local is not None:
+            self.local.close()

@@ -1,0 +1,231 @@
+"""What the models see of a video file: its exact last picture, and a few pictures spread over its length."""
+
+from __future__ import annotations
+
+import os
+import stat
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from av.video.frame import VideoFrame
+from PIL import Image, ImageOps
+
+from wan.errors import UserError
+from wan.media import decord_reader
+from wan.media.colour import deinterlace, is_hdr, orientation, to_rgb, upright_size
+from wan.media.source import Pictures, Source, VideoError, inspect, keyframes_before, say_once
+
+READERS = ("auto", "pyav", "decord")
+
+_FIELDS = 3  # pictures that deinterlacing the last one needs
+_SHORT_SECONDS = 20.0  # up to here decoding everything costs less than searching
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Size as displayed (upright, square pixels), frames per second, seconds (None: the file does not say), sound.
+
+    `fps` is the average rate, kept within 1 to 120; 24 where the file gives none that can be believed.
+    """
+
+    width: int
+    height: int
+    fps: Fraction
+    duration: float | None
+    has_audio: bool
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """What a video file is, from its header and its first picture. Raises VideoError."""
+    source = inspect(path)
+    width, height = upright_size(_first(source), source)
+    return VideoInfo(width, height, source.fps, source.duration, source.has_audio)
+
+
+def read_last_frame(path: str | os.PathLike[str]) -> Image.Image:
+    """The last displayed frame of a video as an RGB image, upright, with square pixels. Raises VideoError.
+
+    Only the end of the file is decoded where it can be searched. A damaged end gives its last clean picture, with a
+    warning.
+    """
+    source = inspect(path)
+    return Image.fromarray(to_rgb(deinterlace(_ending(source)), source))
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture file as an RGB image, turned as its EXIF says. Raises UserError."""
+    name = os.fspath(path)
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"cannot read image {name!r}: it is not a file; give the name of a picture file")
+        with Image.open(name) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
+        raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
+
+
+def sample_frames(
+    path: str | os.PathLike[str], n: int = 8, *, reader: str = "auto", max_side: int | None = None
+) -> np.ndarray:
+    """uint8 [n, H, W, 3]: what is on screen in the middle of each of `n` equal slices of time, like the last frame.
+
+    A video of fewer frames repeats them. `reader` is one of READERS; "auto" is "pyav". decord runs in a process of its
+    own, and PyAV takes over with a warning where it fails or where its pictures would be wrong. `max_side` limits the
+    longer side in pixels. Raises VideoError, and UserError when decord is asked for and not installed.
+    """
+    if reader not in READERS:
+        raise UserError(f"video_reader must be one of {', '.join(READERS)}; {reader!r} is not")
+    if n < 1 or (max_side is not None and max_side < 1):
+        raise ValueError(f"n and max_side must be at least 1: {n}, {max_side}")
+    source = inspect(path)
+    if reader == "decord":
+        frames = _sample_with_decord(source, n, max_side)
+        if frames is not None:
+            return frames
+    chosen = _search(source, n) if source.end is not None and (source.duration or 0) > _SHORT_SECONDS else None
+    pictures = [to_rgb(deinterlace([frame]), source, max_side=max_side) for frame in chosen or _scan(source, n)]
+    height, width = pictures[0].shape[:2]
+    return np.stack([_resize(picture, width, height) for picture in pictures])
+
+
+def _first(source: Source) -> VideoFrame:
+    for frame in Pictures(source):
+        return frame
+    raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+
+
+def _ending(source: Source) -> list[VideoFrame]:
+    """The last few displayed pictures, the very last one at the end.
+
+    Frame threads lose pictures next to an error, so anything wrong is read again without them; what is still wrong then
+    is read a third time without concealment.
+    """
+    tail, errors = _tail(source)
+    if errors:
+        tail, errors = _tail(source, threads="SLICE")
+    if errors:
+        clean, _ = _tail(source, threads="SLICE", careful=True)
+        used = "its last clean picture is used" if clean else "the last picture may show it"
+        say_once(source.path, f"the video is damaged near its end; {used}")
+        tail = clean or tail
+    if not tail:
+        raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+    return tail
+
+
+def _tail(source: Source, *, threads: str = "AUTO", careful: bool = False) -> tuple[list[VideoFrame], int]:
+    """The pictures at the end of the first pass that shows any, and the errors of that pass."""
+    for start in _starts(source):
+        pictures = Pictures(source, start, threads=threads, careful=careful)
+        # A picture is last by the order of output: time stamps may wrap, and counts in headers are often wrong.
+        tail = list(deque(pictures, maxlen=_FIELDS))
+        if tail:
+            break
+    return tail, pictures.errors
+
+
+def _starts(source: Source) -> Iterator[float | None]:
+    """Where to start decoding to reach the end: from its very last keyframe to ever earlier, None is the beginning."""
+    if source.end is not None:
+        yield from _earlier(source.end, source.start)
+    yield None
+
+
+def _earlier(moment: float, limit: float) -> Iterator[float]:
+    back, step = 0.0, 0.5
+    while moment - back > limit:
+        yield moment - back
+        back, step = back + step, step * 3
+
+
+def _scan(source: Source, n: int) -> list[VideoFrame]:
+    """Decode everything twice, for the times and for the pictures, so that memory does not grow with the length."""
+    times = [frame.time for frame in Pictures(source)]
+    if not times:
+        raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+    if None in times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+        times = [float(number) for number in range(len(times))]  # raw streams have no clock, wrapped ones no order
+    wanted = [bisect_right(times, moment) - 1 for moment in _moments(times[0], _scan_end(times), n)]
+    needed = set(wanted)
+    found = {number: frame for number, frame in enumerate(Pictures(source)) if number in needed}
+    return [found[number] for number in wanted]
+
+
+def _scan_end(times: list[float]) -> float:
+    """When the last picture goes: it is taken to stay as long as the others do on average."""
+    return times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1) if len(times) > 1 else times[0] + 1.0
+
+
+def _moments(start: float, end: float, n: int) -> list[float]:
+    return [start + (end - start) * (2 * slice_ + 1) / (2 * n) for slice_ in range(n)]
+
+
+def _search(source: Source, n: int) -> list[VideoFrame] | None:
+    """The pictures of a long file by jumping from keyframe to keyframe; None when its pictures have no times."""
+    moments = _moments(source.start, source.start + (source.duration or 0.0), n)
+    frames = iter(Pictures(source))
+    shown, ahead = None, next(frames, None)
+    chosen, jumps_help = [], True
+    for moment, keyframe in zip(moments, keyframes_before(source, moments), strict=True):
+        here = source.start if shown is None else shown.time
+        # Without an index (MPEG-TS) one has to try; where trying fails, the rest is decoded in one go.
+        if jumps_help if keyframe is None else keyframe > here:
+            landed = _jump(source, here, moment)
+            jumps_help = landed is not None
+            frames, ahead = landed or (frames, ahead)
+        while ahead is not None and (shown is None or ahead.time is None or ahead.time <= moment):
+            if ahead.time is None:
+                return None
+            shown, ahead = ahead, next(frames, None)
+        if shown is None:
+            return None
+        chosen.append(shown)
+    return chosen
+
+
+def _jump(source: Source, here: float, moment: float) -> tuple[Iterator[VideoFrame], VideoFrame] | None:
+    """Pictures from a keyframe later than `here` and not later than `moment`, with the first one; None without any."""
+    for start in _earlier(moment, here):
+        frames = iter(Pictures(source, start))
+        first = next(frames, None)
+        if first is not None and first.time is not None and first.time <= moment:
+            return (frames, first) if first.time > here else None
+    return None
+
+
+def _sample_with_decord(source: Source, n: int, max_side: int | None) -> np.ndarray | None:
+    first = _first(source)
+    transpose, mirror, flip = orientation(first)
+    reason = (
+        "MPEG-TS"
+        if "mpegts" in source.format
+        else "HDR"
+        if is_hdr(first)
+        else "stretched pixels"
+        if source.sample_aspect_ratio != 1
+        else "a mirrored picture"
+        if transpose ^ mirror ^ flip
+        else None
+    )
+    if reason:
+        decord_reader.require()
+        say_once(source.path, f"decord gets {reason} wrong; PyAV reads the frames")
+        return None
+    frames = decord_reader.read(source.path, n)
+    if isinstance(frames, str):
+        say_once(source.path, f"decord {frames}; PyAV reads the frames")
+        return None
+    width, height = upright_size(first, source)
+    scale = min(1, max_side / max(width, height)) if max_side else 1
+    return np.stack([_resize(frame, max(1, round(width * scale)), max(1, round(height * scale))) for frame in frames])
+
+
+def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

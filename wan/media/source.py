@@ -1,0 +1,298 @@
+"""A video file: checked before FFmpeg sees it, its picture stream chosen, its pictures decoded in display order."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+
+from wan.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
+_NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+# These demuxers cannot seek, or only pretend to: reading starts at the first picture.
+_SEQUENTIAL = frozenset(
+    {"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2", "webp"}
+)
+# Without these two FFmpeg would play a text as coloured letters, and open whatever else a playlist names.
+_REFUSED = frozenset({"tty", "concat", "hls", "dash", "sdp", "rtsp"})
+# Until PyAV 18 a title that is not UTF-8 is an exception at open; PyAV 19 replaces it and has no such argument.
+_OPEN: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+class VideoError(UserError):
+    """A video file that cannot be read. One line: the file, what was found, what to do."""
+
+    def __init__(self, path: str | os.PathLike[str], found: str, advice: str) -> None:
+        super().__init__(f"cannot read video {_show(path)}: {found}; {advice}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the header of a readable video file says. Times are in seconds on the file's own clock."""
+
+    path: str
+    format: str  # FFmpeg's demuxer name
+    index: int  # the picture stream
+    start: float
+    end: float | None  # None: unknown, or the file cannot be searched, so reading starts at the first picture
+    duration: float | None
+    fps: Fraction
+    sample_aspect_ratio: Fraction  # width of one stored pixel over its height
+    has_audio: bool
+    has_alpha_stream: bool  # WebM keeps transparency in a second picture that FFmpeg's own decoder ignores
+    codec_tag: str
+
+
+def exact_rate(fps: Fraction | float) -> Fraction:
+    """Frames per second as a fraction in lowest terms; values near 23.976, 29.97, 59.94 ... become n*1000/1001.
+
+    Raises UserError when `fps` is not a number between 0 and 1000.
+    """
+    if not (math.isfinite(fps) and 0 < fps <= 1000):
+        raise UserError(f"fps must be a number above 0 and up to 1000, {fps} is not")
+    whole = Fraction(fps).limit_denominator(1001)
+    film = Fraction(round(fps) * 1000, 1001)
+    return film if whole.denominator != 1 and abs(whole - film) < film / 4000 else whole
+
+
+def say_once(path: str, message: str, level: int = logging.WARNING) -> None:
+    """Log one line about a file, the first time that it is said."""
+    _say(level, f"{_show(path)}: {message}")
+
+
+def inspect(path: str | os.PathLike[str]) -> Source:
+    """Check that `path` is a video file and read its header. Raises VideoError; never blocks on a pipe or a network."""
+    name = _checked_path(path)
+    if _is_webp(name):
+        return _inspect_webp(name)
+    with closing(open_video(name)) as container:
+        stream = _picture_stream(name, container)
+        tick = stream.time_base or Fraction(1, av.time_base)
+        start = float((stream.start_time or 0) * tick)
+        ends, lengths = [], []
+        if stream.duration:
+            lengths.append(float(stream.duration * tick))
+            ends.append(start + lengths[0])
+        if container.duration:
+            lengths.append(container.duration / av.time_base)
+            ends.append(((container.start_time or 0) + container.duration) / av.time_base)
+        formats = container.format.name.split(",")
+        searchable = _SEQUENTIAL.isdisjoint(formats) and not formats[0].endswith("_pipe")
+        return Source(
+            path=name,
+            format=container.format.name,
+            index=stream.index,
+            start=start,
+            end=max(ends) if ends and searchable else None,
+            duration=lengths[0] if lengths else None,  # the pictures' own length before the container's
+            fps=_believable_rate(stream),
+            sample_aspect_ratio=_believable_aspect(stream.sample_aspect_ratio),
+            has_audio=bool(container.streams.audio),
+            has_alpha_stream=stream.metadata.get("alpha_mode") == "1",
+            codec_tag=stream.codec_tag,
+        )
+
+
+def open_video(path: str) -> InputContainer:
+    """Open a checked path, whatever its name looks like. Raises VideoError."""
+    # `file:` keeps a name such as "http:x.mp4" from being taken for a protocol, the whitelist keeps playlists offline.
+    try:
+        return cast(InputContainer, av.open("file:" + path, "r", options={"protocol_whitelist": "file"}, **_OPEN))
+    except (av.FFmpegError, UnicodeError) as error:
+        found = f"it is no video that FFmpeg knows, or a part of it is missing ({getattr(error, 'strerror', error)})"
+        raise VideoError(path, found, "download it again, or convert it to mp4") from error
+
+
+class Pictures:
+    """One pass over the displayed pictures of a file, from the keyframe before `start` (None: the first) to the end.
+
+    Every pass opens the file anew, because some demuxers are not the same after a seek. Iterate once; afterwards
+    `errors` counts what the demuxer and the decoder complained about. `careful` leaves out what may be damaged.
+    """
+
+    def __init__(
+        self, source: Source, start: float | None = None, *, threads: str = "AUTO", careful: bool = False
+    ) -> None:
+        self.errors = 0
+        self._source = source
+        self._start = start
+        self._threads = threads
+        self._careful = careful
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        return self._webp() if self._source.format == "webp" else self._decode()
+
+    def _decode(self) -> Iterator[VideoFrame]:
+        with closing(open_video(self._source.path)) as container:
+            stream = cast(VideoStream, container.streams[self._source.index])
+            tick = stream.time_base or Fraction(1, av.time_base)
+            stream.thread_type = self._threads
+            if self._careful:
+                stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+            if self._start is not None and not self._seek(container, stream, self._start):
+                return
+            packets = container.demux(stream)
+            at_end = False
+            while not at_end:
+                try:
+                    packet = next(packets, None)
+                except av.FFmpegError:
+                    self.errors += 1
+                    packet = None  # what the decoder still holds is shown all the same
+                at_end = packet is None or packet.size == 0
+                if packet is not None and packet.is_corrupt:
+                    self.errors += 1
+                    if self._careful:
+                        continue
+                try:
+                    frames = stream.decode(None if at_end else packet)
+                except av.FFmpegError:
+                    self.errors += 1
+                    continue
+                for frame in frames:
+                    if not frame.is_corrupt:
+                        frame.time_base = tick  # PyAV leaves it out of what the flush at the end gives
+                        yield frame
+
+    @staticmethod
+    def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
+        try:
+            container.seek(int(seconds / (stream.time_base or Fraction(1, av.time_base))), stream=stream)
+        except av.FFmpegError:
+            return False  # as good as a seek behind the last keyframe: the caller starts earlier
+        return True
+
+    def _webp(self) -> Iterator[VideoFrame]:
+        # FFmpeg reads animated WebP only since version 9.
+        with Image.open(self._source.path) as image:
+            for number in range(getattr(image, "n_frames", 1)):
+                try:
+                    image.seek(number)
+                    pixels = np.asarray(image.convert("RGBA"))
+                except (OSError, EOFError):
+                    self.errors += 1
+                    return
+                frame = VideoFrame.from_ndarray(pixels, "rgba")
+                frame.pts, frame.time_base = image.info.get("timestamp", 0), Fraction(1, 1000)
+                yield frame
+
+
+def keyframes_before(source: Source, moments: Sequence[float]) -> list[float | None]:
+    """For each moment the keyframe time at or before it, by the file's index; None where the index does not reach."""
+    with closing(open_video(source.path)) as container:
+        stream = container.streams[source.index]
+        tick, entries = stream.time_base or Fraction(1, av.time_base), stream.index_entries
+        reach = entries[len(entries) - 1].timestamp if len(entries) else -1
+        found: list[float | None] = []
+        for moment in moments:
+            stamp = int(moment / tick)
+            number = entries.search_timestamp(stamp) if stamp <= reach else -1
+            found.append(float(entries[number].timestamp * tick) if number >= 0 else None)
+        return found
+
+
+@lru_cache(maxsize=1024)
+def _say(level: int, line: str) -> None:
+    _log.log(level, "%s", line)
+
+
+def _show(path: str | os.PathLike[str]) -> str:
+    return repr(os.fspath(path))  # a name may hold a newline or bytes that are no text
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    try:
+        found = os.stat(name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise VideoError(path, reason[0].lower() + reason[1:], "give the name of a video file") from error
+    except ValueError as error:  # a NUL in the name
+        raise VideoError(path, str(error), "give the name of a video file") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise VideoError(path, "it is a folder", "give the name of a video file in it")
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise VideoError(path, "it is a pipe or a device", "save it as a file first")
+    if found.st_size == 0:
+        raise VideoError(path, "the file is empty", "download or export it again")
+    if not os.access(name, os.R_OK):
+        raise VideoError(path, "permission denied", "make it readable (chmod +r)")
+    return name
+
+
+def _picture_stream(path: str, container: InputContainer) -> VideoStream:
+    if not _REFUSED.isdisjoint(container.format.name.split(",")):
+        raise VideoError(path, f"it is a text or a playlist ({container.format.name})", "give the video file itself")
+    streams = [stream for stream in container.streams.video if not stream.disposition & _NOT_A_FILM]
+    if not streams:
+        raise VideoError(path, "there is no video stream in it", "give a file with pictures")
+    default = [stream for stream in streams if stream.disposition & Disposition.default]
+    best = container.streams.best("video")
+    chosen = default[0] if len(default) == 1 else next((s for s in streams if s == best), streams[0])
+    # PyAV leaves the context out for codecs that FFmpeg only knows by name.
+    if cast(Any, chosen.codec_context) is None:
+        raise VideoError(path, "FFmpeg has no decoder for it", "convert it to H.264 mp4")
+    return chosen
+
+
+def _believable_rate(stream: VideoStream) -> Fraction:
+    """Within 1 to 120; more than 300 (a container's clock, not a rate) or nothing at all counts as unknown."""
+    for rate in (stream.average_rate, stream.guessed_rate):
+        if rate and 0 < rate <= 300:
+            return exact_rate(min(max(rate, Fraction(1)), Fraction(120)))
+    return FALLBACK_FPS
+
+
+def _believable_aspect(ratio: Fraction | None) -> Fraction:
+    return ratio if ratio and Fraction(1, 10) <= ratio <= 10 else Fraction(1)
+
+
+def _is_webp(path: str) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
+
+
+def _inspect_webp(path: str) -> Source:
+    milliseconds = 0
+    try:
+        with Image.open(path) as image:
+            count = getattr(image, "n_frames", 1)
+            for number in range(count):
+                image.seek(number)
+                image.load()
+                milliseconds += image.info.get("duration", 0)
+    except (OSError, EOFError) as error:
+        raise VideoError(path, f"the WebP is damaged ({error})", "export it again") from error
+    rate = Fraction(count * 1000, milliseconds) if milliseconds else FALLBACK_FPS
+    return Source(
+        path=path,
+        format="webp",
+        index=0,
+        start=0.0,
+        end=None,
+        duration=milliseconds / 1000 or None,
+        fps=exact_rate(min(max(rate, Fraction(1)), Fraction(120))),
+        sample_aspect_ratio=Fraction(1),
+        has_audio=False,
+        has_alpha_stream=False,
+        codec_tag="",
+    )

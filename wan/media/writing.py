@@ -1,0 +1,264 @@
+"""Frames -> an mp4 that shows the same colours everywhere, and clips -> one mp4 without encoding anything again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.container import OutputContainer
+from av.video.frame import PictureType, VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from wan.errors import UserError
+from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS
+from wan.media.reading import read_last_frame
+from wan.media.source import exact_rate, inspect, open_video
+
+# crf 17 is past what eyes tell apart; forced-idr makes a keyframe that was asked for one where a file can be cut.
+_X264 = {"crf": "17", "preset": "medium", "profile": "high", "forced-idr": "1"}
+_FASTSTART = {"movflags": "+faststart"}  # the index goes first: the video plays while it downloads
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise UserError when no video can be written under this name: to be asked before hours of work."""
+    os.unlink(_reserve(path))
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: Iterable[np.ndarray],
+    fps: Fraction | float,
+    *,
+    keyframes: frozenset[int] = frozenset({0}),
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Encode uint8 [H, W, 3] RGB frames of one size, taken one by one, as H.264 mp4 with BT.709 colours.
+
+    An odd side loses its last row or column. `keyframes` are numbers of frames at which the file can be cut; `metadata`
+    is kept as JSON in the comment tag. The file appears under its name only when it is complete and was read back.
+    Raises UserError where it cannot be written, ValueError for frames that are none.
+    """
+    rate = exact_rate(fps)
+    with _published(path) as temporary:
+        count, size = 0, (0, 0)
+        with _mp4(temporary, metadata) as container:
+            stream: VideoStream | None = None
+            converter = VideoReformatter()
+            for array in frames:
+                if stream is None:
+                    size = _even_size(array)
+                    stream = _add_h264(container, size, rate)
+                    shape = array.shape
+                if array.shape != shape or array.dtype != np.uint8:
+                    raise ValueError(f"frame {count} is {array.dtype} {array.shape}, not uint8 {shape}")
+                frame = _to_yuv(converter, array[: size[1], : size[0]])
+                frame.pts, frame.time_base = count, 1 / rate
+                if count in keyframes:
+                    frame.pict_type = PictureType.I
+                container.mux(stream.encode(frame))
+                count += 1
+            if stream is None:
+                raise ValueError("there are no frames to write")
+            container.mux(stream.encode(None))
+        _verify(temporary, count, size)
+
+
+def join_videos(
+    parts: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    *,
+    drop_first: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Put clips that `write_video` made end to end without encoding them again; returns the number of frames.
+
+    `drop_first` leaves out the first frame of every part but the first, which must then have a keyframe at frame 1.
+    Raises UserError, before anything is written, when the parts do not fit together.
+    """
+    if not parts:
+        raise ValueError("there are no videos to join")
+    plans = [_Part.read(part, drop=int(drop_first and number > 0)) for number, part in enumerate(parts)]
+    for plan in plans[1:]:
+        plan.check_fits(plans[0])
+    tick = 1 / plans[0].format.fps
+    # Frames are decoded ahead of their display by a constant delay, the same on both sides of a seam.
+    delay = max(max(order - number for order, number in enumerate(plan.numbers)) for plan in plans)
+    with _published(path) as temporary:
+        written = 0
+        with _mp4(temporary, metadata) as container:
+            stream: VideoStream | None = None
+            for plan in plans:
+                with closing(open_video(plan.path)) as clip:
+                    template = clip.streams.video[0]
+                    if stream is None:
+                        stream = container.add_stream_from_template(template)
+                        stream.time_base = tick
+                    packets = (packet for packet in clip.demux(template) if packet.size)
+                    for order, (number, packet) in enumerate(zip(plan.numbers, packets, strict=True)):
+                        if number < plan.drop:
+                            continue
+                        packet.stream, packet.time_base = stream, tick
+                        packet.pts = written + number - plan.drop
+                        packet.dts = written + order - plan.drop - delay
+                        packet.duration = 1
+                        container.mux(packet)
+                written += len(plan.numbers) - plan.drop
+        _verify(temporary, written, (plans[0].format.width, plans[0].format.height))
+    return written
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What must be equal for two clips to share one stream."""
+
+    codec: str
+    width: int
+    height: int
+    pixels: str | None
+    fps: Fraction
+    colour: tuple[int, int, int, int]
+    sample_aspect_ratio: Fraction
+    encoder_settings: bytes | None
+    streams: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: str
+    format: _Format
+    numbers: list[int]  # display numbers of the frames in the order of decoding
+    drop: int  # frames left out at the beginning
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], drop: int) -> _Part:
+        source = inspect(path)
+        with closing(open_video(source.path)) as container:
+            stream = cast(VideoStream, container.streams[source.index])
+            context = stream.codec_context
+            made = _Format(
+                codec=context.name,
+                width=stream.width,
+                height=stream.height,
+                pixels=stream.pix_fmt,
+                fps=stream.average_rate or Fraction(0),
+                colour=(stream.color_primaries, stream.color_trc, stream.colorspace, stream.color_range),
+                sample_aspect_ratio=source.sample_aspect_ratio,
+                encoder_settings=context.extradata,
+                streams=len(container.streams),
+            )
+            stamps = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
+            step = (stream.time_base or Fraction(0)) * made.fps
+        numbers = [round(pts * step) if pts is not None else -1 for pts, _ in stamps]
+        if sorted(numbers) != list(range(len(numbers))) or not numbers:
+            raise UserError(f"cannot join {source.path!r}: its frames are not evenly spaced from 0 on; write it again")
+        if drop and (1, True) not in zip(numbers, (key for _, key in stamps), strict=True):
+            raise UserError(
+                f"cannot join {source.path!r} without its first frame: frame 1 is not a keyframe; "
+                "write it again with keyframes at 0 and 1"
+            )
+        return cls(source.path, made, numbers, drop)
+
+    def check_fits(self, first: _Part) -> None:
+        different = []
+        for field in fields(_Format):
+            ours, theirs = getattr(self.format, field.name), getattr(first.format, field.name)
+            if ours != theirs:
+                plain = isinstance(ours, (bytes, type(None)))
+                different.append(field.name.replace("_", " ") + ("" if plain else f" {ours} against {theirs}"))
+        if different:
+            raise UserError(
+                f"cannot join {self.path!r} to {first.path!r}: different {', '.join(different)}; "
+                "write both with the same settings"
+            )
+
+
+@contextmanager
+def _published(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A temporary name beside `path`; it becomes `path` when the body succeeds, and nothing stays when it fails."""
+    temporary = _reserve(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, av.FFmpegError) as error:
+        if error.errno in _FULL_DISK:
+            raise UserError(f"cannot write {os.fspath(path)!r}: {error.strerror}; free some space") from error
+        raise
+    finally:
+        with suppress(FileNotFoundError):  # it has its final name
+            os.unlink(temporary)
+
+
+def _reserve(path: str | os.PathLike[str]) -> str:
+    """Make the empty temporary file for `path`. Raises UserError: FFmpeg's own errors would come late and say less."""
+    name = os.fspath(path)
+    if not name.lower().endswith(".mp4"):
+        raise UserError(f"cannot write {name!r}: only mp4 files are written, give a name that ends in .mp4")
+    if os.path.isdir(name):
+        raise UserError(f"cannot write {name!r}: it is a folder, give another name")
+    folder, base = os.path.split(name)
+    temporary = os.path.join(folder, f".{base}.{secrets.token_hex(4)}.part")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise UserError(f"cannot write {name!r}: {error.strerror}; give a folder that can be written to") from error
+    return temporary
+
+
+@contextmanager
+def _mp4(path: str, metadata: Mapping[str, Any] | None) -> Iterator[OutputContainer]:
+    with av.open("file:" + path, "w", format="mp4", options=_FASTSTART) as container:
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False)
+        yield container
+
+
+def _add_h264(container: OutputContainer, size: tuple[int, int], rate: Fraction) -> VideoStream:
+    stream = container.add_stream("libx264", rate=rate, options=_X264)
+    stream.width, stream.height = size
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.time_base = 1 / rate
+    # Without tags a player guesses the colours, and guesses differently above and below 720 lines.
+    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_range = LIMITED
+    return stream
+
+
+def _even_size(array: np.ndarray) -> tuple[int, int]:
+    if array.ndim != 3 or array.shape[2] != 3 or min(array.shape[:2]) < 2:
+        raise ValueError(f"a frame must be uint8 [H, W, 3] of 2 pixels or more, not {array.shape}")
+    return array.shape[1] // 2 * 2, array.shape[0] // 2 * 2
+
+
+def _to_yuv(converter: VideoReformatter, array: np.ndarray) -> VideoFrame:
+    return converter.reformat(
+        VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24"),
+        format="yuv420p",
+        interpolation=SWS_FLAGS,
+        src_color_range=FULL,
+        dst_colorspace=BT709,
+        dst_color_range=LIMITED,
+        threads=1,  # swscale's thread pool would dead-lock a process forked later
+    )
+
+
+def _verify(path: str, count: int, size: tuple[int, int]) -> None:
+    """Read back what was written. A difference is no user's fault."""
+    with closing(open_video(path)) as container:
+        found = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+    shown = read_last_frame(path).size
+    if (found, shown) != (count, size):
+        raise RuntimeError(f"{path!r} reads back as {found} frames of {shown}, not {count} of {size}")
