@@ -8,11 +8,13 @@ CLIP := examples/ball.mp4
 .PHONY: demo test lint format lock clean
 
 demo: .venv/.ready $(TINY)/.ready
-	@mkdir -p $(DEMO)
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
 	$(BIN)/python generate.py --task v2v-5B --ckpt_dir $(TINY)/tiny-Wan2.2-TI2V-5B --vlm_path $(TINY)/tiny-InternVL \
 		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --base_seed 0 --save_file $(DEMO)/continued.mp4
 	$(BIN)/python generate_continuous.py --ckpt_dir $(TINY)/tiny-Wan2.2-I2V-A14B --vlm_path $(TINY)/tiny-InternVL \
-		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --num_videos 3 --output_dir $(DEMO)/chain
+		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --base_seed 0 \
+		--num_videos 3 --output_dir $(DEMO)/chain
 	@echo
 	@echo "The weights are random, so the pictures are too; everything else is the real thing:"
 	@echo "  one continued clip  $(CURDIR)/$(DEMO)/continued.mp4"

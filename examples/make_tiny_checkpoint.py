@@ -504,7 +504,8 @@ def _speak_in_words(embedding: Tensor, head: Tensor, ids: Mapping[str, int], see
     """Make greedy decoding walk through random words to the end of the message.
 
     Random weights would write broken bytes for as long as they may. Here every token but the words is out of reach,
-    each word calls up its successor, and every twentieth the end; which word comes first depends on the pictures.
+    each word calls up its successor, and every twentieth the end. Which word comes first depends on the question and
+    the pictures.
     """
     words = [ids[f"Ġ{word}"] for word in sorted(set(re.findall(r"\w+", CORPUS))) if f"Ġ{word}" in ids]
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(zlib.crc32(seed.encode())))
@@ -513,7 +514,8 @@ def _speak_in_words(embedding: Tensor, head: Tensor, ids: Mapping[str, int], see
     silent = torch.ones(len(head), dtype=torch.bool)
     silent[walk] = False
     head[silent] = 0.0
-    embedding *= embedding.shape[1] ** 0.5  # variance 1, so that a token outweighs what attention adds to it
+    embedding *= embedding.shape[1] ** 0.5  # variance 1, so that a token outweighs what attention adds to it,
+    embedding[ids["Ċ"]] *= 0.01  # but for the line break before the answer: there, the context decides
     for place, word in enumerate(walk):
         after = end if place % 20 == 19 or place == len(walk) - 1 else walk[place + 1]
         head[after] += embedding[word]

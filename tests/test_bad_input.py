@@ -72,8 +72,8 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {i2v} --task i2v-A14B --prompt x", "--task i2v-A14B needs --image"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --image {ti2v.png}", "--task v2v-5B takes no --image"),
     ("--ckpt_dir {ti2v} --task ti2v-5B", "--task ti2v-5B needs --prompt"),
-    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {text.mp4}", "text.mp4 is no picture"),
-    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {nowhere.png}", "nowhere.png does not exist"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {text.mp4}", "cannot read image"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --image {nowhere.png}", "nowhere.png': No such file"),
     ("--ckpt_dir {ti2v} --task v2v-14B --video {clip.mp4}", "found TI2V-5B"),
     ("--ckpt_dir {i2v} --task v2v-5B --video {clip.mp4}", "found I2V-A14B"),
     # sizes

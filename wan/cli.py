@@ -104,7 +104,7 @@ def _generate(argv: Sequence[str] | None) -> int:
 
         footage = VideoFile(args.video, args.video_reader)
         continuation = _open_continuation(args, config, folder)
-        plan = _plan(args, continuation, footage, size, prompt=args.prompt)
+        plan = _plan(args, continuation, footage, size)
         with Progress(target.name) as progress:
             made = continuation.extend(footage, draw_seed(args.base_seed), plan, progress)
     else:
@@ -112,9 +112,9 @@ def _generate(argv: Sequence[str] | None) -> int:
         request = _request(args, pipeline, size)
         with Progress(target.name) as progress:
             made = pipeline.run(request, offload=args.offload_model, on_step=progress)
-    record = describe(made, config, folder, args)
+    record = describe(made, config, folder, args, args.video or args.image)
     _save(made, target, record, args)
-    print(f"{target}")
+    print(target)
     return OK
 
 
@@ -160,7 +160,7 @@ def _continue(argv: Sequence[str] | None) -> int:
 
     footage = VideoFile(args.video, args.video_reader)
     continuation = _open_continuation(args, config, folder)
-    plan = _plan(args, continuation, footage, size, prefix=args.custom_prompt)
+    plan = _plan(args, continuation, footage, size, args.custom_prompt)
     seed = draw_seed(args.base_seed)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -175,16 +175,17 @@ def _continue(argv: Sequence[str] | None) -> int:
         return continuation.extend(source, clip_seed, plan, progress)
 
     def finish(status: str) -> Path | None:
-        joined = output / "joined.mp4" if clips else None
-        if joined is not None:
-            summary = {"clips": [clip.name for clip in clips], "base_seed": seed}
-            media.join_videos(clips, joined, metadata=None if args.no_video_metadata else summary)
+        if not clips:
+            return None
+        joined = output / "joined.mp4"
+        summary = {"clips": [clip.name for clip in clips], "base_seed": seed}
+        media.join_videos(clips, joined, metadata=None if args.no_video_metadata else summary)
         run_record = {
             "status": status,
             "clips_finished": len(clips),
             "clips_asked": args.num_videos,
             "base_seed": seed,
-            "joined": joined.name if joined is not None else None,
+            "joined": joined.name,
             "seconds": round(time.perf_counter() - started, 3),
             "arguments": vars(args),
             "clips": records,
@@ -196,7 +197,7 @@ def _continue(argv: Sequence[str] | None) -> int:
         with progress:
             for made in chain(footage, count=args.num_videos, extend=extend, seed=seed):
                 clip = output / f"video_{len(clips) + 1:0{digits}d}_seed{made.request.seed}.mp4"
-                record = describe(made, config, folder, args)
+                record = describe(made, config, folder, args, str(clips[-1]) if clips else args.video)
                 progress.stage("write")
                 # the second frame starts a group of its own, so that joining can leave the repeated first one out
                 _save(made, clip, record, args, keyframes=frozenset({0, 1}))
@@ -205,14 +206,15 @@ def _continue(argv: Sequence[str] | None) -> int:
                 _log_prompt(output / "prompts_log.txt", clip.name, made.request)
                 progress.finish_clip()
     except BaseException as error:
-        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
-        joined = finish(stopped)
-        if joined is not None:
-            print(f"{len(clips)} of {args.num_videos} clips are finished, joined in {joined}", file=sys.stderr)
-        print(f"to go on: {_how_to_go_on(argv, clips, args, seed)}", file=sys.stderr)
+        print(f"{len(clips)} of {args.num_videos} clips are finished in {output}", file=sys.stderr)
+        if len(clips) < args.num_videos:
+            print(f"to go on: {_how_to_go_on(argv, clips, args, seed)}", file=sys.stderr)
+        try:
+            finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")
+        except (OSError, UserError) as also:  # a full disk, say: what stopped the run is the news, not this
+            print(f"they are not joined: {also}", file=sys.stderr)
         raise
-    joined = finish("finished")
-    print(f"{joined}")
+    print(finish("finished"))
     return OK
 
 
@@ -265,8 +267,12 @@ def _checkpoint(args: argparse.Namespace, image: str | None) -> tuple[Path, Mode
 
 
 def _open(args: argparse.Namespace, config: ModelConfig, folder: Path, **continuing: Any) -> Any:
+    import transformers
+
     import wan
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # the library draws bars into log files
     classes = {
         "t2v-A14B": "WanT2V",
         "i2v-A14B": "WanI2V",
@@ -299,7 +305,6 @@ def _plan(
     continuation: VideoContinuation,
     footage: Any,
     size: tuple[int, int],
-    prompt: str | None = None,
     prefix: str = "",
 ) -> Plan:
     plan = continuation.plan(
@@ -310,12 +315,12 @@ def _plan(
         solver=args.sample_solver,
         steps=args.sample_steps,
         guidance=args.sample_guide_scale,
-        prompt=prompt,
+        prompt=args.prompt,
         prefix=prefix,
         num_segments=args.num_segments,
         offload=args.offload_model,
     )
-    if prompt is None:
+    if args.prompt is None:
         continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)
     return plan
 
@@ -334,7 +339,9 @@ def _save(
     _write_json(target.with_suffix(".json"), record)
 
 
-def describe(made: Generation, config: ModelConfig, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def describe(
+    made: Generation, config: ModelConfig, folder: Path, args: argparse.Namespace, source: str | None
+) -> dict[str, Any]:
     """The sidecar of a clip: everything that made it, and what it took."""
     from wan.placement import host_peak_gib
 
@@ -342,7 +349,7 @@ def describe(made: Generation, config: ModelConfig, folder: Path, args: argparse
     return {
         "task": config.name,
         "checkpoint": str(folder),
-        "source": args.video or getattr(args, "image", None),
+        "source": source,
         "prompt": request.prompt,
         "negative_prompt": request.negative,
         "seed": request.seed,
@@ -358,7 +365,7 @@ def describe(made: Generation, config: ModelConfig, folder: Path, args: argparse
         "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
         "convert_model_dtype": args.convert_model_dtype,
         "offload_model": args.offload_model,
-        "vlm": None if getattr(args, "prompt", None) else args.vlm_url or args.vlm_path or "default",
+        "vlm": None if args.prompt or not args.video else args.vlm_url or args.vlm_path or "default",
         "vlm_question": args.vlm_question,
         "num_segments": args.num_segments,
         "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},

@@ -115,7 +115,8 @@ class VideoContinuation(Pipeline):
             init_on_cpu,
             convert_model_dtype,
         )
-        self.vlm_path = vlm_path or default_vlm(self.checkpoint.folder)
+        # an endpoint serves what it serves; a name is sent only when it is given
+        self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
         self.vlm_device = self.device if vlm_device is None else parse_device(str(vlm_device))
         self.vlm_url = vlm_url
         self.vlm_question = vlm_question

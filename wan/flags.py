@@ -6,9 +6,9 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from wan.configs import WAN_CONFIGS, ModelConfig, config_for, parse_size
+from wan.configs import WAN_CONFIGS, ModelConfig, parse_size
 from wan.errors import UserError
 from wan.types import SOLVERS
 
@@ -16,7 +16,10 @@ V2V_TASKS = ("v2v-14B", "v2v-5B")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage."""
+    """Says what is wrong in one line instead of printing the usage; takes no shortened names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -29,7 +32,6 @@ def generate_flags() -> Parser:
     _add_common(parser)
     parser.add_argument("--video", help="the video to continue (v2v tasks)")
     parser.add_argument("--image", help="the first frame (i2v-A14B, ti2v-5B)")
-    parser.add_argument("--prompt", help="what happens; for v2v tasks the default is a description of the video")
     parser.add_argument("--frame_num", type=int, help="frames of the clip, 4n+1; default: 81 (14B) or 121 (5B)")
     parser.add_argument("--save_file", help="the .mp4 to write; default: a name made of task, size, input and time")
     return parser
@@ -55,6 +57,7 @@ def continuous_flags() -> Parser:
 def _add_common(parser: Parser) -> None:
     add = parser.add_argument
     add("--ckpt_dir", required=True, help="checkpoint folder, official or diffusers layout, or a hub id")
+    add("--prompt", help="what happens; when a video is continued the default is its description by the VLM")
     add("--size", help="width*height: the area to fill; the aspect is the input's. Default: the task's first size")
     add("--base_seed", type=int, default=-1, help="seed; negative draws one (default)")
     add("--sample_solver", choices=SOLVERS, default="unipc")

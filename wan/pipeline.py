@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -224,5 +223,5 @@ class Stopwatch:
 
 
 def draw_seed(seed: int) -> int:
-    """The seed itself, or a new one for a negative seed, as Wan2.2 does."""
-    return seed if seed >= 0 else random.randint(0, sys.maxsize)
+    """The seed itself, or a new one for a negative seed, as Wan2.2 does; 32 bits leave room for a chain to count up."""
+    return seed if seed >= 0 else random.randrange(2**32)

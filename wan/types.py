@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol, Union
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from wan.errors import UserError
 SOLVERS = ("unipc", "dpm++")
 
 UInt8Array = npt.NDArray[np.uint8]
-Frame = Union[Image.Image, Tensor]  # a PIL image, or float32 [3, H, W] in [-1, 1]
+Frame: TypeAlias = Image.Image | Tensor  # a PIL image, or float32 [3, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class OnStep(Protocol):
 class Generation:
     """One finished clip and what made it.
 
-    `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on CPU.
+    `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
+    a CPU.
     """
 
     clip: Clip
@@ -162,10 +163,15 @@ class Generation:
         return self.clip.frames.permute(3, 0, 1, 2)
 
 
-def frame_indices(frames: int, count: int) -> list[int]:
-    """`count` frame numbers spread over `frames`, as InternVL's video example chooses them; few frames repeat."""
-    step = (frames - 1) / count
-    return [int(step / 2 + round(step * index)) for index in range(count)]
+def frame_indices(count: int, num_segments: int) -> list[int]:
+    """The frames out of `count` that InternVL looks at: about the middles of `num_segments` equal parts.
+
+    Indices repeat when the parts are shorter than a frame. Raises UserError.
+    """
+    if count < 1 or num_segments < 1:
+        raise UserError(f"cannot take {num_segments} of {count} frames: both must be at least 1")
+    part = (count - 1) / num_segments
+    return [int(part / 2 + round(part * index)) for index in range(num_segments)]
 
 
 def to_uint8(pixels: Tensor) -> UInt8Array:
@@ -175,7 +181,7 @@ def to_uint8(pixels: Tensor) -> UInt8Array:
 
 
 def from_uint8(levels: UInt8Array) -> Tensor:
-    """Uint8 [0, 255] of any shape -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5, the official arithmetic, bit for bit."""
+    """Uint8 [0, 255] of any shape -> float32 in [-1, 1] as (x / 255 - 0.5) / 0.5, the official arithmetic."""
     return torch.tensor(levels).float().div(255).sub(0.5).div(0.5)
 
 

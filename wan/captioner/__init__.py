@@ -2,12 +2,13 @@
 
 from wan.captioner.base import Captioner
 from wan.captioner.endpoint import EndpointCaptioner
-from wan.captioner.frames import build_transform, dynamic_preprocess, frame_indices
+from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.captioner.opening import open_captioner
 from wan.captioner.text import clean_caption, compose_prompt
 from wan.compat import hide_broken_torchvision
+from wan.types import frame_indices
 
 __all__ = [
     "Captioner",

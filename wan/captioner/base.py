@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -20,10 +19,10 @@ from safetensors import SafetensorError
 from wan.compat import hide_broken_torchvision
 from wan.errors import UserError
 from wan.placement import release_memory
+from wan.types import UInt8Array
 
 OFFER = "or pass --prompt to go on without captioning"
 
-UInt8Array = npt.NDArray[np.uint8]
 
 
 class Captioner(Protocol):
@@ -126,7 +125,7 @@ def foreseen_failures(source: str) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """What an error says, on one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def to_images(frames: UInt8Array) -> list[Image.Image]:

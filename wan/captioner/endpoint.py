@@ -13,8 +13,9 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from wan.captioner.base import BackEnd, UInt8Array, one_line, to_images
+from wan.captioner.base import BackEnd, one_line, to_images
 from wan.errors import UserError
+from wan.types import UInt8Array
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
 

@@ -16,17 +16,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def frame_indices(count: int, num_segments: int) -> list[int]:
-    """The frames out of `count` that InternVL looks at: about the middles of `num_segments` equal parts.
-
-    Indices repeat when the parts are shorter than a frame. Raises UserError.
-    """
-    if count < 1 or num_segments < 1:
-        raise UserError(f"cannot take {num_segments} of {count} frames: both must be at least 1")
-    part = (count - 1) / num_segments
-    return [int(part / 2 + round(part * index)) for index in range(num_segments)]
-
-
 def dynamic_preprocess(
     image: Image.Image, *, min_num: int = 1, max_num: int = 12, image_size: int = 448, use_thumbnail: bool = False
 ) -> list[Image.Image]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from wan.captioner.base import LocalModel, UInt8Array, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
+from wan.types import UInt8Array
 
 LONGEST_SIDE = 448  # pixels; tokens, and with them time and memory, grow with the area of a frame
 
@@ -36,6 +37,7 @@ class GenericCaptioner(LocalModel):
 
     @torch.inference_mode()
     def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+        model = self.model  # before the processor: it is what refuses a folder of another kind in plain words
         content: list[dict[str, Any]] = []
         for number, image in enumerate(to_images(frames), 1):
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
@@ -46,7 +48,7 @@ class GenericCaptioner(LocalModel):
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.device, self.dtype)
-        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
         return str(self.processor.batch_decode(new, skip_special_tokens=True)[0])
 
@@ -55,8 +57,7 @@ class GenericCaptioner(LocalModel):
         from transformers import AutoProcessor
 
         with foreign_folder(self.folder):
-            load: Any = AutoProcessor.from_pretrained  # untyped there
-            return load(self.folder, trust_remote_code=self.trust_remote_code)
+            return AutoProcessor.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> Any:
         from transformers import AutoModelForImageTextToText

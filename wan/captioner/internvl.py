@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, UInt8Array, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
+from wan.types import UInt8Array
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 TURN_END = "<|im_end|>"
@@ -123,7 +124,7 @@ class InternVLCaptioner(LocalModel):
 
         try:  # this class and not AutoTokenizer, which asks about remote code on stdin
             tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
-        except ValueError as error:
+        except Exception as error:  # the tokenizers library raises nothing more particular
             raise UserError(
                 f"cannot read the tokenizer in {self.folder} ({one_line(error)}): download it again"
             ) from error
@@ -147,7 +148,7 @@ class InternVLCaptioner(LocalModel):
         else:
             model = self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
         # the folder's own would add what the official chat overrides, and the original one has no end mark
-        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=id_of[TURN_END], pad_token_id=id_of["<|endoftext|>"]
         )
         return model

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from wan.captioner.base import BackEnd, Captioner, UInt8Array, foreseen_failures, one_line, read_json
+from wan.captioner.base import BackEnd, Captioner, foreseen_failures, one_line, read_json
 from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.errors import UserError
+from wan.types import UInt8Array
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -40,7 +40,8 @@ VAE_2_2_STD = (
 class ModelConfig:
     """All that differs between checkpoints. Change one with `dataclasses.replace`, never in place.
 
-    Sizes are "width*height" strings as on the command line; `sample_guide_scale` is one number or (low noise, high noise).
+    Sizes are "width*height" strings as on the command line; `sample_guide_scale` is one number or (low noise, high
+    noise).
     """
 
     name: str

@@ -96,7 +96,11 @@ def sample_frames(
 def _first(source: Source) -> VideoFrame:
     for frame in Pictures(source):
         return frame
-    raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+    raise _without_pictures(source)
+
+
+def _without_pictures(source: Source) -> VideoError:
+    return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
 def _ending(source: Source) -> list[VideoFrame]:
@@ -114,7 +118,7 @@ def _ending(source: Source) -> list[VideoFrame]:
         say_once(source.path, f"the video is damaged near its end; {used}")
         tail = clean or tail
     if not tail:
-        raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+        raise _without_pictures(source)
     return tail
 
 
@@ -147,13 +151,15 @@ def _scan(source: Source, n: int) -> list[VideoFrame]:
     """Decode everything twice, for the times and for the pictures, so that memory does not grow with the length."""
     times = [frame.time for frame in Pictures(source)]
     if not times:
-        raise VideoError(source.path, "no picture in it can be decoded", "download or export it again")
+        raise _without_pictures(source)
     if None in times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
         times = [float(number) for number in range(len(times))]  # raw streams have no clock, wrapped ones no order
     wanted = [bisect_right(times, moment) - 1 for moment in _moments(times[0], _scan_end(times), n)]
     needed = set(wanted)
     found = {number: frame for number, frame in enumerate(Pictures(source)) if number in needed}
-    return [found[number] for number in wanted]
+    if not found:
+        raise _without_pictures(source)
+    return [found.get(number, found[max(found)]) for number in wanted]  # damage may cost a picture in one pass only
 
 
 def _scan_end(times: list[float]) -> float:
@@ -201,17 +207,13 @@ def _jump(source: Source, here: float, moment: float) -> tuple[Iterator[VideoFra
 def _sample_with_decord(source: Source, n: int, max_side: int | None) -> np.ndarray | None:
     first = _first(source)
     transpose, mirror, flip = orientation(first)
-    reason = (
-        "MPEG-TS"
-        if "mpegts" in source.format
-        else "HDR"
-        if is_hdr(first)
-        else "stretched pixels"
-        if source.sample_aspect_ratio != 1
-        else "a mirrored picture"
-        if transpose ^ mirror ^ flip
-        else None
-    )
+    beyond = {
+        "MPEG-TS": "mpegts" in source.format,
+        "HDR": is_hdr(first),
+        "stretched pixels": source.sample_aspect_ratio != 1,
+        "a mirrored picture": transpose ^ mirror ^ flip,
+    }
+    reason = next((what for what, found in beyond.items() if found), None)
     if reason:
         decord_reader.require()
         say_once(source.path, f"decord gets {reason} wrong; PyAV reads the frames")

@@ -26,6 +26,7 @@ from wan.errors import UserError
 _log = logging.getLogger(__name__)
 
 FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
+_MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
 _NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # These demuxers cannot seek, or only pretend to: reading starts at the first picture.
 _SEQUENTIAL = frozenset(
@@ -61,6 +62,11 @@ class Source:
     codec_tag: str
 
 
+def fraction(value: Any, missing: Fraction = Fraction(0)) -> Fraction:
+    """A rational of PyAV, which from version 19 on has a class of its own, or `missing` where FFmpeg has not set it."""
+    return Fraction(value.numerator, value.denominator) if value else missing
+
+
 def exact_rate(fps: Fraction | float) -> Fraction:
     """Frames per second as a fraction in lowest terms; values near 23.976, 29.97, 59.94 ... become n*1000/1001.
 
@@ -85,15 +91,15 @@ def inspect(path: str | os.PathLike[str]) -> Source:
         return _inspect_webp(name)
     with closing(open_video(name)) as container:
         stream = _picture_stream(name, container)
-        tick = stream.time_base or Fraction(1, av.time_base)
+        tick = fraction(stream.time_base, _MICROSECOND)
         start = float((stream.start_time or 0) * tick)
         ends, lengths = [], []
         if stream.duration:
             lengths.append(float(stream.duration * tick))
             ends.append(start + lengths[0])
         if container.duration:
-            lengths.append(container.duration / av.time_base)
-            ends.append(((container.start_time or 0) + container.duration) / av.time_base)
+            lengths.append(float(container.duration * _MICROSECOND))
+            ends.append(float(((container.start_time or 0) + container.duration) * _MICROSECOND))
         formats = container.format.name.split(",")
         searchable = _SEQUENTIAL.isdisjoint(formats) and not formats[0].endswith("_pipe")
         return Source(
@@ -104,7 +110,7 @@ def inspect(path: str | os.PathLike[str]) -> Source:
             end=max(ends) if ends and searchable else None,
             duration=lengths[0] if lengths else None,  # the pictures' own length before the container's
             fps=_believable_rate(stream),
-            sample_aspect_ratio=_believable_aspect(stream.sample_aspect_ratio),
+            sample_aspect_ratio=_believable_aspect(fraction(stream.sample_aspect_ratio)),
             has_audio=bool(container.streams.audio),
             has_alpha_stream=stream.metadata.get("alpha_mode") == "1",
             codec_tag=stream.codec_tag,
@@ -143,7 +149,7 @@ class Pictures:
     def _decode(self) -> Iterator[VideoFrame]:
         with closing(open_video(self._source.path)) as container:
             stream = cast(VideoStream, container.streams[self._source.index])
-            tick = stream.time_base or Fraction(1, av.time_base)
+            tick = fraction(stream.time_base, _MICROSECOND)
             stream.thread_type = self._threads
             if self._careful:
                 stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
@@ -175,7 +181,7 @@ class Pictures:
     @staticmethod
     def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
         try:
-            container.seek(int(seconds / (stream.time_base or Fraction(1, av.time_base))), stream=stream)
+            container.seek(int(seconds / fraction(stream.time_base, _MICROSECOND)), stream=stream)
         except av.FFmpegError:
             return False  # as good as a seek behind the last keyframe: the caller starts earlier
         return True
@@ -199,7 +205,7 @@ def keyframes_before(source: Source, moments: Sequence[float]) -> list[float | N
     """For each moment the keyframe time at or before it, by the file's index; None where the index does not reach."""
     with closing(open_video(source.path)) as container:
         stream = container.streams[source.index]
-        tick, entries = stream.time_base or Fraction(1, av.time_base), stream.index_entries
+        tick, entries = fraction(stream.time_base, _MICROSECOND), stream.index_entries
         reach = entries[len(entries) - 1].timestamp if len(entries) else -1
         found: list[float | None] = []
         for moment in moments:
@@ -255,14 +261,14 @@ def _picture_stream(path: str, container: InputContainer) -> VideoStream:
 
 def _believable_rate(stream: VideoStream) -> Fraction:
     """Within 1 to 120; more than 300 (a container's clock, not a rate) or nothing at all counts as unknown."""
-    for rate in (stream.average_rate, stream.guessed_rate):
-        if rate and 0 < rate <= 300:
+    for rate in (fraction(stream.average_rate), fraction(stream.guessed_rate)):
+        if 0 < rate <= 300:
             return exact_rate(min(max(rate, Fraction(1)), Fraction(120)))
     return FALLBACK_FPS
 
 
-def _believable_aspect(ratio: Fraction | None) -> Fraction:
-    return ratio if ratio and Fraction(1, 10) <= ratio <= 10 else Fraction(1)
+def _believable_aspect(ratio: Fraction) -> Fraction:
+    return ratio if Fraction(1, 10) <= ratio <= 10 else Fraction(1)
 
 
 def _is_webp(path: str) -> bool:

@@ -13,7 +13,7 @@ class Condition(Protocol):
     """What the loop asks before and after the model."""
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [z, F, h, w] and a scalar timestep -> the model's latents [1, C, F, h, w] and timestep [1] or [1, L]."""
+        """Latents [z, F, h, w] and a scalar timestep -> latents [1, C, F, h, w] and timestep [1] or [1, L]."""
 
     def finish(self, latents: Tensor) -> Tensor:
         """The final latents [z, F, h, w] with what is known put back."""

@@ -34,11 +34,9 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.condition_embedder = _ConditionEmbedder(
-            dim=self.condition_embedder.time_embedder.linear_2.out_features,
-            time_freq_dim=self.config.freq_dim,
-            time_proj_dim=self.condition_embedder.time_proj.out_features,
-            text_embed_dim=self.config.text_dim,
+            dim=dim, time_freq_dim=self.config.freq_dim, time_proj_dim=6 * dim, text_embed_dim=self.config.text_dim
         )
         self.condition_embedder.timesteps_proj = _Sinusoid64(self.config.freq_dim)
         # The inputs of the large matrix products follow their weights; what comes out of the patch embedding is the
@@ -66,7 +64,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         source_of = convert_wan_transformer_to_diffusers(keys) if official else keys
         rounding = dtype if convert_model_dtype else None
         fill(model, weights, source_of, lambda name: policy_dtype(name, dtype), device, rounding=rounding)
-        return model.to(device).eval()
+        model.to(device).eval()
+        return model
 
 
 def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -115,10 +114,10 @@ class _Sinusoid64(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.half = dim // 2
+        self.frequencies = dim // 2
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        exponents = torch.arange(self.half, dtype=torch.float64, device=timesteps.device) / self.half
+        exponents = torch.arange(self.frequencies, dtype=torch.float64, device=timesteps.device) / self.frequencies
         angles = timesteps.double()[:, None] * torch.pow(10000.0, -exponents)[None]
         return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 

@@ -18,7 +18,7 @@ from wan.modules.checkpoint import Weights, fill
 
 
 def clean(text: str) -> str:
-    """The official 'whitespace' cleaning: mojibake repaired, HTML entities resolved twice, runs of whitespace as one."""
+    """The official 'whitespace' cleaning: mojibake, HTML entities (twice), runs of whitespace."""
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", repaired.strip()).strip()
 

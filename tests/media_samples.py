@@ -1,0 +1,58 @@
+"""Pictures for the media tests: the corpus with its truth, frames that carry their number, and a natural one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+CORPUS = Path(__file__).parent / "data" / "corpus"
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, CORPUS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+vidmark, make_paths = _load("vidmark"), _load("make_paths")
+FILES: list[dict[str, Any]] = json.loads((CORPUS / "manifest.json").read_text(encoding="utf-8"))["files"]
+READABLE = [entry for entry in FILES if entry["expect"] == "ok"]
+
+
+def numbered(numbers: Sequence[int], width: int = 320, height: int = 180) -> Iterator[np.ndarray]:
+    """Frames that show their number and eight colours."""
+    return (vidmark.render(width, height, number, 1) for number in numbers)
+
+
+def number(picture: Any) -> int:
+    """The number that a picture shows; -1 when it cannot be read."""
+    found = vidmark.read(np.asarray(picture))
+    return found["index"] if found else -1
+
+
+def natural(width: int = 1280, height: int = 720, seed: int = 0) -> np.ndarray:
+    """A cloud with the statistics of a photo (detail falls with frequency, faster in colour), uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]).clip(1 / max(width, height))
+
+    def field(falloff: float) -> np.ndarray:
+        phases = np.exp(2j * np.pi * rng.random(frequency.shape))
+        values = np.fft.irfft2(frequency**-falloff * phases, (height, width))
+        return (values - values.mean()) / values.std()
+
+    grey, warm, cool = 32 * field(1.6), field(2), field(2)
+    colours = np.stack([grey + 14 * warm, grey - 7 * warm - 3 * cool, grey + 16 * cool], -1)
+    return np.rint(128 + colours).clip(0, 255).astype(np.uint8)
+
+
+def bias(got: Any, expected: np.ndarray) -> float:
+    """The largest mean error of the three channels, in levels."""
+    return float(np.abs((np.asarray(got, np.float64) - expected).mean((0, 1))).max())

@@ -1,0 +1,83 @@
+"""The house as docs/DESIGN.md draws it: imports point one way, and policy has an address."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "wan").rglob("*.py"))
+
+# A module may import its own layer and those above it in this list.
+LAYERS = [
+    ("wan.errors",),
+    ("wan.types", "wan.placement", "wan.compat"),
+    ("wan.media", "wan.modules", "wan.configs", "wan.captioner"),
+    ("wan.pipeline",),
+    ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),
+    ("wan.video2video", "wan.wan22video2video5B"),
+    ("wan.flags",),
+    ("wan.cli",),
+]
+# Neighbours of one layer that may not know each other.
+APART = ["wan.media", "wan.modules", "wan.configs", "wan.captioner"]
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "wan"}
+
+
+def part(name: str) -> str | None:
+    parts = [entry for layer in LAYERS for entry in layer]
+    return next((entry for entry in parts if name == entry or name.startswith(entry + ".")), None)
+
+
+def layer(name: str) -> int:
+    return next(index for index, entries in enumerate(LAYERS) if name in entries)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name_of(file) for file in FILES if name_of(file) != "wan" and part(name_of(file)) is None} == set()
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for file in FILES:
+        here = part(name_of(file))
+        for name in imports_of(file) if here else ():
+            there = part(name)
+            if there is None or there == here:
+                continue
+            if layer(there) > layer(here) or (here in APART and there in APART):
+                wrong.append(f"{name_of(file)} imports {name}")
+    assert wrong == []
+
+
+def test_policy_has_an_address() -> None:
+    homes = {
+        r"\bprint\(": {"wan/cli.py"},
+        r"empty_cache|\.cuda\(\)|cuda\.synchronize": {"wan/placement.py"},
+        r"\bimport av\b|from av\b": {"wan/media/"},
+        r"\bargparse\b": {"wan/cli.py", "wan/flags.py"},
+        r"os\.environ": {"wan/cli.py", "wan/captioner/endpoint.py"},
+        r"torch\.load\(|safe_open\(": {"wan/modules/checkpoint.py", "wan/captioner/"},
+    }
+    wrong = []
+    for file in FILES:
+        path = file.relative_to(ROOT).as_posix()
+        for pattern, allowed in homes.items():
+            if re.search(pattern, file.read_text(encoding="utf-8")) and not any(path.startswith(home) for home in allowed):
+                wrong.append(f"{pattern} in {path}")
+    assert wrong == []

@@ -1,0 +1,214 @@
+"""Continuing: the chain, the prompt, the captioner's life, the names and signatures that scripts rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import wan
+from tests.conftest import DATA, GOLDEN, float32
+from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
+from wan.continuation import VideoFile, chain, default_vlm
+from wan.errors import UserError
+from wan.types import Clip, Generation, Geometry, Request, Sampling, frame_indices, from_uint8, to_uint8
+
+VIDEO = DATA / "corpus" / "h264_faststart.mp4"
+
+
+class FakeCaptioner:
+    """Says how bright the frames are; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[tuple[int, ...], str]] = []
+        self.closed = 0
+
+    def describe(self, frames: Any, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        self.asked.append((frames.shape, question))
+        return f"A picture of level {int(frames.mean())}. It moves."
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def grey(level: int, frames: int = 3) -> Clip:
+    return Clip(from_uint8(np.full((frames, 4, 6, 3), level, np.uint8)), Fraction(16))
+
+
+def one_level_brighter(clip: Any, seed: int) -> Generation:
+    request = Request("", "", clip.last, Geometry(1, 16, 16, (4, 8, 8)), Sampling(1, 5.0, (1.0, 1.0)), seed)
+    level = int(to_uint8(clip.last).max())
+    return Generation(grey(level + 1), torch.zeros(1), request)
+
+
+def test_a_chain_continues_from_the_last_frame_with_the_next_seed() -> None:
+    made = list(chain(grey(10), count=3, extend=one_level_brighter, seed=7))
+    assert [int(to_uint8(clip.clip.frames[-1]).max()) for clip in made] == [11, 12, 13]
+    assert [clip.request.seed for clip in made] == [7, 8, 9]
+
+
+def test_a_chain_hands_out_each_clip_before_the_next_is_begun() -> None:
+    begun: list[int] = []
+
+    def extend(clip: Any, seed: int) -> Generation:
+        begun.append(seed)
+        return one_level_brighter(clip, seed)
+
+    clips = chain(grey(10), count=3, extend=extend, seed=0)
+    next(clips)
+    assert begun == [0]
+
+
+def test_pixels_survive_the_way_to_uint8_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    assert np.array_equal(to_uint8(from_uint8(levels)), levels)
+    assert to_uint8(torch.tensor([float("nan"), -9.0, 9.0])).tolist() == [128, 0, 255]
+
+
+def test_frames_for_the_captioner_are_chosen_as_officially() -> None:
+    assert frame_indices(81, 8) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert frame_indices(8, 8) == [0, 1, 2, 3, 4, 4, 5, 6]
+    assert frame_indices(1, 4) == [0, 0, 0, 0]
+
+
+@pytest.fixture
+def v2v() -> Any:
+    continuation = WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt")
+    continuation.__dict__["captioner"] = FakeCaptioner()
+    return continuation
+
+
+CALL: dict[str, Any] = {"max_area": 6144, "frame_num": 5, "sampling_steps": 2, "guide_scale": 3.0, "seed": 5}
+
+
+def test_v2v_makes_what_image_to_video_makes_of_the_last_frame(v2v: Any, ti2v: Any) -> None:
+    video, prompt = v2v.v2v(VIDEO, prompt="A cat playing", **CALL)
+    assert prompt == "A cat playing" and not v2v.captioner.asked
+    image = media.read_last_frame(VIDEO)
+    assert torch.equal(video, ti2v.generate("A cat playing", image, **CALL))
+
+
+def test_v2v_describes_the_video_when_it_has_no_prompt(v2v: Any) -> None:
+    _, prompt = v2v.v2v(VIDEO, custom_prompt="continue video", num_segments=4, **CALL)
+    (shape, question), *more = v2v.captioner.asked
+    assert shape[0] == 4 and question == "Describe this video in detail." and not more
+    assert prompt.startswith("continue video A picture of level ")
+
+
+def test_what_is_none_comes_from_the_config(v2v: Any) -> None:
+    plan = v2v.plan(VideoFile(VIDEO))
+    assert (plan.sampling.steps, plan.sampling.shift, plan.sampling.guidance) == (50, 5.0, (5.0, 5.0))
+    assert plan.geometry.frames == 121 and plan.geometry.width * plan.geometry.height <= 1280 * 704
+    assert plan.negative == v2v.config.sample_neg_prompt
+
+
+def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
+    footage = VideoFile(VIDEO)
+    options = {"frame_num": 5, "steps": 1, "guidance": 1.0, "prefix": "go on"}
+    plan = v2v.plan(footage, max_area=6144, **options)
+    made = list(chain(footage, count=2, extend=lambda clip, seed: v2v.extend(clip, seed, plan), seed=1))
+    assert len(v2v.captioner.asked) == 2
+    assert v2v.captioner.asked[1][0][1:3] == (plan.geometry.height, plan.geometry.width)
+    assert all(clip.request.prompt.startswith("go on A picture of level") for clip in made)
+    assert made[0].clip.frames.shape == made[1].clip.frames.shape
+    assert isinstance(made[1].request.image, Tensor) and torch.equal(made[1].request.image, made[0].clip.last)
+    assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
+
+
+def test_the_captioner_is_freed_only_where_it_shares_the_device(v2v: Any) -> None:
+    v2v._summarize_video(VIDEO)
+    assert v2v.captioner.closed == 1
+    v2v.vlm_device = torch.device("cuda:1")
+    v2v._summarize_video(VIDEO, num_segments=2, question="What?")
+    assert v2v.captioner.closed == 1 and v2v.captioner.asked[-1] == ((2, 180, 320, 3), "What?")
+
+
+def test_a_failing_captioner_stops_the_run_before_sampling(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise UserError("the VLM is out of memory; pass --prompt to go on without captioning")
+
+    monkeypatch.setattr(v2v.captioner, "describe", fail)
+    monkeypatch.setattr(v2v, "run", lambda *_, **__: pytest.fail("sampling began"))
+    with pytest.raises(UserError, match="--prompt"):
+        v2v.v2v(VIDEO, **CALL)
+
+
+def test_a_long_description_is_cut_to_the_text_encoder(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "The boat goes over the water slowly. "
+    monkeypatch.setattr(v2v.captioner, "describe", lambda *_, **__: sentence * 200)
+    prompt = v2v.prompt_for(VideoFile(VIDEO), dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video"))
+    assert prompt.startswith("continue video The boat") and prompt.endswith("slowly.")
+    assert 512 - v2v.tokenizer.count(sentence) < v2v.tokenizer.count(prompt) <= 512
+
+
+def test_the_default_vlm_is_in_or_beside_the_checkpoint_folder(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "Wan2.2-TI2V-5B"
+    checkpoint.mkdir()
+    assert default_vlm(checkpoint) == "OpenGVLab/InternVL3_5-8B"
+    (tmp_path / "InternVL3_5-8B").mkdir()
+    assert default_vlm(checkpoint) == str(tmp_path / "InternVL3_5-8B")
+    (checkpoint / "InternVL3_5-8B").mkdir()
+    assert default_vlm(checkpoint) == str(checkpoint / "InternVL3_5-8B")
+
+
+def test_several_gpus_are_refused_for_now() -> None:
+    for name in ("t5_fsdp", "dit_fsdp", "use_sp"):
+        with pytest.raises(UserError, match="several GPUs"):
+            WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt", **{name: True})
+
+
+def test_helpers_keep_their_names(v2v: Any) -> None:
+    assert v2v._extract_last_frame(VIDEO).size == (320, 180)
+    assert v2v._load_vlm() is v2v.captioner
+    tile = v2v._vlm_dynamic_preprocess(Image.new("RGB", (320, 180)), max_num=1, image_size=448)
+    assert [t.size for t in tile] == [(448, 448)]
+    assert v2v._build_vlm_transform(448)(tile[0]).shape == (3, 448, 448)
+
+
+SIGNATURES = {
+    (WanI2V, "__init__"): "config checkpoint_dir device_id=0 rank=0 t5_fsdp=False dit_fsdp=False use_sp=False "
+    "t5_cpu=False init_on_cpu=True convert_model_dtype=False",
+    (WanV2V, "__init__"): "config checkpoint_dir device_id=0 rank=0 t5_fsdp=False dit_fsdp=False use_sp=False "
+    "t5_cpu=False init_on_cpu=True convert_model_dtype=False vlm_path=None vlm_device=None",
+    (WanI2V, "generate"): "input_prompt img max_area=921600 frame_num=81 shift=5.0 sample_solver='unipc' "
+    "sampling_steps=40 guide_scale=5.0 n_prompt='' seed=-1 offload_model=True",
+    (WanTI2V, "generate"): "input_prompt img=None size=(1280, 704) max_area=901120 frame_num=81 shift=5.0 "
+    "sample_solver='unipc' sampling_steps=50 guide_scale=5.0 n_prompt='' seed=-1 offload_model=True",
+    (WanV2V, "v2v"): "video_path prompt=None max_area=None frame_num=None shift=None sample_solver='unipc' "
+    "sampling_steps=None guide_scale=None n_prompt='' seed=-1 offload_model=True custom_prompt=None num_segments=8",
+}
+
+
+@pytest.mark.parametrize(("owner", "method"), SIGNATURES)
+def test_positional_signatures_do_not_change(owner: Any, method: str) -> None:
+    parameters = list(inspect.signature(getattr(owner, method)).parameters.values())[1:]
+    positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    written = [
+        parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
+        for parameter in positional
+    ]
+    assert " ".join(written) == SIGNATURES[owner, method]
+
+
+def test_the_public_names_are_there() -> None:
+    from wan.modules.model import WanModel
+    from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE
+    from wan.video2video import WanV2V as home14
+    from wan.wan22video2video5B import WanV2V5B as home5
+
+    assert (wan.WanV2V, wan.WanV2V5B) == (home14, home5)
+    assert issubclass(WanV2V, WanI2V) and issubclass(WanV2V5B, WanTI2V)
+    continuation = WanV2V(float32("v2v-14B"), GOLDEN / "14b" / "ckpt")
+    assert isinstance(continuation.low_noise_model, WanModel) and isinstance(continuation.high_noise_model, WanModel)
+    assert isinstance(continuation.vae, Wan2_1_VAE)
+    assert isinstance(WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt").vae, Wan2_2_VAE)
+    with pytest.raises(AttributeError, match="no attribute 'WanS2V'"):
+        wan.WanS2V  # noqa: B018

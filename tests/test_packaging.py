@@ -1,0 +1,109 @@
+"""What is declared agrees with itself: requirements.txt, pyproject.toml and the lock, on every supported platform."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # pytest depends on it there
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PLATFORMS = {
+    "linux-x86_64": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
+    "linux-arm64": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64"},
+    "macos-arm64": {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+def requirements(file: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def declared() -> list[Requirement]:
+    """All that pyproject.toml asks for, its extras too, without the extra that only names the others."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    texts = [*PROJECT["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]
+    return [found for found in map(Requirement, texts) if found.name != PROJECT["project"]["name"]]
+
+
+def wanted(found: list[Requirement], platform: str, python: str) -> dict[str, Requirement]:
+    """What pip would take from the list on that platform."""
+    environment = PLATFORMS[platform] | {"python_version": python, "python_full_version": f"{python}.5"}
+    return {
+        canonicalize_name(item.name): item for item in found if item.marker is None or item.marker.evaluate(environment)
+    }
+
+
+def test_requirements_txt_has_the_whole_list() -> None:
+    names = {item.name for item in requirements("requirements.txt")}
+    assert names >= {"torch", "transformers", "decord", "timm", "numpy", "pillow", "einops", "diffusers", "accelerate"}
+    assert names >= {"av", "ftfy", "safetensors", "tqdm"}
+
+
+def test_requirements_txt_and_pyproject_ask_for_the_same_versions() -> None:
+    development = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["dev"]}
+    assert {str(item) for item in requirements("requirements.txt")} == {
+        str(item) for item in declared() if item.name not in development
+    }
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
+    for item in [*declared(), *map(Requirement, PROJECT["build-system"]["requires"])]:
+        assert {specifier.operator for specifier in item.specifier} == {">=", "<"}, f"{item} is not bounded"
+
+
+def test_the_lock_pins_versions_and_names_no_place() -> None:
+    for item in requirements("requirements.lock"):
+        assert [specifier.operator for specifier in item.specifier] == ["=="], f"{item} is not pinned"
+        assert item.url is None
+    assert not re.search(r"://|--|sha256|\bindex\b", (ROOT / "requirements.lock").read_text())
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_lock_covers_every_dependency_within_its_bounds(platform: str, python: str) -> None:
+    pins = wanted(requirements("requirements.lock"), platform, python)
+    for name, item in wanted(declared(), platform, python).items():
+        (pin,) = pins[name].specifier
+        assert item.specifier.contains(pin.version), f"{item} on {platform} with Python {python}, locked {pin.version}"
+
+
+def test_the_locked_torchvision_is_the_one_for_the_locked_torch() -> None:
+    (torch,), (torchvision,) = (
+        [spec.version for item in requirements("requirements.lock") if item.name == name for spec in item.specifier]
+        for name in ("torch", "torchvision")
+    )
+    major, minor, patch = map(int, torch.split("."))
+    assert torchvision == f"0.{minor + 15}.{patch}", "torch 2.N goes with torchvision 0.(N + 15)"
+    assert major == 2
+
+
+@pytest.mark.parametrize(
+    ("platform", "reader"), [("linux-x86_64", "decord"), ("linux-arm64", None), ("macos-arm64", "decord2")]
+)
+def test_decord_is_asked_for_only_where_it_has_wheels(platform: str, reader: str | None) -> None:
+    for found in (requirements("requirements.txt"), declared(), requirements("requirements.lock")):
+        names = wanted(found, platform, "3.11").keys() & {"decord", "decord2"}
+        assert names == ({reader} if reader else set())
+
+
+def test_the_plain_set_up_needs_no_torchvision() -> None:
+    project = PROJECT["project"]
+    names = {Requirement(text).name for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]}
+    assert not names & {"torchvision", "timm", "decord", "decord2"}
+
+
+def test_every_supported_python_is_allowed() -> None:
+    supported = Requirement(f"python{PROJECT['project']['requires-python']}").specifier
+    assert all(supported.contains(f"{python}.0") for python in PYTHONS)
