@@ -78,6 +78,8 @@ def test_policy_has_an_address() -> None:
     for file in FILES:
         path = file.relative_to(ROOT).as_posix()
         for pattern, allowed in homes.items():
-            if re.search(pattern, file.read_text(encoding="utf-8")) and not any(path.startswith(home) for home in allowed):
+            if re.search(pattern, file.read_text(encoding="utf-8")) and not any(
+                path.startswith(home) for home in allowed
+            ):
                 wrong.append(f"{pattern} in {path}")
     assert wrong == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +247,14 @@ def test_a_wrong_declaration_is_refused(tmp_path: Path, text: str, message: str)
     (tmp_path / "wan_config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         config_for("v2v-5B", tmp_path)
+
+
+def test_loading_never_holds_more_than_the_model_and_one_shard(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "loading.py"
+    command = [sys.executable, str(script), str(tmp_path / "dit"), "--layers", "12", "--dim", "512"]
+    subprocess.run(command, capture_output=True)  # writes
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded_gib"] == pytest.approx(found["files_gib"] / 2, rel=0.1)
+    slack = 0.03  # what the allocator and the first use of libraries take
+    assert found["peak_above_start_gib"] < found["allowed_gib"] + slack < found["files_gib"]

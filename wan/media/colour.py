@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -94,14 +94,14 @@ def deinterlace(frames: Sequence[VideoFrame]) -> VideoFrame:
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """(transpose, then mirror left-right, then top-bottom) that shows the picture upright, from its display matrix."""
     try:
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV does not know every type: MJPEG with EXIF has one
         turns = round(frame.rotation / 90) % 4  # counter-clockwise
         return ((False, False, False), (True, False, True), (False, True, True), (True, True, False))[turns]
     if matrix is None:
         return False, False, False
     # x' = a x + c y, y' = b x + d y, as nine int32: a b u c d v x y w
-    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, np.int32)[:5])
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return False, a < 0, d < 0
     return True, c < 0, b < 0

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""What the tests cannot see without a GPU: the golden runs on CUDA, offloading, and the captioner's memory.
+
+    python benchmarks/cuda_check.py [--vlm_layers 36]
+
+Prints one line per check and exits with 1 if one fails. The captioner is a random-weight InternVL of about the size
+of the released 8B (its feed-forward layers are narrower), written to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import wan.pipeline
+from examples.make_tiny_checkpoint import InternVL, write_internvl
+from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B
+from wan.captioner import open_captioner
+from wan.media import sample_frames
+from wan.types import Step
+
+GOLDEN = ROOT / "tests" / "data" / "golden"
+VIDEO = ROOT / "examples" / "ball.mp4"
+failures: list[str] = []
+
+
+def check(name: str, passed: bool, found: str) -> None:
+    print(f"{'ok  ' if passed else 'FAIL'} {name}: {found}", flush=True)
+    if not passed:
+        failures.append(name)
+
+
+def resident(pipeline: Any) -> list[str]:
+    """The models that have tensors on the GPU."""
+    names = ("model", "low_noise_model", "high_noise_model", "vae", "text_encoder")
+    loaded = {name: pipeline.__dict__[name] for name in names if name in pipeline.__dict__}
+    return [name for name, model in loaded.items() if any(value.is_cuda for value in model.parameters())]
+
+
+def golden_runs() -> None:
+    """The official videos on CUDA in float32 with the official noise; then bf16 against float32."""
+    torch.backends.cudnn.allow_tf32 = False
+    meta = json.loads((GOLDEN / "meta.json").read_text())
+    prompts = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]
+    randn = torch.randn
+    for family, cls, task in (("5b", WanTI2V, "ti2v-5B"), ("14b", WanI2V, "i2v-A14B")):
+        float32 = dataclasses.replace(WAN_CONFIGS[task], param_dtype=torch.float32, t5_dtype=torch.float32)
+        for config, limit in ((float32, 1e-4), (WAN_CONFIGS[task], 0.15)):
+            pipeline = cls(config, GOLDEN / family / "ckpt")
+            for run, spec in meta["families"][family]["runs"].items():
+                wanted = load_file(GOLDEN / family / "expected" / f"pipeline_{run}.safetensors")
+                call = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["call"].items()}
+                if run != "t2v":
+                    call["img"] = Image.open(GOLDEN / family / "image.png").convert("RGB")
+                negative = "" if spec["n_prompt_index"] == "" else prompts[spec["n_prompt_index"]]
+                latents: list[torch.Tensor] = []
+                busy: list[list[str]] = []
+
+                def on_step(step: Step, latents: Any = latents, busy: Any = busy, pipeline: Any = pipeline) -> None:
+                    if step.latents is not None:
+                        latents.append(step.latents)
+                        busy.append(resident(pipeline))
+
+                for offload in (True, False) if run == "main" and config is float32 else (True,):
+                    wan.pipeline.torch.randn = lambda *_, noise=wanted["noise"], **__: noise.to("cuda")
+                    try:
+                        pipeline.generate(
+                            prompts[spec["prompt_index"]],
+                            n_prompt=negative,
+                            offload_model=offload,
+                            on_step=on_step,
+                            **call,
+                        )
+                    finally:
+                        wan.pipeline.torch.randn = randn
+                    reference = wanted["latent_final"]
+                    known = 1 if family == "5b" and run != "t2v" else 0
+                    final = latents[-1].cpu()[:, known:]
+                    error = float((final - reference[:, known:]).norm() / reference[:, known:].norm())
+                    name = f"{family} {run} {str(config.param_dtype)[6:]} offload={offload}"
+                    check(name, error < limit, f"latents differ by {error:.1e} (relative)")
+                    if offload:
+                        check(f"{name}, one model at a time", all(len(names) == 1 for names in busy), str(busy[0]))
+                        check(f"{name}, none left on the GPU", not resident(pipeline), str(resident(pipeline)))
+                    else:
+                        check(f"{name}, models stay", len(resident(pipeline)) >= 3, str(resident(pipeline)))
+                        pipeline = cls(config, GOLDEN / family / "ckpt")
+
+
+def captioner(layers: int, folder: Path) -> None:
+    """Time and memory of describing, and that the memory is free before the diffusion model samples."""
+    size = InternVL(448, 1024, 24, 4096, layers, 32, 8, 128)
+    start = time.perf_counter()
+    write_internvl(folder / "vlm", size)
+    print(f"     wrote {sum(f.stat().st_size for f in (folder / 'vlm').iterdir()) / 2**30:.1f} GiB "
+          f"in {time.perf_counter() - start:.0f} s")  # fmt: skip
+    frames = sample_frames(VIDEO, 8)
+    vlm = open_captioner(folder / "vlm", device="cuda")
+    for turn in ("first", "second", "after close"):
+        if turn == "after close":
+            vlm.close()
+            check("captioner frees the GPU", torch.cuda.memory_allocated() < 2**28, gib(torch.cuda.memory_allocated()))
+        start = time.perf_counter()
+        answer = vlm.describe(frames, "Describe this video in detail.", max_new_tokens=128)
+        torch.cuda.synchronize()
+        print(f"     {turn} description: {time.perf_counter() - start:.1f} s, {len(answer.split())} words, "
+              f"peak {gib(torch.cuda.max_memory_allocated())}")  # fmt: skip
+    vlm.close()
+
+    continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt", vlm_path=folder / "vlm")
+    allocated: list[int] = []
+
+    def on_step(step: Step) -> None:
+        if step.latents is not None:
+            allocated.append(torch.cuda.memory_allocated())
+
+    video, prompt = continuation.v2v(VIDEO, max_area=64 * 96, frame_num=9, sampling_steps=2, seed=1, on_step=on_step)
+    check("v2v with the captioner on the same GPU", bool(torch.isfinite(video).all()), prompt[:60])
+    check("the captioner is gone when sampling begins", max(allocated) < 2**28, gib(max(allocated)))
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vlm_layers", type=int, default=36)
+    args = parser.parse_args()
+    golden_runs()
+    with tempfile.TemporaryDirectory() as folder:
+        captioner(args.vlm_layers, Path(folder))
+    print(f"{len(failures)} failed" if failures else "all passed")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
