@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of one clip at real size, with random weights made on the GPU: no files are needed.
 
-    python benchmarks/clip.py --scenario 5b-704p-121 [--steps 4] [--stock]
+    python -m benchmarks.clip --scenario 5b-704p-121 [--steps 4] [--stock]
 
 Prints a table and, as the last line, JSON. Weights do not change speed or memory; quality is not measured here.
 `--stock` times diffusers' own transformer class on the same inputs in the same process: ratios, not lone times.

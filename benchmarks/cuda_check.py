@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the tests cannot see without a GPU: the golden runs on CUDA, offloading, and the captioner's memory.
 
-    python benchmarks/cuda_check.py [--vlm_layers 36]
+    python -m benchmarks.cuda_check [--vlm_layers 36]
 
 Prints one line per check and exits with 1 if one fails. The captioner is a random-weight InternVL of about the size
 of the released 8B (its feed-forward layers are narrower), written to a temporary folder.
@@ -23,8 +23,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import wan.pipeline
 from examples.make_tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B

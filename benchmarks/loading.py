@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak host memory and time of loading a denoiser of several GB, generated for the purpose.
 
-    python benchmarks/loading.py FOLDER [--layers 24] [--dim 2560]
+    python -m benchmarks.loading FOLDER [--layers 24] [--dim 2560]
 
 Writes a float32 checkpoint into FOLDER (kept, and used again), loads it in bf16 and compares the peak with the bytes
 of the loaded model. Resident memory counts the pages of the mapped files too. The last line is JSON.
@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.make_tiny_checkpoint import Denoiser, write_denoiser
 from wan.modules.checkpoint import open_safetensors

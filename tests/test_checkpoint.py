@@ -250,10 +250,10 @@ def test_a_wrong_declaration_is_refused(tmp_path: Path, text: str, message: str)
 
 
 def test_loading_never_holds_more_than_the_model_and_one_shard(tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "loading.py"
-    command = [sys.executable, str(script), str(tmp_path / "dit"), "--layers", "12", "--dim", "512"]
-    subprocess.run(command, capture_output=True)  # writes
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.loading", str(tmp_path / "dit"), "--layers", "12", "--dim", "512"]
+    root = Path(__file__).parent.parent
+    subprocess.run(command, capture_output=True, cwd=root)  # writes
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaded_gib"] == pytest.approx(found["files_gib"] / 2, rel=0.1)
     slack = 0.03  # what the allocator and the first use of libraries take
