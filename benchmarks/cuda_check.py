@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
 import wan.pipeline
 from examples.make_tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B
@@ -30,6 +29,7 @@ from wan.captioner import open_captioner
 from wan.media import sample_frames
 from wan.types import Step
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
 VIDEO = ROOT / "examples" / "ball.mp4"
 failures: list[str] = []
