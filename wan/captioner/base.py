@@ -24,7 +24,6 @@ from wan.types import UInt8Array
 OFFER = "or pass --prompt to go on without captioning"
 
 
-
 class Captioner(Protocol):
     """Answers a question about frames."""
 
