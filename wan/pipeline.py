@@ -130,18 +130,18 @@ class Pipeline(ABC):
             experts = self.experts(request.sampling.guidance)
         with watch.stage("sample"):
             scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
-            noise = torch.randn(
-                (self.config.z_dim, *request.geometry.latent),
-                generator=generator_on(self.device, request.seed),
-                device=self.device,
-                dtype=torch.float32,
-            )
             stages = plan_stages(scheduler.timesteps, experts)
-            latents = sample(noise, stages, scheduler, condition, context, placement, on_step)
+            latents = sample(self.noise(request), stages, scheduler, condition, context, placement, on_step)
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
         return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device))
+
+    def noise(self, request: Request) -> Tensor:
+        """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
+        shape = (self.config.z_dim, *request.geometry.latent)
+        generator = generator_on(self.device, request.seed)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
 
     def _encode_text(self, request: Request, placement: Placement) -> TextContext:
         """Both prompts, encoded once for as long as they repeat."""
