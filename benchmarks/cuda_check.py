@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from examples.make_tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B
-from wan.captioner import open_captioner
+from wan.captioner import InternVLCaptioner
 from wan.media import sample_frames
 from wan.types import Step
 
@@ -84,8 +84,19 @@ def golden_runs() -> None:
                         check(f"{name}, one model at a time", all(len(names) == 1 for names in busy), str(busy[0]))
                         check(f"{name}, none left on the GPU", not resident(pipeline), str(resident(pipeline)))
                     else:
-                        check(f"{name}, models stay", len(resident(pipeline)) >= 3, str(resident(pipeline)))
+                        check(f"{name}, models stay", {"vae"} < set(resident(pipeline)), str(resident(pipeline)))
                         pipeline = cls(config, GOLDEN / family / "ckpt")
+
+
+class Speaking(InternVLCaptioner):
+    """Random weights at this size say nothing, so the number of tokens is fixed and the words are given."""
+
+    def answer(self, frames: Any, question: str, system: str | None, max_new_tokens: int) -> str:
+        ids, pixels = self.prepare(frames, question, system)
+        options = {"do_sample": False, "min_new_tokens": 128, "max_new_tokens": 128}
+        inputs = {"input_ids": ids.to("cuda"), "pixel_values": pixels.to("cuda", self.dtype)}
+        made = self.model.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), **options)
+        return f"A ball rolls. {made.shape[1]} tokens."
 
 
 def captioner(layers: int, folder: Path) -> None:
@@ -96,19 +107,20 @@ def captioner(layers: int, folder: Path) -> None:
     print(f"     wrote {sum(f.stat().st_size for f in (folder / 'vlm').iterdir()) / 2**30:.1f} GiB "
           f"in {time.perf_counter() - start:.0f} s")  # fmt: skip
     frames = sample_frames(VIDEO, 8)
-    vlm = open_captioner(folder / "vlm", device="cuda")
+    vlm = Speaking(folder / "vlm", "cuda")
     for turn in ("first", "second", "after close"):
         if turn == "after close":
             vlm.close()
             check("captioner frees the GPU", torch.cuda.memory_allocated() < 2**28, gib(torch.cuda.memory_allocated()))
         start = time.perf_counter()
-        answer = vlm.describe(frames, "Describe this video in detail.", max_new_tokens=128)
+        answer = vlm.describe(frames, "Describe this video in detail.")
         torch.cuda.synchronize()
-        print(f"     {turn} description: {time.perf_counter() - start:.1f} s, {len(answer.split())} words, "
+        print(f"     {turn} description: {time.perf_counter() - start:.1f} s, {answer}, "
               f"peak {gib(torch.cuda.max_memory_allocated())}")  # fmt: skip
     vlm.close()
 
-    continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt", vlm_path=folder / "vlm")
+    continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt")
+    continuation.__dict__["captioner"] = vlm
     allocated: list[int] = []
 
     def on_step(step: Step) -> None:

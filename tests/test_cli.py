@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
+from examples.make_tiny_checkpoint import InternVL, write_internvl
 from tests.conftest import DATA, GOLDEN
 from wan import cli, media
 from wan.types import Step, to_uint8
 
 ROOT = Path(__file__).parent.parent
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
-VLM = DATA / "golden_vlm" / "orig"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in (("i2v", "14b"), ("ti2v", "5b")):
         shutil.copytree(GOLDEN / source / "ckpt", folder / name)
         (folder / name / "wan_config.json").write_text(json.dumps(declared))
-        shutil.copytree(VLM, folder / name / "InternVL3_5-8B")
+        write_internvl(folder / name / "InternVL3_5-8B", InternVL())
     return folder
 
 

@@ -87,7 +87,7 @@ def release_memory(device: torch.device) -> None:
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement for `peak_gib`."""
     if device.type == "cuda":
-        torch.cuda.init()  # there are no statistics of a GPU that nothing has touched yet
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # there are no statistics of a GPU that nothing has touched yet
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from wan.media.source import Source, VideoError, say_once
+from wan.media.source import Picture, Source, VideoError, say_once
 
 # swscale: bicubic, full chroma in and out, accurate rounding. Its faster default darkens every picture by a level, and
 # a chain of clips adds that up. Plain numbers, because PyAV's names for them differ between versions.
@@ -37,7 +38,7 @@ def is_hdr(frame: VideoFrame) -> bool:
     return frame.color_trc in (_PQ, _HLG)
 
 
-def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) -> np.ndarray:
+def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) -> Picture:
     """A decoded picture -> uint8 [H, W, 3] sRGB, upright, square pixels, the longer side at most `max_side` pixels."""
     width, height = _displayed_size(frame, source, max_side)
     _refuse_dolby_vision(frame, source)
@@ -54,7 +55,7 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
         dst_color_range=FULL,
         threads=1,  # swscale's thread pool would dead-lock a process forked later
     )
-    pixels = np.asarray(converted.to_ndarray())
+    pixels: npt.NDArray[Any] = np.asarray(converted.to_ndarray())
     if deep:
         name = "PQ" if frame.color_trc == _PQ else "HLG"
         say_once(source.path, f"HDR ({name}) video is tone mapped; convert it to SDR yourself for full control")
@@ -107,7 +108,7 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def tone_map(signal: np.ndarray, transfer: int) -> np.ndarray:
+def tone_map(signal: npt.NDArray[np.uint16], transfer: int) -> Picture:
     """BT.2020 PQ (16) or HLG (18) signal uint16 [H, W, 3] -> sRGB uint8; the white of a standard screen stays white."""
     light = (_PQ_LIGHT if transfer == _PQ else _HLG_LIGHT)[signal]  # float32
     if transfer == _HLG:  # the display of a 1000 nit mastering room: system gamma 1.2 on luminance
@@ -120,10 +121,10 @@ def tone_map(signal: np.ndarray, transfer: int) -> np.ndarray:
     bent = knee + (1 - knee) * -np.expm1(-(np.maximum(peak, knee) - knee) / (1 - knee))
     light *= np.where(peak > knee, bent / peak, 1)
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-6) ** np.float32(1 / 2.4) - 0.055)
-    return cast(np.ndarray, np.rint(srgb * 255).clip(0, 255).astype(np.uint8))
+    return cast(Picture, np.rint(srgb * 255).clip(0, 255).astype(np.uint8))
 
 
-def _pq_light() -> np.ndarray:
+def _pq_light() -> npt.NDArray[np.float32]:
     """PQ code value of 16 bits -> light, 1 = reference white (SMPTE ST 2084)."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = np.linspace(0, 1, 65536) ** (1 / m2)
@@ -131,7 +132,7 @@ def _pq_light() -> np.ndarray:
     return (nits / _REFERENCE_WHITE_NITS).astype(np.float32)
 
 
-def _hlg_light() -> np.ndarray:
+def _hlg_light() -> npt.NDArray[np.float32]:
     """HLG code value of 16 bits -> scene light in [0, 1] (ARIB STD-B67)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     signal = np.linspace(0, 1, 65536)
@@ -141,7 +142,7 @@ def _hlg_light() -> np.ndarray:
 _PQ_LIGHT, _HLG_LIGHT = _pq_light(), _hlg_light()
 
 
-def _turn(pixels: np.ndarray, steps: tuple[bool, bool, bool]) -> np.ndarray:
+def _turn(pixels: Picture, steps: tuple[bool, bool, bool]) -> Picture:
     transpose, mirror, flip = steps
     pixels = pixels.transpose(1, 0, 2) if transpose else pixels
     return pixels[:: -1 if flip else 1, :: -1 if mirror else 1]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from wan.errors import UserError
-from wan.media.source import say_once
+from wan.media.source import Picture, say_once
 
 LIMIT_SECONDS = 20.0
 WORKER = Path(__file__).with_name("decord_worker.py")
@@ -44,7 +44,7 @@ def check_last_frame_with_decord(path: str | os.PathLike[str], frame: Image.Imag
     return warning
 
 
-def read(path: str, count: int) -> np.ndarray | str:
+def read(path: str, count: int) -> Picture | str:
     """uint8 [count, H, W, 3], centres of equal slices, or the last frame for count 0; a str says what failed."""
     require()
     try:

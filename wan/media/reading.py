@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from wan.errors import UserError
 from wan.media import decord_reader
 from wan.media.colour import deinterlace, is_hdr, orientation, to_rgb, upright_size
-from wan.media.source import Pictures, Source, VideoError, inspect, keyframes_before, say_once
+from wan.media.source import Picture, Pictures, Source, VideoError, inspect, keyframes_before, say_once
 
 READERS = ("auto", "pyav", "decord")
 
@@ -71,7 +71,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def sample_frames(
     path: str | os.PathLike[str], n: int = 8, *, reader: str = "auto", max_side: int | None = None
-) -> np.ndarray:
+) -> Picture:
     """uint8 [n, H, W, 3]: what is on screen in the middle of each of `n` equal slices of time, like the last frame.
 
     A video of fewer frames repeats them. `reader` is one of READERS; "auto" is "pyav". decord runs in a process of its
@@ -204,7 +204,7 @@ def _jump(source: Source, here: float, moment: float) -> tuple[Iterator[VideoFra
     return None
 
 
-def _sample_with_decord(source: Source, n: int, max_side: int | None) -> np.ndarray | None:
+def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture | None:
     first = _first(source)
     transpose, mirror, flip = orientation(first)
     beyond = {
@@ -227,7 +227,7 @@ def _sample_with_decord(source: Source, n: int, max_side: int | None) -> np.ndar
     return np.stack([_resize(frame, max(1, round(width * scale)), max(1, round(height * scale))) for frame in frames])
 
 
-def _resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+def _resize(picture: Picture, width: int, height: int) -> Picture:
     if picture.shape[:2] == (height, width):
         return picture
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

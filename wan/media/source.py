@@ -11,10 +11,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -24,6 +25,8 @@ from PIL import Image
 from wan.errors import UserError
 
 _log = logging.getLogger(__name__)
+
+Picture: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3] RGB, or [n, H, W, 3]
 
 FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
 _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from wan.errors import UserError
 from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS
 from wan.media.reading import read_last_frame
-from wan.media.source import exact_rate, fraction, inspect, open_video
+from wan.media.source import Picture, exact_rate, fraction, inspect, open_video
 
 # crf 17 is past what eyes tell apart; forced-idr makes a keyframe that was asked for one where a file can be cut; half
 # the usual look-ahead costs nothing that can be seen and saves 80 MB at 720p.
@@ -38,7 +38,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 def write_video(
     path: str | os.PathLike[str],
-    frames: Iterable[np.ndarray],
+    frames: Iterable[Picture],
     fps: Fraction | float,
     *,
     keyframes: frozenset[int] = frozenset({0}),
@@ -240,13 +240,13 @@ def _add_h264(container: OutputContainer, size: tuple[int, int], rate: Fraction)
     return stream
 
 
-def _even_size(array: np.ndarray) -> tuple[int, int]:
+def _even_size(array: Picture) -> tuple[int, int]:
     if array.ndim != 3 or array.shape[2] != 3 or min(array.shape[:2]) < 2:
         raise ValueError(f"a frame must be uint8 [H, W, 3] of 2 pixels or more, not {array.shape}")
     return array.shape[1] // 2 * 2, array.shape[0] // 2 * 2
 
 
-def _to_yuv(converter: VideoReformatter, array: np.ndarray) -> VideoFrame:
+def _to_yuv(converter: VideoReformatter, array: Picture) -> VideoFrame:
     return converter.reformat(
         VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24"),
         format="yuv420p",
