@@ -15,10 +15,12 @@ demo: .venv/.ready $(TINY)/.ready
 	$(BIN)/python generate_continuous.py --ckpt_dir $(TINY)/tiny-Wan2.2-I2V-A14B --vlm_path $(TINY)/tiny-InternVL \
 		--video $(CLIP) --size 160*96 --frame_num 17 --sample_steps 4 --base_seed 0 \
 		--num_videos 3 --output_dir $(DEMO)/chain
+	$(BIN)/python examples/contact_sheet.py $(DEMO)/contact_sheet.png 		$(CLIP) $(DEMO)/continued.mp4 $(DEMO)/chain/joined.mp4
 	@echo
 	@echo "The weights are random, so the pictures are too; everything else is the real thing:"
 	@echo "  one continued clip  $(CURDIR)/$(DEMO)/continued.mp4"
-	@echo "  a chain of three    $(CURDIR)/$(DEMO)/chain/"
+	@echo "  a chain of three    $(CURDIR)/$(DEMO)/chain/joined.mp4"
+	@echo "  all at a glance     $(CURDIR)/$(DEMO)/contact_sheet.png"
 
 test: lint
 	$(BIN)/python -m pytest
