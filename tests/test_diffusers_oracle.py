@@ -1,4 +1,4 @@
-"""Oracle: diffusers' own image-to-video pipeline, given the official tables, noise and first frame, makes our latents."""
+"""Oracle: diffusers' own pipeline, given the official tables, noise and first frame, makes our latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
