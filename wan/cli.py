@@ -377,8 +377,11 @@ def describe(
 
 def versions() -> dict[str, str]:
     """What is installed of everything that can change a result."""
-    found = {"wan-continue": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "av", "pillow", "numpy"):
+    import torch
+
+    # torch says which CUDA it was built for; its package's version does not
+    found = {"wan-continue": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("diffusers", "transformers", "av", "pillow", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
