@@ -271,8 +271,7 @@ def _open(args: argparse.Namespace, config: ModelConfig, folder: Path, **continu
 
     import wan
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # the library draws bars into log files
+    transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
     classes = {
         "t2v-A14B": "WanT2V",
         "i2v-A14B": "WanI2V",
