@@ -33,8 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(DATA / "corpus" / name, folder / name)
     shutil.copy(VIDEO, folder / "clip.mp4")
     (folder / "empty").mkdir()
-    (folder / "old_run").mkdir()
-    (folder / "old_run" / "video_01_seed3.mp4").touch()
     (folder / "no_model").mkdir()
     (folder / "no_model" / "config.json").write_text('{"model_type": "internlm2"}')
     (folder / "broken_vlm").mkdir()
@@ -107,7 +105,8 @@ CONTINUOUS: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v}", "the following arguments are required: --video"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --num_videos 0", "--num_videos must be at least 1, 0 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --task ti2v-5B", "argument --task: invalid choice: 'ti2v-5B'"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {old_run}", "already holds a run (video_01_seed3.mp4"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --keep_following", "--keep_following goes with --redo K"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --redo 0", "--redo must be at least 1, 0 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {clip.mp4}", "is a file; give a folder"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 80", "frame_num must be 4n+1: 80 is not"),
     ("--ckpt_dir {ti2v} --video {text.mp4}", "text.mp4"),

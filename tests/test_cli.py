@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import torch
 from examples.make_tiny_checkpoint import InternVL, write_internvl
 from tests.conftest import DATA, GOLDEN
 from wan import cli, media
+from wan.progress import Progress
 from wan.types import Step, to_uint8
 
 ROOT = Path(__file__).parent.parent
@@ -115,9 +115,8 @@ def test_a_chain_writes_clips_joined_video_prompts_and_records(checkpoints: Path
     assert [clip["seed"] for clip in run["clips"]] == [10, 11, 12]
     assert [clip["source"] for clip in run["clips"]] == [str(VIDEO), str(clips[0]), str(clips[1])]
     for clip, record in zip(clips, run["clips"], strict=True):
-        assert json.loads(clip.with_suffix(".json").read_text(encoding="utf-8")) == {
-            key: value for key, value in record.items() if key != "file"
-        }
+        written = json.loads(clip.with_suffix(".json").read_text(encoding="utf-8"))
+        assert {"file": clip.name} | written == record and comment_of(clip) == written
 
 
 def test_models_load_once_for_a_chain(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +155,7 @@ def test_the_next_clip_starts_from_memory_not_from_the_mp4(
     assert not np.array_equal(np.asarray(media.read_last_frame(clip)), to_uint8(seen[0][1].permute(1, 2, 0)))
 
 
-def test_an_interrupted_chain_keeps_what_is_finished_and_says_how_to_go_on(
+def test_an_interrupted_chain_keeps_what_is_finished_and_the_same_command_goes_on(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from wan.wan22video2video5B import WanV2V5B
@@ -172,16 +171,16 @@ def test_an_interrupted_chain_keeps_what_is_finished_and_says_how_to_go_on(
     output = tmp_path / "chain"
     assert run_chain(checkpoints, output, "--prompt", "it goes on") == 130
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"2 of 3 clips are finished in {output}"
-    assert lines[-1] == "interrupted"
+    assert lines == [f"2 of 3 clips are finished in {output}", "the same command goes on from there", "interrupted"]
     assert len(frames_of(output / "joined.mp4")) == 9
     assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
 
+    before = {path: path.stat().st_mtime_ns for path in output.glob("video_0[12]*")}
     monkeypatch.setattr(WanV2V5B, "run", original)
-    command = shlex.split(lines[1].removeprefix("to go on: "))
-    assert command[:2] == ["python", "generate_continuous.py"]
-    assert cli.continuous_main(command[2:]) == 0
-    assert [clip.name for clip in Path(f"{output}_2").glob("*.mp4")].count("video_01_seed12.mp4") == 1
+    assert run_chain(checkpoints, output, "--prompt", "it goes on") == 0
+    assert {path: path.stat().st_mtime_ns for path in output.glob("video_0[12]*")} == before
+    assert len(frames_of(output / "joined.mp4")) == 13
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def test_a_chain_that_fails_in_its_first_clip_leaves_a_folder_that_can_be_used_again(
@@ -225,19 +224,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bars_say_clip_stage_and_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli.Progress("", clips=2) as progress:
+    with Progress("", clips=2) as progress:
         progress.begin("clip 1/2")
         progress(Step(0, 4, "encode"))
         progress(Step(3, 4, "high noise", torch.zeros(1)))
         assert progress.bar is not None and (progress.bar.n, progress.bar.total) == (3, 4)
-        progress.finish_clip()
+        progress.finish_clips()
         assert progress.chain is not None and progress.chain.n == 1
     shown = capsys.readouterr().err
     assert "clip 1/2 encode" in shown and "clip 1/2 high noise" in shown and "chain" in shown
 
 
 def test_the_bars_are_silent_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli.Progress("clip.mp4") as progress:
+    with Progress("clip.mp4") as progress:
         progress(Step(0, 4, "encode"))
         progress(Step(4, 4, "denoise", torch.zeros(1)))
     assert capsys.readouterr().err == ""
@@ -261,7 +260,7 @@ def test_ctrl_c_from_a_terminal_ends_with_130(checkpoints: Path, tmp_path: Path)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     finished = sorted((tmp_path / "chain").glob("video_*.mp4"))
-    assert f"{len(finished)} of 500 clips are finished" in error and "to go on: python generate_continuous.py" in error
+    assert f"{len(finished)} of 500 clips are finished" in error and "the same command goes on" in error
     assert len(frames_of(tmp_path / "chain" / "joined.mp4")) == 4 * len(finished) + 1
     assert not list((tmp_path / "chain").glob(".*"))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -267,14 +268,24 @@ def default_vlm(checkpoint: Path) -> str:
 
 
 def chain(
-    start: Footage, *, count: int, extend: Callable[[Footage, int], Generation], seed: int
+    start: Footage,
+    *,
+    count: int,
+    extend: Callable[[Footage, int], Generation],
+    seed: int,
+    finished: Mapping[int, Footage] = MappingProxyType({}),
+    seeds: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[Generation]:
     """`count` clips, each going on from the one before; clip i, counted from 0, is made with seed + i.
 
     Every clip is handed out as soon as it is made, and the next one starts from its frames as they are in memory.
+    `finished` holds clips, by i, that are there already and are gone on from; `seeds` other seeds than seed + i.
     """
     footage = start
     for index in range(count):
-        made = extend(footage, seed + index)
+        if index in finished:
+            footage = finished[index]
+            continue
+        made = extend(footage, seeds.get(index, seed + index))
         yield made
         footage = made.clip

@@ -48,6 +48,8 @@ def continuous_flags() -> Parser:
     parser.add_argument("--num_videos", type=int, default=12, help="clips to make (default: 12)")
     parser.add_argument("--output_dir", default="./continuous_outputs", help="folder for clips, joined video and logs")
     parser.add_argument("--frame_num", type=int, default=81, help="frames of each clip, 4n+1 (default: 81)")
+    parser.add_argument("--redo", type=int, metavar="K", help="make clip K, counted from 1, again with another seed")
+    parser.add_argument("--keep_following", action="store_true", help="with --redo: keep the clips after K as they are")
     parser.add_argument(
         "--custom_prompt", default="continue video", help="goes before each description (default: %(default)r)"
     )
@@ -139,10 +141,12 @@ def choose_size(given: str | None, config: ModelConfig, folder: Path) -> tuple[i
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, with numbers in range. Raises UserError."""
     args = parser.parse_args(argv)
-    for name in ("num_videos", "num_segments", "sample_steps", "frame_num"):
+    for name in ("num_videos", "redo", "num_segments", "sample_steps", "frame_num"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, {value} is not")
+    if getattr(args, "keep_following", False) and args.redo is None:
+        raise UserError("--keep_following goes with --redo K")
     if args.vlm_url is not None and not args.vlm_url.startswith(("http://", "https://")):
         raise UserError(f"--vlm_url must begin with http:// or https://, {args.vlm_url!r} does not")
     return args

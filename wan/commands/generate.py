@@ -1,0 +1,89 @@
+"""`generate.py`: one clip."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan import media
+from wan.commands.job import Job
+from wan.errors import UserError
+from wan.flags import generate_flags
+from wan.progress import Progress
+from wan.run_folder import write_json
+from wan.types import Request, to_uint8
+
+if TYPE_CHECKING:
+    from wan.pipeline import Pipeline
+
+
+def generate(argv: Sequence[str] | None) -> None:
+    """Flags -> one mp4, its json beside it, and its name printed. Raises UserError."""
+    job = Job.read(generate_flags(), argv)
+    args, config = job.args, job.config
+    if args.prompt is None and args.video is None:
+        raise UserError(f"--task {config.name} needs --prompt")
+    target = _target(job)
+    media.check_output(target)
+    if args.video is not None and target.exists() and target.samefile(args.video):
+        raise UserError(f"--save_file {target} is the input video; give another name")
+
+    if args.video is not None:
+        from wan.continuation import VideoFile
+        from wan.pipeline import draw_seed
+
+        footage = VideoFile(args.video, args.video_reader)
+        continuation = job.open_continuation()
+        plan = job.plan(continuation, footage)
+        with Progress(target.name) as progress:
+            made = continuation.extend(footage, draw_seed(args.base_seed), plan, progress)
+    else:
+        pipeline = job.open()
+        request = _request(args, pipeline, job.size)
+        with Progress(target.name) as progress:
+            made = pipeline.run(request, offload=args.offload_model, on_step=progress)
+    record = job.describe(made, args.video or args.image)
+    frames = (to_uint8(frame) for frame in made.clip.frames)
+    media.write_video(target, frames, made.clip.fps, metadata=None if args.no_video_metadata else record)
+    write_json(target.with_suffix(".json"), record)
+    print(target)
+
+
+def _target(job: Job) -> Path:
+    """`--save_file`, or a name made of task, size, input and time."""
+    args, (width, height) = job.args, job.size
+    if args.save_file is not None:
+        return Path(args.save_file)
+    name = Path(args.video or args.image).stem if args.video or args.image else args.prompt
+    slug = re.sub(r"[^\w-]+", "_", name)[:50].strip("_") or "clip"
+    return Path(f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}.mp4")
+
+
+def _request(args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int]) -> Request:
+    """The request of a t2v, i2v or ti2v run."""
+    from wan.image2video import official_size
+    from wan.pipeline import draw_seed
+    from wan.textimage2video import best_size
+
+    config, image = pipeline.config, None
+    if args.image is not None:
+        image = media.read_image(args.image)
+        rule = official_size if config.model_type == "i2v" else best_size
+        size = rule(image.width, image.height, size[0] * size[1])
+    return Request(
+        args.prompt,
+        config.sample_neg_prompt,
+        image,
+        pipeline.geometry(*size, args.frame_num or config.frame_num),
+        pipeline.sampling(
+            args.sample_steps or config.sample_steps,
+            config.sample_shift if args.sample_shift is None else args.sample_shift,
+            args.sample_solver,
+            args.sample_guide_scale or config.guidance,
+        ),
+        draw_seed(args.base_seed),
+    )

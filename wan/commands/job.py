@@ -1,0 +1,143 @@
+"""What both commands share: flags and a checkpoint folder -> a pipeline, a plan, and the record of a clip."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan import __version__
+from wan.configs import ModelConfig, config_for
+from wan.flags import Parser, check_world, choose_size, choose_task, parse
+from wan.types import Footage, Generation
+
+if TYPE_CHECKING:
+    from wan.continuation import Plan, VideoContinuation
+
+
+@dataclass(frozen=True)
+class Job:
+    """The flags, and what they mean with the checkpoint folder: its config row and the size (width, height)."""
+
+    args: argparse.Namespace
+    folder: Path
+    config: ModelConfig
+    size: tuple[int, int]
+
+    @classmethod
+    def read(cls, parser: Parser, argv: Sequence[str] | None) -> Job:
+        """Flags checked against the checkpoint's files, before any model library is imported. Raises UserError."""
+        from wan.modules.checkpoint import Names, identify, resolve_folder
+
+        args = parse(parser, argv)
+        check_world(args, dict(os.environ))
+        image = getattr(args, "image", None)
+        folder = resolve_folder(args.ckpt_dir)
+        found = (0, 0) if args.task else identify(folder, Names())
+        config = config_for(choose_task(args.task, found, args.video, image), folder)
+        return cls(args, folder, config, choose_size(args.size, config, folder))
+
+    def open(self, **continuing: Any) -> Any:
+        """The pipeline of the task; its models load when they are used."""
+        import transformers
+
+        import wan
+
+        transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
+        classes = {
+            "t2v-A14B": "WanT2V",
+            "i2v-A14B": "WanI2V",
+            "ti2v-5B": "WanTI2V",
+            "v2v-14B": "WanV2V",
+            "v2v-5B": "WanV2V5B",
+        }
+        args = self.args
+        return getattr(wan, classes[self.config.name])(
+            self.config, self.folder, t5_cpu=args.t5_cpu, convert_model_dtype=args.convert_model_dtype, **continuing
+        )
+
+    def open_continuation(self) -> VideoContinuation:
+        """The pipeline of a v2v task."""
+        args = self.args
+        continuation: VideoContinuation = self.open(
+            vlm_path=args.vlm_path,
+            vlm_device=args.vlm_device,
+            vlm_url=args.vlm_url,
+            vlm_question=args.vlm_question,
+            vlm_trust_remote_code=args.vlm_trust_remote_code,
+            video_reader=args.video_reader,
+        )
+        return continuation
+
+    def plan(self, continuation: VideoContinuation, footage: Footage, prefix: str = "") -> Plan:
+        """How the footage is continued. Raises UserError, also for a VLM that is not there."""
+        args = self.args
+        plan = continuation.plan(
+            footage,
+            max_area=self.size[0] * self.size[1],
+            frame_num=args.frame_num,
+            shift=args.sample_shift,
+            solver=args.sample_solver,
+            steps=args.sample_steps,
+            guidance=args.sample_guide_scale,
+            prompt=args.prompt,
+            prefix=prefix,
+            num_segments=args.num_segments,
+            offload=args.offload_model,
+        )
+        if args.prompt is None:
+            continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)
+        return plan
+
+    def describe(self, made: Generation, source: str | None) -> dict[str, Any]:
+        """The sidecar of a clip: everything that made it, and what it took."""
+        from wan.placement import host_peak_gib
+
+        request, geometry = made.request, made.request.geometry
+        args, config = self.args, self.config
+        return {
+            "task": config.name,
+            "checkpoint": str(self.folder),
+            "source": source,
+            "prompt": request.prompt,
+            "negative_prompt": request.negative,
+            "seed": request.seed,
+            "width": geometry.width,
+            "height": geometry.height,
+            "frames": geometry.frames,
+            "fps": str(made.clip.fps),
+            "sample_solver": request.sampling.solver,
+            "sample_steps": request.sampling.steps,
+            "sample_shift": request.sampling.shift,
+            "sample_guide_scale": list(request.sampling.guidance),
+            "param_dtype": str(config.param_dtype).removeprefix("torch."),
+            "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
+            "convert_model_dtype": args.convert_model_dtype,
+            "offload_model": args.offload_model,
+            "vlm": None if args.prompt or not args.video else args.vlm_url or args.vlm_path or "default",
+            "vlm_question": args.vlm_question,
+            "num_segments": args.num_segments,
+            "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
+            "peak_gpu_gib": None if made.peak_gib is None else round(made.peak_gib, 3),
+            "peak_host_gib": round(host_peak_gib(), 3),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """What is installed of everything that can change a result."""
+    import torch
+
+    # torch says which CUDA it was built for; its package's version does not
+    found = {"wan-continue": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("diffusers", "transformers", "av", "pillow", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

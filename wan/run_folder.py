@@ -1,0 +1,222 @@
+"""A chain's folder: what is finished in it, losslessly, and what each clip was made with.
+
+A clip is four files that appear one after the other, each under its name only when it is complete:
+`video_03_seed12.mp4` for people, `.safetensors` for the clip after it, and last the `.json` record, which says that the
+clip is finished. Whatever stops a run, the next one finds every finished clip and nothing half-made.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan import media
+from wan.errors import UserError
+from wan.types import Generation, UInt8Array, to_uint8
+
+TAIL = 17  # frames that are kept losslessly: as many as any continuation is conditioned on
+REDONE = "redone"
+_NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class FinishedClip:
+    """One clip on disk, as `Footage`: what the next clip needs of it, bit for bit.
+
+    `settings` is everything that made it; among them is the fingerprint of the clip before.
+    """
+
+    number: int
+    record_path: Path
+    record: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def video(self) -> Path:
+        """The mp4."""
+        return self.record_path.with_suffix(".mp4")
+
+    @property
+    def state(self) -> Path:
+        """The latents, the last frames and the frames for the captioner."""
+        return self.record_path.with_suffix(".safetensors")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that made the clip."""
+        return fingerprint(self.settings)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        with safe_open(self.state, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in ("tail", "samples")}
+
+    @property
+    def last(self) -> Tensor:
+        """The last frame, float32 [3, H, W] in [-1, 1]."""
+        return self._tensors["tail"][-1].permute(2, 0, 1)
+
+    def samples(self, count: int) -> UInt8Array:
+        """The frames that were chosen for the captioner, uint8 [count, H, W, 3]."""
+        kept: UInt8Array = self._tensors["samples"].numpy()
+        if len(kept) != count:
+            raise UserError(f"{self.state} holds {len(kept)} frames for the captioner, {count} are asked for")
+        return kept
+
+
+class RunFolder:
+    """The folder of one chain, locked while it is open, so that two runs cannot mix. Raises UserError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
+            raise UserError(f"{self.path} {reason}, or give another folder") from error
+        for left in self.path.glob(".*.part"):  # of a run that was killed; nobody else is here
+            left.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)  # which unlocks
+
+    def clips(self) -> dict[int, FinishedClip]:
+        """The finished clips by number, counted from 1. One with a file missing or damaged is not finished."""
+        found = (self._read(path) for path in sorted(self.path.glob("video_*.json")))
+        return {clip.number: clip for clip in found if clip is not None}
+
+    def _read(self, path: Path) -> FinishedClip | None:
+        number = _number(path)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            with safe_open(path.with_suffix(".safetensors"), framework="pt") as state:
+                settings = json.loads(state.metadata()["settings"])
+            whole = record["fingerprint"] == fingerprint(settings)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+        clip = None if number is None else FinishedClip(number, path, record, settings)
+        return clip if clip is not None and whole and clip.video.is_file() else None
+
+    def save(
+        self,
+        number: int,
+        digits: int,
+        made: Generation,
+        settings: Mapping[str, Any],
+        record: Mapping[str, Any],
+        *,
+        num_segments: int,
+        metadata: bool,
+    ) -> FinishedClip:
+        """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`."""
+        stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
+        record = dict(record) | {"fingerprint": fingerprint(settings)}
+        self._make_room(number)
+        frames = made.clip.frames
+        # the second frame starts a group of its own, so that joining can leave the repeated first one out
+        media.write_video(
+            stem.with_suffix(".mp4"),
+            (to_uint8(frame) for frame in frames),
+            made.clip.fps,
+            keyframes=frozenset({0, 1}),
+            metadata=record if metadata else None,
+        )
+        tensors = {
+            "latents": made.latents.float().contiguous(),
+            "tail": frames[-TAIL:].contiguous(),
+            "samples": torch.from_numpy(made.clip.samples(num_segments)).contiguous(),
+        }
+        part = stem.with_name(f".{stem.name}.safetensors.part")
+        save_file(tensors, part, metadata={"settings": json.dumps(settings, ensure_ascii=False)})
+        publish(part, stem.with_suffix(".safetensors"))
+        write_json(stem.with_suffix(".json"), record)
+        return FinishedClip(number, stem.with_suffix(".json"), record, settings)
+
+    def _make_room(self, number: int) -> None:
+        """Move a clip that is made again to `redone/`, its record last, and remove what a killed run left of it."""
+        files = [file for file in self.path.glob("video_*") if _number(file) == number]
+        recorded = {file.stem for file in files if file.suffix == ".json"}
+        for file in sorted(files, key=lambda file: file.suffix == ".json"):
+            if file.stem not in recorded:
+                file.unlink()  # no record: it never was finished
+                continue
+            home = self.path / REDONE
+            home.mkdir(exist_ok=True)
+            copies = (home / f"{file.stem}{again}{file.suffix}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
+            file.rename(next(copy for copy in copies if not copy.exists()))
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The record of the run so far, empty before the first."""
+        path = self.path / "run.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+    def write_run(self, record: Mapping[str, Any]) -> None:
+        """Replace the record of the run."""
+        write_json(self.path / "run.json", record)
+
+    def write_prompts(self, clips: list[FinishedClip]) -> None:
+        """`prompts_log.txt`: one line a clip."""
+        lines = [f"{clip.video.name}\tseed {clip.record['seed']}\t{clip.record['prompt']}\n" for clip in clips]
+        part = self.path / ".prompts_log.txt.part"
+        part.write_text("".join(lines), encoding="utf-8")
+        publish(part, self.path / "prompts_log.txt")
+
+
+def _number(file: Path) -> int | None:
+    """The clip that a file belongs to."""
+    match = _NAME.fullmatch(f"{file.stem}.json")
+    return int(match[1]) if match else None
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """A short digest of JSON values, the same for equal ones."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """A short digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    publish(part, path)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Give a complete file its name; it is on the disk before that, so that no crash leaves an empty one."""
+    with part.open("rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(part, path)
