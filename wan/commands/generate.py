@@ -60,7 +60,10 @@ def _target(job: Job) -> Path:
         return Path(args.save_file)
     name = Path(args.video or args.image).stem if args.video or args.image else args.prompt
     slug = re.sub(r"[^\w-]+", "_", name)[:50].strip("_") or "clip"
-    return Path(f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}.mp4")
+    name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}"
+    # two runs can be quicker than the clock's second
+    names = (Path(f"{name}{again}.mp4") for again in ("", *(f"_{n}" for n in range(2, 1000))))
+    return next(path for path in names if not path.exists())
 
 
 def _request(args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int]) -> Request:
