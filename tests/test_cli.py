@@ -90,6 +90,21 @@ def test_the_tasks_of_wan_itself(checkpoints: Path, tmp_path: Path) -> None:
         assert record["task"] == task and record["sample_guide_scale"] == [2.0, 3.0] and record["vlm"] is None
 
 
+def test_a_prompt_that_is_too_long_is_said(checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--ckpt_dir", str(checkpoints / "ti2v"), "--task", "ti2v-5B", "--prompt", "walk " * 900]
+    assert cli.generate_main([*flags, "--save_file", str(tmp_path / "out.mp4")]) == 0
+    assert "tokens and the text encoder takes 512: its end is cut off" in caplog.text
+
+
+@pytest.mark.parametrize("world", ["8", "abc"])
+def test_a_launcher_for_several_gpus_is_refused(
+    world: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert cli.generate_main(["--ckpt_dir", str(checkpoints / "ti2v"), "--video", str(VIDEO), "--prompt", "x"]) == 2
+    assert f"WORLD_SIZE={world}: several GPUs are not supported yet" in capsys.readouterr().err
+
+
 def run_chain(checkpoints: Path, output: Path, *more: str, count: int = 3) -> int:
     flags = ["--ckpt_dir", str(checkpoints / "ti2v"), "--video", str(VIDEO), "--output_dir", str(output)]
     flags += ["--num_videos", str(count), "--frame_num", "5", "--base_seed", "10", *more]

@@ -105,7 +105,7 @@ def check_world(args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Refuse what needs several GPUs, until that is there, rather than ignore it. Raises UserError."""
     asked = [f"--ulysses_size {args.ulysses_size}"] if args.ulysses_size != 1 else []
     asked += [f"--{name}" for name in ("t5_fsdp", "dit_fsdp") if getattr(args, name)]
-    if int(environment.get("WORLD_SIZE", "1")) > 1:
+    if environment.get("WORLD_SIZE", "1") not in ("", "0", "1"):  # a launcher such as torchrun sets it
         asked.append(f"WORLD_SIZE={environment['WORLD_SIZE']}")
     if asked:
         raise UserError(f"{', '.join(asked)}: several GPUs are not supported yet; run one process without it")

@@ -119,7 +119,7 @@ class Job:
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
             "convert_model_dtype": args.convert_model_dtype,
             "offload_model": args.offload_model,
-            "vlm": None if args.prompt or not args.video else args.vlm_url or args.vlm_path or "default",
+            "vlm": None if args.prompt is not None or not args.video else args.vlm_url or args.vlm_path or "default",
             "vlm_question": args.vlm_question,
             "num_segments": args.num_segments,
             "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},

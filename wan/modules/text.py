@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.checkpoint import Weights, fill
+
+log = logging.getLogger(__name__)
 
 
 def clean(text: str) -> str:
@@ -97,6 +100,9 @@ class TextEncoder(nn.Module):
 
         The denoiser attends to the zero rows as well, so there are always 512 (source: the official code).
         """
+        length, limit = self.tokenizer.count(text), self.tokenizer.length
+        if length > limit:
+            log.warning("the prompt has %d tokens and the text encoder takes %d: its end is cut off", length, limit)
         device = self.model.shared.weight.device
         ids, mask = (value.to(device) for value in self.tokenizer(text))
         with torch.no_grad():
