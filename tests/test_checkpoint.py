@@ -201,6 +201,14 @@ def test_no_code_in_a_pth_is_run(five_b: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
+def test_a_pth_in_the_old_format_is_read(five_b: Path, ti2v: Any) -> None:
+    file = five_b / "Wan2.2_VAE.pth"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    old = WanTI2V(float32("ti2v-5B"), five_b)
+    video = torch.rand(3, 5, 32, 32) * 2 - 1
+    assert torch.equal(old.vae.encode([video])[0], ti2v.vae.encode([video])[0])
+
+
 def test_names_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="does not exist"):
         resolve_folder("./nowhere")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,9 @@ def _open_pth(file: Path) -> Weights:
 def _read_pth(file: Path) -> dict[str, Tensor]:
     """A state dict, mapped from the file; nothing in it is executed."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # only the zip format, torch's own since 1.6, can be mapped
+        mapped = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})") from error
