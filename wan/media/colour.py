@@ -129,7 +129,7 @@ def _pq_light() -> npt.NDArray[np.float32]:
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = np.linspace(0, 1, 65536) ** (1 / m2)
     nits = 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
-    return (nits / _REFERENCE_WHITE_NITS).astype(np.float32)
+    return np.asarray(nits / _REFERENCE_WHITE_NITS, np.float32)
 
 
 def _hlg_light() -> npt.NDArray[np.float32]:
