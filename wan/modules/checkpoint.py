@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def fill(
     """
     target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     problems = [
-        _listing("missing", [source_of.get(name, name) for name in target.keys() - source_of.keys()]),
+        _listing("missing", [_name_in_file(name, source_of) for name in target.keys() - source_of.keys()]),
         _listing("missing", [key for key in source_of.values() if key not in weights.shapes]),
         _listing("unexpected", [key for name, key in source_of.items() if name not in target]),
         _listing("unexpected", weights.shapes.keys() - set(source_of.values())),
@@ -164,6 +165,16 @@ def fill(
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+
+def _name_in_file(name: str, source_of: Mapping[str, str]) -> str:
+    """What a missing parameter would be called in the file, told from the same one of another block."""
+    block = re.match(r"blocks\.\d+", name)
+    if block is None:
+        return name
+    here = block[0]
+    twins = (key for other, key in source_of.items() if re.sub(r"^blocks\.\d+", here, other) == name)
+    return next((re.sub(r"^blocks\.\d+", here, key) for key in twins), name)
 
 
 def _listing(what: str, keys: Iterable[str]) -> str:
