@@ -14,16 +14,24 @@ OK, USER, INTERRUPTED = 0, 2, 130
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
     """`generate.py`: returns the exit code."""
-    from wan.commands.generate import generate
 
-    return run(generate, argv)
+    def command(given: Sequence[str] | None) -> None:
+        from wan.commands.generate import generate  # inside, so that Ctrl-C while importing is an interruption
+
+        generate(given)
+
+    return run(command, argv)
 
 
 def continuous_main(argv: Sequence[str] | None = None) -> int:
     """`generate_continuous.py`: returns the exit code."""
-    from wan.commands.continuous import continue_video
 
-    return run(continue_video, argv)
+    def command(given: Sequence[str] | None) -> None:
+        from wan.commands.continuous import continue_video
+
+        continue_video(given)
+
+    return run(command, argv)
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:

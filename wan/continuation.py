@@ -223,7 +223,7 @@ class VideoContinuation(Pipeline):
 
     def _describe(self, frames: UInt8Array, question: str | None = None) -> str:
         summary = self.captioner.describe(frames, question or self.vlm_question)
-        if same_device(self.vlm_device, self.device):
+        if self.device.type == "cuda" and same_device(self.vlm_device, self.device):
             self.captioner.close()  # the diffusion model needs the memory
         return summary
 

@@ -51,7 +51,9 @@ def continuous_flags() -> Parser:
     parser.add_argument("--redo", type=int, metavar="K", help="make clip K, counted from 1, again with another seed")
     parser.add_argument("--keep_following", action="store_true", help="with --redo: keep the clips after K as they are")
     parser.add_argument(
-        "--custom_prompt", default="continue video", help="goes before each description (default: %(default)r)"
+        "--custom_prompt",
+        default="continue video",
+        help="goes before each description, and before --prompt (default: %(default)r)",
     )
     return parser
 
@@ -145,6 +147,13 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, {value} is not")
+    for name in ("prompt", "custom_prompt", "vlm_question"):
+        if any("\ud800" <= char <= "\udfff" for char in getattr(args, name, None) or ""):
+            raise UserError(f"--{name} is not valid UTF-8; set the terminal to UTF-8 or type it again")
+    if args.base_seed + (getattr(args, "num_videos", None) or 1) > 2**63:
+        raise UserError(f"--base_seed {args.base_seed} is too large; the largest seed is 2**63-1")
+    if hasattr(args, "num_videos") and args.frame_num < 5:
+        raise UserError(f"--frame_num {args.frame_num}: a clip of a chain needs at least 5 frames")
     if getattr(args, "keep_following", False) and args.redo is None:
         raise UserError("--keep_following goes with --redo K")
     if args.vlm_url is not None and not args.vlm_url.startswith(("http://", "https://")):

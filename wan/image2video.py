@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from wan.errors import UserError
 from wan.modules.conditioning import Condition, ImageChannels
 from wan.pipeline import TwoExperts, draw_seed
 from wan.placement import Placement
@@ -22,15 +23,23 @@ def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tup
     comes out as 479.99999999999994 before the floor. `exact_size` does not.
     """
     aspect = height / width
-    return int(math.sqrt(max_area / aspect) // cell * cell), int(math.sqrt(max_area * aspect) // cell * cell)
+    size = int(math.sqrt(max_area / aspect) // cell * cell), int(math.sqrt(max_area * aspect) // cell * cell)
+    return _not_too_narrow(size, width, height, max_area)
 
 
 def exact_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
     """The same rule in exact integer arithmetic -> (width, height)."""
-    return (
+    size = (
         math.isqrt(max_area * width // height) // cell * cell,
         math.isqrt(max_area * height // width) // cell * cell,
     )
+    return _not_too_narrow(size, width, height, max_area)
+
+
+def _not_too_narrow(size: tuple[int, int], width: int, height: int, max_area: int) -> tuple[int, int]:
+    if not all(size):
+        raise UserError(f"a {width}x{height} picture is too narrow for an area of {max_area} pixels; crop it first")
+    return size
 
 
 def preprocess(image: Frame, width: int, height: int) -> Tensor:

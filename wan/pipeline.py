@@ -114,7 +114,14 @@ class Pipeline(ABC):
         """Wan's sampling arguments as one value; one guidance number is for both experts. Raises UserError."""
         if isinstance(guide_scale, int | float):
             guide_scale = (guide_scale, guide_scale)
-        low, high = guide_scale
+        try:
+            low, high = guide_scale
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"guide_scale must be a number or (low noise, high noise), {guide_scale!r} is not"
+            ) from error
+        if low != high and self.config.boundary is None:
+            raise UserError(f"guide_scale {low}, {high}: this model has one expert and takes one number")
         return Sampling(steps, shift, (float(low), float(high)), solver)
 
     def run(self, request: Request, *, offload: bool = True, on_step: OnStep | None = None) -> Generation:

@@ -95,8 +95,9 @@ class RunFolder:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
             raise UserError(f"{self.path} {reason}, or give another folder") from error
-        for left in self.path.glob(".*.part"):  # of a run that was killed; nobody else is here
-            left.unlink()
+        for name in ("video_", "joined.mp4", "run.json", "prompts_log.txt"):
+            for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
+                left.unlink()
         return self
 
     def __exit__(
@@ -151,18 +152,20 @@ class RunFolder:
             "samples": torch.from_numpy(made.clip.samples(num_segments)).contiguous(),
         }
         part = stem.with_name(f".{stem.name}.safetensors.part")
-        save_file(tensors, part, metadata={"settings": json.dumps(settings, ensure_ascii=False)})
+        try:
+            save_file(tensors, part, metadata={"settings": json.dumps(settings, ensure_ascii=False)})
+        except SafetensorError as error:  # how that library reports a full disk
+            raise UserError(f"cannot write {part} ({error}); free some space") from error
         publish(part, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), record)
         return FinishedClip(number, stem.with_suffix(".json"), record, settings)
 
     def _make_room(self, number: int) -> None:
-        """Move a clip that is made again to `redone/`, its record last, and remove what a killed run left of it."""
+        """Move a clip that is made again to `redone/`, its record last; what a killed run left is overwritten."""
         files = [file for file in self.path.glob("video_*") if _number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         for file in sorted(files, key=lambda file: file.suffix == ".json"):
             if file.stem not in recorded:
-                file.unlink()  # no record: it never was finished
                 continue
             home = self.path / REDONE
             home.mkdir(exist_ok=True)
@@ -173,7 +176,10 @@ class RunFolder:
     def run(self) -> dict[str, Any]:
         """The record of the run so far, empty before the first."""
         path = self.path / "run.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); restore or remove it, or give another folder") from error
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace the record of the run."""
@@ -181,7 +187,10 @@ class RunFolder:
 
     def write_prompts(self, clips: list[FinishedClip]) -> None:
         """`prompts_log.txt`: one line a clip."""
-        lines = [f"{clip.video.name}\tseed {clip.record['seed']}\t{clip.record['prompt']}\n" for clip in clips]
+        lines = [
+            f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n"
+            for clip in clips
+        ]
         part = self.path / ".prompts_log.txt.part"
         part.write_text("".join(lines), encoding="utf-8")
         publish(part, self.path / "prompts_log.txt")
@@ -205,6 +214,17 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def sampled_digest(path: Path) -> str:
+    """A short digest of a large file's size and its first, middle and last MiB: tells fine-tunes apart."""
+    size, block = path.stat().st_size, 1 << 20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as opened:
+        for start in (0, size // 2, max(size - block, 0)):
+            opened.seek(start)
+            digest.update(opened.read(block))
     return digest.hexdigest()[:16]
 
 

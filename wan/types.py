@@ -86,7 +86,7 @@ class Clip:
     @property
     def last(self) -> Tensor:
         """The last frame, float32 [3, H, W] in [-1, 1]."""
-        return self.frames[-1].permute(2, 0, 1)
+        return self.frames[-1].permute(2, 0, 1).contiguous()  # a copy: a view would keep the whole clip in memory
 
     def samples(self, count: int) -> UInt8Array:
         """`count` frames spread over the clip, uint8 [count, H, W, 3], for a captioner."""

@@ -16,7 +16,7 @@ from wan.commands.job import Job
 from wan.errors import UserError
 from wan.flags import continuous_flags
 from wan.progress import Progress
-from wan.run_folder import FinishedClip, RunFolder, file_digest, fingerprint
+from wan.run_folder import FinishedClip, RunFolder, file_digest, fingerprint, sampled_digest
 from wan.types import Footage, Generation
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def continue_video(argv: Sequence[str] | None) -> None:
     """Flags -> a folder of clips; prints the joined video's name. Raises UserError."""
     job = Job.read(continuous_flags(), argv)
     output = Path(job.args.output_dir)
-    _check_folder(output)
+    _check_folder(output, Path(job.args.video))
 
     from wan.continuation import VideoFile, chain
 
@@ -67,7 +67,8 @@ def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
     if not run.clips:
         return
     print(f"{len(run.clips)} of {run.count} clips are finished in {run.folder.path}", file=sys.stderr)
-    print("the same command goes on from there", file=sys.stderr)
+    without = f" without --redo {run.job.args.redo}" if run.job.args.redo else ""
+    print(f"the same command{without} goes on from there", file=sys.stderr)
     try:
         run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")
     except (OSError, UserError) as also:  # a full disk, say: what stopped the run is the news, not this
@@ -131,10 +132,8 @@ class ChainRun:
         if clip.number in self.seeds and "seed" in differ:
             differ.remove("seed")
         if differ:
-            named = [
-                "another video" if key == "parent" else f"{key} {clip.settings.get(key)!r}, now {wanted.get(key)!r}"
-                for key in differ
-            ]
+            plain = {"parent": "another video", "checkpoint": "another checkpoint", "config": "another wan_config.json"}
+            named = [plain.get(key, f"{key} {clip.settings.get(key)!r}, now {wanted.get(key)!r}") for key in differ]
             raise UserError(
                 f"--output_dir {self.folder.path} holds a run with other settings ({'; '.join(named[:3])}): "
                 "give another folder, or the old settings to go on with it"
@@ -202,7 +201,7 @@ def _settings(job: Job, continuation: VideoContinuation, plan: Plan) -> dict[str
     described = plan.prompt is None
     checkpoint = continuation.checkpoint
     parts = (*checkpoint.experts.values(), checkpoint.vae, checkpoint.text_encoder)
-    files = [(file.name, file.stat().st_size) for weights in parts for file in weights.files]
+    files = [(file.name, sampled_digest(file)) for weights in parts for file in weights.files]
     config = {name: str(value) for name, value in dataclasses.asdict(job.config).items()}
     settings = {
         "task": job.config.name,
@@ -226,10 +225,15 @@ def _settings(job: Job, continuation: VideoContinuation, plan: Plan) -> dict[str
     return plain
 
 
-def _check_folder(output: Path) -> None:
-    """Raise UserError for a folder that cannot be written to."""
+def _check_folder(output: Path, video: Path) -> None:
+    """Raise UserError for a folder that cannot be written to, or in which a file would be lost."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file; give a folder")
     parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"--output_dir {output} cannot be made: {parent} is a file")
+    joined = output / "joined.mp4"
+    if joined.exists() and (not (output / "run.json").exists() or (video.exists() and joined.samefile(video))):
+        raise UserError(f"{joined} would be overwritten; give another --output_dir")
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir {output} cannot be used: {parent} is not writable")

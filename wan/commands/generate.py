@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def generate(argv: Sequence[str] | None) -> None:
         raise UserError(f"--task {config.name} needs --prompt")
     target = _target(job)
     media.check_output(target)
-    if args.video is not None and target.exists() and target.samefile(args.video):
+    if args.video is not None and target.exists() and Path(args.video).exists() and target.samefile(args.video):
         raise UserError(f"--save_file {target} is the input video; give another name")
 
     if args.video is not None:
@@ -60,8 +61,8 @@ def _target(job: Job) -> Path:
         return Path(args.save_file)
     name = Path(args.video or args.image).stem if args.video or args.image else args.prompt
     slug = re.sub(r"[^\w-]+", "_", name)[:50].strip("_") or "clip"
-    name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}"
-    # two runs can be quicker than the clock's second
+    # the process number keeps runs that begin in the same second apart
+    name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
     names = (Path(f"{name}{again}.mp4") for again in ("", *(f"_{n}" for n in range(2, 1000))))
     return next(path for path in names if not path.exists())
 

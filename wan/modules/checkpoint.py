@@ -75,9 +75,11 @@ def resolve_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
+    transport: Any = next((base for base in HfHubHTTPError.__bases__ if base is not OSError), OSError)
     try:
         return Path(snapshot_download(str(name)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, transport) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no folder here, and as a hub id it cannot be downloaded: {reason}") from error
 
