@@ -32,6 +32,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("text.mp4", "audio_only.mp4", "zero_length.mp4"):
         shutil.copy(DATA / "corpus" / name, folder / name)
     shutil.copy(VIDEO, folder / "clip.mp4")
+    (folder / "joined").mkdir()
+    shutil.copy(VIDEO, folder / "joined" / "joined.mp4")
     (folder / "empty").mkdir()
     (folder / "no_model").mkdir()
     (folder / "no_model" / "config.json").write_text('{"model_type": "internlm2"}')
@@ -60,6 +62,9 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_url ftp://x", "--vlm_url must begin with http:// or https://"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device tpu", "device 'tpu' is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device cuda:77", "device 'cuda:77' is not there"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --prompt caf\udce9", "--prompt is not valid UTF-8"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --base_seed 99999999999999999999", "is too large; the largest seed is"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --prompt x --sample_guide_scale 3,7", "has one expert and takes one number"),
     # several GPUs
     ("--ckpt_dir {ti2v} --video {clip.mp4} --ulysses_size 2", "--ulysses_size 2: several GPUs are not supported yet"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --dit_fsdp", "--dit_fsdp: several GPUs are not supported yet"),
@@ -106,6 +111,9 @@ CONTINUOUS: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --num_videos 0", "--num_videos must be at least 1, 0 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --task ti2v-5B", "argument --task: invalid choice: 'ti2v-5B'"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --keep_following", "--keep_following goes with --redo K"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 1", "a clip of a chain needs at least 5 frames"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {clip.mp4}/x", "clip.mp4 is a file"),
+    ("--ckpt_dir {ti2v} --video {joined/joined.mp4} --output_dir {joined}", "joined.mp4 would be overwritten"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --redo 0", "--redo must be at least 1, 0 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --output_dir {clip.mp4}", "is a file; give a folder"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 80", "frame_num must be 4n+1: 80 is not"),
@@ -116,7 +124,9 @@ CONTINUOUS: list[tuple[str, str]] = [
 CASES = [(generate_main, *case) for case in GENERATE] + [(continuous_main, *case) for case in CONTINUOUS]
 
 
-@pytest.mark.parametrize(("main", "flags", "message"), CASES, ids=[f"{case[0].__name__} {case[1]}" for case in CASES])
+@pytest.mark.parametrize(
+    ("main", "flags", "message"), CASES, ids=[ascii(f"{case[0].__name__} {case[1]}") for case in CASES]
+)
 def test_bad_input_is_one_line_and_exit_code_2(
     main: Any,
     flags: str,

@@ -125,6 +125,9 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
 
 def test_the_captioner_is_freed_only_where_it_shares_the_device(v2v: Any) -> None:
     v2v._summarize_video(VIDEO)
+    assert v2v.captioner.closed == 0  # on the CPU nothing is short
+    v2v.device = v2v.vlm_device = torch.device("cuda:0")
+    v2v._summarize_video(VIDEO)
     assert v2v.captioner.closed == 1
     v2v.vlm_device = torch.device("cuda:1")
     v2v._summarize_video(VIDEO, num_segments=2, question="What?")

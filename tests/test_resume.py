@@ -14,7 +14,8 @@ from typing import Any
 import av
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import DATA, GOLDEN
 from wan import cli
@@ -177,6 +178,23 @@ def test_another_run_is_refused_and_nothing_is_touched(
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_another_checkpoint_of_the_same_size_is_another_run(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "fine_tuned"))
+    for file in other.glob("*.safetensors"):
+        tensors = {name: tensor * 1.3 for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert run(other, folder, count=4) == 2
+    assert "another checkpoint" in capsys.readouterr().err
+
+
+def test_files_of_others_are_left_alone(checkpoint: Path, folder: Path) -> None:
+    (folder / ".mine.mp4.abcd1234.part").touch()
+    assert run(checkpoint, folder) == 0
+    assert (folder / ".mine.mp4.abcd1234.part").exists()
+
+
 def test_a_drawn_seed_is_kept_by_the_run_that_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     assert run(checkpoint, tmp_path / "run", seed=-1, count=1) == 0
     assert run(checkpoint, tmp_path / "run", seed=-1, count=2) == 0
@@ -211,7 +229,7 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(
         saved.append(path)
         if len(saved) == 2:
             path.write_bytes(b"half")
-            raise OSError(28, "No space left on device", str(path))
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         original(tensors, path, **options)
 
     monkeypatch.setattr(wan.run_folder, "save_file", full_at_the_second)
