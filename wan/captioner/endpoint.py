@@ -30,8 +30,11 @@ class EndpointCaptioner(BackEnd):
     def __init__(
         self, url: str, model: str | None = None, api_key_env: str = "OPENAI_API_KEY", timeout: float = 300
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise UserError(f"--vlm_url {url!r} is not an address ({error})") from error
+        if not url.isascii() or parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"--vlm_url {url!r} is not an address: give one such as http://127.0.0.1:8000/v1")
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.source = self.url
@@ -56,7 +59,10 @@ class EndpointCaptioner(BackEnd):
             {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens},
         )
         message = self.first(reply, "choices", "message")
-        return (message.get("content") if isinstance(message, dict) else None) or ""
+        said = message.get("content") if isinstance(message, dict) else None
+        if isinstance(said, list):  # some servers answer in parts
+            said = " ".join(str(part.get("text", "")) for part in said if isinstance(part, dict))
+        return said if isinstance(said, str) else ""
 
     def close(self) -> None:
         """Nothing to free here."""
@@ -71,7 +77,9 @@ class EndpointCaptioner(BackEnd):
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers. Raises UserError, OSError and HTTPException."""
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_env):
+        if key := os.environ.get(self.api_key_env, "").strip():
+            if not (key.isascii() and key.isprintable()):  # the HTTP library's own complaint would print the key
+                raise UserError(f"{self.api_key_env} holds characters that no key has: set it again")
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
         try:
