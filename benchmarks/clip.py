@@ -31,7 +31,7 @@ from wan.modules.text import TextEncoder
 from wan.pipeline import Pipeline
 from wan.placement import host_peak_gib
 from wan.textimage2video import WanTI2V
-from wan.types import Request, Sampling, Step
+from wan.types import Known, Request, Sampling, Step
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
@@ -128,7 +128,7 @@ def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps
     return Request(
         "p",
         "n",
-        image,
+        Known((image,)),
         pipeline.geometry(width, height, frames),
         Sampling(steps, config.sample_shift, config.guidance),
         seed=1,

@@ -102,14 +102,15 @@ class Vae:
     dim: int
     decoder_dim: int
     nested: bool
+    multiples: tuple[int, int, int, int] = (1, 2, 4, 4)  # of the width, stage by stage
 
     def shapes(self) -> dict[str, Shape]:
         return dict(self._shapes())
 
     def _shapes(self) -> Iterator[tuple[str, Shape]]:
-        multiples, halves_time = (1, 2, 4, 4), (False, True, True)
+        halves_time = (False, True, True)
         pixels = 12 if self.nested else 3  # 2.2 folds 2x2 pixels into channels
-        widths = [self.dim * multiple for multiple in multiples]
+        widths = [self.dim * multiple for multiple in self.multiples]
         yield from _layer("encoder.conv1", widths[0], pixels, 3, 3, 3)
         stages = []
         for index, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
@@ -122,7 +123,7 @@ class Vae:
         yield from _layer("conv1", 2 * self.z_dim, 2 * self.z_dim, 1, 1, 1)
         yield from _layer("conv2", self.z_dim, self.z_dim, 1, 1, 1)
 
-        widths = [self.decoder_dim * multiple for multiple in reversed(multiples)]
+        widths = [self.decoder_dim * multiple for multiple in reversed(self.multiples)]
         yield from _layer("decoder.conv1", widths[0], self.z_dim, 3, 3, 3)
         yield from _middle("decoder", widths[0])
         stages, before = [], widths[0]
@@ -454,14 +455,14 @@ def write_checkpoint(
         write_json(part / "wan_config.json", checkpoint.declared)
 
 
-def write_prompt_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_prompt_tokenizer(folder: Path, vocab_size: int, corpus: str = CORPUS) -> None:
     """A Unigram tokenizer with UMT5's conventions: <pad> 0, </s> 1, <unk> 2, and </s> after every text.
 
-    Its pieces are the characters and words of CORPUS by frequency, so there is nothing to train.
+    Its pieces are the characters and words of the corpus by frequency, so there is nothing to train.
     """
-    words = Counter(f"▁{word}" for word in re.findall(r"\w+|[^\w\s]", CORPUS))
+    words = Counter(f"▁{word}" for word in re.findall(r"\w+|[^\w\s]", corpus))
     letters = Counter(
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-▁" + CORPUS.replace(" ", "▁")
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-▁" + corpus.replace(" ", "▁")
     )
     total = words.total() + letters.total()
     pieces = [(piece, math.log(count / total)) for piece, count in (letters + words).most_common()]
@@ -521,7 +522,7 @@ def _speak_in_words(embedding: Tensor, head: Tensor, ids: Mapping[str, int], see
         head[after] += embedding[word]
 
 
-def write_caption_tokenizer(folder: Path) -> dict[str, int]:
+def write_caption_tokenizer(folder: Path, corpus: str = CORPUS) -> dict[str, int]:
     """A byte-level BPE tokenizer with InternVL's special tokens; returns the id of every token."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<img>", "</img>", "<IMG_CONTEXT>"]
     special += ["<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
@@ -532,7 +533,7 @@ def write_caption_tokenizer(folder: Path) -> dict[str, int]:
     trainer = trainers.BpeTrainer(
         vocab_size=512, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    tokenizer.train_from_iterator([CORPUS], trainer)
+    tokenizer.train_from_iterator([corpus], trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -55,8 +55,8 @@ def chain(checkpoint: str, video: str, folder: Path, kill_at: int | None = None)
         setattr(os, name, counted)
     extend = WanV2V5B.extend
 
-    def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any = None) -> Any:
-        return extend(self, footage, seed, plan, event)
+    def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any = None, **more: Any) -> Any:
+        return extend(self, footage, seed, plan, event, **more)
 
     WanV2V5B.extend = watched  # type: ignore[method-assign]
     continuous.Progress.begin = lambda *_: event()  # type: ignore[method-assign]

@@ -12,17 +12,18 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 # A module may import its own layer and those above it in this list.
 LAYERS = [
     ("wan.errors",),
-    ("wan.types", "wan.placement", "wan.compat"),
-    ("wan.media", "wan.modules", "wan.configs", "wan.captioner"),
+    ("wan.types", "wan.placement", "wan.compat", "wan.timeline"),
+    ("wan.media", "wan.modules", "wan.configs", "wan.captioner", "wan.quality"),
     ("wan.pipeline", "wan.run_folder", "wan.progress"),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),
     ("wan.video2video", "wan.wan22video2video5B"),
     ("wan.flags",),
+    ("wan.report", "wan.storyboard"),
     ("wan.commands",),
     ("wan.cli",),
 ]
 # Neighbours of one layer that may not know each other.
-APART = ["wan.media", "wan.modules", "wan.configs", "wan.captioner"]
+APART = ["wan.media", "wan.modules", "wan.configs", "wan.captioner", "wan.quality"]
 
 
 def name_of(file: Path) -> str:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from wan.modules.conditioning import ImageChannels, KnownLatents, TextOnly
+from wan.errors import UserError
+from wan.modules.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.types import Context
 
-LATENTS = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
+LATENTS = torch.arange(2 * 5 * 4 * 6, dtype=torch.float32).view(2, 5, 4, 6)
 T = torch.tensor(613)
+
+
+def mask_of(condition: ImageChannels) -> list[list[float]]:
+    """The four mask channels by latent frame; each is the same all over the picture."""
+    mask = condition.channels[:4]
+    assert torch.equal(mask, mask[:, :, :1, :1].expand_as(mask))
+    return [list(map(float, row)) for row in mask[:, :, 0, 0]]
 
 
 def test_text_only_passes_the_latents_on() -> None:
@@ -16,23 +26,75 @@ def test_text_only_passes_the_latents_on() -> None:
 
 
 def test_image_channels_put_the_mask_before_the_image_latents() -> None:
-    image = torch.randn(2, 3, 4, 6)
-    latents, t = ImageChannels.from_latents(image).model_input(LATENTS, T)
-    assert latents.shape == (1, 2 + 4 + 2, 3, 4, 6) and t.tolist() == [613]
+    image = torch.randn(2, 5, 4, 6)
+    condition = ImageChannels.from_latents(image)
+    latents, t = condition.model_input(LATENTS, T)
+    assert latents.shape == (1, 2 + 4 + 2, 5, 4, 6) and t.tolist() == [613]
     assert torch.equal(latents[0, :2], LATENTS) and torch.equal(latents[0, 6:], image)
-    mask = latents[0, 2:6]
-    assert mask[:, 0].eq(1).all() and mask[:, 1:].eq(0).all()
+    assert mask_of(condition) == [[1, 0, 0, 0, 0]] * 4
+    assert condition.finish(LATENTS) is LATENTS
 
 
-def test_five_known_frames_mark_two_latent_frames() -> None:
-    mask = ImageChannels.from_latents(torch.zeros(2, 3, 4, 6), known_frames=5).channels[:4]
-    assert mask[:, :2].eq(1).all() and mask[:, 2:].eq(0).all()
+@pytest.mark.parametrize(("known", "row"), [(1, [1, 0, 0, 0, 0]), (5, [1, 1, 0, 0, 0]), (9, [1, 1, 1, 0, 0])])
+def test_known_frames_mark_their_latent_frames(known: int, row: list[int]) -> None:
+    assert mask_of(ImageChannels.from_latents(torch.zeros(2, 5, 4, 6), known)) == [row] * 4
 
 
-def test_known_latents_are_placed_and_their_tokens_get_timestep_0() -> None:
-    known = torch.full((2, 1, 4, 6), -1.0)
+def test_an_end_image_marks_the_last_pixel_frame_alone() -> None:
+    mask = mask_of(ImageChannels.from_latents(torch.zeros(2, 5, 4, 6), 1, end=True))
+    assert mask == [[1, 0, 0, 0, 0]] * 3 + [[1, 0, 0, 0, 1]]
+
+
+def test_the_mask_is_the_official_one_for_any_set_of_known_frames() -> None:
+    """The official construction: a flag per pixel frame, the first repeated four times, then folded by four."""
+    for known, end in ((1, False), (5, False), (9, True), (17, False)):
+        flags = torch.zeros(1, 17, 4, 6)
+        flags[:, :known] = 1
+        if end:
+            flags[:, -1] = 1
+        flags = torch.cat([flags[:, :1].repeat(1, 4, 1, 1), flags[:, 1:]], dim=1)
+        expected = flags.view(1, 5, 4, 4, 6).transpose(1, 2)[0]
+        found = ImageChannels.from_latents(torch.zeros(2, 5, 4, 6), known, end=end).channels[:4]
+        assert torch.equal(found, expected)
+
+
+def test_an_anchor_and_motion_are_followed_by_literal_zeros_and_only_the_anchor_is_marked() -> None:
+    anchor, motion = torch.randn(2, 1, 4, 6), torch.randn(2, 1, 4, 6)
+    condition = ImageChannels.from_anchor(anchor, motion, 5)
+    assert mask_of(condition) == [[1, 0, 0, 0, 0]] * 4
+    image = condition.channels[4:]
+    assert torch.equal(image[:, :1], anchor) and torch.equal(image[:, 1:2], motion)
+    assert image[:, 2:].eq(0).all() and image.shape == (2, 5, 4, 6)
+
+
+def test_held_frames_are_shown_at_the_noise_level_of_the_others_and_come_out_clean() -> None:
+    known, noise = torch.randn(2, 2, 4, 6), torch.randn(2, 5, 4, 6)
+    plain = ImageChannels.from_latents(torch.randn(2, 5, 4, 6), 5)
+    condition = HeldImageChannels.hold(plain, known, noise, 1000)
+    latents, t = condition.model_input(LATENTS, T)
+    torch.testing.assert_close(latents[0, :2, :2], (1 - 0.613) * known + 0.613 * noise[:, :2])
+    assert torch.equal(latents[0, :2, 2:], LATENTS[:, 2:]) and torch.equal(latents[0, 2:], plain.channels)
+    assert t.tolist() == [613]
+    assert torch.equal(condition.finish(LATENTS), torch.cat([known, LATENTS[:, 2:]], dim=1))
+    pure, _ = condition.model_input(LATENTS, torch.tensor(1000))
+    assert torch.equal(pure[0, :2, :2], noise[:, :2])
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_known_latents_are_placed_and_their_tokens_get_timestep_0(slots: int) -> None:
+    known = torch.full((2, slots, 4, 6), -1.0)
     condition = KnownLatents(known)
     latents, t = condition.model_input(LATENTS, T)
-    assert torch.equal(latents[0, :, :1], known) and torch.equal(latents[0, :, 1:], LATENTS[:, 1:])
-    assert t.view(3, 2, 3)[0].eq(0).all() and t.view(3, 2, 3)[1:].eq(613).all()
+    assert torch.equal(latents[0, :, :slots], known) and torch.equal(latents[0, :, slots:], LATENTS[:, slots:])
+    assert t.view(5, 2, 3)[:slots].eq(0).all() and t.view(5, 2, 3)[slots:].eq(613).all()
     assert torch.equal(condition.finish(LATENTS), latents[0])
+
+
+def test_a_context_is_chosen_from_what_is_said_of_it() -> None:
+    assert Context.choose() == Context("last_frame", 1)
+    assert Context.choose("tail") == Context.choose(None, 5) == Context("tail", 5)
+    assert Context.choose("svi2pro") == Context("svi2pro", 5)
+    assert Context("tail", 13).within(11) == Context("tail", 9) and Context("tail", 5).within(3) == Context("tail", 1)
+    for mode, frames in (("tail", 4), ("tail", 21), ("last_frame", 5), ("svi2pro", 9), ("head", 1), ("tail", 0)):
+        with pytest.raises(UserError):
+            Context.choose(mode, frames)

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import wan
 from tests.conftest import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.continuation import VideoFile, chain, default_vlm
 from wan.errors import UserError
-from wan.types import Clip, Generation, Geometry, Request, Sampling, frame_indices, from_uint8, to_uint8
+from wan.types import Clip, Generation, Geometry, Known, Request, Sampling, frame_indices, from_uint8, to_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -44,7 +43,7 @@ def grey(level: int, frames: int = 3) -> Clip:
 
 
 def one_level_brighter(clip: Any, seed: int) -> Generation:
-    request = Request("", "", clip.last, Geometry(1, 16, 16, (4, 8, 8)), Sampling(1, 5.0, (1.0, 1.0)), seed)
+    request = Request("", "", Known((clip.last,)), Geometry(1, 16, 16, (4, 8, 8)), Sampling(1, 5.0, (1.0, 1.0)), seed)
     level = int(to_uint8(clip.last).max())
     return Generation(grey(level + 1), torch.zeros(1), request)
 
@@ -119,7 +118,7 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     assert v2v.captioner.asked[1][0][1:3] == (plan.geometry.height, plan.geometry.width)
     assert all(clip.request.prompt.startswith("go on A picture of level") for clip in made)
     assert made[0].clip.frames.shape == made[1].clip.frames.shape
-    assert isinstance(made[1].request.image, Tensor) and torch.equal(made[1].request.image, made[0].clip.last)
+    assert torch.equal(made[1].request.known.leading[0], made[0].clip.last)
     assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
 
 
@@ -147,7 +146,8 @@ def test_a_failing_captioner_stops_the_run_before_sampling(v2v: Any, monkeypatch
 def test_a_long_description_is_cut_to_the_text_encoder(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "The boat goes over the water slowly. "
     monkeypatch.setattr(v2v.captioner, "describe", lambda *_, **__: sentence * 200)
-    prompt = v2v.prompt_for(VideoFile(VIDEO), dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video"))
+    plan = dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video")
+    prompt = v2v.words(VideoFile(VIDEO), plan).prompt
     assert prompt.startswith("continue video The boat") and prompt.endswith("slowly.")
     assert 512 - v2v.tokenizer.count(sentence) < v2v.tokenizer.count(prompt) <= 512
 

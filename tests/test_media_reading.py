@@ -297,3 +297,39 @@ def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret.mp4").chmod(0)
     with pytest.raises(VideoError, match="permission denied"):
         media.read_last_frame(tmp_path / "secret.mp4")
+
+
+@pytest.mark.parametrize("entry", READABLE, ids=by_name)
+def test_the_tail_goes_back_from_the_last_frame_in_even_time(entry: dict[str, Any]) -> None:
+    path = CORPUS / entry["file"]
+    count, first, last = entry["n_frames"], entry["first_index"], media.read_last_frame(path)
+    rate = Fraction(entry["fps"]) if entry.get("fps") else media.probe(path).fps
+    every = media.read_tail(path, 9, rate)
+    assert np.array_equal(every[-1], np.asarray(last)) and len(every) == min(9, count)
+    if entry.get("vfr") or entry.get("damaged"):
+        return  # below, and: the damage decides
+    final = number(last)
+    assert [number(frame) for frame in every] == list(range(max(first, final - 8), final + 1))
+    half = media.read_tail(path, 5, rate / 2)
+    assert [number(frame) for frame in half] == [n for n in range(final - 8, final + 1, 2) if n >= first]
+
+
+def test_the_tail_of_a_video_with_uneven_times_is_what_was_on_screen() -> None:
+    """Frame 38 of vfr.mp4 stays for two seconds before the last one."""
+    seen = [number(frame) for frame in media.read_tail(CORPUS / "vfr.mp4", 5, 2)]
+    assert seen[-1] == 39 and seen[1:4] == [38, 38, 38]
+
+
+@pytest.mark.parametrize(("source", "model"), [(30, 16), (60, 24), (25, 16), (24, 24), (50, 16), (10, 24)])
+def test_the_tail_is_resampled_without_changing_speed(source: int, model: int, tmp_path: Path) -> None:
+    media.write_video(tmp_path / "clip.mp4", numbered(range(80), 128, 72), source)
+    seen = [number(frame) for frame in media.read_tail(tmp_path / "clip.mp4", 17, model)]
+    expected = [int(79 - step * source / model + 1e-3) for step in range(16, -1, -1)]
+    assert seen == [int(np.floor(79 - step * source / model + 1e-3)) for step in range(16, -1, -1)] == expected
+
+
+def test_a_short_video_gives_the_frames_that_it_has(tmp_path: Path) -> None:
+    media.write_video(tmp_path / "clip.mp4", numbered(range(3), 128, 72), 16)
+    assert [number(frame) for frame in media.read_tail(tmp_path / "clip.mp4", 9, 16)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="positive"):
+        media.read_tail(tmp_path / "clip.mp4", 0, 16)

@@ -241,7 +241,7 @@ def test_joining_changes_no_pixel(clips: list[Path], tmp_path: Path) -> None:
 
 
 def test_clips_without_a_common_frame_are_joined_whole(clips: list[Path], tmp_path: Path) -> None:
-    assert media.join_videos(clips[:2], tmp_path / "joined.mp4", drop_first=False) == 66
+    assert media.join_videos(clips[:2], tmp_path / "joined.mp4", drops=[0, 0]) == 66
     assert decoded(tmp_path / "joined.mp4") == [*range(33), *range(32, 65)]
 
 

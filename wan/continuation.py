@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from wan import media
-from wan.captioner import Captioner, build_transform, compose_prompt, dynamic_preprocess, open_captioner
+from wan.captioner import (
+    Beat,
+    Captioner,
+    Memory,
+    build_transform,
+    compose_prompt,
+    dynamic_preprocess,
+    next_beat,
+    open_captioner,
+)
 from wan.configs import ModelConfig
 from wan.errors import UserError
+from wan.modules.lora import LoraFile
 from wan.pipeline import Pipeline, draw_seed
 from wan.placement import parse_device, same_device
+from wan.quality import SeamScore, correct_drift, measure_motion, score_seam
 from wan.types import (
+    LONGEST_CONTEXT,
+    PROMPT_MODES,
+    Clip,
+    Context,
     Footage,
     Frame,
     Generation,
     Geometry,
+    Known,
     OnStep,
     Request,
     Sampling,
     Step,
     UInt8Array,
     frame_size,
+    from_uint8,
 )
 
 QUESTION = "Describe this video in detail."
+RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
+CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 VLM_NAME = "InternVL3_5-8B"
 VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
@@ -48,17 +70,28 @@ class VideoFile:
         if reader == "decord":
             media.check_last_frame_with_decord(self.path, image)
         self.last: Frame = image
+        self.motion: Tensor | None = None  # the latents of a file are not known
 
-    def samples(self, count: int) -> UInt8Array:
-        """`count` frames spread over the file, uint8 [count, H, W, 3]."""
-        return media.sample_frames(self.path, count, reader=self.reader)
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """Frames spread over the file, or over its last `seconds`, as `Footage.samples`."""
+        if seconds is None:
+            return media.sample_frames(self.path, count, reader=self.reader)
+        return media.read_tail(self.path, count, Fraction(max(count - 1, 1)) / Fraction(seconds))
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The file's last frames at `fps`, whatever its own rate is, as `Footage.tail`."""
+        return from_uint8(media.read_tail(self.path, count, fps))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a video is continued; the same for every clip of a chain.
+    """How a video is continued by one clip.
 
-    `prompt` is used as it is; without one each clip is described. `prefix` goes before either.
+    `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
+    happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
+    clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
+    that `svi2pro` holds on to, `end` the clip's last frame. `drift_correction` is a strength, 0 for none. Of `best_of`
+    candidates the one with the least visible seam is taken. Raises UserError for what does not go together.
     """
 
     geometry: Geometry
@@ -68,10 +101,53 @@ class Plan:
     prefix: str = ""
     num_segments: int = 8
     offload: bool = True
+    context: Context = Context()
+    anchor: Frame | None = None
+    end: Frame | None = None
+    cut: Frame | bool | None = None
+    loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
+    prompt_mode: str = "describe"
+    drift_correction: float = 0.0
+    best_of: int = 1
+    number: int = 1  # of `count` clips
+    count: int = 1
 
     def __post_init__(self) -> None:
         if self.num_segments < 1:
             raise UserError(f"num_segments must be at least 1, {self.num_segments} is not")
+        if self.best_of < 1:
+            raise UserError(f"best_of must be at least 1, {self.best_of} is not")
+        if self.prompt_mode not in PROMPT_MODES:
+            raise UserError(f"prompt_mode must be one of {', '.join(PROMPT_MODES)}; {self.prompt_mode!r} is not")
+        if not 0 <= self.drift_correction <= 1:
+            raise UserError(f"drift_correction must be from 0 to 1, {self.drift_correction} is not")
+        if self.context.frames >= self.geometry.frames:
+            raise UserError(
+                f"context_frames {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
+            )
+        if self.context.mode == "svi2pro" and self.end is not None:
+            raise UserError(
+                "svi2pro takes no end image: the last frames turn grey; use tail or last_frame for that clip"
+            )
+
+    @property
+    def dropped(self) -> int:
+        """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
+        return 0 if self.cut else self.context.frames
+
+    @property
+    def described(self) -> bool:
+        """Whether the VLM has a part in the prompt."""
+        return self.prompt is None or self.prompt_mode == "continue"
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """The prompt of a clip, how it came about (as JSON values), and the seconds that took."""
+
+    prompt: str
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class VideoContinuation(Pipeline):
@@ -83,6 +159,7 @@ class VideoContinuation(Pipeline):
     """
 
     fit: Callable[[int, int, int], tuple[int, int]]  # width, height, max_area -> width, height
+    frame_for: Callable[[Frame, int, int], Tensor]  # picture, width, height -> float32 [3, height, width]
 
     def __init__(
         self,
@@ -141,11 +218,13 @@ class VideoContinuation(Pipeline):
         num_segments: int = 8,
         *,
         on_step: OnStep | None = None,
+        **more: Any,
     ) -> tuple[Tensor, str]:
         """Continue a video file -> (video float32 [3, T, H, W] in [-1, 1], the prompt that was used).
 
         The video starts with the file's last frame. Without `prompt` the VLM describes the file, after
-        `custom_prompt` if that is given. What is None comes from the config. Raises UserError.
+        `custom_prompt` if that is given. What is None comes from the config. `more` are keyword arguments of `plan`:
+        with a longer `context` the video starts with that many of the file's last frames. Raises UserError.
         """
         footage = VideoFile(video_path, self.video_reader)
         plan = self.plan(
@@ -161,6 +240,7 @@ class VideoContinuation(Pipeline):
             prefix=custom_prompt or "",
             num_segments=num_segments,
             offload=offload_model,
+            **more,
         )
         made = self.extend(footage, draw_seed(seed), plan, on_step)
         return made.video, made.request.prompt
@@ -176,15 +256,25 @@ class VideoContinuation(Pipeline):
         steps: int | None = None,
         guidance: float | tuple[float, float] | None = None,
         negative: str = "",
+        context: Context | None = None,
+        anchor: Frame | None = None,
+        end: Frame | None = None,
+        loras: Mapping[str, Sequence[LoraFile]] = MappingProxyType({}),
         **rest: Any,
     ) -> Plan:
-        """A plan that fits the footage: its aspect within `max_area` pixels. None means the config's value."""
+        """A plan that fits the footage: its aspect within `max_area` pixels. None means the config's value.
+
+        `rest` are further fields of `Plan`. Raises UserError.
+        """
         config = self.config
         if max_area is None:
             width, height = (int(side) for side in config.sizes[0].split("*"))
             max_area = width * height
         size = self.fit(*frame_size(footage.last), max_area)
-        return Plan(
+        context = context or Context()
+        if context.mode == "svi2pro" and anchor is None:
+            anchor = choose_anchor(footage)
+        plan = Plan(
             self.geometry(*size, config.frame_num if frame_num is None else frame_num),
             self.sampling(
                 config.sample_steps if steps is None else steps,
@@ -193,26 +283,168 @@ class VideoContinuation(Pipeline):
                 config.guidance if guidance is None else guidance,
             ),
             negative or config.sample_neg_prompt,
+            context=context,
+            anchor=anchor,
+            end=end,
+            loras={name: tuple(files) for name, files in loras.items() if files},
             **rest,
         )
+        self.check(plan)
+        return plan
 
-    def extend(self, footage: Footage, seed: int, plan: Plan, on_step: OnStep | None = None) -> Generation:
-        """One clip that goes on from the footage's last frame, with the description of the footage as its prompt."""
-        if on_step is not None and plan.prompt is None:
+    def check(self, plan: Plan) -> None:
+        """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
+        two_experts = self.config.model_type == "i2v"
+        if plan.context.mode == "svi2pro" and not two_experts:
+            raise UserError(f"--continuation svi2pro is for I2V-A14B; use tail with {self.config.name}")
+        if plan.end is not None and not two_experts:
+            raise UserError(f"--end_image is for I2V-A14B; {self.config.name} knows no last frame")
+        if plan.cut is True and two_experts:
+            raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
+        if plan.cut is True and plan.prompt is None:
+            raise UserError("cut: true makes a clip of text alone: give it a prompt")
+        self.check_loras(plan.loras)
+        self._check_pairing(plan)
+
+    def _check_pairing(self, plan: Plan) -> None:
+        """SVI's layout needs its LoRAs and they need it; which of its versions a file is, only its name can tell."""
+        names = {expert: [file.path.name for file in plan.loras.get(expert, ())] for expert in self.checkpoint.experts}
+        if plan.context.mode == "svi2pro":
+            if not all(names.values()):
+                raise UserError("--continuation svi2pro needs its pair of LoRAs: give --lora_high and --lora_low")
+            wrong = [name for files in names.values() for name in files if _is_svi(name) and "pro" not in name.lower()]
+            if wrong:
+                raise UserError(f"{wrong[0]} is of another SVI version; svi2pro needs the 2.0 Pro pair")
+        elif found := [name for files in names.values() for name in files if _is_svi(name)]:
+            raise UserError(f"{found[0]} is trained for another conditioning; use it with --continuation svi2pro")
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second of what the model makes."""
+        return Fraction(self.config.sample_fps)
+
+    def extend(
+        self,
+        footage: Footage,
+        seed: int,
+        plan: Plan,
+        on_step: OnStep | None = None,
+        *,
+        memory: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Generation:
+        """One clip that goes on from the footage. `memory` is what the clip before noted under that name."""
+        if plan.context.mode == "tail":
+            there = len(footage.tail(plan.context.frames, self.fps))
+            plan = dataclasses.replace(plan, context=plan.context.within(there))
+        if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
-        start = time.perf_counter()
-        prompt = self.prompt_for(footage, plan)
-        seconds = {"caption": time.perf_counter() - start} if plan.prompt is None else {}
-        request = Request(prompt, plan.negative, footage.last, plan.geometry, plan.sampling, seed)
-        made = self.run(request, offload=plan.offload, on_step=on_step)
-        return dataclasses.replace(made, seconds=seconds | dict(made.seconds))
+        words = self.words(footage, plan, memory)
+        made = self._candidate(footage, words, seed, plan, on_step)
+        scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]
+        for index in range(1, plan.best_of):
+            other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
+            scores.append({"seed": other.request.seed, "score": other.notes["seam"]["score"]})
+            if scores[-1]["score"] < made.notes["seam"]["score"]:
+                made = other
+        notes = {"dropped": plan.dropped} | dict(words.notes) | dict(made.notes)
+        if plan.best_of > 1:
+            notes["candidates"] = scores
+        seconds = {"caption": words.seconds} if plan.described else {}
+        return dataclasses.replace(made, seconds=seconds | dict(made.seconds), notes=notes)
 
-    def prompt_for(self, footage: Footage, plan: Plan) -> str:
-        """The plan's prompt, or the description of the footage cut to what the text encoder takes; prefix first."""
-        if plan.prompt is not None:
-            return f"{plan.prefix} {plan.prompt}".strip()
-        summary = self._describe(footage.samples(plan.num_segments))
-        return compose_prompt(plan.prefix, summary, self.tokenizer.count, self.config.text_len)
+    def _candidate(self, footage: Footage, words: Words, seed: int, plan: Plan, on_step: OnStep | None) -> Generation:
+        request = Request(
+            words.prompt, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
+        )
+        made = self.run(request, offload=plan.offload, on_step=on_step)
+        if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
+            before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
+            frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
+            made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
+        seam = self.judge(footage, made, plan)
+        return dataclasses.replace(made, notes={"seam": seam and seam.as_json()})
+
+    def known(self, footage: Footage, plan: Plan) -> Known:
+        """What the clip is conditioned on."""
+        size = plan.geometry.width, plan.geometry.height
+        end = None if plan.end is None else self.frame_for(plan.end, *size)
+        if plan.cut is True:
+            return Known()
+        if plan.cut:
+            return Known((self.frame_for(plan.cut, *size),), end)
+        if plan.context.mode == "svi2pro":
+            assert plan.anchor is not None
+            anchor = self.frame_for(plan.anchor, *size)
+            if footage.motion is not None:
+                return Known(anchor=anchor, motion=footage.motion)
+            tail = self.pictures(footage, LONGEST_CONTEXT, plan)
+            return Known(tail[(len(tail) - 1) % 4 :], anchor=anchor)
+        if plan.context.frames == 1:
+            return Known((self.frame_for(footage.last, *size),), end)
+        return Known(self.pictures(footage, plan.context.frames, plan), end)
+
+    def pictures(self, footage: Footage, count: int, plan: Plan) -> tuple[Tensor, ...]:
+        """The footage's last frames at the model's rate, up to `count`, float32 [3, H, W] of the clip's size."""
+        width, height = plan.geometry.width, plan.geometry.height
+        return tuple(self.frame_for(frame.permute(2, 0, 1), width, height) for frame in footage.tail(count, self.fps))
+
+    def judge(self, footage: Footage, made: Generation, plan: Plan) -> SeamScore | None:
+        """How well the clip goes on from the footage; None for one that begins a new shot."""
+        if plan.cut:
+            return None
+        before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
+        frames, dropped = made.clip.frames, plan.dropped
+        # the first frame that svi2pro makes restores its anchor, which is not the footage
+        known = min(dropped - (plan.context.mode == "svi2pro"), len(before))
+        return score_seam(
+            before,
+            frames[dropped : dropped + len(before)],
+            known=before[-known:],
+            rendered=frames[dropped - known : dropped],
+        )
+
+    def words(self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})) -> Words:
+        """The plan's prompt, or what the VLM says cut to what the text encoder takes; prefix first."""
+        start = time.perf_counter()
+        if not plan.described:
+            return Words(f"{plan.prefix} {plan.prompt}".strip())
+        if plan.cut and not isinstance(plan.cut, bool):  # the picture is what is continued
+            footage = Clip(
+                self.frame_for(plan.cut, plan.geometry.width, plan.geometry.height)[None].permute(0, 2, 3, 1), self.fps
+            )
+        notes: dict[str, Any] = {}
+        if plan.prompt_mode == "continue":
+            # after a cut nothing of the old shot is to be kept up
+            beat = self._next_beat(footage, plan, Memory() if plan.cut else Memory.from_json(memory))
+            notes = {"memory": beat.memory.as_json(), "answers": list(beat.answers), "fallback": beat.fallback}
+            summary = beat.prompt
+        else:
+            summary = self._describe(footage.samples(plan.num_segments))
+            notes = {"answers": [summary]}
+        prompt = compose_prompt(plan.prefix, summary, self.tokenizer.count, self.config.text_len)
+        return Words(prompt, notes, time.perf_counter() - start)
+
+    def _next_beat(self, footage: Footage, plan: Plan, memory: Memory) -> Beat:
+        frames = footage.samples(plan.num_segments, RECENT_SECONDS)
+        apart = RECENT_SECONDS / max(plan.num_segments - 1, 1)
+        tail = footage.tail(LONGEST_CONTEXT, self.fps)
+        motion = measure_motion(tail, self.fps) if len(tail) > 1 else None  # a picture has none
+        try:
+            return next_beat(
+                self.captioner,
+                frames,
+                [apart * (index + 1 - len(frames)) for index in range(len(frames))],
+                motion=motion.sentence() if motion else "",
+                still=motion is None or motion.still,
+                memory=memory,
+                goal=plan.prompt or "",
+                clip=plan.number,
+                clips=plan.count,
+                seconds=float(plan.geometry.frames / self.fps),
+                describe=lambda: self.captioner.describe(footage.samples(plan.num_segments), self.vlm_question),
+            )
+        finally:
+            self._make_room()
 
     @cached_property
     def captioner(self) -> Captioner:
@@ -223,9 +455,13 @@ class VideoContinuation(Pipeline):
 
     def _describe(self, frames: UInt8Array, question: str | None = None) -> str:
         summary = self.captioner.describe(frames, question or self.vlm_question)
-        if self.device.type == "cuda" and same_device(self.vlm_device, self.device):
-            self.captioner.close()  # the diffusion model needs the memory
+        self._make_room()
         return summary
+
+    def _make_room(self) -> None:
+        """Free a VLM that shares the GPU: the diffusion model needs the memory."""
+        if self.device.type == "cuda" and same_device(self.vlm_device, self.device):
+            self.captioner.close()
 
     # The helpers that scripts may call by these names.
 
@@ -288,4 +524,21 @@ def chain(
             continue
         made = extend(footage, seeds.get(index, seed + index))
         yield made
-        footage = made.clip
+        footage = made
+
+
+def _is_svi(name: str) -> bool:
+    return re.search(r"(?<![a-z])svi(?![a-z])", name.lower()) is not None
+
+
+def choose_anchor(footage: Footage) -> Frame:
+    """The sharpest frame from between three seconds and one second before the end, or the first of shorter footage."""
+    frames = footage.samples(13, 3.0)
+    early = frames[: max(len(frames) - 4, 1)]
+    return Image.fromarray(max(early, key=_sharpness))
+
+
+def _sharpness(frame: UInt8Array) -> float:
+    """The mean squared step between neighbouring pixels."""
+    luma = frame.astype(np.float32).mean(axis=-1)
+    return float(np.square(np.diff(luma, axis=0)).mean() + np.square(np.diff(luma, axis=1)).mean())

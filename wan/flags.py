@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 
 from wan.configs import WAN_CONFIGS, ModelConfig, parse_size
 from wan.errors import UserError
-from wan.types import SOLVERS
+from wan.types import CONTINUATIONS, PROMPT_MODES, SOLVERS, Context
 
 V2V_TASKS = ("v2v-14B", "v2v-5B")
+LORA_FLAGS = {"lora": "model", "lora_high": "high_noise_model", "lora_low": "low_noise_model"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,11 +46,15 @@ def continuous_flags() -> Parser:
     parser.add_argument("--task", choices=V2V_TASKS, help="default: told from --ckpt_dir")
     _add_common(parser)
     parser.add_argument("--video", required=True, help="the video to continue")
-    parser.add_argument("--num_videos", type=int, default=12, help="clips to make (default: 12)")
+    parser.add_argument("--num_videos", type=int, help="clips to make; default: the storyboard's, or 12")
     parser.add_argument("--output_dir", default="./continuous_outputs", help="folder for clips, joined video and logs")
     parser.add_argument("--frame_num", type=int, default=81, help="frames of each clip, 4n+1 (default: 81)")
     parser.add_argument("--redo", type=int, metavar="K", help="make clip K, counted from 1, again with another seed")
     parser.add_argument("--keep_following", action="store_true", help="with --redo: keep the clips after K as they are")
+    parser.add_argument("--storyboard", metavar="FILE", help="what is different in which clip: YAML, JSON or text")
+    parser.add_argument("--best_of", type=int, default=1, metavar="N", help="of N candidates keep the best seam's")
+    parser.add_argument("--include_source", action="store_true", help="begin the joined video with --video, and sound")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan of the run and make nothing")
     parser.add_argument(
         "--custom_prompt",
         default="continue video",
@@ -76,6 +81,32 @@ def _add_common(parser: Parser) -> None:
     add("--vlm_url", help="OpenAI-compatible endpoint to describe with, instead of a local VLM")
     add("--vlm_question", default="Describe this video in detail.", help="what the VLM is asked (default: %(default)r)")
     add("--vlm_trust_remote_code", action="store_true", help="run the code that comes with the VLM's checkpoint")
+    add("--prompt_mode", choices=PROMPT_MODES, default="describe", help="what the VLM is asked for (default: describe)")
+    add("--continuation", choices=CONTINUATIONS, help="what a clip knows of the one before (default: last_frame)")
+    add(
+        "--context_frames",
+        type=int,
+        metavar="K",
+        help="frames that are known: 1, or 5, 9, 13, 17 with tail (default: 5)",
+    )
+    add("--anchor_image", help="the picture that svi2pro holds on to; default: a sharp one from before the end")
+    add("--end_image", help="the last frame (of the last clip); A14B")
+    for name, expert in (("lora", "5B"), ("lora_high", "A14B, high noise"), ("lora_low", "A14B, low noise")):
+        add(
+            f"--{name}",
+            action="append",
+            metavar="PATH[:S]",
+            help=f"merge a LoRA with strength S ({expert}); repeatable",
+        )
+    add(
+        "--drift_correction",
+        type=float,
+        nargs="?",
+        const=0.9,
+        default=0.0,
+        metavar="S",
+        help="take out colour drift, with strength S from 0 to 1 (default without S: 0.9)",
+    )
     add("--num_segments", type=int, default=8, help="frames the VLM sees (default: 8)")
     add("--video_reader", choices=("auto", "pyav", "decord"), default="auto", help="what samples the VLM's frames")
     add("--no_video_metadata", action="store_true", help="do not write prompt and settings into the mp4")
@@ -143,7 +174,7 @@ def choose_size(given: str | None, config: ModelConfig, folder: Path) -> tuple[i
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, with numbers in range. Raises UserError."""
     args = parser.parse_args(argv)
-    for name in ("num_videos", "redo", "num_segments", "sample_steps", "frame_num"):
+    for name in ("num_videos", "redo", "num_segments", "sample_steps", "frame_num", "best_of"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, {value} is not")
@@ -154,6 +185,15 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--base_seed {args.base_seed} is too large; the largest seed is 2**63-1")
     if hasattr(args, "num_videos") and args.frame_num < 5:
         raise UserError(f"--frame_num {args.frame_num}: a clip of a chain needs at least 5 frames")
+    if not 0 <= args.drift_correction <= 1:
+        raise UserError(f"--drift_correction must be from 0 to 1, {args.drift_correction} is not")
+    if args.video is None:
+        names = ("continuation", "context_frames", "anchor_image", "drift_correction", "prompt_mode")
+        if asked := [name for name in names if getattr(args, name) not in (None, 0.0, "describe")]:
+            raise UserError(f"--{asked[0]} goes with --video, the clip to continue")
+    context = Context.choose(args.continuation, args.context_frames)
+    if args.anchor_image is not None and context.mode != "svi2pro":
+        raise UserError("--anchor_image goes with --continuation svi2pro")
     if getattr(args, "keep_following", False) and args.redo is None:
         raise UserError("--keep_following goes with --redo K")
     if args.vlm_url is not None and not args.vlm_url.startswith(("http://", "https://")):

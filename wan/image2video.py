@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import UserError
-from wan.modules.conditioning import Condition, ImageChannels
-from wan.pipeline import TwoExperts, draw_seed
+from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
+from wan.pipeline import TwoExperts, draw_seed, fills
 from wan.placement import Placement
-from wan.types import Frame, OnStep, Request, image_to_frame
+from wan.types import Frame, Known, OnStep, Request, frame_size, image_to_frame
 
 
 def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
@@ -28,7 +28,12 @@ def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tup
 
 
 def exact_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
-    """The same rule in exact integer arithmetic -> (width, height)."""
+    """The same rule in exact integer arithmetic -> (width, height), and what it made once it keeps.
+
+    A size that fills the area stays as it is, so that a video is continued in one size however often.
+    """
+    if fills(width, height, max_area, cell):
+        return width, height
     size = (
         math.isqrt(max_area * width // height) // cell * cell,
         math.isqrt(max_area * height // width) // cell * cell,
@@ -51,6 +56,16 @@ def preprocess(image: Frame, width: int, height: int) -> Tensor:
     return F.interpolate(frame.float().cpu()[None], size=(height, width), mode="bicubic")[0]
 
 
+def crop_to_aspect(image: Frame, width: int, height: int) -> Frame:
+    """The middle of an image, or of a frame [3, H, W], with the aspect of width x height; cut to whole pixels."""
+    here = frame_size(image)
+    wide, high = min(here[0], round(here[1] * width / height)), min(here[1], round(here[0] * height / width))
+    left, top = (here[0] - wide) // 2, (here[1] - high) // 2
+    if isinstance(image, Tensor):
+        return image[:, top : top + high, left : left + wide]
+    return image if (wide, high) == here else image.crop((left, top, left + wide, top + high))
+
+
 class WanI2V(TwoExperts):
     """Image to video. Attributes as in Wan2.2: `low_noise_model`, `high_noise_model`, `vae`, `text_encoder`."""
 
@@ -68,9 +83,10 @@ class WanI2V(TwoExperts):
         seed: int = -1,
         offload_model: bool = True,
         *,
+        last_image: Image.Image | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """A video float32 [3, T, H, W] in [-1, 1] that starts with the image.
+        """A video float32 [3, T, H, W] in [-1, 1] that starts with the image, and ends with `last_image` if given.
 
         Its size is the image's aspect within `max_area` by the official rule; `guide_scale` is one number or
         (low noise, high noise). Raises UserError.
@@ -79,7 +95,7 @@ class WanI2V(TwoExperts):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            img,
+            Known((img,), end=last_image),
             self.geometry(width, height, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
@@ -90,10 +106,33 @@ class WanI2V(TwoExperts):
         """The size of a continuation of a width x height video -> (width, height)."""
         return exact_size(width, height, max_area)
 
-    def condition(self, request: Request, placement: Placement) -> Condition:
-        assert request.image is not None
-        geometry = request.geometry
-        first = preprocess(request.image, geometry.width, geometry.height)
-        rest = torch.zeros(3, geometry.frames - 1, geometry.height, geometry.width)
-        latents = self.encode_frames(torch.cat([first[:, None], rest], dim=1), placement)
-        return ImageChannels.from_latents(latents)
+    def frame_for(self, image: Frame, width: int, height: int) -> Tensor:
+        """A picture of a video that is continued in width x height: cropped to that aspect, float32 [3, height, width].
+
+        A frame of that size is returned as it is, bit for bit.
+        """
+        return preprocess(crop_to_aspect(image, width, height), width, height)
+
+    def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
+        known, (frames, height, width) = request.known, request.geometry.size
+        leading = [preprocess(frame, width, height) for frame in known.leading]
+        if known.anchor is not None:
+            if known.end is not None:
+                raise UserError("a clip with an anchor picture takes no end image")
+            anchor = self.encode_frames(preprocess(known.anchor, width, height)[:, None], placement)
+            if known.motion is None:
+                motion = self.encode_frames(torch.stack(leading, dim=1), placement)[:, -1:]
+            else:
+                motion = known.motion.to(anchor)
+            return ImageChannels.from_anchor(anchor, motion, noise.shape[1])
+        pixels = torch.zeros(3, frames, height, width)
+        pixels[:, : len(leading)] = torch.stack(leading, dim=1)
+        if known.end is not None:
+            pixels[:, -1] = preprocess(known.end, width, height)
+        latents = self.encode_frames(pixels, placement)
+        channels = ImageChannels.from_latents(latents, len(leading), end=known.end is not None)
+        if len(leading) == 1:
+            return channels
+        # the VAE is causal: these are the latents of the known frames alone
+        held = latents[:, : latent_frames(len(leading))]
+        return HeldImageChannels.hold(channels, held, noise, self.config.num_train_timesteps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -18,6 +18,7 @@ from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
+from wan.modules.lora import LoraFile, check_loras, merge_loras
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, plan_stages, sample
 from wan.modules.schedule import build_scheduler
@@ -96,13 +97,41 @@ class Pipeline(ABC):
             convert_model_dtype=self.convert_model_dtype,
         )
 
+    def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
+        flags = {"model": "--lora", "low_noise_model": "--lora_low", "high_noise_model": "--lora_high"}
+        for name, files in loras.items():
+            if name not in self.checkpoint.experts:
+                there = " and ".join(flags[expert] for expert in sorted(self.checkpoint.experts))
+                raise UserError(f"{flags.get(name, name)} is not for {self.config.name}, which takes {there}")
+            check_loras(files, self.checkpoint.experts[name])
+
+    @cached_property
+    def _merged(self) -> dict[str, tuple[LoraFile, ...]]:
+        """The LoRAs that are in each expert's weights now."""
+        return {}
+
+    def _merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Put these LoRAs, by expert, into the weights in place of those that are there."""
+        for name in wanted.keys() | self._merged.keys():
+            files = wanted.get(name, ())
+            if files == self._merged.get(name, ()):
+                continue
+            try:
+                merge_loras(getattr(self, name), self.checkpoint.experts[name], files)
+            except BaseException:
+                self.__dict__.pop(name)  # half merged: it is loaded again when it is next used
+                self._merged.pop(name, None)
+                raise
+            self._merged[name] = files
+
     @abstractmethod
     def experts(self, guidance: tuple[float, float]) -> list[Expert]:
         """The denoisers from high noise to low, with their guidance out of (low, high)."""
 
     @abstractmethod
-    def condition(self, request: Request, placement: Placement) -> Condition:
-        """What is known of the clip, encoded, on the device."""
+    def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
+        """What is known of the clip, encoded, on the device; `noise` [z, F, h, w] are the initial latents."""
 
     def geometry(self, width: int, height: int, frames: int) -> Geometry:
         """The size of a clip for this model. Raises UserError for sizes that it cannot make."""
@@ -132,13 +161,15 @@ class Pipeline(ABC):
         with watch.stage("text"):
             context = self._encode_text(request, placement)
         with watch.stage("encode"):
-            condition = self.condition(request, placement)
+            noise = self.noise(request)
+            condition = self.condition(request, noise, placement)
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
+            self._merge_loras(request.loras)
         with watch.stage("sample"):
             scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
             stages = plan_stages(scheduler.timesteps, experts)
-            latents = sample(self.noise(request), stages, scheduler, condition, context, placement, on_step)
+            latents = sample(noise, stages, scheduler, condition, context, placement, on_step)
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
@@ -232,3 +263,12 @@ class Stopwatch:
 def draw_seed(seed: int) -> int:
     """The seed itself, or a new one for a negative seed, as Wan2.2 does; 32 bits leave room for a chain to count up."""
     return seed if seed >= 0 else random.randrange(2**32)
+
+
+def fills(width: int, height: int, max_area: int, cell: int) -> bool:
+    """Whether a size is on the grid and within the area, and a cell more on both sides would not be.
+
+    What a size rule f makes has this property; where such a size is left as it is, f(f(x)) = f(x).
+    """
+    on_grid = width % cell == 0 and height % cell == 0
+    return on_grid and width * height <= max_area < (width + cell) * (height + cell)

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,10 +28,10 @@ from torch import Tensor
 
 from wan import media
 from wan.errors import UserError
-from wan.types import Generation, UInt8Array, to_uint8
+from wan.types import LONGEST_CONTEXT, Generation, UInt8Array, to_uint8
 
-TAIL = 17  # frames that are kept losslessly: as many as any continuation is conditioned on
 REDONE = "redone"
+SHEET = "sheet."
 _NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
 
 
@@ -61,22 +62,46 @@ class FinishedClip:
         """Of all that made the clip."""
         return fingerprint(self.settings)
 
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
+    @property
+    def dropped(self) -> int:
+        """Leading frames that repeat the clip before."""
+        return int(self.record.get("dropped", 1))
+
+    def _tensor(self, name: str) -> Tensor:
         with safe_open(self.state, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in ("tail", "samples")}
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
     @property
     def last(self) -> Tensor:
         """The last frame, float32 [3, H, W] in [-1, 1]."""
-        return self._tensors["tail"][-1].permute(2, 0, 1)
+        return self._tensor("tail")[-1].permute(2, 0, 1).contiguous()
 
-    def samples(self, count: int) -> UInt8Array:
-        """The frames that were chosen for the captioner, uint8 [count, H, W, 3]."""
-        kept: UInt8Array = self._tensors["samples"].numpy()
-        if len(kept) != count:
-            raise UserError(f"{self.state} holds {len(kept)} frames for the captioner, {count} are asked for")
+    @property
+    def motion(self) -> Tensor:
+        """The last latent frame, float32 [z, 1, h, w]."""
+        return self._tensor("latents")[:, -1:]
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The last frames, up to `count` and no more than are kept, float32 [n, H, W, 3], oldest first."""
+        if fps != Fraction(self.record["fps"]):
+            raise ValueError(f"{self.state} holds frames at {self.record['fps']} frames per second, not at {fps}")
+        return self._tensor("tail")[-count:]
+
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """The frames that were chosen for the captioner, uint8 [n, H, W, 3].
+
+        Which ones, `count` and `seconds` said when the clip was saved; a run with others is another run.
+        """
+        kept: UInt8Array = self._tensor("samples").numpy()
         return kept
+
+    @property
+    def sheet(self) -> list[bytes]:
+        """JPEGs of the frames around the seam before the clip."""
+        with safe_open(self.state, framework="pt") as opened:
+            names = sorted(name for name in opened.keys() if name.startswith(SHEET))  # noqa: SIM118
+            return [opened.get_tensor(name).numpy().tobytes() for name in names]
 
 
 class RunFolder:
@@ -95,7 +120,7 @@ class RunFolder:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
             raise UserError(f"{self.path} {reason}, or give another folder") from error
-        for name in ("video_", "joined.mp4", "run.json", "prompts_log.txt"):
+        for name in ("video_", "joined.mp4", "run.json", "prompts_log.txt", "report."):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
         return self
@@ -130,26 +155,31 @@ class RunFolder:
         settings: Mapping[str, Any],
         record: Mapping[str, Any],
         *,
-        num_segments: int,
+        samples: UInt8Array,
+        sheet: Sequence[bytes],
         metadata: bool,
     ) -> FinishedClip:
-        """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`."""
+        """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`.
+
+        `samples` is what the captioner will see of it, `sheet` the JPEGs of its seam.
+        """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
         record = dict(record) | {"fingerprint": fingerprint(settings)}
         self._make_room(number)
         frames = made.clip.frames
-        # the second frame starts a group of its own, so that joining can leave the repeated first one out
+        # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
         media.write_video(
             stem.with_suffix(".mp4"),
             (to_uint8(frame) for frame in frames),
             made.clip.fps,
-            keyframes=frozenset({0, 1}),
+            keyframes=frozenset({0, record.get("dropped", 1)}),
             metadata=record if metadata else None,
         )
         tensors = {
             "latents": made.latents.float().contiguous(),
-            "tail": frames[-TAIL:].contiguous(),
-            "samples": torch.from_numpy(made.clip.samples(num_segments)).contiguous(),
+            "tail": frames[-LONGEST_CONTEXT:].contiguous(),
+            "samples": torch.from_numpy(samples).contiguous(),
+            **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(sheet)},
         }
         part = stem.with_name(f".{stem.name}.safetensors.part")
         try:
@@ -191,9 +221,11 @@ class RunFolder:
             f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n"
             for clip in clips
         ]
-        part = self.path / ".prompts_log.txt.part"
-        part.write_text("".join(lines), encoding="utf-8")
-        publish(part, self.path / "prompts_log.txt")
+        write_text(self.path / "prompts_log.txt", "".join(lines))
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _number(file: Path) -> int | None:
@@ -217,21 +249,15 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def sampled_digest(path: Path) -> str:
-    """A short digest of a large file's size and its first, middle and last MiB: tells fine-tunes apart."""
-    size, block = path.stat().st_size, 1 << 20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as opened:
-        for start in (0, size // 2, max(size - block, 0)):
-            opened.seek(start)
-            digest.update(opened.read(block))
-    return digest.hexdigest()[:16]
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON file that is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that is there whole or not at all. What of a file's name is no UTF-8 is written as backslashes."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     publish(part, path)
 
 

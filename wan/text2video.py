@@ -7,7 +7,7 @@ from torch import Tensor
 from wan.modules.conditioning import Condition, TextOnly
 from wan.pipeline import TwoExperts, draw_seed
 from wan.placement import Placement
-from wan.types import OnStep, Request
+from wan.types import Known, OnStep, Request
 
 
 class WanT2V(TwoExperts):
@@ -32,12 +32,12 @@ class WanT2V(TwoExperts):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            None,
+            Known(),
             self.geometry(*size, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
         return self.run(request, offload=offload_model, on_step=on_step).video
 
-    def condition(self, request: Request, placement: Placement) -> Condition:
+    def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
         return TextOnly()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from wan.errors import UserError
 from wan.modules.conditioning import Condition, KnownLatents, TextOnly
-from wan.pipeline import OneExpert, draw_seed
+from wan.pipeline import OneExpert, draw_seed, fills
 from wan.placement import Placement
-from wan.types import Frame, OnStep, Request, image_to_frame
+from wan.types import Frame, Known, OnStep, Request, image_to_frame
 
 
 def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class WanTI2V(OneExpert):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            img,
+            Known() if img is None else Known((img,)),
             self.geometry(*size, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
@@ -154,10 +154,20 @@ class WanTI2V(OneExpert):
 
     def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
         """The size of a continuation of a width x height video -> (width, height)."""
-        return best_size(width, height, max_area)
+        return (width, height) if fills(width, height, max_area, 32) else best_size(width, height, max_area)
 
-    def condition(self, request: Request, placement: Placement) -> Condition:
-        if request.image is None:
+    def frame_for(self, image: Frame, width: int, height: int) -> Tensor:
+        """A picture of a video that is continued in width x height: cropped to that aspect, float32 [3, height, width].
+
+        A frame of that size is returned as it is, bit for bit.
+        """
+        return preprocess(image, width, height)
+
+    def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
+        known, (_, height, width) = request.known, request.geometry.size
+        if known.end is not None or known.anchor is not None:
+            raise UserError(f"{self.config.name} takes no end image and no anchor picture; those are A14B's")
+        if not known.leading:
             return TextOnly()
-        first = preprocess(request.image, request.geometry.width, request.geometry.height)
-        return KnownLatents(self.encode_frames(first[:, None], placement), self.config.patch_size)
+        pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
+        return KnownLatents(self.encode_frames(pixels, placement), self.config.patch_size)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from torch import Tensor
 from wan.errors import UserError
 
 SOLVERS = ("unipc", "dpm++")
+CONTINUATIONS = ("last_frame", "tail", "svi2pro")
+PROMPT_MODES = ("describe", "continue")
+LONGEST_CONTEXT = 17  # pixel frames of the clip before that any continuation is conditioned on
 
 UInt8Array = npt.NDArray[np.uint8]
 Frame: TypeAlias = Image.Image | Tensor  # a PIL image, or float32 [3, H, W] in [-1, 1]
@@ -43,6 +46,11 @@ class Geometry:
         ):
             if size < stride * patch or size % (stride * patch):
                 raise UserError(f"{name} must be a positive multiple of {stride * patch} pixels, {size} is not")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The pixel grid T, H, W."""
+        return self.frames, self.height, self.width
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -77,6 +85,57 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Context:
+    """How a clip goes on from the one before it, and how many of its leading frames repeat that one.
+
+    `last_frame` knows the last frame; `tail` the last `frames` (4n+1); `svi2pro` an anchor picture and the motion in
+    the last latent frame, which cover 5 frames of the clip before (source: Stable Video Infinity 2.0 Pro).
+    """
+
+    mode: str = "last_frame"
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in CONTINUATIONS:
+            raise UserError(f"continuation must be one of {', '.join(CONTINUATIONS)}; {self.mode!r} is not")
+        fixed = {"last_frame": 1, "svi2pro": 5}.get(self.mode)
+        if fixed is not None and self.frames != fixed:
+            raise UserError(f"--continuation {self.mode} knows {fixed} frame(s), not {self.frames}; leave that out")
+        if self.frames < 1 or (self.frames - 1) % 4 or self.frames > LONGEST_CONTEXT:
+            raise UserError(f"context_frames must be 1, 5, 9, 13 or {LONGEST_CONTEXT}; {self.frames} is not")
+
+    @classmethod
+    def choose(cls, mode: str | None = None, frames: int | None = None) -> Context:
+        """A context from what was said of it: more than one frame means `tail`, and `tail` alone means 5 frames."""
+        if mode is None:
+            mode = "last_frame" if frames in (None, 1) else "tail"
+        if frames is None:
+            frames = 1 if mode == "last_frame" else 5
+        return cls(mode, frames)
+
+    def within(self, available: int) -> Context:
+        """The same with no more known frames than the footage has."""
+        if self.mode != "tail" or available >= self.frames:
+            return self
+        return Context("tail", (available - 1) // 4 * 4 + 1)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a clip before it is made; nothing at all for text alone.
+
+    `leading`: its first frames, oldest first, 1 or 4n+1. `end`: its last frame. With an `anchor` picture the clip is
+    conditioned as in Stable Video Infinity 2.0 Pro: `motion` is the last latent frame [z, 1, h, w] of the clip before,
+    or None when it is to be encoded from `leading`.
+    """
+
+    leading: tuple[Frame, ...] = ()
+    end: Frame | None = None
+    anchor: Frame | None = None
+    motion: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Clip:
     """Pixels between models and files: `frames` float32 [T, H, W, 3] in [-1, 1], `fps` frames per second."""
 
@@ -88,32 +147,65 @@ class Clip:
         """The last frame, float32 [3, H, W] in [-1, 1]."""
         return self.frames[-1].permute(2, 0, 1).contiguous()  # a copy: a view would keep the whole clip in memory
 
-    def samples(self, count: int) -> UInt8Array:
-        """`count` frames spread over the clip, uint8 [count, H, W, 3], for a captioner."""
-        return to_uint8(self.frames[frame_indices(len(self.frames), count)])
+    @property
+    def motion(self) -> Tensor | None:
+        """Pixels alone hold no latents."""
+        return None
+
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """`count` frames uint8 [count, H, W, 3] for a captioner, spread over the clip, or over its last `seconds`.
+
+        The latter end with the last frame, and are fewer where the clip is shorter.
+        """
+        total = len(self.frames)
+        if seconds is None:
+            return to_uint8(self.frames[frame_indices(total, count)])
+        apart = float(seconds * self.fps) / max(count - 1, 1)
+        indices = [total - 1 - round(apart * step) for step in range(count - 1, -1, -1)]
+        return to_uint8(self.frames[[index for index in indices if index >= 0]])
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The last frames, up to `count`, float32 [n, H, W, 3], oldest first. `fps` must be the clip's own."""
+        if fps != self.fps:
+            raise ValueError(f"a clip of {self.fps} frames per second has no tail at {fps}")
+        return self.frames[-count:].clone()
 
 
 class Footage(Protocol):
-    """What can be continued: a `Clip` in memory or a video file."""
+    """What can be continued: a video file, a clip in memory or a finished one on disk."""
 
     @property
     def last(self) -> Frame:
         """The last frame."""
 
-    def samples(self, count: int) -> UInt8Array:
-        """`count` frames spread over it, uint8 [count, H, W, 3]."""
+    @property
+    def motion(self) -> Tensor | None:
+        """The last latent frame float32 [z, 1, h, w] where it is known."""
+
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """`count` frames uint8 [count, H, W, 3] spread over it, or evenly over its last `seconds`.
+
+        The latter end with the last frame, and are fewer where it is shorter.
+        """
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The last frames at `fps`, up to `count`, float32 [n, H, W, 3] in [-1, 1], oldest first."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to make. `image` is the known first frame, if there is one."""
+    """One clip to make: what is known of it, and how to sample the rest.
+
+    `loras` are (path, strength) by the attribute name of the expert that they are merged into.
+    """
 
     prompt: str
     negative: str
-    image: Frame | None
+    known: Known
     geometry: Geometry
     sampling: Sampling
     seed: int
+    loras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,7 +240,7 @@ class Generation:
     """One finished clip and what made it.
 
     `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
-    a CPU.
+    a CPU; `notes` what else is to be written down, as JSON values. It is the `Footage` that the next clip goes on from.
     """
 
     clip: Clip
@@ -156,6 +248,25 @@ class Generation:
     request: Request
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_gib: float | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Tensor:
+        """The last frame, float32 [3, H, W] in [-1, 1]."""
+        return self.clip.last
+
+    @property
+    def motion(self) -> Tensor:
+        """The last latent frame, float32 [z, 1, h, w]."""
+        return self.latents[:, -1:]
+
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """See `Clip.samples`."""
+        return self.clip.samples(count, seconds)
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """See `Clip.tail`."""
+        return self.clip.tail(count, fps)
 
     @property
     def video(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Frames and a question -> text: what a vision-language model says about a video, and the prompt made of it."""
 
 from wan.captioner.base import Captioner
+from wan.captioner.beats import Beat, Memory, next_beat
 from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
@@ -11,10 +12,12 @@ from wan.compat import hide_broken_torchvision
 from wan.types import frame_indices
 
 __all__ = [
+    "Beat",
     "Captioner",
     "EndpointCaptioner",
     "GenericCaptioner",
     "InternVLCaptioner",
+    "Memory",
     "RemoteCodeCaptioner",
     "build_transform",
     "clean_caption",
@@ -22,5 +25,6 @@ __all__ = [
     "dynamic_preprocess",
     "frame_indices",
     "hide_broken_torchvision",
+    "next_beat",
     "open_captioner",
 ]

@@ -20,6 +20,7 @@ _SENTENCE_END = (
 _SENTENCE = re.compile(rf"\S.*?(?:{_SENTENCE_END}|$)")
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces, so that a character is as good as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+_BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _BOX = re.compile(r"<box>.*?</box>", re.DOTALL)
@@ -36,22 +37,37 @@ _FRAME_MENTION = re.compile(
 )
 
 
+def without_reasoning(text: str) -> str:
+    """A VLM's answer without what it thought before answering."""
+    return _REASONING.sub(" ", text).rpartition("</think>")[2]  # a chat template may have opened the block itself
+
+
+def bare_words(text: str) -> list[str]:
+    """The words of a text in lower case without punctuation; a Chinese or Japanese character is a word."""
+    return _BARE_WORD.findall(text.casefold())
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text that is on one line."""
+    return [match.group() for match in _SENTENCE.finditer(text)]
+
+
 def clean_caption(text: str) -> str:
     """A VLM's answer -> plain sentences on one line, possibly none.
 
     Reasoning, tags, Markdown, mentions of frames and control characters go, and so does a last sentence that was cut
     off, unless it is the only one.
     """
-    text = _REASONING.sub(" ", text).rpartition("</think>")[2]  # a chat template may have opened the block itself
+    text = without_reasoning(text)
     text = _TAG.sub(" ", _BOX.sub(" ", text))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
     text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", text))
     text = " ".join(_plain_line(line) for line in text.split("\n"))
     text = _FRAME_MENTION.sub(_without_mention, " ".join(text.split()))
     text = re.sub(r"\s+(?=[,.;:!?](?:\s|$))", "", " ".join(text.split()))
-    sentences = [match.group() for match in _SENTENCE.finditer(text)]
-    if len(sentences) > 1 and not re.search(rf"(?:{_SENTENCE_END})$", sentences[-1]):
-        text = text[: text.rindex(sentences[-1])]
+    *whole, last = sentences(text) or [""]
+    if whole and not re.search(rf"(?:{_SENTENCE_END})$", last):
+        text = text[: text.rindex(last)]
     return text.strip()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import re
 import time
@@ -16,7 +16,7 @@ from wan.errors import UserError
 from wan.flags import generate_flags
 from wan.progress import Progress
 from wan.run_folder import write_json
-from wan.types import Request, to_uint8
+from wan.types import Known, Request, to_uint8
 
 if TYPE_CHECKING:
     from wan.pipeline import Pipeline
@@ -43,11 +43,11 @@ def generate(argv: Sequence[str] | None) -> None:
         with Progress(target.name) as progress:
             made = continuation.extend(footage, draw_seed(args.base_seed), plan, progress)
     else:
-        pipeline = job.open()
-        request = _request(args, pipeline, job.size)
+        pipeline, plan = job.open(), None
+        request = _request(job, pipeline)
         with Progress(target.name) as progress:
             made = pipeline.run(request, offload=args.offload_model, on_step=progress)
-    record = job.describe(made, args.video or args.image)
+    record = job.describe(made, args.video or args.image, plan)
     frames = (to_uint8(frame) for frame in made.clip.frames)
     media.write_video(target, frames, made.clip.fps, metadata=None if args.no_video_metadata else record)
     write_json(target.with_suffix(".json"), record)
@@ -67,21 +67,27 @@ def _target(job: Job) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _request(args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int]) -> Request:
+def _request(job: Job, pipeline: Pipeline) -> Request:
     """The request of a t2v, i2v or ti2v run."""
     from wan.image2video import official_size
     from wan.pipeline import draw_seed
     from wan.textimage2video import best_size
 
-    config, image = pipeline.config, None
+    args, size, config, known = job.args, job.size, pipeline.config, Known()
     if args.image is not None:
         image = media.read_image(args.image)
         rule = official_size if config.model_type == "i2v" else best_size
         size = rule(image.width, image.height, size[0] * size[1])
+        known = Known((image,))
+    if args.end_image is not None:
+        if config.model_type != "i2v":
+            raise UserError(f"--end_image is for I2V-A14B; {config.name} knows no last frame")
+        known = dataclasses.replace(known, end=media.read_image(args.end_image))
+    pipeline.check_loras(job.loras)
     return Request(
         args.prompt,
         config.sample_neg_prompt,
-        image,
+        known,
         pipeline.geometry(*size, args.frame_num or config.frame_num),
         pipeline.sampling(
             args.sample_steps or config.sample_steps,
@@ -90,4 +96,5 @@ def _request(args: argparse.Namespace, pipeline: Pipeline, size: tuple[int, int]
             args.sample_guide_scale or config.guidance,
         ),
         draw_seed(args.base_seed),
+        job.loras,
     )

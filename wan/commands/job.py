@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan import __version__
+from wan import __version__, media
 from wan.configs import ModelConfig, config_for
-from wan.flags import Parser, check_world, choose_size, choose_task, parse
-from wan.types import Footage, Generation
+from wan.flags import LORA_FLAGS, Parser, check_world, choose_size, choose_task, parse
+from wan.types import Context, Footage, Generation
 
 if TYPE_CHECKING:
     from wan.continuation import Plan, VideoContinuation
+    from wan.modules.lora import LoraFile
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Job:
 
         args = parse(parser, argv)
         check_world(args, dict(os.environ))
+        _check_files(args)
         image = getattr(args, "image", None)
-        folder = resolve_folder(args.ckpt_dir)
+        folder = resolve_folder(args.ckpt_dir)  # which may download it
         found = (0, 0) if args.task else identify(folder, Names())
         config = config_for(choose_task(args.task, found, args.video, image), folder)
         return cls(args, folder, config, choose_size(args.size, config, folder))
@@ -74,6 +76,14 @@ class Job:
         )
         return continuation
 
+    @property
+    def loras(self) -> dict[str, tuple[LoraFile, ...]]:
+        """The LoRA files by the expert that they are for."""
+        from wan.modules.lora import LoraFile
+
+        given = {expert: getattr(self.args, flag) or () for flag, expert in LORA_FLAGS.items()}
+        return {expert: tuple(LoraFile.parse(text) for text in texts) for expert, texts in given.items() if texts}
+
     def plan(self, continuation: VideoContinuation, footage: Footage, prefix: str = "") -> Plan:
         """How the footage is continued. Raises UserError, also for a VLM that is not there."""
         args = self.args
@@ -89,24 +99,32 @@ class Job:
             prefix=prefix,
             num_segments=args.num_segments,
             offload=args.offload_model,
+            context=Context.choose(args.continuation, args.context_frames),
+            anchor=media.read_image(args.anchor_image) if args.anchor_image else None,
+            end=media.read_image(args.end_image) if args.end_image else None,
+            loras=self.loras,
+            prompt_mode=args.prompt_mode,
+            drift_correction=args.drift_correction,
+            best_of=getattr(args, "best_of", 1),
         )
-        if args.prompt is None:
+        if plan.described:
             continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)
         return plan
 
-    def describe(self, made: Generation, source: str | None) -> dict[str, Any]:
-        """The sidecar of a clip: everything that made it, and what it took."""
+    def describe(self, made: Generation, source: str | None, plan: Plan | None = None) -> dict[str, Any]:
+        """The sidecar of a clip: everything that made it, and what it took. `plan` is that of a continuation."""
         from wan.placement import host_peak_gib
 
         request, geometry = made.request, made.request.geometry
         args, config = self.args, self.config
-        return {
+        record: dict[str, Any] = {
             "task": config.name,
-            "checkpoint": str(self.folder),
-            "source": source,
+            "checkpoint": readable(self.folder),
+            "source": None if source is None else readable(source),
             "prompt": request.prompt,
             "negative_prompt": request.negative,
             "seed": request.seed,
+            "size": args.size or config.sizes[0],
             "width": geometry.width,
             "height": geometry.height,
             "frames": geometry.frames,
@@ -118,15 +136,48 @@ class Job:
             "param_dtype": str(config.param_dtype).removeprefix("torch."),
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
             "convert_model_dtype": args.convert_model_dtype,
+            "t5_cpu": args.t5_cpu,
             "offload_model": args.offload_model,
-            "vlm": None if args.prompt is not None or not args.video else args.vlm_url or args.vlm_path or "default",
-            "vlm_question": args.vlm_question,
-            "num_segments": args.num_segments,
+            "loras": {name: [lora.as_json() for lora in files] for name, files in request.loras.items()},
+            "end_image": request.known.end is not None,
+        }
+        if plan is not None:
+            record |= {
+                "continuation": plan.context.mode,
+                "context_frames": plan.context.frames,
+                "cut": bool(plan.cut),
+                "drift_correction": plan.drift_correction,
+                "prompt_mode": plan.prompt_mode,
+                "custom_prompt": plan.prefix,
+                "vlm": readable(args.vlm_url or args.vlm_path or "default") if plan.described else None,
+                "vlm_device": args.vlm_device,
+                "vlm_question": args.vlm_question,
+                "num_segments": plan.num_segments,
+                "video_reader": args.video_reader,
+            }
+        return record | {
+            **made.notes,
             "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
             "peak_gpu_gib": None if made.peak_gib is None else round(made.peak_gib, 3),
             "peak_host_gib": round(host_peak_gib(), 3),
             "versions": versions(),
         }
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raise UserError for an input that cannot be read or an output that cannot be written, before any download."""
+    if args.video:
+        media.probe(args.video)
+    for name in ("image", "end_image", "anchor_image"):
+        if getattr(args, name, None):
+            media.read_image(getattr(args, name))
+    if getattr(args, "save_file", None):
+        media.check_output(args.save_file)
+
+
+def readable(path: str | Path) -> str:
+    """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def versions() -> dict[str, str]:

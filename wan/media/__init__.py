@@ -1,7 +1,8 @@
 """Video files in and out: exact pictures from any file, and mp4 files that give back what was put in."""
 
+from wan.media.assembly import assemble
 from wan.media.decord_reader import check_last_frame_with_decord
-from wan.media.reading import READERS, VideoInfo, probe, read_image, read_last_frame, sample_frames
+from wan.media.reading import READERS, VideoInfo, probe, read_image, read_last_frame, read_tail, sample_frames
 from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video
 
@@ -9,12 +10,14 @@ __all__ = [
     "READERS",
     "VideoError",
     "VideoInfo",
+    "assemble",
     "check_last_frame_with_decord",
     "check_output",
     "join_videos",
     "probe",
     "read_image",
     "read_last_frame",
+    "read_tail",
     "sample_frames",
     "write_video",
 ]

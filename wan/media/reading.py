@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypedDict
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -22,7 +23,18 @@ from wan.media.source import Picture, Pictures, Source, VideoError, inspect, key
 READERS = ("auto", "pyav", "decord")
 
 _FIELDS = 3  # pictures that deinterlacing the last one needs
+_SOON = 2e-3  # seconds; Matroska rounds time stamps to thousandths
 _SHORT_SECONDS = 20.0  # up to here decoding everything costs less than searching
+
+
+class _How(TypedDict, total=False):
+    """How a damaged file has to be decoded: keyword arguments of `Pictures`."""
+
+    threads: str
+    careful: bool
+
+
+_CAREFUL = _How(threads="SLICE", careful=True)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,31 @@ def read_last_frame(path: str | os.PathLike[str]) -> Image.Image:
     warning.
     """
     source = inspect(path)
-    return Image.fromarray(to_rgb(deinterlace(_ending(source)), source))
+    return Image.fromarray(to_rgb(deinterlace(_ending(source)[0]), source))
+
+
+def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -> Picture:
+    """The last frames of a video at another rate, uint8 [n, H, W, 3], oldest first; the last is `read_last_frame`'s.
+
+    The frame before it is what is on screen 1/fps seconds before the last one appears, and so on, up to `count`; fewer
+    where the video is shorter. Only the end is decoded where the file can be searched. Raises VideoError.
+    """
+    if count < 1 or fps <= 0:
+        raise ValueError(f"count and fps must be positive: {count}, {fps}")
+    source = inspect(path)
+    ending, how = _ending(source)
+    pictures = [to_rgb(deinterlace(ending), source)]
+    if count > 1:
+        start, times = _last_times(source, (count - 1) / float(fps), how)
+        moments = [times[-1] - step / float(fps) for step in range(count - 1, 0, -1)]
+        wanted = [bisect_right(times, moment + _SOON) - 1 for moment in moments if moment + _SOON >= times[0]]
+        needed = set(wanted)
+        found = {number: frame for number, frame in enumerate(Pictures(source, start, **how)) if number in needed}
+        # damage may cost a picture in one pass only
+        nearest = (min(found, key=lambda number: abs(number - index)) for index in wanted if found)
+        pictures = [to_rgb(deinterlace([found[number]]), source) for number in nearest] + pictures
+    height, width = pictures[-1].shape[:2]
+    return np.stack([_resize(picture, width, height) for picture in pictures])
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -103,29 +139,43 @@ def _without_pictures(source: Source) -> VideoError:
     return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
-def _ending(source: Source) -> list[VideoFrame]:
-    """The last few displayed pictures, the very last one at the end.
+def _ending(source: Source) -> tuple[list[VideoFrame], _How]:
+    """The last few displayed pictures, the very last one at the end, and how they had to be decoded.
 
     Frame threads lose pictures next to an error, so anything wrong is read again without them; what is still wrong then
     is read a third time without concealment.
     """
-    tail, errors = _tail(source)
+    how = _How()
+    tail, errors = _tail(source, how)
     if errors:
-        tail, errors = _tail(source, threads="SLICE")
+        how = _How(threads="SLICE")
+        tail, errors = _tail(source, how)
     if errors:
-        clean, _ = _tail(source, threads="SLICE", careful=True)
+        clean, _ = _tail(source, _CAREFUL)
         used = "its last clean picture is used" if clean else "the last picture may show it"
         say_once(source.path, f"the video is damaged near its end; {used}")
-        tail = clean or tail
+        if clean:
+            tail, how = clean, _CAREFUL
     if not tail:
         raise _without_pictures(source)
-    return tail
+    return tail, how
 
 
-def _tail(source: Source, *, threads: str = "AUTO", careful: bool = False) -> tuple[list[VideoFrame], int]:
+def _last_times(source: Source, span: float, how: _How) -> tuple[float | None, list[float]]:
+    """Where to start decoding to see the last `span` seconds, and when each picture from there on appears."""
+    for start in _starts(source):
+        times = [frame.time for frame in Pictures(source, start, **how)]
+        if None in times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+            times = [number / float(source.fps) for number in range(len(times))]  # no clock, or one that wraps
+        if times and times[-1] - times[0] >= span:
+            break
+    return start, times
+
+
+def _tail(source: Source, how: _How) -> tuple[list[VideoFrame], int]:
     """The pictures at the end of the first pass that shows any, and the errors of that pass."""
     for start in _starts(source):
-        pictures = Pictures(source, start, threads=threads, careful=careful)
+        pictures = Pictures(source, start, **how)
         # A picture is last by the order of output: time stamps may wrap, and counts in headers are often wrong.
         tail = list(deque(pictures, maxlen=_FIELDS))
         if tail:

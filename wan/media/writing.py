@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 from wan.errors import UserError
 from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS
 from wan.media.reading import read_last_frame
+from wan.media.sound import Sound
 from wan.media.source import Picture, exact_rate, fraction, inspect, open_video
 
 # crf 17 is past what eyes tell apart; forced-idr makes a keyframe that was asked for one where a file can be cut; half
@@ -43,12 +44,14 @@ def write_video(
     *,
     keyframes: frozenset[int] = frozenset({0}),
     metadata: Mapping[str, Any] | None = None,
-) -> None:
+    sound: Sound | None = None,
+) -> int:
     """Encode uint8 [H, W, 3] RGB frames of one size, taken one by one, as H.264 mp4 with BT.709 colours.
 
     An odd side loses its last row or column. `keyframes` are numbers of frames at which the file can be cut; `metadata`
-    is kept as JSON in the comment tag. The file appears under its name only when it is complete and was read back.
-    Raises UserError where it cannot be written, ValueError for frames that are none.
+    is kept as JSON in the comment tag; `sound` begins with the first frame. The file appears under its name only when
+    it is complete and was read back. Returns the number of frames. Raises UserError where it cannot be written,
+    ValueError for frames that are none.
     """
     rate = exact_rate(fps)
     with _published(path) as temporary:
@@ -61,6 +64,8 @@ def write_video(
                     size = _even_size(array)
                     stream = _add_h264(container, size, rate)
                     shape = array.shape
+                    if sound is not None:
+                        sound.open(container)
                 if array.shape != shape or array.dtype != np.uint8:
                     raise ValueError(f"frame {count} is {array.dtype} {array.shape}, not uint8 {shape}")
                 frame = _to_yuv(converter, array[: size[1], : size[0]])
@@ -68,28 +73,36 @@ def write_video(
                 if count in keyframes:
                     frame.pict_type = PictureType.I
                 container.mux(stream.encode(frame))
+                if sound is not None:
+                    sound.mux_until(float(count / rate))
                 count += 1
             if stream is None:
                 raise ValueError("there are no frames to write")
             container.mux(stream.encode(None))
-        _verify(temporary, count, size)
+            if sound is not None:
+                sound.mux_until(None)
+        _verify(temporary, count, size, sound is not None)
+    return count
 
 
 def join_videos(
     parts: Sequence[str | os.PathLike[str]],
     path: str | os.PathLike[str],
     *,
-    drop_first: bool = True,
+    drops: Sequence[int] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Put clips that `write_video` made end to end without encoding them again; returns the number of frames.
 
-    `drop_first` leaves out the first frame of every part but the first, which must then have a keyframe at frame 1.
-    Raises UserError, before anything is written, when the parts do not fit together.
+    `drops` says how many leading frames of each part are left out: none of the first and one of the others by default.
+    A part must have a keyframe where it then begins. Raises UserError, before anything is written, when the parts do
+    not fit together.
     """
     if not parts:
         raise ValueError("there are no videos to join")
-    plans = [_Part.read(part, drop=int(drop_first and number > 0)) for number, part in enumerate(parts)]
+    if drops is None:
+        drops = [0] + [1] * (len(parts) - 1)
+    plans = [_Part.read(part, drop=drop) for part, drop in zip(parts, drops, strict=True)]
     for plan in plans[1:]:
         plan.check_fits(plans[0])
     tick = 1 / plans[0].format.fps
@@ -165,10 +178,10 @@ class _Part:
         numbers = [round(pts * step) if pts is not None else -1 for pts, _ in stamps]
         if sorted(numbers) != list(range(len(numbers))) or not numbers:
             raise UserError(f"cannot join {source.path!r}: its frames are not evenly spaced from 0 on; write it again")
-        if drop and (1, True) not in zip(numbers, (key for _, key in stamps), strict=True):
+        if drop and (drop, True) not in zip(numbers, (key for _, key in stamps), strict=True):
             raise UserError(
-                f"cannot join {source.path!r} without its first frame: frame 1 is not a keyframe; "
-                "write it again with keyframes at 0 and 1"
+                f"cannot join {source.path!r} without its first {drop} frame(s): frame {drop} is not a keyframe; "
+                f"write it again with keyframes at 0 and {drop}"
             )
         return cls(source.path, made, numbers, drop)
 
@@ -258,9 +271,11 @@ def _to_yuv(converter: VideoReformatter, array: Picture) -> VideoFrame:
     )
 
 
-def _verify(path: str, count: int, size: tuple[int, int]) -> None:
+def _verify(path: str, count: int, size: tuple[int, int], sound: bool = False) -> None:
     """Read back what was written. A difference is no user's fault."""
     with closing(open_video(path)) as container:
+        if bool(container.streams.audio) is not sound:
+            raise RuntimeError(f"{path!r} reads back with {len(container.streams.audio)} audio streams")
         found = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
     shown = read_last_frame(path).size
     if (found, shown) != (count, size):

@@ -6,12 +6,13 @@ wrong folder, a missing shard or a truncated file is said in one line before any
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,20 @@ class Weights:
     path: Path  # the folder or file to name in messages
     files: tuple[Path, ...]
     shapes: Mapping[str, Shape]
-    config: Mapping[str, Any]  # the config.json beside them, empty if there is none
+    config: Mapping[str, Any]  # the config.json beside them, or what the header of a single file says; may be empty
+    expert: str = ""  # which of a checkpoint's experts they are
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in turn, mapped from its file; at most one file is open at a time."""
+        return self.read(self.shapes)
+
+    def read(self, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those of the tensors that are named, in the order of the files."""
         for file in self.files:
-            yield from _read_pth(file).items() if file.suffix == ".pth" else _read_safetensors(file)
+            if file.suffix == ".pth":
+                yield from ((key, tensor) for key, tensor in _read_pth(file).items() if key in keys)
+            else:
+                yield from _read_safetensors(file, keys)
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,7 @@ def _open_official(folder: Path, experts: int, names: Names) -> Checkpoint:
     return Checkpoint(
         folder,
         "official",
-        {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
+        _open_experts(folder, parts),
         _open_pth(folder / names.vae),
         _open_pth(folder / names.text_encoder),
         tokenizer,
@@ -230,18 +239,23 @@ def _open_diffusers(folder: Path, experts: int) -> Checkpoint:
     return Checkpoint(
         folder,
         "diffusers",
-        {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()},
+        _open_experts(folder, parts),
         open_safetensors(folder / "vae", "diffusion_pytorch_model"),
         open_safetensors(folder / "text_encoder", "model"),
         folder / "tokenizer",
     )
 
 
+def _open_experts(folder: Path, parts: Mapping[str, str]) -> dict[str, Weights]:
+    opened = {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()}
+    return {name: replace(weights, expert=name) for name, weights in opened.items()}
+
+
 def open_safetensors(folder: Path, stem: str) -> Weights:
     """A folder of `stem.safetensors`, or of shards with their index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        listed = _json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict):
             raise UserError(f"{index} has no weight_map; download it again")
         files = tuple(folder / name for name in sorted(set(listed.values())))
@@ -257,7 +271,25 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
         difference = _listing("in one only", shapes.keys() ^ listed.keys())
         raise UserError(f"{folder}: the shards and {index.name} disagree ({difference})")
     config = folder / "config.json"
-    return Weights(folder, files, shapes, _json(config) if config.is_file() else {})
+    return Weights(folder, files, shapes, read_json(config) if config.is_file() else {})
+
+
+def open_file(file: Path) -> Weights:
+    """One safetensors file by itself; its `config` is what the header says in words. Raises UserError."""
+    shapes = dict(_safetensors_shapes(file))
+    with safe_open(file, framework="pt") as opened:
+        return Weights(file, (file,), shapes, opened.metadata() or {})
+
+
+def sampled_digest(path: Path) -> str:
+    """A short digest of a large file's size and its first, middle and last MiB: tells fine-tunes apart."""
+    size, block = path.stat().st_size, 1 << 20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as opened:
+        for start in (0, size // 2, max(size - block, 0)):
+            opened.seek(start)
+            digest.update(opened.read(block))
+    return digest.hexdigest()[:16]
 
 
 def _open_pth(file: Path) -> Weights:
@@ -289,13 +321,15 @@ def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
         raise UserError(f"{file} cannot be read, it may be truncated; download it again ({error})") from error
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
-            yield key, opened.get_tensor(key)
+            if key in keys:
+                yield key, opened.get_tensor(key)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

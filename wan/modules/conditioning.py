@@ -41,21 +41,60 @@ class ImageChannels:
     channels: Tensor
 
     @classmethod
-    def from_latents(cls, image_latents: Tensor, known_frames: int = 1) -> ImageChannels:
-        """Image latents [z, F, h, w] of `known_frames` leading pixel frames (4n+1) and grey ones.
+    def from_latents(cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False) -> ImageChannels:
+        """Image latents [z, F, h, w] of `known_frames` leading pixel frames (4n+1), grey ones, and at the `end` one.
 
         Channel c of latent frame j > 0 is the flag of pixel frame 4(j-1)+1+c, and all four of latent frame 0 that of
         pixel frame 0 (source: the official image-to-video code, which knows one frame).
         """
         mask = torch.zeros_like(image_latents[:1]).repeat(4, 1, 1, 1)
-        mask[:, : 1 + (known_frames - 1) // 4] = 1
+        mask[:, : latent_frames(known_frames)] = 1
+        if end:
+            mask[3, -1] = 1
         return cls(torch.cat([mask, image_latents]))
+
+    @classmethod
+    def from_anchor(cls, anchor: Tensor, motion: Tensor, frames: int) -> ImageChannels:
+        """Stable Video Infinity 2.0 Pro: the anchor's latent frame [z, 1, h, w], the motion's [z, M, h, w], then zeros.
+
+        `frames` is F. The zeros are literal, not the latents of grey pixels, and only latent frame 0 is marked as
+        known: the LoRA that is trained for this reads the motion by its position.
+        """
+        rest = anchor.new_zeros(anchor.shape[0], frames - 1 - motion.shape[1], *anchor.shape[2:])
+        return cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([latents, self.channels])[None], t[None]
 
     def finish(self, latents: Tensor) -> Tensor:
         return latents
+
+
+@dataclass(frozen=True)
+class HeldImageChannels(ImageChannels):
+    """A14B with several known frames: their latents are also held to what they are while the rest is sampled.
+
+    `known` float32 [z, K, h, w], `noise` [z, F, h, w] the clip's initial noise. At timestep t the model sees the known
+    latents at the noise level of all others, (1 - sigma) known + sigma noise, as it did in training; what comes out
+    is the known latents themselves.
+    """
+
+    known: Tensor
+    noise: Tensor
+    train_timesteps: int = 1000
+
+    @classmethod
+    def hold(cls, channels: ImageChannels, known: Tensor, noise: Tensor, train_timesteps: int) -> HeldImageChannels:
+        """`channels`, and hold the leading latents `known`."""
+        return cls(channels.channels, known, noise, train_timesteps)
+
+    def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t.to(torch.float32) / self.train_timesteps
+        held = (1 - sigma) * self.known + sigma * self.noise[:, : self.known.shape[1]]
+        return super().model_input(_with_leading(held, latents), t)
+
+    def finish(self, latents: Tensor) -> Tensor:
+        return _with_leading(self.known, latents)
 
 
 @dataclass(frozen=True)
@@ -76,4 +115,13 @@ class KnownLatents:
         return placed[None], steps.repeat_interleave(height * width)[None]
 
     def finish(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.known, latents[:, self.known.shape[1] :]], dim=1)
+        return _with_leading(self.known, latents)
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of so many pixel frames (4n+1)."""
+    return (frames - 1) // 4 + 1
+
+
+def _with_leading(known: Tensor, latents: Tensor) -> Tensor:
+    return torch.cat([known, latents[:, known.shape[1] :]], dim=1)

@@ -46,6 +46,9 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         for block in self.blocks:
             for part in (block.attn1, block.attn2, block.ffn):
                 part.register_forward_pre_hook(_cast_to_weight)
+        self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
+        self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
+        self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
 
     @classmethod
     def from_weights(
@@ -58,14 +61,20 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         """
         with init_empty_weights():
             model = cls(**infer_config(weights))
-        official = "blocks.0.self_attn.q.weight" in weights.shapes
-        keys = {key: key for key in weights.shapes}
-        # the converter renames the keys of the dict it is given, whatever the values are, and empties that dict
-        source_of = convert_wan_transformer_to_diffusers(keys) if official else keys
-        rounding = dtype if convert_model_dtype else None
-        fill(model, weights, source_of, lambda name: policy_dtype(name, dtype), device, rounding=rounding)
+        model.rounding = dtype if convert_model_dtype else None
+        fill(model, weights, key_map(weights), lambda name: policy_dtype(name, dtype), device, rounding=model.rounding)
         model.to(device).eval()
         return model
+
+
+def key_map(weights: Weights) -> dict[str, str]:
+    """The key in the files of each parameter of `WanModel`."""
+    keys = {key: key for key in weights.shapes}
+    if "blocks.0.self_attn.q.weight" not in keys:
+        return keys
+    # the converter renames the keys of the dict it is given, whatever the values are, and empties that dict
+    renamed: dict[str, str] = convert_wan_transformer_to_diffusers(keys)
+    return renamed
 
 
 def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

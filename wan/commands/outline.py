@@ -1,0 +1,87 @@
+"""`--dry_run`: what a run would make, and about how long and how large that is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from wan.commands.chain_run import ChainRun
+from wan.types import LONGEST_CONTEXT
+
+if TYPE_CHECKING:
+    from wan.continuation import Plan, VideoContinuation
+
+H200_FLOPS = 5.5e14  # reached by the denoiser at real sizes (benchmarks/README.md)
+MP4_BYTES = 0.03  # per pixel and frame at the crf that clips are written with; footage differs by a factor of three
+GIB = 2**30
+
+
+def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRun) -> Iterator[str]:
+    """The lines of the plan: a table of the clips, then sums."""
+    width, height = plans[0].geometry.width, plans[0].geometry.height
+    yield f"{run.count} clips of {width}x{height} at {continuation.fps} frames per second, in {run.folder.path}"
+    yield f"{'clip':>4}  {'frames':>6}  {'new':>4}  {'from s':>7}  {'seed':>19}  {'known':<12}  prompt"
+    start = 0.0
+    for number, plan in enumerate(plans, 1):
+        new = plan.geometry.frames - plan.dropped
+        known = "a cut" if plan.cut else f"{plan.context.mode} {plan.context.frames}"
+        there = number in run.clips
+        seed = int(run.clips[number].record["seed"]) if there else run.seed(number)
+        words = "(finished)" if there else _words(plan)
+        yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
+        start += float(new / continuation.fps)
+    missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
+    yield f"{start:.2f} s of new video; {len(missing)} of {run.count} clips are still to be made"
+    if missing:
+        yield f"about {sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing) / GIB:.2g} GiB of disk"
+        yield _time(continuation, missing, run)
+
+
+def _words(plan: Plan) -> str:
+    if not plan.described:
+        return f"{plan.prefix} {plan.prompt}".strip()
+    what = "what the VLM says happens next" if plan.prompt_mode == "continue" else "a description by the VLM"
+    goal = f", towards: {plan.prompt}" if plan.prompt else ""
+    return f"{plan.prefix} <{what}{goal}>".strip()
+
+
+def disk_bytes(plan: Plan, z_dim: int) -> float:
+    """What a clip takes in the folder, twice for its mp4: once in the joined video."""
+    frames, height, width = plan.geometry.size
+    latents = 4 * z_dim * math.prod(plan.geometry.latent)
+    tail = 4 * 3 * height * width * min(LONGEST_CONTEXT, frames)
+    samples = 3 * height * width * plan.num_segments
+    return latents + tail + samples + 2 * MP4_BYTES * frames * height * width
+
+
+def flops(continuation: VideoContinuation, plan: Plan) -> float:
+    """Arithmetic of the denoiser for one clip: its matrix products and attention, from the checkpoint's shapes."""
+    tokens, total = plan.geometry.tokens, 0.0
+    weights = next(iter(continuation.checkpoint.experts.values()))
+    matrices = sum(math.prod(shape) for name, shape in weights.shapes.items() if len(shape) == 2)
+    blocks = 1 + max(int(name.split(".")[1]) for name in weights.shapes if name.startswith("blocks."))
+    dim = weights.shapes["patch_embedding.weight"][0]
+    forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
+    for scale in plan.sampling.guidance:  # about half of the steps each
+        total += forward * plan.sampling.steps / 2 * (1 if scale == 1 else 2)
+    return total * plan.best_of
+
+
+def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:
+    """Sampling time, from this run's finished clips if it has any."""
+    work = sum(flops(continuation, plan) for plan in missing)
+    rates = [
+        flops(continuation, run.plans[number - 1]) / clip.record["seconds"]["sample"]
+        for number, clip in run.clips.items()
+    ]
+    if rates:
+        return f"about {_span(work / statistics.median(rates))} of sampling, as its finished clips took"
+    return f"about {_span(work / H200_FLOPS)} of sampling on an H200; elsewhere the first clip will tell"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,339 @@
+"""LoRA files -> the weights of a denoiser: W + strength * alpha / rank * B @ A, whatever the file calls its layers.
+
+Strength and sum are applied in float32 to the checkpoint's own values and rounded once, so that what is merged depends
+on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from torch import Tensor
+
+from wan.errors import UserError
+from wan.modules.checkpoint import Shape, Weights, open_file, read_json, sampled_digest
+from wan.modules.model import WanModel, key_map
+
+_LOGGER = logging.getLogger(__name__)
+
+# The layers by their official names. A modulation is a parameter by itself, of which a LoRA may hold the difference.
+_LAYERS = (
+    *("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"),
+    *("time_projection.1", "head.head", "head.modulation"),
+)
+_BLOCK_LAYERS = (
+    *(f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "o", "norm_q", "norm_k")),
+    *("norm3", "ffn.0", "ffn.2", "modulation"),
+)
+# What image-to-video models of Wan2.1 have and Wan2.2 does without.
+_LEFTOVER = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
+_PREFIX = re.compile(
+    r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe\.dit2?|dit)\."
+    r"|lora_unet_|lora_transformer_)*"
+)
+# Between role and leaf may stand the name that peft gave the adapter. `diff_m` is the difference of a modulation.
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:lora[._](?:(?P<role>A|B|down|up)(?:\.[^.]+)?\.weight|(?:B|up)(?:\.[^.]+)?\.(?P<bias>bias))"
+    r"|(?P<other>alpha|diff|diff_b|diff_m))"
+)
+_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up"}
+_STRENGTH = re.compile(r"(?i)[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.ASCII)
+_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as it is asked for: a safetensors file, and how much of it."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise UserError(f"the strength of a LoRA must be a finite number, {self.strength} is not ({self.path})")
+
+    @classmethod
+    def parse(cls, text: str) -> LoraFile:
+        """`PATH[:S]`; only a number after the last colon is a strength. Raises UserError."""
+        path, colon, number = text.rpartition(":")
+        if not (colon and _STRENGTH.fullmatch(number)):
+            path, number = text, "1"
+        if not path:
+            raise UserError(f"{text!r} names no LoRA file; write PATH or PATH:STRENGTH")
+        return cls(Path(os.path.expanduser(path)), float(number))
+
+    @property
+    def digest(self) -> str:
+        """A short digest of the file, quick for any size: its size and its first, middle and last MiB."""
+        return sampled_digest(self.path)
+
+    def as_json(self) -> dict[str, Any]:
+        """The file, its digest and its strength, for a record of what was made with it."""
+        return {"file": str(self.path), "digest": self.digest, "strength": self.strength}
+
+
+@dataclass(frozen=True)
+class LoraMatch:
+    """How a LoRA fits a model: `matched` of its `total` layers are there, and the names in the file of the others.
+
+    Layers that only Wan2.1 has are not counted. `ranks` are all that occur, ascending.
+    """
+
+    lora: LoraFile
+    matched: int
+    total: int
+    ranks: tuple[int, ...]
+    unmatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ranks = "/".join(map(str, self.ranks)) or "none"
+        return (
+            f"{self.lora.path.name}: {self.matched} of {self.total} layers, rank {ranks}, strength {self.lora.strength}"
+        )
+
+
+def check_loras(loras: Sequence[LoraFile], weights: Weights) -> list[LoraMatch]:
+    """How these LoRAs fit the model; reads headers and alphas only. Layers that do not are warned of.
+
+    Raises UserError for a file that is none or broken, is for another expert, or does not fit by half or in width.
+    """
+    matches = [_open(lora, weights).match for lora in loras]
+    for match in matches:
+        if match.unmatched:
+            _LOGGER.warning("%s; left out: %s", match, _listing(match.unmatched))
+    return matches
+
+
+@torch.no_grad()
+def merge_loras(model: WanModel, weights: Weights, loras: Sequence[LoraFile]) -> None:
+    """Put these LoRAs, and no others, into the model that was loaded from `weights`; `()` takes all of them out.
+
+    Parameters are changed in place, on the device that they are on, one at a time. Raises UserError as `check_loras`
+    does, and for values that are not finite; the next merge puts right what such an error left half done.
+    """
+    loras = tuple(loras)
+    if loras == model.loras:
+        return
+    opened = [_open(lora, weights) for lora in loras]
+    changed = frozenset(name for file in opened for name in file.parts)
+    source_of = key_map(weights)
+    name_of = {source_of[name]: name for name in changed | model.altered}
+    model.loras, model.altered = None, changed | model.altered  # until all is done
+    for key, original in weights.read(name_of):
+        parameter = model.get_parameter(name_of[key])
+        value = original.to(parameter.device, torch.float32, copy=True)
+        for file in opened:
+            file.add(name_of[key], value)
+        parameter.copy_(value if model.rounding is None else value.to(model.rounding))
+    model.loras, model.altered = loras, changed
+    for file in opened:
+        _LOGGER.info("merged %s", file.match)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a file holds for one parameter: keys by role (down, up, bias, diff), and alpha / rank."""
+
+    keys: Mapping[str, str]
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A LoRA file that fits: its parts by the name of the parameter in the model."""
+
+    file: Weights
+    parts: Mapping[str, _Part]
+    match: LoraMatch
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add what this file holds for a parameter to its float32 value; no more of the file is read."""
+        part = self.parts.get(name)
+        if part is None:
+            return
+        read = {key: tensor.to(value.device, torch.float32) for key, tensor in self.file.read(part.keys.values())}
+        tensors = {role: read[key] for role, key in part.keys.items()}
+        strength = self.match.lora.strength
+        if "up" in tensors:  # the three are flat because a convolution's have five dimensions
+            up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
+            value.view(len(value), -1).addmm_(up, down, alpha=strength * part.scale)
+        if "bias" in tensors:
+            value.add_(tensors["bias"], alpha=strength * part.scale)
+        if "diff" in tensors:
+            value.add_(tensors["diff"], alpha=strength)
+        if not value.sum().isfinite():  # as telling as every value by itself, and far quicker
+            raise UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
+
+
+def _open(lora: LoraFile, weights: Weights) -> _Opened:
+    """The file, checked against the model and its expert. Raises UserError."""
+    _check_path(lora.path)
+    _check_expert(lora.path, weights.expert)
+    file = open_file(lora.path)
+    layers = _layers(file)
+    shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
+    spellings = _spellings(shapes)
+    known = {layer: spellings[layer] for layer in layers if layer in spellings}
+    if not known:
+        raise UserError(f"{file.path} holds no layer of this model (its first is {next(iter(layers))}); is it for Wan?")
+    by_telling = sorted(known.items(), key=lambda item: "attn" not in item[1])  # a wrong width is seen there
+    known = {layer: stem for layer, stem in by_telling if _fits(file, layers[layer], stem, shapes)}
+    unmatched = tuple(layer for layer in layers if layer not in known)
+    if 2 * len(known) < len(layers):
+        raise UserError(
+            f"{file.path} is for another model: only {len(known)} of its {len(layers)} layers are in this one, "
+            f"not {_listing(unmatched)}"
+        )
+    scales = _scales(file, layers)
+    parts: dict[str, _Part] = {}
+    for layer, stem in known.items():
+        for name, keys in _by_parameter(layers[layer], stem, shapes).items():
+            if name in parts:
+                raise UserError(f"{file.path} holds {layer} twice, under two names; merge each once, from its own file")
+            parts[name] = _Part(keys, scales[layer])
+    ranks = {file.shapes[layers[layer]["down"]][0] for layer in known if "down" in layers[layer]}
+    match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
+    return _Opened(file, parts, match)
+
+
+def _check_path(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder; name the .safetensors file in it" if path.is_dir() else "does not exist"
+        raise UserError(f"LoRA {path} {what}")
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"LoRA {path} is no .safetensors file; others may run code when they are opened: convert it "
+            "(torch.load with weights_only=True, then safetensors.torch.save_file) or download it as .safetensors"
+        )
+
+
+def _check_expert(path: Path, expert: str) -> None:
+    """A name that says high or low, and not both, must say the right one."""
+    asked = expert.removesuffix("_noise_model")
+    said = set(_EXPERT.findall(path.name.lower()))
+    if asked in ("high", "low") and len(said) == 1 and asked not in said:
+        word = said.pop()
+        raise UserError(
+            f"LoRA {path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
+            f"give it with --lora_{word}, or rename it if that is not meant"
+        )
+
+
+def _layers(file: Weights) -> dict[str, dict[str, str]]:
+    """The keys of each layer by role: down, up, bias, alpha, diff, diff_b. Raises UserError for what is no LoRA."""
+    layers: dict[str, dict[str, str]] = {}
+    odd = []
+    for key in file.shapes:
+        if _LEFTOVER.search(key):
+            continue
+        match = _KEY.fullmatch(_PREFIX.sub("", key, count=1))
+        if match is None:
+            odd.append(key)
+            continue
+        layer, role = match["layer"], match["other"] or match["bias"] or _ROLES[match["role"]]
+        if role == "diff_m":
+            layer, role = f"{layer}.modulation", "diff"
+        keys = layers.setdefault(layer, {})
+        if keys.setdefault(role, key) != key:
+            raise UserError(f"{file.path} holds {layer} twice, as {keys[role]} and {key}; give each in its own file")
+    if odd:
+        more = f" and {len(odd) - 1} more like it" if len(odd) > 1 else ""
+        raise UserError(f"{file.path} is no plain LoRA, it holds {odd[0]}{more}; LoKr, LoHa, DoRA are not supported")
+    layers = {layer: keys for layer, keys in layers.items() if keys.keys() != {"alpha"}}
+    if not layers:
+        raise UserError(f"{file.path} holds no LoRA for any layer of Wan2.2")
+    for layer, keys in layers.items():
+        up, down = (file.shapes[keys[role]] if role in keys else None for role in ("up", "down"))
+        if (up is None) != (down is None) or ("bias" in keys and up is None):
+            raise UserError(f"{file.path} holds one half of {layer} only; it is damaged, download it again")
+        if up and down and not (len(up) == len(down) and math.prod(up[1:]) == down[0]):
+            raise UserError(f"{file.path} is damaged: the two halves of {layer} are {up} and {down}; download it again")
+    return layers
+
+
+def _spellings(names: Container[str]) -> dict[str, str]:
+    """Every spelling of a layer -> its name in the model: official and diffusers' names, with dots or underscores."""
+    blocks = itertools.takewhile(lambda n: f"blocks.{n}.attn1.to_q.weight" in names, itertools.count())
+    official = [*_LAYERS, *(f"blocks.{n}.{layer}" for n in blocks for layer in _BLOCK_LAYERS)]
+    renamed = convert_wan_transformer_to_diffusers({f"{layer}.weight": layer for layer in official})
+    spellings: dict[str, str] = {}
+    for name, layer in renamed.items():
+        stem = name.removesuffix(".weight")
+        if stem in names or name in names:
+            spellings |= {spelling: stem for dotted in (layer, stem) for spelling in (dotted, dotted.replace(".", "_"))}
+    return spellings
+
+
+def _by_parameter(keys: Mapping[str, str], stem: str, names: Container[str]) -> dict[str, dict[str, str]]:
+    """The keys of a layer by the parameter of the model that they change, and by role: down, up, bias, diff."""
+    weight = {role: keys[role] for role in ("down", "up", "diff") if role in keys}
+    bias = {new: keys[role] for role, new in (("bias", "bias"), ("diff_b", "diff")) if role in keys}
+    parts = {stem if stem in names else f"{stem}.weight": weight, f"{stem}.bias": bias}
+    return {name: part for name, part in parts.items() if part}
+
+
+def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a layer has the model's shape; False where other channels go in or out, as in text-to-video's LoRAs.
+
+    Raises UserError for a LoRA of another width, or of other sizes inside.
+    """
+    for name, part in _by_parameter(keys, stem, shapes).items():
+        here = shapes.get(name, ())
+        found = [file.shapes[part[role]] for role in ("diff", "bias") if role in part]
+        if "up" in part:
+            found.append((file.shapes[part["up"]][0], *file.shapes[part["down"]][1:]))
+        for there in found:
+            if there == here:
+                continue
+            width = shapes["patch_embedding.weight"][0]
+            if (name, there[:1]) == ("patch_embedding.weight", (width,)) or name.startswith("proj_out"):
+                return False
+            if "attn" in stem and there[:1] not in ((), (width,)):
+                raise UserError(f"{file.path} is for a model of width {there[0]}, this one is {width}; give one for it")
+            raise UserError(f"{file.path} is for another model: its {stem} is {there}, here it is {here}")
+    return True
+
+
+def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
+    """alpha / rank by layer. Where the file says nothing of alpha it is the rank."""
+    alphas = dict(file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys}))
+    adapter = _adapter(file)
+    patterns = adapter.get("alpha_pattern") or {}
+    scales = {}
+    try:
+        for layer, keys in layers.items():
+            rank = file.shapes[keys["down"]][0] if "down" in keys else 1
+            said = (alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer))
+            alpha = alphas[keys["alpha"]] if "alpha" in keys else next(said, adapter.get("lora_alpha", rank))
+            scales[layer] = float(alpha) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+    except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError, re.error) as error:
+        raise UserError(f"{file.path} says no alpha that can be read ({error}); download it again") from error
+    return scales
+
+
+def _adapter(file: Weights) -> dict[str, Any]:
+    """peft's configuration, as diffusers writes it into the header and peft into a file beside its own."""
+    header = file.config.get("lora_adapter_metadata")
+    if header is None:
+        beside = file.path.with_name("adapter_config.json")
+        return read_json(beside) if file.path.name == "adapter_model.safetensors" and beside.is_file() else {}
+    try:
+        said = json.loads(header)
+        return {name.removeprefix("transformer."): value for name, value in said.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file.path} has a header that cannot be read ({error}); download it again") from error
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,438 @@
+"""A storyboard: what is different in which clip of a chain. The whole file is checked before any model loads.
+
+    defaults: {steps: 30}                # for every clip that does not say otherwise
+    clips:
+      - the boat turns left              # a text alone is a prompt
+      - prompt: the boat sinks           # without one the VLM writes it, as it does without a storyboard
+        seed: 12                         # 0 to 2**63-1; clips without one count up from --base_seed
+        frames: 81                       # 4n+1, at least 5
+        steps: 20
+        guidance: [3.5, 4.0]             # low noise, high noise; or one number
+        shift: 5.0
+        lora_high: [light.safetensors:0.8, style.safetensors]    # or one text; [] for none
+        lora_low: light_low.safetensors  # the 5B model has `lora` instead of these two
+        end_image: end.png               # the last frame; A14B
+        context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
+        cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+      - {}                               # nothing of its own
+
+Every key may be left out, or be null: then the command line says it. A list at the top is `clips`. Files are looked
+for in the storyboard's folder. Anchors and merge keys (`<<`) work, tags do not. Text that YAML takes for a number, a
+date or yes and no, or with ": " or " #" in it, goes in quotes. A file named .json is JSON of the same structure. In one
+named .txt, and in one that is neither a mapping nor a list, each line is a prompt; empty lines and those that begin
+with # are left out. All are UTF-8 of up to 1 MiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from wan import media
+from wan.configs import ModelConfig
+from wan.errors import UserError
+from wan.types import LONGEST_CONTEXT
+
+if TYPE_CHECKING:
+    from wan.modules.lora import LoraFile
+
+MOST_BYTES = 2**20
+SHOWN_PROBLEMS = 3
+_YAML = "tag:yaml.org,2002:"
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")  # not YAML's: 010 is eight there and 1:30 is ninety
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_BY_LINE = " (a file of one prompt per line is named .txt)"
+_STRUCTURE = re.compile(r"""[\s\-\[{"']*(clips|defaults|prompt)["']?\s*:""")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a storyboard says about one clip, which begins at `line`; None leaves it to the command line.
+
+    `guidance` is (low noise, high noise); a LoRA tuple may be empty, for none. `cut` is the picture that a new shot
+    begins with, or True for one of text alone. Raises UserError where `context` leaves nothing of `frames`.
+    """
+
+    line: int
+    prompt: str | None = None
+    seed: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: tuple[float, float] | None = None
+    shift: float | None = None
+    lora: tuple[LoraFile, ...] | None = None
+    lora_high: tuple[LoraFile, ...] | None = None
+    lora_low: tuple[LoraFile, ...] | None = None
+    end_image: Path | None = None
+    context: int | None = None
+    cut: Path | bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.context is not None and self.context >= self.frames:
+            raise UserError(f"context {self.context} must be fewer than the clip's {self.frames} frames")
+
+
+def read_storyboard(path: Path) -> tuple[Scene, ...]:
+    """The scenes of a file, at least one, as far as they can be checked without a model.
+
+    Raises UserError with the line of each problem, up to three.
+    """
+    text, kind = _read(path), path.suffix.lower()
+    if kind == ".txt":
+        return _prompts(path, text)
+    root = _compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
+    if root is None or (isinstance(root, ScalarNode) and root.tag == _YAML + "str"):
+        return _prompts(path, text)
+    structure = _Structure(path.parent)
+    try:
+        scenes = structure.scenes(root)
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+    _refuse(path, structure.problems)
+    return tuple(scenes)
+
+
+def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig) -> None:
+    """Raise UserError, with line numbers, for what this model cannot do."""
+    two_experts, name = config.boundary is not None, config.name
+    problems = []
+    for scene in scenes:
+        rules = {
+            f"end_image is for I2V-A14B; {name} knows no last frame": scene.end_image and config.model_type != "i2v",
+            f"cut: true makes a clip of text alone, which {name} cannot; give a picture to cut to": (
+                scene.cut is True and config.model_type == "i2v"
+            ),
+            f"{name} has two experts: give lora_high and lora_low instead of lora": scene.lora and two_experts,
+            f"{name} has one expert: give lora instead of lora_high and lora_low": (
+                (scene.lora_high or scene.lora_low) and not two_experts
+            ),
+            f"guidance: {name} has one expert and takes one number": (
+                scene.guidance is not None and scene.guidance[0] != scene.guidance[1] and not two_experts
+            ),
+        }
+        problems += [(scene.line, text) for text, broken in rules.items() if broken]
+    _refuse(path, problems)
+
+
+def _refuse(path: Path, problems: Iterable[tuple[int, str]]) -> None:
+    found = sorted(set(problems))  # what is merged into several clips is one problem
+    if found:
+        shown = "; ".join(f"line {line}: {text}" for line, text in found[:SHOWN_PROBLEMS])
+        more = f"; and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
+        raise UserError(f"{path}, {shown}{more}")
+
+
+def _read(path: Path) -> str:
+    """The file's text, with "\\n" between its lines."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"--storyboard {path} is not a file; give a .yaml, .json or .txt file")
+        if found.st_size > MOST_BYTES:
+            raise UserError(f"--storyboard {path} is larger than 1 MiB; is it the right file?")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--storyboard {path} cannot be read: {reason}") from error
+    if b"\0" in data:
+        raise UserError(f"--storyboard {path} is no text in UTF-8; is it the right file?")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _prompts(path: Path, text: str) -> tuple[Scene, ...]:
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise UserError(f"--storyboard {path} holds no clips; write one prompt per line, or YAML")
+    structured = "this is YAML or JSON and not a prompt; name the file .yaml or .json"
+    _refuse(path, [(number, structured) for number, line in lines if _STRUCTURE.match(line)])
+    return tuple(Scene(number, line) for number, line in lines)
+
+
+def _json_as_yaml(path: Path, text: str) -> str:
+    """The same, line by line, as the part of JSON that YAML's parser reads right: no tabs, and plain characters."""
+    try:
+        top = json.loads(text, parse_int=str)  # an integer of any length is a problem with its key, not with the file
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: this is not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+    if not isinstance(top, dict | list):
+        raise UserError(f"{path}, line 1: a storyboard in JSON is an object or a list")
+    return re.sub(
+        r'"(?:[^"\\]|\\.)*"|\t', lambda part: " " if part[0] == "\t" else json.dumps(json.loads(part[0])), text
+    )
+
+
+def _compose(path: Path, text: str) -> Node | None:
+    """The graph of YAML nodes, which know their lines and of which nothing is constructed."""
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line, character = text.count("\n", 0, error.position) + 1, f"U+{ord(text[error.position]):04X}"
+        raise UserError(f"{path}, line {line}: YAML takes no character {character}; remove it") from error
+    try:
+        return loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark, begin = error.problem_mark or error.context_mark, error.context_mark
+        problem = error.problem or error.context or "this is not YAML"
+        if "'\\t'" in problem:
+            problem = "YAML takes no tabs here; use spaces"
+        elif problem.startswith("mapping values"):
+            problem = "a colon where YAML takes none; put text with ': ' in it in quotes, and look at the indentation"
+        if mark and begin and begin.line != mark.line:  # an end that is missing is seen far from what it should end
+            problem += f" ({error.context}, line {begin.line + 1})"
+        hint = "" if path.suffix.lower() in (".yaml", ".yml", ".json") else _BY_LINE
+        raise UserError(f"{path}, line {mark.line + 1 if mark else 1}: {problem}{hint}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+    except (ValueError, OverflowError) as error:  # an escape such as \UFFFFFFFF
+        raise UserError(f"{path}, line {loader.line + 1}: YAML cannot read this: {error}") from error
+    finally:
+        loader.dispose()
+
+
+class _Structure:
+    """Makes scenes out of YAML nodes. What is wrong is collected in `problems`, and left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[tuple[int, str]] = []
+        self._known: dict[int, dict[str, Any]] = {}  # the values of a mapping, by its id: aliases lead there again
+
+    def scenes(self, root: Node) -> list[Scene]:
+        clips, defaults = root, {}
+        if isinstance(root, MappingNode) and root.tag == _YAML + "map":
+            top = self._pairs(root, ("defaults", "clips"), _BY_LINE)
+            if "clips" not in top:
+                self._add(root, "there is no list of clips; write it as clips:")
+                return []
+            clips = top["clips"]
+            if "defaults" in top and not _is_null(top["defaults"]):
+                defaults = self._values(top["defaults"], "defaults must be a mapping such as {steps: 30}")
+        items = _items(clips)
+        if not items:
+            self._add(clips, f"clips must be a list of at least one clip, {_shown(clips)} is not")
+            return []
+        return [scene for clip in items if (scene := self._scene(clip, defaults))]
+
+    def _scene(self, clip: Node, defaults: Mapping[str, Any]) -> Scene | None:
+        if isinstance(clip, ScalarNode) and not _is_null(clip):
+            values = self._parsed({"prompt": clip})
+        else:
+            values = self._values(clip, "a clip must be a prompt or a mapping ({} if it has nothing of its own)")
+        try:
+            return Scene(_line(clip), **{**defaults, **values})
+        except UserError as error:
+            self._add(clip, str(error))
+            return None
+
+    def _values(self, node: Node, wanted: str) -> dict[str, Any]:
+        """The values of a mapping, by key, with what is merged into it."""
+        if id(node) in self._known:
+            return self._known[id(node)]
+        values = self._known[id(node)] = {}  # for a mapping that is merged into itself
+        if not isinstance(node, MappingNode) or node.tag != _YAML + "map":
+            self._add(node, f"{wanted}, {_shown(node)} is not")
+            return values
+        pairs = self._pairs(node, (*_VALUES, "<<"), " to merge")
+        merged = pairs.pop("<<", None)
+        for other in reversed((_items(merged) or [merged]) if merged else []):  # the first one wins
+            values |= self._values(other, "<< must be a mapping, or a list of them")
+        values |= self._parsed(pairs)
+        return values
+
+    def _pairs(self, node: MappingNode, known: Sequence[str], hint: str) -> dict[str, Node]:
+        pairs: dict[str, Node] = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, ScalarNode) else ""
+            if name in pairs:
+                self._add(key, f"{name} is there twice, here and in line {_line(pairs[name])}")
+            elif name in known:
+                pairs[name] = value
+            else:
+                close = difflib.get_close_matches(name[:40], known, 1, cutoff=0.5)
+                advice = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}{hint}"
+                self._add(key, f"unknown key {_shown(key)}; {advice}")
+        return pairs
+
+    def _parsed(self, pairs: Mapping[str, Node]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, node in pairs.items():
+            try:
+                values[key] = None if _is_null(node) else _VALUES[key](node, self.folder)
+            except _Unfit as error:
+                self._add(error.node, f"{key} {error}")
+            except UserError as error:
+                self._add(node, f"{key}: {error}")
+        return values
+
+    def _add(self, node: Node, problem: str) -> None:
+        self.problems.append((_line(node), problem))
+
+
+class _Unfit(Exception):
+    """A node that is not what its key takes. The message goes on after the key's name."""
+
+    def __init__(self, node: Node, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def _must_be(wanted: str, node: Node) -> _Unfit:
+    return _Unfit(node, f"must be {wanted}, {_shown(node)} is not")
+
+
+def _line(node: Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _is_null(node: Node) -> bool:
+    return node.tag == _YAML + "null" and isinstance(node, ScalarNode)
+
+
+def _items(node: Node) -> list[Node] | None:
+    """What is in a list; None for anything else."""
+    return node.value if isinstance(node, SequenceNode) and node.tag == _YAML + "seq" else None
+
+
+def _shown(node: Node) -> str:
+    """A node as it is named in a message, on one line."""
+    kind = node.tag.removeprefix(_YAML)
+    if kind not in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "merge", "value"):
+        return f"the tag {node.tag.replace(_YAML, '!!')!r}"
+    if not isinstance(node, ScalarNode):
+        return ("a list" if node.value else "an empty list") if isinstance(node, SequenceNode) else "a mapping"
+    text = node.value if len(node.value) <= 40 else f"{node.value[:37]}..."
+    return repr(text) if kind == "str" or not text.isprintable() else text or "nothing"
+
+
+def _number(node: Node, form: re.Pattern[str]) -> str | None:
+    """The digits of a number that is written as `form`; None for anything else."""
+    plain = isinstance(node, ScalarNode) and node.style is None
+    fits = plain and node.tag in {_YAML + kind for kind in ("int", "float", "str")}  # YAML 1.1 has 1e3 for a text
+    digits: str | None = node.value if fits and form.fullmatch(node.value) else None
+    return digits
+
+
+def _whole(low: int, high: int, highest: str = "") -> Callable[[Node, Path], int]:
+    def read(node: Node, folder: Path) -> int:
+        digits = _number(node, _WHOLE)
+        if digits is None or not low <= int(digits) <= high:
+            raise _must_be(f"a whole number from {low} to {highest or high}", node)
+        return int(digits)
+
+    return read
+
+
+def _frames(node: Node, folder: Path) -> int:
+    frames = _whole(5, 9997)(node, folder)
+    if (frames - 1) % 4:
+        low = (frames - 1) // 4 * 4 + 1
+        raise _Unfit(node, f"must be 4n+1: {frames} is not, {low} and {low + 4} are")
+    return frames
+
+
+def _context(node: Node, folder: Path) -> int:
+    digits = _number(node, _WHOLE)
+    if digits is None or int(digits) not in range(1, LONGEST_CONTEXT + 1, 4):
+        raise _must_be(f"1, 5, 9, 13 or {LONGEST_CONTEXT}", node)
+    return int(digits)
+
+
+def _real(node: Node) -> float:
+    digits = _number(node, _NUMBER)
+    if digits is None or not math.isfinite(float(digits)):
+        raise _must_be("a number", node)
+    return float(digits)
+
+
+def _shift(node: Node, folder: Path) -> float:
+    shift = _real(node)
+    if shift <= 0:
+        raise _must_be("a positive number", node)
+    return shift
+
+
+def _guidance(node: Node, folder: Path) -> tuple[float, float]:
+    scales = [_real(item) for item in _items(node) or [node]]
+    if len(scales) > 2:
+        raise _Unfit(node, f"must be one number or [LOW, HIGH], not {len(scales)} numbers")
+    return scales[0], scales[-1]
+
+
+def _text(node: Node, folder: Path) -> str:
+    if not isinstance(node, ScalarNode) or node.tag != _YAML + "str":
+        raise _must_be("text (in quotes if YAML takes it for something else)", node)
+    try:  # JSON writes what is beyond 16 bits as two escapes
+        text = node.value.encode("utf-16", "surrogatepass").decode("utf-16").strip()
+    except UnicodeDecodeError as error:
+        raise _Unfit(node, "holds half of a surrogate pair; write the character itself") from error
+    if not text:
+        raise _Unfit(node, "is empty; write something or leave the key out")
+    return str(text)
+
+
+def _picture(node: Node, folder: Path) -> Path:
+    path = folder / os.path.expanduser(_text(node, folder))
+    media.read_image(path)  # all of it: a truncated file is no use after an hour
+    return path
+
+
+def _cut(node: Node, folder: Path) -> Path | bool | None:
+    if node.tag != _YAML + "bool":
+        return _picture(node, folder)
+    if node.value not in ("true", "false"):
+        raise _must_be("the name of a picture, or true", node)
+    return node.value == "true" or None
+
+
+def _loras(node: Node, folder: Path) -> tuple[LoraFile, ...]:
+    items = _items(node)
+    return tuple(_lora(item, folder) for item in ([node] if items is None else items))
+
+
+def _lora(node: Node, folder: Path) -> LoraFile:
+    from wan.modules.lora import LoraFile
+
+    try:
+        lora = LoraFile.parse(_text(node, folder))
+    except UserError as error:
+        raise _Unfit(node, f"cannot be read: {' '.join(str(error).split())}") from error
+    lora = dataclasses.replace(lora, path=folder / lora.path)
+    if not os.path.isfile(lora.path):
+        raise _Unfit(node, f"must be a LoRA file in the storyboard's folder, {str(lora.path)!r} is not there")
+    return lora
+
+
+_VALUES: Mapping[str, Callable[[Node, Path], Any]] = {
+    "prompt": _text,
+    "seed": _whole(0, 2**63 - 1, "2**63-1"),
+    "frames": _frames,
+    "steps": _whole(1, 9999),
+    "guidance": _guidance,
+    "shift": _shift,
+    "lora": _loras,
+    "lora_high": _loras,
+    "lora_low": _loras,
+    "end_image": _picture,
+    "context": _context,
+    "cut": _cut,
+}

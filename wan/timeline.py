@@ -1,0 +1,95 @@
+"""Which frame is shown when: the arithmetic of putting clips end to end, in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+NEARLY = Fraction(99, 100)  # 23.976 serves for 24: one frame in a thousand is left out
+
+
+@dataclass(frozen=True)
+class Part:
+    """A video file on the timeline: `frames` at `fps`, of which the first `drop` repeat the part before.
+
+    `moments`: when each of its frames appears, in seconds from the first, where they are not evenly spaced.
+    """
+
+    frames: int
+    fps: Fraction
+    drop: int = 0
+    moments: Sequence[Fraction] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < self.frames:
+            raise ValueError(f"{self.drop} of {self.frames} frames cannot be left out")
+
+    @property
+    def new(self) -> int:
+        """Frames that are shown."""
+        return self.frames - self.drop
+
+    def moment(self, number: int) -> Fraction:
+        """When a frame appears, in seconds from the first."""
+        return number / self.fps if self.moments is None else self.moments[number]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Parts end to end, shown at `rate` frames per second without changing the speed of any.
+
+    The first new frame of a part that goes on from another appears one of its own frame times after the last frame of
+    that one: its known frames are that one's last at its own rate. After a cut (`drop` 0) the last frame stays for its
+    own frame time. A frame is shown from the output frame nearest to its moment until the next one is.
+    """
+
+    parts: Sequence[Part]
+    rate: Fraction
+
+    @property
+    def starts(self) -> list[Fraction]:
+        """When the first new frame of each part appears, in seconds."""
+        found, now = [], Fraction(0)
+        for index, part in enumerate(self.parts):
+            if index:
+                before = self.parts[index - 1]
+                now += before.moment(before.frames - 1) - before.moment(before.drop)
+                now += 1 / (part.fps if part.drop else before.fps)
+            found.append(now)
+        return found
+
+    @property
+    def ends(self) -> list[int]:
+        """The output frame after the last of each part."""
+        last = self.parts[-1]
+        over = self.starts[-1] + last.moment(last.frames - 1) - last.moment(last.drop) + 1 / last.fps
+        return [_nearest(start * self.rate) for start in [*self.starts[1:], over]]
+
+    @property
+    def count(self) -> int:
+        """Output frames."""
+        return self.ends[-1]
+
+    def frames(self) -> Iterator[tuple[int, int]]:
+        """For each output frame the part and the number of the frame in that part's file."""
+        for index, (part, start, end) in enumerate(zip(self.parts, self.starts, self.ends, strict=True)):
+            shown = [
+                _nearest((start + part.moment(number) - part.moment(part.drop)) * self.rate)
+                for number in range(part.drop, part.frames)
+            ]
+            for number, (first, after) in enumerate(zip(shown, [*shown[1:], end], strict=True), part.drop):
+                yield from [(index, number)] * (after - first)
+
+
+def shared_rate(source: Fraction, model: Fraction) -> Fraction:
+    """A rate that shows every source frame equally often and hardly any frame of the model is left out.
+
+    The smallest whole multiple of the source's rate that is not below the model's.
+    """
+    return source * max(1, math.ceil(model * NEARLY / source))
+
+
+def _nearest(value: Fraction) -> int:
+    return math.floor(value + Fraction(1, 2))
