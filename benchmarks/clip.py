@@ -29,7 +29,7 @@ from wan.image2video import WanI2V
 from wan.modules.model import WanModel, policy_dtype
 from wan.modules.text import TextEncoder
 from wan.pipeline import Pipeline
-from wan.placement import host_peak_gib
+from wan.placement import Placement, host_peak_gib
 from wan.textimage2video import WanTI2V
 from wan.types import Known, Request, Sampling, Step
 
@@ -122,13 +122,13 @@ def build(task: str) -> Pipeline:
     return pipeline
 
 
-def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int) -> Request:
+def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
     config = pipeline.config
-    image = Image.effect_noise((width, height), 60).convert("RGB")
+    known = [Image.effect_noise((width, height), 60).convert("RGB") for _ in range(context)]
     return Request(
         "p",
         "n",
-        Known((image,)),
+        Known(tuple(known)),
         pipeline.geometry(width, height, frames),
         Sampling(steps, config.sample_shift, config.guidance),
         seed=1,
@@ -143,6 +143,8 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool) -> dict[str, 
         stamps.append((step.stage if step.latents is not None else f"begin {step.stage}", time.perf_counter()))
 
     made = pipeline.run(request, offload=offload, on_step=on_step)
+    condition = pipeline.condition(request, pipeline.noise(request), Placement(pipeline.device, offload))
+    held = getattr(condition, "known", None)
     # the first step of a stage also moves the expert
     steps = [after[1] - before[1] for before, after in zip(stamps, stamps[1:], strict=False) if before[0] == after[0]]
     return {
@@ -151,6 +153,7 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool) -> dict[str, 
         "steps": [round(step, 3) for step in steps],
         "peak_gpu_gib": round(made.peak_gib or 0.0, 2),
         "finite": bool(torch.isfinite(made.clip.frames).all()),
+        "held_exactly": None if held is None else torch.equal(made.latents[:, : held.shape[1]], held.cpu()),
     }
 
 
@@ -196,6 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=tuple(SCENARIOS), required=True)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--context_frames", type=int, default=1, help="known frames: 1 or 4n+1")
     parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--commit", default=commit())
@@ -205,10 +209,11 @@ def main() -> None:
     start = time.perf_counter()
     pipeline = build(task)
     built = time.perf_counter() - start
-    request = make_request(pipeline, width, height, frames, args.steps)
+    request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
     runs = [timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload) for seed in (1, 2)]
     result: dict[str, Any] = {
         "scenario": args.scenario,
+        "context_frames": args.context_frames,
         "commit": args.commit,
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,

@@ -581,7 +581,7 @@ def test_the_record_of_a_lora_changes_with_its_contents(a14b: Weights, tmp_path:
     lora = LoraFile(tmp_path / "lora.safetensors", 0.5)
     svi(pairs(a14b.shapes), lora.path)
     before = lora.as_json()
-    assert before == {"file": str(lora.path), "digest": sampled_digest(lora.path), "strength": 0.5}
+    assert before == {"file": lora.path.name, "digest": sampled_digest(lora.path), "strength": 0.5}
     svi(pairs(a14b.shapes, seed=1), lora.path)
     assert lora.as_json()["digest"] != before["digest"]
     assert load_file(lora.path)

@@ -362,7 +362,7 @@ class VideoContinuation(Pipeline):
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
         seam = self.judge(footage, made, plan)
-        return dataclasses.replace(made, notes={"seam": seam and seam.as_json()})
+        return dataclasses.replace(made, notes=dict(made.notes) | {"seam": seam and seam.as_json()})
 
     def known(self, footage: Footage, plan: Plan) -> Known:
         """What the clip is conditioned on."""

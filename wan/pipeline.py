@@ -18,7 +18,7 @@ from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
-from wan.modules.lora import LoraFile, check_loras, merge_loras
+from wan.modules.lora import LoraFile, LoraMatch, check_loras, merge_loras
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, plan_stages, sample
 from wan.modules.schedule import build_scheduler
@@ -107,23 +107,24 @@ class Pipeline(ABC):
             check_loras(files, self.checkpoint.experts[name])
 
     @cached_property
-    def _merged(self) -> dict[str, tuple[LoraFile, ...]]:
+    def _merged(self) -> dict[str, list[LoraMatch]]:
         """The LoRAs that are in each expert's weights now."""
         return {}
 
     def _merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there."""
         for name in wanted.keys() | self._merged.keys():
-            files = wanted.get(name, ())
-            if files == self._merged.get(name, ()):
+            files, there = wanted.get(name, ()), self._merged.get(name, [])
+            if files == tuple(match.lora for match in there):
                 continue
+            weights = self.checkpoint.experts[name]
             try:
-                merge_loras(getattr(self, name), self.checkpoint.experts[name], files)
+                merge_loras(getattr(self, name), weights, files)
             except BaseException:
                 self.__dict__.pop(name)  # half merged: it is loaded again when it is next used
                 self._merged.pop(name, None)
                 raise
-            self._merged[name] = files
+            self._merged[name] = check_loras(files, weights)
 
     @abstractmethod
     def experts(self, guidance: tuple[float, float]) -> list[Expert]:
@@ -173,7 +174,9 @@ class Pipeline(ABC):
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
-        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device))
+        loras = {name: [match.as_json() for match in matches] for name, matches in self._merged.items() if matches}
+        notes = {"loras": loras} if loras else {}
+        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""

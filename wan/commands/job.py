@@ -138,7 +138,6 @@ class Job:
             "convert_model_dtype": args.convert_model_dtype,
             "t5_cpu": args.t5_cpu,
             "offload_model": args.offload_model,
-            "loras": {name: [lora.as_json() for lora in files] for name, files in request.loras.items()},
             "end_image": request.known.end is not None,
         }
         if plan is not None:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 H200_FLOPS = 5.5e14  # reached by the denoiser at real sizes (benchmarks/README.md)
 MP4_BYTES = 0.03  # per pixel and frame at the crf that clips are written with; footage differs by a factor of three
-GIB = 2**30
 
 
 def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRun) -> Iterator[str]:
@@ -35,7 +34,8 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
     yield f"{start:.2f} s of new video; {len(missing)} of {run.count} clips are still to be made"
     if missing:
-        yield f"about {sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing) / GIB:.2g} GiB of disk"
+        size = sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing)
+        yield f"about {size / 2**30:.1f} GiB of disk" if size > 2**29 else f"about {size / 2**20:.0f} MiB of disk"
         yield _time(continuation, missing, run)
 
 

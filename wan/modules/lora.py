@@ -80,7 +80,7 @@ class LoraFile:
 
     def as_json(self) -> dict[str, Any]:
         """The file, its digest and its strength, for a record of what was made with it."""
-        return {"file": str(self.path), "digest": self.digest, "strength": self.strength}
+        return {"file": self.path.name, "digest": self.digest, "strength": self.strength}
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class LoraMatch:
     total: int
     ranks: tuple[int, ...]
     unmatched: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The LoRA and how much of it fits, for a record."""
+        return self.lora.as_json() | {"matched": self.matched, "total": self.total}
 
     def __str__(self) -> str:
         ranks = "/".join(map(str, self.ranks)) or "none"
