@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from tests.media_samples import CORPUS, FILES, READABLE, make_paths, number, numbered, vidmark
@@ -135,7 +137,7 @@ def test_ordinary_files_give_no_warning(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_dolby_vision_without_a_standard_picture_is_refused(tmp_path: Path) -> None:
-    frame = reading._first(source.inspect(CORPUS / "mpeg4.avi"))  # no colour tags either
+    frame = reading.first_frame(source.inspect(CORPUS / "mpeg4.avi"))  # no colour tags either
     tagged = source.inspect(CORPUS / "mpeg4.avi")
     object.__setattr__(tagged, "codec_tag", "dvh1")
     with pytest.raises(VideoError, match="Dolby Vision"):
@@ -152,7 +154,7 @@ def test_orientation_without_side_data_agrees_with_the_display_matrix() -> None:
             raise ValueError("31 is not a valid Type")
 
     for file in ("rot90.mp4", "rot270.mov", "h264_faststart.mp4"):
-        frame = reading._first(source.inspect(CORPUS / file))
+        frame = reading.first_frame(source.inspect(CORPUS / file))
         assert colour.orientation(Unreadable(frame.rotation)) == colour.orientation(frame)  # type: ignore[arg-type]
 
 
@@ -333,3 +335,42 @@ def test_a_short_video_gives_the_frames_that_it_has(tmp_path: Path) -> None:
     assert [number(frame) for frame in media.read_tail(tmp_path / "clip.mp4", 9, 16)] == [0, 1, 2]
     with pytest.raises(ValueError, match="positive"):
         media.read_tail(tmp_path / "clip.mp4", 0, 16)
+
+
+@pytest.mark.parametrize(
+    "fps", [Fraction(24000, 1001), Fraction(24), Fraction(30000, 1001), Fraction(60), Fraction(120)]
+)
+@pytest.mark.parametrize("kind", ["mkv", "ts", "flv"])
+def test_rounded_time_stamps_neither_skip_nor_repeat_a_frame_of_the_tail(
+    kind: str, fps: Fraction, tmp_path: Path
+) -> None:
+    import av
+
+    media.write_video(tmp_path / "a.mp4", numbered(range(40), 64, 36), fps)
+    with av.open(str(tmp_path / "a.mp4")) as read, av.open(str(tmp_path / f"a.{kind}"), "w") as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(read.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                written.mux(packet)
+    assert [number(frame) for frame in media.read_tail(tmp_path / f"a.{kind}", 17, fps)] == list(range(23, 40))
+
+
+def test_an_interlaced_tail_is_deinterlaced_like_the_last_frame() -> None:
+    path = CORPUS / "interlaced_tff.mp4"
+    tail = media.read_tail(path, 3, 25)
+    assert np.array_equal(tail[-1], np.asarray(media.read_last_frame(path)))
+    assert [number(frame) for frame in tail] == [42, 43, 44]
+
+
+def test_pictures_that_were_converted_do_not_stay_in_memory() -> None:
+    opened = source.inspect(CORPUS / "rot90.mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        for frame in source.Pictures(opened):
+            colour.to_rgb(frame, opened)
+        kept = [found for found in gc.get_objects() if type(found) is VideoFrame and found.width > 16]
+    finally:
+        gc.enable()
+    assert len(kept) <= 2

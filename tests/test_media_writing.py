@@ -255,11 +255,19 @@ def test_a_single_clip_is_a_join_too(clips: list[Path], tmp_path: Path) -> None:
     assert media.join_videos(clips[:1], tmp_path / "joined.mp4") == 33
 
 
-def test_a_first_frame_that_cannot_be_cut_off_is_refused(clips: list[Path], tmp_path: Path) -> None:
-    media.write_video(tmp_path / "plain.mp4", numbered(range(32, 65)), 23.976)
-    with pytest.raises(UserError, match="frame 1 is not a keyframe"):
-        media.join_videos([clips[0], tmp_path / "plain.mp4"], tmp_path / "joined.mp4")
-    assert not (tmp_path / "joined.mp4").exists()
+def test_clips_that_cannot_be_cut_where_they_should_are_encoded_once_more(clips: list[Path], tmp_path: Path) -> None:
+    media.write_video(tmp_path / "plain.mp4", numbered(range(28, 61)), 23.976)  # no keyframe at frame 5
+    joined = tmp_path / "joined.mp4"
+    assert media.join_videos([clips[0], tmp_path / "plain.mp4"], joined, drops=[0, 5], metadata={"clips": 2}) == 61
+    assert decoded(joined) == list(range(61))
+    with av.open(str(joined)) as container:
+        assert container.streams.video[0].average_rate == Fraction(24000, 1001)
+        assert json.loads(container.metadata["comment"]) == {"clips": 2}
+
+
+def test_more_frames_than_there_are_cannot_be_left_out(clips: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without its first 33 frames"):
+        media.join_videos(clips, tmp_path / "joined.mp4", drops=[0, 33, 1])
 
 
 @pytest.mark.parametrize(

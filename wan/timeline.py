@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import count
 
-NEARLY = Fraction(99, 100)  # 23.976 serves for 24: one frame in a thousand is left out
+SAME = Fraction(1, 500)  # 23.976 and 24 count as one rate, as they always have in television
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Part:
 class Timeline:
     """Parts end to end, shown at `rate` frames per second without changing the speed of any.
 
+    Only a part whose rate is the same but for a thousandth (24 for 23.976) takes `rate`, or it would lose a frame every
+    42 seconds. No frame of any other is lost where `rate` is at least its own.
+
     The first new frame of a part that goes on from another appears one of its own frame times after the last frame of
     that one: its known frames are that one's last at its own rate. After a cut (`drop` 0) the last frame stays for its
     own frame time. A frame is shown from the output frame nearest to its moment until the next one is.
@@ -47,6 +51,10 @@ class Timeline:
 
     parts: Sequence[Part]
     rate: Fraction
+
+    def __post_init__(self) -> None:
+        paced = [replace(part, fps=self.rate) if _same(part.fps, self.rate) else part for part in self.parts]
+        object.__setattr__(self, "parts", tuple(paced))
 
     @property
     def starts(self) -> list[Fraction]:
@@ -84,11 +92,15 @@ class Timeline:
 
 
 def shared_rate(source: Fraction, model: Fraction) -> Fraction:
-    """A rate that shows every source frame equally often and hardly any frame of the model is left out.
+    """The rate at which every source frame is shown equally often and no frame of the model is left out.
 
-    The smallest whole multiple of the source's rate that is not below the model's.
+    The smallest whole multiple of the source's rate that is at least the model's.
     """
-    return source * max(1, math.ceil(model * NEARLY / source))
+    return source * next(n for n in count(1) if source * n >= model or _same(source * n, model))
+
+
+def _same(one: Fraction, other: Fraction) -> bool:
+    return abs(one - other) <= SAME * other
 
 
 def _nearest(value: Fraction) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from wan.errors import UserError
-from wan.media.colour import deinterlace, to_rgb
+from wan.media.colour import deinterlace, to_rgb, upright_size
+from wan.media.reading import FIELDS, find_ending, first_frame
 from wan.media.sound import Sound
-from wan.media.source import Picture, Pictures, Source, inspect
+from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
 from wan.media.writing import write_video
 from wan.timeline import Part, Timeline, shared_rate
 
@@ -32,61 +36,58 @@ def assemble(
     source is scaled to cover the clips' size and cropped around its centre; its sound is kept where its pictures are.
     One picture is in memory at a time. Raises UserError.
     """
-    opened = [inspect(clip) for clip in clips]
-    first = next(_pictures(opened[0]))
-    size = first.shape[1], first.shape[0]
-    begin = inspect(source)
-    timeline, start = _timeline(begin, opened, drops)
-
-    def shown() -> Iterator[Picture]:
-        streams = [_fitted(begin, size), *(_pictures(clip) for clip in opened)]
-        here, numbers, picture = -1, iter(()), None  # type: int, Iterator[tuple[int, Picture]], Picture | None
-        number = -1
-        for part, wanted in timeline.frames():
-            if part != here:
-                here, numbers, number = part, iter(enumerate(streams[part])), -1
-            while number < wanted:
-                # a damaged source may lose a picture in one pass only: the one before stays
-                number, picture = next(numbers, (wanted, picture))
-            assert picture is not None
-            if picture.shape != first.shape:
-                raise UserError(f"cannot join {opened[part - 1].path!r}: its size differs from that of the first clip")
-            yield picture
-
+    begin, following = inspect(source), [inspect(clip) for clip in clips]
+    sizes = [upright_size(first_frame(clip), clip) for clip in following]
+    for clip, size in zip(following, sizes, strict=True):
+        if size != sizes[0]:
+            raise UserError(f"cannot join {clip.path!r}: its size differs from that of the first clip; make it again")
+    whole = find_ending(begin, math.inf)
+    parts = [_part(begin, [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock])]
+    for clip, drop in zip(following, drops, strict=True):
+        parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
+    timeline = Timeline(parts, shared_rate(parts[0].fps, parts[1].fps))
+    shown = _shown(timeline, [(begin, whole.pictures), *((clip, Pictures(clip)) for clip in following)], sizes[0])
     sound = None
     if begin.has_audio:
-        sound = Sound(begin.path, start, start + float(timeline.ends[0] / timeline.rate))
-    return write_video(path, shown(), timeline.rate, metadata=metadata, sound=sound)
+        time = first_frame(begin).time
+        start = begin.start if time is None else time
+        sound = Sound(begin.path, start, start + float(timeline.starts[1]))
+    return write_video(path, shown, timeline.rate, metadata=metadata, sound=sound)
 
 
-def _timeline(source: Source, clips: Sequence[Source], drops: Sequence[int]) -> tuple[Timeline, float]:
-    """Where each picture goes, and when the source's first one appears on the source's clock."""
-    times = [frame.time for frame in Pictures(source)]
-    if not times or None in times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
-        moments = None  # raw streams have no clock, wrapped ones no order
-    else:
-        moments = [Fraction(time - times[0]).limit_denominator(10**6) for time in times]
-    parts = [Part(max(len(times), 1), source.fps, 0, moments)]
-    for clip, drop in zip(clips, drops, strict=True):
-        parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
-    start = float(times[0]) if moments is not None else float(source.start)
-    return Timeline(parts, shared_rate(source.fps, clips[0].fps)), start
+def _part(source: Source, moments: Sequence[Fraction]) -> Part:
+    """The source on a timeline: at an even rate if its pictures are where that rate puts them, to half a frame."""
+    span = moments[-1] or 1 / source.fps
+    for rate in (source.fps, exact_rate((len(moments) - 1) / span) if len(moments) > 1 else source.fps):
+        if all(abs(moment * rate - number) < Fraction(1, 2) for number, moment in enumerate(moments)):
+            return Part(len(moments), rate)
+    # Uneven, as a phone's or a recording of a screen: the rate of its quick stretches, so that they lose nothing.
+    steps = sorted(after - here for here, after in zip(moments, moments[1:], strict=False))
+    quick = round(1 / steps[len(steps) // 20])
+    return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments)
 
 
-def _pictures(source: Source) -> Iterator[Picture]:
-    for frame in Pictures(source):
-        yield to_rgb(frame, source)
+def _shown(timeline: Timeline, files: Sequence[tuple[Source, Pictures]], size: tuple[int, int]) -> Iterator[Picture]:
+    """The picture for each output frame; one that is shown again is not decoded or converted again."""
+    here = (-1, -1)
+    for index, wanted in timeline.frames():
+        if index != here[0]:
+            source, pictures = files[index]
+            frames, here, recent = iter(pictures), (index, -1), deque[VideoFrame](maxlen=FIELDS)
+        if here[1] < wanted:
+            while here[1] < wanted:
+                recent.append(next(frames))
+                here = (index, here[1] + 1)
+            picture = _fit(to_rgb(deinterlace(recent), source), size)
+        yield picture
 
 
-def _fitted(source: Source, size: tuple[int, int]) -> Iterator[Picture]:
-    """The pictures of a source, scaled to cover a size and cropped around the centre."""
-    width, height = size
-    for frame in Pictures(source):
-        image = Image.fromarray(to_rgb(deinterlace([frame]), source))
-        if image.size != size:
-            scale = max(width / image.width, height / image.height)
-            wide, high = width / scale, height / scale
-            left, top = (image.width - wide) / 2, (image.height - high) / 2
-            box = (left, top, left + wide, top + high)
-            image = image.resize(size, Image.Resampling.LANCZOS, box=box)
-        yield np.asarray(image)
+def _fit(picture: Picture, size: tuple[int, int]) -> Picture:
+    """Scaled to cover a size and cropped around the centre."""
+    image = Image.fromarray(picture)
+    if image.size == size:
+        return picture
+    scale = max(size[0] / image.width, size[1] / image.height)
+    left, top = (image.width - size[0] / scale) / 2, (image.height - size[1] / scale) / 2
+    box = (left, top, image.width - left, image.height - top)
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

@@ -18,6 +18,7 @@ from wan.media.source import Picture, Source, VideoError, say_once
 # swscale: bicubic, full chroma in and out, accurate rounding. Its faster default darkens every picture by a level, and
 # a chain of clips adds that up. Plain numbers, because PyAV's names for them differ between versions.
 SWS_FLAGS = 4 | 0x2000 | 0x4000 | 0x40000
+_POINT = 0x10  # no interpolation at all
 BT709 = 1
 LIMITED, FULL = 1, 2
 
@@ -60,7 +61,9 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
         name = "PQ" if frame.color_trc == _PQ else "HLG"
         say_once(source.path, f"HDR ({name}) video is tone mapped; convert it to SDR yourself for full control")
         pixels = tone_map(pixels, frame.color_trc)
-    return np.ascontiguousarray(_turn(pixels, orientation(frame)))
+    # PyAV keeps a frame whose side data was looked at until the next garbage collection: hundreds of MB of them
+    tiny = VideoReformatter().reformat(frame, width=16, height=16, interpolation=_POINT, threads=1)
+    return np.ascontiguousarray(_turn(pixels, orientation(tiny)))
 
 
 def upright_size(frame: VideoFrame, source: Source) -> tuple[int, int]:

@@ -6,10 +6,10 @@ import os
 import stat
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypedDict
+from itertools import pairwise
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -22,19 +22,21 @@ from wan.media.source import Picture, Pictures, Source, VideoError, inspect, key
 
 READERS = ("auto", "pyav", "decord")
 
-_FIELDS = 3  # pictures that deinterlacing the last one needs
+FIELDS = 3  # pictures that deinterlacing the last one needs
 _SOON = 2e-3  # seconds; Matroska rounds time stamps to thousandths
 _SHORT_SECONDS = 20.0  # up to here decoding everything costs less than searching
 
 
-class _How(TypedDict, total=False):
-    """How a damaged file has to be decoded: keyword arguments of `Pictures`."""
+@dataclass(frozen=True)
+class Ending:
+    """The end of a file: the pass that shows it, when each of its pictures appears, and the last few of them.
 
-    threads: str
-    careful: bool
+    `clock` is in seconds, ascending, 0 for the last picture; `pictures` may be gone through again.
+    """
 
-
-_CAREFUL = _How(threads="SLICE", careful=True)
+    pictures: Pictures
+    clock: list[float]
+    last: list[VideoFrame]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class VideoInfo:
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """What a video file is, from its header and its first picture. Raises VideoError."""
     source = inspect(path)
-    width, height = upright_size(_first(source), source)
+    width, height = upright_size(first_frame(source), source)
     return VideoInfo(width, height, source.fps, source.duration, source.has_audio)
 
 
@@ -65,7 +67,7 @@ def read_last_frame(path: str | os.PathLike[str]) -> Image.Image:
     warning.
     """
     source = inspect(path)
-    return Image.fromarray(to_rgb(deinterlace(_ending(source)[0]), source))
+    return Image.fromarray(to_rgb(deinterlace(find_ending(source).last), source))
 
 
 def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -> Picture:
@@ -77,19 +79,18 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
     if count < 1 or fps <= 0:
         raise ValueError(f"count and fps must be positive: {count}, {fps}")
     source = inspect(path)
-    ending, how = _ending(source)
-    pictures = [to_rgb(deinterlace(ending), source)]
-    if count > 1:
-        start, times = _last_times(source, (count - 1) / float(fps), how)
-        moments = [times[-1] - step / float(fps) for step in range(count - 1, 0, -1)]
-        wanted = [bisect_right(times, moment + _SOON) - 1 for moment in moments if moment + _SOON >= times[0]]
-        needed = set(wanted)
-        found = {number: frame for number, frame in enumerate(Pictures(source, start, **how)) if number in needed}
-        # damage may cost a picture in one pass only
-        nearest = (min(found, key=lambda number: abs(number - index)) for index in wanted if found)
-        pictures = [to_rgb(deinterlace([found[number]]), source) for number in nearest] + pictures
-    height, width = pictures[-1].shape[:2]
-    return np.stack([_resize(picture, width, height) for picture in pictures])
+    moments = [-step / float(fps) for step in range(count - 1, -1, -1)]
+    ending = find_ending(source, -moments[0])
+    numbers = [bisect_right(ending.clock, moment + _SOON) - 1 for moment in moments]
+    wanted = [number for number in numbers if number >= 0]  # the others are before the first picture
+    needed, recent, shown = set(wanted), deque[VideoFrame](maxlen=FIELDS), {}
+    # a second pass, so that memory holds only what is asked for, however many pictures there are between
+    for number, frame in enumerate(ending.pictures):
+        recent.append(frame)
+        if number in needed:
+            shown[number] = to_rgb(deinterlace(recent), source)
+    height, width = shown[wanted[-1]].shape[:2]
+    return np.stack([_resize(shown[number], width, height) for number in wanted])
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -129,7 +130,7 @@ def sample_frames(
     return np.stack([_resize(picture, width, height) for picture in pictures])
 
 
-def _first(source: Source) -> VideoFrame:
+def first_frame(source: Source) -> VideoFrame:
     for frame in Pictures(source):
         return frame
     raise _without_pictures(source)
@@ -139,54 +140,53 @@ def _without_pictures(source: Source) -> VideoError:
     return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
-def _ending(source: Source) -> tuple[list[VideoFrame], _How]:
-    """The last few displayed pictures, the very last one at the end, and how they had to be decoded.
+def find_ending(source: Source, span: float = 0.0) -> Ending:
+    """The end of a file, at least `span` seconds of it if it has them; infinity is the whole file. Raises VideoError.
 
     Frame threads lose pictures next to an error, so anything wrong is read again without them; what is still wrong then
     is read a third time without concealment.
     """
-    how = _How()
-    tail, errors = _tail(source, how)
-    if errors:
-        how = _How(threads="SLICE")
-        tail, errors = _tail(source, how)
-    if errors:
-        clean, _ = _tail(source, _CAREFUL)
-        used = "its last clean picture is used" if clean else "the last picture may show it"
+    found = _pass(source, span)
+    if found.pictures.errors:
+        found = _pass(source, span, threads="SLICE")
+    if found.pictures.errors:
+        clean = _pass(source, span, threads="SLICE", careful=True)
+        used = "its last clean picture is used" if clean.last else "the last picture may show it"
         say_once(source.path, f"the video is damaged near its end; {used}")
-        if clean:
-            tail, how = clean, _CAREFUL
-    if not tail:
+        found = clean if clean.last else found
+    if not found.last:
         raise _without_pictures(source)
-    return tail, how
+    return found
 
 
-def _last_times(source: Source, span: float, how: _How) -> tuple[float | None, list[float]]:
-    """Where to start decoding to see the last `span` seconds, and when each picture from there on appears."""
-    for start in _starts(source):
-        times = [frame.time for frame in Pictures(source, start, **how)]
-        if None in times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
-            times = [number / float(source.fps) for number in range(len(times))]  # no clock, or one that wraps
-        if times and times[-1] - times[0] >= span:
-            break
-    return start, times
-
-
-def _tail(source: Source, how: _How) -> tuple[list[VideoFrame], int]:
-    """The pictures at the end of the first pass that shows any, and the errors of that pass."""
-    for start in _starts(source):
-        pictures = Pictures(source, start, **how)
+def _pass(source: Source, span: float, *, threads: str = "AUTO", careful: bool = False) -> Ending:
+    """The first pass from ever earlier that shows any picture, and `span` seconds of them."""
+    for start in _starts(source, span):
+        pictures = Pictures(source, start, threads=threads, careful=careful)
         # A picture is last by the order of output: time stamps may wrap, and counts in headers are often wrong.
-        tail = list(deque(pictures, maxlen=_FIELDS))
-        if tail:
+        times, last = [], deque[VideoFrame](maxlen=FIELDS)
+        for frame in pictures:
+            times.append(frame.time)
+            last.append(frame)
+        ending = Ending(pictures, _clock(times, source.fps), list(last))
+        if last and ending.clock[0] <= -span:
             break
-    return tail, pictures.errors
+    return ending
 
 
-def _starts(source: Source) -> Iterator[float | None]:
-    """Where to start decoding to reach the end: from its very last keyframe to ever earlier, None is the beginning."""
+def _clock(times: Sequence[float | None], fps: Fraction) -> list[float]:
+    """Ascending, 0 for the last picture. Where a time is missing or runs backwards, a frame time is taken."""
+    clock = [0.0]
+    for after, here in pairwise(reversed(times)):
+        step = after - here if after is not None and here is not None else 0.0
+        clock.append(clock[-1] - (step if step > 0 else float(1 / fps)))
+    return clock[::-1]
+
+
+def _starts(source: Source, span: float) -> Iterator[float | None]:
+    """Where to start decoding to see the end: from its very last keyframe to ever earlier, None is the beginning."""
     if source.end is not None:
-        yield from _earlier(source.end, source.start)
+        yield from _earlier(source.end - span, source.start)
     yield None
 
 
@@ -255,7 +255,7 @@ def _jump(source: Source, here: float, moment: float) -> tuple[Iterator[VideoFra
 
 
 def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture | None:
-    first = _first(source)
+    first = first_frame(source)
     transpose, mirror, flip = orientation(first)
     beyond = {
         "MPEG-TS": "mpegts" in source.format,

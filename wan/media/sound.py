@@ -7,85 +7,106 @@ from contextlib import closing
 from fractions import Fraction
 from typing import TypeAlias, cast
 
+import av
+from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
-from wan.media.source import fraction, open_video
+from wan.media.source import fraction, open_video, say_once
 
 AudioPacket: TypeAlias = "Packet[AudioStream]"  # generic for the type checker only
 
-COPIED = frozenset(
-    {"aac", "ac3", "alac", "eac3", "mp3", "mp3float", "opus", "libopus"}
-)  # what players take in an mp4; the rest becomes AAC
+# By FFmpeg's names for the format: what players take in an mp4. The rest becomes AAC.
+COPIED = frozenset({"aac", "ac3", "alac", "eac3", "mp3", "opus"})
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_PREROLL = 0.1  # seconds: a decoder needs what comes before the first sound; the file says that it is not played
 
 
 class Sound:
     """The main audio stream of a file, from `start` to `end` seconds on that file's clock; `start` becomes 0.
 
-    Whole packets are kept or left out, so that nothing moves against the pictures; a packet is 20 to 100 ms.
+    Nothing moves against the pictures. The end is that of a packet, about 20 ms, the nearest. `last` is the time of the
+    last packet that was passed on, in seconds of the output; None when there was none.
     """
 
     def __init__(self, path: str, start: float, end: float) -> None:
         self.path, self.start, self.end = path, start, end
+        self.last: float | None = None
         self._packets: Iterator[AudioPacket] = iter(())
         self._waiting: AudioPacket | None = None
-        self._output: OutputContainer | None = None
 
     def open(self, output: OutputContainer) -> None:
         """Add a stream to a file that has no packets yet."""
         with closing(open_video(self.path)) as container:
             source = _stream_of(container)
-            copied = source.codec_context.name in COPIED
-            if copied:
-                stream = output.add_stream_from_template(source)
+            context = source.codec_context
+            if context.codec.canonical_name in COPIED:
+                self._packets = self._copied(output.add_stream_from_template(source))
             else:
-                context = source.codec_context
-                stream = output.add_stream("aac", rate=min(context.sample_rate, 48000))
+                rate = next((rate for rate in _AAC_RATES if rate >= context.sample_rate), _AAC_RATES[-1])
+                stream = output.add_stream("aac", rate=rate)
                 stream.codec_context.layout = "mono" if context.channels == 1 else "stereo"
-        self._output = output
-        self._packets = self._copied(stream) if copied else self._encoded(stream)
+                self._packets = self._encoded(stream)
         self._waiting = next(self._packets, None)
 
-    def mux_until(self, seconds: float | None) -> None:
-        """Pass on the packets up to a moment of the output, all of them for None."""
-        assert self._output is not None
+    def mux_until(self, output: OutputContainer, seconds: float) -> None:
+        """Pass on the packets up to a moment of the output."""
         while self._waiting is not None:
-            stamp, tick = self._waiting.pts, self._waiting.time_base
-            if seconds is not None and stamp is not None and stamp * fraction(tick) > seconds:
+            moment = float((self._waiting.pts or 0) * fraction(self._waiting.time_base))
+            if moment > seconds:
                 return
-            self._output.mux(self._waiting)
+            output.mux(self._waiting)
+            self.last = moment
             self._waiting = next(self._packets, None)
 
     def _copied(self, stream: AudioStream) -> Iterator[AudioPacket]:
         with closing(open_video(self.path)) as container:
             source = _stream_of(container)
-            tick = fraction(source.time_base)
-            offset = round(self.start / tick)
-            for packet in container.demux(source):
-                if packet.pts is None or packet.size == 0 or packet.pts < offset:
-                    continue
-                if packet.pts * tick >= self.end:
-                    return
-                packet.pts -= offset
-                packet.dts = packet.pts
-                packet.stream = stream
-                yield packet
+            for packet in _demux(container, source):
+                if packet.size and self._is_within(packet):
+                    packet.pts = packet.dts = (packet.pts or 0) - round(self.start / fraction(packet.time_base))
+                    packet.stream = stream
+                    yield packet
 
     def _encoded(self, stream: AudioStream) -> Iterator[AudioPacket]:
         with closing(open_video(self.path)) as container:
             source = _stream_of(container)
             rate = source.codec_context.sample_rate
-            for frame in container.decode(source):
-                if frame.time is None or frame.time < self.start:
+            for packet in _demux(container, source):
+                try:
+                    frames = source.decode(packet)
+                except av.FFmpegError:
+                    say_once(self.path, "its sound is damaged in places and is silent there")
                     continue
-                if frame.time >= self.end:
-                    break
-                # the encoder loses frames whose clock is coarser than a sample
-                frame.pts, frame.time_base = round((frame.time - self.start) * rate), Fraction(1, rate)
-                yield from stream.encode(frame)
+                for frame in frames:
+                    if self._is_within(frame):
+                        # in samples: the encoder loses frames whose clock is coarser
+                        frame.pts, frame.time_base = round(((frame.time or 0.0) - self.start) * rate), Fraction(1, rate)
+                        yield from stream.encode(frame)
             yield from stream.encode(None)
+
+    def _is_within(self, piece: AudioPacket | AudioFrame) -> bool:
+        if piece.pts is None:
+            return False
+        tick = fraction(piece.time_base)
+        length = float((piece.duration or 0) * tick)
+        begin = float(piece.pts * tick)
+        return begin + length > self.start - _PREROLL and begin + length / 2 < self.end
 
 
 def _stream_of(container: InputContainer) -> AudioStream:
     return cast(AudioStream, container.streams.best("audio"))
+
+
+def _demux(container: InputContainer, stream: AudioStream) -> Iterator[AudioPacket]:
+    """Every packet up to the end or to where the file is broken."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            return
+        if packet is None:
+            return
+        yield packet

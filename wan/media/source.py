@@ -133,8 +133,8 @@ def open_video(path: str) -> InputContainer:
 class Pictures:
     """One pass over the displayed pictures of a file, from the keyframe before `start` (None: the first) to the end.
 
-    Every pass opens the file anew, because some demuxers are not the same after a seek. Iterate once; afterwards
-    `errors` counts what the demuxer and the decoder complained about. `careful` leaves out what may be damaged.
+    Every pass opens the file anew, because some demuxers are not the same after a seek. `errors` counts what the
+    demuxer and the decoder complained about in the last one. `careful` leaves out what may be damaged.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class Pictures:
         self._careful = careful
 
     def __iter__(self) -> Iterator[VideoFrame]:
+        self.errors = 0
         return self._webp() if self._source.format == "webp" else self._decode()
 
     def _decode(self) -> Iterator[VideoFrame]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from typing import Any, cast
 
 import av
@@ -20,15 +22,16 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from wan.errors import UserError
-from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS
+from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS, to_rgb
 from wan.media.reading import read_last_frame
 from wan.media.sound import Sound
-from wan.media.source import Picture, exact_rate, fraction, inspect, open_video
+from wan.media.source import Picture, Pictures, exact_rate, fraction, inspect, open_video
 
 # crf 17 is past what eyes tell apart; forced-idr makes a keyframe that was asked for one where a file can be cut; half
 # the usual look-ahead costs nothing that can be seen and saves 80 MB at 720p.
 _X264 = {"crf": "17", "preset": "medium", "profile": "high", "forced-idr": "1", "rc-lookahead": "20"}
 _FASTSTART = {"movflags": "+faststart"}  # the index goes first: the video plays while it downloads
+_PACKET_SECONDS = 0.1  # of sound at the most
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -74,14 +77,14 @@ def write_video(
                     frame.pict_type = PictureType.I
                 container.mux(stream.encode(frame))
                 if sound is not None:
-                    sound.mux_until(float(count / rate))
+                    sound.mux_until(container, float(count / rate))
                 count += 1
             if stream is None:
                 raise ValueError("there are no frames to write")
             container.mux(stream.encode(None))
             if sound is not None:
-                sound.mux_until(None)
-        _verify(temporary, count, size, sound is not None)
+                sound.mux_until(container, math.inf)
+        _verify(temporary, count, size, sound.last if sound is not None else None)
     return count
 
 
@@ -92,11 +95,11 @@ def join_videos(
     drops: Sequence[int] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
-    """Put clips that `write_video` made end to end without encoding them again; returns the number of frames.
+    """Put mp4 clips of one size and rate end to end; returns the number of frames.
 
     `drops` says how many leading frames of each part are left out: none of the first and one of the others by default.
-    A part must have a keyframe where it then begins. Raises UserError, before anything is written, when the parts do
-    not fit together.
+    Nothing is encoded again where every part begins with a keyframe then and was written with the same settings, as
+    `write_video` does. Raises UserError, before anything is written, when the parts do not fit together.
     """
     if not parts:
         raise ValueError("there are no videos to join")
@@ -106,6 +109,9 @@ def join_videos(
     for plan in plans[1:]:
         plan.check_fits(plans[0])
     tick = 1 / plans[0].format.fps
+    if not all(plan.can_be_copied_after(plans[0]) for plan in plans):
+        frames = (picture for plan in plans for picture in plan.pictures())
+        return write_video(path, frames, plans[0].format.fps, metadata=metadata)
     # Frames are decoded ahead of their display by a constant delay, the same on both sides of a seam.
     delay = max(max(order - number for order, number in enumerate(plan.numbers)) for plan in plans)
     with _published(path) as temporary:
@@ -132,6 +138,9 @@ def join_videos(
     return written
 
 
+_MUST_AGREE = ("width", "height", "fps", "sample_aspect_ratio", "streams")  # the rest can be made equal by encoding
+
+
 @dataclass(frozen=True)
 class _Format:
     """What must be equal for two clips to share one stream."""
@@ -153,6 +162,7 @@ class _Part:
     format: _Format
     numbers: list[int]  # display numbers of the frames in the order of decoding
     drop: int  # frames left out at the beginning
+    begins_with_key: bool  # after that
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], drop: int) -> _Part:
@@ -178,25 +188,28 @@ class _Part:
         numbers = [round(pts * step) if pts is not None else -1 for pts, _ in stamps]
         if sorted(numbers) != list(range(len(numbers))) or not numbers:
             raise UserError(f"cannot join {source.path!r}: its frames are not evenly spaced from 0 on; write it again")
-        if drop and (drop, True) not in zip(numbers, (key for _, key in stamps), strict=True):
-            raise UserError(
-                f"cannot join {source.path!r} without its first {drop} frame(s): frame {drop} is not a keyframe; "
-                f"write it again with keyframes at 0 and {drop}"
-            )
-        return cls(source.path, made, numbers, drop)
+        if drop >= len(numbers):
+            raise UserError(f"cannot join {source.path!r} without its first {drop} frames: it has {len(numbers)}")
+        keys = {number for number, (_, key) in zip(numbers, stamps, strict=True) if key}
+        return cls(source.path, made, numbers, drop, drop in keys)
 
     def check_fits(self, first: _Part) -> None:
-        different = []
-        for field in fields(_Format):
-            ours, theirs = getattr(self.format, field.name), getattr(first.format, field.name)
-            if ours != theirs:
-                plain = isinstance(ours, (bytes, type(None)))
-                different.append(field.name.replace("_", " ") + ("" if plain else f" {ours} against {theirs}"))
+        pairs = [(name, getattr(self.format, name), getattr(first.format, name)) for name in _MUST_AGREE]
+        different = [
+            f"{name.replace('_', ' ')} {ours} against {theirs}" for name, ours, theirs in pairs if ours != theirs
+        ]
         if different:
             raise UserError(
                 f"cannot join {self.path!r} to {first.path!r}: different {', '.join(different)}; "
                 "write both with the same settings"
             )
+
+    def can_be_copied_after(self, first: _Part) -> bool:
+        return self.begins_with_key and self.format == first.format
+
+    def pictures(self) -> Iterator[Picture]:
+        source = inspect(self.path)
+        return (to_rgb(frame, source) for frame in islice(Pictures(source), self.drop, None))
 
 
 @contextmanager
@@ -271,12 +284,17 @@ def _to_yuv(converter: VideoReformatter, array: Picture) -> VideoFrame:
     )
 
 
-def _verify(path: str, count: int, size: tuple[int, int], sound: bool = False) -> None:
+def _verify(path: str, count: int, size: tuple[int, int], sound_until: float | None = None) -> None:
     """Read back what was written. A difference is no user's fault."""
     with closing(open_video(path)) as container:
-        if bool(container.streams.audio) is not sound:
-            raise RuntimeError(f"{path!r} reads back with {len(container.streams.audio)} audio streams")
-        found = sum(1 for packet in container.demux(container.streams.video[0]) if packet.size)
+        found, heard = 0, None
+        for packet in container.demux():
+            if packet.size and packet.stream.type == "video":
+                found += 1
+            elif packet.size and packet.pts is not None:
+                heard = float(packet.pts * fraction(packet.time_base))
     shown = read_last_frame(path).size
     if (found, shown) != (count, size):
         raise RuntimeError(f"{path!r} reads back as {found} frames of {shown}, not {count} of {size}")
+    if (heard is None) != (sound_until is None) or abs((heard or 0) - (sound_until or 0)) > _PACKET_SECONDS:
+        raise RuntimeError(f"the sound of {path!r} reads back until {heard} s, not {sound_until} s")
