@@ -35,6 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "joined").mkdir()
     shutil.copy(VIDEO, folder / "joined" / "joined.mp4")
     (folder / "empty").mkdir()
+    (folder / "story.yaml").write_text("clips:\n  - a boat\n  - frames: 80\n")
+    (folder / "cut.yaml").write_text("clips:\n  - {frames: 9, context: 9}\n")
     (folder / "no_model").mkdir()
     (folder / "no_model" / "config.json").write_text('{"model_type": "internlm2"}')
     (folder / "broken_vlm").mkdir()
@@ -43,6 +45,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 GENERATE: list[tuple[str, str]] = [
+    ("--ckpt_dir nobody/nothing --video {text.mp4}", "text.mp4"),  # said before anything is downloaded
+    ("--ckpt_dir nobody/nothing --video {clip.mp4} --save_file {empty}/x.avi", "only mp4 files are written"),
+    ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --context_frames 5", "--context_frames goes with --video"),
+    ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora_high {text.mp4}", "text.mp4"),
+    ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora {text.mp4}", "--lora is not for i2v-A14B"),
     # flags
     ("", "the following arguments are required: --ckpt_dir"),
     ("--ckpt_dir {i2v} --speed 9", "unrecognized arguments: --speed 9"),
@@ -119,6 +126,20 @@ CONTINUOUS: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 80", "frame_num must be 4n+1: 80 is not"),
     ("--ckpt_dir {ti2v} --video {text.mp4}", "text.mp4"),
     ("--ckpt_dir {i2v} --task v2v-5B --video {clip.mp4}", "found I2V-A14B"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --context_frames 6", "context_frames must be 1, 5, 9, 13 or 17; 6 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --continuation last_frame --context_frames 5", "knows 1 frame(s), not 5"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --continuation svi2pro", "svi2pro is for I2V-A14B"),
+    ("--ckpt_dir {i2v} --video {clip.mp4} --continuation svi2pro --frame_num 13", "needs its pair of LoRAs"),
+    ("--ckpt_dir {i2v} --video {clip.mp4} --anchor_image {i2v.png}", "--anchor_image goes with --continuation svi2pro"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --end_image {i2v.png}", "--end_image is for I2V-A14B"),
+    ("--ckpt_dir {i2v} --video {clip.mp4} --end_image {text.mp4}", "cannot read image"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --drift_correction 2", "--drift_correction must be from 0 to 1, 2.0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --best_of 0", "--best_of must be at least 1, 0 is not"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --lora nowhere.safetensors --prompt x", "nowhere.safetensors"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --lora {text.mp4} --prompt x", "text.mp4"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --storyboard nowhere.yaml", "nowhere.yaml"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --storyboard {story.yaml} --prompt x", "story.yaml, line 3: frames must be"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --storyboard {cut.yaml} --prompt x", "cut.yaml, line 2: context"),
 ]
 
 CASES = [(generate_main, *case) for case in GENERATE] + [(continuous_main, *case) for case in CONTINUOUS]

@@ -441,7 +441,7 @@ class VideoContinuation(Pipeline):
                 clip=plan.number,
                 clips=plan.count,
                 seconds=float(plan.geometry.frames / self.fps),
-                describe=lambda: self.captioner.describe(footage.samples(plan.num_segments), self.vlm_question),
+                describe=lambda: self.captioner.describe(frames, self.vlm_question),  # those that a finished clip keeps
             )
         finally:
             self._make_room()

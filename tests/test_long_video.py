@@ -1,0 +1,264 @@
+"""Chains with everything that holds them together, through the command line and on tiny checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from examples.make_tiny_checkpoint import InternVL, write_internvl
+from tests.conftest import DATA, GOLDEN
+from tests.media_samples import number, numbered
+from wan import cli, media
+from wan.modules.checkpoint import open_safetensors
+
+VIDEO = DATA / "corpus" / "h264_faststart.mp4"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    declared = {"sizes": ["96*64"], "frame_num": 13, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
+    for name, source in (("i2v", "14b"), ("ti2v", "5b")):
+        shutil.copytree(GOLDEN / source / "ckpt", folder / name)
+        (folder / name / "wan_config.json").write_text(json.dumps(declared))
+    write_internvl(folder / "InternVL3_5-8B", InternVL())
+    for side in ("high", "low"):
+        weights = open_safetensors(folder / "i2v" / f"{side}_noise_model", "diffusion_pytorch_model")
+        rows, columns = weights.shapes["blocks.0.self_attn.q.weight"]
+        tensors = {
+            "blocks.0.self_attn.q.lora_A.default.weight": torch.randn(2, columns) / 9,
+            "blocks.0.self_attn.q.lora_B.default.weight": torch.randn(rows, 2) / 9,
+        }
+        save_file(tensors, folder / f"SVI_v2.0_pro_{side}_noise.safetensors")
+    return folder
+
+
+def chain(checkpoints: Path, output: Path, *more: str, name: str = "ti2v", video: Path = VIDEO, count: int = 2) -> int:
+    flags = ["--ckpt_dir", str(checkpoints / name), "--video", str(video), "--output_dir", str(output)]
+    flags += ["--num_videos", str(count)] if count else []
+    return cli.continuous_main([*flags, "--frame_num", "13", "--base_seed", "10", *more])
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("video_*.json"))]
+
+
+def states(output: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted(output.glob("video_*.safetensors"))]
+
+
+def same(one: Path, other: Path) -> bool:
+    pairs = zip(states(one), states(other), strict=True)
+    return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+PROMPT = ("--prompt", "it goes on")
+
+
+@pytest.mark.parametrize(("name", "known"), [("ti2v", 5), ("ti2v", 9), ("i2v", 5)])
+def test_a_tail_chain_joins_without_what_is_repeated_and_resumes(
+    name: str, known: int, checkpoints: Path, tmp_path: Path
+) -> None:
+    flags = [*PROMPT, "--continuation", "tail", "--context_frames", str(known)]
+    assert chain(checkpoints, tmp_path / "whole", *flags, name=name) == 0
+    assert frames_in(tmp_path / "whole" / "joined.mp4") == 2 * (13 - known)
+    assert [record["dropped"] for record in records(tmp_path / "whole")] == [known, known]
+    for count in (1, 2):
+        assert chain(checkpoints, tmp_path / "parts", *flags, name=name, count=count) == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_svi_chain_runs_with_its_loras_and_resumes(checkpoints: Path, tmp_path: Path) -> None:
+    flags = [*PROMPT, "--continuation", "svi2pro"]
+    flags += ["--lora_high", str(checkpoints / "SVI_v2.0_pro_high_noise.safetensors")]
+    flags += ["--lora_low", str(checkpoints / "SVI_v2.0_pro_low_noise.safetensors:0.8")]
+    assert chain(checkpoints, tmp_path / "whole", *flags, name="i2v") == 0
+    assert frames_in(tmp_path / "whole" / "joined.mp4") == 2 * (13 - 5)
+    loras = records(tmp_path / "whole")[0]["loras"]
+    assert loras["low_noise_model"][0]["strength"] == 0.8 and loras["high_noise_model"][0]["matched"] == 1
+    for count in (1, 2):
+        assert chain(checkpoints, tmp_path / "parts", *flags, name="i2v", count=count) == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("mode", ["describe", "continue"])
+def test_a_described_chain_resumes_with_the_frames_and_the_memory_that_were_kept(
+    mode: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    assert chain(checkpoints, tmp_path / "whole", "--prompt_mode", mode, count=3) == 0
+    for count in (1, 2, 3):
+        assert chain(checkpoints, tmp_path / "parts", "--prompt_mode", mode, count=count) == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
+    for one, other in zip(whole, parts, strict=True):
+        assert one["prompt"] == other["prompt"] and one["answers"] and one["answers"] == other["answers"]
+        if mode == "continue":
+            assert one["memory"] == other["memory"] and one["memory"]["identity"] == whole[0]["memory"]["identity"]
+
+
+def test_the_best_candidate_is_kept_and_a_resumed_run_keeps_the_same(checkpoints: Path, tmp_path: Path) -> None:
+    flags = [*PROMPT, "--best_of", "2"]
+    assert chain(checkpoints, tmp_path / "whole", *flags) == 0
+    for record in records(tmp_path / "whole"):
+        scores = {one["seed"]: one["score"] for one in record["candidates"]}
+        assert len(scores) == 2 and record["seam"]["score"] == scores[record["seed"]] == min(scores.values())
+    for count in (1, 2):
+        assert chain(checkpoints, tmp_path / "parts", *flags, count=count) == 0
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_corrected_frames_are_what_is_shown_kept_and_gone_on_from(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise cannot be followed, so a correction that can be seen stands in; the real one has tests of its own."""
+    asked: list[tuple[int, int, float]] = []
+
+    def paler(frames: torch.Tensor, condition: torch.Tensor, *, known: int, strength: float) -> torch.Tensor:
+        asked.append((len(condition), known, strength))
+        return frames / 2
+
+    monkeypatch.setattr("wan.continuation.correct_drift", paler)
+    assert chain(checkpoints, tmp_path / "plain", *PROMPT) == 0 and not asked
+    assert chain(checkpoints, tmp_path / "paler", *PROMPT, "--drift_correction", "0.5") == 0
+    assert asked == [(17, 1, 0.5), (13, 1, 0.5)]
+    (first, second), (paler_first, paler_second) = states(tmp_path / "plain"), states(tmp_path / "paler")
+    assert torch.equal(first["latents"], paler_first["latents"])  # the first clip was sampled alike
+    assert torch.equal(first["tail"] / 2, paler_first["tail"])
+    assert not torch.equal(second["latents"], paler_second["latents"])
+    assert [record["drift_correction"] for record in records(tmp_path / "paler")] == [0.5, 0.5]
+
+
+# The source in the joined video
+
+
+def test_the_source_and_its_sound_come_first_when_asked_for(checkpoints: Path, tmp_path: Path) -> None:
+    source = DATA / "corpus" / "audio_longer.mp4"
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, "--include_source", video=source) == 0
+    info, before = media.probe(tmp_path / "run" / "joined.mp4"), media.probe(source)
+    assert info.fps == before.fps and info.has_audio and (info.width, info.height) != (before.width, before.height)
+    expected = (30 - 1) / 30 + (1 + 24) / 24 - 1 / 24 + 1 / 24
+    assert info.duration == pytest.approx(expected, abs=1 / 30)
+    first = media.sample_frames(tmp_path / "run" / "joined.mp4", 60)[0]
+    assert number(first) in (-1, 0)  # its marker may be cropped, its colours are there
+    assert np.abs(first.astype(int).mean() - media.sample_frames(source, 30)[0].astype(int).mean()) < 12
+
+
+def test_what_a_clip_is_conditioned_on_has_the_models_rate(checkpoints: Path, tmp_path: Path) -> None:
+    media.write_video(tmp_path / "fast.mp4", numbered(range(48), 96, 64), 48)
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, "--context_frames", "5", video=tmp_path / "fast.mp4") == 0
+    seen = [number(frame) for frame in media.read_tail(tmp_path / "fast.mp4", 5, Fraction(24))]
+    assert seen == [39, 41, 43, 45, 47]
+    assert records(tmp_path / "run")[0]["continuation"] == "tail"
+
+
+# Storyboards
+
+
+def board(path: Path, *clips: Any) -> str:
+    path.write_text(json.dumps({"clips": list(clips)}), encoding="utf-8")
+    return str(path)
+
+
+def test_a_storyboard_says_what_is_different_in_which_clip(checkpoints: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((80, 60, 3), 99, np.uint8)).save(tmp_path / "night.png")
+    story = board(
+        tmp_path / "story.json",
+        "the first",
+        {"prompt": "the second", "seed": 500, "frames": 17, "steps": 1, "guidance": 1.0, "context": 9},
+        {"prompt": "the third", "cut": "night.png"},
+        {"prompt": "the fourth", "cut": True},
+    )
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
+    first, second, third, fourth = records(tmp_path / "run")
+    assert [one["prompt"] for one in (first, second)] == ["continue video the first", "continue video the second"]
+    assert (second["seed"], second["frames"], second["sample_steps"]) == (500, 17, 1)
+    assert second["sample_guide_scale"] == [1, 1] and (second["continuation"], second["dropped"]) == ("tail", 9)
+    assert [one["dropped"] for one in (first, third, fourth)] == [1, 0, 0] and third["seam"] is None
+    assert frames_in(tmp_path / "run" / "joined.mp4") == 13 + 8 + 13 + 13
+
+
+def test_a_changed_scene_makes_only_what_follows_again(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = ["one", "two", "three"]
+    story = board(tmp_path / "story.json", *clips)
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").glob("video_*.mp4"))}
+    capsys.readouterr()
+    board(tmp_path / "story.json", "one", "another", "three")
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
+    assert "clips 2, 3 of" in capsys.readouterr().err
+    after = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").glob("video_*.mp4"))}
+    assert [name for name in after if after[name] == before.get(name)] == [min(before)]
+    assert len(list((tmp_path / "run" / "redone").glob("*.mp4"))) == 2
+    assert [one["prompt"].split()[-1] for one in records(tmp_path / "run")] == ["one", "another", "three"]
+
+    board(tmp_path / "story.json", "the beginning", "another", "three")  # what concerns all of it is another run
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 2
+    assert "--redo 1 to make it again" in capsys.readouterr().err
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--redo", "1", count=0) == 0
+    assert records(tmp_path / "run")[0]["prompt"] == "continue video the beginning"
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.modules.model.WanModel.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    story = board(tmp_path / "story.json", "the boat turns", {"seed": 77, "context": 5})
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--dry_run", count=4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4 clips of 96x64 at 24 frames per second")
+    assert lines[2].split()[:5] == ["1", "13", "12", "0.00", "10"] and lines[2].endswith("continue video the boat turns")
+    assert lines[3].split()[:7] == ["2", "13", "8", "0.50", "77", "tail", "5"] and "description by the VLM" in lines[3]
+    assert lines[6].startswith("1.83 s of new video; 4 of 4 clips") and "of disk" in lines[7] and "H200" in lines[8]
+    assert not (tmp_path / "run").exists()
+
+
+# The report, and memory
+
+
+def test_every_run_writes_a_report_of_what_is_there(checkpoints: Path, tmp_path: Path) -> None:
+    assert chain(checkpoints, tmp_path / "run", *PROMPT) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    data = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert page.count("data:image/jpeg;base64,") >= 16 and "it goes on" in page
+    assert "://" not in page
+    assert len(data["clips"]) == 2
+    for record in records(tmp_path / "run"):
+        assert record["seam"]["score"] >= 0 and record["look"]["sharpness"] > 0
+
+
+def test_memory_does_not_grow_with_the_number_of_clips(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a clip is saved, the frames of no other but the one before it are in memory."""
+    from wan.commands.chain_run import ChainRun
+
+    alive: list[int] = []
+    save = ChainRun.save
+
+    def counting(self: Any, made: Any) -> None:
+        gc.collect()
+        size = made.clip.frames.numel()
+        alive.append(sum(1 for one in gc.get_objects() if type(one) is torch.Tensor and one.numel() == size))
+        save(self, made)
+
+    monkeypatch.setattr(ChainRun, "save", counting)
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, count=6) == 0
+    assert len(alive) == 6 and max(alive[2:]) <= alive[1] <= alive[0] + 2
