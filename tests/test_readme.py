@@ -8,9 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from examples.make_tiny_checkpoint import write_all
 from wan import cli
+from wan.modules.checkpoint import open_safetensors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +21,13 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("python ")]
 PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
 # The released sizes would take hours here; a second GPU is not there.
-SMALLER = {"704*1280": "96*160", "1280*704": "160*96", "cuda:1": "cpu", "--num_videos 12": "--num_videos 2"}
+SMALLER = {
+    "704*1280": "96*160",
+    "1280*704": "160*96",
+    "cuda:1": "cpu",
+    "--num_videos 12": "--num_videos 2",
+    "--output_dir": "--num_videos 2 --output_dir",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +41,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         declaration.write_text(json.dumps(json.loads(declaration.read_text()) | {"frame_num": 5, "sample_steps": 2}))
     (folder / "tiny-InternVL").rename(folder / "InternVL3_5-8B")
     (folder / "input.mp4").symlink_to(ROOT / "examples" / "ball.mp4")
+    for side in ("high", "low"):
+        expert = folder / "Wan2.2-I2V-A14B" / f"{side}_noise_model"
+        rows, columns = open_safetensors(expert, "diffusion_pytorch_model").shapes["blocks.0.self_attn.q.weight"]
+        parts = {
+            "lora_A.default.weight": torch.ones(2, columns) / 99,
+            "lora_B.default.weight": torch.ones(rows, 2) / 99,
+        }
+        tensors = {f"blocks.0.self_attn.q.{name}": value for name, value in parts.items()}
+        save_file(tensors, folder / f"SVI_v2_PRO_{side}.safetensors")
+        save_file(tensors, folder / f"fog_{side}.safetensors")
+    for name in ("harbour.png", "night.png"):
+        (folder / name).symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
     (folder / "first.png").symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
     return folder
 
@@ -55,9 +76,18 @@ def test_commands_run(command: str, world: Path, monkeypatch: pytest.MonkeyPatch
     main = {"generate.py": cli.generate_main, "generate_continuous.py": cli.continuous_main}[script]
     before = set(world.rglob("*.mp4"))
     if script == "generate_continuous.py":
-        flags += ["--frame_num", "5"]
+        flags += ["--frame_num", "9"]
     assert main(flags) == 0
     assert set(world.rglob("*.mp4")) - before
+
+
+def test_the_storyboard_of_the_readme_is_one(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (world / "story.yaml").write_text(text.replace("frames: 81", "frames: 9"), encoding="utf-8")
+    flags = ["--ckpt_dir", "Wan2.2-I2V-A14B", "--video", "input.mp4", "--storyboard", "story.yaml"]
+    monkeypatch.chdir(world)
+    assert cli.continuous_main([*flags, "--frame_num", "9", "--output_dir", "story"]) == 0
+    assert len(list((world / "story").glob("video_*.mp4"))) == 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
