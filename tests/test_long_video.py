@@ -224,7 +224,9 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--dry_run", count=4) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("4 clips of 96x64 at 24 frames per second")
-    assert lines[2].split()[:5] == ["1", "13", "12", "0.00", "10"] and lines[2].endswith("continue video the boat turns")
+    assert lines[2].split()[:5] == ["1", "13", "12", "0.00", "10"] and lines[2].endswith(
+        "continue video the boat turns"
+    )
     assert lines[3].split()[:7] == ["2", "13", "8", "0.50", "77", "tail", "5"] and "description by the VLM" in lines[3]
     assert lines[6].startswith("1.83 s of new video; 4 of 4 clips") and "of disk" in lines[7] and "H200" in lines[8]
     assert not (tmp_path / "run").exists()
