@@ -32,11 +32,11 @@ class Scene:
     """`camera` moves the view over the picture, `shapes` moves three discs against the picture."""
 
     def __init__(
-        self, seed: int, camera: Path = still, shapes: Path | None = None, size: tuple[int, int] = (416, 240)
+        self, seed: int, camera: Path = still, shapes: Path | None = None, size: tuple[int, int] = (192, 108)
     ) -> None:
         random = np.random.default_rng(seed)
         self.camera, self.shapes, (self.width, self.height) = camera, shapes, size
-        self.picture = _natural(random, 1024)
+        self.picture = _natural(random, 512)
         self.discs = [
             (random.uniform(0.15, 0.85, 2) * size, size[1] * random.uniform(0.12, 0.2), _natural(random, 256))
             for _ in range(3)
@@ -76,7 +76,7 @@ def lab(frames: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _natural(random: np.random.Generator, side: int) -> np.ndarray[Any, Any]:
-    """A picture with a 1/f spectrum, mid contrast and muted colours, that repeats at its borders."""
+    """A picture with a 1/f spectrum and muted colours that repeats at its borders, with two pixels more all around."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = np.inf
     planes = []
@@ -86,15 +86,15 @@ def _natural(random: np.random.Generator, side: int) -> np.ndarray[Any, Any]:
         planes.append(amount * plane / plane.std())
     y, u, v = planes
     mean = 0.45 + random.uniform(-0.06, 0.06, 3)
-    return np.clip(np.stack([y + u, y - 0.4 * u - 0.2 * v, y + v], axis=-1) + mean, 0.02, 0.98).astype(np.float32)
+    rgb = np.clip(np.stack([y + u, y - 0.4 * u - 0.2 * v, y + v], axis=-1) + mean, 0.02, 0.98).astype(np.float32)
+    return cv2.copyMakeBorder(rgb, 2, 2, 2, 2, cv2.BORDER_WRAP)
 
 
 def _look_up(
     picture: np.ndarray[Any, Any], dx: float, dy: float, width: int, height: int, zoom: float
 ) -> np.ndarray[Any, Any]:
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    side = picture.shape[0]
+    side = picture.shape[0] - 4
     x = np.mod((x - width / 2) / zoom + width / 2 + dx, side).astype(np.float32) + 2
     y = np.mod((y - height / 2) / zoom + height / 2 + dy, side).astype(np.float32) + 2
-    padded = cv2.copyMakeBorder(picture, 2, 2, 2, 2, cv2.BORDER_WRAP)
-    return cv2.remap(padded, x, y, cv2.INTER_CUBIC)
+    return cv2.remap(picture, x, y, cv2.INTER_CUBIC)

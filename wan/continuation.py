@@ -341,13 +341,13 @@ class VideoContinuation(Pipeline):
         words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
         scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]
-        for index in range(1, plan.best_of):
+        for index in range(1, 1 if plan.cut else plan.best_of):  # a cut has no seam to choose by
             other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
             scores.append({"seed": other.request.seed, "score": other.notes["seam"]["score"]})
             if scores[-1]["score"] < made.notes["seam"]["score"]:
                 made = other
         notes = {"dropped": plan.dropped} | dict(words.notes) | dict(made.notes)
-        if plan.best_of > 1:
+        if len(scores) > 1:
             notes["candidates"] = scores
         seconds = {"caption": words.seconds} if plan.described else {}
         return dataclasses.replace(made, seconds=seconds | dict(made.seconds), notes=notes)

@@ -104,7 +104,14 @@ class Pipeline(ABC):
             if name not in self.checkpoint.experts:
                 there = " and ".join(flags[expert] for expert in sorted(self.checkpoint.experts))
                 raise UserError(f"{flags.get(name, name)} is not for {self.config.name}, which takes {there}")
-            check_loras(files, self.checkpoint.experts[name])
+            if (name, files) not in self._fitting:  # a storyboard asks for each of its clips
+                check_loras(files, self.checkpoint.experts[name])
+                self._fitting.add((name, files))
+
+    @cached_property
+    def _fitting(self) -> set[tuple[str, tuple[LoraFile, ...]]]:
+        """LoRAs by expert that were looked at and fit."""
+        return set()
 
     @cached_property
     def _merged(self) -> dict[str, list[LoraMatch]]:

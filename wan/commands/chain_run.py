@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,20 +206,26 @@ def _base_seed(given: int, before: dict[str, Any]) -> int:
     return int(before["base_seed"]) if given < 0 and "base_seed" in before else draw_seed(given)
 
 
-def clip_settings(job: Job, continuation: VideoContinuation, plan: Plan) -> dict[str, Any]:
-    """What a clip is made with, as JSON values; offloading changes no result and is not among them."""
+def common_settings(job: Job, continuation: VideoContinuation) -> dict[str, Any]:
+    """What all clips of a run are made with, as JSON values; offloading changes no result and is not among them."""
     checkpoint = continuation.checkpoint
     parts = (*checkpoint.experts.values(), checkpoint.vae, checkpoint.text_encoder)
-    files = [(file.name, sampled_digest(file)) for weights in parts for file in weights.files]
+    files = [file for weights in parts for file in weights.files]
     config = {name: str(value) for name, value in dataclasses.asdict(job.config).items()}
-    described = plan.described
-    settings = {
+    return {
         "task": job.config.name,
-        "checkpoint": fingerprint({"files": files}),
+        "checkpoint": _digest_of(files),
         "config": fingerprint(config),
         "convert_model_dtype": job.args.convert_model_dtype,
         "device": continuation.device.type,
         "text_device": continuation.text_device.type,
+    }
+
+
+def clip_settings(common: Mapping[str, Any], continuation: VideoContinuation, plan: Plan) -> dict[str, Any]:
+    """What a clip is made with, as JSON values, but for its seed and the clip before."""
+    described = plan.described
+    settings = dict(common) | {
         "width": plan.geometry.width,
         "height": plan.geometry.height,
         "frames": plan.geometry.frames,
@@ -228,7 +234,7 @@ def clip_settings(job: Job, continuation: VideoContinuation, plan: Plan) -> dict
         "prompt": plan.prompt,
         "custom_prompt": plan.prefix,
         "num_segments": plan.num_segments if described else None,
-        "vlm": readable(continuation.vlm_url or str(continuation.vlm_path)) if described else None,
+        "vlm": _vlm_of(continuation) if described else None,
         "vlm_question": continuation.vlm_question if described else None,
     }
     # what is not used is not said, so that a run stays the same run when there is more to be said
@@ -242,10 +248,25 @@ def clip_settings(job: Job, continuation: VideoContinuation, plan: Plan) -> dict
         "prompt_mode": plan.prompt_mode if plan.prompt_mode != "describe" else None,
         "drift_correction": plan.drift_correction or None,
         "best_of": plan.best_of if plan.best_of > 1 else None,
+        "video_reader": "decord" if described and continuation.video_reader == "decord" else None,
+        "vlm_trust_remote_code": True if described and continuation.vlm_trust_remote_code else None,
     }
     settings |= {name: value for name, value in options.items() if value is not None}
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    return fingerprint({"files": [(file.name, sampled_digest(file)) for file in files]})
+
+
+def _vlm_of(continuation: VideoContinuation) -> str:
+    """A local VLM by its weights, any other by its name."""
+    name = str(continuation.vlm_path or "")
+    if continuation.vlm_url:
+        return readable(f"{continuation.vlm_url} {name}".strip())
+    weights = sorted(Path(name).glob("*.safetensors"))
+    return _digest_of(weights) if weights else readable(name)
 
 
 def _digest(picture: Frame | None) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan import media
-from wan.commands.chain_run import ChainRun, clip_settings
+from wan.commands.chain_run import ChainRun, clip_settings, common_settings
 from wan.commands.job import Job
 from wan.commands.outline import outline
 from wan.errors import UserError
@@ -42,7 +42,8 @@ def continue_video(argv: Sequence[str] | None) -> None:
     footage = VideoFile(args.video, args.video_reader)
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage, scenes)
-    settings = [clip_settings(job, continuation, plan) for plan in plans]
+    common = common_settings(job, continuation)
+    settings = [clip_settings(common, continuation, plan) for plan in plans]
     if args.dry_run:
         run = ChainRun(job, RunFolder(output), plans, settings, scenes, footage)
         print(*outline(continuation, plans, run), sep="\n")

@@ -89,9 +89,13 @@ def measure_motion(frames: Tensor, fps: Fraction | float) -> Motion:
     growth = float(np.median([step.growth for step in followed]))
     moving = float(np.mean([step.moving for step in followed]))
     vectors = np.concatenate([step.vectors for step in followed])
-    main, length = (vectors.mean(axis=0), np.hypot(*vectors.T).mean()) if moving >= 0.01 else (np.zeros(2), 0.0)
-    if np.hypot(*main) < 0.4 * length:  # to and fro, or apart
-        main = np.zeros(2)
+    main = np.zeros(2)
+    if moving >= 0.01:
+        lengths = np.hypot(*vectors.T)
+        faster = lengths / lengths.sum()  # flow tapers off at the edge of what moves
+        mean = faster @ vectors
+        if np.hypot(*mean) > 0.4 * (faster @ lengths):  # else to and fro, or apart
+            main = mean
     per_second = float(fps) / width
     pan = -camera * per_second if np.hypot(*camera) >= _STILL else np.zeros(2)
     return Motion(
