@@ -216,6 +216,24 @@ def test_a_changed_scene_makes_only_what_follows_again(
     assert records(tmp_path / "run")[0]["prompt"] == "continue video the beginning"
 
 
+def test_what_is_kept_after_a_redo_still_follows_the_storyboard(checkpoints: Path, tmp_path: Path) -> None:
+    story, run = board(tmp_path / "story.json", "one", "two", "three"), tmp_path / "run"
+    flags = ["--storyboard", story]
+    assert chain(checkpoints, run, *flags, count=0) == 0
+    assert chain(checkpoints, run, *flags, "--redo", "1", "--keep_following", count=0) == 0
+    drawn = records(run)[0]["seed"]
+    assert drawn != 10 and not list((run / "redone").glob("video_02*"))
+    board(tmp_path / "story.json", "one", "two", "another")
+    assert chain(checkpoints, run, *flags, count=0) == 0
+    assert [one["prompt"].split()[-1] for one in records(run)] == ["one", "two", "another"]
+    assert records(run)[0]["seed"] == drawn and not list((run / "redone").glob("video_02*"))
+    board(tmp_path / "story.json", {"prompt": "one", "seed": 77}, "two", "another")
+    assert chain(checkpoints, run, *flags, "--redo", "1", count=0) == 0  # the old settings of clip 1 are given up
+    assert records(run)[0]["seed"] != 77
+    board(tmp_path / "story.json", {"prompt": "one", "seed": 78}, "two", "another")
+    assert chain(checkpoints, run, *flags, count=0) == 2  # its seed is another now, and that is all of the run
+
+
 def test_a_dry_run_prints_the_plan_and_makes_nothing(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,12 +56,17 @@ class ChainRun:
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(job.args.base_seed, before)
-        self.redone = {int(number): int(seed) for number, seed in before.get("seeds", {}).items()}  # by --redo
+        self.scripted = {number: scene.seed for number, scene in enumerate(scenes, 1) if scene.seed is not None}
+        over = {int(number): seed for number, seed in before.get("redone_over", {}).items()}
+        self.redone = {  # seeds by --redo, unless the storyboard has another one by now
+            int(number): int(seed)
+            for number, seed in before.get("seeds", {}).items()
+            if over.get(int(number)) == self.scripted.get(int(number))
+        }
         self.accepted = set(before.get("accepted", []))  # fingerprints that --keep_following vouched for
         if job.args.redo is not None:
             self._redo(job.args.redo, found)
-        scripted = {number: scene.seed for number, scene in enumerate(scenes, 1) if scene.seed is not None}
-        self.seeds = scripted | self.redone
+        self.seeds = self.scripted | self.redone
         self.settings: dict[int, dict[str, Any]] = {}  # by clip number, counted from 1
         self.clips: dict[int, FinishedClip] = {}
         self.stale: list[int] = []  # clips that are there and are made again
@@ -69,13 +74,18 @@ class ChainRun:
         for number, own in enumerate(settings, 1):
             wanted = self.settings[number] = own | {"parent": parent, "seed": self.seed(number)}
             clip = found.get(number)
-            if clip is not None and (clip.settings == wanted or clip.fingerprint in self.accepted):
+            if clip is not None and self._counts(clip, wanted):
                 self.clips[number] = clip
             elif clip is not None:
                 self.stale.append(number)
                 if number == min(found) and number != job.args.redo:
                     self._check_same_run(clip, wanted)
             parent = self.clips[number].fingerprint if number in self.clips else fingerprint(wanted)
+
+    def _counts(self, clip: FinishedClip, wanted: Mapping[str, Any]) -> bool:
+        """Whether a clip is what is wanted; --keep_following vouches for its predecessor alone."""
+        vouched = clip.fingerprint in self.accepted and dict(clip.settings) | {"parent": wanted["parent"]} == wanted
+        return clip.settings == wanted or vouched
 
     def seed(self, number: int) -> int:
         """The seed of a clip: by --redo, by the storyboard, or counted up from the first."""
@@ -159,6 +169,7 @@ class ChainRun:
             "clips_asked": self.count,
             "base_seed": self.base_seed,
             "seeds": {str(number): seed for number, seed in sorted(self.redone.items())},
+            "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
             "accepted": sorted(self.accepted),
             "joined": joined.name if joined else None,
             "seconds": round(time.perf_counter() - self.started, 3),

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ _BLOCK_LAYERS = (
 _LEFTOVER = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
 _PREFIX = re.compile(
     r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe\.dit2?|dit)\."
-    r"|lora_unet_|lora_transformer_)*"
+    r"|lora_unet__?|lora_transformer_)*"  # VideoX-Fun writes two underscores
 )
 # Between role and leaf may stand the name that peft gave the adapter. `diff_m` is the difference of a modulation.
 _KEY = re.compile(
@@ -73,9 +74,9 @@ class LoraFile:
             raise UserError(f"{text!r} names no LoRA file; write PATH or PATH:STRENGTH")
         return cls(Path(os.path.expanduser(path)), float(number))
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A short digest of the file, quick for any size: its size and its first, middle and last MiB."""
+        """A short digest of the file when it was first asked for: its size and its first, middle and last MiB."""
         return sampled_digest(self.path)
 
     def as_json(self) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def _open(lora: LoraFile, weights: Weights) -> _Opened:
     _check_path(lora.path)
     _check_expert(lora.path, weights.expert)
     file = open_file(lora.path)
+    lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
     layers = _layers(file)
     shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
     spellings = _spellings(shapes)
