@@ -97,6 +97,28 @@ def test_an_svi_chain_runs_with_its_loras_and_resumes(checkpoints: Path, tmp_pat
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_after_a_cut_svi_holds_on_to_the_new_shot(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan.video2video import WanV2V
+
+    anchors: list[torch.Tensor] = []
+    run = WanV2V.run
+    monkeypatch.setattr(
+        WanV2V,
+        "run",
+        lambda self, request, **more: (anchors.append(request.known.anchor), run(self, request, **more))[1],
+    )
+    Image.fromarray(np.full((64, 96, 3), 99, np.uint8)).save(tmp_path / "night.png")
+    story = board(tmp_path / "story.json", "one", {"prompt": "two", "cut": "night.png"}, "three")
+    flags = ["--storyboard", story, "--continuation", "svi2pro"]
+    flags += ["--lora_high", str(checkpoints / "SVI_v2.0_pro_high_noise.safetensors")]
+    flags += ["--lora_low", str(checkpoints / "SVI_v2.0_pro_low_noise.safetensors")]
+    assert chain(checkpoints, tmp_path / "run", *flags, name="i2v", count=0) == 0
+    assert torch.equal(anchors[1], anchors[2]) and not torch.equal(anchors[0], anchors[1])
+    assert [record["dropped"] for record in records(tmp_path / "run")] == [5, 0, 5]
+
+
 @pytest.mark.parametrize("mode", ["describe", "continue"])
 def test_a_described_chain_resumes_with_the_frames_and_the_memory_that_were_kept(
     mode: str, checkpoints: Path, tmp_path: Path

@@ -234,6 +234,17 @@ class Remembered:
         return self.clip.samples(count, seconds)
 
 
+def test_a_shot_of_svi_begins_with_its_picture_as_anchor_and_no_motion(
+    a14b: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    picture = torch.full((3, 64, 96), 0.25)
+    request, plan = request_of(a14b, moving(), context=Context("svi2pro", 5), loras=svi, cut=picture)
+    assert plan.dropped == 0
+    channels = a14b.condition(request, a14b.noise(request), CPU).channels
+    assert torch.equal(channels[4:, :1], a14b.vae.encode([picture[:, None]])[0]) and channels[4:, 1:].eq(0).all()
+    assert channels[:4, 0].eq(1).all() and channels[:4, 1:].eq(0).all()
+
+
 def test_an_svi_chain_hands_its_latents_on(a14b: Any, svi: dict[str, tuple[LoraFile, ...]]) -> None:
     footage = moving()
     plan = a14b.plan(footage, context=Context("svi2pro", 5), loras=svi, **OPTIONS)

@@ -51,8 +51,13 @@ def error(frames: Tensor, truth: Tensor) -> float:
     return float(np.linalg.norm(lab(frames) - lab(truth), axis=-1).mean())
 
 
-@pytest.mark.parametrize("growth", GROWTH)
-@pytest.mark.parametrize("kind", ["gain", "darkening", "gamma", "saturation", "contrast", "warmth"])
+KINDS = ("gain", "darkening", "gamma", "saturation", "contrast", "warmth")
+
+
+@pytest.mark.parametrize(
+    ("kind", "growth"),
+    [*((kind, "step") for kind in KINDS), *((kind, "ramp") for kind in KINDS), ("gamma", "soon over")],
+)
 def test_four_fifths_of_a_drift_go_and_the_seam_gets_no_step(kind: str, growth: str) -> None:
     before, clean = footage((len(kind) + len(growth)) % 4)
     clip = drifted(clean, kind, GROWTH[growth])
@@ -155,11 +160,11 @@ def lab_drift(frames: Tensor, amounts: np.ndarray[Any, Any]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("camera", "growth"),
-    [(to_and_fro(50, 96), "step"), (pan(1, 0.3), "ramp")],
+    [(to_and_fro(30, 64), "step"), (pan(1, 0.3), "ramp")],
     ids=["scene returns, drift in steps", "scene pans away, drift grows"],
 )
 def test_a_chain_of_twelve_clips_keeps_its_tones(camera: Path, growth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    view, length, clips = Scene(3, camera, pan(0.6, 0.3), size=(160, 96)), 13, 12
+    view, length, clips = Scene(3, camera, pan(0.6, 0.3), size=(160, 96)), 9, 12
     amounts = np.linspace(0, 1, length) if growth == "ramp" else np.r_[0, np.ones(length - 1)]
     taken_out: list[Any] = []
     without = correction._without

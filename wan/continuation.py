@@ -133,7 +133,12 @@ class Plan:
     @property
     def dropped(self) -> int:
         """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
-        return 0 if self.cut else self.context.frames
+        return 0 if self.is_cut else self.context.frames
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the clip begins a new shot."""
+        return self.cut is not None and self.cut is not False
 
     @property
     def described(self) -> bool:
@@ -341,7 +346,7 @@ class VideoContinuation(Pipeline):
         words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
         scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]
-        for index in range(1, 1 if plan.cut else plan.best_of):  # a cut has no seam to choose by
+        for index in range(1, 1 if plan.is_cut else plan.best_of):  # a cut has no seam to choose by
             other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
             scores.append({"seed": other.request.seed, "score": other.notes["seam"]["score"]})
             if scores[-1]["score"] < made.notes["seam"]["score"]:
@@ -370,8 +375,10 @@ class VideoContinuation(Pipeline):
         end = None if plan.end is None else self.frame_for(plan.end, *size)
         if plan.cut is True:
             return Known()
-        if plan.cut:
-            return Known((self.frame_for(plan.cut, *size),), end)
+        if plan.cut is not None and plan.cut is not False:
+            picture = self.frame_for(plan.cut, *size)
+            # the first clip of a shot has an anchor and no motion yet (source: Stable Video Infinity 2.0 Pro)
+            return Known(anchor=picture) if plan.context.mode == "svi2pro" else Known((picture,), end)
         if plan.context.mode == "svi2pro":
             assert plan.anchor is not None
             anchor = self.frame_for(plan.anchor, *size)
@@ -390,7 +397,7 @@ class VideoContinuation(Pipeline):
 
     def judge(self, footage: Footage, made: Generation, plan: Plan) -> SeamScore | None:
         """How well the clip goes on from the footage; None for one that begins a new shot."""
-        if plan.cut:
+        if plan.is_cut:
             return None
         before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
         frames, dropped = made.clip.frames, plan.dropped
@@ -408,14 +415,14 @@ class VideoContinuation(Pipeline):
         start = time.perf_counter()
         if not plan.described:
             return Words(f"{plan.prefix} {plan.prompt}".strip())
-        if plan.cut and not isinstance(plan.cut, bool):  # the picture is what is continued
+        if plan.cut is not None and not isinstance(plan.cut, bool):  # the picture is what is continued
             footage = Clip(
                 self.frame_for(plan.cut, plan.geometry.width, plan.geometry.height)[None].permute(0, 2, 3, 1), self.fps
             )
         notes: dict[str, Any] = {}
         if plan.prompt_mode == "continue":
             # after a cut nothing of the old shot is to be kept up
-            beat = self._next_beat(footage, plan, Memory() if plan.cut else Memory.from_json(memory))
+            beat = self._next_beat(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
             notes = {"memory": beat.memory.as_json(), "answers": list(beat.answers), "fallback": beat.fallback}
             summary = beat.prompt
         else:

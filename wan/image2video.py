@@ -120,10 +120,12 @@ class WanI2V(TwoExperts):
             if known.end is not None:
                 raise UserError("a clip with an anchor picture takes no end image")
             anchor = self.encode_frames(preprocess(known.anchor, width, height)[:, None], placement)
-            if known.motion is None:
+            if known.motion is not None:
+                motion = known.motion.to(anchor)
+            elif leading:
                 motion = self.encode_frames(torch.stack(leading, dim=1), placement)[:, -1:]
             else:
-                motion = known.motion.to(anchor)
+                motion = anchor[:, :0]
             return ImageChannels.from_anchor(anchor, motion, noise.shape[1])
         pixels = torch.zeros(3, frames, height, width)
         pixels[:, : len(leading)] = torch.stack(leading, dim=1)

@@ -126,7 +126,7 @@ class Known:
 
     `leading`: its first frames, oldest first, 1 or 4n+1. `end`: its last frame. With an `anchor` picture the clip is
     conditioned as in Stable Video Infinity 2.0 Pro: `motion` is the last latent frame [z, 1, h, w] of the clip before,
-    or None when it is to be encoded from `leading`.
+    or None when it is to be encoded from `leading`; without either, the clip begins a shot.
     """
 
     leading: tuple[Frame, ...] = ()

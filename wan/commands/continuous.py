@@ -93,10 +93,12 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage, scenes: 
     if job.args.base_seed + count + job.args.best_of * CANDIDATE_STEP > 2**63:
         raise UserError(f"--base_seed {job.args.base_seed} is too large; the largest seed is 2**63-1")
     common = job.plan(continuation, footage, job.args.custom_prompt)
-    plans = []
+    plans: list[Plan] = []
+    anchor = common.anchor
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
-        plan = dataclasses.replace(common, number=number, count=count, end=common.end if number == count else None)
+        end = common.end if number == count else None
+        plan = dataclasses.replace(common, number=number, count=count, end=end, anchor=anchor)
         if number <= len(scenes):
             scene = scenes[number - 1]
             try:
@@ -104,6 +106,8 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage, scenes: 
                 continuation.check(plan)
             except UserError as error:
                 raise UserError(f"{job.args.storyboard}, line {scene.line}: {error}") from error
+            if isinstance(scene.cut, Path) and anchor is not None and not job.args.anchor_image:
+                anchor = media.read_image(scene.cut)  # what is held on to is the new shot
         plans.append(plan)
     if any(plan.described for plan in plans):
         continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)

@@ -144,7 +144,7 @@ class Job:
             record |= {
                 "continuation": plan.context.mode,
                 "context_frames": plan.context.frames,
-                "cut": bool(plan.cut),
+                "cut": plan.is_cut,
                 "drift_correction": plan.drift_correction,
                 "prompt_mode": plan.prompt_mode,
                 "custom_prompt": plan.prefix,

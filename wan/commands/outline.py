@@ -25,7 +25,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     start = 0.0
     for number, plan in enumerate(plans, 1):
         new = plan.geometry.frames - plan.dropped
-        known = "a cut" if plan.cut else f"{plan.context.mode} {plan.context.frames}"
+        known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
         seed = int(run.clips[number].record["seed"]) if there else run.seed(number)
         words = "(finished)" if there else _words(plan)
