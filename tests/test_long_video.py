@@ -21,6 +21,7 @@ from tests.conftest import DATA, GOLDEN
 from tests.media_samples import number, numbered
 from wan import cli, media
 from wan.modules.checkpoint import open_safetensors
+from wan.run_folder import RunFolder
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -132,6 +133,18 @@ def test_a_described_chain_resumes_with_the_frames_and_the_memory_that_were_kept
         assert one["prompt"] == other["prompt"] and one["answers"] and one["answers"] == other["answers"]
         if mode == "continue":
             assert one["memory"] == other["memory"] and one["memory"]["identity"] == whole[0]["memory"]["identity"]
+
+
+def test_other_frames_than_were_kept_come_from_the_clips_file(checkpoints: Path, tmp_path: Path) -> None:
+    story = board(tmp_path / "story.json", "one", "two")
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
+    (clip,) = (clip for number, clip in RunFolder(tmp_path / "run").clips().items() if number == 1)
+    kept = load_file(clip.state)["samples"].numpy()
+    assert np.array_equal(clip.samples(8), kept) and clip.samples(3).shape == (3, *kept.shape[1:])
+    # the mp4 is compressed, noise more than anything: alike is enough
+    assert np.abs(clip.samples(3)[1].astype(int) - media.sample_frames(clip.video, 3)[1]).max() == 0
+    board(tmp_path / "story.json", "one", {})
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--num_segments", "3", count=0) == 0
 
 
 def test_the_best_candidate_is_kept_and_a_resumed_run_keeps_the_same(checkpoints: Path, tmp_path: Path) -> None:

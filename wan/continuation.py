@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -345,17 +346,19 @@ class VideoContinuation(Pipeline):
             on_step(Step(0, plan.sampling.steps, "caption"))
         words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
+        seconds = Counter(made.seconds)  # of all candidates
         scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]
         for index in range(1, 1 if plan.is_cut else plan.best_of):  # a cut has no seam to choose by
             other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
             scores.append({"seed": other.request.seed, "score": other.notes["seam"]["score"]})
+            seconds.update(other.seconds)
             if scores[-1]["score"] < made.notes["seam"]["score"]:
                 made = other
         notes = {"dropped": plan.dropped} | dict(words.notes) | dict(made.notes)
         if len(scores) > 1:
             notes["candidates"] = scores
-        seconds = {"caption": words.seconds} if plan.described else {}
-        return dataclasses.replace(made, seconds=seconds | dict(made.seconds), notes=notes)
+        caption = {"caption": words.seconds} if plan.described else {}
+        return dataclasses.replace(made, seconds=caption | dict(seconds), notes=notes)
 
     def _candidate(self, footage: Footage, words: Words, seed: int, plan: Plan, on_step: OnStep | None) -> Generation:
         request = Request(

@@ -89,12 +89,18 @@ class FinishedClip:
         return self._tensor("tail")[-count:]
 
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
-        """The frames that were chosen for the captioner, uint8 [n, H, W, 3].
+        """Frames for the captioner, uint8 [n, H, W, 3], as `Footage.samples`.
 
-        Which ones, `count` and `seconds` said when the clip was saved; a run with others is another run.
+        Those that were kept when the clip was saved, bit for bit; where others are asked for by now, the mp4's.
         """
-        kept: UInt8Array = self._tensor("samples").numpy()
-        return kept
+        with safe_open(self.state, framework="pt") as opened:
+            kept = json.loads(opened.metadata().get("samples", "null"))
+            if kept == [count, seconds]:
+                frames: UInt8Array = opened.get_tensor("samples").numpy()
+                return frames
+        if seconds is None:
+            return media.sample_frames(self.video, count)
+        return media.read_tail(self.video, count, Fraction(max(count - 1, 1)) / Fraction(seconds))
 
     @property
     def sheet(self) -> list[bytes]:
@@ -155,13 +161,14 @@ class RunFolder:
         settings: Mapping[str, Any],
         record: Mapping[str, Any],
         *,
-        samples: UInt8Array,
+        samples: tuple[int, float | None],
         sheet: Sequence[bytes],
         metadata: bool,
     ) -> FinishedClip:
         """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`.
 
-        `samples` is what the captioner will see of it, `sheet` the JPEGs of its seam.
+        `samples` are the arguments of `Generation.samples` for what the captioner will see of it, `sheet` the JPEGs of
+        its seam.
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
         record = dict(record) | {"fingerprint": fingerprint(settings)}
@@ -178,12 +185,13 @@ class RunFolder:
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
-            "samples": torch.from_numpy(samples).contiguous(),
+            "samples": torch.from_numpy(made.samples(*samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(sheet)},
         }
         part = stem.with_name(f".{stem.name}.safetensors.part")
         try:
-            save_file(tensors, part, metadata={"settings": json.dumps(settings, ensure_ascii=False)})
+            said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
+            save_file(tensors, part, metadata=said)
         except SafetensorError as error:  # how that library reports a full disk
             raise UserError(f"cannot write {part} ({error}); free some space") from error
         publish(part, stem.with_suffix(".safetensors"))

@@ -141,7 +141,8 @@ class ChainRun:
 
         number, args = self.next, self.job.args
         plan, before = self.plans[number - 1], self.clips.get(number - 1)
-        recent = RECENT_SECONDS if plan.prompt_mode == "continue" else None
+        following = self.plans[min(number, self.count - 1)]  # whose captioner will look at this clip
+        recent = RECENT_SECONDS if following.prompt_mode == "continue" else None
         record = self.job.describe(made, str(before.video) if before else args.video, plan)
         record["look"] = measure_look(made.clip.frames).as_json()
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
@@ -152,7 +153,7 @@ class ChainRun:
             made,
             self.settings[number],
             record,
-            samples=made.samples(plan.num_segments, recent),
+            samples=(following.num_segments, recent),
             sheet=seam_thumbnails(tail, made.clip.frames[dropped : dropped + SHEET_FRAMES]),
             metadata=not args.no_video_metadata,
         )

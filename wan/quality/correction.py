@@ -116,10 +116,9 @@ def _change(first: _View, second: _View) -> tuple[Array, float]:
     same = inside & (np.hypot(*(field + back).transpose(2, 0, 1)) < 1)  # there and back again
     arrived, _ = follow(second.soft, field)
     difference, middle = arrived - first.soft, (arrived + first.soft) / 2
-    same &= (np.minimum(arrived, first.soft) > 0.01).all(axis=-1) & (np.maximum(arrived, first.soft) < 0.99).all(
-        axis=-1
-    )
-    valid = cv2.erode(same.astype(np.uint8), np.ones((9, 9), np.uint8))[::4, ::4] > 0
+    darkest, brightest = np.minimum(arrived, first.soft).min(axis=-1), np.maximum(arrived, first.soft).max(axis=-1)
+    told = same & (darkest > 0.01) & (brightest < 0.99)  # a channel at its limit hides what changed
+    valid = cv2.erode(told.astype(np.uint8), np.ones((9, 9), np.uint8))[::4, ::4] > 0
     share = float(same.mean())
     if valid.sum() < 64:
         return np.zeros(10), 0.0
@@ -164,9 +163,9 @@ def _least_squares(design: Array, changes: Array, weights: Array) -> Array:
 
 def _trend(condition: Tensor) -> Array:
     """The tone change per frame before the seam [10]; zeros when too few frames or a cut show none."""
-    times = [len(condition) - 1 - index for index in spread(len(condition), 5)]
     if len(condition) < _TREND:
         return np.zeros(10)
+    times = [len(condition) - 1 - index for index in spread(len(condition), 5)]
     changes = list(_track(condition[-1], (condition[time] for time in times[1:])))  # back in time
     if len(changes) < len(times) - 1:
         return np.zeros(10)
