@@ -219,13 +219,34 @@ def test_a_storyboard_says_what_is_different_in_which_clip(checkpoints: Path, tm
         {"prompt": "the third", "cut": "night.png"},
         {"prompt": "the fourth", "cut": True},
     )
-    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
+    flags = ["--storyboard", story]
+    assert chain(checkpoints, tmp_path / "run", *flags, count=0) == 0
     first, second, third, fourth = records(tmp_path / "run")
     assert [one["prompt"] for one in (first, second)] == ["continue video the first", "continue video the second"]
     assert (second["seed"], second["frames"], second["sample_steps"]) == (500, 17, 1)
     assert second["sample_guide_scale"] == [1, 1] and (second["continuation"], second["dropped"]) == ("tail", 9)
     assert [one["dropped"] for one in (first, third, fourth)] == [1, 0, 0] and third["seam"] is None
     assert frames_in(tmp_path / "run" / "joined.mp4") == 13 + 8 + 13 + 13
+    # a new shot does not depend on what comes before it
+    assert chain(checkpoints, tmp_path / "run", *flags, "--redo", "2", count=0) == 0
+    moved = sorted(path.name[:8] for path in (tmp_path / "run" / "redone").glob("*.mp4"))
+    assert moved == ["video_02"]
+
+
+def test_a_shot_of_text_alone_has_its_own_prompt_whatever_the_vlm_is_asked(checkpoints: Path, tmp_path: Path) -> None:
+    story = board(tmp_path / "story.json", {"prompt": "a harbour at night", "cut": True})
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--prompt_mode", "continue", count=0) == 0
+    assert records(tmp_path / "run")[0]["prompt"] == "continue video a harbour at night"
+
+
+def test_a_source_that_is_too_short_for_the_context_says_so(
+    checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    media.write_video(tmp_path / "short.mp4", numbered(range(4), 96, 64), 24)
+    flags = [*PROMPT, "--context_frames", "9"]
+    assert chain(checkpoints, tmp_path / "run", *flags, video=tmp_path / "short.mp4", count=2) == 0
+    assert [(one["context_frames"], one["dropped"]) for one in records(tmp_path / "run")] == [(1, 1), (9, 9)]
+    assert "too short for 9 known frames: 1" in caplog.text
 
 
 def test_a_changed_scene_makes_only_what_follows_again(
@@ -262,6 +283,9 @@ def test_what_is_kept_after_a_redo_still_follows_the_storyboard(checkpoints: Pat
     assert chain(checkpoints, run, *flags, count=0) == 0
     assert [one["prompt"].split()[-1] for one in records(run)] == ["one", "two", "another"]
     assert records(run)[0]["seed"] == drawn and not list((run / "redone").glob("video_02*"))
+    board(tmp_path / "story.json", "one", "changed", "another")  # and so does what follows from what was kept
+    assert chain(checkpoints, run, *flags, count=0) == 0
+    assert len(list((run / "redone").glob("video_03*.mp4"))) == 2
     board(tmp_path / "story.json", {"prompt": "one", "seed": 77}, "two", "another")
     assert chain(checkpoints, run, *flags, "--redo", "1", count=0) == 0  # the old settings of clip 1 are given up
     assert records(run)[0]["seed"] != 77

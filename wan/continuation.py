@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import time
 from collections import Counter
@@ -53,6 +54,8 @@ from wan.types import (
     frame_size,
     from_uint8,
 )
+
+log = logging.getLogger(__name__)
 
 QUESTION = "Describe this video in detail."
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
@@ -144,7 +147,7 @@ class Plan:
     @property
     def described(self) -> bool:
         """Whether the VLM has a part in the prompt."""
-        return self.prompt is None or self.prompt_mode == "continue"
+        return self.cut is not True and (self.prompt is None or self.prompt_mode == "continue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +322,8 @@ class VideoContinuation(Pipeline):
             if not all(names.values()):
                 raise UserError("--continuation svi2pro needs its pair of LoRAs: give --lora_high and --lora_low")
             wrong = [name for files in names.values() for name in files if _is_svi(name) and "pro" not in name.lower()]
+            if not any(_is_svi(name) for files in names.values() for name in files):
+                log.warning("no name of the LoRAs says SVI; svi2pro makes noise without the 2.0 Pro pair")
             if wrong:
                 raise UserError(f"{wrong[0]} is of another SVI version; svi2pro needs the 2.0 Pro pair")
         elif found := [name for files in names.values() for name in files if _is_svi(name)]:
@@ -328,6 +333,15 @@ class VideoContinuation(Pipeline):
     def fps(self) -> Fraction:
         """Frames per second of what the model makes."""
         return Fraction(self.config.sample_fps)
+
+    def settled(self, footage: Footage, plan: Plan) -> Plan:
+        """The plan with no more known frames than the footage has at the model's rate."""
+        if plan.context.mode != "tail" or plan.is_cut:
+            return plan
+        context = plan.context.within(len(footage.tail(plan.context.frames, self.fps)))
+        if context != plan.context:
+            log.warning("the video is too short for %d known frames: %d", plan.context.frames, context.frames)
+        return dataclasses.replace(plan, context=context)
 
     def extend(
         self,
@@ -339,9 +353,7 @@ class VideoContinuation(Pipeline):
         memory: Mapping[str, Any] = MappingProxyType({}),
     ) -> Generation:
         """One clip that goes on from the footage. `memory` is what the clip before noted under that name."""
-        if plan.context.mode == "tail":
-            there = len(footage.tail(plan.context.frames, self.fps))
-            plan = dataclasses.replace(plan, context=plan.context.within(there))
+        plan = self.settled(footage, plan)
         if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
         words = self.words(footage, plan, memory)
@@ -354,7 +366,7 @@ class VideoContinuation(Pipeline):
             seconds.update(other.seconds)
             if scores[-1]["score"] < made.notes["seam"]["score"]:
                 made = other
-        notes = {"dropped": plan.dropped} | dict(words.notes) | dict(made.notes)
+        notes = {"dropped": plan.dropped, "context_frames": plan.context.frames} | dict(words.notes) | dict(made.notes)
         if len(scores) > 1:
             notes["candidates"] = scores
         caption = {"caption": words.seconds} if plan.described else {}
@@ -538,7 +550,7 @@ def chain(
 
 
 def _is_svi(name: str) -> bool:
-    return re.search(r"(?<![a-z])svi(?![a-z])", name.lower()) is not None
+    return re.search(r"(?<![a-z])svi(?=pro|[^a-z]|$)", name.lower()) is not None
 
 
 def choose_anchor(footage: Footage) -> Frame:

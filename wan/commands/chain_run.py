@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,6 +57,7 @@ class ChainRun:
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(job.args.base_seed, before)
+        self.drawn = job.args.base_seed < 0 and "base_seed" not in before
         self.scripted = {number: scene.seed for number, scene in enumerate(scenes, 1) if scene.seed is not None}
         over = {int(number): seed for number, seed in before.get("redone_over", {}).items()}
         self.redone = {  # seeds by --redo, unless the storyboard has another one by now
@@ -63,7 +65,8 @@ class ChainRun:
             for number, seed in before.get("seeds", {}).items()
             if over.get(int(number)) == self.scripted.get(int(number))
         }
-        self.accepted = set(before.get("accepted", []))  # fingerprints that --keep_following vouched for
+        # clips that --keep_following vouched for: their fingerprints, and that of the clip that they now go on from
+        self.accepted = dict(before.get("accepted") or {})
         if job.args.redo is not None:
             self._redo(job.args.redo, found)
         self.seeds = self.scripted | self.redone
@@ -72,7 +75,9 @@ class ChainRun:
         self.stale: list[int] = []  # clips that are there and are made again
         parent = file_digest(Path(job.args.video))
         for number, own in enumerate(settings, 1):
-            wanted = self.settings[number] = own | {"parent": parent, "seed": self.seed(number)}
+            # a new shot depends on nothing before it
+            before_it = None if plans[number - 1].is_cut else parent
+            wanted = self.settings[number] = own | {"parent": before_it, "seed": self.seed(number)}
             clip = found.get(number)
             if clip is not None and self._counts(clip, wanted):
                 self.clips[number] = clip
@@ -83,9 +88,15 @@ class ChainRun:
             parent = self.clips[number].fingerprint if number in self.clips else fingerprint(wanted)
 
     def _counts(self, clip: FinishedClip, wanted: Mapping[str, Any]) -> bool:
-        """Whether a clip is what is wanted; --keep_following vouches for its predecessor alone."""
-        vouched = clip.fingerprint in self.accepted and dict(clip.settings) | {"parent": wanted["parent"]} == wanted
-        return clip.settings == wanted or vouched
+        """Whether a clip is what is wanted; --keep_following vouches for it after one other predecessor."""
+        if clip.settings == wanted:
+            return True
+        if dict(clip.settings) | {"parent": wanted["parent"]} != wanted:
+            return False
+        args = self.job.args
+        if args.keep_following and clip.number > args.redo:
+            self.accepted[clip.fingerprint] = wanted["parent"]
+        return bool(self.accepted.get(clip.fingerprint) == wanted["parent"])
 
     def seed(self, number: int) -> int:
         """The seed of a clip: by --redo, by the storyboard, or counted up from the first."""
@@ -109,11 +120,6 @@ class ChainRun:
         if number > self.count:
             raise UserError(f"--redo {number} is beyond --num_videos {self.count}")
         self.redone[number] = _base_seed(-1, {})
-        if self.job.args.keep_following:
-            self.accepted |= {clip.fingerprint for other, clip in found.items() if other > number}
-        else:
-            self.accepted -= {clip.fingerprint for other, clip in found.items() if other > number}
-        self.accepted.discard(found[number].fingerprint)
 
     def _check_same_run(self, clip: FinishedClip, wanted: dict[str, Any]) -> None:
         """The first clip tells: what is different for it is different for all, and that is another run.
@@ -171,7 +177,7 @@ class ChainRun:
             "base_seed": self.base_seed,
             "seeds": {str(number): seed for number, seed in sorted(self.redone.items())},
             "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
-            "accepted": sorted(self.accepted),
+            "accepted": dict(sorted(self.accepted.items())),
             "joined": joined.name if joined else None,
             "seconds": round(time.perf_counter() - self.started, 3),
             "arguments": {name: readable(value) if isinstance(value, str) else value for name, value in self._given()},
@@ -286,4 +292,4 @@ def _digest(picture: Frame | None) -> str | None:
     if picture is None:
         return None
     array = picture.numpy() if isinstance(picture, torch.Tensor) else np.asarray(picture)
-    return fingerprint({"shape": array.shape, "bytes": array.tobytes().hex()})
+    return fingerprint({"shape": array.shape, "pixels": hashlib.sha256(array.tobytes()).hexdigest()})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from wan.flags import LORA_FLAGS, continuous_flags
 from wan.progress import Progress
 from wan.run_folder import RunFolder
 from wan.storyboard import Scene, check_storyboard, read_storyboard
-from wan.types import Context, Footage, Generation
+from wan.types import Context, Footage, Frame, Generation
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,12 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage, scenes: 
     if job.args.base_seed + count + job.args.best_of * CANDIDATE_STEP > 2**63:
         raise UserError(f"--base_seed {job.args.base_seed} is too large; the largest seed is 2**63-1")
     common = job.plan(continuation, footage, job.args.custom_prompt)
+
+    @functools.cache
+    def picture(path: Path) -> Frame:
+        """A picture file in the clips' size: the file itself may be large."""
+        return continuation.frame_for(media.read_image(path), common.geometry.width, common.geometry.height)
+
     plans: list[Plan] = []
     anchor = common.anchor
     for number in range(1, count + 1):
@@ -102,20 +109,20 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage, scenes: 
         if number <= len(scenes):
             scene = scenes[number - 1]
             try:
-                plan = _staged(continuation, plan, scene)
+                plan = _staged(continuation, plan, scene, picture)
                 continuation.check(plan)
             except UserError as error:
                 raise UserError(f"{job.args.storyboard}, line {scene.line}: {error}") from error
             if isinstance(scene.cut, Path) and anchor is not None and not job.args.anchor_image:
-                anchor = media.read_image(scene.cut)  # what is held on to is the new shot
-        plans.append(plan)
+                anchor = picture(scene.cut)  # what is held on to is the new shot
+        plans.append(continuation.settled(footage, plan) if number == 1 else plan)
     if any(plan.described for plan in plans):
         continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)
     return plans
 
 
-def _staged(continuation: VideoContinuation, plan: Plan, scene: Scene) -> Plan:
-    """A plan with what a scene says."""
+def _staged(continuation: VideoContinuation, plan: Plan, scene: Scene, picture: Callable[[Path], Frame]) -> Plan:
+    """A plan with what a scene says; `picture` reads a file."""
     old = plan.sampling
     loras = dict(plan.loras)
     for flag, expert in LORA_FLAGS.items():
@@ -132,8 +139,8 @@ def _staged(continuation: VideoContinuation, plan: Plan, scene: Scene) -> Plan:
         ),
         prompt=plan.prompt if scene.prompt is None else scene.prompt,
         context=plan.context if scene.context is None else Context.choose(None, scene.context),
-        end=plan.end if scene.end_image is None else media.read_image(scene.end_image),
-        cut=media.read_image(scene.cut) if isinstance(scene.cut, Path) else scene.cut,
+        end=plan.end if scene.end_image is None else picture(scene.end_image),
+        cut=picture(scene.cut) if isinstance(scene.cut, Path) else scene.cut,
         loras={expert: files for expert, files in loras.items() if files},
     )
 
@@ -143,6 +150,7 @@ def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
         return
     print(f"{len(run.clips)} of {run.count} clips are finished in {run.folder.path}", file=sys.stderr)
     without = f" without --redo {run.job.args.redo}" if run.job.args.redo else ""
+    without += " --keep_following" if run.job.args.keep_following else ""
     print(f"the same command{without} goes on from there", file=sys.stderr)
     try:
         run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")

@@ -27,7 +27,9 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         new = plan.geometry.frames - plan.dropped
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
-        seed = int(run.clips[number].record["seed"]) if there else run.seed(number)
+        seed = run.clips[number].record["seed"] if there else run.seed(number)
+        if run.drawn and number not in run.seeds and not there:
+            seed = "drawn"
         words = "(finished)" if there else _words(plan)
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
         start += float(new / continuation.fps)
