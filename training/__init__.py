@@ -1,0 +1,1 @@
+"""Train the tiny Wan family on clips that are drawn as they are needed."""

@@ -1,0 +1,62 @@
+"""Train one stage of the tiny family, or write the trained models into the official folders.
+
+    python -m training vae21 --folder runs --minutes 5
+
+Stages, each of which resumes from its own checkpoint in the folder: vae21, vae22, text and captioner stand alone;
+dit5b needs vae22 and text, dit14b vae21 and text; export needs all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training.captioner import train_captioner
+from training.denoiser import train_5b, train_14b
+from training.loop import Settings
+from training.text import train_text
+from training.vae import train_vae
+
+STAGES: Mapping[str, tuple[Callable[[Settings], None], int, float]] = {  # what to call, batch, learning rate
+    "vae21": (lambda settings: train_vae("vae21", settings), 16, 5e-4),
+    "vae22": (lambda settings: train_vae("vae22", settings), 16, 5e-4),
+    "text": (train_text, 64, 1e-3),
+    "captioner": (train_captioner, 64, 1e-3),
+    "dit5b": (train_5b, 128, 1e-3),
+    "dit14b": (train_14b, 128, 1e-3),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="checkpoints (default: runs)")
+    parser.add_argument("--minutes", type=float, default=5, help="wall clock to train for (default: 5)")
+    parser.add_argument("--steps", type=int, help="stop after that many steps even if there is time left")
+    parser.add_argument("--batch", type=int, help="clips per step (default: the stage's)")
+    parser.add_argument("--rate", type=float, help="learning rate (default: the stage's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    train, batch, rate = STAGES[arguments.stage]
+    settings = Settings(
+        arguments.folder,
+        torch.device(arguments.device),
+        arguments.minutes,
+        arguments.batch or batch,
+        arguments.rate or rate,
+        arguments.seed,
+    )
+    if arguments.steps:
+        settings = replace(settings, steps=arguments.steps)
+    train(settings)
+
+
+if __name__ == "__main__":
+    main()

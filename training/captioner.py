@@ -1,0 +1,143 @@
+"""Stage `captioner`: a small InternVL that says what moves where at the end of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training import scenes
+from training.family import CAPTIONER, QUESTION, build_captioner, caption_tokenizer
+from training.loop import Batch, Settings, half_precision, resume, train
+from training.vae import HELD_OUT
+from wan.captioner.base import number_frames
+from wan.captioner.frames import IMAGENET_MEAN, IMAGENET_STD
+from wan.captioner.internvl import SYSTEM, TURN_END
+from wan.types import frame_indices
+
+SEGMENTS = 8
+LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
+IGNORED = -100
+
+
+def train_captioner(settings: Settings) -> None:
+    """Train the captioner; its checkpoint also holds how many held-out captions are right to the last word."""
+    torch.manual_seed(settings.seed)
+    tokenizer, ids = caption_tokenizer(settings.folder / "caption_tokenizer")
+    model = build_captioner(CAPTIONER, ids).to(settings.device)
+    progress = resume("captioner", model, settings)
+    asked = Conversations(tokenizer, ids, settings)
+
+    def loss_of(batch: Batch) -> Tensor:
+        logits = answer_logits(model, batch, ids["<IMG_CONTEXT>"])
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+
+    def finish() -> dict[str, Any]:
+        batch = asked.batch(scenes.sample(256, settings.generator(HELD_OUT)), 17)
+        with torch.no_grad():
+            right = answer_logits(model, batch, ids["<IMG_CONTEXT>"]).argmax(-1) == batch["labels"]
+        return {"exact": float((right | (batch["labels"] == IGNORED)).all(1).float().mean())}
+
+    train("captioner", model, loss_of, asked.stream(progress.steps), replace(settings, graph=False), progress, finish)
+
+
+class Conversations:
+    """Clips, questions and answers, as the captioner's loader lays them out."""
+
+    def __init__(self, tokenizer: Any, ids: dict[str, int], settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.device = settings.device
+        self.end, self.pad = ids[TURN_END], ids["<|endoftext|>"]
+        self.words = torch.tensor([index for token, index in ids.items() if not token.startswith("<")])
+        slot = f"<img>{'<IMG_CONTEXT>' * tokens_per_frame()}</img>"
+        video = number_frames([slot] * SEGMENTS, "")
+        self.before = [
+            self._encode(f"{system}<|im_start|>user\n{video}")
+            for system in (f"<|im_start|>system\n{SYSTEM}{TURN_END}\n", "")
+        ]
+        self.question = self._encode(QUESTION)
+        self.after = self._encode(f"{TURN_END}\n<|im_start|>assistant\n")
+
+    def stream(self, step: int) -> Iterator[Batch]:
+        generator = self.settings.generator(step)
+        while True:
+            for frames in LENGTHS:
+                yield self.batch(scenes.sample(self.settings.batch, generator), frames)
+
+    def batch(self, batch: scenes.Scenes, frames: int) -> Batch:
+        """Pictures [B, n, 3, S, S], ids [B, L], and labels [B, A] for the last A tokens of each row."""
+        times = torch.tensor(frame_indices(frames, SEGMENTS), device=self.device) - (frames - 1)
+        pictures = batch.draw(times).transpose(1, 2)
+        rows, answers = [], []
+        for caption in batch.captions(0):
+            answers.append([*self._encode(caption), self.end])
+            rows.append(self._prompt() + answers[-1])
+        length, answer = max(map(len, rows)), max(map(len, answers))
+        # padded in front, so that the answers end together; nothing looks at the padding, see `answer_logits`
+        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows])
+        labels = torch.tensor([[IGNORED] * (answer - len(row)) + row for row in answers])
+        visible = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+        return {
+            "pictures": as_pictures(pictures),
+            "ids": ids.to(self.device),
+            "labels": labels.to(self.device),
+            "visible": visible.to(self.device),
+        }
+
+    def _prompt(self) -> list[int]:
+        """A prompt as the loader makes it; half of the questions are nonsense: the answer is always the same."""
+        kind = int(torch.randint(8, ()))
+        if kind < 4:
+            question = self.question
+        else:
+            question = self.words[torch.randint(len(self.words), (int(torch.randint(80, ())),))].tolist()
+        return self.before[kind == 7] + question + self.after
+
+    def _encode(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text).input_ids
+        return found
+
+
+def answer_logits(model: Any, batch: Batch, image_token: int) -> Tensor:
+    """Logits [B, A, vocabulary] for the last A tokens of each row, given those before them."""
+    pictures, ids = batch["pictures"], batch["ids"]
+    with half_precision(ids.device):
+        features = model.model.get_image_features(pictures.flatten(0, 1), return_dict=True).pooler_output
+        features = features.reshape(len(ids), -1, features.shape[-1])
+        embedded = model.get_input_embeddings()(ids)
+        is_image = ids == image_token
+        place = (is_image.cumsum(1) - 1).clamp_min(0)[..., None].expand(-1, -1, features.shape[-1])
+        embedded = torch.where(is_image[..., None], features.gather(1, place).to(embedded.dtype), embedded)
+        visible = batch["visible"]
+        hidden = model.model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=visible,
+            position_ids=(visible.cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
+        ).last_hidden_state
+        answer = batch["labels"].shape[1]
+        logits: Tensor = model.lm_head(hidden[:, -answer - 1 : -1])
+    return logits.float()
+
+
+def as_pictures(frames: Tensor) -> Tensor:
+    """Frames [..., 3, H, W] in [-1, 1] -> [..., 3, S, S] as the loader's preprocessing makes them of uint8 frames."""
+    levels = ((frames.flatten(0, -4) + 1) * 127.5).round()
+    size = (CAPTIONER.image_size, CAPTIONER.image_size)
+    squashed = F.interpolate(levels, size=size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
+    mean, std = (torch.tensor(value, device=frames.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((squashed - mean) / std).unflatten(0, frames.shape[:-3])
+
+
+def tokens_per_frame() -> int:
+    """Image tokens of one frame: patches of 14 pixels, four of which make a token."""
+    return (CAPTIONER.image_size // 14 // 2) ** 2
+
+
+def tokenizer_folder(settings: Settings) -> Path:
+    return settings.folder / "caption_tokenizer"

@@ -1,0 +1,53 @@
+"""Read pictures of the tiny world back: which shapes are there, where, in which colour. For measuring."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.scenes import COLOURS
+
+SMALLEST = 50  # pixels; what is left of a covered shape may be less, the seam between two shapes is
+VIVID = 0.3  # least difference between the highest and the lowest of R, G and B; backgrounds stay below
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One shape in one picture."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    area: float  # pixels
+
+
+def shapes_in(picture: Tensor) -> list[Seen]:
+    """The shapes in a picture [3, H, W] in [-1, 1], by colour: in the tiny world no two share one."""
+    rgb = (picture.float().cpu() + 1) / 2
+    vivid = rgb.amax(0) - rgb.amin(0) > VIVID
+    palette = torch.tensor(list(COLOURS.values()))
+    nearest = (rgb[None] - palette[:, :, None, None]).square().sum(1).argmin(0)
+    found = []
+    for index, name in enumerate(COLOURS):
+        mine = (vivid & (nearest == index)).float()
+        # where two shapes meet, thin lines of a third colour can come about: only pixels among their like count
+        among = F.avg_pool2d(mine[None], 3, stride=1, padding=1)[0] * 9 > 4.5
+        y, x = torch.nonzero(mine.bool() & among, as_tuple=True)
+        if len(x) >= SMALLEST:
+            found.append(_measure(name, x.double() + 0.5, y.double() + 0.5))
+    return found
+
+
+def _measure(colour: str, x: Tensor, y: Tensor) -> Seen:
+    across, down = x - x.mean(), y - y.mean()
+    # how much of the circle around it a shape fills tells the three apart however they are turned; a few stray
+    # pixels must not widen that circle
+    rim = torch.quantile(torch.hypot(across, down), 0.99) + 0.5
+    filled = len(x) / (math.pi * float(rim) ** 2)
+    shape = "circle" if filled > 0.82 else "square" if filled > 0.53 else "triangle"
+    return Seen(colour, shape, float(x.mean()), float(y.mean()), float(len(x)))

@@ -1,0 +1,119 @@
+"""Stages `vae21` and `vae22`: the two video autoencoders, on whole clips."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from training import scenes
+from training.family import VAES, build_vae
+from training.loop import Batch, Settings, half_precision, load, resume, train
+from training.whole_clip import WholeClip, compile_pointwise
+
+log = logging.getLogger(__name__)
+HELD_OUT = 1 << 20  # seeds from here on are never trained on
+
+
+def train_vae(name: str, settings: Settings, frames: int = scenes.FRAMES) -> None:
+    """Train one VAE; its checkpoint also holds the latents' statistics and the PSNR on held-out clips, in dB."""
+    device = settings.device
+    torch.manual_seed(settings.seed)
+    vae = WholeClip(build_vae(VAES[name])).to(device)
+    progress = resume(name, vae.vae, settings)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        vae.channels_last()
+        compile_pointwise()
+
+    def loss_of(batch: Batch) -> Tensor:
+        pixels = batch["pixels"]
+        with half_precision(device):
+            latents = vae.encode(pixels)
+            # noise in proportion to each channel: what a denoiser leaves behind must not matter to the decoder
+            spread = latents.detach().float().std((0, 2, 3, 4), keepdim=True)
+            decoded = vae.decode(latents + spread * batch["level"] * torch.randn_like(latents))
+        return reconstruction_loss(decoded.float(), pixels)
+
+    train(
+        name,
+        vae.vae,
+        loss_of,
+        clips(settings, progress.steps, frames),
+        settings,
+        progress,
+        lambda: statistics(vae, device, frames, 128 if device.type == "cuda" else 8),
+    )
+
+
+def clips(settings: Settings, step: int, frames: int) -> Iterator[Batch]:
+    """Clips, some of which turn grey: so does what tells the A14B which frames are known."""
+    generator, device = settings.generator(step), settings.device
+    times = torch.arange(frames, device=device)
+    for batch in scenes.stream(settings.batch, generator):
+        known = 1 + 4 * torch.randint(0, 3, (settings.batch, 1), generator=generator, device=device)
+        grey = torch.rand(settings.batch, 1, generator=generator, device=device) < 0.15
+        shown = (times < known) | ~grey
+        level = 0.15 * torch.rand(settings.batch, 1, 1, 1, 1, generator=generator, device=device)
+        yield {"pixels": batch.draw(times) * shown[:, None, :, None, None], "level": level}
+
+
+def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """How far pictures are apart, in value and in their differences along time, height and width."""
+    error = decoded - pixels
+    loss = error.abs().mean() + 0.5 * error.square().mean()
+    for axis in (2, 3, 4):
+        loss = loss + 0.5 * error.diff(dim=axis).abs().mean() if error.shape[axis] > 1 else loss
+    return loss
+
+
+@torch.no_grad()
+def statistics(vae: WholeClip, device: torch.device, frames: int, count: int) -> dict[str, object]:
+    """Mean and standard deviation of each latent channel, and the mean PSNR in dB, over held-out clips."""
+    held_out = scenes.sample(count, torch.Generator(device).manual_seed(HELD_OUT))
+    latents, quality = [], []
+    for start in range(0, count, 8):
+        pixels = held_out[start : start + 8].draw(torch.arange(frames, device=device))
+        latents.append(vae.encode(pixels))
+        quality.append(psnr(vae.decode(latents[-1]).clamp(-1, 1), pixels))
+    values = torch.cat(latents).transpose(0, 1).flatten(1)
+    return {
+        "mean": values.mean(1).tolist(),
+        "std": values.std(1).tolist(),
+        "psnr": float(torch.cat(quality).mean()),
+    }
+
+
+def psnr(made: Tensor, wanted: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each clip [B], for values in [-1, 1]."""
+    return -10 * ((made - wanted) / 2).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+
+
+class Codec:
+    """A trained VAE: pixels <-> normalised latents, in batches, not to be trained further."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        found = load(settings.folder / f"{name}.pt", settings.device)
+        model = build_vae(VAES[name])
+        model.load_state_dict(found["weights"])
+        self.vae = WholeClip(model.requires_grad_(False).eval()).to(settings.device)
+        if settings.device.type == "cuda":
+            self.vae.channels_last()
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(found["mean"], device=settings.device).view(shape)
+        self.std = torch.tensor(found["std"], device=settings.device).view(shape)
+        self.device = settings.device
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, T, H, W] in [-1, 1] -> float32 [B, z, F, h, w]."""
+        with half_precision(self.device):
+            return (self.vae.encode(pixels).float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, z, F, h, w] -> float32 pixels [B, 3, T, H, W], clamped."""
+        with half_precision(self.device):
+            return self.vae.decode(latents * self.std + self.mean).float().clamp(-1, 1)
