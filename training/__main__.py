@@ -3,7 +3,7 @@
     python -m training vae21 --folder runs --minutes 5
 
 Stages, each of which resumes from its own checkpoint in the folder: vae21, vae22, text and captioner stand alone;
-dit5b needs vae22 and text, dit14b vae21 and text; export needs all of them.
+dit5b needs vae22 and text, dit14b vae21 and text. `export` writes what is trained to --models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from training.captioner import train_captioner
 from training.denoiser import train_5b, train_14b
+from training.export import export
 from training.loop import Settings
 from training.text import train_text
 from training.vae import train_vae
@@ -36,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "export"])
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="checkpoints (default: runs)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="for export (default: models)")
     parser.add_argument("--minutes", type=float, default=5, help="wall clock to train for (default: 5)")
     parser.add_argument("--steps", type=int, help="stop after that many steps even if there is time left")
     parser.add_argument("--batch", type=int, help="clips per step (default: the stage's)")
@@ -44,6 +46,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if arguments.stage == "export":
+        if not export(arguments.folder, arguments.models):
+            parser.error(f"{arguments.folder} holds nothing that can be exported; train the stages first")
+        return
     train, batch, rate = STAGES[arguments.stage]
     settings = Settings(
         arguments.folder,

@@ -70,7 +70,7 @@ class Conversations:
                 yield self.batch(scenes.sample(self.settings.batch, generator), frames)
 
     def batch(self, batch: scenes.Scenes, frames: int) -> Batch:
-        """Pictures [B, n, 3, S, S], ids [B, L], and labels [B, A] for the last A tokens of each row."""
+        """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
         times = torch.tensor(frame_indices(frames, SEGMENTS), device=self.device) - (frames - 1)
         pictures = batch.draw(times).transpose(1, 2)
         rows, answers = [], []
@@ -78,15 +78,17 @@ class Conversations:
             answers.append([*self._encode(caption), self.end])
             rows.append(self._prompt() + answers[-1])
         length, answer = max(map(len, rows)), max(map(len, answers))
-        # padded in front, so that the answers end together; nothing looks at the padding, see `answer_logits`
-        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows])
-        labels = torch.tensor([[IGNORED] * (answer - len(row)) + row for row in answers])
-        visible = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+        # Padded behind: attention is causal, so no token of a row sees its padding, and none needs a mask. Rows padded
+        # in front have tokens that may look at nothing; a softmax over nothing is NaN.
+        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
+        labels = torch.tensor([row + [IGNORED] * (answer - len(row)) for row in answers])
+        first = torch.tensor([len(row) - len(told) - 1 for row, told in zip(rows, answers, strict=True)])
+        where = (first[:, None] + torch.arange(answer)).clamp_max(length - 1)
         return {
             "pictures": as_pictures(pictures),
             "ids": ids.to(self.device),
             "labels": labels.to(self.device),
-            "visible": visible.to(self.device),
+            "where": where.to(self.device),
         }
 
     def _prompt(self) -> list[int]:
@@ -104,7 +106,7 @@ class Conversations:
 
 
 def answer_logits(model: Any, batch: Batch, image_token: int) -> Tensor:
-    """Logits [B, A, vocabulary] for the last A tokens of each row, given those before them."""
+    """Logits [B, A, vocabulary] for the tokens of each answer, given those before them."""
     pictures, ids = batch["pictures"], batch["ids"]
     with half_precision(ids.device):
         features = model.model.get_image_features(pictures.flatten(0, 1), return_dict=True).pooler_output
@@ -113,15 +115,9 @@ def answer_logits(model: Any, batch: Batch, image_token: int) -> Tensor:
         is_image = ids == image_token
         place = (is_image.cumsum(1) - 1).clamp_min(0)[..., None].expand(-1, -1, features.shape[-1])
         embedded = torch.where(is_image[..., None], features.gather(1, place).to(embedded.dtype), embedded)
-        visible = batch["visible"]
-        hidden = model.model.language_model(
-            inputs_embeds=embedded,
-            attention_mask=visible,
-            position_ids=(visible.cumsum(1) - 1).clamp_min(0),
-            use_cache=False,
-        ).last_hidden_state
-        answer = batch["labels"].shape[1]
-        logits: Tensor = model.lm_head(hidden[:, -answer - 1 : -1])
+        hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        where = batch["where"][..., None].expand(-1, -1, hidden.shape[-1])
+        logits: Tensor = model.lm_head(hidden.gather(1, where))
     return logits.float()
 
 
@@ -131,7 +127,7 @@ def as_pictures(frames: Tensor) -> Tensor:
     size = (CAPTIONER.image_size, CAPTIONER.image_size)
     squashed = F.interpolate(levels, size=size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
     mean, std = (torch.tensor(value, device=frames.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((squashed - mean) / std).unflatten(0, frames.shape[:-3])
+    return ((squashed - mean) / std).reshape(*frames.shape[:-2], *size)
 
 
 def tokens_per_frame() -> int:

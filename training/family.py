@@ -6,14 +6,14 @@ ones that the pipelines load; the names between the two are the loaders' own map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from torch import Tensor, nn
+from torch import Tensor
 
 from examples.make_tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, write_caption_tokenizer
 from training import scenes
@@ -117,9 +117,3 @@ def official(state: Mapping[str, Tensor], names: Mapping[str, list[str]], shapes
 
 def _weights(shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None) -> Weights:
     return Weights(Path("tiny"), (), shapes, config or {})
-
-
-BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
-    **{name: lambda sizes=sizes: build_vae(sizes) for name, sizes in VAES.items()},
-    **{name: lambda sizes=sizes: build_denoiser(sizes) for name, sizes in DENOISERS.items()},
-}

@@ -116,7 +116,7 @@ def train(
             optimizer.step()
             done += 1
             # young averages follow faster, so that little remains of where they started
-            torch._foreach_lerp_(average, parameters, 1 - min(settings.average, done / (done + 10)))
+            torch._foreach_lerp_(average, list[Tensor](parameters), 1 - min(settings.average, done / (done + 10)))
             if len(recent) == 50:  # also keeps the host from running far ahead of the GPU
                 losses.append((progress.steps + done, float(torch.stack(recent).mean())))
                 recent.clear()
@@ -128,7 +128,7 @@ def train(
     finally:
         signal.signal(signal.SIGTERM, before)
     with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        torch._foreach_copy_(list[Tensor](parameters), average)
     seconds = progress.seconds + time.monotonic() - start
     content = {
         "weights": {key: value.detach().cpu() for key, value in model.state_dict().items()},
@@ -154,7 +154,7 @@ class Eager:
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.loss_of(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
 
@@ -173,10 +173,10 @@ class Graphed:
         def step() -> Tensor:
             torch._foreach_zero_(gradients)
             loss = loss_of(self.inputs)
-            loss.backward()
+            torch.autograd.backward(loss)
             return loss.detach()
 
-        aside = torch.cuda.Stream()
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):  # compiles, tunes and allocates

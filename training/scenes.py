@@ -102,7 +102,7 @@ class Scenes:
         found = []
         for b, shown in enumerate(present):
             phrases = [
-                f"a {names[colour[b][s]]} {SHAPES[shape[b][s]]} {_motion(*headings[b][s], change[b][s], spin[b][s])}"
+                f"a {names[colour[b][s]]} {SHAPES[shape[b][s]]} {_motion(headings[b][s], change[b][s], spin[b][s])}"
                 for s, is_shown in enumerate(shown)
                 if is_shown
             ]
@@ -203,7 +203,8 @@ def _inside(shape: Tensor, across: Tensor, down: Tensor, radius: Tensor, angle: 
     return torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))
 
 
-def _motion(across: float, down: float, change: float, spin: float) -> str:
+def _motion(heading: list[float], change: float, spin: float) -> str:
+    across, down = heading
     mode = "turns" if spin else ("grows" if change > 0 else "shrinks") if change else ""
     if (across, down) == (0, 0):
         return f"stays in place and {mode}" if mode else "stays in place"

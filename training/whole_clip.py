@@ -39,11 +39,13 @@ class WholeClip(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, T, H, W] in [-1, 1], T = 4n+1 -> the mode of the latents [B, z, F, h, w], not normalised."""
         moments = self.vae.quant_conv(self.vae.encoder(patchify(pixels, self.patch)))
-        return moments.chunk(2, dim=1)[0]
+        latents: Tensor = moments.chunk(2, dim=1)[0]
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, z, F, h, w], not normalised -> pixels [B, 3, T, H, W], not clamped."""
-        return unpatchify(self.vae.decoder(self.vae.post_quant_conv(latents), first_chunk=True), self.patch)
+        pixels: Tensor = unpatchify(self.vae.decoder(self.vae.post_quant_conv(latents), first_chunk=True), self.patch)
+        return pixels
 
 
 def normalise_and_activate(x: Tensor, gamma: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ def compile_pointwise() -> None:
 
 def _residual(self: Any, x: Tensor, **_: Any) -> Tensor:
     inner = self.conv1(_activate(x, self.norm1.gamma))
-    return self.conv2(_activate(inner, self.norm2.gamma)) + self.conv_shortcut(x)
+    outer: Tensor = self.conv2(_activate(inner, self.norm2.gamma)) + self.conv_shortcut(x)
+    return outer
 
 
 def _resample(self: Any, x: Tensor, **_: Any) -> Tensor:
