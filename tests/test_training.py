@@ -9,7 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.make_tiny_checkpoint import write_prompt_tokenizer
 from tests.media_samples import CORPUS
+from training import scenes
+from training.captioner import IGNORED, Conversations, answer_logits
+from training.export import export
+from training.family import (
+    CAPTIONER,
+    DENOISERS,
+    PROMPT_WORDS,
+    TEXT,
+    VAES,
+    build_captioner,
+    build_denoiser,
+    build_text_encoder,
+    build_vae,
+    caption_tokenizer,
+)
+from training.loop import Settings, save
+from wan import WanV2V5B
+from wan.configs import config_for
 
 ROOT = CORPUS.parents[2]
 
@@ -29,3 +48,44 @@ def test_a_stage_goes_on_from_its_own_checkpoint(stage: str, tmp_path: Path) -> 
         steps.append(found["steps"])
         assert all(torch.isfinite(value).all() for value in found["weights"].values())
     assert steps == [2, 4]
+
+
+def test_trained_parts_become_a_folder_that_the_pipelines_load(tmp_path: Path) -> None:
+    sizes, shapes = TEXT, VAES["vae22"].shapes()
+    runs, models = tmp_path / "runs", tmp_path / "models"
+    dit, vae, text = build_denoiser(DENOISERS["dit5b"]), build_vae(VAES["vae22"]), build_text_encoder(sizes)
+    save(runs / "dit5b.pt", {"weights": dit.state_dict()})
+    save(runs / "vae22.pt", {"weights": vae.state_dict(), "mean": [0.5] * 48, "std": [2.0] * 48})
+    save(runs / "text.pt", {"weights": text.state_dict()})
+    write_prompt_tokenizer(runs / "prompt_tokenizer", sizes.vocab_size, PROMPT_WORDS)
+    [folder] = export(runs, models)
+    assert folder == models / "tiny-Wan2.2-TI2V-5B"
+    config = config_for("v2v-5B", folder)
+    assert (config.vae_mean, config.vae_std, config.frame_num) == ((0.5,) * 48, (2.0,) * 48, 17)
+    model = WanV2V5B(config, str(folder))
+    loaded = model.model.state_dict()
+    for name, value in dit.state_dict().items():
+        torch.testing.assert_close(loaded[name].float(), value, rtol=1e-2, atol=1e-3)
+    written = torch.load(folder / "Wan2.2_VAE.pth", weights_only=True)
+    assert {key: tuple(value.shape) for key, value in written.items()} == shapes
+
+
+def test_an_answer_does_not_depend_on_the_padding_of_its_row(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=3, rate=0.0)
+    tokenizer, ids = caption_tokenizer(tmp_path / "caption_tokenizer")
+    torch.manual_seed(0)
+    model = build_captioner(CAPTIONER, ids).eval()
+    batch = Conversations(tokenizer, ids, settings).batch(scenes.sample(3, settings.generator(0)), 9)
+    together = answer_logits(model, batch, ids["<IMG_CONTEXT>"])
+    for row in range(3):
+        told = int((batch["labels"][row] != IGNORED).sum())
+        end = int(batch["where"][row, told - 1]) + 2  # the last answer token stands after the one it is told from
+        answer = batch["ids"][row, end - told : end]
+        assert torch.equal(answer, batch["labels"][row, :told])
+        alone = {
+            "pictures": batch["pictures"][row : row + 1],
+            "ids": batch["ids"][row : row + 1, :end],
+            "where": batch["where"][row : row + 1, :told],
+        }
+        logits = answer_logits(model, alone, ids["<IMG_CONTEXT>"])
+        torch.testing.assert_close(together[row, :told], logits[0], rtol=1e-4, atol=1e-4)

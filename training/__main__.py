@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models"), help="for export (default: models)")
     parser.add_argument("--minutes", type=float, default=5, help="wall clock to train for (default: 5)")
     parser.add_argument("--steps", type=int, help="stop after that many steps even if there is time left")
+    parser.add_argument("--frames", type=int, help="4n+1 frames of a VAE's training clips; short ones first is quicker")
     parser.add_argument("--batch", type=int, help="clips per step (default: the stage's)")
     parser.add_argument("--rate", type=float, help="learning rate (default: the stage's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,6 +62,10 @@ def main() -> None:
     )
     if arguments.steps:
         settings = replace(settings, steps=arguments.steps)
+    if arguments.frames:
+        if not arguments.stage.startswith("vae") or arguments.frames % 4 != 1:
+            parser.error("--frames is 4n+1, and for the stages vae21 and vae22 only")
+        settings = replace(settings, frames=arguments.frames)
     train(settings)
 
 

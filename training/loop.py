@@ -32,6 +32,7 @@ class Settings:
     rate: float
     seed: int = 0
     steps: int = 1 << 40
+    frames: int | None = None  # of the clips that a VAE trains on; None: as many as the models make
     warm_up: int = 200
     average: float = 0.998
     graph: bool = True  # on a GPU: forward and backward as one CUDA graph

@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 HELD_OUT = 1 << 20  # seeds from here on are never trained on
 
 
-def train_vae(name: str, settings: Settings, frames: int = scenes.FRAMES) -> None:
+def train_vae(name: str, settings: Settings) -> None:
     """Train one VAE; its checkpoint also holds the latents' statistics and the PSNR on held-out clips, in dB."""
-    device = settings.device
+    device, frames = settings.device, settings.frames or scenes.FRAMES
     torch.manual_seed(settings.seed)
     vae = WholeClip(build_vae(VAES[name])).to(device)
     progress = resume(name, vae.vae, settings)
@@ -44,7 +44,7 @@ def train_vae(name: str, settings: Settings, frames: int = scenes.FRAMES) -> Non
         clips(settings, progress.steps, frames),
         settings,
         progress,
-        lambda: statistics(vae, device, frames, 128 if device.type == "cuda" else 8),
+        lambda: statistics(vae, device, scenes.FRAMES, 128 if device.type == "cuda" else 8),
     )
 
 
