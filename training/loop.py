@@ -140,9 +140,9 @@ def train(
         **finish(),
     }
     save(settings.folder / f"{name}.pt", content)
-    last = losses[-1][1] if losses else math.nan
+    last = round(losses[-1][1], 5) if losses else None  # a run of less than 50 steps says nothing
     extra = {key: value for key, value in content.items() if isinstance(value, float)}
-    log.info("%s: %s", name, json.dumps({"steps": content["steps"], "loss": round(last, 5), **extra}))
+    log.info("%s: %s", name, json.dumps({"steps": content["steps"], "loss": last, **extra}))
 
 
 class Eager:
