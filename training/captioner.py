@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,7 +132,3 @@ def as_pictures(frames: Tensor) -> Tensor:
 def tokens_per_frame() -> int:
     """Image tokens of one frame: patches of 14 pixels, four of which make a token."""
     return (CAPTIONER.image_size // 14 // 2) ** 2
-
-
-def tokenizer_folder(settings: Settings) -> Path:
-    return settings.folder / "caption_tokenizer"
