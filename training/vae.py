@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
+from torch import Tensor, nn
 
 from training import scenes
 from training.family import VAES, build_vae
@@ -21,7 +24,10 @@ def train_vae(name: str, settings: Settings) -> None:
     """Train one VAE; its checkpoint also holds the latents' statistics and the PSNR on held-out clips, in dB."""
     device, frames = settings.device, settings.frames or scenes.FRAMES
     torch.manual_seed(settings.seed)
-    vae = WholeClip(build_vae(VAES[name])).to(device)
+    model = build_vae(VAES[name])
+    if not VAES[name].nested:
+        let_through(model)
+    vae = WholeClip(model).to(device)
     progress = resume(name, vae.vae, settings)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -48,8 +54,52 @@ def train_vae(name: str, settings: Settings) -> None:
     )
 
 
+def let_through(vae: AutoencoderKLWan) -> None:
+    """Initial weights for VAE 2.1, which has no way around its changes of size: pictures pass through from the start.
+
+    The changes of size hand on averages, and the residual blocks begin as nothing. With the usual weights, brightness
+    gets through first and takes every channel, and colours never come.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, WanResidualBlock):
+            nn.init.zeros_(module.conv2.weight)
+            if isinstance(module.conv_shortcut, nn.Conv3d):
+                nn.init.orthogonal_(module.conv_shortcut.weight)
+        elif isinstance(module, WanAttentionBlock):
+            nn.init.zeros_(module.proj.weight)
+        elif isinstance(module, WanResample):
+            down, picture = module.mode.startswith("down"), module.resample[1].weight
+            # halves look at 2 x 2 pixels of the picture, which is padded at its end, and at 2 frames; doubles at one
+            _pass_on(picture, [(0, 0), (0, 1), (1, 0), (1, 1)] if down else [(1, 1)])
+            if module.mode.endswith("3d"):
+                _pass_on(module.time_conv.weight, [(1, 0, 0), (2, 0, 0)] if down else [(2, 0, 0)])
+
+
+@torch.no_grad()
+def _pass_on(weight: Tensor, taps: list[tuple[int, ...]]) -> None:
+    """A convolution that hands on the sum of these taps, twice if it has twice as many channels."""
+    outputs, inputs = weight.shape[:2]
+    if outputs < inputs:
+        passed = nn.init.orthogonal_(torch.empty(outputs, inputs)) * math.sqrt(inputs / outputs)
+    else:
+        passed = torch.eye(inputs).repeat(outputs // inputs, 1)
+    nn.init.zeros_(weight)
+    for tap in taps:
+        at: tuple[int | slice, ...] = (slice(None), slice(None), *tap)
+        weight[at] = passed / math.sqrt(len(taps))
+
+
 def clips(settings: Settings, step: int, frames: int) -> Iterator[Batch]:
-    """Clips, some of which turn grey: so does what tells the A14B which frames are known."""
+    """Clips, some of which turn grey: so does what tells the A14B which frames are known.
+
+    In some clips the channels are turned round one by one, many of them in the first 2,000 steps: colours are as
+    common as brightness then, and no channel can be left for later.
+    """
     generator, device = settings.generator(step), settings.device
     times = torch.arange(frames, device=device)
     for batch in scenes.stream(settings.batch, generator):
@@ -57,7 +107,11 @@ def clips(settings: Settings, step: int, frames: int) -> Iterator[Batch]:
         grey = torch.rand(settings.batch, 1, generator=generator, device=device) < 0.15
         shown = (times < known) | ~grey
         level = 0.15 * torch.rand(settings.batch, 1, 1, 1, 1, generator=generator, device=device)
-        yield {"pixels": batch.draw(times) * shown[:, None, :, None, None], "level": level}
+        turned = torch.rand(settings.batch, 1, generator=generator, device=device) < (0.5 if step < 2000 else 0.1)
+        sign = 1 - 2 * turned * torch.randint(0, 2, (settings.batch, 3), generator=generator, device=device)
+        pixels = batch.draw(times) * sign[:, :, None, None, None]
+        step += 1
+        yield {"pixels": pixels * shown[:, None, :, None, None], "level": level}
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
