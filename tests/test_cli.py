@@ -136,6 +136,12 @@ def test_a_chain_writes_clips_joined_video_prompts_and_records(checkpoints: Path
         assert {"file": clip.name} | written == record and comment_of(clip) == written
 
 
+def test_clips_of_a_chain_are_no_longer_than_the_checkpoint_declares(checkpoints: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt_dir", str(checkpoints / "ti2v"), "--video", str(VIDEO), "--prompt", "x", "--num_videos", "1"]
+    assert cli.continuous_main([*flags, "--output_dir", str(tmp_path / "chain")]) == 0
+    assert len(frames_of(tmp_path / "chain/joined.mp4")) == 5
+
+
 def test_models_load_once_for_a_chain(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wan.modules.model import WanModel
 

@@ -48,7 +48,7 @@ def continuous_flags() -> Parser:
     parser.add_argument("--video", required=True, help="the video to continue")
     parser.add_argument("--num_videos", type=int, help="clips to make; default: the storyboard's, or 12")
     parser.add_argument("--output_dir", default="./continuous_outputs", help="folder for clips, joined video and logs")
-    parser.add_argument("--frame_num", type=int, default=81, help="frames of each clip, 4n+1 (default: 81)")
+    parser.add_argument("--frame_num", type=int, help="frames of each clip, 4n+1; default: 81, or fewer if declared")
     parser.add_argument("--redo", type=int, metavar="K", help="make clip K, counted from 1, again with another seed")
     parser.add_argument("--keep_following", action="store_true", help="with --redo: keep the clips after K as they are")
     parser.add_argument("--storyboard", metavar="FILE", help="what is different in which clip: YAML, JSON or text")
@@ -183,7 +183,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} is not valid UTF-8; set the terminal to UTF-8 or type it again")
     if args.base_seed + (getattr(args, "num_videos", None) or 1) > 2**63:
         raise UserError(f"--base_seed {args.base_seed} is too large; the largest seed is 2**63-1")
-    if hasattr(args, "num_videos") and args.frame_num < 5:
+    if hasattr(args, "num_videos") and args.frame_num is not None and args.frame_num < 5:
         raise UserError(f"--frame_num {args.frame_num}: a clip of a chain needs at least 5 frames")
     if not 0 <= args.drift_correction <= 1:
         raise UserError(f"--drift_correction must be from 0 to 1, {args.drift_correction} is not")

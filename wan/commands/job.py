@@ -16,6 +16,8 @@ from wan.configs import ModelConfig, config_for
 from wan.flags import LORA_FLAGS, Parser, check_world, choose_size, choose_task, parse
 from wan.types import Context, Footage, Generation
 
+CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
+
 if TYPE_CHECKING:
     from wan.continuation import Plan, VideoContinuation
     from wan.modules.lora import LoraFile
@@ -42,6 +44,8 @@ class Job:
         folder = resolve_folder(args.ckpt_dir)  # which may download it
         found = (0, 0) if args.task else identify(folder, Names())
         config = config_for(choose_task(args.task, found, args.video, image), folder)
+        if hasattr(args, "num_videos") and args.frame_num is None:
+            args.frame_num = min(CHAIN_FRAMES, config.frame_num)  # a checkpoint may declare that it makes fewer
         return cls(args, folder, config, choose_size(args.size, config, folder))
 
     def open(self, **continuing: Any) -> Any:
