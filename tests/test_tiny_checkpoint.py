@@ -36,7 +36,7 @@ from wan.modules.text import TextEncoder as WanTextEncoder
 from wan.modules.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ball.mp4"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "shapes.mp4"
 CPU = torch.device("cpu")
 TASKS = {"TI2V-5B": "v2v-5B", "I2V-A14B": "v2v-14B", "T2V-A14B": "t2v-A14B"}
 
@@ -185,10 +185,10 @@ def test_sharding_does_not_change_the_tensors(tmp_path: Path) -> None:
 
 def test_the_example_clip_is_what_its_script_draws() -> None:
     stored = sample_frames(EXAMPLE, 8)
-    drawn = list(frames())
+    drawn = frames()
     info = probe(EXAMPLE)
-    assert (info.width, info.height, info.fps) == (320, 192, 24)
-    chosen = np.stack([drawn[index] for index in frame_indices(len(drawn), 8)])
+    assert (info.width, info.height, info.fps) == (160, 96, 8)
+    chosen = drawn[frame_indices(len(drawn), 8)]
     assert np.abs(stored.astype(int) - chosen).mean() < 3
 
 

@@ -55,12 +55,15 @@ def export(runs: Path, models: Path) -> list[Path]:
             log.warning("%s: not exported, %s is not trained", name, " and ".join(missing))
             continue
         trained = {stage: load(runs / f"{stage}.pt") for stage in stages}
-        shutil.rmtree(models / name, ignore_errors=True)
-        with new_folder(models / name) as folder:
+        complete = models / f".{name}.new"
+        shutil.rmtree(complete, ignore_errors=True)
+        with new_folder(complete) as folder:
             if name == "tiny-InternVL":
                 _write_captioner(folder, trained["captioner"]["weights"], runs / "caption_tokenizer")
             else:
                 _write_wan(folder, name.removeprefix("tiny-Wan2.2-"), trained, runs / "prompt_tokenizer")
+        shutil.rmtree(models / name, ignore_errors=True)
+        complete.rename(models / name)
         made.append(models / name)
         size = sum(file.stat().st_size for file in made[-1].rglob("*") if file.is_file())
         log.info("%s: %.1f MB", made[-1], size / 1e6)
