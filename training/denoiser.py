@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training import scenes
 from training.family import DENOISERS, build_denoiser
 from training.loop import Batch, Settings, half_precision, resume, train
-from training.text import Prompts
+from training.text import Prompts, as_prompts
 from training.vae import Codec
 from wan.configs.rows import NEGATIVE_PROMPT
 
@@ -140,7 +140,11 @@ class Pool:
         context = torch.where(is_worn, worn, earlier)[:, :, -KNOWN:]
         share = torch.tensor([0.5, 0.25, 0.25], device=device)
         count = 1 + torch.multinomial(share, CHUNK, replacement=True, generator=generator)
-        return {**self.encode(clip, context, count), "count": count, "text": self.prompts(batch.captions(0))}
+        return {
+            **self.encode(clip, context, count),
+            "count": count,
+            "text": self.prompts(as_prompts(batch.captions(0), generator)),
+        }
 
 
 def noised_batches(

@@ -23,6 +23,7 @@ from training.vae import HELD_OUT
 from wan.modules.text import PromptTokenizer
 
 LENGTH = 64  # tokens of the longest caption and more
+PREFIX = "continue video"  # what a chain puts before each description, unless it is told otherwise
 FACTS: tuple[tuple[str, ...], ...] = (
     tuple(scenes.COLOURS),
     scenes.SHAPES,
@@ -78,12 +79,18 @@ def train_text(settings: Settings) -> None:
 def batches(tokenizer: PromptTokenizer, settings: Settings, step: int) -> Iterator[Batch]:
     generator = settings.generator(step)
     while True:
-        captions = scenes.sample(settings.batch, generator).captions()
+        captions = as_prompts(scenes.sample(settings.batch, generator).captions(), generator)
         rows = [tokenizer(caption) for caption in captions]
         ids, mask = (torch.cat(parts) for parts in zip(*rows, strict=True))
         facts = torch.stack([facts_of(tokenizer, caption, row) for caption, row in zip(captions, ids, strict=True)])
         found = {"ids": ids, "mask": mask, "facts": facts}
         yield {key: value.to(settings.device) for key, value in found.items()}
+
+
+def as_prompts(captions: list[str], generator: torch.Generator) -> list[str]:
+    """Captions as the command lines make prompts of them: half with the words of a chain before them."""
+    first = torch.rand(len(captions), generator=generator, device=generator.device) < 0.5
+    return [f"{PREFIX} {caption}" if is_first else caption for caption, is_first in zip(captions, first, strict=True)]
 
 
 def facts_of(tokenizer: PromptTokenizer, caption: str, ids: Tensor) -> Tensor:
