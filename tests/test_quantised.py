@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN
-from wan.cli import generate_main
+from wan.cli import continuous_main, generate_main
 from wan.errors import UserError
 from wan.modules.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
 from wan.modules.lora import LoraFile, merge_loras
@@ -423,15 +425,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world: Path, text: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    class Names(dict[str, str]):
-        def __missing__(self, name: str) -> str:
-            return str(world / name)
-
-    words = [word.replace("{clip}", str(VIDEO)) for word in text.split()]
-    words = [word[0] and "".join(str(world / word[1:-1]) if word[0] == "{" else word) for word in words]
-    code = generate_main([*words, "--save_file", str(world / "out.mp4")])
-    return code, capsys.readouterr().err
+def run(
+    world: Path, text: str, capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int] = generate_main
+) -> tuple[int, str]:
+    """The exit code and the standard error of a command; {name} is that file of the folder, {clip} a video."""
+    paths = {"clip": str(VIDEO)}
+    words = re.sub(r"\{(.+?)\}", lambda found: paths.get(found[1], str(world / found[1])), text).split()
+    if main is generate_main:
+        words += ["--save_file", str(world / "out.mp4")]
+    return main(words), capsys.readouterr().err
 
 
 HIGH_FILE, LOW_FILE = "{Wan2.2-I2V-A14B-HighNoise-Q8_0.gguf}", "{wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors}"
@@ -452,6 +454,14 @@ def test_files_stand_in_for_the_shards_of_a_folder(
     assert code == 0, said
     record = json.loads((world / "out.json").read_text())
     assert record["task"] == task and len(record["dit_files"]) == (2 if "A14B" in task else 1)
+
+
+def test_a_chain_is_not_gone_on_with_from_another_file(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = f"--ckpt_dir {{ti2v}} --video {{clip}} --prompt x --frame_num 5 --num_videos 1 --output_dir {world}/chain"
+    for file, wanted in (("5b.gguf", 0), ("5b.gguf", 0), ("5b.safetensors", 2)):
+        code, said = run(world, f"{chain} --dit {{{file}}}", capsys, continuous_main)
+        assert code == wanted, said
+    assert "another checkpoint" in said
 
 
 A14B, FIVE_B = "--ckpt_dir {i2v} --image {i2v.png} --prompt x", "--ckpt_dir {ti2v} --prompt x"
@@ -497,7 +507,7 @@ def test_a_wrong_file_is_said_in_one_line_before_anything_loads(
 def test_a_missing_extra_is_said(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     code, said = run(world, f"{FIVE_B} --dit {{5b.gguf}}", capsys)
     assert code == 2 and 'pip install "wan-continue[gguf]"' in said
     assert run(world, f"{FIVE_B} --dit {{5b.safetensors}}", capsys)[0] == 0

@@ -382,16 +382,15 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
     if kinds:
         name, kind = next(iter(kinds.items()))
         raise UserError(f"{file}: {name} is stored as {kind}, which cannot be read; there is {known}")
-    config_file = None if beside is None else beside / "config.json"
-    config = read_json(config_file) if config_file is not None and config_file.is_file() else {}
+    config = read_json(beside / "config.json") if beside and (beside / "config.json").is_file() else {}
     width = shapes["patch_embedding.weight"][0]
     there = config.get("dim", width)
     if there != width:
         raise UserError(f"{file} is of a model of width {width}, {beside} is of one of width {there}; give one for it")
-    if not config:
+    if not config.keys() & {"num_heads", "num_attention_heads"}:
         if width % _RELEASED_HEAD and beside is not None:
             raise UserError(f"{file} does not say how many heads there are; put its model's config.json into {beside}")
-        config = {"num_heads": width // _RELEASED_HEAD}
+        config = {**config, "num_heads": width // _RELEASED_HEAD}
     scales = {key.removeprefix(prefix): name for key, name in scales.items()}
     return Weights(file, (file,), shapes, config, prefix=prefix, scales=scales)
 
