@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.modules.quantised import FLOAT8, GGUF_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
+from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
 
 Shape = tuple[int, ...]
 
@@ -35,7 +35,6 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # is for products in fp8 alone (the scale of the inputs) or repeats what the dtypes say.
 _SCALES = (".scale_weight", ".weight_scale")
 _BESIDE = re.compile(r"(?:.*\.)?scaled_fp8|.*\.(?:scale_input|input_scale|comfy_quant)")
-_PLAIN = ("F64", "F32", "F16", "BF16")
 _EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
@@ -362,7 +361,7 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
     if suffix == ".gguf":
         header = open_gguf(file)
         shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
-        kinds = {name: kind for name, kind in header.types.items() if kind not in (*GGUF_TYPES, *_PLAIN)}
+        kinds = {name: kind for name, kind in header.types.items() if kind not in (*GGUF_TYPES, *PLAIN_TYPES)}
         scales, known = {}, ", ".join(GGUF_TYPES)
     else:
         shapes, dtypes = dict(_safetensors_shapes(file)), _safetensors_dtypes(file)
@@ -372,7 +371,7 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
         for key, name in scales.items():
             if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
                 raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
-        floats = (*_PLAIN, "F8_E4M3", "F8_E5M2")
+        floats = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2")
         kinds = {name: dtypes[name] for name in shapes if dtypes[name] not in floats}
         known = "scaled fp8"
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in shapes)), "")

@@ -22,7 +22,7 @@ from wan.errors import UserError
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
 GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS")
-_PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is expanded in one piece: 64 MiB of float32, so that expanding takes little beside the weight that it makes.
 _PIECE = 1 << 24
 
@@ -145,8 +145,8 @@ def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | 
         if tensor.name not in keys:
             continue
         name, stored = gguf.GGMLQuantizationType(tensor.tensor_type).name, torch.from_numpy(tensor.data.copy())
-        if name in _PLAIN_TYPES:
-            yield tensor.name, stored.view(_PLAIN_TYPES[name])
+        if name in PLAIN_TYPES:
+            yield tensor.name, stored.view(PLAIN_TYPES[name])
         else:
             yield tensor.name, Packed(stored, gguf_type=name)
 
