@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of one clip at real size, with random weights made on the GPU: no files are needed.
 
-    python -m benchmarks.clip --scenario 5b-704p-121 [--steps 4] [--stock]
+    python -m benchmarks.clip --scenario 5b-704p-121 [--steps 4] [--stock] [--packed fp8]
 
 Prints a table and, as the last line, JSON. Weights do not change speed or memory; quality is not measured here.
 `--stock` times diffusers' own transformer class on the same inputs in the same process: ratios, not lone times.
@@ -26,7 +26,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
 from wan.image2video import WanI2V
-from wan.modules.model import WanModel, policy_dtype
+from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
+from wan.modules.quantised import Packed, PackedLinear
 from wan.modules.text import TextEncoder
 from wan.pipeline import Pipeline
 from wan.placement import Placement, host_peak_gib
@@ -85,7 +86,33 @@ class Words:
         return ids, mask
 
 
-def build(task: str) -> Pipeline:
+# Where the halfs are in a block of a GGUF type; the other bytes may be anything.
+HALFS = {"Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_packed(shape: torch.Size, kind: str, device: str) -> Packed:
+    """A random weight as a quantised file holds it, of about the scale of a real one."""
+    if kind == "fp8":
+        return Packed(torch.randn(shape, device=device).to(torch.float8_e4m3fn), torch.tensor(0.02, device=device))
+    import gguf
+
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = torch.randint(0, 256, (shape[0], shape[1] // elements, size), dtype=torch.uint8, device=device)
+    for start in HALFS[kind]:
+        blocks[..., start], blocks[..., start + 1] = 0, 4  # 2**-14
+    return Packed(blocks.flatten(1), gguf_type=kind)
+
+
+def pack(model: WanModel, kind: str, device: str = "cuda") -> WanModel:
+    """The model with its linear layers as a quantised file would fill them."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and not name.startswith(FLOAT32_PARTS):
+            packed = random_packed(module.weight.shape, kind, device)
+            model.set_submodule(name, PackedLinear(module, packed, module.weight.dtype, torch.device("cpu")))
+    return model
+
+
+def build(task: str, packed: str | None = None) -> Pipeline:
     """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
     cpu = torch.device("cpu")
     pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
@@ -96,7 +123,8 @@ def build(task: str) -> Pipeline:
     def denoiser() -> WanModel:
         with init_empty_weights():
             model = WanModel(**DIT[task])
-        return materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
+        model = materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
+        return pack(model, packed) if packed else model
 
     for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):
         pipeline.__dict__[name] = denoiser()
@@ -202,12 +230,13 @@ def main() -> None:
     parser.add_argument("--context_frames", type=int, default=1, help="known frames: 1 or 4n+1")
     parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
+    parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
 
     task, width, height, frames = SCENARIOS[args.scenario]
     start = time.perf_counter()
-    pipeline = build(task)
+    pipeline = build(task, args.packed)
     built = time.perf_counter() - start
     request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
     runs = [timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload) for seed in (1, 2)]
@@ -218,6 +247,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "offload": not args.no_offload,
+        "packed": args.packed,
         "build_seconds": round(built, 1),
         "first": runs[0],
         "second": runs[1],

@@ -218,11 +218,11 @@ def test_names_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         resolve_folder(file)
 
     asked: list[str] = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: asked.append(name) or str(FIVE_B))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(FIVE_B))
     assert resolve_folder("Wan-AI/Wan2.2-TI2V-5B") == FIVE_B
     assert asked == ["Wan-AI/Wan2.2-TI2V-5B"]
 
-    def offline(name: str) -> str:
+    def offline(name: str, **_: object) -> str:
         raise OSError("no network\nlong explanation")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)

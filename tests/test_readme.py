@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from examples.make_tiny_checkpoint import write_all
+from tests.test_quantised import comfyui, gguf_file, official
 from wan import cli
 from wan.modules.checkpoint import open_safetensors
 
@@ -51,6 +52,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"blocks.0.self_attn.q.{name}": value for name, value in parts.items()}
         save_file(tensors, folder / f"SVI_v2_PRO_{side}.safetensors")
         save_file(tensors, folder / f"fog_{side}.safetensors")
+    for side in ("High", "Low"):
+        shards = folder / "Wan2.2-I2V-A14B" / f"{side.lower()}_noise_model"
+        gguf_file("Q8_0")(official(shards), folder / f"Wan2.2-I2V-A14B-{side}Noise-Q4_K_M.gguf")
+    comfyui(official(folder / "Wan2.2-TI2V-5B"), folder / "wan2.2_ti2v_5B_fp8_scaled.safetensors")
     for name in ("harbour.png", "night.png"):
         (folder / name).symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
     (folder / "first.png").symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
@@ -104,7 +109,7 @@ def test_every_flag_of_the_readme_exists_and_every_flag_is_in_the_readme() -> No
 
     known = {name for parser in (generate_flags(), continuous_flags()) for name in parser._option_string_actions}
     known -= {"-h", "--help"}
-    others = {"--local-dir", "--scenario", "--stock"}
+    others = {"--local-dir", "--exclude", "--scenario", "--stock"}
     mentioned = set(re.findall(r"--[A-Za-z_0-9]+(?:-[a-z]+)*", README)) - others
     assert mentioned - known == set()
     assert known - mentioned == set()

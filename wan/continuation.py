@@ -164,7 +164,8 @@ class VideoContinuation(Pipeline):
 
     Constructor arguments beyond Wan2.2's: `vlm_path` (folder or hub id; default: a folder InternVL3_5-8B in or beside
     the checkpoint folder, else that model on the hub), `vlm_device` (default: the model's own), `vlm_url` (an
-    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_trust_remote_code` and `video_reader`.
+    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_trust_remote_code` and `video_reader`;
+    `dit_files` as in `Pipeline`.
     """
 
     fit: Callable[[int, int, int], tuple[int, int]]  # width, height, max_area -> width, height
@@ -189,6 +190,7 @@ class VideoContinuation(Pipeline):
         vlm_question: str = QUESTION,
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
+        dit_files: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
         super().__init__(
             config,
@@ -201,6 +203,7 @@ class VideoContinuation(Pipeline):
             t5_cpu,
             init_on_cpu,
             convert_model_dtype,
+            dit_files=dit_files,
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))

@@ -13,6 +13,7 @@ from wan.errors import UserError
 from wan.types import CONTINUATIONS, PROMPT_MODES, SOLVERS, Context
 
 V2V_TASKS = ("v2v-14B", "v2v-5B")
+DIT_FLAGS = {"dit": "model", "dit_high": "high_noise_model", "dit_low": "low_noise_model"}
 LORA_FLAGS = {"lora": "model", "lora_high": "high_noise_model", "lora_low": "low_noise_model"}
 
 
@@ -66,6 +67,8 @@ def continuous_flags() -> Parser:
 def _add_common(parser: Parser) -> None:
     add = parser.add_argument
     add("--ckpt_dir", required=True, help="checkpoint folder, official or diffusers layout, or a hub id")
+    for name, expert in (("dit", "5B"), ("dit_high", "A14B, high noise"), ("dit_low", "A14B, low noise")):
+        add(f"--{name}", metavar="FILE", help=f"a .gguf or .safetensors denoiser in place of the folder's ({expert})")
     add("--prompt", help="what happens; when a video is continued the default is its description by the VLM")
     add("--size", help="width*height: the area to fill; the aspect is the input's. Default: the task's first size")
     add("--base_seed", type=int, default=-1, help="seed; negative draws one (default)")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ class Pipeline(ABC):
 
     The checkpoint is checked in the constructor; each model is loaded when it is first used and kept. Constructor
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
-    Raises UserError for a checkpoint that is not whole or not the one that `config` describes.
+    `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
+    attribute name: `model`, or `high_noise_model` and `low_noise_model`. Raises UserError for a checkpoint that is not
+    whole or not the one that `config` describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
@@ -50,6 +53,8 @@ class Pipeline(ABC):
         t5_cpu: bool = False,
         init_on_cpu: bool = True,
         convert_model_dtype: bool = False,
+        *,
+        dit_files: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
             raise UserError(
@@ -61,8 +66,9 @@ class Pipeline(ABC):
         self.text_device = torch.device("cpu") if t5_cpu else self.device
         self.load_device = torch.device("cpu") if init_on_cpu else self.device
         self.convert_model_dtype = convert_model_dtype
+        files = {name: Path(file).expanduser() for name, file in dit_files.items()}
         self.checkpoint = open_checkpoint(
-            resolve_folder(checkpoint_dir),
+            resolve_folder(checkpoint_dir, files),
             in_channels=config.in_channels,
             experts=1 if config.boundary is None else 2,
             names=Names(
@@ -72,7 +78,10 @@ class Pipeline(ABC):
                 text_encoder=config.t5_checkpoint,
                 tokenizer=config.t5_tokenizer,
             ),
+            files=files,
         )
+        for name in files:  # anyone makes such files; a folder's shards are said when they load
+            WanModel.check(self.checkpoint.experts[name])
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
 
     @cached_property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan import __version__, media
 from wan.configs import ModelConfig, config_for
-from wan.flags import LORA_FLAGS, Parser, check_world, choose_size, choose_task, parse
+from wan.flags import DIT_FLAGS, LORA_FLAGS, Parser, check_world, choose_size, choose_task, parse
 from wan.types import Context, Footage, Generation
 
 CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
@@ -35,14 +35,16 @@ class Job:
     @classmethod
     def read(cls, parser: Parser, argv: Sequence[str] | None) -> Job:
         """Flags checked against the checkpoint's files, before any model library is imported. Raises UserError."""
-        from wan.modules.checkpoint import Names, identify, resolve_folder
+        from wan.modules.checkpoint import Names, identify, identify_files, resolve_folder
 
         args = parse(parser, argv)
         check_world(args, dict(os.environ))
         _check_files(args)
         image = getattr(args, "image", None)
-        folder = resolve_folder(args.ckpt_dir)  # which may download it
-        found = (0, 0) if args.task else identify(folder, Names())
+        files = _dit_files(args)
+        by_files = identify_files(files) if files else None
+        folder = resolve_folder(args.ckpt_dir, files)  # which may download it
+        found = (0, 0) if args.task else by_files or identify(folder, Names())
         config = config_for(choose_task(args.task, found, args.video, image), folder)
         if hasattr(args, "num_videos") and args.frame_num is None:
             args.frame_num = min(CHAIN_FRAMES, config.frame_num)  # a checkpoint may declare that it makes fewer
@@ -64,7 +66,12 @@ class Job:
         }
         args = self.args
         return getattr(wan, classes[self.config.name])(
-            self.config, self.folder, t5_cpu=args.t5_cpu, convert_model_dtype=args.convert_model_dtype, **continuing
+            self.config,
+            self.folder,
+            t5_cpu=args.t5_cpu,
+            convert_model_dtype=args.convert_model_dtype,
+            dit_files=_dit_files(args),
+            **continuing,
         )
 
     def open_continuation(self) -> VideoContinuation:
@@ -158,6 +165,8 @@ class Job:
                 "num_segments": plan.num_segments,
                 "video_reader": args.video_reader,
             }
+        if files := _dit_files(args):
+            record["dit_files"] = {expert: readable(file) for expert, file in files.items()}
         return record | {
             **made.notes,
             "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
@@ -176,6 +185,12 @@ def _check_files(args: argparse.Namespace) -> None:
             media.read_image(getattr(args, name))
     if getattr(args, "save_file", None):
         media.check_output(args.save_file)
+
+
+def _dit_files(args: argparse.Namespace) -> dict[str, Path]:
+    """The denoisers that come from a file of their own, by expert."""
+    given = {expert: getattr(args, flag) for flag, expert in DIT_FLAGS.items()}
+    return {expert: Path(file).expanduser() for expert, file in given.items() if file is not None}
 
 
 def readable(path: str | Path) -> str:

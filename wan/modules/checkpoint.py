@@ -1,5 +1,7 @@
 """A checkpoint folder -> weights by part. Official or diffusers layout, told apart by their files; strict keys.
 
+A denoiser may also come from one file by itself, as quantised ones are published: safetensors with scaled fp8, GGUF.
+
 Nothing here reads a tensor until a model is filled: opening a folder looks at file lists and headers only, so that a
 wrong folder, a missing shard or a truncated file is said in one line before any loading starts.
 """
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,8 +25,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
 
 Shape = tuple[int, ...]
+
+# What may stand before the names in a denoiser's own file.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# What the fp8 files of ComfyUI, its converters and lightx2v hold beside the weights: the factor of a weight; and what
+# is for products in fp8 alone (the scale of the inputs) or repeats what the dtypes say.
+_SCALES = (".scale_weight", ".weight_scale")
+_BESIDE = re.compile(r"(?:.*\.)?scaled_fp8|.*\.(?:scale_input|input_scale|comfy_quant)")
+_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
+_RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
 
 @dataclass(frozen=True)
@@ -34,18 +48,24 @@ class Weights:
     shapes: Mapping[str, Shape]
     config: Mapping[str, Any]  # the config.json beside them, or what the header of a single file says; may be empty
     expert: str = ""  # which of a checkpoint's experts they are
+    prefix: str = ""  # what stands before the keys in the file
+    scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
         """Every tensor in turn, mapped from its file; at most one file is open at a time."""
         return self.read(self.shapes)
 
-    def read(self, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:
-        """Those of the tensors that are named, in the order of the files."""
+    def read(self, keys: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+        """Those of the tensors that are named, in the order of the files; what is quantised there stays so."""
+        key_of = {self.prefix + key: key for key in self.shapes if key in keys}
+        scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
+        beside = self.files if scale_of else ()
+        scales = {name: plain(value) for file in beside for name, value in _read(file, set(scale_of.values()))}
         for file in self.files:
-            if file.suffix == ".pth":
-                yield from ((key, tensor) for key, tensor in _read_pth(file).items() if key in keys)
-            else:
-                yield from _read_safetensors(file, keys)
+            for name, value in _read(file, key_of):
+                if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
+                    value = Packed(value, scales[scale_of[name]] if name in scale_of else None)
+                yield key_of[name], value
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,11 @@ class Names:
     tokenizer: str = "google/umt5-xxl"
 
 
-def resolve_folder(name: str | Path) -> Path:
-    """A folder as it is; a hub id ("owner/name") through the hub's client and cache. Raises UserError."""
+def resolve_folder(name: str | Path, denoisers: Container[str] = ()) -> Path:
+    """A folder as it is; a hub id ("owner/name") through the hub's client and cache. Raises UserError.
+
+    `denoisers` are those of the experts that come from elsewhere and are not downloaded.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -86,30 +109,49 @@ def resolve_folder(name: str | Path) -> Path:
 
     # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
     transport: Any = next((base for base in HfHubHTTPError.__bases__ if base is not OSError), OSError)
+    places = {
+        "model": ("diffusion_pytorch_model*", "transformer/*.safetensors"),
+        "high_noise_model": ("high_noise_model/*.safetensors", "transformer/*.safetensors"),
+        "low_noise_model": ("low_noise_model/*.safetensors", "transformer_2/*.safetensors"),
+    }
+    spared = [pattern for expert, patterns in places.items() if expert in denoisers for pattern in patterns]
     try:
-        return Path(snapshot_download(str(name)))
+        return Path(snapshot_download(str(name), ignore_patterns=spared or None))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, transport) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no folder here, and as a hub id it cannot be downloaded: {reason}") from error
 
 
-def open_checkpoint(folder: Path, *, in_channels: int, experts: int, names: Names) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, in_channels: int, experts: int, names: Names, files: Mapping[str, Path] = MappingProxyType({})
+) -> Checkpoint:
     """The checkpoint in `folder`, checked to be whole and to be the model that is asked for.
 
-    `in_channels` are the denoiser's input channels, `experts` 1 or 2. Raises UserError that names the folder, what
-    was expected and what was found.
+    `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, that come from
+    a file of their own in place of the folder's. Raises UserError that names the folder or file, what was expected
+    and what was found.
     """
     if (folder / "model_index.json").is_file():
-        found = _open_diffusers(folder, experts)
+        found = _open_diffusers(folder, experts, files)
     else:
-        found = _open_official(folder, experts, names)
+        found = _open_official(folder, experts, names, files)
+    widths = {name: _patch_embedding(weights)[0] for name, weights in found.experts.items()}
+    if len(set(widths.values())) > 1:
+        said = " and ".join(f"{found.experts[name].path} of {width}" for name, width in widths.items())
+        raise UserError(f"the experts are of different widths, {said}; give two of one model")
     for name, weights in found.experts.items():
         channels = _patch_embedding(weights)[1]
-        if channels != in_channels:
+        if channels == in_channels:
+            continue
+        if name in files:
             raise UserError(
-                f"{folder}: {name} is {kind_of(len(found.experts), channels)}, expected "
-                f"{kind_of(experts, in_channels)}; give that checkpoint or the task that fits this one"
+                f"{weights.path} takes {channels} input channels, {kind_of(experts, in_channels)} is expected; "
+                "give the file of that model"
             )
+        raise UserError(
+            f"{folder}: {name} is {kind_of(len(found.experts), channels)}, expected "
+            f"{kind_of(experts, in_channels)}; give that checkpoint or the task that fits this one"
+        )
     return found
 
 
@@ -131,21 +173,8 @@ def identify(folder: Path, names: Names) -> tuple[int, int]:
     )
 
 
-def fill(
-    model: nn.Module,
-    weights: Weights,
-    source_of: Mapping[str, str],
-    dtype_of: Callable[[str], torch.dtype],
-    device: torch.device,
-    *,
-    rounding: torch.dtype | None = None,
-) -> None:
-    """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
-
-    `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
-    every value through that dtype first. Host memory never holds more than the model and one file.
-    Raises UserError for missing and extra keys and for wrong shapes.
-    """
+def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
+    """Raise UserError for missing and extra keys and for wrong shapes; no tensor is read."""
     target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     problems = [
         _listing("missing", [_name_in_file(name, source_of) for name in target.keys() - source_of.keys()]),
@@ -163,15 +192,47 @@ def fill(
     ]
     if any(problems):
         raise UserError(f"{weights.path} does not fit the model: {'; '.join(filter(None, problems))}")
+
+
+def identify_files(files: Mapping[str, Path]) -> tuple[int, int]:
+    """(experts, input channels) of denoisers in files of their own, by expert. Raises UserError."""
+    channels = {_patch_embedding(open_denoiser(file))[1] for file in files.values()}
+    if len(channels) > 1:
+        raise UserError(f"{' and '.join(map(str, files.values()))} are not of one model; give two of one model")
+    return (1 if "model" in files else 2), channels.pop()
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    source_of: Mapping[str, str],
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+    *,
+    rounding: torch.dtype | None = None,
+    stays_packed: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
+
+    `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
+    every value through that dtype first. What is quantised in the file is expanded, but for the weights of
+    linear layers that `stays_packed` names. Host memory never holds more than the model and one file.
+    Raises UserError for missing and extra keys and for wrong shapes.
+    """
+    check_fit(model, weights, source_of)
     name_of: dict[str, str] = {}
     for name, key in source_of.items():
         name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
     for key, tensor in weights.tensors():
         name = name_of[key]
-        value = torch.empty(tensor.shape, dtype=dtype_of(name), device=device)
-        value.copy_(tensor if rounding is None else tensor.to(rounding))
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
+        if isinstance(tensor, Packed) and isinstance(module, nn.Linear) and leaf == "weight" and stays_packed(name):
+            model.set_submodule(owner, PackedLinear(module, tensor, dtype_of(name), device))
+            continue
+        tensor = plain(tensor)
+        value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+        value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
@@ -196,11 +257,13 @@ def _listing(what: str, keys: Iterable[str]) -> str:
     return f"{what} {', '.join(ordered[:3])}{more}"
 
 
-def _open_official(folder: Path, experts: int, names: Names) -> Checkpoint:
+def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str, Path]) -> Checkpoint:
     parts = (
         {"low_noise_model": names.low_noise, "high_noise_model": names.high_noise} if experts == 2 else {"model": "."}
     )
-    missing = [part for part in parts.values() if not list((folder / part).glob("diffusion_pytorch_model*"))]
+    _check_names(files, parts)
+    wanted = [part for expert, part in parts.items() if expert not in files]
+    missing = [part for part in wanted if not list((folder / part).glob("diffusion_pytorch_model*"))]
     if missing:
         try:
             found = kind_of(*identify(folder, names))
@@ -215,20 +278,21 @@ def _open_official(folder: Path, experts: int, names: Names) -> Checkpoint:
     return Checkpoint(
         folder,
         "official",
-        _open_experts(folder, parts),
+        _open_experts(folder, parts, files),
         _open_pth(folder / names.vae),
         _open_pth(folder / names.text_encoder),
         tokenizer,
     )
 
 
-def _open_diffusers(folder: Path, experts: int) -> Checkpoint:
+def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Checkpoint:
     # There, `transformer` is the high-noise expert and `transformer_2` the low-noise one.
     if experts == 2:
         parts = {"low_noise_model": "transformer_2", "high_noise_model": "transformer"}
     else:
         parts = {"model": "transformer"}
-    wanted = [*parts.values(), "vae", "text_encoder", "tokenizer"]
+    _check_names(files, parts)
+    wanted = [part for expert, part in parts.items() if expert not in files] + ["vae", "text_encoder", "tokenizer"]
     missing = [part for part in wanted if not (folder / part).is_dir()]
     if missing:
         raise UserError(
@@ -239,16 +303,95 @@ def _open_diffusers(folder: Path, experts: int) -> Checkpoint:
     return Checkpoint(
         folder,
         "diffusers",
-        _open_experts(folder, parts),
+        _open_experts(folder, parts, files),
         open_safetensors(folder / "vae", "diffusion_pytorch_model"),
         open_safetensors(folder / "text_encoder", "model"),
         folder / "tokenizer",
     )
 
 
-def _open_experts(folder: Path, parts: Mapping[str, str]) -> dict[str, Weights]:
-    opened = {name: open_safetensors(folder / part, "diffusion_pytorch_model") for name, part in parts.items()}
+def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Weights]:
+    opened = {}
+    for name, part in parts.items():
+        if name in files:
+            check_expert("", files[name], name, "--dit")
+            opened[name] = open_denoiser(files[name], folder / part)
+        else:
+            opened[name] = open_safetensors(folder / part, "diffusion_pytorch_model")
+    if len(set(map(Path.resolve, files.values()))) < len(files):
+        raise UserError(f"{files['high_noise_model']} is given for both experts; give each its own file")
     return {name: replace(weights, expert=name) for name, weights in opened.items()}
+
+
+def _check_names(files: Container[str], parts: Container[str]) -> None:
+    flags = {"model": "--dit", "high_noise_model": "--dit_high", "low_noise_model": "--dit_low"}
+    for name, flag in flags.items():
+        if name in files and name not in parts:
+            there = " and ".join(flags[expert] for expert in flags if expert in parts)
+            raise UserError(f"{flag} is not for this model, which takes {there}")
+
+
+def check_expert(what: str, path: Path, expert: str, flag: str) -> None:
+    """Raise UserError for a file whose name says high or low, and not both, and says the wrong one.
+
+    `what` goes before the path in the message; `flag` is the one that ends in _high or _low.
+    """
+    asked = expert.removesuffix("_noise_model")
+    said = set(_EXPERT.findall(path.name.lower()))
+    if asked in ("high", "low") and len(said) == 1 and asked not in said:
+        word = said.pop()
+        raise UserError(
+            f"{what}{path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
+            f"give it with {flag}_{word}, or rename it if that is not meant"
+        )
+
+
+def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
+    """A denoiser from one file: GGUF, or safetensors in fp8 with or without scales, or in any float.
+
+    Its names are the official ones or diffusers', with or without the prefix of ComfyUI. `beside` is the folder whose
+    config.json says what no shape tells; without one the heads are as wide as in the released models. Raises
+    UserError for a file that is broken, is no Wan denoiser, or is of another size than the configuration.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} {'is a folder; name the file in it' if file.is_dir() else 'does not exist'}")
+    suffix = file.suffix.lower()
+    if suffix not in (".gguf", ".safetensors"):
+        raise UserError(f"{file} is no .gguf or .safetensors file; a denoiser of its own is one of them")
+    if suffix == ".gguf":
+        header = open_gguf(file)
+        shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
+        kinds = {name: kind for name, kind in header.types.items() if kind not in (*GGUF_TYPES, *PLAIN_TYPES)}
+        scales, known = {}, ", ".join(GGUF_TYPES)
+    else:
+        shapes, dtypes = dict(_safetensors_shapes(file)), _safetensors_dtypes(file)
+        shapes, what = {name: shape for name, shape in shapes.items() if not _BESIDE.fullmatch(name)}, "a file"
+        scales = {name: name.removesuffix(end) + ".weight" for end in _SCALES for name in shapes if name.endswith(end)}
+        scales = {key: name for name, key in scales.items() if key in shapes}
+        for key, name in scales.items():
+            if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
+                raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
+        floats = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2")
+        kinds = {name: dtypes[name] for name in shapes if dtypes[name] not in floats}
+        known = "scaled fp8"
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    if len(shapes.get("patch_embedding.weight", ())) != 5:
+        raise UserError(f"{file} is no Wan denoiser: {what} without a patch_embedding.weight of five dimensions")
+    if kinds:
+        name, kind = next(iter(kinds.items()))
+        raise UserError(f"{file}: {name} is stored as {kind}, which cannot be read; there is {known}")
+    config = read_json(beside / "config.json") if beside and (beside / "config.json").is_file() else {}
+    width = shapes["patch_embedding.weight"][0]
+    there = config.get("dim", width)
+    if there != width:
+        raise UserError(f"{file} is of a model of width {width}, {beside} is of one of width {there}; give one for it")
+    if not config.keys() & {"num_heads", "num_attention_heads"}:
+        if width % _RELEASED_HEAD and beside is not None:
+            raise UserError(f"{file} does not say how many heads there are; put its model's config.json into {beside}")
+        config = {**config, "num_heads": width // _RELEASED_HEAD}
+    scales = {key.removeprefix(prefix): name for key, name in scales.items()}
+    return Weights(file, (file,), shapes, config, prefix=prefix, scales=scales)
 
 
 def open_safetensors(folder: Path, stem: str) -> Weights:
@@ -319,6 +462,18 @@ def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
                 yield key, tuple(opened.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read, it may be truncated; download it again ({error})") from error
+
+
+def _safetensors_dtypes(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+
+
+def _read(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+    """The named tensors of a file of any kind."""
+    if file.suffix == ".pth":
+        return ((name, tensor) for name, tensor in _read_pth(file).items() if name in names)
+    return read_gguf(file, names) if file.suffix.lower() == ".gguf" else _read_safetensors(file, names)
 
 
 def _read_safetensors(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
 """LoRA files -> the weights of a denoiser: W + strength * alpha / rank * B @ A, whatever the file calls its layers.
 
 Strength and sum are applied in float32 to the checkpoint's own values and rounded once, so that what is merged depends
-on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again.
+on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again. A layer
+whose weight stays quantised holds the LoRA beside it and does the same sum whenever it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor
 
 from wan.errors import UserError
-from wan.modules.checkpoint import Shape, Weights, open_file, read_json, sampled_digest
+from wan.modules.checkpoint import Shape, Weights, check_expert, open_file, read_json, sampled_digest
 from wan.modules.model import WanModel, key_map
+from wan.modules.quantised import Addition, PackedLinear, plain
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,7 +52,6 @@ _KEY = re.compile(
 )
 _ROLES = {"A": "down", "down": "down", "B": "up", "up": "up"}
 _STRENGTH = re.compile(r"(?i)[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.ASCII)
-_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,25 @@ def merge_loras(model: WanModel, weights: Weights, loras: Sequence[LoraFile]) ->
     source_of = key_map(weights)
     name_of = {source_of[name]: name for name in changed | model.altered}
     model.loras, model.altered = None, changed | model.altered  # until all is done
-    for key, original in weights.read(name_of):
+    packed = {name: module for name in name_of.values() if (module := _packed(model, name))}
+    for name, linear in packed.items():
+        linear.hold([addition for file in opened for addition in file.additions(name, linear.weight.device)])
+    for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
-        value = original.to(parameter.device, torch.float32, copy=True)
+        value = plain(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
         for file in opened:
             file.add(name_of[key], value)
         parameter.copy_(value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
+
+
+def _packed(model: WanModel, name: str) -> PackedLinear | None:
+    """The layer that holds this parameter packed, and so takes what is added to it as it is."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return module if leaf == "weight" and isinstance(module, PackedLinear) else None
 
 
 @dataclass(frozen=True)
@@ -164,27 +175,38 @@ class _Opened:
 
     def add(self, name: str, value: Tensor) -> None:
         """Add what this file holds for a parameter to its float32 value; no more of the file is read."""
+        additions = self.additions(name, value.device)
+        for addition in additions:
+            addition.add_to(value)
+        if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
+            raise self._not_finite(name)
+
+    def additions(self, name: str, device: torch.device) -> list[Addition]:
+        """What this file adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
         part = self.parts.get(name)
         if part is None:
-            return
-        read = {key: tensor.to(value.device, torch.float32) for key, tensor in self.file.read(part.keys.values())}
+            return []
+        read = {key: plain(tensor).to(device, copy=True) for key, tensor in self.file.read(part.keys.values())}
         tensors = {role: read[key] for role, key in part.keys.items()}
-        strength = self.match.lora.strength
-        if "up" in tensors:  # the three are flat because a convolution's have five dimensions
-            up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
-            value.view(len(value), -1).addmm_(up, down, alpha=strength * part.scale)
+        if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
+            raise self._not_finite(name)
+        strength, found = self.match.lora.strength, []
+        if "up" in tensors:
+            found.append(Addition(tensors["up"].flatten(1), tensors["down"].flatten(1), strength * part.scale))
         if "bias" in tensors:
-            value.add_(tensors["bias"], alpha=strength * part.scale)
+            found.append(Addition(tensors["bias"], None, strength * part.scale))
         if "diff" in tensors:
-            value.add_(tensors["diff"], alpha=strength)
-        if not value.sum().isfinite():  # as telling as every value by itself, and far quicker
-            raise UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
+            found.append(Addition(tensors["diff"], None, strength))
+        return found
+
+    def _not_finite(self, name: str) -> UserError:
+        return UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
 
 
 def _open(lora: LoraFile, weights: Weights) -> _Opened:
     """The file, checked against the model and its expert. Raises UserError."""
     _check_path(lora.path)
-    _check_expert(lora.path, weights.expert)
+    check_expert("LoRA ", lora.path, weights.expert, "--lora")
     file = open_file(lora.path)
     lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
     layers = _layers(file)
@@ -221,18 +243,6 @@ def _check_path(path: Path) -> None:
         raise UserError(
             f"LoRA {path} is no .safetensors file; others may run code when they are opened: convert it "
             "(torch.load with weights_only=True, then safetensors.torch.save_file) or download it as .safetensors"
-        )
-
-
-def _check_expert(path: Path, expert: str) -> None:
-    """A name that says high or low, and not both, must say the right one."""
-    asked = expert.removesuffix("_noise_model")
-    said = set(_EXPERT.findall(path.name.lower()))
-    if asked in ("high", "low") and len(said) == 1 and asked not in said:
-        word = said.pop()
-        raise UserError(
-            f"LoRA {path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
-            f"give it with --lora_{word}, or rename it if that is not meant"
         )
 
 
@@ -313,7 +323,8 @@ def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str
 
 def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
     """alpha / rank by layer. Where the file says nothing of alpha it is the rank."""
-    alphas = dict(file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys}))
+    read = file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys})
+    alphas = {key: plain(value) for key, value in read}
     adapter = _adapter(file)
     patterns = adapter.get("alpha_pattern") or {}
     scales = {}

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedd
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.modules.checkpoint import Weights, fill
+from wan.modules.checkpoint import Weights, check_fit, fill
 
 # Parameters that stay float32 whatever the compute dtype is.
 FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
@@ -57,14 +57,32 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
-        float32, as the official flag of that name does. Raises UserError when the weights do not fit.
+        float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantised
+        in the file hold them as they are. Raises UserError when the weights do not fit.
         """
-        with init_empty_weights():
-            model = cls(**infer_config(weights))
+        model = cls._empty(weights)
         model.rounding = dtype if convert_model_dtype else None
-        fill(model, weights, key_map(weights), lambda name: policy_dtype(name, dtype), device, rounding=model.rounding)
+        fill(
+            model,
+            weights,
+            key_map(weights),
+            lambda name: policy_dtype(name, dtype),
+            device,
+            rounding=model.rounding,
+            stays_packed=lambda name: not name.startswith(FLOAT32_PARTS),
+        )
         model.to(device).eval()
         return model
+
+    @classmethod
+    def check(cls, weights: Weights) -> None:
+        """Raise UserError when the weights do not fit; no tensor is read."""
+        check_fit(cls._empty(weights), weights, key_map(weights))
+
+    @classmethod
+    def _empty(cls, weights: Weights) -> WanModel:
+        with init_empty_weights():
+            return cls(**infer_config(weights))
 
 
 def key_map(weights: Weights) -> dict[str, str]:
@@ -145,14 +163,19 @@ class _ConditionEmbedder(WanTimeTextImageEmbedding):  # type: ignore[misc]
         if timestep_seq_len is not None:
             sinusoid = sinusoid.unflatten(0, (-1, timestep_seq_len))
         time = self.time_embedder(sinusoid)
-        text = self.text_embedder(encoder_hidden_states.to(self.text_embedder.linear_1.weight.dtype))
+        text = self.text_embedder(encoder_hidden_states.to(_compute_dtype(self.text_embedder)))
         return time, self.time_proj(self.act_fn(time)), text, encoder_hidden_states_image
 
 
 def _cast_to_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pre-hook: tensors in the dtype of the weights. The rotary pair, a tuple, stays float32."""
-    dtype = next(module.parameters()).dtype
+    dtype = _compute_dtype(module)
     return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in args)
+
+
+def _compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's parameters, but for weights that stay packed."""
+    return next(p.dtype for p in module.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
 
 
 def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

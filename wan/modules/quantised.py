@@ -1,0 +1,180 @@
+"""Weights that stay in memory as a file holds them, and become numbers when they are used: scaled fp8, GGUF blocks.
+
+A packed weight is expanded in float32 and rounded once to the compute dtype, in each forward, so that the results are
+those of a model whose weights were expanded when they were loaded. LoRAs are added before that rounding, as they are
+to weights that are not packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.errors import UserError
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
+GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS")
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What is expanded in one piece: 64 MiB of float32, so that expanding takes little beside the weight that it makes.
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as a file holds it: `data * scale`, or the blocks of a GGUF type along the last dimension."""
+
+    data: Tensor  # fp8 (or any float) in the tensor's own shape; uint8 [..., bytes] of blocks
+    scale: Tensor | None = None  # float32, one number or one per row
+    gguf_type: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            object.__setattr__(self, "scale", self.scale.float().reshape(-1, *(1 for _ in self.data.shape[1:])))
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """These rows (along the first dimension) as numbers, float32, in memory of their own."""
+        data = self.data[rows]
+        if self.gguf_type is not None:
+            return _expand(data, self.gguf_type)
+        value = data.to(torch.float32, copy=True)
+        if self.scale is None:
+            return value
+        return value.mul_(self.scale if len(self.scale) == 1 else self.scale[rows])
+
+
+def plain(value: Tensor | Packed) -> Tensor:
+    """A tensor as numbers, whichever way it is held."""
+    return value.rows() if isinstance(value, Packed) else value
+
+
+@dataclass(frozen=True)
+class Addition:
+    """`strength * left @ right`, or `strength * left`: what a LoRA adds to a parameter."""
+
+    left: Tensor  # [out, rank]; without `right` in the parameter's shape
+    right: Tensor | None  # [rank, in]
+    strength: float
+
+    def add_to(self, value: Tensor, rows: slice = slice(None)) -> None:
+        """Add these rows to the float32 rows of a parameter."""
+        left = self.left[rows].float()
+        if self.right is None:
+            value.add_(left, alpha=self.strength)
+        else:  # flat because a convolution's weights have five dimensions
+            value.view(len(value), -1).addmm_(left, self.right.float(), alpha=self.strength)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a packed weight; `dtype` is that of its inputs, its bias and its outputs."""
+
+    def __init__(self, linear: nn.Linear, packed: Packed, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.bias = linear.bias
+        self.dtype = dtype
+        self.gguf_type = packed.gguf_type
+        self.weight = nn.Parameter(packed.data.to(device, copy=True), requires_grad=False)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None if packed.scale is None else packed.scale.to(device, copy=True))
+        self.strengths: tuple[float, ...] = ()
+
+    def hold(self, additions: Sequence[Addition]) -> None:
+        """Add these, and no others, to the weight whenever it is used."""
+        for index in range(len(self.strengths)):
+            del self._buffers[f"left_{index}"], self._buffers[f"right_{index}"]
+        for index, addition in enumerate(additions):  # buffers, so that they go where the weight goes
+            self.register_buffer(f"left_{index}", addition.left, persistent=False)
+            self.register_buffer(f"right_{index}", addition.right, persistent=False)
+        self.strengths = tuple(addition.strength for addition in additions)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in] in the compute dtype, with what is held added."""
+        packed = Packed(self.weight.data, self.scale, self.gguf_type)
+        held = []
+        for index, strength in enumerate(self.strengths):
+            right = self._buffers[f"right_{index}"]
+            left = self.get_buffer(f"left_{index}")
+            held.append(Addition(left, None if right is None else right.float(), strength))
+        whole = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device)
+        step = max(1, _PIECE // self.in_features)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, start + step)
+            value = packed.rows(rows)
+            for addition in held:
+                addition.add_to(value, rows)
+            whole[rows] = value
+        return whole
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dense(), self.bias)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What the head of a GGUF file says."""
+
+    architecture: str
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+
+
+def open_gguf(file: Path) -> GgufHeader:
+    """The head of a GGUF file, which is checked to be whole. Raises UserError."""
+    gguf, reader = _reader(file)
+    shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
+    for name in shapes:  # converters that cannot write five dimensions flatten, and say so (ComfyUI-GGUF)
+        field = reader.get_field(f"comfy.gguf.orig_shape.{name}")
+        if field is not None:
+            shapes[name] = tuple(map(int, field.contents()))
+    architecture = reader.get_field("general.architecture")
+    types = {tensor.name: gguf.GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors}
+    return GgufHeader("unnamed" if architecture is None else str(architecture.contents()), shapes, types)
+
+
+def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+    """The named tensors of a GGUF file, each copied from it; the types F32, F16 and BF16 as plain tensors."""
+    gguf, reader = _reader(file)
+    for tensor in reader.tensors:
+        if tensor.name not in keys:
+            continue
+        name, stored = gguf.GGMLQuantizationType(tensor.tensor_type).name, torch.from_numpy(tensor.data.copy())
+        if name in PLAIN_TYPES:
+            yield tensor.name, stored.view(PLAIN_TYPES[name])
+        else:
+            yield tensor.name, Packed(stored, gguf_type=name)
+
+
+def _reader(file: Path) -> tuple[ModuleType, Any]:
+    gguf = _gguf(file)
+    try:
+        return gguf, gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})") from error
+
+
+def _gguf(file: Path) -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f'{file}: GGUF files need the gguf package: pip install "wan-continue[gguf]"') from error
+    return gguf
+
+
+def _expand(data: Tensor, gguf_type: str) -> Tensor:
+    """Blocks uint8 [..., bytes] -> float32 [..., elements]."""
+    import gguf
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
+    kind = gguf.GGMLQuantizationType[gguf_type]
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = data.reshape(-1, size)
+    value: Tensor = dequantize_functions[kind](blocks, elements, size, dtype=torch.float32)
+    return value.reshape(*data.shape[:-1], data.shape[-1] // size * elements)
