@@ -51,6 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"blocks.0.self_attn.q.{name}": value for name, value in parts.items()}
         save_file(tensors, folder / f"SVI_v2_PRO_{side}.safetensors")
         save_file(tensors, folder / f"fog_{side}.safetensors")
+        save_file(tensors, folder / f"lightx2v_{side}.safetensors")
     for name in ("harbour.png", "night.png"):
         (folder / name).symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
     (folder / "first.png").symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
