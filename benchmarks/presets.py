@@ -40,10 +40,10 @@ CACHES = (
 INTERVALS = ((0.0, 0.9), (0.3, 1.0), (0.5, 1.0))
 
 
-def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Of pixels in [-1, 1], in dB."""
+def psnr(made: torch.Tensor, wanted: torch.Tensor) -> float | None:
+    """Of pixels in [-1, 1], in dB; None where they are equal."""
     error = float((made - wanted).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(4 / error)
+    return None if error == 0 else 10 * math.log10(4 / error)
 
 
 @contextmanager
@@ -151,9 +151,10 @@ def calibrate(pipeline: VideoContinuation, clip: Any, plain: Sampling) -> None:
 def compare(made: list[tuple[Generation, int]], wanted: list[tuple[Generation, int]]) -> dict[str, Any]:
     pairs = list(zip(made, wanted, strict=True))
     errors = [float((a.latents - b.latents).norm() / b.latents.norm()) for (a, _), (b, _) in pairs]
+    levels = [level for (a, _), (b, _) in pairs if (level := psnr(a.clip.frames, b.clip.frames)) is not None]
     return {
         "work": round(statistics.mean(a / b for (_, a), (_, b) in pairs), 3),
-        "psnr_db": round(statistics.mean(psnr(a.clip.frames, b.clip.frames) for (a, _), (b, _) in pairs), 1),
+        "psnr_db": round(statistics.mean(levels), 1) if levels else None,
         "latent_error": round(statistics.mean(errors), 4),
         "sample_s": round(statistics.mean(a.seconds["sample"] for (a, _), _ in pairs), 2),
     }
