@@ -60,7 +60,7 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_shift nan", "sample_shift must be a positive number"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_guide_scale high", "expected one number or LOW,HIGH, not 'high'"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_guide_scale 1,2,3", "expected one number or LOW,HIGH"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_solver euler", "argument --sample_solver: invalid choice"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_solver heun", "argument --sample_solver: invalid choice"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --offload_model maybe", "expected true or false, not 'maybe'"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 6", "frame_num must be 4n+1: 6 is not, 5 and 9 are"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 0", "--frame_num must be at least 1, 0 is not"),

@@ -52,6 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = {f"blocks.0.self_attn.q.{name}": value for name, value in parts.items()}
         save_file(tensors, folder / f"SVI_v2_PRO_{side}.safetensors")
         save_file(tensors, folder / f"fog_{side}.safetensors")
+        save_file(tensors, folder / f"lightx2v_{side}.safetensors")
     for side in ("High", "Low"):
         shards = folder / "Wan2.2-I2V-A14B" / f"{side.lower()}_noise_model"
         gguf_file("Q8_0")(official(shards), folder / f"Wan2.2-I2V-A14B-{side}Noise-Q4_K_M.gguf")

@@ -96,7 +96,7 @@ def test_geometry_counts_latents_and_tokens() -> None:
         ((4, 0.0, (1.0, 1.0), "unipc"), "sample_shift must be a positive number"),
         ((4, float("nan"), (1.0, 1.0), "unipc"), "sample_shift must be a positive number"),
         ((4, 5.0, (float("inf"), 1.0), "unipc"), "sample_guide_scale must be finite"),
-        ((4, 5.0, (1.0, 1.0), "euler"), "sample_solver must be one of unipc, dpm"),
+        ((4, 5.0, (1.0, 1.0), "heun"), "sample_solver must be one of unipc, dpm"),
     ],
 )
 def test_sampling_that_exists_is_valid(values: Any, message: str) -> None:

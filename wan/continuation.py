@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,8 +93,9 @@ class Plan:
     `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
-    that `svi2pro` holds on to, `end` the clip's last frame. `drift_correction` is a strength, 0 for none. Of `best_of`
-    candidates the one with the least visible seam is taken. Raises UserError for what does not go together.
+    that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
+    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
+    least visible seam is taken. Raises UserError for what does not go together.
     """
 
     geometry: Geometry
@@ -111,6 +111,7 @@ class Plan:
     cut: Frame | bool | None = None
     loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
     prompt_mode: str = "describe"
+    preset: str = "quality"
     drift_correction: float = 0.0
     best_of: int = 1
     number: int = 1  # of `count` clips
@@ -236,7 +237,8 @@ class VideoContinuation(Pipeline):
 
         The video starts with the file's last frame. Without `prompt` the VLM describes the file, after
         `custom_prompt` if that is given. What is None comes from the config. `more` are keyword arguments of `plan`:
-        with a longer `context` the video starts with that many of the file's last frames. Raises UserError.
+        with a longer `context` the video starts with that many of the file's last frames; with a `preset` its solver
+        takes the place of 'unipc'. Raises UserError.
         """
         footage = VideoFile(video_path, self.video_reader)
         plan = self.plan(
@@ -244,7 +246,7 @@ class VideoContinuation(Pipeline):
             max_area=max_area,
             frame_num=frame_num,
             shift=shift,
-            solver=sample_solver,
+            solver=None if sample_solver == "unipc" else sample_solver,  # the default is no choice against a preset
             steps=sampling_steps,
             guidance=guide_scale,
             negative=n_prompt,
@@ -264,9 +266,12 @@ class VideoContinuation(Pipeline):
         max_area: int | None = None,
         frame_num: int | None = None,
         shift: float | None = None,
-        solver: str = "unipc",
+        solver: str | None = None,
         steps: int | None = None,
         guidance: float | tuple[float, float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        cache: str | None = None,
+        preset: str = "quality",
         negative: str = "",
         context: Context | None = None,
         anchor: Frame | None = None,
@@ -274,7 +279,7 @@ class VideoContinuation(Pipeline):
         loras: Mapping[str, Sequence[LoraFile]] = MappingProxyType({}),
         **rest: Any,
     ) -> Plan:
-        """A plan that fits the footage: its aspect within `max_area` pixels. None means the config's value.
+        """A plan that fits the footage: its aspect within `max_area` pixels. None means the preset's or config's value.
 
         `rest` are further fields of `Plan`. Raises UserError.
         """
@@ -289,16 +294,20 @@ class VideoContinuation(Pipeline):
         plan = Plan(
             self.geometry(*size, config.frame_num if frame_num is None else frame_num),
             self.sampling(
-                config.sample_steps if steps is None else steps,
-                config.sample_shift if shift is None else shift,
+                steps,
+                shift,
                 solver,
-                config.guidance if guidance is None else guidance,
+                guidance,
+                guidance_interval=guidance_interval,
+                cache=cache,
+                preset=preset,
             ),
             negative or config.sample_neg_prompt,
             context=context,
             anchor=anchor,
             end=end,
             loras={name: tuple(files) for name, files in loras.items() if files},
+            preset=preset,
             **rest,
         )
         self.check(plan)
@@ -316,20 +325,20 @@ class VideoContinuation(Pipeline):
         if plan.cut is True and plan.prompt is None:
             raise UserError("cut: true makes a clip of text alone: give it a prompt")
         self.check_loras(plan.loras)
+        self.check_distilled(plan.preset, plan.loras)
         self._check_pairing(plan)
 
     def _check_pairing(self, plan: Plan) -> None:
         """SVI's layout needs its LoRAs and they need it; which of its versions a file is, only its name can tell."""
-        names = {expert: [file.path.name for file in plan.loras.get(expert, ())] for expert in self.checkpoint.experts}
+        found = [file.path.name for files in plan.loras.values() for file in files if file.is_svi]
         if plan.context.mode == "svi2pro":
-            if not all(names.values()):
+            if not all(plan.loras.get(expert) for expert in self.checkpoint.experts):
                 raise UserError("--continuation svi2pro needs its pair of LoRAs: give --lora_high and --lora_low")
-            wrong = [name for files in names.values() for name in files if _is_svi(name) and "pro" not in name.lower()]
-            if not any(_is_svi(name) for files in names.values() for name in files):
+            if not found:
                 log.warning("no name of the LoRAs says SVI; svi2pro makes noise without the 2.0 Pro pair")
-            if wrong:
+            if wrong := [name for name in found if "pro" not in name.lower()]:
                 raise UserError(f"{wrong[0]} is of another SVI version; svi2pro needs the 2.0 Pro pair")
-        elif found := [name for files in names.values() for name in files if _is_svi(name)]:
+        elif found:
             raise UserError(f"{found[0]} is trained for another conditioning; use it with --continuation svi2pro")
 
     @property
@@ -550,10 +559,6 @@ def chain(
         made = extend(footage, seeds.get(index, seed + index))
         yield made
         footage = made
-
-
-def _is_svi(name: str) -> bool:
-    return re.search(r"(?<![a-z])svi(?=pro|[^a-z]|$)", name.lower()) is not None
 
 
 def choose_anchor(footage: Footage) -> Frame:

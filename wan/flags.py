@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan.configs import WAN_CONFIGS, ModelConfig, parse_size
+from wan.configs import PRESETS, WAN_CONFIGS, ModelConfig, parse_size
 from wan.errors import UserError
-from wan.types import CONTINUATIONS, PROMPT_MODES, SOLVERS, Context
+from wan.types import CACHES, CONTINUATIONS, PROMPT_MODES, SOLVERS, Context, StepCache
 
 V2V_TASKS = ("v2v-14B", "v2v-5B")
 DIT_FLAGS = {"dit": "model", "dit_high": "high_noise_model", "dit_low": "low_noise_model"}
@@ -72,10 +72,23 @@ def _add_common(parser: Parser) -> None:
     add("--prompt", help="what happens; when a video is continued the default is its description by the VLM")
     add("--size", help="width*height: the area to fill; the aspect is the input's. Default: the task's first size")
     add("--base_seed", type=int, default=-1, help="seed; negative draws one (default)")
-    add("--sample_solver", choices=SOLVERS, default="unipc")
-    add("--sample_steps", type=int, help="solver steps; default: the model's")
-    add("--sample_shift", type=float, help="sigma shift; default: the model's")
-    add("--sample_guide_scale", type=_guidance, metavar="G or LOW,HIGH", help="guidance; default: the model's")
+    add("--preset", choices=tuple(PRESETS), default="quality", help="settings that go together; turbo needs LoRAs")
+    add("--sample_solver", choices=SOLVERS, help="default: the preset's, or unipc")
+    add("--sample_steps", type=int, help="solver steps; default: the preset's, or the model's")
+    add("--sample_shift", type=float, help="sigma shift; default: the preset's, or the model's")
+    add("--sample_guide_scale", type=_guidance, metavar="G or LOW,HIGH", help="guidance; default: likewise")
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guidance only at sigmas from LOW to HIGH, one forward outside; 0 1: everywhere (default)",
+    )
+    add(
+        "--cache",
+        metavar="NAME[:S]",
+        help=f"reuse what changes little between steps: off (default), {', '.join(CACHES)}; S: how freely",
+    )
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
@@ -194,6 +207,8 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         names = ("continuation", "context_frames", "anchor_image", "drift_correction", "prompt_mode")
         if asked := [name for name in names if getattr(args, name) not in (None, 0.0, "describe")]:
             raise UserError(f"--{asked[0]} goes with --video, the clip to continue")
+    if args.cache is not None:
+        StepCache.parse(args.cache)
     context = Context.choose(args.continuation, args.context_frames)
     if args.anchor_image is not None and context.mode != "svi2pro":
         raise UserError("--anchor_image goes with --continuation svi2pro")

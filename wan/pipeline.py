@@ -11,11 +11,12 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan.configs import ModelConfig
+from wan.configs import ModelConfig, preset_named
 from wan.errors import UserError
 from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
@@ -23,10 +24,13 @@ from wan.modules.lora import LoraFile, LoraMatch, check_loras, merge_loras
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, plan_stages, sample
 from wan.modules.schedule import build_scheduler
+from wan.modules.step_cache import Caching
 from wan.modules.text import PromptTokenizer, TextEncoder
 from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.placement import Placement, generator_on, main_device, peak_gib, reset_peak, synchronize
-from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, Step, TextContext
+from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, Step, StepCache, TextContext
+
+_LORA_FLAGS = {"model": "--lora", "low_noise_model": "--lora_low", "high_noise_model": "--lora_high"}
 
 
 class Pipeline(ABC):
@@ -108,11 +112,10 @@ class Pipeline(ABC):
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
-        flags = {"model": "--lora", "low_noise_model": "--lora_low", "high_noise_model": "--lora_high"}
         for name, files in loras.items():
             if name not in self.checkpoint.experts:
-                there = " and ".join(flags[expert] for expert in sorted(self.checkpoint.experts))
-                raise UserError(f"{flags.get(name, name)} is not for {self.config.name}, which takes {there}")
+                there = " and ".join(_LORA_FLAGS[expert] for expert in sorted(self.checkpoint.experts))
+                raise UserError(f"{_LORA_FLAGS.get(name, name)} is not for {self.config.name}, which takes {there}")
             if (name, files) not in self._fitting:  # a storyboard asks for each of its clips
                 check_loras(files, self.checkpoint.experts[name])
                 self._fitting.add((name, files))
@@ -155,9 +158,26 @@ class Pipeline(ABC):
         return Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
 
     def sampling(
-        self, steps: int, shift: float, solver: str, guide_scale: float | tuple[float, float] | list[float]
+        self,
+        steps: int | None = None,
+        shift: float | None = None,
+        solver: str | None = None,
+        guide_scale: float | tuple[float, float] | list[float] | None = None,
+        *,
+        guidance_interval: tuple[float, float] | None = None,
+        cache: str | None = None,
+        preset: str = "quality",
     ) -> Sampling:
-        """Wan's sampling arguments as one value; one guidance number is for both experts. Raises UserError."""
+        """Wan's sampling arguments as one value; one guidance number is for both experts.
+
+        What is None is the preset's, and what that leaves open the model's. An interval of (0, 1) and the cache "off"
+        take out what the preset has. Raises UserError, also for a cache that could leave nothing out.
+        """
+        row, config = preset_named(preset), self.config
+        if guide_scale is None:
+            guide_scale = config.guidance if row.guidance is None else row.guidance
+        if guidance_interval is None:
+            guidance_interval = row.guidance_interval
         if isinstance(guide_scale, int | float):
             guide_scale = (guide_scale, guide_scale)
         try:
@@ -168,7 +188,57 @@ class Pipeline(ABC):
             ) from error
         if low != high and self.config.boundary is None:
             raise UserError(f"guide_scale {low}, {high}: this model has one expert and takes one number")
-        return Sampling(steps, shift, (float(low), float(high)), solver)
+        sampling = Sampling(
+            _first(steps, row.steps, config.sample_steps),
+            _first(shift, row.shift, config.sample_shift),
+            (float(low), float(high)),
+            _first(solver, row.solver),
+            None if guidance_interval == (0, 1) else guidance_interval,
+            StepCache.parse(_first(cache, row.cache)),
+        )
+        self._check_cache(sampling)
+        return sampling
+
+    def _check_cache(self, sampling: Sampling) -> None:
+        cache = sampling.cache
+        if cache is None:
+            return
+        if sampling.uses("magcache") and len(self.config.mag_ratios) != len(self.checkpoint.experts):
+            raise UserError(
+                "cache magcache needs this model's mag_ratios in its wan_config.json (python -m benchmarks.presets "
+                "measures them); use first_block, which needs none"
+            )
+        shares = [steps for steps, _ in self.steps_of(sampling)]
+        if all(steps <= cache.whole(steps) for steps in shares):
+            raise UserError(
+                f"cache {cache} leaves nothing out of {' + '.join(map(str, shares))} steps, the first "
+                f"{cache.whole(max(shares))} are computed whole; give --cache off or more --sample_steps"
+            )
+
+    def steps_of(self, sampling: Sampling) -> list[tuple[int, int]]:
+        """The steps of each expert, from high noise to low, and how many of them have guidance's second forward."""
+        train, boundary = self.config.num_train_timesteps, self.config.boundary
+        timesteps = build_scheduler(sampling, torch.device("cpu"), train).timesteps.tolist()
+        low, high = sampling.guidance
+        shares = [(timesteps, low)]
+        if boundary is not None:
+            split = sum(t >= boundary * train for t in timesteps)
+            shares = [(timesteps[:split], high), (timesteps[split:], low)]
+        return [
+            (len(share), 0 if scale == 1 else sum(sampling.guides(t / train) for t in share)) for share, scale in shares
+        ]
+
+    def check_distilled(self, preset: str, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Raise UserError where a preset for step-distillation LoRAs has none for an expert."""
+        if not preset_named(preset).distilled:
+            return
+        missing = [name for name in self.checkpoint.experts if all(file.is_svi for file in loras.get(name, ()))]
+        if missing:
+            needed = " and ".join(f"{_LORA_FLAGS[name]} FILE" for name in sorted(missing))
+            raise UserError(
+                f"--preset {preset} needs {needed}: 4-step distillation LoRAs of {self.config.name}, for A14B "
+                "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning"
+            )
 
     def run(self, request: Request, *, offload: bool = True, on_step: OnStep | None = None) -> Generation:
         """Make one clip. `offload` keeps only the model in use on the GPU."""
@@ -185,8 +255,11 @@ class Pipeline(ABC):
             self._merge_loras(request.loras)
         with watch.stage("sample"):
             scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
-            stages = plan_stages(scheduler.timesteps, experts)
-            latents = sample(noise, stages, scheduler, condition, context, placement, on_step)
+            train = self.config.num_train_timesteps
+            stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
+            names = [expert.name for expert in experts]
+            caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
+            latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching)
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
@@ -277,6 +350,10 @@ class Stopwatch:
         yield
         synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 def draw_seed(seed: int) -> int:

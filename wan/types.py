@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,7 +17,11 @@ from torch import Tensor
 
 from wan.errors import UserError
 
-SOLVERS = ("unipc", "dpm++")
+SOLVERS = ("unipc", "dpm++", "euler")
+# The step caches, and the strength of each unless it is given.
+CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block": 0.1, "taylorseer": 2})
+MAGCACHE_RETAINED = 0.2  # of an expert's steps that come first (source: the paper's setting for Wan2.1 and Wan2.2)
+TAYLORSEER_WHOLE = 3
 CONTINUATIONS = ("last_frame", "tail", "svi2pro")
 PROMPT_MODES = ("describe", "continue")
 LONGEST_CONTEXT = 17  # pixel frames of the clip before that any continuation is conditioned on
@@ -65,13 +70,65 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class StepCache:
+    """What is reused from one step in the next, and how freely.
+
+    `magcache` and `first_block` leave out most of a forward while their error stays below `strength`: the first adds up
+    what the published magnitudes of the model's residuals say (Ma et al. 2025), the second measures how far the first
+    block's residual is from that of the last whole forward. `taylorseer` computes one step in `strength`, a whole
+    number, and extrapolates the others from the last two (Liu et al. 2025).
+    """
+
+    kind: str
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in CACHES:
+            raise UserError(f"cache must be off or one of {', '.join(CACHES)}; {self.kind!r} is not")
+        if self.kind == "taylorseer" and self.strength not in range(2, 11):
+            raise UserError(
+                f"cache taylorseer computes one step in 2 to 10: taylorseer:2; {self.strength:g} is not one"
+            )
+        if self.kind != "taylorseer" and not 0 < self.strength <= 1:
+            raise UserError(f"cache {self.kind} takes an error above 0, at most 1; {self.strength:g} is not")
+
+    @classmethod
+    def parse(cls, text: str) -> StepCache | None:
+        """`off`, or `NAME[:STRENGTH]`. Raises UserError."""
+        if text == "off":
+            return None
+        kind, colon, number = text.partition(":")
+        try:
+            return cls(kind, float(number) if colon else CACHES.get(kind, math.nan))
+        except ValueError as error:
+            raise UserError(f"cache must be off or NAME:NUMBER such as first_block:0.1, {text!r} is not") from error
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.strength:g}"
+
+    def whole(self, steps: int) -> int:
+        """How many of an expert's `steps` are computed whole before the first that may be left out."""
+        return {
+            "magcache": max(int(MAGCACHE_RETAINED * steps + 0.5), 1),
+            "first_block": 1,
+            "taylorseer": TAYLORSEER_WHOLE,
+        }[self.kind]
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How to sample: solver steps, sigma shift, classifier-free guidance as (low noise, high noise), solver name."""
+    """How to sample: solver steps, sigma shift, classifier-free guidance as (low noise, high noise), solver name.
+
+    `guidance_interval` are the lowest and the highest sigma, in [0, 1], at which guidance is used (Kynkäänniemi et al.
+    2024); None is all of them. `cache` leaves out what changes little from step to step.
+    """
 
     steps: int
     shift: float
     guidance: tuple[float, float]
     solver: str = "unipc"
+    guidance_interval: tuple[float, float] | None = None
+    cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -82,6 +139,32 @@ class Sampling:
             raise UserError(f"sample_guide_scale must be finite, {self.guidance} is not")
         if self.solver not in SOLVERS:
             raise UserError(f"sample_solver must be one of {', '.join(SOLVERS)}; {self.solver!r} is not")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low < high <= 1:
+                raise UserError(f"guidance_interval must be two sigmas 0 <= LOW < HIGH <= 1, {low:g} {high:g} are not")
+            if self.guidance == (1, 1):
+                raise UserError(
+                    "guidance_interval: guidance 1 has no second forward to leave out; leave one of them out"
+                )
+            if self.uses("magcache"):
+                # its table is read by counting the forwards of a branch
+                raise UserError("cache magcache needs guidance in every step; use first_block with a guidance_interval")
+
+    def guides(self, sigma: float) -> bool:
+        """Whether guidance is used at this sigma; both ends of the interval belong to it."""
+        return self.guidance_interval is None or self.guidance_interval[0] <= sigma <= self.guidance_interval[1]
+
+    def uses(self, cache: str) -> bool:
+        """Whether this is its cache."""
+        return self.cache is not None and self.cache.kind == cache
+
+    def as_json(self) -> dict[str, Any]:
+        """What it says, as JSON values; what is not used is left out."""
+        said = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
+        if self.guidance_interval is not None:
+            said["guidance_interval"] = list(self.guidance_interval)
+        return said | ({} if self.cache is None else {"cache": str(self.cache)})
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,8 @@ def common_settings(job: Job, continuation: VideoContinuation) -> dict[str, Any]
     checkpoint = continuation.checkpoint
     parts = (*checkpoint.experts.values(), checkpoint.vae, checkpoint.text_encoder)
     files = [file for weights in parts for file in weights.files]
-    config = {name: str(value) for name, value in dataclasses.asdict(job.config).items()}
+    # what only one option reads belongs to that option
+    config = {name: str(value) for name, value in dataclasses.asdict(job.config).items() if name != "mag_ratios"}
     return {
         "task": job.config.name,
         "checkpoint": _digest_of(files),
@@ -247,7 +248,7 @@ def clip_settings(common: Mapping[str, Any], continuation: VideoContinuation, pl
         "width": plan.geometry.width,
         "height": plan.geometry.height,
         "frames": plan.geometry.frames,
-        **dataclasses.asdict(plan.sampling),
+        **plan.sampling.as_json(),
         "negative_prompt": plan.negative,
         "prompt": plan.prompt,
         "custom_prompt": plan.prefix,
@@ -262,6 +263,7 @@ def clip_settings(common: Mapping[str, Any], continuation: VideoContinuation, pl
         "anchor": _digest(plan.anchor),
         "end_image": _digest(plan.end),
         "cut": plan.cut if isinstance(plan.cut, bool) else _digest(plan.cut),
+        "mag_ratios": _ratios_of(continuation) if plan.sampling.uses("magcache") else None,
         "loras": {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None,
         "prompt_mode": plan.prompt_mode if plan.prompt_mode != "describe" else None,
         "drift_correction": plan.drift_correction or None,
@@ -285,6 +287,10 @@ def _vlm_of(continuation: VideoContinuation) -> str:
         return readable(f"{continuation.vlm_url} {name}".strip())
     weights = sorted(Path(name).glob("*.safetensors"))
     return _digest_of(weights) if weights else readable(name)
+
+
+def _ratios_of(continuation: VideoContinuation) -> str:
+    return fingerprint({"mag_ratios": continuation.config.mag_ratios})
 
 
 def _digest(picture: Frame | None) -> str | None:

@@ -136,6 +136,8 @@ def _staged(continuation: VideoContinuation, plan: Plan, scene: Scene, picture: 
             old.shift if scene.shift is None else scene.shift,
             old.solver,
             old.guidance if scene.guidance is None else scene.guidance,
+            guidance_interval=old.guidance_interval,
+            cache=str(old.cache or "off"),
         ),
         prompt=plan.prompt if scene.prompt is None else scene.prompt,
         context=plan.context if scene.context is None else Context.choose(None, scene.context),

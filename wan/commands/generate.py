@@ -84,16 +84,20 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
             raise UserError(f"--end_image is for I2V-A14B; {config.name} knows no last frame")
         known = dataclasses.replace(known, end=media.read_image(args.end_image))
     pipeline.check_loras(job.loras)
+    pipeline.check_distilled(args.preset, job.loras)
     return Request(
         args.prompt,
         config.sample_neg_prompt,
         known,
         pipeline.geometry(*size, args.frame_num or config.frame_num),
         pipeline.sampling(
-            args.sample_steps or config.sample_steps,
-            config.sample_shift if args.sample_shift is None else args.sample_shift,
+            args.sample_steps,
+            args.sample_shift,
             args.sample_solver,
-            args.sample_guide_scale or config.guidance,
+            args.sample_guide_scale,
+            guidance_interval=job.guidance_interval,
+            cache=args.cache,
+            preset=args.preset,
         ),
         draw_seed(args.base_seed),
         job.loras,

@@ -88,6 +88,12 @@ class Job:
         return continuation
 
     @property
+    def guidance_interval(self) -> tuple[float, float] | None:
+        """The sigmas between which guidance is used, as far as they are given."""
+        given = self.args.guidance_interval
+        return None if given is None else (given[0], given[1])
+
+    @property
     def loras(self) -> dict[str, tuple[LoraFile, ...]]:
         """The LoRA files by the expert that they are for."""
         from wan.modules.lora import LoraFile
@@ -106,6 +112,9 @@ class Job:
             solver=args.sample_solver,
             steps=args.sample_steps,
             guidance=args.sample_guide_scale,
+            guidance_interval=self.guidance_interval,
+            cache=args.cache,
+            preset=args.preset,
             prompt=args.prompt,
             prefix=prefix,
             num_segments=args.num_segments,
@@ -144,6 +153,9 @@ class Job:
             "sample_steps": request.sampling.steps,
             "sample_shift": request.sampling.shift,
             "sample_guide_scale": list(request.sampling.guidance),
+            "guidance_interval": request.sampling.guidance_interval and list(request.sampling.guidance_interval),
+            "cache": str(request.sampling.cache or "off"),
+            "preset": args.preset,
             "param_dtype": str(config.param_dtype).removeprefix("torch."),
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
             "convert_model_dtype": args.convert_model_dtype,

@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 
+from wan.configs.presets import PRESETS, Preset, preset_named
 from wan.configs.rows import I2V_A14B, T2V_A14B, TI2V_5B, V2V_5B, V2V_14B, ModelConfig
 from wan.errors import UserError
 
 __all__ = [
     "MAX_AREA_CONFIGS",
+    "PRESETS",
     "SIZE_CONFIGS",
     "SUPPORTED_SIZES",
     "WAN_CONFIGS",
     "ModelConfig",
+    "Preset",
     "config_for",
     "parse_size",
+    "preset_named",
 ]
 
 DECLARATION = "wan_config.json"
@@ -53,8 +57,9 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
     """The row of `task` with what the checkpoint folder declares about itself in `wan_config.json`, if it has one.
 
     The file is a JSON object of row fields, for checkpoints that are not the released ones: `sizes`, `frame_num`,
-    `sample_fps`, `sample_steps`, `sample_shift`, `sample_guide_scale`, `boundary`, `vae_mean`, `vae_std`, and the
-    dtypes by name. Raises UserError when the file is not such an object.
+    `sample_fps`, `sample_steps`, `sample_shift`, `sample_guide_scale`, `boundary`, `vae_mean`, `vae_std`, `mag_ratios`
+    (a list by expert, from high noise to low), and the dtypes by name. Raises UserError when the file is not such an
+    object.
     """
     row = WAN_CONFIGS[task]
     path = Path(checkpoint_dir) / DECLARATION
@@ -66,6 +71,8 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(declared, dict):
         raise UserError(f"{path} must be a JSON object, it is a {type(declared).__name__}")
+    if {"vae_mean", "vae_std"} & declared.keys():  # other latents are another model, of which no magnitudes are known
+        row = dataclasses.replace(row, mag_ratios=())
     return dataclasses.replace(row, **{key: _parse(path, key, value) for key, value in declared.items()})
 
 
@@ -74,6 +81,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _ratios(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_number(item) and item > 0 for item in value)
 
 
 def _parse(path: Path, key: str, value: Any) -> Any:
@@ -93,5 +104,8 @@ def _parse(path: Path, key: str, value: Any) -> Any:
         return tuple(float(item) for item in value)
     if key in ("param_dtype", "t5_dtype") and value in _DTYPES:
         return _DTYPES[value]
+    if key == "mag_ratios" and isinstance(value, list) and all(_ratios(by) for by in value):
+        return tuple(tuple(float(item) for item in by) for by in value)
     known = "sizes, frame_num, sample_fps, sample_steps, sample_shift, sample_guide_scale, boundary, vae_mean, vae_std"
-    raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood (known: {known}, param_dtype, t5_dtype)")
+    more = "mag_ratios, param_dtype, t5_dtype"
+    raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood (known: {known}, {more})")

@@ -36,6 +36,35 @@ VAE_2_2_STD = (
 )
 
 
+# How the norm of what the blocks add changes from one step to the next, which MagCache reads: the first number is 1,
+# the others are the conditional branch's at the default steps and shift (source: MagCache's tables for Wan2.2).
+I2V_HIGH_RATIOS = (
+    *(1.0, 0.9919, 0.9936, 0.9933, 0.9925, 0.9939, 0.9943, 0.9928, 0.9939, 0.9927, 0.9932, 0.9938),
+    *(0.9927, 0.9922, 0.9918),
+)
+I2V_LOW_RATIOS = (
+    *(1.0, 0.9893, 0.9909, 0.9885, 0.9889, 0.9881, 0.9871, 0.9861, 0.9843, 0.983, 0.9819, 0.9813),
+    *(0.9783, 0.9762, 0.9726, 0.9709, 0.9657, 0.9605, 0.9532, 0.9458, 0.933, 0.917, 0.8917, 0.8541),
+    *(0.7982,),
+)
+T2V_HIGH_RATIOS = (
+    *(1.0, 1.0012, 0.9982, 0.997, 0.997, 0.9966, 0.996, 0.9958, 0.9948, 0.9963, 0.9966, 0.9953),
+    *(0.9958, 0.9968, 0.9956, 0.9944, 0.9959, 0.9947, 0.9945, 0.9939, 0.9939, 0.9935, 0.9928, 0.9927),
+    *(0.9906, 0.9912),
+)
+T2V_LOW_RATIOS = (
+    *(1.0, 0.9881, 0.9877, 0.9851, 0.9831, 0.9805, 0.9778, 0.9728, 0.9673, 0.9586, 0.9438, 0.9212),
+    *(0.8811, 0.8026),
+)
+TI2V_RATIOS = (
+    *(1.0, 0.9951, 0.9956, 0.996, 0.9951, 0.9955, 0.9954, 0.995, 0.995, 0.9944, 0.9948, 0.9943),
+    *(0.9943, 0.9941, 0.9937, 0.9941, 0.9936, 0.9933, 0.9924, 0.9923, 0.9924, 0.9916, 0.9915, 0.9919),
+    *(0.9898, 0.9899, 0.9885, 0.9885, 0.9886, 0.9874, 0.9859, 0.9854, 0.9844, 0.9831, 0.9812, 0.98),
+    *(0.9786, 0.9756, 0.9739, 0.9715, 0.9687, 0.9644, 0.9613, 0.9564, 0.9518, 0.9445, 0.9397, 0.9357),
+    *(0.9354, 0.9666),
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """All that differs between checkpoints. Change one with `dataclasses.replace`, never in place.
@@ -67,6 +96,7 @@ class ModelConfig:
     sample_neg_prompt: str = NEGATIVE_PROMPT
     t5_dtype: torch.dtype = torch.bfloat16
     param_dtype: torch.dtype = torch.bfloat16
+    mag_ratios: tuple[tuple[float, ...], ...] = ()  # by expert from high noise to low; (): not measured
 
     @property
     def z_dim(self) -> int:
@@ -99,9 +129,16 @@ I2V_A14B = ModelConfig(
     sample_shift=5.0,
     sample_guide_scale=(3.5, 3.5),
     boundary=0.900,
+    mag_ratios=(I2V_HIGH_RATIOS, I2V_LOW_RATIOS),
 )
 T2V_A14B = replace(
-    I2V_A14B, name="t2v-A14B", model_type="t2v", sample_shift=12.0, sample_guide_scale=(3.0, 4.0), boundary=0.875
+    I2V_A14B,
+    name="t2v-A14B",
+    model_type="t2v",
+    sample_shift=12.0,
+    sample_guide_scale=(3.0, 4.0),
+    boundary=0.875,
+    mag_ratios=(T2V_HIGH_RATIOS, T2V_LOW_RATIOS),
 )
 TI2V_5B = ModelConfig(
     name="ti2v-5B",
@@ -116,6 +153,7 @@ TI2V_5B = ModelConfig(
     sample_steps=50,
     sample_shift=5.0,
     sample_guide_scale=5.0,
+    mag_ratios=(TI2V_RATIOS,),
 )
 V2V_14B = replace(I2V_A14B, name="v2v-14B")
 V2V_5B = replace(TI2V_5B, name="v2v-5B")

@@ -75,6 +75,11 @@ class LoraFile:
             raise UserError(f"{text!r} names no LoRA file; write PATH or PATH:STRENGTH")
         return cls(Path(os.path.expanduser(path)), float(number))
 
+    @property
+    def is_svi(self) -> bool:
+        """Whether its name says that it is one of Stable Video Infinity's."""
+        return re.search(r"(?<![a-z])svi(?=pro|[^a-z]|$)", self.path.name.lower()) is not None
+
     @cached_property
     def digest(self) -> str:
         """A short digest of the file when it was first asked for: its size and its first, middle and last MiB."""

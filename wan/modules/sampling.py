@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wan.modules.conditioning import Condition
 from wan.modules.schedule import Scheduler
+from wan.modules.step_cache import NO_CACHE, Branch, Caching
 from wan.placement import Placement
 from wan.types import OnStep, Step, TextContext
 
@@ -26,22 +27,27 @@ class Expert:
 
 @dataclass(frozen=True)
 class Stage:
-    """One expert with its share of the timesteps, int64 [n]."""
+    """One expert with its share of the timesteps [n], and the guidance of each."""
 
     expert: Expert
     timesteps: Tensor
+    guidance: tuple[float, ...]
 
 
-def plan_stages(timesteps: Tensor, experts: Sequence[Expert]) -> list[Stage]:
+def plan_stages(
+    timesteps: Tensor, experts: Sequence[Expert], guides: Callable[[float], bool] = lambda t: True
+) -> list[Stage]:
     """Give every timestep to the first expert that works at it; experts without a timestep get no stage.
 
-    `experts` go from high noise to low. A14B: the high-noise expert works from boundary * 1000 up.
+    `experts` go from high noise to low. A14B: the high-noise expert works from boundary * 1000 up. Where a timestep is
+    not one that `guides`, its guidance is 1.
     """
     stages, rest = [], timesteps
     for expert in experts:
         mine = rest >= expert.lowest
         if mine.any():
-            stages.append(Stage(expert, rest[mine]))
+            guidance = tuple(expert.guidance if guides(t) else 1.0 for t in rest[mine].tolist())
+            stages.append(Stage(expert, rest[mine], guidance))
         rest = rest[~mine]
     return stages
 
@@ -55,14 +61,16 @@ def sample(
     context: TextContext,
     placement: Placement,
     on_step: OnStep | None = None,
+    caching: Caching = NO_CACHE,
 ) -> Tensor:
     """Noise [z, F, h, w] -> latents float32 [z, F, h, w]. `context` and `condition` are on the device already."""
     latents, done = noise, 0
     total = sum(len(stage.timesteps) for stage in stages)
     for stage in stages:
-        with placement.on_device(stage.expert.model):
-            for t in stage.timesteps:
-                flow = predict(stage.expert, condition, context, latents, t)
+        steps = len(stage.timesteps)
+        with placement.on_device(stage.expert.model) as model, caching.of(model, stage.expert.name, steps) as branch:
+            for t, guidance in zip(stage.timesteps, stage.guidance, strict=True):
+                flow = predict(model, guidance, condition, context, latents, t, branch)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
                 done += 1
                 if on_step is not None:
@@ -70,19 +78,28 @@ def sample(
     return condition.finish(latents)
 
 
-def predict(expert: Expert, condition: Condition, context: TextContext, latents: Tensor, t: Tensor) -> Tensor:
+def predict(
+    model: nn.Module,
+    guidance: float,
+    condition: Condition,
+    context: TextContext,
+    latents: Tensor,
+    t: Tensor,
+    branch: Branch,
+) -> Tensor:
     """The guided flow float32 [z, F, h, w] (classifier-free guidance, Ho & Salimans 2022).
 
-    At guidance 1 the unconditional term cancels, so that forward is left out.
+    At guidance 1 the unconditional term cancels, so that forward is left out. A cache knows the two by their `branch`.
     """
     placed, timestep = condition.model_input(latents, t)
 
-    def flow(text: Tensor) -> Tensor:
-        output: Tensor = expert.model(placed, timestep, text, return_dict=False)[0][0]
+    def flow(name: str, text: Tensor) -> Tensor:
+        with branch(name):
+            output: Tensor = model(placed, timestep, text, return_dict=False)[0][0]
         return output.float()
 
-    conditional = flow(context.positive)
-    if expert.guidance == 1:
+    conditional = flow("cond", context.positive)
+    if guidance == 1:
         return conditional
-    unconditional = flow(context.negative)
-    return unconditional + expert.guidance * (conditional - unconditional)
+    unconditional = flow("uncond", context.negative)
+    return unconditional + guidance * (conditional - unconditional)

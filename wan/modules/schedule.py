@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from wan.types import Sampling
 
 
 class Scheduler(Protocol):
-    """What the loop needs: `timesteps` int64 [N] for the model and `step` for the solver."""
+    """What the loop needs: `timesteps` [N] for the model, int64 or float32, and `step` for the solver."""
 
     timesteps: Tensor
     sigmas: Tensor
@@ -26,7 +26,16 @@ def build_scheduler(sampling: Sampling, device: torch.device, train_timesteps: i
 
     Sources of the tables: the official Wan2.2 FlowUniPC and FlowDPM++ schedulers. The model sees sigma * 1000
     truncated to an integer, the solver the exact float32 sigma; the library's own tables differ from both.
+
+    "euler" is for step-distillation LoRAs and has the table that they were trained on: unrounded, from exactly 1
+    (source: the authors' Wan2.2-Lightning and LightX2V; 4 steps at shift 5 are 1000, 937.5, 833.3, 625).
     """
+    if sampling.solver == "euler":
+        euler: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_timesteps, shift=sampling.shift)
+        # unshifted: the class applies its shift itself
+        euler.set_timesteps(device=device, sigmas=np.linspace(1, 0, sampling.steps + 1)[:-1])
+        euler.set_begin_index(0)
+        return euler  # type: ignore[no-any-return]
     options: dict[str, Any] = {
         "num_train_timesteps": train_timesteps,
         "prediction_type": "flow_prediction",

@@ -1,0 +1,69 @@
+"""Leave out what changes little from one step to the next: diffusers' cache hooks, put on for one expert's steps.
+
+They are put on when an expert begins and taken off when it ends, so that nothing of one clip or expert reaches another,
+and a model that is not sampling is as it was loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+from wan.types import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
+
+# Around a forward, by the name of its branch: what a cache keeps of "cond" is not that of "uncond".
+Branch: TypeAlias = Callable[[str], AbstractContextManager[None]]
+
+MAGCACHE_SKIPS = 2  # at most so many steps in a row (source: the paper's setting for Wan2.1 and Wan2.2)
+
+
+@dataclass(frozen=True)
+class Caching:
+    """A cache, or None, and the magnitudes that MagCache reads, by the name of the expert."""
+
+    cache: StepCache | None = None
+    mag_ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, model: Any, expert: str, steps: int) -> Iterator[Branch]:
+        """The cache on an expert's model for its `steps`; none where they are too few for it to leave out any."""
+        if self.cache is None or steps <= self.cache.whole(steps):
+            yield _plain
+            return
+        model.enable_cache(_config(self.cache, steps, self.mag_ratios.get(expert, ())))
+        try:
+            yield model.cache_context
+        finally:
+            model.disable_cache()
+
+
+NO_CACHE = Caching()
+
+
+def _plain(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _config(cache: StepCache, steps: int, mag_ratios: Sequence[float]) -> Any:
+    if cache.kind == "magcache":
+        return MagCacheConfig(
+            threshold=cache.strength,
+            max_skip_steps=MAGCACHE_SKIPS,
+            retention_ratio=MAGCACHE_RETAINED,
+            num_inference_steps=steps,
+            mag_ratios=list(mag_ratios),
+        )
+    if cache.kind == "first_block":
+        return FirstBlockCacheConfig(threshold=cache.strength)
+    return TaylorSeerCacheConfig(
+        cache_interval=int(cache.strength),
+        disable_cache_before_step=TAYLORSEER_WHOLE,
+        taylor_factors_dtype=torch.float32,
+        # of the model's output alone: of every layer they would take tens of GiB at real sizes
+        use_lite_mode=True,
+    )
