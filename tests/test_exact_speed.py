@@ -1,0 +1,265 @@
+"""What makes sampling faster changes no number: each shortcut against the way without it, and what it saves counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.modules.model import WanModel
+from wan.modules.sampling import Expert, Stage, sample, text_keys
+from wan.modules.schedule import build_scheduler
+from wan.placement import Placement
+from wan.types import Sampling, TextContext
+
+CPU = Placement(torch.device("cpu"))
+META = torch.device("meta")
+SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "out_channels": 4,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 96,
+    "num_layers": 3,
+}
+LATENT = (4, 3, 8, 8)  # z, F, h, w: 16 tokens a latent frame
+
+
+def build(channels: int = 4, dtype: torch.dtype = torch.float32, **sizes: Any) -> WanModel:
+    torch.manual_seed(5)
+    model = WanModel(in_channels=channels, **SIZES | sizes)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name != "scale_shift_table":
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.condition_embedder.text_embedder.to(dtype)
+    model.blocks.to(dtype)
+    for block in model.blocks:
+        block.scale_shift_table.data = block.scale_shift_table.float()
+        block.norm2.float()
+    return model.eval()
+
+
+def prompt(seed: int) -> Tensor:
+    return torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn(LATENT, generator=torch.Generator().manual_seed(seed))
+
+
+def stages_of(*models: WanModel, guidance: float = 3.0) -> list[Stage]:
+    steps = torch.tensor([999, 750, 500, 250])
+    return [
+        Stage(Expert(str(index), model, guidance, 0), mine)
+        for index, (model, mine) in enumerate(zip(models, steps.chunk(len(models)), strict=True))
+    ]
+
+
+def made(
+    stages: list[Stage], context: TextContext, condition: Condition | None = None, solver: str = "unipc"
+) -> Tensor:
+    device = stages[0].timesteps.device
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0), solver), device)
+    return sample(noise().to(device), stages, scheduler, condition or TextOnly(), context, Placement(device))
+
+
+# Text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_text_keys_give_the_same_bits_as_the_text(dtype: torch.dtype) -> None:
+    model, text = build(dtype=dtype), prompt(1)
+    whole, kept = (model(noise()[None], torch.tensor([613]), given).sample for given in (text, model.text_keys(text)))
+    assert torch.equal(whole, kept) and whole.dtype == torch.float32
+    other = model(noise()[None], torch.tensor([613]), model.text_keys(prompt(2))).sample
+    assert not torch.equal(whole, other), "the text must matter"
+
+
+@pytest.mark.parametrize(("guidance", "prompts"), [(3.0, 2), (1.0, 1)])
+def test_text_is_embedded_once_for_every_expert_and_branch(guidance: float, prompts: int) -> None:
+    models, calls = (build(), build()), []
+    for model in models:
+        embedder = model.condition_embedder.text_embedder
+        embedder.register_forward_hook(lambda module, *_: calls.append(module))
+    made(stages_of(*models, guidance=guidance), TextContext(prompt(1), prompt(2)))
+    assert calls == [model.condition_embedder.text_embedder for model in models for _ in range(prompts)]
+
+
+@torch.no_grad()
+def test_nothing_of_an_earlier_prompt_or_weight_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    made(stages_of(model), TextContext(prompt(1), prompt(2)))
+    fresh = build()
+    assert torch.equal(
+        made(stages_of(model), TextContext(prompt(3), prompt(2))),
+        made(stages_of(fresh), TextContext(prompt(3), prompt(2))),
+    )
+    for changed in (model, fresh):  # as merging a LoRA does
+        changed.blocks[1].attn2.to_v.weight.add_(0.1)
+    context = TextContext(prompt(3), prompt(2))
+    reused = made(stages_of(model), context)
+    assert not torch.equal(reused, made(stages_of(build()), context)), "the weight must matter"
+    # the reference embeds the text anew in every forward
+    monkeypatch.setattr("wan.modules.sampling.text_keys", lambda expert, context: [context.positive, context.negative])
+    assert torch.equal(reused, made(stages_of(fresh), context))
+
+
+def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    alive_at_end: list[int] = []
+
+    def watched(expert: Expert, context: TextContext) -> Any:
+        keys = text_keys(expert, context)
+        kept.extend(weakref.ref(tensor) for text in keys for pair in text for tensor in pair)
+        return keys
+
+    class Watching(Placement):
+        @contextmanager
+        def on_device(self, model: Any, device: torch.device | None = None) -> Iterator[Any]:
+            yield model
+            alive_at_end.append(sum(tensor() is not None for tensor in kept))
+
+    monkeypatch.setattr("wan.modules.sampling.text_keys", watched)
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0)), CPU.device)
+    context = TextContext(prompt(1), prompt(2))
+    sample(noise(), stages_of(build(), build()), scheduler, TextOnly(), context, Watching(CPU.device))
+    assert len(kept) == 2 * 2 * 3 * 2 and alive_at_end == [0, 0]
+
+
+# Modulation
+
+
+@torch.no_grad()
+def test_a_timestep_a_latent_frame_is_that_of_its_tokens() -> None:
+    model, text = build(), prompt(1)
+    frames = torch.tensor([[0.0, 613.0, 613.0]])
+    by_frame = model(noise()[None], frames, text).sample
+    by_token = model(noise()[None], frames.repeat_interleave(16, 1), text).sample
+    torch.testing.assert_close(by_frame, by_token, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(by_frame, model(noise()[None], frames[:, 1], text).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "timestep", [torch.tensor([613]), torch.tensor([[0.0, 613.0, 613.0]]).repeat_interleave(16, 1)]
+)
+@torch.no_grad()
+def test_the_forward_is_the_librarys_but_for_the_sinusoid(timestep: Tensor) -> None:
+    model = build()
+    stock = WanTransformer3DModel(in_channels=4, **SIZES)
+    stock.load_state_dict(model.state_dict())
+    stock.condition_embedder.timesteps_proj = model.condition_embedder.timesteps_proj
+    ours, theirs = (each(noise()[None], timestep, prompt(1)).sample for each in (model, stock.eval()))
+    assert torch.equal(ours, theirs)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes in the 5B's width of 3072."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and result.ndim and result.shape[-1] % 3072 == 0:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("rows", [31, 27280])
+@torch.no_grad()
+def test_modulation_is_never_a_row_for_every_token(rows: int) -> None:
+    """The 5B at 1280*704 and 121 frames, without values: 27,280 tokens, 31 latent frames."""
+    sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 1}
+    with init_empty_weights():
+        model = WanModel(in_channels=48, **SIZES | sizes | {"out_channels": 48})
+    model.to(META)
+    with Largest() as seen:
+        model(torch.empty(1, 48, 31, 44, 80, device=META), torch.empty(1, rows, device=META), prompt(1).to(META))
+    assert seen.elements == 27280 * 3072 * (1 if rows == 31 else 6)
+
+
+# Waiting for the GPU
+
+
+class Waits(TorchDispatchMode):
+    """Operations that would wait for a GPU: values read by the host, copies between devices, checks of a solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        on_gpu = any(tensor.device == META for tensor in tensors)
+        if on_gpu and name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_linalg_check_errors"):
+            self.found.append(name)
+            raise AssertionError(name)
+        result = func(*args, **kwargs or {})
+        if name in ("_to_copy", "copy_", "lift_fresh_copy") and {t.device for t in tensors} | {result.device} > {META}:
+            self.found.append(f"{name} between devices")
+        return result
+
+
+def conditions() -> dict[str, Condition]:
+    latents = torch.empty(LATENT, device=META)
+    channels = ImageChannels(torch.empty(8, *LATENT[1:], device=META))
+    return {
+        "text": TextOnly(),
+        "5b": KnownLatents(latents[:, :1]),
+        "a14b": channels,
+        "a14b held": HeldImageChannels.hold(channels, latents[:, :2], latents, 1000),
+    }
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("name", list(conditions()))
+def test_nothing_in_the_loop_waits_for_the_gpu(name: str, solver: str) -> None:
+    """On the meta device, which as a GPU does not let the host see a value, and which takes host scalars."""
+    with init_empty_weights():
+        model = WanModel(in_channels=12 if "a14b" in name else 4, **SIZES)
+    model.to(META)
+    (stage,) = stages_of(model)
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0), solver), CPU.device)
+    context = TextContext(prompt(1).to(META), prompt(2).to(META))
+    on_gpu = Stage(stage.expert, stage.timesteps.to(META))
+    with Waits() as waits:
+        sample(
+            torch.empty(LATENT, device=META), [on_gpu], scheduler, conditions()[name], context, Placement(META, False)
+        )
+    assert waits.found == []
+
+
+def test_the_watch_for_waits_sees_those_of_the_library() -> None:
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+    scheduler = UniPCMultistepScheduler(**options)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    with Waits() as waits:
+        scheduler.step(torch.empty(LATENT, device=META), 999, torch.empty(LATENT, device=META))
+    assert waits.found
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (3, 3.0), (8, 8.0), (40, 5.0), (100, 12.0)])
+def test_the_solver_gives_the_librarys_bits(steps: int, shift: float) -> None:
+    ours = build_scheduler(Sampling(steps, shift, (1.0, 1.0)), CPU.device)
+    stock = UniPCMultistepScheduler.from_config(ours.config)  # type: ignore[attr-defined]
+    stock.set_timesteps(steps)
+    stock.sigmas, stock.timesteps = ours.sigmas, ours.timesteps
+    stock.set_begin_index(0)
+    one = other = noise()[None]
+    for index, t in enumerate(ours.timesteps):
+        flow = noise(index + 1)[None] + 0.5 * one
+        one = ours.step(flow, t, one, return_dict=False)[0]
+        other = stock.step(flow, t, other, return_dict=False)[0]
+        assert torch.equal(one, other) and one.isfinite().all(), index
