@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.modules.kernels import compile_where_it_pays, fastest, use_fastest_attention
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, Stage, sample, text_keys
 from wan.modules.schedule import build_scheduler
@@ -263,3 +265,145 @@ def test_the_solver_gives_the_librarys_bits(steps: int, shift: float) -> None:
         one = ours.step(flow, t, one, return_dict=False)[0]
         other = stock.step(flow, t, other, return_dict=False)[0]
         assert torch.equal(one, other) and one.isfinite().all(), index
+
+
+# Kernels
+
+
+def right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+
+def slow(*inputs: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return right(*inputs)
+
+
+def wrong_in_one_head(*inputs: Tensor) -> Tensor:
+    output = right(*inputs)
+    output[:, :, 1] *= 1.05
+    return output
+
+
+def blind_to_the_last_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return right(query, key[:, :-16], value[:, :-16])
+
+
+def not_a_number(*inputs: Tensor) -> Tensor:
+    return right(*inputs) * float("nan")
+
+
+def raising(*inputs: Tensor) -> Tensor:
+    raise RuntimeError("no such\ninstruction")
+
+
+def test_the_fastest_right_kernel_is_chosen_and_the_others_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "wan.modules.kernels")
+    inputs = torch.randn(3, 1, 256, 2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    bad = (wrong_in_one_head, blind_to_the_last_keys, not_a_number, raising)
+    candidates = {each.__name__: each for each in (slow, *bad, right)}
+    assert fastest(candidates, *inputs) == "right"
+    assert [record.args[0] for record in caplog.records] == [*(each.__name__ for each in bad), "right"]  # type: ignore
+    assert "is left out: no such" in caplog.text and "instruction" not in caplog.text
+    assert fastest({"slow": slow, "raising": raising}, *inputs) == "slow"
+    assert fastest({"raising": raising, "not_a_number": not_a_number}, *inputs) == "raising", "the default stays"
+
+
+def test_on_a_cpu_kernels_stay_what_they_are() -> None:
+    model = build(dtype=torch.bfloat16)
+    assert use_fastest_attention(model, 48, CPU.device) is None
+    assert not compile_where_it_pays(model, 75600, 10**6, CPU.device)
+    assert {block.attn1.processor._attention_backend for block in model.blocks} == {None}
+
+
+def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("wan.modules.kernels.fastest_backend", lambda *what: asked.append(what) or "_native_cudnn")
+    half, whole = build(dtype=torch.bfloat16), build()
+    cuda = torch.device("cuda:0")
+    assert use_fastest_attention(half, 48, cuda) == "_native_cudnn" and use_fastest_attention(whole, 48, cuda) is None
+    assert asked == [(cuda, 48, 2, 24, torch.bfloat16)]
+    for block in half.blocks:
+        assert block.attn1.processor._attention_backend == "_native_cudnn"
+        assert block.attn2.processor._attention_backend is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "forwards", "pays"),
+    [
+        (40, 40, 32760, 80, False),  # A14B, 480p, 40 steps: saves 38 s
+        (40, 40, 32760, 160, True),  # two clips of it
+        (40, 40, 75600, 80, True),  # 720p: saves 87 s
+        (40, 40, 75600, 4, False),  # with a 4-step LoRA
+        (30, 24, 27280, 100, False),  # 5B, 704p, 50 steps
+        (30, 24, 27280, 300, True),
+    ],
+)
+def test_blocks_are_compiled_where_the_time_comes_back(
+    layers: int, heads: int, tokens: int, forwards: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with init_empty_weights():
+        model = WanModel(in_channels=4, **SIZES | {"num_layers": 1})
+    model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
+    monkeypatch.setattr(WanModel, "compile_repeated_blocks", lambda *_, **__: None)
+    assert compile_where_it_pays(model, tokens, forwards, torch.device("cuda")) is pays
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_blocks_of_both_experts_whatever_happens_to_their_weights() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    one, other, plain = build(), build(), build()
+    frames, text = torch.tensor([[0.0, 613.0, 613.0]]), prompt(1)
+    for model in (one, other):
+        model.compile_blocks(backend)
+    for weights in ("as loaded", "moved", "merged"):
+        for model in (one, other, plain):
+            weight = model.blocks[1].attn1.to_q.weight
+            if weights == "moved":  # as offloading does
+                weight.data = weight.data.clone()
+            if weights == "merged":  # as LoRAs are
+                weight.mul_(1.5)
+        results = [model(noise()[None], frames, text).sample for model in (one, other, plain)]
+        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2]), weights
+    assert len(graphs) == 1 and one.is_compiled
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_costs_one_warning_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    model = build()
+    inputs = (noise()[None], torch.tensor([613]), prompt(1))
+    wanted = model(*inputs).sample
+    model.compile_blocks(backend)
+    assert torch.equal(model(*inputs).sample, wanted) and not model.is_compiled
+    model.compile_blocks(backend)
+    assert torch.equal(model(*inputs).sample, wanted)
+    (warning,) = [record for record in caplog.records if record.name.startswith("wan.")]
+    assert "no compiler here" in warning.message
+    with pytest.raises(RuntimeError):  # a mistake of ours stays one
+        model(inputs[0], torch.zeros(1, 5), inputs[2])
+
+
+def test_a_clip_says_how_many_forwards_are_to_come(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def pays(model: WanModel, tokens: int, forwards: int, device: torch.device) -> bool:
+        asked.append((tokens, forwards))
+        return True
+
+    monkeypatch.setattr("wan.pipeline.compile_where_it_pays", pays)
+    monkeypatch.setattr("wan.pipeline.use_fastest_attention", lambda *_: "flash")
+    model = build()
+    stages = [*stages_of(model), *stages_of(model, guidance=1.0)]
+    assert ti2v._choose_kernels(stages, 48, 3) == {"attention": "flash", "compiled": True}
+    assert asked == [(48, 3 * (4 * 2 + 4))] * 2
+    monkeypatch.setattr(ti2v, "compile_blocks", False)
+    assert ti2v._choose_kernels(stages, 48, 3) == {"attention": "flash"} and len(asked) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,17 @@ def test_5b_knows_the_tail_as_clean_latent_frames_and_keeps_them(known: int, b5:
     assert torch.equal(placed[0, :, :slots], latents) and torch.equal(placed[0, :, slots:], noise[:, slots:])
     assert steps.tolist() == [[0.0] * slots + [500.0] * (noise.shape[1] - slots)]
     assert torch.equal(b5.run(request).latents[:, :slots], latents)
+
+
+def test_a_clip_of_a_chain_says_how_many_are_to_come(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    run = WanV2V5B.run
+    monkeypatch.setattr(
+        WanV2V5B, "run", lambda self, request, **more: seen.append(more["clips"]) or run(self, request, **more)
+    )
+    footage = moving(fps=24)
+    b5.extend(footage, 7, dataclasses.replace(b5.plan(footage, **OPTIONS), number=2, count=4))
+    assert seen == [3]
 
 
 def test_a_tail_chain_goes_on_from_the_last_frames_of_each_clip(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,7 @@ class VideoContinuation(Pipeline):
         vlm_question: str = QUESTION,
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
+        compile_blocks: bool = True,
     ) -> None:
         super().__init__(
             config,
@@ -201,6 +202,7 @@ class VideoContinuation(Pipeline):
             t5_cpu,
             init_on_cpu,
             convert_model_dtype,
+            compile_blocks=compile_blocks,
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
@@ -376,7 +378,8 @@ class VideoContinuation(Pipeline):
         request = Request(
             words.prompt, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
         )
-        made = self.run(request, offload=plan.offload, on_step=on_step)
+        clips = (plan.count - plan.number + 1) * plan.best_of
+        made = self.run(request, offload=plan.offload, on_step=on_step, clips=clips)
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)

@@ -60,7 +60,12 @@ class Job:
         }
         args = self.args
         return getattr(wan, classes[self.config.name])(
-            self.config, self.folder, t5_cpu=args.t5_cpu, convert_model_dtype=args.convert_model_dtype, **continuing
+            self.config,
+            self.folder,
+            t5_cpu=args.t5_cpu,
+            convert_model_dtype=args.convert_model_dtype,
+            compile_blocks=args.compile == "auto",
+            **continuing,
         )
 
     def open_continuation(self) -> VideoContinuation:

@@ -9,7 +9,9 @@ is computed for the timesteps that differ, not for every token.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.checkpoint import Weights, fill
+
+log = logging.getLogger(__name__)
 
 # Parameters that stay float32 whatever the compute dtype is.
 FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
@@ -49,6 +53,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
         self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.is_compiled = False
+        self.can_compile = True  # until it has failed
 
     @classmethod
     def from_weights(
@@ -100,7 +106,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
         for block, text in zip(self.blocks, texts, strict=True):
-            tokens = block(tokens, text, modulation, rotary)
+            tokens = self._through(block, tokens, text, modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
         runs = tokens.unflatten(1, (steps.shape[1], -1))
@@ -109,6 +115,26 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
         flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
+        if self.can_compile and not self.is_compiled:
+            # one graph a size of clip: kernels for any size are slower
+            self.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
+            self.is_compiled = True
+
+    def _through(self, block: WanBlock, *inputs: Any) -> Tensor:
+        try:
+            return block(*inputs)  # type: ignore[no-any-return]
+        except Exception as error:  # what is not the compiler's fault is raised again below
+            if not self.is_compiled:
+                raise
+            for each in self.blocks:
+                each._compiled_call_impl = None
+            self.is_compiled = self.can_compile = False
+            reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
+            log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
+        return block(*inputs)  # type: ignore[no-any-return]
 
 
 class WanBlock(WanTransformerBlock):  # type: ignore[misc]
