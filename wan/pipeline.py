@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,27 +183,23 @@ class Pipeline(ABC):
             self._merge_loras(request.loras)
             scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
             stages = plan_stages(scheduler.timesteps, experts)
-            kernels = self._choose_kernels(stages, request.geometry.tokens, clips)
+            self._choose_kernels(stages, request.geometry.tokens, clips)
         with watch.stage("sample"):
             latents = sample(noise, stages, scheduler, condition, context, placement, on_step)
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
         loras = {name: [match.as_json() for match in matches] for name, matches in self._merged.items() if matches}
-        notes = kernels | ({"loras": loras} if loras else {})
+        notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
         return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes)
 
-    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, clips: int) -> dict[str, Any]:
-        """Let the stages' models run on what is fastest here, with the same results; what that is, for a record."""
-        chosen: dict[str, Any] = {}
+    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, clips: int) -> None:
+        """Let the stages' models run on what is fastest here, with the same results."""
         forwards = clips * sum(len(stage.timesteps) * (1 + (stage.expert.guidance != 1)) for stage in stages)
         for stage in stages:
-            model = stage.expert.model
-            if (attention := use_fastest_attention(model, tokens, self.device)) is not None:
-                chosen["attention"] = attention
-            if self.compile_blocks and compile_where_it_pays(model, tokens, forwards, self.device):
-                chosen["compiled"] = True
-        return chosen
+            use_fastest_attention(stage.expert.model, tokens, self.device)
+            if self.compile_blocks:
+                compile_where_it_pays(stage.expert.model, tokens, forwards, self.device)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""

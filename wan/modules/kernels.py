@@ -33,18 +33,17 @@ SECONDS_SAVED = 7e-11
 SECONDS_TO_COMPILE = 40.0  # one block once, for all blocks of both experts
 
 
-def use_fastest_attention(model: WanModel, tokens: int, device: torch.device) -> str | None:
-    """Run the self-attention of `model` on the fastest right kernel for clips of so many tokens -> its name.
+def use_fastest_attention(model: WanModel, tokens: int, device: torch.device) -> None:
+    """Run the self-attention of `model` on the fastest right kernel for clips of so many tokens.
 
-    Only in bf16 and fp16 on a GPU; elsewhere it stays what it is, and None is returned. Cross-attention stays too.
+    Only in bf16 and fp16 on a GPU; elsewhere it stays what it is. Cross-attention stays too.
     """
     dtype = model.blocks[0].attn1.to_q.weight.dtype
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
+        return
     name = fastest_backend(device, tokens, model.config.num_attention_heads, model.config.attention_head_dim, dtype)
     for block in model.blocks:
         block.attn1.set_attention_backend(name)
-    return name
 
 
 @functools.cache
@@ -86,16 +85,15 @@ def fastest(candidates: Mapping[str, Attention], query: Tensor, key: Tensor, val
     return chosen
 
 
-def compile_where_it_pays(model: WanModel, tokens: int, forwards: int, device: torch.device) -> bool:
+def compile_where_it_pays(model: WanModel, tokens: int, forwards: int, device: torch.device) -> None:
     """Compile the blocks of `model` if so many forwards of so many tokens save more time than it takes; on a GPU only.
 
-    They stay compiled, and are compiled again for a clip of another size. Returns whether they are.
+    They stay compiled, and are compiled again for a clip of another size.
     """
     width = model.config.num_attention_heads * model.config.attention_head_dim
     saved = SECONDS_SAVED * forwards * tokens * width * model.config.num_layers
     if device.type == "cuda" and saved > SECONDS_TO_COMPILE:
         model.compile_blocks()
-    return model.is_compiled
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

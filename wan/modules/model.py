@@ -123,6 +123,13 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             self.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
             self.is_compiled = True
 
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """What the blocks run on, as JSON values; nothing where that is what they are made with."""
+        backend = self.blocks[0].attn1.processor._attention_backend
+        attention = {} if backend is None else {"attention": str(backend.value)}
+        return attention | ({"compiled": True} if self.is_compiled else {})
+
     def _through(self, block: WanBlock, *inputs: Any) -> Tensor:
         try:
             return block(*inputs)  # type: ignore[no-any-return]
