@@ -236,9 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--context_frames", type=int, default=1, help="known frames: 1 or 4n+1")
     parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
-    parser.add_argument(
-        "--clips", type=int, default=100, help="of so many to come; decides on compiling (default: 100)"
-    )
+    parser.add_argument("--clips", type=int, default=100, help="as one of so many; decides on compiling (default: 100)")
     parser.add_argument("--no_compile", action="store_true", help="run the blocks as they are")
     parser.add_argument("--no_probe", action="store_true", help="the library's default attention kernel")
     parser.add_argument("--no_reuse", action="store_true", help="embed the text anew in every forward")

@@ -395,7 +395,7 @@ def test_a_compiler_that_fails_costs_one_warning_and_nothing_else(caplog: pytest
         model(inputs[0], torch.zeros(1, 5), inputs[2])
 
 
-def test_a_clip_says_how_many_forwards_are_to_come(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_forwards_of_a_run_count_for_compiling(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr("wan.pipeline.compile_where_it_pays", lambda model, *what: asked.append(what))
     model = build()

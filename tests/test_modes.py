@@ -165,7 +165,7 @@ def test_5b_knows_the_tail_as_clean_latent_frames_and_keeps_them(known: int, b5:
     assert torch.equal(b5.run(request).latents[:, :slots], latents)
 
 
-def test_a_clip_of_a_chain_says_how_many_are_to_come(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_of_a_chain_says_how_many_there_are(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     run = WanV2V5B.run
     monkeypatch.setattr(
@@ -173,7 +173,7 @@ def test_a_clip_of_a_chain_says_how_many_are_to_come(b5: Any, monkeypatch: pytes
     )
     footage = moving(fps=24)
     b5.extend(footage, 7, dataclasses.replace(b5.plan(footage, **OPTIONS), number=2, count=4))
-    assert seen == [3]
+    assert seen == [4]
 
 
 def test_a_tail_chain_goes_on_from_the_last_frames_of_each_clip(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,8 +378,8 @@ class VideoContinuation(Pipeline):
         request = Request(
             words.prompt, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
         )
-        clips = (plan.count - plan.number + 1) * plan.best_of
-        made = self.run(request, offload=plan.offload, on_step=on_step, clips=clips)
+        # of the whole chain, so that a run that goes on with it computes with the same kernels
+        made = self.run(request, offload=plan.offload, on_step=on_step, clips=plan.count * plan.best_of)
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)

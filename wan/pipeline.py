@@ -169,7 +169,7 @@ class Pipeline(ABC):
     def run(
         self, request: Request, *, offload: bool = True, on_step: OnStep | None = None, clips: int = 1
     ) -> Generation:
-        """Make one clip. `offload` keeps only the model in use on the GPU; `clips` such are to come, with this one."""
+        """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
         placement = Placement(self.device, offload)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)

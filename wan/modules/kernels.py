@@ -99,10 +99,8 @@ def compile_where_it_pays(model: WanModel, tokens: int, forwards: int, device: t
 def _exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention [B, rows, heads, head_dim] of a few queries in float64, which no TF32 setting touches."""
     mixed: list[Tensor] = []
-    for parts in zip(
-        query.unbind(2), key.unbind(2), value.unbind(2), strict=True
-    ):  # a head at a time: 8 bytes a number
-        one, other, values = (part.double() for part in parts)
+    for head in range(query.shape[2]):  # by itself, because a number takes 8 bytes
+        one, other, values = (part[:, :, head].double() for part in (query, key, value))
         mixed.append((one @ other.mT * query.shape[-1] ** -0.5).softmax(-1) @ values)
     return torch.stack(mixed, dim=2)
 
