@@ -15,8 +15,11 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
@@ -26,6 +29,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
 from wan.image2video import WanI2V
+from wan.modules.conditioning import KnownLatents
 from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.modules.quantised import Packed, PackedLinear
 from wan.modules.text import TextEncoder
@@ -117,7 +121,7 @@ def build(task: str, packed: str | None = None) -> Pipeline:
     cpu = torch.device("cpu")
     pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
     pipeline.config = config = WAN_CONFIGS[task]
-    pipeline.rank, pipeline.convert_model_dtype = 0, False
+    pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
     pipeline.device = pipeline.text_device = torch.device("cuda:0")
 
     def denoiser() -> WanModel:
@@ -163,19 +167,20 @@ def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps
     )
 
 
-def timed_run(pipeline: Pipeline, request: Request, offload: bool) -> dict[str, Any]:
+def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -> dict[str, Any]:
     stamps: list[tuple[str, float]] = []
 
     def on_step(step: Step) -> None:
         torch.cuda.synchronize()
         stamps.append((step.stage if step.latents is not None else f"begin {step.stage}", time.perf_counter()))
 
-    made = pipeline.run(request, offload=offload, on_step=on_step)
+    made = pipeline.run(request, offload=offload, on_step=on_step, clips=clips)
     condition = pipeline.condition(request, pipeline.noise(request), Placement(pipeline.device, offload))
     held = getattr(condition, "known", None)
     # the first step of a stage also moves the expert
     steps = [after[1] - before[1] for before, after in zip(stamps, stamps[1:], strict=False) if before[0] == after[0]]
     return {
+        "kernels": {name: made.notes.get(name) for name in ("attention", "compiled")},
         "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
         "step_median": round(statistics.median(steps), 3) if steps else None,
         "steps": [round(step, 3) for step in steps],
@@ -186,8 +191,11 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool) -> dict[str, 
 
 
 @torch.no_grad()
-def stock_step(task: str, request: Request, repeats: int) -> float:
-    """Seconds of the two guidance forwards of diffusers' own class in bf16, as its pipeline calls it."""
+def stock_step(task: str, request: Request, repeats: int, attention: str | None) -> float:
+    """Seconds of the two guidance forwards of diffusers' own class in bf16, as its pipeline calls it, in eager mode.
+
+    Its self-attention runs on the same kernel as ours.
+    """
     with init_empty_weights():
         model = WanTransformer3DModel(**DIT[task])
     keep = tuple(model._keep_in_fp32_modules)
@@ -196,6 +204,8 @@ def stock_step(task: str, request: Request, repeats: int) -> float:
         lambda name: torch.float32 if any(part in name for part in keep) else torch.bfloat16,
         torch.device("cuda"),
     )
+    for block in model.blocks if attention else ():
+        block.attn1.set_attention_backend(attention)
     geometry = request.geometry
     latents = torch.randn(1, DIT[task]["in_channels"], *geometry.latent, device="cuda", dtype=torch.bfloat16)
     text = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
@@ -211,6 +221,31 @@ def stock_step(task: str, request: Request, repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+WITHOUT = ("compile", "probe", "reuse", "rows")
+
+
+@contextmanager
+def without(args: argparse.Namespace, pipeline: Pipeline, tokens: int) -> Iterator[None]:
+    """Runs in which what is to be measured is switched off."""
+
+    def by_token(self: KnownLatents, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        placed, steps = model_input(self, latents, t)
+        return placed, steps.repeat_interleave(tokens // steps.shape[1], 1)
+
+    model_input = KnownLatents.model_input
+    with ExitStack() as patches:
+        if args.no_compile:
+            pipeline.compile_blocks = False
+        if args.no_probe:
+            patches.enter_context(patch("wan.pipeline.use_fastest_attention", lambda *_: None))
+        if args.no_reuse:
+            texts = patch("wan.modules.sampling.text_keys", lambda _, context: [context.positive, context.negative])
+            patches.enter_context(texts)
+        if args.no_rows:
+            patches.enter_context(patch.object(KnownLatents, "model_input", by_token))
+        yield
 
 
 def commit() -> str:
@@ -229,6 +264,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--context_frames", type=int, default=1, help="known frames: 1 or 4n+1")
     parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
+    parser.add_argument("--clips", type=int, default=100, help="as one of so many; decides on compiling (default: 100)")
+    parser.add_argument("--no_compile", action="store_true", help="run the blocks as they are")
+    parser.add_argument("--no_probe", action="store_true", help="the library's default attention kernel")
+    parser.add_argument("--no_reuse", action="store_true", help="embed the text anew in every forward")
+    parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
     parser.add_argument("--commit", default=commit())
@@ -239,7 +279,11 @@ def main() -> None:
     pipeline = build(task, args.packed)
     built = time.perf_counter() - start
     request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
-    runs = [timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload) for seed in (1, 2)]
+    with without(args, pipeline, request.geometry.tokens):
+        runs = [
+            timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload, args.clips)
+            for seed in (1, 2)
+        ]
     result: dict[str, Any] = {
         "scenario": args.scenario,
         "context_frames": args.context_frames,
@@ -248,6 +292,7 @@ def main() -> None:
         "torch": torch.__version__,
         "offload": not args.no_offload,
         "packed": args.packed,
+        "without": [name for name in WITHOUT if getattr(args, f"no_{name}")],
         "build_seconds": round(built, 1),
         "first": runs[0],
         "second": runs[1],
@@ -258,7 +303,7 @@ def main() -> None:
             pipeline.__dict__.pop(name, None)
         gc.collect()
         torch.cuda.empty_cache()
-        result["stock_step"] = round(stock_step(task, request, 2), 3)
+        result["stock_step"] = round(stock_step(task, request, 2, runs[1]["kernels"]["attention"]), 3)
         result["step_over_stock"] = round(runs[1]["step_median"] / result["stock_step"], 3)
     for key, value in result.items():
         print(f"{key:16} {value}")

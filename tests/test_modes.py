@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,19 @@ def test_5b_knows_the_tail_as_clean_latent_frames_and_keeps_them(known: int, b5:
     assert torch.equal(condition.known, latents) and latents.shape[1] == slots
     placed, steps = condition.model_input(noise, torch.tensor(500))
     assert torch.equal(placed[0, :, :slots], latents) and torch.equal(placed[0, :, slots:], noise[:, slots:])
-    tokens = plan.geometry.latent[1] * plan.geometry.latent[2] // 4
-    assert steps[0, : slots * tokens].eq(0).all() and steps[0, slots * tokens :].eq(500).all()
+    assert steps.tolist() == [[0.0] * slots + [500.0] * (noise.shape[1] - slots)]
     assert torch.equal(b5.run(request).latents[:, :slots], latents)
+
+
+def test_a_clip_of_a_chain_says_how_many_there_are(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    run = WanV2V5B.run
+    monkeypatch.setattr(
+        WanV2V5B, "run", lambda self, request, **more: seen.append(more["clips"]) or run(self, request, **more)
+    )
+    footage = moving(fps=24)
+    b5.extend(footage, 7, dataclasses.replace(b5.plan(footage, **OPTIONS), number=2, count=4))
+    assert seen == [4]
 
 
 def test_a_tail_chain_goes_on_from_the_last_frames_of_each_clip(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,7 @@ class VideoContinuation(Pipeline):
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__(
             config,
@@ -205,6 +206,7 @@ class VideoContinuation(Pipeline):
             init_on_cpu,
             convert_model_dtype,
             dit_files=dit_files,
+            compile_blocks=compile_blocks,
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
@@ -388,7 +390,8 @@ class VideoContinuation(Pipeline):
         request = Request(
             words.prompt, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
         )
-        made = self.run(request, offload=plan.offload, on_step=on_step)
+        # of the whole chain, so that a run that goes on with it computes with the same kernels
+        made = self.run(request, offload=plan.offload, on_step=on_step, clips=plan.count * plan.best_of)
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)

@@ -91,6 +91,7 @@ def _add_common(parser: Parser) -> None:
     )
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
+    add("--compile", choices=("auto", "off"), default="off", help="auto: compile the denoiser where it saves time")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--vlm_path", help="InternVL folder or hub id; default: InternVL3_5-8B in or beside --ckpt_dir, else the hub's")
     add("--vlm_device", help="device of the VLM, for instance cuda:1; default: the main model's")

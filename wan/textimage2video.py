@@ -170,4 +170,4 @@ class WanTI2V(OneExpert):
         if not known.leading:
             return TextOnly()
         pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
-        return KnownLatents(self.encode_frames(pixels, placement), self.config.patch_size)
+        return KnownLatents(self.encode_frames(pixels, placement))

@@ -71,6 +71,7 @@ class Job:
             t5_cpu=args.t5_cpu,
             convert_model_dtype=args.convert_model_dtype,
             dit_files=_dit_files(args),
+            compile_blocks=args.compile == "auto",
             **continuing,
         )
 

@@ -13,7 +13,7 @@ class Condition(Protocol):
     """What the loop asks before and after the model."""
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [z, F, h, w] and a scalar timestep -> latents [1, C, F, h, w] and timestep [1] or [1, L]."""
+        """Latents [z, F, h, w] and a scalar timestep -> latents [1, C, F, h, w] and timestep [1] or [1, F]."""
 
     def finish(self, latents: Tensor) -> Tensor:
         """The final latents [z, F, h, w] with what is known put back."""
@@ -99,20 +99,18 @@ class HeldImageChannels(ImageChannels):
 
 @dataclass(frozen=True)
 class KnownLatents:
-    """5B: leading latent frames are known, and their tokens are given timestep 0.
+    """5B: leading latent frames are known, and they are given timestep 0.
 
-    `known` float32 [z, K, h, w] with K <= F; `patch_size` is the model's.
+    `known` float32 [z, K, h, w] with K <= F. A token of the model is one latent frame deep.
     """
 
     known: Tensor
-    patch_size: tuple[int, int, int] = (1, 2, 2)
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         placed = self.finish(latents)
-        frames, height, width = (size // patch for size, patch in zip(placed.shape[1:], self.patch_size, strict=True))
-        steps = t.to(torch.float32).expand(frames).clone()  # float32 as in the official code: mask * t
+        steps = t.to(torch.float32).repeat(placed.shape[1])  # float32 as in the official code: mask * t
         steps[: self.known.shape[1]] = 0
-        return placed[None], steps.repeat_interleave(height * width)[None]
+        return placed[None], steps[None]
 
     def finish(self, latents: Tensor) -> Tensor:
         return _with_leading(self.known, latents)

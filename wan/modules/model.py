@@ -1,54 +1,60 @@
 """`WanModel`: the denoiser (DiT), loaded from either folder layout, with the official precision policy.
 
-The architecture is diffusers' `WanTransformer3DModel`. In bf16 the official code keeps the residual stream, the
-modulation, the time path and the head in float32, and that is what bounds its error over 30 or 40 blocks; the stock
-class rounds them. The corrections below restore that, and in float32 they change nothing but the timestep sinusoid,
-which the official code computes in float64.
+The architecture and the parameters are diffusers' `WanTransformer3DModel`; the forward is our own. In bf16 the official
+code keeps the residual stream, the modulation, the time path and the head in float32, and that is what bounds its error
+over 30 or 40 blocks; the stock class rounds them. In float32 ours differs from it in the timestep sinusoid alone, which
+the official code computes in float64. The text's keys and values can be computed once for all steps, and the time path
+is computed for the timesteps that differ, not for every token.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.checkpoint import Weights, check_fit, fill
+
+log = logging.getLogger(__name__)
 
 # Parameters that stay float32 whatever the compute dtype is.
 FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
 FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
 
 
-class WanModel(WanTransformer3DModel):  # type: ignore[misc]
-    """The denoiser. Call it as the library class: latents [B, C, F, h, w], timestep [B] or [B, L], text [B, 512, D].
+TextKeys: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # by block: keys and values [B, 512, heads, head_dim]
 
-    Its float32 output [B, z, F, h, w] is the predicted flow, whatever the compute dtype.
-    """
+
+class WanModel(WanTransformer3DModel):  # type: ignore[misc]
+    """The denoiser, with the library class's configuration and parameter names, and its `forward` by name and order."""
+
+    _repeated_blocks = ["WanBlock"]
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        dim = self.config.num_attention_heads * self.config.attention_head_dim
-        self.condition_embedder = _ConditionEmbedder(
-            dim=dim, time_freq_dim=self.config.freq_dim, time_proj_dim=6 * dim, text_embed_dim=self.config.text_dim
+        sizes = self.config
+        dim = sizes.num_attention_heads * sizes.attention_head_dim
+        self.blocks: Any = nn.ModuleList(
+            WanBlock(dim, sizes.ffn_dim, sizes.num_attention_heads, sizes.qk_norm, sizes.cross_attn_norm, sizes.eps)
+            for _ in range(sizes.num_layers)
         )
-        self.condition_embedder.timesteps_proj = _Sinusoid64(self.config.freq_dim)
-        # The inputs of the large matrix products follow their weights; what comes out of the patch embedding is the
-        # residual stream, which every block keeps in the dtype that it was given.
-        self.patch_embedding.register_forward_pre_hook(_cast_to_weight)
-        self.patch_embedding.register_forward_hook(_to_float32)
-        for block in self.blocks:
-            for part in (block.attn1, block.attn2, block.ffn):
-                part.register_forward_pre_hook(_cast_to_weight)
+        self.condition_embedder.timesteps_proj = _Sinusoid64(sizes.freq_dim)
         self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
         self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.is_compiled = False
+        self.can_compile = True  # until it has failed
 
     @classmethod
     def from_weights(
@@ -83,6 +89,129 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
     def _empty(cls, weights: Weights) -> WanModel:
         with init_empty_weights():
             return cls(**infer_config(weights))
+
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """Embedded prompts [B, 512, D] -> what the blocks' cross-attention takes of them, for as many steps as wanted.
+
+        They belong to the prompt and to the weights as they are now. At 512 rows in bf16 they take 400 MiB of an A14B
+        expert and 180 MiB of the 5B.
+        """
+        embedder = self.condition_embedder.text_embedder
+        rows = embedder(text.to(embedder.linear_1.bias.dtype))  # weights may be packed
+        return tuple(block.text_keys(rows) for block in self.blocks)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | TextKeys,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Latents [B, C, F, h, w] -> the predicted flow float32 [B, z, F, h, w], whatever the compute dtype.
+
+        `timestep` [B] or [B, n]: one for each of n equal runs of tokens, so n = F where latent frames differ in it.
+        The text is embedded prompts [B, 512, D] or the `text_keys` of them.
+        """
+        texts = encoder_hidden_states
+        if isinstance(texts, Tensor):
+            texts = self.text_keys(texts)
+        embedder = self.condition_embedder
+        steps = timestep if timestep.ndim == 2 else timestep[:, None]
+        time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
+        modulation = embedder.time_proj(embedder.act_fn(time)).unflatten(-1, (6, -1))  # [B, n, 6, D]
+
+        rotary = self.rope(hidden_states)
+        grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
+        tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
+        for block, text in zip(self.blocks, texts, strict=True):
+            tokens = self._through(block, tokens, text, modulation, rotary)
+
+        shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
+        runs = tokens.unflatten(1, (steps.shape[1], -1))
+        patches = self.proj_out((self.norm_out(runs) * (1 + scale) + shift).flatten(1, 2))
+        sizes = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid.shape[2:])
+        # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
+        flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
+        if self.can_compile and not self.is_compiled:
+            # one graph a size of clip: kernels for any size are slower
+            self.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
+            self.is_compiled = True
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """What the blocks run on, as JSON values; nothing where that is what they are made with."""
+        backend = self.blocks[0].attn1.processor._attention_backend
+        attention = {} if backend is None else {"attention": str(backend.value)}
+        return attention | ({"compiled": True} if self.is_compiled else {})
+
+    def _through(self, block: WanBlock, *inputs: Any) -> Tensor:
+        try:
+            return block(*inputs)  # type: ignore[no-any-return]
+        except Exception as error:  # what is not the compiler's fault is raised again below
+            if not self.is_compiled:
+                raise
+            for each in self.blocks:
+                each._compiled_call_impl = None
+            self.is_compiled = self.can_compile = False
+            reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
+            log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
+        return block(*inputs)  # type: ignore[no-any-return]
+
+
+class WanBlock(WanTransformerBlock):  # type: ignore[misc]
+    """A block of the denoiser. The inputs of its matrix products follow their weights, all else is float32."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.attn2.set_processor(_TextAttention())
+
+    def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, 512, D] of the text embedder -> keys and values [B, 512, heads, head_dim]."""
+        attention = self.attn2
+        keys = attention.norm_k(attention.to_k(rows))
+        return keys.unflatten(2, (attention.heads, -1)), attention.to_v(rows).unflatten(2, (attention.heads, -1))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: tuple[Tensor, Tensor],
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Tokens [B, L, D], this block's text keys, modulation [B, n, 6, D] of n equal runs of tokens -> [B, L, D].
+
+        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B.
+        """
+        dtype = self.attn1.to_q.bias.dtype  # weights may be packed
+        table = (self.scale_shift_table + temb)[:, :, :, None]  # [B, n, 6, 1, D]
+        shift, scale, gate, feed_shift, feed_scale, feed_gate = table.unbind(2)
+
+        tokens: Tensor = hidden_states.view(*temb.shape[:2], -1, temb.shape[-1])  # [B, n, L / n, D]
+        normed = (self.norm1(tokens) * (1 + scale) + shift).to(dtype).flatten(1, 2)
+        tokens = tokens + self.attn1(normed, None, None, rotary_emb).view_as(tokens) * gate
+        normed = self.norm2(tokens).to(dtype).flatten(1, 2)
+        tokens = tokens + self.attn2(normed, encoder_hidden_states).view_as(tokens)
+        normed = (self.norm3(tokens) * (1 + feed_scale) + feed_shift).to(dtype)
+        tokens = tokens + self.ffn(normed) * feed_gate
+        return tokens.view_as(hidden_states)
+
+
+class _TextAttention:
+    """The library's attention processor for cross-attention, with keys and values that are there already."""
+
+    _attention_backend = None  # `set_attention_backend` of the library writes it
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], *_: Any
+    ) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        mixed: Tensor = dispatch_attention_fn(query, *encoder_hidden_states, backend=self._attention_backend)
+        return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
 
 
 def key_map(weights: Weights) -> dict[str, str]:
@@ -147,36 +276,3 @@ class _Sinusoid64(nn.Module):
         exponents = torch.arange(self.frequencies, dtype=torch.float64, device=timesteps.device) / self.frequencies
         angles = timesteps.double()[:, None] * torch.pow(10000.0, -exponents)[None]
         return torch.cat([angles.cos(), angles.sin()], dim=1).float()
-
-
-class _ConditionEmbedder(WanTimeTextImageEmbedding):  # type: ignore[misc]
-    """Keeps the time path in float32; the stock class rounds it to the text's dtype."""
-
-    def forward(
-        self,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_image: None = None,
-        timestep_seq_len: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        sinusoid = self.timesteps_proj(timestep)
-        if timestep_seq_len is not None:
-            sinusoid = sinusoid.unflatten(0, (-1, timestep_seq_len))
-        time = self.time_embedder(sinusoid)
-        text = self.text_embedder(encoder_hidden_states.to(_compute_dtype(self.text_embedder)))
-        return time, self.time_proj(self.act_fn(time)), text, encoder_hidden_states_image
-
-
-def _cast_to_weight(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pre-hook: tensors in the dtype of the weights. The rotary pair, a tuple, stays float32."""
-    dtype = _compute_dtype(module)
-    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in args)
-
-
-def _compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's parameters, but for weights that stay packed."""
-    return next(p.dtype for p in module.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1)
-
-
-def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.float()

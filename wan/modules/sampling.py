@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wan.modules.conditioning import Condition
+from wan.modules.model import TextKeys, WanModel
 from wan.modules.schedule import Scheduler
 from wan.modules.step_cache import NO_CACHE, Branch, Caching
 from wan.placement import Placement
@@ -20,7 +21,7 @@ class Expert:
     """A denoiser, its guidance, and the lowest timestep it works at."""
 
     name: str
-    model: nn.Module
+    model: WanModel
     guidance: float
     lowest: float
 
@@ -63,43 +64,55 @@ def sample(
     on_step: OnStep | None = None,
     caching: Caching = NO_CACHE,
 ) -> Tensor:
-    """Noise [z, F, h, w] -> latents float32 [z, F, h, w]. `context` and `condition` are on the device already."""
+    """Noise [z, F, h, w] -> latents float32 [z, F, h, w]. `context` and `condition` are on the device already.
+
+    Nothing in the loop waits for the GPU, unless `on_step` does.
+    """
     latents, done = noise, 0
     total = sum(len(stage.timesteps) for stage in stages)
     for stage in stages:
         steps = len(stage.timesteps)
         with placement.on_device(stage.expert.model) as model, caching.of(model, stage.expert.name, steps) as branch:
+            texts = text_keys(stage, context)
             for t, guidance in zip(stage.timesteps, stage.guidance, strict=True):
-                flow = predict(model, guidance, condition, context, latents, t, branch)
+                flow = predict(model, guidance, condition, texts, latents, t, branch)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
                 done += 1
                 if on_step is not None:
                     on_step(Step(done, total, stage.expert.name, latents))
+            del texts  # before the next expert comes; they are of this one's weights
     return condition.finish(latents)
 
 
+def text_keys(stage: Stage, context: TextContext) -> list[TextKeys]:
+    """What the expert takes of the positive prompt and, where guidance needs it, of the negative one."""
+    guided = any(guidance != 1 for guidance in stage.guidance)
+    prompts = [context.positive, context.negative] if guided else [context.positive]
+    return [stage.expert.model.text_keys(prompt) for prompt in prompts]
+
+
 def predict(
-    model: nn.Module,
+    model: WanModel,
     guidance: float,
     condition: Condition,
-    context: TextContext,
+    texts: Sequence[TextKeys],
     latents: Tensor,
     t: Tensor,
     branch: Branch,
 ) -> Tensor:
-    """The guided flow float32 [z, F, h, w] (classifier-free guidance, Ho & Salimans 2022).
+    """The guided flow float32 [z, F, h, w] (classifier-free guidance, Ho & Salimans 2022) with `text_keys`' texts.
 
     At guidance 1 the unconditional term cancels, so that forward is left out. A cache knows the two by their `branch`.
     """
     placed, timestep = condition.model_input(latents, t)
 
-    def flow(name: str, text: Tensor) -> Tensor:
+    def flow(name: str, text: TextKeys) -> Tensor:
         with branch(name):
             output: Tensor = model(placed, timestep, text, return_dict=False)[0][0]
-        return output.float()
+        return output
 
-    conditional = flow("cond", context.positive)
+    conditional = flow("cond", texts[0])
     if guidance == 1:
         return conditional
-    unconditional = flow("uncond", context.negative)
+    unconditional = flow("uncond", texts[1])
     return unconditional + guidance * (conditional - unconditional)

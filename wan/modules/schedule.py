@@ -44,7 +44,7 @@ def build_scheduler(sampling: Sampling, device: torch.device, train_timesteps: i
     }
     scheduler: Any
     if sampling.solver == "unipc":
-        scheduler = UniPCMultistepScheduler(**options)
+        scheduler = _UniPC(**options)
         first = float(np.float32(1 - 1 / train_timesteps))
         # unshifted: the class applies flow_shift itself
         scheduler.set_timesteps(sampling.steps, device=device, sigmas=np.linspace(first, 0, sampling.steps + 1)[:-1])
@@ -58,3 +58,45 @@ def build_scheduler(sampling: Sampling, device: torch.device, train_timesteps: i
     # two equal integer timesteps would otherwise make the class start at the second
     scheduler.set_begin_index(0)
     return scheduler  # type: ignore[no-any-return]
+
+
+class _UniPC(UniPCMultistepScheduler):  # type: ignore[misc]
+    """The library's UniPC of order 2, bh2, predicting data, with its coefficients in host memory.
+
+    The library copies sigmas to the GPU and solves a 2x2 system there in every step, and waits for both. The arithmetic
+    and its order are the same. Source of the formulas: UniPC, Zhao et al. 2023.
+    """
+
+    def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
+        """The predictor: from this step's sigma to the next."""
+        return self._advance(sample, self.step_index, order)
+
+    def multistep_uni_c_bh_update(
+        self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
+    ) -> Tensor:
+        """The corrector: from the last step's sigma to this one's again, knowing the output there."""
+        return self._advance(last_sample, self.step_index - 1, order, this_model_output)
+
+    def _advance(self, sample: Tensor, start: int, order: int, found: Tensor | None = None) -> Tensor:
+        sigmas: Tensor = self.sigmas
+        alphas = 1 - sigmas
+        lambdas = alphas.log() - sigmas.log()
+        h = lambdas[start] - lambdas[start + 1]  # negative
+        b_h = torch.expm1(h)
+        last: Tensor = self.model_outputs[-1]
+        moved = sigmas[start + 1] / sigmas[start] * sample - alphas[start + 1] * b_h * last
+        change: Tensor | float = 0.0
+        weight = torch.tensor(0.5)
+        if order == 2:
+            ratio = (lambdas[start - 1] - lambdas[start]) / -h
+            change = (self.model_outputs[-2] - last) / ratio
+            phi = b_h / h - 1
+            if found is None:
+                change = weight * change
+            else:
+                matrix = torch.stack([torch.ones(2), torch.stack([ratio, torch.ones(())])])
+                earlier, weight = torch.linalg.solve(matrix, torch.stack([phi, (phi / h - 0.5) * 2]) / b_h)
+                change = earlier * change
+        if found is not None:
+            change = change + weight * (found - last)
+        return moved - alphas[start + 1] * b_h * change

@@ -13,13 +13,17 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
+from wan.modules.model import WanBlock
 from wan.types import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
 
 # Around a forward, by the name of its branch: what a cache keeps of "cond" is not that of "uncond".
 Branch: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
 MAGCACHE_SKIPS = 2  # at most so many steps in a row (source: the paper's setting for Wan2.1 and Wan2.2)
+
+TransformerBlockRegistry.register(WanBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,408 @@
+"""What makes sampling faster changes no number: each shortcut against the way without it, and what it saves counted."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.modules.kernels import compile_where_it_pays, fastest, use_fastest_attention
+from wan.modules.model import WanModel
+from wan.modules.sampling import Expert, Stage, sample, text_keys
+from wan.modules.schedule import build_scheduler
+from wan.placement import Placement
+from wan.types import Sampling, TextContext
+
+CPU = Placement(torch.device("cpu"))
+META = torch.device("meta")
+SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "out_channels": 4,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 96,
+    "num_layers": 3,
+}
+LATENT = (4, 3, 8, 8)  # z, F, h, w: 16 tokens a latent frame
+
+
+def build(channels: int = 4, dtype: torch.dtype = torch.float32, **sizes: Any) -> WanModel:
+    torch.manual_seed(5)
+    model = WanModel(in_channels=channels, **SIZES | sizes)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name != "scale_shift_table":
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.condition_embedder.text_embedder.to(dtype)
+    model.blocks.to(dtype)
+    for block in model.blocks:
+        block.scale_shift_table.data = block.scale_shift_table.float()
+        block.norm2.float()
+    return model.eval()
+
+
+def prompt(seed: int) -> Tensor:
+    return torch.randn(1, 512, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn(LATENT, generator=torch.Generator().manual_seed(seed))
+
+
+def stages_of(*models: WanModel, guidance: float = 3.0) -> list[Stage]:
+    steps = torch.tensor([999, 750, 500, 250])
+    return [
+        Stage(Expert(str(index), model, guidance, 0), mine, (guidance,) * len(mine))
+        for index, (model, mine) in enumerate(zip(models, steps.chunk(len(models)), strict=True))
+    ]
+
+
+def made(
+    stages: list[Stage], context: TextContext, condition: Condition | None = None, solver: str = "unipc"
+) -> Tensor:
+    device = stages[0].timesteps.device
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0), solver), device)
+    return sample(noise().to(device), stages, scheduler, condition or TextOnly(), context, Placement(device))
+
+
+# Text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_text_keys_give_the_same_bits_as_the_text(dtype: torch.dtype) -> None:
+    model, text = build(dtype=dtype), prompt(1)
+    whole, kept = (model(noise()[None], torch.tensor([613]), given).sample for given in (text, model.text_keys(text)))
+    assert torch.equal(whole, kept) and whole.dtype == torch.float32
+    other = model(noise()[None], torch.tensor([613]), model.text_keys(prompt(2))).sample
+    assert not torch.equal(whole, other), "the text must matter"
+
+
+@pytest.mark.parametrize(("guidance", "prompts"), [(3.0, 2), (1.0, 1)])
+def test_text_is_embedded_once_for_every_expert_and_branch(guidance: float, prompts: int) -> None:
+    models, calls = (build(), build()), []
+    for model in models:
+        embedder = model.condition_embedder.text_embedder
+        embedder.register_forward_hook(lambda module, *_: calls.append(module))
+    made(stages_of(*models, guidance=guidance), TextContext(prompt(1), prompt(2)))
+    assert calls == [model.condition_embedder.text_embedder for model in models for _ in range(prompts)]
+
+
+@torch.no_grad()
+def test_nothing_of_an_earlier_prompt_or_weight_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    made(stages_of(model), TextContext(prompt(1), prompt(2)))
+    fresh = build()
+    assert torch.equal(
+        made(stages_of(model), TextContext(prompt(3), prompt(2))),
+        made(stages_of(fresh), TextContext(prompt(3), prompt(2))),
+    )
+    for changed in (model, fresh):  # as merging a LoRA does
+        changed.blocks[1].attn2.to_v.weight.add_(0.1)
+    context = TextContext(prompt(3), prompt(2))
+    reused = made(stages_of(model), context)
+    assert not torch.equal(reused, made(stages_of(build()), context)), "the weight must matter"
+    # the reference embeds the text anew in every forward
+    monkeypatch.setattr("wan.modules.sampling.text_keys", lambda expert, context: [context.positive, context.negative])
+    assert torch.equal(reused, made(stages_of(fresh), context))
+
+
+def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    alive_at_end: list[int] = []
+
+    def watched(expert: Expert, context: TextContext) -> Any:
+        keys = text_keys(expert, context)
+        kept.extend(weakref.ref(tensor) for text in keys for pair in text for tensor in pair)
+        return keys
+
+    class Watching(Placement):
+        @contextmanager
+        def on_device(self, model: Any, device: torch.device | None = None) -> Iterator[Any]:
+            yield model
+            alive_at_end.append(sum(tensor() is not None for tensor in kept))
+
+    monkeypatch.setattr("wan.modules.sampling.text_keys", watched)
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0)), CPU.device)
+    context = TextContext(prompt(1), prompt(2))
+    sample(noise(), stages_of(build(), build()), scheduler, TextOnly(), context, Watching(CPU.device))
+    assert len(kept) == 2 * 2 * 3 * 2 and alive_at_end == [0, 0]
+
+
+# Modulation
+
+
+@torch.no_grad()
+def test_a_timestep_a_latent_frame_is_that_of_its_tokens() -> None:
+    model, text = build(), prompt(1)
+    frames = torch.tensor([[0.0, 613.0, 613.0]])
+    by_frame = model(noise()[None], frames, text).sample
+    by_token = model(noise()[None], frames.repeat_interleave(16, 1), text).sample
+    torch.testing.assert_close(by_frame, by_token, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(by_frame, model(noise()[None], frames[:, 1], text).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "timestep", [torch.tensor([613]), torch.tensor([[0.0, 613.0, 613.0]]).repeat_interleave(16, 1)]
+)
+@torch.no_grad()
+def test_the_forward_is_the_librarys_but_for_the_sinusoid(timestep: Tensor) -> None:
+    model = build()
+    stock = WanTransformer3DModel(in_channels=4, **SIZES)
+    stock.load_state_dict(model.state_dict())
+    stock.condition_embedder.timesteps_proj = model.condition_embedder.timesteps_proj
+    ours, theirs = (each(noise()[None], timestep, prompt(1)).sample for each in (model, stock.eval()))
+    assert torch.equal(ours, theirs)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes in the 5B's width of 3072."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and result.ndim and result.shape[-1] % 3072 == 0:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("rows", [31, 27280])
+@torch.no_grad()
+def test_modulation_is_never_a_row_for_every_token(rows: int) -> None:
+    """The 5B at 1280*704 and 121 frames, without values: 27,280 tokens, 31 latent frames."""
+    sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 1}
+    with init_empty_weights():
+        model = WanModel(in_channels=48, **SIZES | sizes | {"out_channels": 48})
+    model.to(META)
+    with Largest() as seen:
+        model(torch.empty(1, 48, 31, 44, 80, device=META), torch.empty(1, rows, device=META), prompt(1).to(META))
+    assert seen.elements == 27280 * 3072 * (1 if rows == 31 else 6)
+
+
+# Waiting for the GPU
+
+
+class Waits(TorchDispatchMode):
+    """Operations that would wait for a GPU: values read by the host, copies between devices, checks of a solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        on_gpu = any(tensor.device == META for tensor in tensors)
+        if on_gpu and name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_linalg_check_errors"):
+            self.found.append(name)
+            raise AssertionError(name)
+        result = func(*args, **kwargs or {})
+        if name in ("_to_copy", "copy_", "lift_fresh_copy") and {t.device for t in tensors} | {result.device} > {META}:
+            self.found.append(f"{name} between devices")
+        return result
+
+
+def conditions() -> dict[str, Condition]:
+    latents = torch.empty(LATENT, device=META)
+    channels = ImageChannels(torch.empty(8, *LATENT[1:], device=META))
+    return {
+        "text": TextOnly(),
+        "5b": KnownLatents(latents[:, :1]),
+        "a14b": channels,
+        "a14b held": HeldImageChannels.hold(channels, latents[:, :2], latents, 1000),
+    }
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("name", list(conditions()))
+def test_nothing_in_the_loop_waits_for_the_gpu(name: str, solver: str) -> None:
+    """On the meta device, which as a GPU does not let the host see a value, and which takes host scalars."""
+    with init_empty_weights():
+        model = WanModel(in_channels=12 if "a14b" in name else 4, **SIZES)
+    model.to(META)
+    (stage,) = stages_of(model)
+    scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0), solver), CPU.device)
+    context = TextContext(prompt(1).to(META), prompt(2).to(META))
+    on_gpu = Stage(stage.expert, stage.timesteps.to(META), stage.guidance)
+    with Waits() as waits:
+        sample(
+            torch.empty(LATENT, device=META), [on_gpu], scheduler, conditions()[name], context, Placement(META, False)
+        )
+    assert waits.found == []
+
+
+def test_the_watch_for_waits_sees_those_of_the_library() -> None:
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+    scheduler = UniPCMultistepScheduler(**options)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    with Waits() as waits:
+        scheduler.step(torch.empty(LATENT, device=META), 999, torch.empty(LATENT, device=META))
+    assert waits.found
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (3, 3.0), (8, 8.0), (40, 5.0), (100, 12.0)])
+def test_the_solver_gives_the_librarys_bits(steps: int, shift: float) -> None:
+    ours = build_scheduler(Sampling(steps, shift, (1.0, 1.0)), CPU.device)
+    stock = UniPCMultistepScheduler.from_config(ours.config)  # type: ignore[attr-defined]
+    stock.set_timesteps(steps)
+    stock.sigmas, stock.timesteps = ours.sigmas, ours.timesteps
+    stock.set_begin_index(0)
+    one = other = noise()[None]
+    for index, t in enumerate(ours.timesteps):
+        flow = noise(index + 1)[None] + 0.5 * one
+        one = ours.step(flow, t, one, return_dict=False)[0]
+        other = stock.step(flow, t, other, return_dict=False)[0]
+        assert torch.equal(one, other) and one.isfinite().all(), index
+
+
+# Kernels
+
+
+def right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+
+def slow(*inputs: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return right(*inputs)
+
+
+def wrong_in_one_head(*inputs: Tensor) -> Tensor:
+    output = right(*inputs)
+    output[:, :, 1] *= 1.05
+    return output
+
+
+def blind_to_the_last_keys(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return right(query, key[:, :-16], value[:, :-16])
+
+
+def not_a_number(*inputs: Tensor) -> Tensor:
+    return right(*inputs) * float("nan")
+
+
+def raising(*inputs: Tensor) -> Tensor:
+    raise RuntimeError("no such\ninstruction")
+
+
+def test_the_fastest_right_kernel_is_chosen_and_the_others_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "wan.modules.kernels")
+    inputs = torch.randn(3, 1, 256, 2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    bad = (wrong_in_one_head, blind_to_the_last_keys, not_a_number, raising)
+    candidates = {each.__name__: each for each in (slow, *bad, right)}
+    assert fastest(candidates, *inputs) == "right"
+    assert [record.args[0] for record in caplog.records] == [*(each.__name__ for each in bad), "right"]  # type: ignore
+    assert "is left out: no such" in caplog.text and "instruction" not in caplog.text
+    assert fastest({"slow": slow, "raising": raising}, *inputs) == "slow"
+    assert fastest({"raising": raising, "not_a_number": not_a_number}, *inputs) == "raising", "the default stays"
+
+
+def test_on_a_cpu_kernels_stay_what_they_are() -> None:
+    model = build(dtype=torch.bfloat16)
+    use_fastest_attention(model, 48, CPU.device)
+    compile_where_it_pays(model, 75600, 10**6, CPU.device)
+    assert model.kernels == {}
+
+
+def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("wan.modules.kernels.fastest_backend", lambda *what: asked.append(what) or "_native_cudnn")
+    half, whole = build(dtype=torch.bfloat16), build()
+    cuda = torch.device("cuda:0")
+    for model in (half, whole):
+        use_fastest_attention(model, 48, cuda)
+    assert half.kernels == {"attention": "_native_cudnn"} and whole.kernels == {}
+    assert asked == [(cuda, 48, 2, 24, torch.bfloat16)]
+    for block in half.blocks:
+        assert block.attn1.processor._attention_backend == "_native_cudnn"
+        assert block.attn2.processor._attention_backend is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "forwards", "pays"),
+    [
+        (40, 40, 32760, 80, False),  # A14B, 480p, 40 steps: saves 38 s
+        (40, 40, 32760, 160, True),  # two clips of it
+        (40, 40, 75600, 80, True),  # 720p: saves 87 s
+        (40, 40, 75600, 4, False),  # with a 4-step LoRA
+        (30, 24, 27280, 100, False),  # 5B, 704p, 50 steps
+        (30, 24, 27280, 300, True),
+    ],
+)
+def test_blocks_are_compiled_where_the_time_comes_back(
+    layers: int, heads: int, tokens: int, forwards: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with init_empty_weights():
+        model = WanModel(in_channels=4, **SIZES | {"num_layers": 1})
+    model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
+    monkeypatch.setattr(WanModel, "compile_repeated_blocks", lambda *_, **__: None)
+    compile_where_it_pays(model, tokens, forwards, torch.device("cuda"))
+    assert model.kernels == ({"compiled": True} if pays else {})
+
+
+@torch.no_grad()
+def test_one_graph_serves_all_blocks_of_both_experts_whatever_happens_to_their_weights() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    one, other, plain = build(), build(), build()
+    frames, text = torch.tensor([[0.0, 613.0, 613.0]]), prompt(1)
+    for model in (one, other):
+        model.compile_blocks(backend)
+    for weights in ("as loaded", "moved", "merged"):
+        for model in (one, other, plain):
+            weight = model.blocks[1].attn1.to_q.weight
+            if weights == "moved":  # as offloading does
+                weight.data = weight.data.clone()
+            if weights == "merged":  # as LoRAs are
+                weight.mul_(1.5)
+        results = [model(noise()[None], frames, text).sample for model in (one, other, plain)]
+        assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2]), weights
+    assert len(graphs) == 1 and one.kernels == {"compiled": True}
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_costs_one_warning_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    model = build()
+    inputs = (noise()[None], torch.tensor([613]), prompt(1))
+    wanted = model(*inputs).sample
+    model.compile_blocks(backend)
+    assert torch.equal(model(*inputs).sample, wanted) and model.kernels == {}
+    model.compile_blocks(backend)
+    assert torch.equal(model(*inputs).sample, wanted)
+    (warning,) = [record for record in caplog.records if record.name.startswith("wan.")]
+    assert "no compiler here" in warning.message
+    with pytest.raises(RuntimeError):  # a mistake of ours stays one
+        model(inputs[0], torch.zeros(1, 5), inputs[2])
+
+
+def test_all_forwards_of_a_run_count_for_compiling(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("wan.pipeline.compile_where_it_pays", lambda model, *what: asked.append(what))
+    model = build()
+    stages = [*stages_of(model), *stages_of(model, guidance=1.0)]
+    monkeypatch.setattr(ti2v, "compile_blocks", True)
+    ti2v._choose_kernels(stages, 48, 3)
+    assert asked == [(48, 3 * (4 * 2 + 4), ti2v.device)] * 2
+    monkeypatch.setattr(ti2v, "compile_blocks", False)
+    ti2v._choose_kernels(stages, 48, 3)
+    assert len(asked) == 2
