@@ -128,7 +128,7 @@ CONTINUOUS: list[tuple[str, str]] = [
     ("--ckpt_dir {i2v} --task v2v-5B --video {clip.mp4}", "found I2V-A14B"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --context_frames 6", "context_frames must be 1, 5, 9, 13 or 17; 6 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --continuation last_frame --context_frames 5", "knows 1 frame(s), not 5"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --continuation svi2pro", "svi2pro is for I2V-A14B"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 9 --continuation svi2pro", "svi2pro is for I2V-A14B"),
     ("--ckpt_dir {i2v} --video {clip.mp4} --continuation svi2pro --frame_num 13", "needs its pair of LoRAs"),
     ("--ckpt_dir {i2v} --video {clip.mp4} --anchor_image {i2v.png}", "--anchor_image goes with --continuation svi2pro"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --end_image {i2v.png}", "--end_image is for I2V-A14B"),
