@@ -76,12 +76,13 @@ def content(folder: Path) -> dict[str, Any]:
     return states | {"frames": frames, "names": sorted(path.name for path in folder.iterdir())}
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What is not the same in two folders, nothing if all is."""
     # x264 does not always make the same bytes of the same frames, so of the joined video only the count is compared
-    if one.keys() != other.keys() or one["frames"] != other["frames"] or one["names"] != other["names"]:
-        return False
-    tensors = [(one[name], other[name]) for name in one if name.endswith(".safetensors")]
-    return all(torch.equal(a[key], b[key]) for a, b in tensors for key in a)
+    found = [f"{key}: {one[key]}, not {other[key]}" for key in ("frames", "names") if one[key] != other[key]]
+    for name in (name for name in sorted(one.keys() & other.keys()) if name.endswith(".safetensors")):
+        found += [f"{key} in {name}" for key in other[name] if not torch.equal(one[name][key], other[name][key])]
+    return "; ".join(found)
 
 
 def finished(folder: Path) -> dict[str, int]:
@@ -103,8 +104,9 @@ def main() -> None:
         before = finished(folder)
         code = chain(checkpoint, video, folder)
         after = finished(folder)
-        if code or not same(content(folder), whole):
-            wrong.append(f"{name}: another result (exit code {code})")
+        different = differences(content(folder), whole)
+        if code or different:
+            wrong.append(f"{name}: exit code {code}; {different}")
         if any(after.get(clip) != stamp for clip, stamp in before.items()):
             wrong.append(f"{name}: a finished clip was made again")
         shutil.rmtree(folder)

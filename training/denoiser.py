@@ -1,6 +1,6 @@
 """Stages `dit5b` and `dit14b`: flow matching on cached latents, with the exact conditioning of the two models.
 
-The clip begins with known frames. Half of these have been through the VAE once, as the end of an earlier clip, because
+The clip begins with known frames. Most of these have been through the VAE once, as the end of an earlier clip, because
 that is what a chain goes on from. The caption is what goes on at the first frame.
 """
 
@@ -136,7 +136,7 @@ class Pool:
         # not only what the VAE loses, but also what a denoiser does not get right
         level = 0.15 * torch.rand(CHUNK, 1, 1, 1, 1, generator=generator, device=device)
         worn = self.codec.decode(latents + level * torch.randn(latents.shape, generator=generator, device=device))
-        is_worn = torch.rand(CHUNK, 1, 1, 1, 1, generator=generator, device=device) < 0.5
+        is_worn = torch.rand(CHUNK, 1, 1, 1, 1, generator=generator, device=device) < 0.7
         context = torch.where(is_worn, worn, earlier)[:, :, -KNOWN:]
         share = torch.tensor([0.5, 0.25, 0.25], device=device)
         count = 1 + torch.multinomial(share, CHUNK, replacement=True, generator=generator)

@@ -115,9 +115,12 @@ def clips(settings: Settings, step: int, frames: int) -> Iterator[Batch]:
 
 
 def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """How far pictures are apart, in value and in their differences along time, height and width."""
+    """How far pictures are apart, in value and in their differences along time, height and width.
+
+    The squares count for as much as the rest near 33 dB: they are what an outline that melts costs.
+    """
     error = decoded - pixels
-    loss = error.abs().mean() + 0.5 * error.square().mean()
+    loss = error.abs().mean() + 5 * error.square().mean()
     for axis in (2, 3, 4):
         loss = loss + 0.5 * error.diff(dim=axis).abs().mean() if error.shape[axis] > 1 else loss
     return loss
