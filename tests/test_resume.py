@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,6 @@ from typing import Any
 import av
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import DATA, GOLDEN
@@ -220,19 +220,17 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import wan.run_folder
-
-    original = wan.run_folder.save_file
+    original = Path.write_bytes
     saved: list[Path] = []
 
-    def full_at_the_second(tensors: Any, path: Path, **options: Any) -> None:
+    def full_at_the_second(path: Path, data: bytes) -> int:
         saved.append(path)
         if len(saved) == 2:
-            path.write_bytes(b"half")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        original(tensors, path, **options)
+            original(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, data)
 
-    monkeypatch.setattr(wan.run_folder, "save_file", full_at_the_second)
+    monkeypatch.setattr(Path, "write_bytes", full_at_the_second)
     assert run(checkpoint, tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert "1 of 3 clips are finished" in error and "No space left on device" in error

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from examples.make_tiny_checkpoint import write_prompt_tokenizer
 from tests.media_samples import CORPUS
 from training import scenes
 from training.captioner import IGNORED, Conversations, answer_logits
+from training.denoiser import TEXT_ROWS, _forward, _new
 from training.export import export
 from training.family import (
     CAPTIONER,
@@ -68,6 +70,21 @@ def test_trained_parts_become_a_folder_that_the_pipelines_load(tmp_path: Path) -
         torch.testing.assert_close(loaded[name].float(), value, rtol=1e-2, atol=1e-3)
     written = torch.load(folder / "Wan2.2_VAE.pth", weights_only=True)
     assert {key: tuple(value.shape) for key, value in written.items()} == shapes
+
+
+def test_few_rows_of_zeros_train_the_model_that_sees_all_of_them(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=2, rate=0.0)
+    model = _new(settings, "dit5b")
+    torch.nn.init.normal_(model.proj_out.weight, std=0.05)
+    plain = build_denoiser(DENOISERS["dit5b"])
+    plain.load_state_dict(model.state_dict())
+    text = torch.randn(2, 64, TEXT.dim)
+    text[0, 20:] = 0
+    latents, steps = torch.randn(2, 48, 2, 6, 10), torch.tensor([[0.0, 700.0], [300.0, 300.0]])
+    with torch.no_grad():
+        trained = _forward(model, latents, steps, text)
+        used = plain(latents, steps, pad(text, (0, 0, 0, TEXT_ROWS - 64)), return_dict=False)[0]
+    torch.testing.assert_close(trained, used, rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_does_not_depend_on_the_padding_of_its_row(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from wan import media
@@ -189,11 +189,8 @@ class RunFolder:
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(sheet)},
         }
         part = stem.with_name(f".{stem.name}.safetensors.part")
-        try:
-            said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
-            save_file(tensors, part, metadata=said)
-        except SafetensorError as error:  # how that library reports a full disk
-            raise UserError(f"cannot write {part} ({error}); free some space") from error
+        said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
+        part.write_bytes(as_bytes(tensors, said))  # the library's own writer would leave a file of its own when killed
         publish(part, stem.with_suffix(".safetensors"))
         write_json(stem.with_suffix(".json"), record)
         return FinishedClip(number, stem.with_suffix(".json"), record, settings)
