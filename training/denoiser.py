@@ -127,7 +127,7 @@ class Pool:
 
     def _chunk(self) -> Batch:
         generator, device = self.generator, self.settings.device
-        batch = scenes.sample(CHUNK, generator)
+        batch = scenes.sample(CHUNK, generator, tries=2)  # shapes that pass each other, as they do in a long chain
         before = scenes.FRAMES - KNOWN
         pixels = batch.draw(torch.arange(-before, scenes.FRAMES, device=device))
         clip, earlier = pixels[:, :, before:], pixels[:, :, : scenes.FRAMES]

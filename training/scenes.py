@@ -111,9 +111,8 @@ class Scenes:
         return found
 
 
-def sample(count: int, generator: torch.Generator) -> Scenes:
+def sample(count: int, generator: torch.Generator, tries: int = 6) -> Scenes:
     """`count` scenes. Of a few candidates each takes the one whose shapes cover each other least around time 0."""
-    tries = 6
     present = torch.randint(MOST_SHAPES, (count, 1), generator=generator, device=generator.device)
     present = torch.arange(MOST_SHAPES, device=generator.device) <= present
     candidates = _sample(present.repeat_interleave(tries, 0), generator)
