@@ -15,6 +15,7 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wan.modules import vae_pass
 from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
 from wan.modules.kernels import compile_where_it_pays, fastest, use_fastest_attention
 from wan.modules.model import WanModel
@@ -406,3 +407,19 @@ def test_all_forwards_of_a_run_count_for_compiling(ti2v: Any, monkeypatch: pytes
     monkeypatch.setattr(ti2v, "compile_blocks", False)
     ti2v._choose_kernels(stages, 48, 3)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("family", ["ti2v", "i2v"])
+def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest, family: str) -> None:
+    vae = request.getfixturevalue(family).vae.model
+    clip = torch.rand(1, 3, 17, 64, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    for frames in (1, 5, 17):
+        with torch.no_grad():
+            modes = vae.encode(clip[:, :, :frames]).latent_dist.mode()
+            pixels = vae.decode(modes).sample
+            for chunk in (1, 2, 3, 8):
+                assert (vae_pass.encode(vae, clip[:, :, :frames], chunk) - modes).abs().max() < 1e-5
+                decoded = vae_pass.decode(vae, modes, chunk)
+                assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
+                assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
+        assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing

@@ -12,7 +12,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.modules import vae_pass
 from wan.modules.checkpoint import Weights, fill
+
+# What the largest activation of a chunk may take. Its neighbours take a few times that.
+_WIDEST = 1 << 31
 
 
 class WanVAE(nn.Module):
@@ -46,19 +50,38 @@ class WanVAE(nn.Module):
         with init_empty_weights():
             model = AutoencoderKLWan(**config)
         fill(model, weights, source_of, lambda name: torch.float32, device)
+        for parameter in model.parameters():  # laid out as the convolutions' kernels of a GPU want them
+            if parameter.dim() > 3:
+                flat = torch.channels_last if parameter.dim() == 4 else vae_pass.LAYOUT
+                parameter.data = parameter.data.contiguous(memory_format=flat)
         return cls(model.eval(), mean, std).to(device)
 
     def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior."""
         with torch.no_grad():
-            modes = [self.model.encode(video.float()[None]).latent_dist.mode()[0] for video in videos]
+            modes = [
+                vae_pass.encode(self.model, video[None], self._chunk(*video.shape[2:])).float()[0] for video in videos
+            ]
         # multiplied by the inverse, not divided: that is the official arithmetic to the last bit
         return [(mode - self.mean) * (1.0 / self.std) for mode in modes]
 
     def decode(self, zs: Iterable[Tensor]) -> list[Tensor]:
         """Normalised latents [z, F, h, w] -> pixels float32 [3, T, H, W], clamped to [-1, 1]."""
         with torch.no_grad():
-            return [self.model.decode((z.float() / (1.0 / self.std) + self.mean)[None]).sample[0] for z in zs]
+            return [self._decode(z.float() / (1.0 / self.std) + self.mean) for z in zs]
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        height, width = (side * self.model.config.scale_factor_spatial for side in latents.shape[2:])
+        return vae_pass.decode(self.model, latents[None], self._chunk(height, width))[0]
+
+    def _chunk(self, height: int, width: int) -> int:
+        """How many latent frames of a clip of that size are computed at a time.
+
+        The widest place is the decoder's last doubling of the size, with twice the channels of its last stage.
+        """
+        patch, channels = self.model.config.patch_size or 1, 2 * len(self.model.decoder.norm_out.gamma)
+        one: int = vae_pass.PER_LATENT * channels * height * width // patch**2 * self.model.dtype.itemsize
+        return max(1, _WIDEST // one)
 
 
 class Wan2_1_VAE(WanVAE):

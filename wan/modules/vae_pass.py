@@ -1,0 +1,182 @@
+"""A clip through the library's Wan VAE in chunks of any length, with the results of one pass over all of it.
+
+The library goes through a clip one latent frame at a time, and copies around every convolution: padding, earlier
+frames, layouts. Here a chunk is as long as memory allows, activations stay in the channels-last layout that the
+convolutions' kernels want, and the norm writes where the convolution reads, behind the two frames that it looks back
+at. The modules and their weights are the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanResample,
+    WanResidualBlock,
+    patchify,
+    unpatchify,
+)
+from torch import Tensor, nn
+
+LAYOUT = torch.channels_last_3d
+FIRST, PER_LATENT = 1, 4  # pixel frames of the first latent frame, and of each one after it
+
+
+def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
+    """Pixels [1, 3, T, H, W] in [-1, 1], T = 4n+1 -> the mode of the latents [1, z, n+1, h, w], not normalised.
+
+    `chunk` is how many latent frames are computed at a time. All is computed in the weights' dtype, norms in float32.
+    """
+    through = _Pass()
+    pixels = patchify(pixels.to(_dtype(vae)), vae.config.patch_size or 1)
+    lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
+    parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
+    modes: Tensor = through.conv(vae.quant_conv, torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
+    return modes
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
+    """Latents [1, z, F, h, w], not normalised -> pixels [1, 3, 4F-3, H, W], clamped to [-1, 1]; `chunk` as above."""
+    through = _Pass()
+    latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
+    parts = []
+    for part in _chunks(latents, [chunk] * latents.shape[2]):
+        pixels = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
+        parts.append(pixels.float().clamp_(-1, 1))
+    return torch.cat(parts, dim=2)
+
+
+class _Pass:
+    """What one pass remembers from chunk to chunk: the last frames that went into each convolution over time."""
+
+    def __init__(self) -> None:
+        self.before: dict[nn.Module, Tensor] = {}
+        self.is_first = True
+
+    def encoder(self, network: Any, x: Tensor) -> Tensor:
+        """Pixels -> moments of one chunk."""
+        x = self.conv(network.conv_in, x)
+        for part in network.down_blocks:
+            if isinstance(part, WanResidualBlock):
+                x = self.residual(part, x)
+            elif isinstance(part, WanResample):
+                x = self.resample(part, x)
+            elif isinstance(part, WanAttentionBlock):
+                x = part(x)
+            else:
+                x = self.stage(part, x, part.downsampler)
+        x = self.ends(network, self.middle(network.mid_block, x))
+        self.is_first = False
+        return x
+
+    def decoder(self, network: Any, x: Tensor) -> Tensor:
+        """Latents -> pixels of one chunk."""
+        x = self.middle(network.mid_block, self.conv(network.conv_in, x))
+        for part in network.up_blocks:
+            upsamplers = getattr(part, "upsamplers", None)
+            x = self.stage(part, x, upsamplers[0] if upsamplers else getattr(part, "upsampler", None))
+        x = self.ends(network, x)
+        self.is_first = False
+        return x
+
+    def stage(self, stage: Any, x: Tensor, change: WanResample | None) -> Tensor:
+        """Residual blocks and a change of size; in VAE 2.2 with a way around all of it."""
+        around = getattr(stage, "avg_shortcut", None)
+        short: Tensor | None = None
+        if around is not None:
+            up = change is not None and change.mode.startswith("up")
+            short = around(x.contiguous(), first_chunk=self.is_first) if up else around(x.contiguous())
+        for block in stage.resnets:
+            x = self.residual(block, x)
+        if change is not None:
+            x = self.resample(change, x)
+        return x if short is None else x + short
+
+    def middle(self, middle: Any, x: Tensor) -> Tensor:
+        first, *others = middle.resnets
+        x = self.residual(first, x)
+        for attention, block in zip(middle.attentions, others, strict=True):
+            x = self.residual(block, attention(x).contiguous(memory_format=LAYOUT))
+        return x
+
+    def residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
+        short = x if isinstance(block.conv_shortcut, nn.Identity) else self.conv(block.conv_shortcut, x)
+        inner = self.conv(block.conv1, x, block.norm1)
+        return self.conv(block.conv2, inner, block.norm2).add_(short)
+
+    def ends(self, network: Any, x: Tensor) -> Tensor:
+        return self.conv(network.conv_out, x, network.norm_out)
+
+    def conv(self, conv: Any, x: Tensor, norm: Any = None) -> Tensor:
+        """A causal convolution, of the normalised and activated input if a norm is given."""
+        width, _, height, _, behind, _ = conv._padding
+        if norm is None and not behind:
+            return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, height, width))
+        shape = (*x.shape[:2], behind + x.shape[2], *x.shape[3:])
+        whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+        now = whole[:, :, behind:]
+        now.copy_(x if norm is None else normalise_and_activate(x, norm.gamma))
+        if behind:
+            before = self.before.get(conv)
+            whole[:, :, :behind] = 0 if before is None else before
+            self.before[conv] = whole[:, :, -behind:].clone()
+        found: Tensor = F.conv3d(whole, conv.weight, conv.bias, conv.stride, (0, height, width))
+        return found
+
+    def resample(self, module: Any, x: Tensor) -> Tensor:
+        """A change of height and width, and in some stages of the frame rate, which leaves the first frame alone."""
+        if module.mode == "upsample3d":
+            start = int(self.is_first)
+            if x.shape[2] > start:
+                both = self.conv(module.time_conv, x[:, :, start:]).chunk(2, dim=1)  # twice [1, C, F, h, w]
+                doubled = torch.stack(both, dim=3).flatten(2, 3)
+                x = torch.cat([x[:, :, :start], doubled], dim=2)
+        x = _by_frame(x, module.resample)
+        if module.mode != "downsample3d":
+            return x
+        before = self.before.get(module)
+        self.before[module] = x[:, :, -1:].clone()
+        if before is not None:
+            x = torch.cat([before, x], dim=2)
+        if x.shape[2] == 1:
+            return x
+        conv = module.time_conv
+        halved = F.conv3d(x, conv.weight, conv.bias, conv.stride)
+        return halved if before is not None else torch.cat([x[:, :, :1], halved], dim=2)
+
+
+def normalise_and_activate(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over channels [B, C, ...] with the scale gamma, in float32, then SiLU (source: the official code)."""
+    normed = F.normalize(x.float(), dim=1) * (x.shape[1] ** 0.5 * gamma.float())
+    return F.silu(normed).to(x.dtype)
+
+
+def _by_frame(x: Tensor, change: nn.Sequential) -> Tensor:
+    """The two-dimensional layers of a change of size, on each frame of [1, C, T, H, W]."""
+    frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
+    before, conv = change
+    if isinstance(before, nn.Upsample):  # its own forward goes through float32
+        frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+    else:
+        frames = before(frames)
+    return conv(frames)[None].transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _chunks(x: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+    """Pieces of these lengths along the frames, channels last, as far as there are frames."""
+    start = 0
+    for length in lengths:
+        if start >= x.shape[2]:
+            return
+        yield x[:, :, start : start + length].contiguous(memory_format=LAYOUT)
+        start += length
+
+
+def _dtype(vae: AutoencoderKLWan) -> torch.dtype:
+    dtype: torch.dtype = vae.post_quant_conv.weight.dtype
+    return dtype
