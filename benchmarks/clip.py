@@ -67,11 +67,12 @@ VAE: dict[str, dict[str, Any]] = {
 
 def materialise(model: torch.nn.Module, dtype_of: Any, device: torch.device) -> Any:
     """Random weights of a sane scale, made on the GPU (a CPU draw of 14 B numbers takes minutes), moved to `device`."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    maker = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(maker).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         scale = 1.0 if "norm" in name else 0.02
-        value = torch.randn(parameter.shape, device="cuda", generator=generator).mul_(scale).to(dtype_of(name))
+        value = torch.randn(parameter.shape, device=maker, generator=generator).mul_(scale).to(dtype_of(name))
         model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
     return model.to(device).eval()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -423,3 +426,28 @@ def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest,
                 assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
                 assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
         assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
+@pytest.mark.parametrize("family", ["ti2v", "i2v"])
+def test_our_kernels_have_the_library_s_results(
+    request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan.modules import fused
+
+    vae = request.getfixturevalue(family).vae.model
+    clip = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    monkeypatch.setattr(vae_pass, "_fused", lambda x: fused)
+    with torch.no_grad():
+        modes = vae.encode(clip).latent_dist.mode()
+        pixels = vae.decode(modes).sample
+        for chunk in (1, 2):
+            assert (vae_pass.encode(vae, clip, chunk) - modes).abs().max() < 1e-5
+            assert (vae_pass.decode(vae, modes, chunk) - pixels).abs().max() < 1e-4
+
+
+def test_our_kernels_run_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "our_kernels_have"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout

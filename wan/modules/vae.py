@@ -50,10 +50,7 @@ class WanVAE(nn.Module):
         with init_empty_weights():
             model = AutoencoderKLWan(**config)
         fill(model, weights, source_of, lambda name: torch.float32, device)
-        for parameter in model.parameters():  # laid out as the convolutions' kernels of a GPU want them
-            if parameter.dim() > 3:
-                flat = torch.channels_last if parameter.dim() == 4 else vae_pass.LAYOUT
-                parameter.data = parameter.data.contiguous(memory_format=flat)
+        lay_out(model)
         return cls(model.eval(), mean, std).to(device)
 
     def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
@@ -82,6 +79,14 @@ class WanVAE(nn.Module):
         patch, channels = self.model.config.patch_size or 1, 2 * len(self.model.decoder.norm_out.gamma)
         one: int = vae_pass.PER_LATENT * channels * height * width // patch**2 * self.model.dtype.itemsize
         return max(1, _WIDEST // one)
+
+
+def lay_out(model: AutoencoderKLWan) -> None:
+    """Lay the weights of convolutions out channels last, as the kernels of a GPU want them."""
+    for parameter in model.parameters():
+        if parameter.dim() > 3:
+            flat = torch.channels_last if parameter.dim() == 4 else vae_pass.LAYOUT
+            parameter.data = parameter.data.contiguous(memory_format=flat)
 
 
 class Wan2_1_VAE(WanVAE):

@@ -8,13 +8,16 @@ at. The modules and their weights are the library's.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    DupUp3D,
     WanAttentionBlock,
     WanResample,
     WanResidualBlock,
@@ -86,16 +89,20 @@ class _Pass:
 
     def stage(self, stage: Any, x: Tensor, change: WanResample | None) -> Tensor:
         """Residual blocks and a change of size; in VAE 2.2 with a way around all of it."""
-        around = getattr(stage, "avg_shortcut", None)
-        short: Tensor | None = None
-        if around is not None:
-            up = change is not None and change.mode.startswith("up")
-            short = around(x.contiguous(), first_chunk=self.is_first) if up else around(x.contiguous())
+        around, whole = getattr(stage, "avg_shortcut", None), x
         for block in stage.resnets:
             x = self.residual(block, x)
         if change is not None:
             x = self.resample(change, x)
-        return x if short is None else x + short
+        if around is None:
+            return x
+        if not isinstance(around, DupUp3D):
+            return x.add_(around(whole.contiguous()))
+        if fused := _fused(x):
+            x = x.contiguous(memory_format=LAYOUT)
+            fused.add_upsampled(x, whole, around.factor_t, around.factor_s)
+            return x
+        return x.add_(around(whole.contiguous(), first_chunk=self.is_first))
 
     def middle(self, middle: Any, x: Tensor) -> Tensor:
         first, *others = middle.resnets
@@ -106,26 +113,35 @@ class _Pass:
 
     def residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
         short = x if isinstance(block.conv_shortcut, nn.Identity) else self.conv(block.conv_shortcut, x)
-        inner = self.conv(block.conv1, x, block.norm1)
-        return self.conv(block.conv2, inner, block.norm2).add_(short)
+        if fused := _fused(x):  # they add the biases where a number is read anyway
+            inner = self.conv(block.conv1, x, block.norm1, add_bias=False)
+            inner = self.conv(block.conv2, inner, block.norm2, block.conv1.bias, add_bias=False)
+            inner = inner.contiguous(memory_format=LAYOUT)
+            fused.add(inner, short, block.conv2.bias)
+            return inner
+        return self.conv(block.conv2, self.conv(block.conv1, x, block.norm1), block.norm2).add_(short)
 
     def ends(self, network: Any, x: Tensor) -> Tensor:
         return self.conv(network.conv_out, x, network.norm_out)
 
-    def conv(self, conv: Any, x: Tensor, norm: Any = None) -> Tensor:
-        """A causal convolution, of the normalised and activated input if a norm is given."""
+    def conv(self, conv: Any, x: Tensor, norm: Any = None, bias: Tensor | None = None, add_bias: bool = True) -> Tensor:
+        """A causal convolution; if a norm is given, of its input plus that bias, normalised and activated."""
         width, _, height, _, behind, _ = conv._padding
+        after = conv.bias if add_bias else None
         if norm is None and not behind:
-            return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, height, width))
+            return F.conv3d(x, conv.weight, after, conv.stride, (0, height, width))
         shape = (*x.shape[:2], behind + x.shape[2], *x.shape[3:])
         whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
         now = whole[:, :, behind:]
-        now.copy_(x if norm is None else normalise_and_activate(x, norm.gamma))
+        if norm is None:
+            now.copy_(x)
+        else:
+            _normalise_and_activate(now, x, bias, norm.gamma)
         if behind:
             before = self.before.get(conv)
             whole[:, :, :behind] = 0 if before is None else before
             self.before[conv] = whole[:, :, -behind:].clone()
-        found: Tensor = F.conv3d(whole, conv.weight, conv.bias, conv.stride, (0, height, width))
+        found: Tensor = F.conv3d(whole, conv.weight, after, conv.stride, (0, height, width))
         return found
 
     def resample(self, module: Any, x: Tensor) -> Tensor:
@@ -134,8 +150,12 @@ class _Pass:
             start = int(self.is_first)
             if x.shape[2] > start:
                 both = self.conv(module.time_conv, x[:, :, start:]).chunk(2, dim=1)  # twice [1, C, F, h, w]
-                doubled = torch.stack(both, dim=3).flatten(2, 3)
-                x = torch.cat([x[:, :, :start], doubled], dim=2)
+                shape = (*x.shape[:2], 2 * x.shape[2] - start, *x.shape[3:])
+                doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
+                doubled[:, :, :start] = x[:, :, :start]
+                for parity, frames in enumerate(both):
+                    doubled[:, :, start + parity :: 2] = frames
+                x = doubled
         x = _by_frame(x, module.resample)
         if module.mode != "downsample3d":
             return x
@@ -150,16 +170,31 @@ class _Pass:
         return halved if before is not None else torch.cat([x[:, :, :1], halved], dim=2)
 
 
-def normalise_and_activate(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over channels [B, C, ...] with the scale gamma, in float32, then SiLU (source: the official code)."""
-    normed = F.normalize(x.float(), dim=1) * (x.shape[1] ** 0.5 * gamma.float())
-    return F.silu(normed).to(x.dtype)
+def _normalise_and_activate(out: Tensor, x: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
+    """RMS norm over the channels of [1, C, T, H, W] and a scale, in float32, then SiLU (source: the official code)."""
+    if fused := _fused(x):
+        fused.norm_silu(out, x, bias, gamma.flatten())
+        return
+    assert bias is None
+    out.copy_(F.silu(F.normalize(x.float(), dim=1) * (x.shape[1] ** 0.5 * gamma.float())))
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """Our kernels, where they run: Triton comes with PyTorch for CUDA, on Linux."""
+    if not (x.is_cuda and importlib.util.find_spec("triton")):
+        return None
+    from wan.modules import fused
+
+    return fused
 
 
 def _by_frame(x: Tensor, change: nn.Sequential) -> Tensor:
     """The two-dimensional layers of a change of size, on each frame of [1, C, T, H, W]."""
-    frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
     before, conv = change
+    fused = _fused(x)
+    if fused and isinstance(before, nn.Upsample):
+        return conv(fused.double_sides(x).transpose(1, 2).flatten(0, 1))[None].transpose(1, 2)  # type: ignore[no-any-return]
+    frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
     if isinstance(before, nn.Upsample):  # its own forward goes through float32
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
     else:
