@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,21 @@ def test_bf16_is_as_close_to_float32_as_the_official_code(deep: tuple[str, Path]
     assert error(kept, reference, family) <= error(rounded, reference, family)
     # the measure can tell: the library class without the policy is worse than the bound allows
     assert error(stock, reference, family, torch.bfloat16) > 1.3 * OFFICIAL[family][0]
+
+
+@pytest.mark.parametrize("family", ["ti2v", "i2v"])
+def test_a_vae_in_float16_stays_50_db_from_float32(
+    request: pytest.FixtureRequest, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = request.getfixturevalue(family)
+    low = type(pipeline)(dataclasses.replace(pipeline.config, vae_dtype=torch.float16), pipeline.checkpoint.folder).vae
+    clip = torch.rand(3, 5, 64, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    latents, half = pipeline.vae.encode([clip])[0], low.encode([clip])[0]
+    assert half.dtype == torch.float32 and 0 < (half - latents).norm() < latents.norm() / 10 ** (50 / 20)
+    error = (low.decode([latents])[0] - pipeline.vae.decode([latents])[0]).square().mean()
+    assert low.model.dtype == torch.float16 and 0 < error < 4 / 10 ** (50 / 10) and not caplog.messages
+
+    low.model.decoder.conv_in.bias.data.fill_(60000)
+    low.model.decoder.conv_in.weight.data.mul_(1e4)
+    assert low.decode([latents])[0].isfinite().all()
+    assert "too large for float16" in caplog.text

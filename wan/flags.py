@@ -91,6 +91,11 @@ def _add_common(parser: Parser) -> None:
     )
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
+    add(
+        "--vae_dtype",
+        choices=("float32", "float16"),
+        help="of the VAE; float16 takes half of the time and memory, some 60 dB from float32 (default: float32)",
+    )
     add("--compile", choices=("auto", "off"), default="off", help="auto: compile the denoiser where it saves time")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--vlm_path", help="InternVL folder or hub id; default: InternVL3_5-8B in or beside --ckpt_dir, else the hub's")

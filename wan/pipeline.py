@@ -102,8 +102,13 @@ class Pipeline(ABC):
     @cached_property
     def vae(self) -> WanVAE:
         """The VAE, in host memory until it is used."""
+        config = self.config
         return self.vae_class.from_weights(
-            self.checkpoint.vae, mean=self.config.vae_mean, std=self.config.vae_std, device=torch.device("cpu")
+            self.checkpoint.vae,
+            mean=config.vae_mean,
+            std=config.vae_std,
+            dtype=config.vae_dtype,
+            device=torch.device("cpu"),
         )
 
     def _load_expert(self, name: str) -> WanModel:

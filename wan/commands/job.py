@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import platform
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ class Job:
         folder = resolve_folder(args.ckpt_dir, files)  # which may download it
         found = (0, 0) if args.task else by_files or identify(folder, Names())
         config = config_for(choose_task(args.task, found, args.video, image), folder)
+        if args.vae_dtype:
+            import torch
+
+            config = dataclasses.replace(config, vae_dtype=getattr(torch, args.vae_dtype))
         if hasattr(args, "num_videos") and args.frame_num is None:
             args.frame_num = min(CHAIN_FRAMES, config.frame_num)  # a checkpoint may declare that it makes fewer
         return cls(args, folder, config, choose_size(args.size, config, folder))
@@ -159,6 +164,7 @@ class Job:
             "preset": args.preset,
             "param_dtype": str(config.param_dtype).removeprefix("torch."),
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
+            "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "convert_model_dtype": args.convert_model_dtype,
             "t5_cpu": args.t5_cpu,
             "offload_model": args.offload_model,

@@ -102,10 +102,10 @@ def _parse(path: Path, key: str, value: Any) -> Any:
     numbers = isinstance(value, list) and bool(value) and all(_number(item) for item in value)
     if (key == "sample_guide_scale" and numbers and len(value) == 2) or (key in ("vae_mean", "vae_std") and numbers):
         return tuple(float(item) for item in value)
-    if key in ("param_dtype", "t5_dtype") and value in _DTYPES:
+    if key in ("param_dtype", "t5_dtype", "vae_dtype") and value in _DTYPES:
         return _DTYPES[value]
     if key == "mag_ratios" and isinstance(value, list) and all(_ratios(by) for by in value):
         return tuple(tuple(float(item) for item in by) for by in value)
     known = "sizes, frame_num, sample_fps, sample_steps, sample_shift, sample_guide_scale, boundary, vae_mean, vae_std"
-    more = "mag_ratios, param_dtype, t5_dtype"
+    more = "mag_ratios, param_dtype, t5_dtype, vae_dtype"
     raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood (known: {known}, {more})")

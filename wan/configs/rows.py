@@ -96,6 +96,7 @@ class ModelConfig:
     sample_neg_prompt: str = NEGATIVE_PROMPT
     t5_dtype: torch.dtype = torch.bfloat16
     param_dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.float32
     mag_ratios: tuple[tuple[float, ...], ...] = ()  # by expert from high noise to low; (): not measured
 
     @property

@@ -1,9 +1,10 @@
-"""`Wan2_1_VAE`, `Wan2_2_VAE`: pixels <-> normalised latents, always in float32 as in the official code."""
+"""`Wan2_1_VAE`, `Wan2_2_VAE`: pixels <-> normalised latents, in float32 as in the official code, or in float16."""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from wan.errors import UserError
 from wan.modules import vae_pass
 from wan.modules.checkpoint import Weights, fill
 
-# What the largest activation of a chunk may take. Its neighbours take a few times that.
-_WIDEST = 1 << 31
+log = logging.getLogger(__name__)
+
+# What the largest activation of a chunk may take, a fifth of the peak. On a GPU longer chunks are no faster.
+_WIDEST = 1 << 30
 
 
 class WanVAE(nn.Module):
@@ -33,7 +36,13 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_weights(
-        cls, weights: Weights, *, mean: Sequence[float], std: Sequence[float], device: torch.device
+        cls,
+        weights: Weights,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> WanVAE:
         """The VAE with sizes from the tensors' shapes; statistics from the folder's config.json where that has them.
 
@@ -49,27 +58,33 @@ class WanVAE(nn.Module):
             raise UserError(f"{weights.path}: the VAE has {config['z_dim']} latent channels, expected {len(mean)}")
         with init_empty_weights():
             model = AutoencoderKLWan(**config)
-        fill(model, weights, source_of, lambda name: torch.float32, device)
+        fill(model, weights, source_of, lambda name: dtype, device)
         lay_out(model)
         return cls(model.eval(), mean, std).to(device)
 
     def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior."""
-        with torch.no_grad():
-            modes = [
-                vae_pass.encode(self.model, video[None], self._chunk(*video.shape[2:])).float()[0] for video in videos
-            ]
+        modes = [self._run(vae_pass.encode, video, video.shape[2:]) for video in videos]
         # multiplied by the inverse, not divided: that is the official arithmetic to the last bit
         return [(mode - self.mean) * (1.0 / self.std) for mode in modes]
 
     def decode(self, zs: Iterable[Tensor]) -> list[Tensor]:
         """Normalised latents [z, F, h, w] -> pixels float32 [3, T, H, W], clamped to [-1, 1]."""
-        with torch.no_grad():
-            return [self._decode(z.float() / (1.0 / self.std) + self.mean) for z in zs]
+        scale = self.model.config.scale_factor_spatial
+        latents = [z.float() / (1.0 / self.std) + self.mean for z in zs]
+        return [self._run(vae_pass.decode, one, [side * scale for side in one.shape[2:]]) for one in latents]
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        height, width = (side * self.model.config.scale_factor_spatial for side in latents.shape[2:])
-        return vae_pass.decode(self.model, latents[None], self._chunk(height, width))[0]
+    @torch.no_grad()
+    def _run(
+        self, through: Callable[[AutoencoderKLWan, Tensor, int], Tensor], x: Tensor, size: Sequence[int]
+    ) -> Tensor:
+        """The result for one clip, float32; in float32 arithmetic where a number is too large for float16."""
+        found = through(self.model, x[None], self._chunk(*size))[0].float()
+        if self.model.dtype == torch.float16 and not found.isfinite().all():
+            log.warning("the VAE's numbers are too large for float16: this clip goes through it in float32")
+            self.model.float()
+            found = through(self.model, x[None], self._chunk(*size))[0].float()
+        return found
 
     def _chunk(self, height: int, width: int) -> int:
         """How many latent frames of a clip of that size are computed at a time.
