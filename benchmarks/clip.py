@@ -30,9 +30,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wan.configs import WAN_CONFIGS
 from wan.image2video import WanI2V
 from wan.modules.conditioning import KnownLatents
+from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.modules.quantised import Packed, PackedLinear
 from wan.modules.text import TextEncoder
+from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline
 from wan.placement import Placement, host_peak_gib
 from wan.textimage2video import WanTI2V
@@ -117,7 +119,7 @@ def pack(model: WanModel, kind: str, device: str = "cuda") -> WanModel:
     return model
 
 
-def build(task: str, packed: str | None = None) -> Pipeline:
+def build(task: str, packed: str | None = None, precision: str | None = None) -> Pipeline:
     """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
     cpu = torch.device("cpu")
     pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
@@ -129,7 +131,11 @@ def build(task: str, packed: str | None = None) -> Pipeline:
         with init_empty_weights():
             model = WanModel(**DIT[task])
         model = materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
-        return pack(model, packed) if packed else model
+        if packed:
+            pack(model, packed)
+        if precision:
+            lower(model, precision, pipeline.device)
+        return model
 
     for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):
         pipeline.__dict__[name] = denoiser()
@@ -272,13 +278,17 @@ def main() -> None:
     parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
+    parser.add_argument("--precision", choices=PRECISIONS, help="denoisers in 8 bits")
+    parser.add_argument("--vae_dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--commit", default=commit())
     args = parser.parse_args()
 
     task, width, height, frames = SCENARIOS[args.scenario]
     start = time.perf_counter()
-    pipeline = build(task, args.packed)
+    pipeline = build(task, args.packed, args.precision)
     built = time.perf_counter() - start
+    pipeline.vae.model.to(getattr(torch, args.vae_dtype))
+    lay_out(pipeline.vae.model)
     request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
     with without(args, pipeline, request.geometry.tokens):
         runs = [
@@ -293,6 +303,8 @@ def main() -> None:
         "torch": torch.__version__,
         "offload": not args.no_offload,
         "packed": args.packed,
+        "precision": args.precision,
+        "vae_dtype": args.vae_dtype,
         "without": [name for name in WITHOUT if getattr(args, f"no_{name}")],
         "build_seconds": round(built, 1),
         "first": runs[0],

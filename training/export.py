@@ -35,7 +35,7 @@ DECLARED: Mapping[str, Any] = {
     "sample_fps": scenes.FPS,
     "sample_steps": 12,
     "sample_shift": 3.0,
-    "sample_guide_scale": 1.5,
+    "sample_guide_scale": 3.0,
     "param_dtype": "float32",
     "t5_dtype": "float32",
 }

@@ -92,6 +92,11 @@ def _add_common(parser: Parser) -> None:
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
     add(
+        "--precision",
+        choices=("bf16", "fp8", "fp8_attention"),
+        help="of the denoiser's matrix products; fp8_attention: and of its attention (default: bf16)",
+    )
+    add(
         "--vae_dtype",
         choices=("float32", "float16"),
         help="of the VAE; float16 takes half of the time and memory, some 60 dB from float32 (default: float32)",

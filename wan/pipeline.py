@@ -22,6 +22,7 @@ from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
 from wan.modules.kernels import compile_where_it_pays, use_fastest_attention
 from wan.modules.lora import LoraFile, LoraMatch, check_loras, merge_loras
+from wan.modules.low_precision import check_precision
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, Stage, plan_stages, sample
 from wan.modules.schedule import build_scheduler
@@ -75,6 +76,10 @@ class Pipeline(ABC):
         self.convert_model_dtype = convert_model_dtype
         files = {name: Path(file).expanduser() for name, file in dit_files.items()}
         self.compile_blocks = compile_blocks
+        check_precision(config.low_precision, self.device)
+        packed = [file for file in files.values() if file.suffix == ".gguf"]
+        if packed and config.low_precision:
+            raise UserError(f"{packed[0]}: precision {config.low_precision} is for bf16 and fp8 weights; leave it out")
         self.checkpoint = open_checkpoint(
             resolve_folder(checkpoint_dir, files),
             in_channels=config.in_channels,
@@ -117,6 +122,8 @@ class Pipeline(ABC):
             dtype=self.config.param_dtype,
             device=self.load_device,
             convert_model_dtype=self.convert_model_dtype,
+            low_precision=self.config.low_precision,
+            rounded_on=self.device,
         )
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:

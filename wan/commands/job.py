@@ -47,10 +47,8 @@ class Job:
         folder = resolve_folder(args.ckpt_dir, files)  # which may download it
         found = (0, 0) if args.task else by_files or identify(folder, Names())
         config = config_for(choose_task(args.task, found, args.video, image), folder)
-        if args.vae_dtype:
-            import torch
-
-            config = dataclasses.replace(config, vae_dtype=getattr(torch, args.vae_dtype))
+        if args.vae_dtype or args.precision:
+            config = _with_dtypes(config, args)
         if hasattr(args, "num_videos") and args.frame_num is None:
             args.frame_num = min(CHAIN_FRAMES, config.frame_num)  # a checkpoint may declare that it makes fewer
         return cls(args, folder, config, choose_size(args.size, config, folder))
@@ -164,6 +162,7 @@ class Job:
             "preset": args.preset,
             "param_dtype": str(config.param_dtype).removeprefix("torch."),
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
+            "low_precision": config.low_precision,
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "convert_model_dtype": args.convert_model_dtype,
             "t5_cpu": args.t5_cpu,
@@ -193,6 +192,17 @@ class Job:
             "peak_host_gib": round(host_peak_gib(), 3),
             "versions": versions(),
         }
+
+
+def _with_dtypes(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """The row with what `--vae_dtype` and `--precision` say in it."""
+    import torch
+
+    if args.vae_dtype:
+        config = dataclasses.replace(config, vae_dtype=getattr(torch, args.vae_dtype))
+    if args.precision == "bf16":
+        return dataclasses.replace(config, param_dtype=torch.bfloat16, low_precision=None)
+    return dataclasses.replace(config, low_precision=args.precision or config.low_precision)
 
 
 def _check_files(args: argparse.Namespace) -> None:

@@ -97,6 +97,7 @@ class ModelConfig:
     t5_dtype: torch.dtype = torch.bfloat16
     param_dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float32
+    low_precision: str | None = None  # "fp8": the blocks' matrix products in 8 bits; "fp8_attention": attention too
     mag_ratios: tuple[tuple[float, ...], ...] = ()  # by expert from high noise to low; (): not measured
 
     @property

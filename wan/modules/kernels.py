@@ -39,7 +39,7 @@ def use_fastest_attention(model: WanModel, tokens: int, device: torch.device) ->
     Only in bf16 and fp16 on a GPU; elsewhere it stays what it is. Cross-attention stays too.
     """
     dtype = model.blocks[0].attn1.to_q.bias.dtype  # weights may be packed
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or model.low_precision == "fp8_attention":
         return
     name = fastest_backend(device, tokens, model.config.num_attention_heads, model.config.attention_head_dim, dtype)
     for block in model.blocks:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.checkpoint import Weights, check_fit, fill
+from wan.modules.low_precision import lower
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +54,27 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
         self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.low_precision: str | None = None  # what its blocks were lowered to
         self.is_compiled = False
         self.can_compile = True  # until it has failed
 
     @classmethod
     def from_weights(
-        cls, weights: Weights, *, dtype: torch.dtype, device: torch.device, convert_model_dtype: bool = False
+        cls,
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        convert_model_dtype: bool = False,
+        low_precision: str | None = None,
+        rounded_on: torch.device | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantised
-        in the file hold them as they are. Raises UserError when the weights do not fit.
+        in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
+        their weights being rounded on the device `rounded_on`. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
         model.rounding = dtype if convert_model_dtype else None
@@ -78,6 +88,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             stays_packed=lambda name: not name.startswith(FLOAT32_PARTS),
         )
         model.to(device).eval()
+        if low_precision is not None:
+            lower(model, low_precision, rounded_on or device)
         return model
 
     @classmethod

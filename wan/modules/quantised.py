@@ -7,11 +7,11 @@ to weights that are not packed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ def plain(value: Tensor | Packed) -> Tensor:
     return value.rows() if isinstance(value, Packed) else value
 
 
+# Inputs [..., in], a weight [out, in], its scales and the bias -> outputs [..., out]
+Multiply: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Addition:
     """`strength * left @ right`, or `strength * left`: what a LoRA adds to a parameter."""
@@ -84,6 +88,7 @@ class PackedLinear(nn.Linear):
         self.scale: Tensor | None
         self.register_buffer("scale", None if packed.scale is None else packed.scale.to(device, copy=True))
         self.strengths: tuple[float, ...] = ()
+        self.multiply: Multiply | None = None  # with the weight as it is, and what is held beside it
 
     def hold(self, additions: Sequence[Addition]) -> None:
         """Add these, and no others, to the weight whenever it is used."""
@@ -113,7 +118,15 @@ class PackedLinear(nn.Linear):
         return whole
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.dense(), self.bias)
+        if self.multiply is None:
+            return F.linear(input, self.dense(), self.bias)
+        assert self.scale is not None
+        found = self.multiply(input, self.weight, self.scale, self.bias)
+        for index, strength in enumerate(self.strengths):
+            left, right = self.get_buffer(f"left_{index}"), self._buffers[f"right_{index}"]
+            inner = input if right is None else F.linear(input, right.to(input.dtype))
+            found = found + strength * F.linear(inner, left.to(input.dtype))
+        return found
 
 
 @dataclass(frozen=True)

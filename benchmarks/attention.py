@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Speed and error of 8-bit attention by how its work is cut, with cuDNN's bf16 attention in the same run.
+
+    python -m benchmarks.attention [--shapes 32760x40 75600x40 27280x24] [--variants N]
+
+TFLOP/s with quantising included. Errors of 64 queries against float64: relative L2, and how much of itself the result
+keeps (1: no bias), on Gaussian numbers and on keys with a large common part and rows that stand out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+from benchmarks.clip import commit
+from wan.modules.attention8 import Tiles, attend
+
+VARIANTS = [
+    Tiles(64, 128, 4, 3, None, by_descriptor=True),
+    Tiles(128, 128, 8, 3, None, by_descriptor=True),
+    Tiles(64, 128, 4, 3, 128, by_descriptor=True),
+    Tiles(128, 128, 8, 3, 128, by_descriptor=True),
+    Tiles(128, 128, 8, 3, 128),
+    Tiles(128, 128, 8, 2, None, by_descriptor=True),
+    Tiles(128, 64, 8, 4, None, by_descriptor=True),
+    Tiles(128, 64, 4, 3, None, by_descriptor=True),
+    Tiles(128, 256, 8, 2, None, by_descriptor=True),
+    Tiles(64, 256, 4, 2, None, by_descriptor=True),
+    Tiles(128, 128, 8, 3, None),
+    Tiles(128, 128, 8, 2, None, by_descriptor=True, specialised=True),
+]
+
+
+def inputs(tokens: int, heads: int, real_like: bool) -> Tensor:
+    """Queries, keys and values bf16 [3, 1, L, heads, 128]."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = torch.randn(3, 1, tokens, heads, 128, device="cuda", generator=generator)
+    if real_like:
+        made[1] += 5 * torch.randn(1, 1, heads, 128, device="cuda", generator=generator)
+        made[:, :, ::97] *= 4
+    return made.bfloat16()
+
+
+def errors(found: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
+    rows = torch.linspace(0, query.shape[1] - 1, 64, device=query.device).long()
+    wrong = norm = kept = 0.0
+    for head in range(0, query.shape[2], 8):
+        scores = query[0, rows, head].double() @ key[0, :, head].double().T * query.shape[3] ** -0.5
+        exact = scores.softmax(-1) @ value[0, :, head].double()
+        there = found[0, rows, head].double()
+        wrong += float((there - exact).square().sum())
+        norm += float(exact.square().sum())
+        kept += float((there * exact).sum())
+    return round((wrong / norm) ** 0.5, 5), round(kept / norm, 5)
+
+
+def seconds(call: Callable[[], Tensor]) -> float:
+    call()
+    taken = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def candidates(count: int) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+    yield "cuDNN bf16", partial(dispatch_attention_fn, backend=AttentionBackendName("_native_cudnn"))
+    for tiles in VARIANTS[:count]:
+        yield str(tiles), partial(attend, tiles=tiles)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["32760x40", "75600x40", "27280x24"], help="tokens x heads")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        tokens, heads = map(int, shape.split("x"))
+        gaussian, real = (inputs(tokens, heads, real_like) for real_like in (False, True))
+        for name, attention in candidates(args.variants):
+            row: dict[str, Any] = {"shape": shape, "kernel": name}
+            try:
+                taken = seconds(partial(attention, *gaussian))
+                row["tflops"] = round(4 * tokens**2 * heads * 128 / taken / 1e12, 1)
+                row["error, kept"] = errors(attention(*gaussian), *gaussian)
+                row["real-like"] = errors(attention(*real), *real)
+            except Exception as error:  # a cut that this machine or this Triton cannot do is a result
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            rows.append(row)
+            print(row, flush=True)
+    print(
+        json.dumps({"commit": commit(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0), "rows": rows})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""One block of the denoiser at real size: ours and the library's, eager and compiled, in bf16 and 8 bits.
+
+    python -m benchmarks.blocks --scenario a14b-480p-81 5b-704p-121 [--kernels]
+
+A block is half of what three layers take beyond one layer, in milliseconds, for one guidance forward; "outside" is the rest.
+Random weights; all run on the attention kernel that ours chooses. `--kernels`: where the GPU's time of three layers goes.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+
+from benchmarks.clip import DIT, SCENARIOS, commit, materialise
+from wan.modules.kernels import fastest_backend
+from wan.modules.low_precision import PRECISIONS, lower
+from wan.modules.model import WanModel, policy_dtype
+
+KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in PRECISIONS))
+LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", "fmha", "flash", "sdpa", "attn")
+
+
+class Bench:
+    """Models of one scenario and their inputs."""
+
+    def __init__(self, scenario: str) -> None:
+        self.task, width, height, frames = SCENARIOS[scenario]
+        self.device = torch.device("cuda:0")
+        cell = 16 if self.task == "ti2v-5B" else 8
+        self.latent = (frames + 3) // 4, height // cell, width // cell
+        self.tokens = self.latent[0] * (self.latent[1] // 2) * (self.latent[2] // 2)
+        self.latents = torch.randn(1, DIT[self.task]["in_channels"], *self.latent, device=self.device)
+        self.text = torch.randn(1, 512, 4096, device=self.device, dtype=torch.bfloat16)
+        heads = DIT[self.task]["num_attention_heads"]
+        self.attention = fastest_backend(self.device, self.tokens, heads, 128, torch.bfloat16)
+
+    def timesteps(self, each: int) -> torch.Tensor:
+        """One a latent frame or token for the 5B, one for A14B."""
+        return torch.full((1, each if self.task == "ti2v-5B" else 1), 600, device=self.device)
+
+    def forward(self, kind: str, layers: int) -> Callable[[], Any]:
+        name, _, mode = kind.partition(" ")
+        cls: Any = WanTransformer3DModel if name == "stock" else WanModel
+        with init_empty_weights():
+            model = cls(**DIT[self.task] | {"num_layers": layers})
+        kept = tuple(model._keep_in_fp32_modules or ())
+
+        def dtype_of(parameter: str) -> torch.dtype:
+            if name != "stock":
+                return policy_dtype(parameter, torch.bfloat16)
+            return torch.float32 if any(part in parameter for part in kept) else torch.bfloat16
+
+        materialise(model, dtype_of, self.device)
+        if name != "fp8_attention":
+            for block in model.blocks:
+                block.attn1.set_attention_backend(self.attention)
+        if name in PRECISIONS:
+            lower(model, name, self.device)
+        torch.compiler.reset()
+        if mode and name == "stock":
+            model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        elif mode:
+            model.compile_blocks()
+        if name == "stock":
+            t = self.timesteps(self.tokens)
+            t = t if t.shape[1] > 1 else t[0]
+            latents = self.latents.bfloat16()
+            return lambda: model(latents, t, self.text, return_dict=False)
+        t, keys = self.timesteps(self.latent[0]), model.text_keys(self.text)
+
+        def ours() -> Any:
+            found = model(self.latents, t, keys, return_dict=False)
+            assert model.is_compiled == bool(mode)
+            return found
+
+        return ours
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    for _ in range(2):
+        call()
+    taken = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 1000 * statistics.median(taken)
+
+
+def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of the GPU in linear layers, in attention, and in the longest of the others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        name = event.key.lower()
+        group = "attention" if any(word in name for word in ATTENTION) else event.key[:60]
+        if group != "attention" and any(word in name for word in LINEAR):
+            group = "linear"
+        found[group] += event.self_device_time_total / 1000
+    longest = sorted(found.items(), key=lambda item: -item[1])[:12]
+    return {name: round(taken, 2) for name, taken in longest}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", choices=tuple(SCENARIOS), nargs="+", required=True)
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--kernels", action="store_true")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
+    for scenario in args.scenario:
+        bench = Bench(scenario)
+        rows = result[scenario] = {"attention": bench.attention}
+        for kind in args.kinds:
+            taken, kernels = [], {}
+            for layers in (1, 3):
+                call = bench.forward(kind, layers)
+                taken.append(milliseconds(call))
+                if args.kernels and layers == 3:
+                    kernels = by_kernel(call)
+                del call
+                gc.collect()
+                torch.cuda.empty_cache()
+            block = (taken[1] - taken[0]) / 2
+            rows[kind] = {"block": round(block, 2), "outside": round(taken[0] - block, 2)}
+            if "stock" in rows:
+                rows[kind]["over stock"] = round(block / rows["stock"]["block"], 3)
+            print(scenario, kind, rows[kind], kernels, flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

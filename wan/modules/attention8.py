@@ -1,0 +1,221 @@
+"""Attention in 8-bit floats (e4m3) on tensor cores: our own kernel. Importing it needs Triton, running it a GPU.
+
+Queries and keys are scaled by block, keys after their mean over tokens is taken away, which moves every score of a
+query by the same number and so changes no softmax (source: SageAttention, arXiv 2410.02367). Values are scaled by
+channel. The softmax's numerators, at most 1, are multiplied by 2**8 so that small ones are not lost (source:
+SageAttention2, arXiv 2411.10958, where it is 448). Maxima, sums and the output are in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORMAT = torch.float8_e4m3fn
+LARGEST = tl.constexpr(448.0)  # of e4m3
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut; a sweep (`benchmarks.attention`) chose the default."""
+
+    rows: int = 128  # queries of a program
+    columns: int = 128  # keys of a step, a power of two up to `PADDED_TO`
+    warps: int = 8
+    stages: int = 3
+    summed_exactly_after: int | None = 128  # products that tensor cores may sum by themselves, at most `columns`
+    by_descriptor: bool = False  # tiles are fetched by the tensor memory accelerator
+    specialised: bool = False  # warps that fetch beside warps that compute
+
+
+DEFAULT = Tiles()
+PADDED_TO = 256
+
+
+@torch.library.custom_op("wan::attention8", mutates_args=())
+def attention8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of queries, keys and values bf16 [B, L, heads, head_dim] -> bf16 of that shape.
+
+    head_dim is a power of two from 16 to 256. On Gaussian numbers the result is 4e-2 (relative L2) from exact
+    arithmetic.
+    """
+    return attend(query, key, value, DEFAULT)
+
+
+@attention8.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
+    """`attention8` with work cut in a given way."""
+    batch, length, heads, dim = query.shape
+    keys = key.shape[1]
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # Triton starts kernels on the current device
+        query8, query_scale = _by_block(query, None, tiles.rows)
+        key8, key_scale = _by_block(key, key.sum(1, dtype=torch.float32) / keys, tiles.columns)
+        value8, value_scale = _by_channel(value)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        inputs = (query8, key8, value8)
+        if tiles.by_descriptor:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            shapes = ([tiles.rows, dim], [tiles.columns, dim], [dim, tiles.columns])
+            flat = [tensor.flatten(0, 1) for tensor in inputs]
+            inputs = tuple(
+                TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape)
+                for tensor, shape in zip(flat, shapes, strict=True)
+            )
+        _attend[(triton.cdiv(length, tiles.rows), batch * heads)](
+            *inputs, query_scale, key_scale, value_scale, out, length, keys, query8.shape[1], key8.shape[1], heads,
+            (dim**-0.5) * 1.4426950408889634,
+            out.stride(0), out.stride(1), out.stride(2),
+            DIM=dim, ROWS=tiles.rows, COLUMNS=tiles.columns, TMA=tiles.by_descriptor, SPECIALISED=tiles.specialised,
+            IMPRECISE=tiles.summed_exactly_after, STAGES=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out
+
+
+def _padded(length: int) -> int:
+    return -(-length // PADDED_TO) * PADDED_TO
+
+
+def _by_block(x: Tensor, mean: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """[B, L, heads, D] -> 8 bits [B * heads, padded L, D] and the scale of each block of rows [B * heads, blocks]."""
+    batch, length, heads, dim = x.shape
+    padded = _padded(length)
+    out = torch.empty(batch * heads, padded, dim, dtype=FORMAT, device=x.device)
+    scale = torch.empty(batch * heads, padded // rows, dtype=torch.float32, device=x.device)
+    assert x.stride(3) == 1
+    _quantise_blocks[(padded // rows, batch * heads)](
+        x, x if mean is None else mean.contiguous(), out, scale, length, padded, heads, *x.stride()[:3],
+        DIM=dim, ROWS=rows, CENTRED=mean is not None, num_warps=8,
+    )  # fmt: skip
+    return out, scale
+
+
+def _by_channel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, L, heads, D] -> 8 bits, transposed [B * heads, D, padded L], and the scale of each channel [B * heads, D]."""
+    batch, length, heads, dim = x.shape
+    padded = _padded(length)
+    out = torch.empty(batch * heads, dim, padded, dtype=FORMAT, device=x.device)
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1).float()
+    scale = (largest / LARGEST.value).clamp_min(1e-12).flatten(0, 1).contiguous()
+    assert x.stride(3) == 1
+    _quantise_transposed[(padded // 128, batch * heads)](
+        x, out, scale, length, padded, heads, *x.stride()[:3], DIM=dim, ROWS=128, num_warps=8
+    )
+    return out, scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(x, heads, stride_b, stride_l, stride_h, length, DIM: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile of this program of a tensor [B, L, heads, D], zeros behind its end."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pair = tl.program_id(1)
+    start = x + (pair // heads).to(tl.int64) * stride_b + (pair % heads) * stride_h
+    at = row[:, None].to(tl.int64) * stride_l + tl.arange(0, DIM)[None, :]
+    return tl.load(start + at, mask=row[:, None] < length, other=0.0).to(tl.float32), row, pair.to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantise_blocks(  # type: ignore[no-untyped-def]
+    x, mean, out, scale, length, padded, heads, stride_b, stride_l, stride_h,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    value, row, pair = _place(x, heads, stride_b, stride_l, stride_h, length, DIM, ROWS)
+    column = tl.arange(0, DIM)
+    if CENTRED:
+        value = tl.where(row[:, None] < length, value - tl.load(mean + pair * DIM + column)[None, :], 0.0)
+    factor = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0) / LARGEST, 1e-12)
+    at = (pair * padded + row[:, None]) * DIM + column[None, :]
+    tl.store(out + at, (value / factor).to(out.dtype.element_ty))
+    tl.store(scale + pair * (padded // ROWS) + tl.program_id(0), factor)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _quantise_transposed(  # type: ignore[no-untyped-def]
+    x, out, scale, length, padded, heads, stride_b, stride_l, stride_h, DIM: tl.constexpr, ROWS: tl.constexpr
+):
+    value, row, pair = _place(x, heads, stride_b, stride_l, stride_h, length, DIM, ROWS)
+    column = tl.arange(0, DIM)
+    value = value / tl.load(scale + pair * DIM + column)[None, :]
+    at = (pair * DIM + column[:, None]) * padded + row[None, :]
+    tl.store(out + at, tl.trans(value).to(out.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _step(  # type: ignore[no-untyped-def]
+    tile, key, value, factor, best, total, sums, start, keys, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+):  # fmt: skip
+    scores = tl.dot(tile, tl.trans(key))
+    if MASKED:
+        there = start + tl.arange(0, COLUMNS)[None, :] < keys
+        scores = tl.where(there, scores, -float("inf"))
+    found = tl.maximum(best, tl.max(scores, 1) * factor)
+    weights = tl.math.exp2(scores * factor - (found - 8.0)[:, None])
+    fade = tl.math.exp2(best - found)
+    total = total * fade + tl.sum(weights, 1)
+    sums = sums * fade[:, None]
+    sums = tl.dot(weights.to(value.dtype), tl.trans(value), sums, max_num_imprecise_acc=IMPRECISE)
+    return found, total, sums
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
+    query, key, value, query_scale, key_scale, value_scale, out, length, keys, query_padded, key_padded, heads, root,
+    stride_b, stride_l, stride_h,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
+    IMPRECISE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, pair = tl.program_id(0), tl.program_id(1)
+    row, column, dims = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    wide = pair.to(tl.int64)
+    if TMA:
+        tile = query.load([pair * query_padded + block * ROWS, 0])
+    else:
+        tile = tl.load(query + (wide * query_padded + block * ROWS + row[:, None]) * DIM + dims[None, :])
+        key_at = key + (wide * key_padded + column[:, None]) * DIM + dims[None, :]
+        value_at = value + (wide * DIM + dims[:, None]) * key_padded + column[None, :]
+    root = root * tl.load(query_scale + wide * (query_padded // ROWS) + block)
+    key_scale += wide * (key_padded // COLUMNS)
+
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    whole = keys // COLUMNS
+    for step in tl.range(0, whole, num_stages=STAGES, warp_specialize=SPECIALISED):
+        start = step * COLUMNS
+        if TMA:
+            some_keys = key.load([pair * key_padded + start, 0])
+            some_values = value.load([pair * DIM, start])
+        else:
+            some_keys = tl.load(key_at + start.to(tl.int64) * DIM)
+            some_values = tl.load(value_at + start)
+        factor = root * tl.load(key_scale + step)
+        best, total, sums = _step(
+            tile, some_keys, some_values, factor, best, total, sums, start, keys, COLUMNS, False, IMPRECISE
+        )
+    if whole * COLUMNS < keys:
+        start = whole * COLUMNS
+        if TMA:
+            some_keys = key.load([pair * key_padded + start, 0])
+            some_values = value.load([pair * DIM, start])
+        else:
+            some_keys = tl.load(key_at + start.to(tl.int64) * DIM)
+            some_values = tl.load(value_at + start)
+        factor = root * tl.load(key_scale + whole)
+        best, total, sums = _step(
+            tile, some_keys, some_values, factor, best, total, sums, start, keys, COLUMNS, True, IMPRECISE
+        )
+    sums = sums / total[:, None] * tl.load(value_scale + wide * DIM + dims)[None, :]
+    place = block * ROWS + row
+    start_out = out + (pair // heads).to(tl.int64) * stride_b + (pair % heads) * stride_h
+    at = place[:, None].to(tl.int64) * stride_l + dims[None, :]
+    tl.store(start_out + at, sums.to(out.dtype.element_ty), mask=place[:, None] < length)

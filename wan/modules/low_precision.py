@@ -1,0 +1,120 @@
+"""Matrix products and self-attention of the denoiser in 8-bit floats (e4m3), where the user asks for them.
+
+Weights are scaled by output channel, inputs by token while they are used; products are summed in float32. Not among
+them are cross-attention's keys and values, which are computed once a clip, and what is outside the blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.errors import UserError
+from wan.modules.quantised import Packed, PackedLinear
+
+if TYPE_CHECKING:
+    from wan.modules.model import WanModel
+
+PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
+_LARGEST = 448.0  # of e4m3
+
+
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """Raise UserError where a machine cannot compute in a precision. A CPU can, slowly."""
+    if precision is None or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"precision {precision} needs a GPU with 8-bit floats (Ada, Hopper or newer), {name} has none")
+    if precision == "fp8_attention" and importlib.util.find_spec("triton") is None:
+        raise UserError("precision fp8_attention needs the triton package; use --precision fp8")
+
+
+def lower(model: WanModel, precision: str, device: torch.device) -> None:
+    """Turn a model's blocks to a precision of `PRECISIONS`. Weights are rounded on `device` and stay where they are.
+
+    Weights that are fp8 in the file are used as they are. Raises UserError for those of another quantisation.
+    """
+    for block in model.blocks:
+        for name, layer in list(block.named_modules()):
+            if not isinstance(layer, nn.Linear) or name in ("attn2.to_k", "attn2.to_v"):
+                continue
+            if not isinstance(layer, PackedLinear):
+                home, dtype = layer.weight.device, layer.weight.dtype
+                rows, scale = quantise(layer.weight.detach().to(device))
+                layer = PackedLinear(layer, Packed(rows.to(home), scale.to(home)), dtype, home)
+                block.set_submodule(name, layer)
+            if layer.weight.dtype != torch.float8_e4m3fn:
+                raise UserError(f"precision {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}")
+            layer.multiply = multiply
+        if precision == "fp8_attention":
+            block.attn1.set_processor(_Attention8())
+    model.low_precision = precision
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., K] -> e4m3 of that shape and float32 scales [..., 1], such that each row's largest number is 448."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / _LARGEST).clamp_min(1e-12)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """x [..., K] times a weight e4m3 [N, K] with scales [N, 1] or [1, 1], plus bias [N] -> [..., N] in bias's dtype."""
+    rows, row_scale = quantise(x.flatten(0, -2))
+    if x.is_cuda:
+        scales = scale.expand(len(weight), 1).t().contiguous()
+        found: Tensor = torch._scaled_mm(  # in bf16, the only dtype that it sums scaled rows in
+            rows, weight.t(), row_scale, scales, bias.bfloat16(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    else:
+        found = F.linear(rows.float() * row_scale, weight.float() * scale, bias.float())
+    return found.to(bias.dtype).view(*x.shape[:-1], -1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Self-attention [B, L, heads, head_dim] in e4m3; on a CPU the same roundings in plain PyTorch."""
+    if query.is_cuda:
+        from wan.modules.attention8 import attention8
+
+        found: Tensor = attention8(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        return found.type_as(query)
+    by_head = [part.float().transpose(1, 2) for part in (query, key, value)]
+    by_head[1] = by_head[1] - by_head[1].mean(2, keepdim=True)
+    q, k = (_rounded(part, (2, 3)) for part in by_head[:2])
+    scores = q @ k.mT * query.shape[-1] ** -0.5
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    mixed = (weights * 256).to(torch.float8_e4m3fn).float() / 256 @ _rounded(by_head[2], (2,))
+    return (mixed / weights.sum(-1, keepdim=True)).transpose(1, 2).type_as(query)
+
+
+def _rounded(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Through e4m3 and back, with one scale over these dimensions."""
+    scale = (x.abs().amax(dims, keepdim=True) / _LARGEST).clamp_min(1e-12)
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+class _Attention8:
+    """The library's processor of self-attention with 8-bit attention in it."""
+
+    _attention_backend = None  # what the library's own has; there is one kernel here
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        shape = (*query.shape[:2], attn.heads, -1)
+        query, key, value = (part.view(shape) for part in (query, key, attn.to_v(hidden_states)))
+        mixed = attend(_turn(query, *rotary_emb), _turn(key, *rotary_emb), value)
+        return attn.to_out[0](mixed.flatten(2))  # type: ignore[no-any-return]
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on [B, L, heads, head_dim], neighbouring numbers being a pair (source: the official code)."""
+    one, other = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((one * cos - other * sin, one * sin + other * cos), dim=-1).flatten(-2).type_as(x)
