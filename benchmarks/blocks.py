@@ -3,9 +3,9 @@
 
     python -m benchmarks.blocks --scenario a14b-480p-81 5b-704p-121 [--kernels]
 
-A block is half of what three layers take beyond one layer, in milliseconds, for one guidance forward; "outside" is the rest.
-Random weights; all run on the attention kernel that ours chooses. `--kernels`: where the GPU's time of three layers goes.
-The last line is JSON.
+A block is half of what three layers take beyond one layer, in milliseconds, for one guidance forward; "outside" is the
+rest. Random weights; all run on the attention kernel that ours chooses. `--kernels`: where the GPU's time of three
+layers goes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from wan.modules.kernels import fastest_backend
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import WanModel, policy_dtype
 
+DEVICE = torch.device("cuda:0")
 KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in PRECISIONS))
 LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", "fmha", "flash", "sdpa", "attn")
 
@@ -37,7 +38,7 @@ class Bench:
 
     def __init__(self, scenario: str) -> None:
         self.task, width, height, frames = SCENARIOS[scenario]
-        self.device = torch.device("cuda:0")
+        self.device = DEVICE
         cell = 16 if self.task == "ti2v-5B" else 8
         self.latent = (frames + 3) // 4, height // cell, width // cell
         self.tokens = self.latent[0] * (self.latent[1] // 2) * (self.latent[2] // 2)

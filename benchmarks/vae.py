@@ -87,7 +87,7 @@ def teraflops(call: Callable[[], Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=tuple(SCENARIOS), required=True)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4], help="latent frames at a time")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 1, 4], help="latent frames at a time; 0: less")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--no_library", action="store_true", help="without the library's own pass")
     parser.add_argument("--frames", type=int, help="4n+1 in place of the scenario's")

@@ -87,13 +87,13 @@ class WanVAE(nn.Module):
         return found
 
     def _chunk(self, height: int, width: int) -> int:
-        """How many latent frames of a clip of that size are computed at a time.
+        """How many latent frames of a clip of that size are computed at a time; 0: single frames where it is widest.
 
         The widest place is the decoder's last doubling of the size, with twice the channels of its last stage.
         """
         patch, channels = self.model.config.patch_size or 1, 2 * len(self.model.decoder.norm_out.gamma)
         one: int = vae_pass.PER_LATENT * channels * height * width // patch**2 * self.model.dtype.itemsize
-        return max(1, _WIDEST // one)
+        return _WIDEST // one
 
 
 def lay_out(model: AutoencoderKLWan) -> None:

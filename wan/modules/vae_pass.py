@@ -33,9 +33,10 @@ FIRST, PER_LATENT = 1, 4  # pixel frames of the first latent frame, and of each 
 def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
     """Pixels [1, 3, T, H, W] in [-1, 1], T = 4n+1 -> the mode of the latents [1, z, n+1, h, w], not normalised.
 
-    `chunk` is how many latent frames are computed at a time. All is computed in the weights' dtype, norms in float32.
+    `chunk` is how many latent frames are computed at a time, at least one. All is computed in the weights' dtype, norms
+    in float32.
     """
-    through = _Pass()
+    through, chunk = _Pass(), max(1, chunk)
     pixels = patchify(pixels.to(_dtype(vae)), vae.config.patch_size or 1)
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
     parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
@@ -44,11 +45,14 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
-    """Latents [1, z, F, h, w], not normalised -> pixels [1, 3, 4F-3, H, W], clamped to [-1, 1]; `chunk` as above."""
-    through = _Pass()
+    """Latents [1, z, F, h, w], not normalised -> pixels [1, 3, 4F-3, H, W], clamped to [-1, 1].
+
+    `chunk` as above; 0 is 1 with what comes after the last doubling of frames, the widest part, by single frames.
+    """
+    through = _Pass(by_frame=chunk == 0)
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
     parts = []
-    for part in _chunks(latents, [chunk] * latents.shape[2]):
+    for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
         pixels = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
         parts.append(pixels.float().clamp_(-1, 1))
     return torch.cat(parts, dim=2)
@@ -57,9 +61,10 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
 class _Pass:
     """What one pass remembers from chunk to chunk: the last frames that went into each convolution over time."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_frame: bool = False) -> None:
         self.before: dict[nn.Module, Tensor] = {}
         self.is_first = True
+        self.by_frame = by_frame
 
     def encoder(self, network: Any, x: Tensor) -> Tensor:
         """Pixels -> moments of one chunk."""
@@ -80,12 +85,21 @@ class _Pass:
     def decoder(self, network: Any, x: Tensor) -> Tensor:
         """Latents -> pixels of one chunk."""
         x = self.middle(network.mid_block, self.conv(network.conv_in, x))
+        stages = []
         for part in network.up_blocks:
             upsamplers = getattr(part, "upsamplers", None)
-            x = self.stage(part, x, upsamplers[0] if upsamplers else getattr(part, "upsampler", None))
-        x = self.ends(network, x)
+            stages.append((part, upsamplers[0] if upsamplers else getattr(part, "upsampler", None)))
+        late = 1 + max(index for index, (_, change) in enumerate(stages) if change and change.mode == "upsample3d")
+        for part, change in stages[:late]:
+            x = self.stage(part, x, change)
+        found = []
+        for frames in torch.split(x, 1 if self.by_frame else x.shape[2], dim=2):  # all frames are there by now
+            frames = frames.contiguous(memory_format=LAYOUT)
+            for part, change in stages[late:]:
+                frames = self.stage(part, frames, change)
+            found.append(self.ends(network, frames))
         self.is_first = False
-        return x
+        return torch.cat(found, dim=2)
 
     def stage(self, stage: Any, x: Tensor, change: WanResample | None) -> Tensor:
         """Residual blocks and a change of size; in VAE 2.2 with a way around all of it."""
