@@ -24,18 +24,15 @@ from benchmarks.clip import commit
 from wan.modules.attention8 import Tiles, attend
 
 VARIANTS = [
-    Tiles(64, 128, 4, 3, None, by_descriptor=True),
-    Tiles(128, 128, 8, 3, None, by_descriptor=True),
-    Tiles(64, 128, 4, 3, 128, by_descriptor=True),
-    Tiles(128, 128, 8, 3, 128, by_descriptor=True),
-    Tiles(128, 128, 8, 3, 128),
-    Tiles(128, 128, 8, 2, None, by_descriptor=True),
-    Tiles(128, 64, 8, 4, None, by_descriptor=True),
-    Tiles(128, 64, 4, 3, None, by_descriptor=True),
-    Tiles(128, 256, 8, 2, None, by_descriptor=True),
-    Tiles(64, 256, 4, 2, None, by_descriptor=True),
-    Tiles(128, 128, 8, 3, None),
-    Tiles(128, 128, 8, 2, None, by_descriptor=True, specialised=True),
+    Tiles(),
+    Tiles(integers=False),
+    Tiles(128, 64),
+    Tiles(128, 128, 8),
+    Tiles(summed_exactly_after=128),
+    Tiles(64, 64, 4, 4),
+    Tiles(128, 128, 8, by_descriptor=False),
+    Tiles(128, 256, 8, 2),
+    Tiles(128, 128, 8, 2, specialised=True),
 ]
 
 

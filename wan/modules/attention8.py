@@ -1,7 +1,7 @@
-"""Attention in 8-bit floats (e4m3) on tensor cores: our own kernel. Importing it needs Triton, running it a GPU.
+"""Attention in 8 bits (int8 queries and keys, e4m3 values): our own kernel. Importing it needs Triton, running it a GPU.
 
-Queries and keys are scaled by block, keys after their mean over tokens is taken away, which moves every score of a
-query by the same number and so changes no softmax (source: SageAttention, arXiv 2410.02367). Values are scaled by
+Queries are scaled by row and keys by block, keys after their mean over tokens is taken away, which moves every score
+of a query by the same number and so changes no softmax (source: SageAttention, arXiv 2410.02367). Values are scaled by
 channel. The softmax's numerators, at most 1, are multiplied by 2**8 so that small ones are not lost (source:
 SageAttention2, arXiv 2411.10958, where it is 448). Maxima, sums and the output are in float32.
 """
@@ -16,20 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 FORMAT = torch.float8_e4m3fn
-LARGEST = tl.constexpr(448.0)  # of e4m3
+LARGEST = 448.0  # of e4m3
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How the work is cut; a sweep (`benchmarks.attention`) chose the default."""
 
-    rows: int = 128  # queries of a program
+    rows: int = 64  # queries of a program
     columns: int = 128  # keys of a step, a power of two up to `PADDED_TO`
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
-    summed_exactly_after: int | None = 128  # products that tensor cores may sum by themselves, at most `columns`
-    by_descriptor: bool = False  # tiles are fetched by the tensor memory accelerator
+    summed_exactly_after: int | None = None  # products that tensor cores may sum by themselves, at most `columns`
+    by_descriptor: bool = True  # tiles are fetched by the tensor memory accelerator
     specialised: bool = False  # warps that fetch beside warps that compute
+    integers: bool = True  # queries and keys as int8 rather than e4m3
 
 
 DEFAULT = Tiles()
@@ -56,8 +57,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
     batch, length, heads, dim = query.shape
     keys = key.shape[1]
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # Triton starts kernels on the current device
-        query8, query_scale = _by_block(query, None, tiles.rows)
-        key8, key_scale = _by_block(key, key.sum(1, dtype=torch.float32) / keys, tiles.columns)
+        form = torch.int8 if tiles.integers else FORMAT
+        query8, query_scale = _by_row(query, None, 1, form)
+        key8, key_scale = _by_row(key, key.sum(1, dtype=torch.float32) / keys, tiles.columns, form)
         value8, value_scale = _by_channel(value)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         inputs = (query8, key8, value8)
@@ -85,16 +87,18 @@ def _padded(length: int) -> int:
     return -(-length // PADDED_TO) * PADDED_TO
 
 
-def _by_block(x: Tensor, mean: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """[B, L, heads, D] -> 8 bits [B * heads, padded L, D] and the scale of each block of rows [B * heads, blocks]."""
+def _by_row(x: Tensor, mean: Tensor | None, rows: int, form: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B, L, heads, D] -> 8 bits [B * heads, padded L, D], and a scale for each so many rows of them."""
     batch, length, heads, dim = x.shape
     padded = _padded(length)
-    out = torch.empty(batch * heads, padded, dim, dtype=FORMAT, device=x.device)
+    out = torch.empty(batch * heads, padded, dim, dtype=form, device=x.device)
     scale = torch.empty(batch * heads, padded // rows, dtype=torch.float32, device=x.device)
     assert x.stride(3) == 1
-    _quantise_blocks[(padded // rows, batch * heads)](
+    tile = max(rows, 64)
+    _quantise_rows[(padded // tile, batch * heads)](
         x, x if mean is None else mean.contiguous(), out, scale, length, padded, heads, *x.stride()[:3],
-        DIM=dim, ROWS=rows, CENTRED=mean is not None, num_warps=8,
+        127.0 if form == torch.int8 else LARGEST,
+        DIM=dim, ROWS=tile, EACH=rows == 1, CENTRED=mean is not None, INTEGER=form == torch.int8, num_warps=8,
     )  # fmt: skip
     return out, scale
 
@@ -105,7 +109,7 @@ def _by_channel(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = _padded(length)
     out = torch.empty(batch * heads, dim, padded, dtype=FORMAT, device=x.device)
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1).float()
-    scale = (largest / LARGEST.value).clamp_min(1e-12).flatten(0, 1).contiguous()
+    scale = (largest / LARGEST).clamp_min(1e-12).flatten(0, 1).contiguous()
     assert x.stride(3) == 1
     _quantise_transposed[(padded // 128, batch * heads)](
         x, out, scale, length, padded, heads, *x.stride()[:3], DIM=dim, ROWS=128, num_warps=8
@@ -124,18 +128,27 @@ def _place(x, heads, stride_b, stride_l, stride_h, length, DIM: tl.constexpr, RO
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _quantise_blocks(  # type: ignore[no-untyped-def]
-    x, mean, out, scale, length, padded, heads, stride_b, stride_l, stride_h,
-    DIM: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
+def _quantise_rows(  # type: ignore[no-untyped-def]
+    x, mean, out, scale, length, padded, heads, stride_b, stride_l, stride_h, largest,
+    DIM: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, CENTRED: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
     value, row, pair = _place(x, heads, stride_b, stride_l, stride_h, length, DIM, ROWS)
     column = tl.arange(0, DIM)
     if CENTRED:
         value = tl.where(row[:, None] < length, value - tl.load(mean + pair * DIM + column)[None, :], 0.0)
-    factor = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0) / LARGEST, 1e-12)
+    factor = tl.max(tl.abs(value), 1)
+    if EACH:
+        factor = tl.maximum(factor / largest, 1e-12)
+        tl.store(scale + pair * padded + row, factor)
+        value = value / factor[:, None]
+    else:
+        whole = tl.maximum(tl.max(factor, 0) / largest, 1e-12)
+        tl.store(scale + pair * (padded // ROWS) + tl.program_id(0), whole)
+        value = value / whole
+    if INTEGER:
+        value = tl.floor(value + 0.5)
     at = (pair * padded + row[:, None]) * DIM + column[None, :]
-    tl.store(out + at, (value / factor).to(out.dtype.element_ty))
-    tl.store(scale + pair * (padded // ROWS) + tl.program_id(0), factor)
+    tl.store(out + at, value.to(out.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -154,12 +167,12 @@ def _step(  # type: ignore[no-untyped-def]
     tile, key, value, factor, best, total, sums, start, keys, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
     IMPRECISE: tl.constexpr,
 ):  # fmt: skip
-    scores = tl.dot(tile, tl.trans(key))
+    scores = tl.dot(tile, tl.trans(key)).to(tl.float32)
     if MASKED:
         there = start + tl.arange(0, COLUMNS)[None, :] < keys
         scores = tl.where(there, scores, -float("inf"))
     found = tl.maximum(best, tl.max(scores, 1) * factor)
-    weights = tl.math.exp2(scores * factor - (found - 8.0)[:, None])
+    weights = tl.math.exp2(scores * factor[:, None] - (found - 8.0)[:, None])
     fade = tl.math.exp2(best - found)
     total = total * fade + tl.sum(weights, 1)
     sums = sums * fade[:, None]
@@ -183,7 +196,7 @@ def _attend(  # type: ignore[no-untyped-def]
         tile = tl.load(query + (wide * query_padded + block * ROWS + row[:, None]) * DIM + dims[None, :])
         key_at = key + (wide * key_padded + column[:, None]) * DIM + dims[None, :]
         value_at = value + (wide * DIM + dims[:, None]) * key_padded + column[None, :]
-    root = root * tl.load(query_scale + wide * (query_padded // ROWS) + block)
+    root = root * tl.load(query_scale + wide * query_padded + block * ROWS + row)
     key_scale += wide * (key_padded // COLUMNS)
 
     best = tl.full([ROWS], -float("inf"), tl.float32)

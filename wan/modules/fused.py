@@ -115,5 +115,6 @@ def _double_sides(out, x, width, count, channels, ROWS: tl.constexpr, WIDTH: tl.
     row, column, there = _tile(count, channels, ROWS, WIDTH)
     value = tl.load(x + row * channels + column, mask=there, other=0.0)
     corner = row // width * 4 * width + row % width * 2
-    for place in (corner, corner + 1, corner + 2 * width, corner + 2 * width + 1):
+    for part in tl.static_range(4):
+        place = corner + part % 2 + part // 2 * 2 * width
         tl.store(out + place * channels + column, value, mask=there)

@@ -82,19 +82,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
         found: Tensor = attention8(query.bfloat16(), key.bfloat16(), value.bfloat16())
         return found.type_as(query)
-    by_head = [part.float().transpose(1, 2) for part in (query, key, value)]
+    by_head: list[Any] = [part.float().transpose(1, 2) for part in (query, key, value)]
     by_head[1] = by_head[1] - by_head[1].mean(2, keepdim=True)
-    q, k = (_rounded(part, (2, 3)) for part in by_head[:2])
-    scores = q @ k.mT * query.shape[-1] ** -0.5
+    queries = _integers(by_head[0])
+    keys = torch.cat([_integers(part.flatten(2)).view_as(part) for part in by_head[1].split(128, dim=2)], dim=2)
+    scores = queries @ keys.mT * query.shape[-1] ** -0.5
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    mixed = (weights * 256).to(torch.float8_e4m3fn).float() / 256 @ _rounded(by_head[2], (2,))
+    values, scale = quantise(by_head[2].mT)
+    mixed = (weights * 256).to(torch.float8_e4m3fn).float() / 256 @ (values.float() * scale).mT
     return (mixed / weights.sum(-1, keepdim=True)).transpose(1, 2).type_as(query)
 
 
-def _rounded(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Through e4m3 and back, with one scale over these dimensions."""
-    scale = (x.abs().amax(dims, keepdim=True) / _LARGEST).clamp_min(1e-12)
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+def _integers(x: Tensor) -> Tensor:
+    """Through int8 and back, with a scale for each row."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+    return (x / scale).round() * scale
 
 
 class _Attention8:

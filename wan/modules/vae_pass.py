@@ -51,11 +51,15 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
     """
     through = _Pass(by_frame=chunk == 0)
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
-    parts = []
+    frames, scale = 1 + PER_LATENT * (latents.shape[2] - 1), vae.config.scale_factor_spatial
+    size = (1, 3, frames, *(side * scale for side in latents.shape[3:]))
+    whole = torch.empty(size, dtype=torch.float32, device=latents.device)
+    done = 0
     for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
         pixels = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
-        parts.append(pixels.float().clamp_(-1, 1))
-    return torch.cat(parts, dim=2)
+        torch.clamp(pixels.float(), -1, 1, out=whole[:, :, done : done + pixels.shape[2]])
+        done += pixels.shape[2]
+    return whole
 
 
 class _Pass:
