@@ -23,12 +23,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
-from benchmarks.clip import DIT, SCENARIOS, commit, materialise
+from benchmarks.clip import DEVICE, DIT, SCENARIOS, commit, materialise
 from wan.modules.kernels import fastest_backend
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import WanModel, policy_dtype
 
-DEVICE = torch.device("cuda:0")
 KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in PRECISIONS))
 LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", "fmha", "flash", "sdpa", "attn")
 

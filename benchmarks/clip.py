@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
 from wan.image2video import WanI2V
+from wan.modules.checkpoint import Weights
 from wan.modules.conditioning import KnownLatents
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
@@ -45,6 +47,7 @@ SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-720p-81": ("i2v-A14B", 1280, 720, 81),
     "5b-704p-121": ("ti2v-5B", 1280, 704, 121),
 }
+DEVICE = torch.device("cuda:0")
 DIT: dict[str, dict[str, Any]] = {
     "i2v-A14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 36, "out_channels": 16},
     "ti2v-5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
@@ -125,7 +128,8 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
     pipeline.config = config = WAN_CONFIGS[task]
     pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
-    pipeline.device = pipeline.text_device = torch.device("cuda:0")
+    pipeline.device = pipeline.text_device = DEVICE
+    pipeline.vram = None
 
     def denoiser() -> WanModel:
         with init_empty_weights():
@@ -158,7 +162,19 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     encoder = materialise(encoder, lambda name: config.t5_dtype, cpu)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight
     pipeline.__dict__["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
+    names = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
+    pipeline.checkpoint = SimpleNamespace(
+        experts={name: headers(pipeline.__dict__[name]) for name in names},
+        vae=headers(vae),
+        text_encoder=headers(encoder),
+    )
     return pipeline
+
+
+def headers(model: torch.nn.Module) -> Weights:
+    """What the files of a model would say of its shapes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return Weights(Path("."), (), shapes, {})
 
 
 def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
@@ -278,6 +294,7 @@ def main() -> None:
     parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
+    parser.add_argument("--vram", type=float, help="GiB that the process may take, and the plan keeps to")
     parser.add_argument("--precision", choices=PRECISIONS, help="denoisers in 8 bits")
     parser.add_argument("--vae_dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--commit", default=commit())
@@ -289,6 +306,12 @@ def main() -> None:
     built = time.perf_counter() - start
     pipeline.vae.model.to(getattr(torch, args.vae_dtype))
     lay_out(pipeline.vae.model)
+    if args.vram:
+        torch.cuda.set_per_process_memory_fraction(args.vram * 2**30 / torch.cuda.mem_get_info()[1])
+        pipeline.vram = int(args.vram * 2**30)
+    pipeline.config = dataclasses.replace(
+        pipeline.config, vae_dtype=getattr(torch, args.vae_dtype), low_precision=args.precision
+    )
     request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
     with without(args, pipeline, request.geometry.tokens):
         runs = [
@@ -305,6 +328,11 @@ def main() -> None:
         "packed": args.packed,
         "precision": args.precision,
         "vae_dtype": args.vae_dtype,
+        "vram": args.vram,
+        "estimated_gib": {
+            stage: round(part.peak(pipeline.vram) / 2**30, 2)
+            for stage, part in pipeline.parts(request.geometry).items()
+        },
         "without": [name for name in WITHOUT if getattr(args, f"no_{name}")],
         "build_seconds": round(built, 1),
         "first": runs[0],

@@ -193,6 +193,7 @@ class VideoContinuation(Pipeline):
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = False,
+        vram: float | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -207,6 +208,7 @@ class VideoContinuation(Pipeline):
             convert_model_dtype,
             dit_files=dit_files,
             compile_blocks=compile_blocks,
+            vram=vram,
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))

@@ -90,6 +90,7 @@ def _add_common(parser: Parser) -> None:
         help=f"reuse what changes little between steps: off (default), {', '.join(CACHES)}; S: how freely",
     )
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
+    add("--vram", type=_gib, metavar="GIB", help="keep to so much GPU memory")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
     add(
         "--precision",
@@ -149,6 +150,16 @@ def _flag(text: str) -> bool:
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def _gib(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size < 4096:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB, for instance 12, not {text!r}")
+    return size
 
 
 def _guidance(text: str) -> tuple[float, float]:

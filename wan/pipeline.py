@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan.configs import ModelConfig, preset_named
 from wan.errors import UserError
+from wan.modules import memory
 from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
 from wan.modules.kernels import compile_where_it_pays, use_fastest_attention
@@ -30,7 +31,18 @@ from wan.modules.step_cache import Caching
 from wan.modules.text import PromptTokenizer, TextEncoder
 from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.placement import Placement, generator_on, main_device, peak_gib, reset_peak, synchronize
-from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampling, Step, StepCache, TextContext
+from wan.types import (
+    LONGEST_CONTEXT,
+    Clip,
+    Generation,
+    Geometry,
+    OnStep,
+    Request,
+    Sampling,
+    Step,
+    StepCache,
+    TextContext,
+)
 
 _LORA_FLAGS = {"model": "--lora", "low_noise_model": "--lora_low", "high_noise_model": "--lora_high"}
 
@@ -42,8 +54,9 @@ class Pipeline(ABC):
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model`, or `high_noise_model` and `low_noise_model`. `compile_blocks`: compile the denoiser where
-    that saves time, on a GPU and for enough steps. Raises UserError for a checkpoint that is not whole or not the one
-    that `config` describes.
+    that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take; what of a model does
+    not fit comes to it layer by layer (needs offloading). Raises UserError for a checkpoint that is not whole or not
+    the one that `config` describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
@@ -63,6 +76,7 @@ class Pipeline(ABC):
         *,
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = False,
+        vram: float | None = None,
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
             raise UserError(
@@ -76,6 +90,7 @@ class Pipeline(ABC):
         self.convert_model_dtype = convert_model_dtype
         files = {name: Path(file).expanduser() for name, file in dit_files.items()}
         self.compile_blocks = compile_blocks
+        self.vram = None if vram is None else int(vram * memory.GIB)
         check_precision(config.low_precision, self.device)
         packed = [file for file in files.values() if file.suffix == ".gguf"]
         if packed and config.low_precision:
@@ -171,7 +186,30 @@ class Pipeline(ABC):
 
     def geometry(self, width: int, height: int, frames: int) -> Geometry:
         """The size of a clip for this model. Raises UserError for sizes that it cannot make."""
-        return Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
+        geometry = Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
+        if self.vram is not None:
+            stage, part = max(self.parts(geometry).items(), key=lambda item: item[1].least)
+            if part.least > self.vram:
+                raise UserError(
+                    f"--vram {self.vram / memory.GIB:g}: {stage} of {frames} frames of {width}x{height} needs "
+                    f"{part.least / memory.GIB:.1f} GiB; {_ADVICE[stage]}"
+                )
+        return geometry
+
+    def parts(self, geometry: Geometry) -> dict[str, memory.Part]:
+        """What each stage of making a clip takes of the GPU, beside a VLM."""
+        config, checkpoint = self.config, self.checkpoint
+        in_8_bits = config.low_precision is not None
+        experts = [
+            memory.denoiser_part(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            for weights in checkpoint.experts.values()
+        ]
+        known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
+        encoding, decoding = memory.vae_parts(checkpoint.vae, config.vae_dtype, geometry, known)
+        found = {"encoding": encoding, "sampling": max(experts, key=lambda part: part.least), "decoding": decoding}
+        if self.text_device == self.device:
+            found["text"] = memory.text_part(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+        return found
 
     def sampling(
         self,
@@ -261,10 +299,16 @@ class Pipeline(ABC):
     ) -> Generation:
         """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
         placement = Placement(self.device, offload)
+        text_placement = denoiser_placement = placement
+        if self.vram is not None:
+            parts = self.parts(request.geometry)
+            denoiser_placement = Placement(self.device, offload, parts["sampling"].room(self.vram))
+            if "text" in parts:
+                text_placement = Placement(self.device, offload, parts["text"].room(self.vram))
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         with watch.stage("text"):
-            context = self._encode_text(request, placement)
+            context = self._encode_text(request, text_placement)
         with watch.stage("encode"):
             noise = self.noise(request)
             condition = self.condition(request, noise, placement)
@@ -280,7 +324,7 @@ class Pipeline(ABC):
             clips = clips if caching.cache is None else 0
             self._choose_kernels(stages, request.geometry.tokens, clips)
         with watch.stage("sample"):
-            latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching)
+            latents = sample(noise, stages, scheduler, condition, context, denoiser_placement, on_step, caching)
         with watch.stage("decode"), placement.on_device(self.vae):
             pixels = self.vae.decode([latents])[0].cpu()
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
@@ -319,6 +363,14 @@ class Pipeline(ABC):
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
         with placement.on_device(self.vae):
             return self.vae.encode([frames.to(self.device)])[0]
+
+
+_ADVICE = {
+    "text": "--t5_cpu",
+    "sampling": "make smaller or shorter clips",
+    "encoding": "--vae_dtype float16, or smaller clips",
+    "decoding": "--vae_dtype float16, or smaller clips",
+}
 
 
 class OneExpert(Pipeline):

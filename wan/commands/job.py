@@ -75,6 +75,7 @@ class Job:
             convert_model_dtype=args.convert_model_dtype,
             dit_files=_dit_files(args),
             compile_blocks=args.compile == "auto",
+            vram=args.vram,
             **continuing,
         )
 
@@ -167,6 +168,7 @@ class Job:
             "convert_model_dtype": args.convert_model_dtype,
             "t5_cpu": args.t5_cpu,
             "offload_model": args.offload_model,
+            "vram": args.vram,
             "end_image": request.known.end is not None,
         }
         if plan is not None:

@@ -1,4 +1,4 @@
-"""Attention in 8 bits (int8 queries and keys, e4m3 values): our own kernel. Importing it needs Triton, running it a GPU.
+"""Attention in 8 bits (int8 queries and keys, e4m3 values): our own kernel. It needs Triton, and a GPU to run.
 
 Queries are scaled by row and keys by block, keys after their mean over tokens is taken away, which moves every score
 of a query by the same number and so changes no softmax (source: SageAttention, arXiv 2410.02367). Values are scaled by

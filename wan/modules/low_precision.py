@@ -1,4 +1,4 @@
-"""Matrix products and self-attention of the denoiser in 8-bit floats (e4m3), where the user asks for them.
+"""Matrix products (e4m3) and self-attention (int8, e4m3) of the denoiser in 8 bits, where the user asks for them.
 
 Weights are scaled by output channel, inputs by token while they are used; products are summed in float32. Not among
 them are cross-attention's keys and values, which are computed once a clip, and what is outside the blocks.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
 _LARGEST = 448.0  # of e4m3
+_PIECE = 1 << 25  # numbers that are rounded in one piece, so that their float32 copies stay small
 
 
 def check_precision(precision: str | None, device: torch.device) -> None:
@@ -58,6 +59,13 @@ def lower(model: WanModel, precision: str, device: torch.device) -> None:
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [..., K] -> e4m3 of that shape and float32 scales [..., 1], such that each row's largest number is 448."""
+    if x.dim() == 2 and x.numel() > _PIECE and not torch.compiler.is_compiling():  # a compiler makes one pass of it
+        rows, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty_like(x[:, :1], dtype=torch.float32)
+        step = max(1, _PIECE // x.shape[1])
+        for start in range(0, len(x), step):
+            piece = slice(start, start + step)
+            rows[piece], scale[piece] = quantise(x[piece])
+        return rows, scale
     scale = (x.abs().amax(-1, keepdim=True).float() / _LARGEST).clamp_min(1e-12)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
@@ -76,7 +84,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Self-attention [B, L, heads, head_dim] in e4m3; on a CPU the same roundings in plain PyTorch."""
+    """Self-attention [B, L, heads, head_dim] in 8 bits; on a CPU the same roundings in plain PyTorch."""
     if query.is_cuda:
         from wan.modules.attention8 import attention8
 

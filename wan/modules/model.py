@@ -54,6 +54,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
         self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.before_layer: Callable[[int], None] | None = None  # see placement.py
         self.low_precision: str | None = None  # what its blocks were lowered to
         self.is_compiled = False
         self.can_compile = True  # until it has failed
@@ -108,9 +109,19 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         They belong to the prompt and to the weights as they are now. At 512 rows in bf16 they take 400 MiB of an A14B
         expert and 180 MiB of the 5B.
         """
-        embedder = self.condition_embedder.text_embedder
-        rows = embedder(text.to(embedder.linear_1.bias.dtype))  # weights may be packed
+        rows = self._text_rows(text)
         return tuple(block.text_keys(rows) for block in self.blocks)
+
+    def _text_rows(self, text: Tensor) -> Tensor:
+        embedder = self.condition_embedder.text_embedder
+        rows: Tensor = embedder(text.to(embedder.linear_1.bias.dtype))  # weights may be packed
+        return rows
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """What can come to a GPU one by one."""
+        blocks: nn.ModuleList = self.blocks
+        return blocks
 
     def forward(
         self,
@@ -125,8 +136,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         The text is embedded prompts [B, 512, D] or the `text_keys` of them.
         """
         texts = encoder_hidden_states
-        if isinstance(texts, Tensor):
-            texts = self.text_keys(texts)
+        rows = self._text_rows(texts) if isinstance(texts, Tensor) else None
         embedder = self.condition_embedder
         steps = timestep if timestep.ndim == 2 else timestep[:, None]
         time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
@@ -135,7 +145,10 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         rotary = self.rope(hidden_states)
         grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
-        for block, text in zip(self.blocks, texts, strict=True):
+        for number, block in enumerate(self.blocks):
+            if self.before_layer is not None:
+                self.before_layer(number)
+            text = texts[number] if rows is None else block.text_keys(rows)
             tokens = self._through(block, tokens, text, modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)

@@ -84,10 +84,15 @@ def sample(
     return condition.finish(latents)
 
 
-def text_keys(stage: Stage, context: TextContext) -> list[TextKeys]:
-    """What the expert takes of the positive prompt and, where guidance needs it, of the negative one."""
+def text_keys(stage: Stage, context: TextContext) -> list[TextKeys] | list[Tensor]:
+    """What the expert takes of the positive prompt and, where guidance needs it, of the negative one.
+
+    Where its blocks come to the GPU one by one it is the prompts: each block then makes its keys when it is there.
+    """
     guided = any(guidance != 1 for guidance in stage.guidance)
     prompts = [context.positive, context.negative] if guided else [context.positive]
+    if stage.expert.model.before_layer is not None:
+        return prompts
     return [stage.expert.model.text_keys(prompt) for prompt in prompts]
 
 
@@ -95,7 +100,7 @@ def predict(
     model: WanModel,
     guidance: float,
     condition: Condition,
-    texts: Sequence[TextKeys],
+    texts: Sequence[TextKeys | Tensor],
     latents: Tensor,
     t: Tensor,
     branch: Branch,
@@ -106,7 +111,7 @@ def predict(
     """
     placed, timestep = condition.model_input(latents, t)
 
-    def flow(name: str, text: TextKeys) -> Tensor:
+    def flow(name: str, text: TextKeys | Tensor) -> Tensor:
         with branch(name):
             output: Tensor = model(placed, timestep, text, return_dict=False)[0][0]
         return output

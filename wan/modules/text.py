@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self._kept: dict[str, Tensor] = {}
+        self.before_layer: Callable[[int], None] | None = None  # see placement.py
+        for number, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self._before, number))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """What can come to a GPU one by one."""
+        blocks: nn.ModuleList = self.model.encoder.block
+        return blocks
+
+    def _before(self, number: int, *_: Any) -> None:
+        if self.before_layer is not None:
+            self.before_layer(number)
 
     @classmethod
     def from_weights(

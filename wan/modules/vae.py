@@ -18,9 +18,6 @@ from wan.modules.checkpoint import Weights, fill
 
 log = logging.getLogger(__name__)
 
-# What the largest activation of a chunk may take, a fifth of the peak. On a GPU longer chunks are no faster.
-_WIDEST = 1 << 30
-
 
 class WanVAE(nn.Module):
     """The causal video VAE. One clip at a time, as in the official code: lists in, lists out."""
@@ -87,13 +84,9 @@ class WanVAE(nn.Module):
         return found
 
     def _chunk(self, height: int, width: int) -> int:
-        """How many latent frames of a clip of that size are computed at a time; 0: single frames where it is widest.
-
-        The widest place is the decoder's last doubling of the size, with twice the channels of its last stage.
-        """
-        patch, channels = self.model.config.patch_size or 1, 2 * len(self.model.decoder.norm_out.gamma)
-        one: int = vae_pass.PER_LATENT * channels * height * width // patch**2 * self.model.dtype.itemsize
-        return _WIDEST // one
+        """How many latent frames of a clip of that size are computed at a time."""
+        channels, patch = len(self.model.decoder.norm_out.gamma), self.model.config.patch_size or 1
+        return vae_pass.chunk_for(vae_pass.widest(channels, patch, height, width) * self.model.dtype.itemsize)
 
 
 def lay_out(model: AutoencoderKLWan) -> None:

@@ -27,6 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 LAYOUT = torch.channels_last_3d
+_WIDEST = 1 << 29  # what the widest activation of a chunk may take, about a fifth of all that it takes
 FIRST, PER_LATENT = 1, 4  # pixel frames of the first latent frame, and of each one after it
 
 
@@ -60,6 +61,20 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
         torch.clamp(pixels.float(), -1, 1, out=whole[:, :, done : done + pixels.shape[2]])
         done += pixels.shape[2]
     return whole
+
+
+def widest(channels: int, patch: int, height: int, width: int) -> int:
+    """Numbers in the largest activation of one latent frame: where the decoder doubles the size for the last time,
+    with twice the channels of its last stage."""
+    return PER_LATENT * 2 * channels * height * width // patch**2
+
+
+def chunk_for(size: int) -> int:
+    """How many latent frames to compute at a time when the widest activation of one takes `size` bytes.
+
+    0: single frames where it is widest. On a GPU longer chunks are no faster.
+    """
+    return _WIDEST // size
 
 
 class _Pass:

@@ -1,0 +1,116 @@
+"""What a clip takes of a GPU's memory, stage by stage, told from the headers of a checkpoint before anything loads."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from wan.modules import vae_pass
+from wan.modules.checkpoint import Weights
+from wan.modules.model import policy_dtype
+from wan.placement import SLOTS, layers_that_stay
+from wan.types import Geometry
+
+GIB = 2**30
+# Beside what is counted: CUDA's and cuBLAS's own, inputs and outputs of a step.
+ALWAYS = 0.35 * GIB
+# The most that a pass through a VAE holds, in its widest activation (one latent frame), measured on an H200.
+DECODING, DECODING_BY_FRAME, ENCODING = 7.4, 4.0, 4.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one stage takes, in bytes: weights, of which `count` layers of `layer` bytes may come one by one."""
+
+    weights: int
+    working: int
+    layer: int = 0
+    count: int = 0
+    beside: int = 0  # what is kept as well where all layers stay
+
+    def room(self, budget: int) -> int:
+        """What is left of a budget for weights."""
+        return budget - self.working - self.beside
+
+    def peak(self, budget: int | None) -> int:
+        """The most that is taken at once, as `Placement` keeps a budget."""
+        room = None if budget is None else self.room(budget)
+        stay = layers_that_stay(self.weights, self.layer, self.count, room)
+        if stay == self.count:
+            return self.weights + self.working + self.beside
+        return self.weights - (self.count - max(0, stay) - SLOTS) * self.layer + self.working
+
+    @property
+    def least(self) -> int:
+        """What it takes with all layers coming one by one."""
+        coming = max(0, self.count - SLOTS)
+        return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
+
+
+def text_part(weights: Weights, dtype: torch.dtype, length: int) -> Part:
+    """The text encoder on a prompt of `length` tokens."""
+    sizes = _sizes(weights, lambda name: dtype)
+    return _layered(sizes, int(ALWAYS + length * 6e5))
+
+
+def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens: int, text: int) -> Part:
+    """One expert on a clip of so many tokens; `text`: rows of the prompt.
+
+    Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
+    rotation or the feed-forward layer before and after its activation.
+    """
+    official = "blocks.0.self_attn.q.weight" in weights.shapes
+    feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
+    width, item = weights.shapes["patch_embedding.weight"][0], dtype.itemsize
+    hidden = weights.shapes[feed][0]
+    working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    part = _layered(_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
+    beside = 4 * text * width * item * part.count  # keys and values of two prompts
+    return Part(part.weights, part.working, part.layer, part.count, beside)
+
+
+def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[Part, Part]:
+    """Encoding `known` frames, and decoding a clip."""
+    size = sum(_sizes(weights, lambda name: dtype).values())
+    frames, height, width = geometry.size
+    official = "decoder.head.0.gamma"
+    channels = weights.shapes[official if official in weights.shapes else "decoder.norm_out.gamma"][0]
+    first = "encoder.conv1.weight" if official in weights.shapes else "encoder.conv_in.weight"
+    patch = 2 if weights.shapes[first][1] == 12 else 1
+    widest = vae_pass.widest(channels, patch, height, width) * dtype.itemsize
+    chunk = min(vae_pass.chunk_for(widest), geometry.latent[0])
+    pixels = 12 * frames * height * width
+    decoding = DECODING_BY_FRAME if chunk == 0 else DECODING * chunk
+    return (
+        Part(size, int(ALWAYS + 2 * pixels * known // frames + ENCODING * max(1, chunk) * widest)),
+        Part(size, int(ALWAYS + pixels + decoding * widest)),
+    )
+
+
+def _sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
+    """Bytes of each tensor in memory. Weights that a file holds quantised stay as large as there."""
+    smaller = 1.0 if in_8_bits else math.inf
+    if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
+        smaller = min(smaller, weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values())))
+    sizes = {}
+    for name, shape in weights.shapes.items():
+        item: float = dtype_of(name).itemsize
+        if len(shape) == 2 and _LAYER.search(name):
+            item = min(item, smaller)
+        sizes[name] = int(math.prod(shape) * item)
+    return sizes
+
+
+_LAYER = re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
+
+
+def _layered(sizes: dict[str, int], working: int) -> Part:
+    by_layer: dict[int, int] = {}
+    for name, size in sizes.items():
+        if match := _LAYER.search(name):
+            by_layer[int(match[1])] = by_layer.get(int(match[1]), 0) + size
+    return Part(sum(sizes.values()), working, max(by_layer.values()), len(by_layer))
