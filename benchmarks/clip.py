@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from PIL import Image
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
+from wan.errors import UserError
 from wan.image2video import WanI2V
 from wan.modules.checkpoint import Weights
 from wan.modules.conditioning import KnownLatents
@@ -37,8 +39,8 @@ from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.modules.quantised import Packed, PackedLinear
 from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
-from wan.pipeline import Pipeline
-from wan.placement import Placement, host_peak_gib
+from wan.pipeline import Pipeline, Stopwatch
+from wan.placement import Placement, host_peak_gib, peak_gib, reset_peak
 from wan.textimage2video import WanTI2V
 from wan.types import Known, Request, Sampling, Step
 
@@ -190,6 +192,39 @@ def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps
     )
 
 
+class PeakWatch(Stopwatch):
+    """Notes also what each stage takes of the GPU's memory at its peak."""
+
+    def __init__(self, peaks: dict[str, float], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.peaks = peaks
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        reset_peak(self.device)
+        with super().stage(name):
+            yield
+        self.peaks[name] = max(peak_gib(self.device) or 0.0, self.peaks.get(name, 0.0))
+
+
+def within(pipeline: Pipeline, vram: float, request: Request, clips: int) -> dict[str, Any]:
+    """A clip made within so many GiB, of which the allocator gives out no more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(vram * 2**30 / torch.cuda.mem_get_info()[1])
+    pipeline.vram = int(vram * 2**30)
+    pipeline.text_encoder._kept.clear()
+    parts = pipeline.parts(request.geometry).items()
+    result: dict[str, Any] = {
+        "vram": vram,
+        "estimated_gib": {stage: round(part.peak(pipeline.vram) / 2**30, 2) for stage, part in parts},
+    }
+    try:
+        return result | timed_run(pipeline, request, True, clips)
+    except (torch.OutOfMemoryError, UserError) as error:
+        return result | {"failed": str(error).splitlines()[0]}
+
+
 def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -> dict[str, Any]:
     stamps: list[tuple[str, float]] = []
 
@@ -197,7 +232,10 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
         torch.cuda.synchronize()
         stamps.append((step.stage if step.latents is not None else f"begin {step.stage}", time.perf_counter()))
 
-    made = pipeline.run(request, offload=offload, on_step=on_step, clips=clips)
+    peaks: dict[str, float] = {}
+    with patch("wan.pipeline.Stopwatch", partial(PeakWatch, peaks)):
+        made = pipeline.run(request, offload=offload, on_step=on_step, clips=clips)
+    print(f"{(pipeline.vram or 0) / 2**30:g} GiB: {made.seconds} {peaks}", flush=True)  # a later run may fail
     condition = pipeline.condition(request, pipeline.noise(request), Placement(pipeline.device, offload))
     held = getattr(condition, "known", None)
     # the first step of a stage also moves the expert
@@ -207,7 +245,8 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
         "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
         "step_median": round(statistics.median(steps), 3) if steps else None,
         "steps": [round(step, 3) for step in steps],
-        "peak_gpu_gib": round(made.peak_gib or 0.0, 2),
+        "peak_gpu_gib": {stage: round(peak, 2) for stage, peak in peaks.items()},
+        "latents": made.latents,
         "finite": bool(torch.isfinite(made.clip.frames).all()),
         "held_exactly": None if held is None else torch.equal(made.latents[:, : held.shape[1]], held.cpu()),
     }
@@ -294,7 +333,7 @@ def main() -> None:
     parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
-    parser.add_argument("--vram", type=float, help="GiB that the process may take, and the plan keeps to")
+    parser.add_argument("--vram", type=float, nargs="*", default=[], help="also within so many GiB, for each of them")
     parser.add_argument("--precision", choices=PRECISIONS, help="denoisers in 8 bits")
     parser.add_argument("--vae_dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--commit", default=commit())
@@ -306,18 +345,17 @@ def main() -> None:
     built = time.perf_counter() - start
     pipeline.vae.model.to(getattr(torch, args.vae_dtype))
     lay_out(pipeline.vae.model)
-    if args.vram:
-        torch.cuda.set_per_process_memory_fraction(args.vram * 2**30 / torch.cuda.mem_get_info()[1])
-        pipeline.vram = int(args.vram * 2**30)
     pipeline.config = dataclasses.replace(
         pipeline.config, vae_dtype=getattr(torch, args.vae_dtype), low_precision=args.precision
     )
     request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
     with without(args, pipeline, request.geometry.tokens):
-        runs = [
-            timed_run(pipeline, dataclasses.replace(request, seed=seed), not args.no_offload, args.clips)
-            for seed in (1, 2)
-        ]
+        runs = [timed_run(pipeline, request, not args.no_offload, args.clips) for _ in range(2)]
+        capped = [within(pipeline, vram, request, args.clips) for vram in args.vram]
+    whole = runs[1]["latents"]
+    for run in (*runs, *capped):
+        run["same_latents"] = torch.equal(run.pop("latents", torch.empty(0)), whole)
+    parts = pipeline.parts(request.geometry).items()
     result: dict[str, Any] = {
         "scenario": args.scenario,
         "context_frames": args.context_frames,
@@ -328,15 +366,12 @@ def main() -> None:
         "packed": args.packed,
         "precision": args.precision,
         "vae_dtype": args.vae_dtype,
-        "vram": args.vram,
-        "estimated_gib": {
-            stage: round(part.peak(pipeline.vram) / 2**30, 2)
-            for stage, part in pipeline.parts(request.geometry).items()
-        },
+        "estimated_gib": {stage: round(part.peak(None) / 2**30, 2) for stage, part in parts},
         "without": [name for name in WITHOUT if getattr(args, f"no_{name}")],
         "build_seconds": round(built, 1),
         "first": runs[0],
         "second": runs[1],
+        "within": capped,
         "peak_host_gib": round(host_peak_gib(), 1),
     }
     if args.stock:
