@@ -7,13 +7,12 @@ CLIP := examples/shapes.mp4
 
 .PHONY: demo test lint format lock clean
 
-# The captioner's sentences are all that the tiny text encoder knows, so nothing is put before them.
 demo: .venv/.ready
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
 	$(BIN)/python generate.py $(WEIGHTS) --video $(CLIP) --base_seed 0 --save_file $(DEMO)/continued.mp4
 	$(BIN)/python generate_continuous.py $(WEIGHTS) --video $(CLIP) --base_seed 0 --continuation tail --num_videos 3 \
-		--custom_prompt "" --output_dir $(DEMO)/chain
+		--output_dir $(DEMO)/chain
 	$(BIN)/python examples/contact_sheet.py $(DEMO)/contact_sheet.png $(CLIP) $(DEMO)/continued.mp4 $(DEMO)/chain/joined.mp4
 	@echo
 	@echo "A tiny model made for this demo (models/README.md) has continued the clip:"

@@ -35,12 +35,13 @@ from wan.image2video import WanI2V
 from wan.modules.checkpoint import Weights
 from wan.modules.conditioning import KnownLatents
 from wan.modules.low_precision import PRECISIONS, lower
+from wan.modules.memory import CONTEXT, for_tensors
 from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.modules.quantised import Packed, PackedLinear
 from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
-from wan.placement import Placement, host_peak_gib, peak_gib, reset_peak
+from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
 from wan.textimage2video import WanTI2V
 from wan.types import Known, Request, Sampling, Step
 
@@ -211,13 +212,14 @@ def within(pipeline: Pipeline, vram: float, request: Request, clips: int) -> dic
     """A clip made within so many GiB, of which the allocator gives out no more."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(vram * 2**30 / torch.cuda.mem_get_info()[1])
+    grow_segments()
     pipeline.vram = int(vram * 2**30)
+    torch.cuda.set_per_process_memory_fraction((pipeline.vram - CONTEXT) / torch.cuda.mem_get_info()[1])
     pipeline.text_encoder._kept.clear()
     parts = pipeline.parts(request.geometry).items()
     result: dict[str, Any] = {
         "vram": vram,
-        "estimated_gib": {stage: round(part.peak(pipeline.vram) / 2**30, 2) for stage, part in parts},
+        "estimated_gib": {stage: round(part.peak(for_tensors(pipeline.vram)) / 2**30, 2) for stage, part in parts},
     }
     try:
         return result | timed_run(pipeline, request, True, clips)

@@ -306,6 +306,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     )
     assert lines[3].split()[:7] == ["2", "13", "8", "0.50", "77", "tail", "5"] and "description by the VLM" in lines[3]
     assert lines[6].startswith("1.83 s of new video; 4 of 4 clips") and "of disk" in lines[7] and "H200" in lines[8]
+    assert lines[9].startswith("about 1.") and "GiB of GPU memory (encoding " in lines[9]
     assert not (tmp_path / "run").exists()
 
 

@@ -40,7 +40,7 @@ def test_the_models_take_24_mb() -> None:
 
 
 def test_the_vae_gives_back_what_it_was_given(pipeline: VideoContinuation, world: list[Scene]) -> None:
-    assert measure_vae(pipeline, world[:2])["vae_psnr"] >= 29
+    assert measure_vae(pipeline, world[:2])["vae_psnr"] >= 33
 
 
 def test_the_captioner_says_what_moves_where(world: list[Scene]) -> None:
@@ -50,16 +50,16 @@ def test_the_captioner_says_what_moves_where(world: list[Scene]) -> None:
 
 def test_a_clip_goes_on_where_its_footage_ends(pipeline: VideoContinuation, world: list[Scene]) -> None:
     found = measure_clips(world[:3], maker(pipeline, "last_frame", DEFAULTS))
-    assert found["first_frame_psnr"] >= 26
+    assert found["first_frame_psnr"] >= 30
     assert found["direction"] >= 0.75
     found = measure_clips(world[:2], maker(pipeline, "tail:5", DEFAULTS))
-    assert found["position_error"] <= 0.1 and found["lost_after_1s"] <= 0.2
+    assert found["position_error"] <= 0.07 and found["lost_after_1s"] <= 0.2
 
 
 def test_the_second_clip_of_a_chain_still_has_the_shapes(world: list[Scene]) -> None:
     one_shape = [scene for scene in world if len(scene.shapes) == 1][:2]
     found = measure_chains(one_shape, maker(open_pipeline(MODELS, "v2v-5B"), "tail:5", DEFAULTS), 2)
-    assert found["chain_right_at_2"] >= 0.5
+    assert found["chain_right_at_2"] == 1
 
 
 def test_captions_are_read_by_colour() -> None:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from wan.captioner import (
 from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.modules.lora import LoraFile
+from wan.modules.memory import GIB
 from wan.pipeline import Pipeline, draw_seed
 from wan.placement import parse_device, same_device
 from wan.quality import SeamScore, correct_drift, measure_motion, score_seam
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 QUESTION = "Describe this video in detail."
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
+VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
 VLM_NAME = "InternVL3_5-8B"
 VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
@@ -193,7 +195,7 @@ class VideoContinuation(Pipeline):
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = False,
-        vram: float | None = None,
+        vram: float | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -212,7 +214,7 @@ class VideoContinuation(Pipeline):
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
-        self.vlm_device = self.device if vlm_device is None else parse_device(str(vlm_device))
+        self.vlm_device = self._vlm_home() if vlm_device is None else parse_device(str(vlm_device))
         self.vlm_url = vlm_url
         self.vlm_question = vlm_question
         self.vlm_trust_remote_code = vlm_trust_remote_code
@@ -484,6 +486,22 @@ class VideoContinuation(Pipeline):
             )
         finally:
             self._make_room()
+
+    def _vlm_home(self) -> torch.device:
+        """Where the VLM lives: with the model, or in host memory where it is larger than the budget of memory."""
+        if self.vram is None or self.vlm_path is None:
+            return self.device
+        size = sum(file.stat().st_size for file in Path(self.vlm_path).expanduser().glob("*.safetensors"))
+        if size + VLM_WORKING <= self.vram:
+            return self.device
+        log.warning(
+            "%s takes %.1f GiB and --vram leaves it %.1f: it describes on the CPU, which takes minutes; a smaller VLM "
+            "or --vlm_url is quicker",
+            self.vlm_path,
+            size / GIB,
+            (self.vram - VLM_WORKING) / GIB,
+        )
+        return torch.device("cpu")
 
     @cached_property
     def captioner(self) -> Captioner:

@@ -90,7 +90,7 @@ def _add_common(parser: Parser) -> None:
         help=f"reuse what changes little between steps: off (default), {', '.join(CACHES)}; S: how freely",
     )
     add("--offload_model", type=_flag, default=True, help="keep only the model in use on the GPU (default: True)")
-    add("--vram", type=_gib, metavar="GIB", help="keep to so much GPU memory")
+    add("--vram", type=_gib, metavar="GIB", help="keep to so much GPU memory; auto: to what is free now")
     add("--convert_model_dtype", action="store_true", help="round also the float32 parameters to the compute dtype")
     add(
         "--precision",
@@ -152,13 +152,15 @@ def _flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
 
 
-def _gib(text: str) -> float:
+def _gib(text: str) -> float | str:
+    if text == "auto":
+        return text
     try:
         size = float(text)
     except ValueError:
         size = 0
     if not 1 <= size < 4096:
-        raise argparse.ArgumentTypeError(f"expected a number of GiB, for instance 12, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected auto or a number of GiB, for instance 12, not {text!r}")
     return size
 
 
@@ -229,6 +231,8 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         names = ("continuation", "context_frames", "anchor_image", "drift_correction", "prompt_mode")
         if asked := [name for name in names if getattr(args, name) not in (None, 0.0, "describe")]:
             raise UserError(f"--{asked[0]} goes with --video, the clip to continue")
+    if args.vram is not None and not args.offload_model:
+        raise UserError("--vram needs --offload_model True, with which only the model in use is on the GPU")
     if args.cache is not None:
         StepCache.parse(args.cache)
     context = Context.choose(args.continuation, args.context_frames)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,16 @@ from wan.modules.schedule import build_scheduler
 from wan.modules.step_cache import Caching
 from wan.modules.text import PromptTokenizer, TextEncoder
 from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
-from wan.placement import Placement, generator_on, main_device, peak_gib, reset_peak, synchronize
+from wan.placement import (
+    Placement,
+    free_bytes,
+    generator_on,
+    grow_segments,
+    main_device,
+    peak_gib,
+    reset_peak,
+    synchronize,
+)
 from wan.types import (
     LONGEST_CONTEXT,
     Clip,
@@ -54,9 +63,9 @@ class Pipeline(ABC):
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model`, or `high_noise_model` and `low_noise_model`. `compile_blocks`: compile the denoiser where
-    that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take; what of a model does
-    not fit comes to it layer by layer (needs offloading). Raises UserError for a checkpoint that is not whole or not
-    the one that `config` describes.
+    that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
+    free now; what of a model does not fit comes to it layer by layer (needs offloading). Raises UserError for a
+    checkpoint that is not whole or not the one that `config` describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
@@ -76,7 +85,7 @@ class Pipeline(ABC):
         *,
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = False,
-        vram: float | None = None,
+        vram: float | Literal["auto"] | None = None,
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
             raise UserError(
@@ -90,7 +99,7 @@ class Pipeline(ABC):
         self.convert_model_dtype = convert_model_dtype
         files = {name: Path(file).expanduser() for name, file in dit_files.items()}
         self.compile_blocks = compile_blocks
-        self.vram = None if vram is None else int(vram * memory.GIB)
+        self.vram = None if vram is None else self._budget(vram)
         check_precision(config.low_precision, self.device)
         packed = [file for file in files.values() if file.suffix == ".gguf"]
         if packed and config.low_precision:
@@ -111,6 +120,14 @@ class Pipeline(ABC):
         for name in files:  # anyone makes such files; a folder's shards are said when they load
             WanModel.check(self.checkpoint.experts[name])
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
+
+    def _budget(self, vram: float | Literal["auto"]) -> int:
+        """Bytes of a GPU that may be taken; its allocator then gives pages back that it does not need."""
+        if self.device.type != "cuda":
+            raise UserError("--vram is for a GPU, and there is none; leave it out")
+        self.load_device = torch.device("cpu")
+        grow_segments()
+        return free_bytes(self.device) if vram == "auto" else int(vram * memory.GIB)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -189,27 +206,35 @@ class Pipeline(ABC):
         geometry = Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
         if self.vram is not None:
             stage, part = max(self.parts(geometry).items(), key=lambda item: item[1].least)
-            if part.least > self.vram:
+            least = part.least / memory.FITTING + memory.CONTEXT
+            if least > self.vram:
                 raise UserError(
-                    f"--vram {self.vram / memory.GIB:g}: {stage} of {frames} frames of {width}x{height} needs "
-                    f"{part.least / memory.GIB:.1f} GiB; {_ADVICE[stage]}"
+                    f"--vram {self.vram / memory.GIB:.3g}: {stage} of {frames} frames of {width}x{height} needs "
+                    f"{least / memory.GIB:.1f} GiB; {_ADVICE[stage]}"
                 )
         return geometry
 
-    def parts(self, geometry: Geometry) -> dict[str, memory.Part]:
-        """What each stage of making a clip takes of the GPU, beside a VLM."""
+    def parts(self, geometry: Geometry, known: int | None = None) -> dict[str, memory.Part]:
+        """What each stage of making a clip takes of the GPU, beside a VLM; `known` frames, or the most there may be."""
         config, checkpoint = self.config, self.checkpoint
         in_8_bits = config.low_precision is not None
         experts = [
             memory.denoiser_part(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
             for weights in checkpoint.experts.values()
         ]
-        known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
+        if known is None:
+            known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
         encoding, decoding = memory.vae_parts(checkpoint.vae, config.vae_dtype, geometry, known)
         found = {"encoding": encoding, "sampling": max(experts, key=lambda part: part.least), "decoding": decoding}
         if self.text_device == self.device:
             found["text"] = memory.text_part(checkpoint.text_encoder, config.t5_dtype, config.text_len)
         return found
+
+    def _placement(self, stage: str, request: Request, offload: bool) -> Placement:
+        """Where the model of a stage lives, with the room that the budget of memory leaves it."""
+        part = None if self.vram is None else self.parts(request.geometry).get(stage)
+        room = None if self.vram is None or part is None else part.room(memory.for_tensors(self.vram))
+        return Placement(self.device, offload, room)
 
     def sampling(
         self,
@@ -298,17 +323,13 @@ class Pipeline(ABC):
         self, request: Request, *, offload: bool = True, on_step: OnStep | None = None, clips: int = 1
     ) -> Generation:
         """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
+        if self.vram is not None and not offload:
+            raise UserError("vram needs offload_model=True: only then is one model at a time on the GPU")
         placement = Placement(self.device, offload)
-        text_placement = denoiser_placement = placement
-        if self.vram is not None:
-            parts = self.parts(request.geometry)
-            denoiser_placement = Placement(self.device, offload, parts["sampling"].room(self.vram))
-            if "text" in parts:
-                text_placement = Placement(self.device, offload, parts["text"].room(self.vram))
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         with watch.stage("text"):
-            context = self._encode_text(request, text_placement)
+            context = self._encode_text(request, self._placement("text", request, offload))
         with watch.stage("encode"):
             noise = self.noise(request)
             condition = self.condition(request, noise, placement)
@@ -324,9 +345,10 @@ class Pipeline(ABC):
             clips = clips if caching.cache is None else 0
             self._choose_kernels(stages, request.geometry.tokens, clips)
         with watch.stage("sample"):
-            latents = sample(noise, stages, scheduler, condition, context, denoiser_placement, on_step, caching)
+            sampling = self._placement("sampling", request, offload)
+            latents = sample(noise, stages, scheduler, condition, context, sampling, on_step, caching)
         with watch.stage("decode"), placement.on_device(self.vae):
-            pixels = self.vae.decode([latents])[0].cpu()
+            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
         loras = {name: [match.as_json() for match in matches] for name, matches in self._merged.items() if matches}
         notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})

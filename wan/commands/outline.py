@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from wan.commands.chain_run import ChainRun
+from wan.modules.memory import CONTEXT, GIB, for_tensors
 from wan.types import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
@@ -39,6 +40,18 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         size = sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing)
         yield f"about {size / 2**30:.1f} GiB of disk" if size > 2**29 else f"about {size / 2**20:.0f} MiB of disk"
         yield _time(continuation, missing, run)
+        yield _memory(continuation, missing)
+
+
+def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
+    """The most of a GPU's memory that any clip takes, by stage."""
+    budget = None if continuation.vram is None else for_tensors(continuation.vram)
+    peaks: dict[str, float] = {}
+    for plan in missing:
+        for stage, part in continuation.parts(plan.geometry).items():
+            peaks[stage] = max(peaks.get(stage, 0), (part.peak(budget) + CONTEXT) / GIB)
+    said = ", ".join(f"{stage} {peak:.1f}" for stage, peak in peaks.items())
+    return f"about {max(peaks.values()):.1f} GiB of GPU memory ({said}), beside the VLM"
 
 
 def _words(plan: Plan) -> str:

@@ -16,10 +16,17 @@ from wan.placement import SLOTS, layers_that_stay
 from wan.types import Geometry
 
 GIB = 2**30
-# Beside what is counted: CUDA's and cuBLAS's own, inputs and outputs of a step.
-ALWAYS = 0.35 * GIB
-# The most that a pass through a VAE holds, in its widest activation (one latent frame), measured on an H200.
-DECODING, DECODING_BY_FRAME, ENCODING = 7.4, 4.0, 4.5
+CONTEXT = 0.75 * GIB  # what CUDA and its libraries take beside tensors
+FITTING = 0.97  # of the rest; some is lost between tensors
+# Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
+ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
+# The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
+DECODING, DECODING_BY_FRAME, ENCODING = (7.4, 7.4), (4.1, 5.6), (3.6, 3.6)
+
+
+def for_tensors(vram: int) -> int:
+    """What of the memory that a process may take is there for weights and activations, in bytes."""
+    return int(FITTING * (vram - CONTEXT))
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Part:
 def text_part(weights: Weights, dtype: torch.dtype, length: int) -> Part:
     """The text encoder on a prompt of `length` tokens."""
     sizes = _sizes(weights, lambda name: dtype)
-    return _layered(sizes, int(ALWAYS + length * 6e5))
+    return _layered(sizes, int(TEXT + length * 1e5))
 
 
 def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens: int, text: int) -> Part:
@@ -74,7 +81,7 @@ def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens:
 
 
 def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[Part, Part]:
-    """Encoding `known` frames, and decoding a clip."""
+    """Encoding `known` frames, and decoding a clip, whose pixels go to host memory."""
     size = sum(_sizes(weights, lambda name: dtype).values())
     frames, height, width = geometry.size
     official = "decoder.head.0.gamma"
@@ -83,11 +90,11 @@ def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: i
     patch = 2 if weights.shapes[first][1] == 12 else 1
     widest = vae_pass.widest(channels, patch, height, width) * dtype.itemsize
     chunk = min(vae_pass.chunk_for(widest), geometry.latent[0])
-    pixels = 12 * frames * height * width
-    decoding = DECODING_BY_FRAME if chunk == 0 else DECODING * chunk
+    decoding = DECODING_BY_FRAME[patch - 1] if chunk == 0 else DECODING[patch - 1] * chunk
+    at_once = min(known, vae_pass.PER_LATENT * max(1, chunk)) / vae_pass.PER_LATENT
     return (
-        Part(size, int(ALWAYS + 2 * pixels * known // frames + ENCODING * max(1, chunk) * widest)),
-        Part(size, int(ALWAYS + pixels + decoding * widest)),
+        Part(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),
+        Part(size, int(ALWAYS + decoding * widest)),
     )
 
 

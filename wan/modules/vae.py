@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,23 +66,26 @@ class WanVAE(nn.Module):
         # multiplied by the inverse, not divided: that is the official arithmetic to the last bit
         return [(mode - self.mean) * (1.0 / self.std) for mode in modes]
 
-    def decode(self, zs: Iterable[Tensor]) -> list[Tensor]:
-        """Normalised latents [z, F, h, w] -> pixels float32 [3, T, H, W], clamped to [-1, 1]."""
-        scale = self.model.config.scale_factor_spatial
+    def decode(self, zs: Iterable[Tensor], home: torch.device | None = None) -> list[Tensor]:
+        """Normalised latents [z, F, h, w] -> pixels float32 [3, T, H, W], clamped to [-1, 1].
+
+        Pixels go to `home` as they are made, by default to where the latents are.
+        """
+        scale, through = self.model.config.scale_factor_spatial, partial(vae_pass.decode, home=home)
         latents = [z.float() / (1.0 / self.std) + self.mean for z in zs]
-        return [self._run(vae_pass.decode, one, [side * scale for side in one.shape[2:]]) for one in latents]
+        return [self._run(through, one, [side * scale for side in one.shape[2:]]) for one in latents]
 
     @torch.no_grad()
     def _run(
         self, through: Callable[[AutoencoderKLWan, Tensor, int], Tensor], x: Tensor, size: Sequence[int]
     ) -> Tensor:
         """The result for one clip, float32; in float32 arithmetic where a number is too large for float16."""
-        found = through(self.model, x[None], self._chunk(*size))[0].float()
-        if self.model.dtype == torch.float16 and not found.isfinite().all():
+        try:
+            return through(self.model, x[None], self._chunk(*size))[0].float()
+        except OverflowError:
             log.warning("the VAE's numbers are too large for float16: this clip goes through it in float32")
-            self.model.float()
-            found = through(self.model, x[None], self._chunk(*size))[0].float()
-        return found
+        self.model.float()
+        return through(self.model, x[None], self._chunk(*size))[0].float()
 
     def _chunk(self, height: int, width: int) -> int:
         """How many latent frames of a clip of that size are computed at a time."""

@@ -35,32 +35,41 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
     """Pixels [1, 3, T, H, W] in [-1, 1], T = 4n+1 -> the mode of the latents [1, z, n+1, h, w], not normalised.
 
     `chunk` is how many latent frames are computed at a time, at least one. All is computed in the weights' dtype, norms
-    in float32.
+    in float32. Raises OverflowError for numbers that are too large for that dtype.
     """
     through, chunk = _Pass(), max(1, chunk)
     pixels = patchify(pixels.to(_dtype(vae)), vae.config.patch_size or 1)
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
     parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
     modes: Tensor = through.conv(vae.quant_conv, torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
+    _check_finite(modes)
     return modes
 
 
-def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int) -> Tensor:
-    """Latents [1, z, F, h, w], not normalised -> pixels [1, 3, 4F-3, H, W], clamped to [-1, 1].
+def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.device | None = None) -> Tensor:
+    """Latents [1, z, F, h, w], not normalised -> pixels float32 [1, 3, 4F-3, H, W], clamped to [-1, 1].
 
     `chunk` as above; 0 is 1 with what comes after the last doubling of frames, the widest part, by single frames.
+    Pixels are put on `home`, by default where the latents are. Raises OverflowError as above.
     """
     through = _Pass(by_frame=chunk == 0)
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
     frames, scale = 1 + PER_LATENT * (latents.shape[2] - 1), vae.config.scale_factor_spatial
     size = (1, 3, frames, *(side * scale for side in latents.shape[3:]))
-    whole = torch.empty(size, dtype=torch.float32, device=latents.device)
+    whole = torch.empty(size, dtype=torch.float32, device=home or latents.device)
     done = 0
     for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
         pixels = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
-        torch.clamp(pixels.float(), -1, 1, out=whole[:, :, done : done + pixels.shape[2]])
+        _check_finite(pixels)
+        whole[:, :, done : done + pixels.shape[2]] = pixels.float().clamp_(-1, 1)
         done += pixels.shape[2]
     return whole
+
+
+def _check_finite(x: Tensor) -> None:
+    """Only float16 ends where this VAE's numbers still go."""
+    if x.dtype == torch.float16 and not x.isfinite().all():
+        raise OverflowError("numbers of the VAE are too large for float16")
 
 
 def widest(channels: int, patch: int, height: int, width: int) -> int:

@@ -1,0 +1,245 @@
+"""A budget of GPU memory: what it is told to hold, and layers that come one by one without changing a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from benchmarks.clip import DIT, VAE, headers
+from tests.test_exact_speed import build, prompt
+from wan import WAN_CONFIGS, UserError, WanV2V5B
+from wan.image2video import WanI2V
+from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
+from wan.modules.model import WanModel
+from wan.modules.text import TextEncoder
+from wan.pipeline import Pipeline
+from wan.placement import Placement, layers_that_stay
+from wan.textimage2video import WanTI2V
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def forward(model: WanModel) -> Tensor:
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output: Tensor = model(latents, torch.tensor([600.0]), prompt(1), return_dict=False)[0]
+    return output
+
+
+def places(model: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in model.parameters()]
+
+
+def room_for(model: WanModel, staying: int) -> int:
+    """Room in which so many layers can stay, and two more pass through."""
+    layer, whole = (sum(x.nbytes for x in (*of.parameters(), *of.buffers())) for of in (model.layers[0], model))
+    return whole - (len(model.layers) - staying - 2) * layer
+
+
+@pytest.mark.parametrize("staying", [0, 1, 3])
+def test_layers_that_come_one_by_one_change_no_bit(staying: int) -> None:
+    model = build(num_layers=6)
+    expected = forward(model)
+    placement = Placement(CPU, room=room_for(model, staying))
+    for _ in range(2):  # what a first use has put into one piece of memory, a second one finds there
+        with placement.on_device(model):
+            assert model.before_layer is not None
+            assert torch.equal(forward(model), expected)
+            assert torch.equal(forward(model), expected)  # the first layers come again after the last ones
+        assert model.before_layer is None
+    assert torch.equal(forward(model), expected)
+
+
+def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
+    model = build(num_layers=6)
+    placement = Placement(CPU, room=room_for(model, 0))
+    with placement.on_device(model):
+        pass
+    before, seen = places(model), set[int]()
+    with placement.on_device(model):
+        fetch = model.before_layer
+        assert fetch is not None
+
+        def watch(number: int) -> None:
+            fetch(number)
+            seen.add(model.layers[number].attn1.to_q.weight.data_ptr())
+
+        model.before_layer = watch
+        forward(model)
+    assert len(seen) == 2 and not seen & set(before)
+    assert places(model) == before
+
+
+def test_a_layer_that_was_left_out_does_not_confuse_those_after_it() -> None:
+    """Caches leave layers out, in some forwards and not in others."""
+    model = build(num_layers=6)
+    whole = list(model.blocks)
+    with Placement(CPU, room=room_for(model, 1)).on_device(model):
+        expected = forward(model)
+        skipped = _Skipped(whole[3])
+        model.blocks[3] = skipped
+        without = forward(model)
+        model.blocks[3] = skipped.block
+        assert torch.equal(forward(model), expected)
+    model.blocks[3] = skipped
+    assert torch.equal(forward(model), without)
+
+
+class _Skipped(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.text_keys: Any = block.text_keys
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x
+
+
+def test_changed_weights_are_those_that_come() -> None:
+    model = build(num_layers=6)
+    placement = Placement(CPU, room=room_for(model, 0))
+    with placement.on_device(model):
+        before = forward(model)
+    model.blocks[2].attn1.to_q.weight.data.mul_(2)  # as a LoRA does
+    model.blocks[4].attn1.to_q.weight.data = model.blocks[4].attn1.to_q.weight.data * 3
+    expected = forward(model)
+    assert not torch.equal(before, expected)
+    with placement.on_device(model):
+        assert torch.equal(forward(model), expected)
+
+
+def test_a_failure_leaves_the_weights_in_host_memory() -> None:
+    model = build(num_layers=6)
+    expected = forward(model)
+    with pytest.raises(ZeroDivisionError), Placement(CPU, room=room_for(model, 0)).on_device(model):
+        forward(model)
+        raise ZeroDivisionError
+    assert model.before_layer is None
+    assert torch.equal(forward(model), expected)
+
+
+def test_a_text_encoder_comes_layer_by_layer_too() -> None:
+    config = UMT5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=5, num_heads=4)
+    torch.manual_seed(2)
+    words: Any = SimpleNamespace(__call__=None)
+    encoder = TextEncoder(UMT5EncoderModel(config).eval(), words)
+    ids, mask = torch.arange(1, 9)[None], torch.ones(1, 8, dtype=torch.long)
+    with torch.no_grad():
+        expected = encoder.model(ids, mask)[0]
+        size = sum(tensor.nbytes for tensor in encoder.parameters())
+        with Placement(CPU, room=size - 2 * 30000).on_device(encoder):
+            assert encoder.before_layer is not None
+            assert torch.equal(encoder.model(ids, mask)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("room", "stay"), [(None, 10), (1000, 10), (999, 7), (905, 7), (904, 6), (335, 1), (334, 0), (240, 0), (239, -1)]
+)
+def test_as_many_layers_stay_as_there_is_room_for(room: int | None, stay: int) -> None:
+    """Ten layers of 95 bytes and 50 bytes more; room for two layers is for those that come."""
+    assert layers_that_stay(1000, 95, 10, room) == stay
+
+
+def test_what_is_told_is_what_a_placement_takes() -> None:
+    part = Part(weights=1000, working=200, layer=90, count=10, beside=40)
+    assert part.peak(None) == part.peak(1240) == 1240
+    assert part.peak(1200) <= 1200 and part.peak(part.least) <= part.least
+    assert part.least == 1000 - 8 * 90 + 200 + 40
+
+
+# Peaks in GiB of one clip on an H200, weights bf16, VAE float16 (benchmarks/LOG.md). Decoding was measured with the
+# pixels in the GPU's memory, which since go to the host's: 12 bytes a pixel less.
+MEASURED: dict[str, tuple[tuple[int, int, int], int, dict[str, float]]] = {
+    "i2v-A14B": ((832, 480, 81), 81, {"text": 10.73, "encoding": 3.32, "sampling": 31.54, "decoding": 3.27 - 0.36}),
+    "ti2v-5B": ((1280, 704, 121), 1, {"text": 10.73, "encoding": 2.44, "sampling": 12.42, "decoding": 7.70 - 1.22}),
+}
+
+
+def at_real_size(task: str) -> Any:
+    """A pipeline that has the sizes of a released checkpoint and nothing else of it."""
+    pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
+    pipeline.config = dataclasses.replace(WAN_CONFIGS[task], vae_dtype=torch.float16)
+    pipeline.device = pipeline.text_device = torch.device("cuda")
+    pipeline.vram = None
+    text = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    with init_empty_weights():
+        denoiser, vae, encoder = WanModel(**DIT[task]), AutoencoderKLWan(**VAE[task]), UMT5EncoderModel(text)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    experts = ("model",) if task == "ti2v-5B" else ("low_noise_model", "high_noise_model")
+    pipeline.checkpoint = SimpleNamespace(
+        experts={name: headers(denoiser) for name in experts}, vae=headers(vae), text_encoder=headers(encoder)
+    )
+    return pipeline
+
+
+@pytest.mark.parametrize("task", MEASURED)
+def test_estimates_are_within_a_tenth_of_what_was_measured(task: str) -> None:
+    size, known, measured = MEASURED[task]
+    pipeline = at_real_size(task)
+    parts = pipeline.parts(pipeline.geometry(*size), known)
+    for stage, peak in measured.items():
+        assert parts[stage].peak(None) / GIB == pytest.approx(peak, rel=0.1), stage
+
+
+@pytest.mark.parametrize(("task", "vram"), [("ti2v-5B", 8), ("ti2v-5B", 12), ("i2v-A14B", 16), ("i2v-A14B", 24)])
+def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
+    size, _, _ = MEASURED[task]
+    pipeline = at_real_size(task)
+    pipeline.vram = vram * GIB
+    parts = pipeline.parts(pipeline.geometry(*size))
+    budget = for_tensors(pipeline.vram)
+    assert max(part.peak(budget) for part in parts.values()) <= budget < vram * GIB - CONTEXT
+    pipeline.vram = 4 * GIB
+    with pytest.raises(UserError, match=r"--vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
+        pipeline.geometry(*size)
+
+
+def test_a_budget_is_for_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--vram is for a GPU, and there is none"):
+        WanV2V5B(WAN_CONFIGS["ti2v-5B"], GOLDEN / "5b" / "ckpt", vram=12)
+
+
+def test_auto_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline: Any = object.__new__(WanTI2V)
+    pipeline.device = torch.device("cuda")
+    asked: list[str] = []
+    monkeypatch.setattr("wan.pipeline.grow_segments", lambda: asked.append("segments"))
+    monkeypatch.setattr("wan.pipeline.free_bytes", lambda device: 11 * GIB)
+    assert Pipeline._budget(pipeline, "auto") == 11 * GIB
+    assert Pipeline._budget(pipeline, 7.5) == 7.5 * GIB
+    assert asked == ["segments"] * 2 and pipeline.load_device == CPU
+
+
+def test_a_vlm_larger_than_the_budget_stays_in_host_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline: Any = object.__new__(WanV2V5B)
+    pipeline.device, pipeline.vlm_path = torch.device("cuda"), tmp_path
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(3 * GIB)  # a hole, which takes no disk
+    for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
+        pipeline.vram = vram
+        assert pipeline._vlm_home().type == home
+    assert "takes 3.0 GiB and --vram leaves it 2.0" in caplog.text
+
+
+def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from wan import cli
+
+    checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]
+    for flags, line in (
+        (["--vram", "huge"], "expected auto or a number of GiB, for instance 12, not 'huge'"),
+        (["--vram", "0.5"], "expected auto or a number of GiB"),
+        (["--vram", "12", "--offload_model", "False"], "--vram needs --offload_model True"),
+        (["--vram", "12"], "--vram is for a GPU, and there is none; leave it out"),
+    ):
+        assert cli.generate_main([*checkpoint, *flags]) == 2
+        assert line in capsys.readouterr().err
