@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from benchmarks.clip import DIT, VAE, headers
 from tests.test_exact_speed import build, prompt
-from wan import WAN_CONFIGS, UserError, WanV2V5B
+from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
 from wan.image2video import WanI2V
 from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
 from wan.modules.model import WanModel
@@ -229,6 +229,49 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(tmp_path: Path, caplo
         pipeline.vram = vram
         assert pipeline._vlm_home().type == home
     assert "takes 3.0 GiB and --vram leaves it 2.0" in caplog.text
+
+
+def test_all_models_stay_where_a_budget_holds_them_all() -> None:
+    size, _, _ = MEASURED["i2v-A14B"]
+    pipeline = at_real_size("i2v-A14B")
+    geometry = pipeline.geometry(*size)
+    assert pipeline.gpu_bytes(geometry, True) / GIB == pytest.approx(31.4, abs=0.5)
+    assert pipeline.gpu_bytes(geometry, False) / GIB == pytest.approx(2 * 26.6 + 10.6 + 0.24 + 4.8, abs=1)
+    waiting = []
+    for vram, offload, room in ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some")):
+        pipeline.vram = None if vram is None else vram * GIB
+        pipeline.__dict__["vae"] = SimpleNamespace(to=waiting.append)
+        placement = pipeline._placements(geometry, True)("sampling")
+        assert placement.offload is offload and (placement.room is not None) == (room is not None)
+    assert waiting == ["cpu", "cpu"]  # where not all of them fit
+    with pytest.raises(UserError, match="vram needs offload_model=True"):
+        pipeline.run(SimpleNamespace(geometry=geometry), offload=False)
+
+
+@pytest.mark.parametrize(
+    ("free", "number", "offload", "stays"),
+    [(120, 1, True, True), (120, 3, True, False), (37, 1, True, True), (34, 1, True, False), (60, 1, False, False)],
+)
+def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follows(
+    free: int, number: int, offload: bool, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = at_real_size("i2v-A14B")
+    pipeline.vlm_device, closed = pipeline.device, []
+    pipeline.__dict__["captioner"] = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr("wan.continuation.free_bytes", lambda device: free * GIB)
+    monkeypatch.setattr("wan.continuation.release_memory", lambda device: None)
+    geometry = pipeline.geometry(*MEASURED["i2v-A14B"][0])
+    plan: Any = SimpleNamespace(number=number, count=3, geometry=geometry, offload=offload)
+    WanV2V._make_room(_continuing(pipeline), plan)
+    assert closed == ([] if stays else [True])
+    WanV2V._make_room(_continuing(pipeline))  # a description that no clip follows
+    assert closed[-1:] == [True]
+
+
+def _continuing(pipeline: Any) -> Any:
+    continuing: Any = object.__new__(WanV2V)
+    continuing.__dict__.update(pipeline.__dict__)
+    return continuing
 
 
 def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,9 +32,9 @@ from wan.captioner import (
 from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.modules.lora import LoraFile
-from wan.modules.memory import GIB
+from wan.modules.memory import GIB, for_tensors
 from wan.pipeline import Pipeline, draw_seed
-from wan.placement import parse_device, same_device
+from wan.placement import bytes_on, free_bytes, parse_device, release_memory, same_device
 from wan.quality import SeamScore, correct_drift, measure_motion, score_seam
 from wan.types import (
     LONGEST_CONTEXT,
@@ -460,7 +460,7 @@ class VideoContinuation(Pipeline):
             notes = {"memory": beat.memory.as_json(), "answers": list(beat.answers), "fallback": beat.fallback}
             summary = beat.prompt
         else:
-            summary = self._describe(footage.samples(plan.num_segments))
+            summary = self._describe(footage.samples(plan.num_segments), plan=plan)
             notes = {"answers": [summary]}
         prompt = compose_prompt(plan.prefix, summary, self.tokenizer.count, self.config.text_len)
         return Words(prompt, notes, time.perf_counter() - start)
@@ -485,7 +485,7 @@ class VideoContinuation(Pipeline):
                 describe=lambda: self.captioner.describe(frames, self.vlm_question),  # those that a finished clip keeps
             )
         finally:
-            self._make_room()
+            self._make_room(plan)
 
     def _vlm_home(self) -> torch.device:
         """Where the VLM lives: with the model, or in host memory where it is larger than the budget of memory."""
@@ -510,15 +510,26 @@ class VideoContinuation(Pipeline):
             self.vlm_path, url=self.vlm_url, device=self.vlm_device, trust_remote_code=self.vlm_trust_remote_code
         )
 
-    def _describe(self, frames: UInt8Array, question: str | None = None) -> str:
+    def _describe(self, frames: UInt8Array, question: str | None = None, plan: Plan | None = None) -> str:
         summary = self.captioner.describe(frames, question or self.vlm_question)
-        self._make_room()
+        self._make_room(plan)
         return summary
 
-    def _make_room(self) -> None:
-        """Free a VLM that shares the GPU: the diffusion model needs the memory."""
-        if self.device.type == "cuda" and same_device(self.vlm_device, self.device):
+    def _make_room(self, plan: Plan | None = None) -> None:
+        """Free a VLM that shares the GPU, unless it describes again after this clip and the clip fits beside it."""
+        if self.device.type != "cuda" or not same_device(self.vlm_device, self.device):
+            return
+        if plan is None or plan.number >= plan.count or not self._fits_beside_vlm(plan):
             self.captioner.close()
+
+    def _fits_beside_vlm(self, plan: Plan) -> bool:
+        """Whether the GPU has room for a clip now, with some to spare: an estimate may be wrong by a tenth."""
+        release_memory(self.device)
+        room = free_bytes(self.device)
+        if self.vram is not None:
+            room = min(room, for_tensors(self.vram) - torch.cuda.memory_allocated(self.device))
+        there = sum(bytes_on(model, self.device) for model in self._loaded())
+        return 1.1 * self.gpu_bytes(plan.geometry, plan.offload) + GIB <= room + there
 
     # The helpers that scripts may call by these names.
 

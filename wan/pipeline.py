@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cached_property
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan.configs import ModelConfig, preset_named
 from wan.errors import UserError
@@ -36,6 +36,7 @@ from wan.placement import (
     generator_on,
     grow_segments,
     main_device,
+    move_home,
     peak_gib,
     reset_peak,
     synchronize,
@@ -217,24 +218,51 @@ class Pipeline(ABC):
     def parts(self, geometry: Geometry, known: int | None = None) -> dict[str, memory.Part]:
         """What each stage of making a clip takes of the GPU, beside a VLM; `known` frames, or the most there may be."""
         config, checkpoint = self.config, self.checkpoint
-        in_8_bits = config.low_precision is not None
-        experts = [
-            memory.denoiser_part(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
-            for weights in checkpoint.experts.values()
-        ]
         if known is None:
             known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
         encoding, decoding = memory.vae_parts(checkpoint.vae, config.vae_dtype, geometry, known)
-        found = {"encoding": encoding, "sampling": max(experts, key=lambda part: part.least), "decoding": decoding}
+        denoising = max(self._denoisers(geometry), key=lambda part: part.least)
+        found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
             found["text"] = memory.text_part(checkpoint.text_encoder, config.t5_dtype, config.text_len)
         return found
 
-    def _placement(self, stage: str, request: Request, offload: bool) -> Placement:
-        """Where the model of a stage lives, with the room that the budget of memory leaves it."""
-        part = None if self.vram is None else self.parts(request.geometry).get(stage)
-        room = None if self.vram is None or part is None else part.room(memory.for_tensors(self.vram))
-        return Placement(self.device, offload, room)
+    def _denoisers(self, geometry: Geometry) -> list[memory.Part]:
+        config, in_8_bits = self.config, self.config.low_precision is not None
+        return [
+            memory.denoiser_part(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            for weights in self.checkpoint.experts.values()
+        ]
+
+    def gpu_bytes(self, geometry: Geometry, offload: bool) -> int:
+        """The most that the tensors of a clip take of the GPU, beside a VLM."""
+        parts = self.parts(geometry)
+        if offload and not self._all_fit(geometry):
+            budget = None if self.vram is None else memory.for_tensors(self.vram)
+            return max(part.peak(budget) for part in parts.values())
+        weights = [part.weights for stage, part in parts.items() if stage in ("text", "decoding")]
+        weights += [part.weights for part in self._denoisers(geometry)]
+        return sum(weights) + max(part.working + part.beside for part in parts.values())
+
+    def _loaded(self) -> list[nn.Module]:
+        return [
+            self.__dict__[name] for name in ("text_encoder", "vae", *self.checkpoint.experts) if name in self.__dict__
+        ]
+
+    def _all_fit(self, geometry: Geometry) -> bool:
+        """Whether a budget of memory is enough for all models at once, so that none needs to wait elsewhere."""
+        return self.vram is not None and self.gpu_bytes(geometry, False) <= memory.for_tensors(self.vram)
+
+    def _placements(self, geometry: Geometry, offload: bool) -> Callable[[str], Placement]:
+        """Where the model of each stage lives, with the room that the budget of memory leaves it."""
+        if self.vram is None:
+            return lambda stage: Placement(self.device, offload)
+        if self._all_fit(geometry):
+            return lambda stage: Placement(self.device, offload=False)
+        for model in self._loaded():  # a smaller clip before this one may have left them there
+            move_home(model)
+        budget, parts = memory.for_tensors(self.vram), self.parts(geometry)
+        return lambda stage: Placement(self.device, True, parts[stage].room(budget) if stage in parts else None)
 
     def sampling(
         self,
@@ -325,14 +353,14 @@ class Pipeline(ABC):
         """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
         if self.vram is not None and not offload:
             raise UserError("vram needs offload_model=True: only then is one model at a time on the GPU")
-        placement = Placement(self.device, offload)
+        placements = self._placements(request.geometry, offload)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         with watch.stage("text"):
-            context = self._encode_text(request, self._placement("text", request, offload))
+            context = self._encode_text(request, placements("text"))
         with watch.stage("encode"):
             noise = self.noise(request)
-            condition = self.condition(request, noise, placement)
+            condition = self.condition(request, noise, placements("encoding"))
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self._merge_loras(request.loras)
@@ -345,9 +373,8 @@ class Pipeline(ABC):
             clips = clips if caching.cache is None else 0
             self._choose_kernels(stages, request.geometry.tokens, clips)
         with watch.stage("sample"):
-            sampling = self._placement("sampling", request, offload)
-            latents = sample(noise, stages, scheduler, condition, context, sampling, on_step, caching)
-        with watch.stage("decode"), placement.on_device(self.vae):
+            latents = sample(noise, stages, scheduler, condition, context, placements("sampling"), on_step, caching)
+        with watch.stage("decode"), placements("decoding").on_device(self.vae):
             pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
         clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
         loras = {name: [match.as_json() for match in matches] for name, matches in self._merged.items() if matches}

@@ -91,6 +91,16 @@ class Placement:
         return frozenset(number for number in range(count) if number * stay // count != (number + 1) * stay // count)
 
 
+def move_home(model: nn.Module) -> None:
+    """Let a model wait in host memory."""
+    model.to("cpu")
+
+
+def bytes_on(model: nn.Module, device: torch.device) -> int:
+    """What a model takes of a device now."""
+    return sum(tensor.nbytes for tensor in _tensors(model) if same_device(tensor.device, device))
+
+
 SLOTS = 2  # layers that are on the GPU while layers come one by one: one is used, one arrives
 
 
@@ -246,9 +256,9 @@ def release_memory(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process may take of a GPU: what nothing else takes now."""
+    """What tensors may still take of a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def grow_segments() -> None:
