@@ -29,6 +29,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.floor import floors
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.image2video import WanI2V
@@ -246,6 +247,7 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
         "kernels": {name: made.notes.get(name) for name in ("attention", "compiled")},
         "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
         "step_median": round(statistics.median(steps), 3) if steps else None,
+        "step_p95": round(statistics.quantiles(steps, n=20)[-1], 3) if len(steps) > 1 else None,
         "steps": [round(step, 3) for step in steps],
         "peak_gpu_gib": {stage: round(peak, 2) for stage, peak in peaks.items()},
         "latents": made.latents,
@@ -358,6 +360,8 @@ def main() -> None:
     for run in (*runs, *capped):
         run["same_latents"] = torch.equal(run.pop("latents", torch.empty(0)), whole)
     parts = pipeline.parts(request.geometry).items()
+    floor = floors(pipeline, request)
+    times = runs[1]["seconds"] | {"text": runs[0]["seconds"]["text"], "step": runs[1]["step_median"]}  # text is kept
     result: dict[str, Any] = {
         "scenario": args.scenario,
         "context_frames": args.context_frames,
@@ -374,6 +378,8 @@ def main() -> None:
         "first": runs[0],
         "second": runs[1],
         "within": capped,
+        "floor": {stage: {what: round(value, 4) for what, value in row.items()} for stage, row in floor.items()},
+        "reached": {stage: round(row["seconds"] / times[stage], 3) for stage, row in floor.items() if times.get(stage)},
         "peak_host_gib": round(host_peak_gib(), 1),
     }
     if args.stock:

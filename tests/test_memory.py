@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from benchmarks.clip import DIT, VAE, headers
+from benchmarks.floor import counted, denoiser_flops
 from tests.test_exact_speed import build, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
 from wan.image2video import WanI2V
+from wan.modules import vae_pass
 from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
 from wan.modules.model import WanModel
 from wan.modules.text import TextEncoder
@@ -286,3 +288,14 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert cli.generate_main([*checkpoint, *flags]) == 2
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "decoding", "forward"), [("i2v-A14B", 275, 1676), ("ti2v-5B", 2011, 516)])
+def test_floors_are_the_arithmetic_of_the_released_models(task: str, decoding: float, forward: float) -> None:
+    """VAEs: as counted on the official code; denoisers: by hand from their published sizes."""
+    geometry = at_real_size(task).geometry(*MEASURED[task][0])
+    with init_empty_weights():
+        vae, denoiser = AutoencoderKLWan(**VAE[task]).to("meta"), WanModel(**DIT[task])
+    latents = torch.empty(1, VAE[task].get("z_dim", 16), *geometry.latent, device="meta")
+    assert counted(lambda: vae_pass.decode(vae, latents, 1)) / 1e12 == pytest.approx(decoding, rel=0.01)
+    assert denoiser_flops(denoiser, geometry.tokens, 512) / 1e12 == pytest.approx(forward, rel=0.01)
