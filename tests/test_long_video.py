@@ -307,6 +307,9 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     assert lines[3].split()[:7] == ["2", "13", "8", "0.50", "77", "tail", "5"] and "description by the VLM" in lines[3]
     assert lines[6].startswith("1.83 s of new video; 4 of 4 clips") and "of disk" in lines[7] and "H200" in lines[8]
     assert lines[9].startswith("about 1.") and "GiB of GPU memory (encoding " in lines[9]
+    flags = ("--storyboard", story, "--dry_run", "--offload_model", "False")
+    assert chain(checkpoints, tmp_path / "run", *flags, count=4) == 0
+    assert "GiB of GPU memory (all models at once), beside the VLM" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

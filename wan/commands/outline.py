@@ -44,14 +44,14 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
 
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
-    """The most of a GPU's memory that any clip takes, by stage."""
+    """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
+    largest = max(missing, key=lambda plan: continuation.gpu_bytes(plan.geometry, plan.offload))
+    whole = continuation.gpu_bytes(largest.geometry, largest.offload)
     budget = None if continuation.vram is None else for_tensors(continuation.vram)
-    peaks: dict[str, float] = {}
-    for plan in missing:
-        for stage, part in continuation.parts(plan.geometry).items():
-            peaks[stage] = max(peaks.get(stage, 0), (part.peak(budget) + CONTEXT) / GIB)
-    said = ", ".join(f"{stage} {peak:.1f}" for stage, peak in peaks.items())
-    return f"about {max(peaks.values()):.1f} GiB of GPU memory ({said}), beside the VLM"
+    peaks = {stage: part.peak(budget) for stage, part in continuation.parts(largest.geometry).items()}
+    by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
+    said = by_stage if max(peaks.values()) == whole else "all models at once"
+    return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}), beside the VLM"
 
 
 def _words(plan: Plan) -> str:
