@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import shutil
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from examples.make_tiny_checkpoint import InternVL, write_internvl
 from tests.conftest import DATA, GOLDEN
 from tests.media_samples import number, numbered
-from wan import cli, media
+from wan import WanV2V5B, cli, media
+from wan.commands.chain_run import ChainRun
 from wan.modules.checkpoint import open_safetensors
 from wan.run_folder import RunFolder
 
@@ -313,6 +317,89 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+# A clip is written while the next one is made
+
+
+def test_a_clip_is_written_while_the_next_one_is_made(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, save, extend = threading.Event(), ChainRun.save, WanV2V5B.extend
+    order: list[str] = []
+
+    def waiting(self: Any, made: Any) -> None:
+        if self.next == 1:
+            assert begun.wait(60)  # which a writer in the way of the next clip would never see
+        save(self, made)
+        order.append(f"written {self.next - 1 if len(self.clips) < self.count else self.count}")
+
+    def beginning(self: Any, footage: Any, seed: int, plan: Any, *more: Any, **named: Any) -> Any:
+        order.append(f"begun {plan.number}")
+        if plan.number == 2:
+            begun.set()
+        return extend(self, footage, seed, plan, *more, **named)
+
+    monkeypatch.setattr(ChainRun, "save", waiting)
+    monkeypatch.setattr(WanV2V5B, "extend", beginning)
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, count=3) == 0
+    assert order.index("begun 2") < order.index("written 1") < order.index("written 2") < order.index("written 3")
+    assert frames_in(tmp_path / "run" / "joined.mp4") == 37
+
+
+def test_a_clip_that_cannot_be_written_stops_the_run_at_the_next_step(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, steps = ChainRun.save, list[int]()
+    failed = threading.Event()
+
+    def failing(self: Any, made: Any) -> None:
+        if self.next == 2:
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, made)
+
+    extend = WanV2V5B.extend
+
+    def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any, **more: Any) -> Any:
+        def step(done: Any) -> None:
+            if plan.number == 3:
+                assert failed.wait(60)
+                time.sleep(0.2)
+                steps.append(done.index)
+            on_step(done)
+
+        return extend(self, footage, seed, plan, step, **more)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(ChainRun, "save", failing)
+        patches.setattr(WanV2V5B, "extend", watched)
+        assert chain(checkpoints, tmp_path / "run", *PROMPT, count=4) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "1 of 4 clips are finished" in error
+    assert error.count("No space left") == 1 and len(steps) == 1
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, count=4) == 0
+
+
+def test_ctrl_c_waits_for_the_clip_that_is_being_written(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, extend = ChainRun.save, WanV2V5B.extend
+
+    def slow(self: Any, made: Any) -> None:
+        time.sleep(0.5)
+        save(self, made)
+
+    def stopped(self: Any, footage: Any, seed: int, plan: Any, *more: Any, **named: Any) -> Any:
+        if plan.number == 2:
+            raise KeyboardInterrupt
+        return extend(self, footage, seed, plan, *more, **named)
+
+    monkeypatch.setattr(ChainRun, "save", slow)
+    monkeypatch.setattr(WanV2V5B, "extend", stopped)
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, count=3) == 130
+    assert "1 of 3 clips are finished" in capsys.readouterr().err
+    assert frames_in(tmp_path / "run" / "joined.mp4") == 13
+
+
 # The report, and memory
 
 
@@ -331,8 +418,6 @@ def test_memory_does_not_grow_with_the_number_of_clips(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a clip is saved, the frames of no other but the one before it are in memory."""
-    from wan.commands.chain_run import ChainRun
-
     alive: list[int] = []
     save = ChainRun.save
 

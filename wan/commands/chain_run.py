@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,15 @@ if TYPE_CHECKING:
 SHEET_FRAMES = 4  # on each side of a seam
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A clip that is being put on disk."""
+
+    number: int
+    made: Generation
+    done: Future[None]
+
+
 class ChainRun:
     """One run in a folder: which of its clips are there already, and what is written about the others.
 
@@ -54,6 +65,8 @@ class ChainRun:
     ) -> None:
         self.job, self.folder, self.plans, self.source = job, folder, plans, source
         self.count = len(plans)
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._written: _Written | None = None
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(job.args.base_seed, before)
@@ -104,14 +117,22 @@ class ChainRun:
 
     @property
     def next(self) -> int:
-        """The number of the first clip that is missing."""
+        """The number of the first clip that is missing on disk."""
         return next(number for number in range(1, self.count + 1) if number not in self.clips)
 
     @property
+    def upcoming(self) -> int:
+        """The number of the clip that is to be made now: the first that is neither on disk nor on its way there."""
+        written = set(self.clips) | ({self._written.number} if self._written else set())
+        return next(number for number in range(1, self.count + 1) if number not in written)
+
+    @property
     def memory(self) -> Mapping[str, Any]:
-        """What the clip before the next one noted for the prompts to come."""
-        before = self.clips.get(self.next - 1)
-        return {} if before is None else before.record.get("memory") or {}
+        """What the clip before the upcoming one noted for the prompts to come."""
+        before = self.upcoming - 1
+        if self._written and self._written.number == before:
+            return self._written.made.notes.get("memory") or {}
+        return self.clips[before].record.get("memory") or {} if before in self.clips else {}
 
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
         if number not in found:
@@ -139,6 +160,42 @@ class ChainRun:
                 f"--output_dir {self.folder.path} holds a run with other settings ({'; '.join(named[:3])}): "
                 f"give another folder, the old settings to go on with it, or --redo {clip.number} to make it again"
             )
+
+    def write(self, made: Generation, then: Callable[[], None]) -> None:
+        """Put the next clip on disk while the one after it is made, and call `then`; the one before is waited for.
+
+        An error in it is raised by the `wait` or `check` that follows.
+        """
+        self.wait()
+
+        def work() -> None:
+            self.save(made)
+            then()
+
+        self._written = _Written(self.next, made, self._writer.submit(work))
+
+    def wait(self) -> None:
+        """Until what is being written is on disk."""
+        if self._written is not None:
+            try:
+                self._written.done.result()
+            except Exception:
+                self._written = None
+                raise
+            self._written = None
+
+    def check(self) -> None:
+        """Raise the error of a clip that could not be written, without waiting for one that still may be."""
+        if self._written is not None and self._written.done.done():
+            self.wait()
+
+    def settle(self) -> None:
+        """Wait for what is being written when something else went wrong: an error in it is only said."""
+        if self._written is not None:
+            error = self._written.done.exception()
+            if error is not None:
+                print(f"clip {self._written.number} could not be written: {error}", file=sys.stderr)
+            self._written = None
 
     def save(self, made: Generation) -> None:
         """Put the next clip on disk, with what was measured of it."""

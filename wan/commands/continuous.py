@@ -20,7 +20,7 @@ from wan.flags import LORA_FLAGS, continuous_flags
 from wan.progress import Progress
 from wan.run_folder import RunFolder
 from wan.storyboard import Scene, check_storyboard, read_storyboard
-from wan.types import Context, Footage, Frame, Generation
+from wan.types import Context, Footage, Frame, Generation, Step
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,13 @@ def continue_video(argv: Sequence[str] | None) -> None:
         with Progress("", clips=run.count) as progress:
 
             def extend(source: Footage, seed: int) -> Generation:
-                progress.begin(f"clip {run.next}/{run.count}")
-                return continuation.extend(source, seed, plans[run.next - 1], progress, memory=run.memory)
+                number = run.upcoming
+                progress.begin(f"clip {number}/{run.count}")
+                return continuation.extend(source, seed, plans[number - 1], on_step, memory=run.memory)
+
+            def on_step(step: Step) -> None:
+                run.check()  # a clip that could not be written stops the run now, not a clip later
+                progress(step)
 
             progress.finish_clips(len(run.clips))
             clips = chain(
@@ -76,9 +81,10 @@ def continue_video(argv: Sequence[str] | None) -> None:
                 run.report("running")
                 for made in clips:
                     progress.stage("write")
-                    run.save(made)
-                    progress.finish_clips()
+                    run.write(made, progress.finish_clips)
+                run.wait()
             except BaseException as error:
+                run.settle()
                 _say_what_is_there(run, error)
                 raise
         print(run.finish("finished"))
