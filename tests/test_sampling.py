@@ -24,6 +24,7 @@ class Fake(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[tuple[int, float]] = []
+        self.before_layer = None
 
     def text_keys(self, text: Tensor) -> Tensor:
         return text
