@@ -275,6 +275,7 @@ def test_ctrl_c_from_a_terminal_ends_with_130(checkpoints: Path, tmp_path: Path)
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     try:
         deadline = time.monotonic() + 240
