@@ -206,6 +206,18 @@ def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
         pipeline.geometry(*size)
 
 
+def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
+    pipeline = at_real_size("ti2v-5B")
+    for part, name in (
+        (pipeline.checkpoint.vae, "decoder.norm_out.gamma"),
+        (pipeline.checkpoint.experts["model"], "patch_embedding.weight"),
+    ):
+        shape = part.shapes.pop(name)
+        with pytest.raises(UserError, match=f"lacks {name}: download it again"):
+            pipeline.parts(pipeline.geometry(1280, 704, 121))
+        part.shapes[name] = shape
+
+
 def test_a_budget_is_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--vram is for a GPU, and there is none"):
         WanV2V5B(WAN_CONFIGS["ti2v-5B"], GOLDEN / "5b" / "ckpt", vram=12)

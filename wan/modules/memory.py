@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from wan.errors import UserError
 from wan.modules import vae_pass
 from wan.modules.checkpoint import Weights
 from wan.modules.model import policy_dtype
@@ -72,8 +73,8 @@ def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens:
     """
     official = "blocks.0.self_attn.q.weight" in weights.shapes
     feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
-    width, item = weights.shapes["patch_embedding.weight"][0], dtype.itemsize
-    hidden = weights.shapes[feed][0]
+    width, item = _shape(weights, "patch_embedding.weight")[0], dtype.itemsize
+    hidden = _shape(weights, feed)[0]
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
     part = _layered(_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
@@ -85,9 +86,9 @@ def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: i
     size = sum(_sizes(weights, lambda name: dtype).values())
     frames, height, width = geometry.size
     official = "decoder.head.0.gamma"
-    channels = weights.shapes[official if official in weights.shapes else "decoder.norm_out.gamma"][0]
+    channels = _shape(weights, official if official in weights.shapes else "decoder.norm_out.gamma")[0]
     first = "encoder.conv1.weight" if official in weights.shapes else "encoder.conv_in.weight"
-    patch = 2 if weights.shapes[first][1] == 12 else 1
+    patch = 2 if _shape(weights, first)[1] == 12 else 1
     widest = vae_pass.widest(channels, patch, height, width) * dtype.itemsize
     chunk = min(vae_pass.chunk_for(widest), geometry.latent[0])
     decoding = DECODING_BY_FRAME[patch - 1] if chunk == 0 else DECODING[patch - 1] * chunk
@@ -96,6 +97,12 @@ def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: i
         Part(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),
         Part(size, int(ALWAYS + decoding * widest)),
     )
+
+
+def _shape(weights: Weights, name: str) -> tuple[int, ...]:
+    if name not in weights.shapes:
+        raise UserError(f"{weights.path} lacks {name}: download it again")
+    return weights.shapes[name]
 
 
 def _sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
@@ -120,4 +127,4 @@ def _layered(sizes: dict[str, int], working: int) -> Part:
     for name, size in sizes.items():
         if match := _LAYER.search(name):
             by_layer[int(match[1])] = by_layer.get(int(match[1]), 0) + size
-    return Part(sum(sizes.values()), working, max(by_layer.values()), len(by_layer))
+    return Part(sum(sizes.values()), working, max(by_layer.values(), default=0), len(by_layer))
