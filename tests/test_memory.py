@@ -218,7 +218,7 @@ def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
         part.shapes[name] = shape
 
 
-def test_a_budget_is_for_a_gpu(tmp_path: Path) -> None:
+def test_a_budget_is_for_a_gpu() -> None:
     with pytest.raises(UserError, match="--vram is for a GPU, and there is none"):
         WanV2V5B(WAN_CONFIGS["ti2v-5B"], GOLDEN / "5b" / "ckpt", vram=12)
 
@@ -234,15 +234,22 @@ def test_auto_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["segments"] * 2 and pipeline.load_device == CPU
 
 
-def test_a_vlm_larger_than_the_budget_stays_in_host_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline: Any = object.__new__(WanV2V5B)
     pipeline.device, pipeline.vlm_path = torch.device("cuda"), tmp_path
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(3 * GIB)  # a hole, which takes no disk
     for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
         pipeline.vram = vram
-        assert pipeline._vlm_home().type == home
-    assert "takes 3.0 GiB and --vram leaves it 2.0" in caplog.text
+        pipeline.vlm_device = pipeline._vlm_home()
+        assert pipeline.vlm_device.type == home
+    assert not caplog.text  # a run with prompts of its own needs no VLM
+    monkeypatch.setattr("wan.continuation.open_captioner", lambda *_, **more: more["device"])
+    pipeline.vlm_url, pipeline.vlm_trust_remote_code = None, False
+    assert pipeline.captioner.type == "cpu"
+    assert "does not fit into --vram and describes on the CPU" in caplog.text
 
 
 def test_all_models_stay_where_a_budget_holds_them_all() -> None:
@@ -272,7 +279,7 @@ def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follow
     pipeline = at_real_size("i2v-A14B")
     pipeline.vlm_device, closed = pipeline.device, []
     pipeline.__dict__["captioner"] = SimpleNamespace(close=lambda: closed.append(True))
-    monkeypatch.setattr("wan.continuation.free_bytes", lambda device: free * GIB)
+    monkeypatch.setattr("wan.continuation.free_bytes", lambda device, budget: free * GIB)
     monkeypatch.setattr("wan.continuation.release_memory", lambda device: None)
     geometry = pipeline.geometry(*MEASURED["i2v-A14B"][0])
     plan: Any = SimpleNamespace(number=number, count=3, geometry=geometry, offload=offload)
@@ -288,7 +295,7 @@ def _continuing(pipeline: Any) -> Any:
     return continuing
 
 
-def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     from wan import cli
 
     checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]

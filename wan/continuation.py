@@ -492,20 +492,13 @@ class VideoContinuation(Pipeline):
         if self.vram is None or self.vlm_path is None:
             return self.device
         size = sum(file.stat().st_size for file in Path(self.vlm_path).expanduser().glob("*.safetensors"))
-        if size + VLM_WORKING <= self.vram:
-            return self.device
-        log.warning(
-            "%s takes %.1f GiB and --vram leaves it %.1f: it describes on the CPU, which takes minutes; a smaller VLM "
-            "or --vlm_url is quicker",
-            self.vlm_path,
-            size / GIB,
-            (self.vram - VLM_WORKING) / GIB,
-        )
-        return torch.device("cpu")
+        return self.device if size + VLM_WORKING <= self.vram else torch.device("cpu")
 
     @cached_property
     def captioner(self) -> Captioner:
         """The VLM behind the descriptions; it loads at its first use."""
+        if self.vlm_device.type == "cpu" and self._vlm_home() != self.device:
+            log.warning("%s does not fit into --vram and describes on the CPU, which takes minutes", self.vlm_path)
         return open_captioner(
             self.vlm_path, url=self.vlm_url, device=self.vlm_device, trust_remote_code=self.vlm_trust_remote_code
         )
@@ -525,9 +518,7 @@ class VideoContinuation(Pipeline):
     def _fits_beside_vlm(self, plan: Plan) -> bool:
         """Whether the GPU has room for a clip now, with some to spare: an estimate may be wrong by a tenth."""
         release_memory(self.device)
-        room = free_bytes(self.device)
-        if self.vram is not None:
-            room = min(room, for_tensors(self.vram) - torch.cuda.memory_allocated(self.device))
+        room = free_bytes(self.device, None if self.vram is None else for_tensors(self.vram))
         there = sum(bytes_on(model, self.device) for model in self._loaded())
         return 1.1 * self.gpu_bytes(plan.geometry, plan.offload) + GIB <= room + there
 

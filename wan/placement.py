@@ -7,10 +7,10 @@ import logging
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,13 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Layered(Protocol):
-    """A model most of whose weights are in layers of one shape that run one after the other."""
-
-    layers: nn.ModuleList
-    before_layer: Callable[[int], None] | None  # called with a layer's number before its weights are used
-
-
 @dataclass(frozen=True)
 class Placement:
     """Models run on `device`. With `offload`, only the model in use is there; the others wait in host memory.
 
-    `room`: bytes that the weights of one model may take there. Of a model with more, as many layers as fit stay there
-    while it is used, and the others come one by one, each while the one before computes.
+    `room`: bytes that the weights of one model may take there. Of a model with more, as many of its `layers` (a
+    ModuleList) as fit stay there while it is used; the others come one by one, each while the one before computes. For
+    that the model calls its `before_layer`, when that is not None, with a layer's number before it uses the layer.
     """
 
     device: torch.device
@@ -255,10 +249,11 @@ def release_memory(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def free_bytes(device: torch.device) -> int:
-    """What tensors may still take of a GPU."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def free_bytes(device: torch.device, budget: int | None = None) -> int:
+    """What tensors may still take of a GPU, or of a budget for them there if that is less."""
+    taken = torch.cuda.memory_allocated(device)
+    free = int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - taken
+    return free if budget is None else min(free, budget - taken)
 
 
 def grow_segments() -> None:

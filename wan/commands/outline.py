@@ -45,10 +45,10 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
-    largest = max(missing, key=lambda plan: continuation.gpu_bytes(plan.geometry, plan.offload))
-    whole = continuation.gpu_bytes(largest.geometry, largest.offload)
+    kinds = {(plan.geometry, plan.offload) for plan in missing}
+    whole, geometry = max(((continuation.gpu_bytes(*kind), kind[0]) for kind in kinds), key=lambda pair: pair[0])
     budget = None if continuation.vram is None else for_tensors(continuation.vram)
-    peaks = {stage: part.peak(budget) for stage, part in continuation.parts(largest.geometry).items()}
+    peaks = {stage: part.peak(budget) for stage, part in continuation.parts(geometry).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     said = by_stage if max(peaks.values()) == whole else "all models at once"
     return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}), beside the VLM"
