@@ -39,12 +39,13 @@ from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.memory import CONTEXT, for_tensors
 from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.modules.quantised import Packed, PackedLinear
+from wan.modules.sampling import Stage
 from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
 from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
 from wan.textimage2video import WanTI2V
-from wan.types import Known, Request, Sampling, Step
+from wan.types import Known, Request, Sampling, Step, TextContext
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
@@ -300,6 +301,9 @@ def without(args: argparse.Namespace, pipeline: Pipeline, tokens: int) -> Iterat
         placed, steps = model_input(self, latents, t)
         return placed, steps.repeat_interleave(tokens // steps.shape[1], 1)
 
+    def anew(_: Stage, context: TextContext, keep: bool) -> list[torch.Tensor]:
+        return [context.positive, context.negative]
+
     model_input = KnownLatents.model_input
     with ExitStack() as patches:
         if args.no_compile:
@@ -307,7 +311,9 @@ def without(args: argparse.Namespace, pipeline: Pipeline, tokens: int) -> Iterat
         if args.no_probe:
             patches.enter_context(patch("wan.pipeline.use_fastest_attention", lambda *_: None))
         if args.no_reuse:
-            texts = patch("wan.modules.sampling.text_keys", lambda _, context: [context.positive, context.negative])
+            texts = patch(
+                "wan.modules.sampling.text_keys", lambda _, context, keep: [context.positive, context.negative]
+            )
             patches.enter_context(texts)
         if args.no_rows:
             patches.enter_context(patch.object(KnownLatents, "model_input", by_token))

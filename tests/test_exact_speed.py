@@ -117,30 +117,32 @@ def test_nothing_of_an_earlier_prompt_or_weight_is_used_again(monkeypatch: pytes
     reused = made(stages_of(model), context)
     assert not torch.equal(reused, made(stages_of(build()), context)), "the weight must matter"
     # the reference embeds the text anew in every forward
-    monkeypatch.setattr("wan.modules.sampling.text_keys", lambda expert, context: [context.positive, context.negative])
+    monkeypatch.setattr(
+        "wan.modules.sampling.text_keys", lambda expert, context, keep: [context.positive, context.negative]
+    )
     assert torch.equal(reused, made(stages_of(fresh), context))
 
 
 def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[weakref.ref[Tensor]] = []
+    kept: list[weakref.ref[Any]] = []
     alive_at_end: list[int] = []
 
-    def watched(expert: Expert, context: TextContext) -> Any:
-        keys = text_keys(expert, context)
-        kept.extend(weakref.ref(tensor) for text in keys for pair in text for tensor in pair)
+    def watched(stage: Stage, context: TextContext, keep: bool) -> Any:
+        keys = text_keys(stage, context, keep)
+        kept.extend(weakref.ref(text) for text in keys)
         return keys
 
     class Watching(Placement):
         @contextmanager
         def on_device(self, model: Any, device: torch.device | None = None) -> Iterator[Any]:
             yield model
-            alive_at_end.append(sum(tensor() is not None for tensor in kept))
+            alive_at_end.append(sum(text() is not None for text in kept))
 
     monkeypatch.setattr("wan.modules.sampling.text_keys", watched)
     scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0)), CPU.device)
     context = TextContext(prompt(1), prompt(2))
     sample(noise(), stages_of(build(), build()), scheduler, TextOnly(), context, Watching(CPU.device))
-    assert len(kept) == 2 * 2 * 3 * 2 and alive_at_end == [0, 0]
+    assert len(kept) == 2 * 2 and alive_at_end == [0, 0]
 
 
 # Modulation

@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from benchmarks.clip import DIT, VAE, headers
 from benchmarks.floor import counted, denoiser_flops
-from tests.test_exact_speed import build, prompt
+from tests.test_exact_speed import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
 from wan.image2video import WanI2V
 from wan.modules import vae_pass
@@ -24,7 +24,7 @@ from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
 from wan.modules.model import WanModel
 from wan.modules.text import TextEncoder
 from wan.pipeline import Pipeline
-from wan.placement import Placement, layers_that_stay
+from wan.placement import Placement, _Feed, layers_that_stay
 from wan.textimage2video import WanTI2V
 
 CPU = torch.device("cpu")
@@ -48,11 +48,12 @@ def room_for(model: WanModel, staying: int) -> int:
     return whole - (len(model.layers) - staying - 2) * layer
 
 
-@pytest.mark.parametrize("staying", [0, 1, 3])
+@pytest.mark.parametrize("staying", [0, 1, 3, 4, 6])  # 4: the two others have a slot each; 6: none comes again
 def test_layers_that_come_one_by_one_change_no_bit(staying: int) -> None:
     model = build(num_layers=6)
     expected = forward(model)
     placement = Placement(CPU, room=room_for(model, staying))
+    assert placement.streams(model) == (staying < 4)
     for _ in range(2):  # what a first use has put into one piece of memory, a second one finds there
         with placement.on_device(model):
             assert model.before_layer is not None
@@ -66,7 +67,7 @@ def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
     model = build(num_layers=6)
     placement = Placement(CPU, room=room_for(model, 0))
     with placement.on_device(model):
-        pass
+        forward(model)
     before, seen = places(model), set[int]()
     with placement.on_device(model):
         fetch = model.before_layer
@@ -80,6 +81,26 @@ def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
         forward(model)
     assert len(seen) == 2 and not seen & set(before)
     assert places(model) == before
+
+
+@pytest.mark.parametrize(("staying", "times", "kept"), [(6, [1] * 6, 6), (0, [4, 3, 3, 3, 3, 3], 0), (2, [4, 3, 1, 3, 3, 1], 0)])
+def test_layers_that_stay_come_once_and_then_text_keys_are_kept(
+    staying: int, times: list[int], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fetched, fetch = build(num_layers=6), list[int](), _Feed._fetch
+
+    def counting(feed: _Feed, number: int, used: int | None = None) -> None:
+        fetched.append(number)
+        fetch(feed, number, used)
+
+    monkeypatch.setattr(_Feed, "_fetch", counting)
+    placement = Placement(CPU, room=room_for(model, staying))
+    with torch.no_grad(), placement.on_device(model):
+        text = model.text_keys(prompt(1), keep=not placement.streams(model))
+        for _ in range(3):
+            model(noise()[None], torch.tensor([600.0]), text)
+    assert [fetched.count(number) for number in range(6)] == times
+    assert len(text.by_block) == kept
 
 
 def test_a_layer_that_was_left_out_does_not_confuse_those_after_it() -> None:

@@ -24,9 +24,8 @@ class Fake(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[tuple[int, float]] = []
-        self.before_layer = None
 
-    def text_keys(self, text: Tensor) -> Tensor:
+    def text_keys(self, text: Tensor, keep: bool) -> Tensor:
         return text
 
     def forward(self, latents: Tensor, t: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:

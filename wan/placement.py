@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -48,16 +49,15 @@ class Placement:
             return
         model.to("cpu")
         layered: Any = model
-        staying = self._layers_that_stay(layered)
-        coming = {n: layer for n, layer in enumerate(getattr(model, "layers", ())) if n not in staying}
-        later = {id(tensor) for layer in coming.values() for tensor in _tensors(layer)}
-        waiting = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in later]
+        layers = dict(enumerate(getattr(model, "layers", ())))
+        fed = {id(tensor) for layer in layers.values() for tensor in _tensors(layer)}
+        waiting = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in fed]
         feed = None
         try:
-            if coming:
-                layered.before_layer = feed = _Feed(coming, home)
             for tensor, host in waiting:
                 tensor.data = host.to(home)
+            if layers:
+                layered.before_layer = feed = _Feed(layers, self._layers_that_stay(layered), home)
             yield model
         finally:  # also when the body raises: what is left behind would take the next model's memory
             if feed is not None:
@@ -66,6 +66,10 @@ class Placement:
             for tensor, host in waiting:
                 tensor.data = host
             release_memory(home)
+
+    def streams(self, model: nn.Module) -> bool:
+        """Whether layers of the model come to the device again in every pass."""
+        return self.offload and len(self._layers_that_stay(model)) < len(getattr(model, "layers", ()))
 
     def _layers_that_stay(self, model: Any) -> range | frozenset[int]:
         """The layers that fit beside the rest of the model, spread evenly. Raises UserError where not even two do."""
@@ -106,53 +110,73 @@ def layers_that_stay(weights: int, layer: int, count: int, room: int | None) -> 
 
 
 class _Feed:
-    """Brings layers to a GPU one by one: called before one is used, it has it there and fetches the one after it."""
+    """Brings a model's layers to a GPU: called before one is used, it has it there and fetches what is next.
 
-    def __init__(self, layers: Mapping[int, nn.Module], device: torch.device) -> None:
-        self.device = device
-        self.layers = {number: _Layer.of(layer) for number, layer in layers.items()}
-        self.after = dict(zip(layers, [*list(layers)[1:], next(iter(layers))], strict=True))
-        largest = max(layer.host.nbytes for layer in self.layers.values())
-        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        on_gpu = device.type == "cuda"
-        self.copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self.arrived = [torch.cuda.Event() for _ in range(SLOTS if on_gpu else 0)]  # type: ignore[no-untyped-call]
-        self.slot = 0
-        self.current: int | None = None
-        self.fetched = next(iter(layers))
-        self._fetch(self.fetched)
+    Layers that stay come once, each while the one before computes; the others take turns in a few slots.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], staying: Collection[int], device: torch.device) -> None:
+        self.layers, self.device = layers, device
+        self.coming = [number for number in layers if number not in staying]
+        sizes = {number: _Layer.size(layer) for number, layer in layers.items()}
+        self.own = {number: _empty(sizes[number], device) for number in staying}
+        largest = max((sizes[number] for number in self.coming), default=0)
+        self.slots = [_empty(largest, device) for _ in range(SLOTS if self.coming else 0)]
+        self.held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
+        self.here: dict[int, _Layer] = {}
+        self.arriving: dict[int, torch.cuda.Event] = {}
+        self.copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.copies.wait_stream(torch.cuda.current_stream(device))  # what had this memory before may still compute
+        for number in sorted({0, *self.coming[:1]}):
+            self._fetch(number)
 
     def __call__(self, number: int) -> None:
-        if number not in self.layers or number == self.current:
-            return
-        if number != self.fetched:  # a cache has left layers out
+        if number not in self.here:  # a cache has left layers out
             self._fetch(number)
-        if self.copies is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrived[self.slot])
-        self.layers[number].use(self.slots[self.slot])
-        if self.current is not None:
-            self.layers[self.current].use(self.layers[self.current].host)
-        self.current = number
-        self.slot = (self.slot + 1) % SLOTS
-        self._fetch(self.after[number])
+        arrived = self.arriving.pop(number, None)
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
+        if number + 1 in self.own and number + 1 not in self.here:
+            self._fetch(number + 1)
+        if number in self.held:
+            following = self.coming[(self.coming.index(number) + 1) % len(self.coming)]
+            if following not in self.here:
+                self._fetch(following, used=number)
 
     def close(self) -> None:
         """Leave all layers in host memory."""
         synchronize(self.device)  # copies that nothing waited for
-        if self.current is not None:
-            self.layers[self.current].use(self.layers[self.current].host)
+        for layer in self.here.values():
+            layer.use(layer.host)
 
-    def _fetch(self, number: int) -> None:
-        """Copy a layer into the next slot, once what computes with that slot is done."""
-        host, self.fetched = self.layers[number].host, number
-        there = self.slots[self.slot][: len(host)]
+    def _fetch(self, number: int, used: int | None = None) -> None:
+        """Copy a layer to its own place, or to a slot other than that of the layer which is used next."""
+        layer = _Layer.of(self.layers[number])
+        there = self.own.get(number)
+        if there is None:
+            slot = next(slot for slot, held in enumerate(self.held) if held is None or held != used)
+            there, before = self.slots[slot], self.held[slot]
+            if before is not None:
+                self.here[before].use(self.here.pop(before).host)
+                self.arriving.pop(before, None)
+            self.held[slot] = number
+            if self.copies is not None:  # what computes with that slot has to be done
+                self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        there = there[: len(layer.host)]
         if self.copies is None:
-            there.copy_(host)
-            return
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.copies):
-            there.copy_(host, non_blocking=True)
-            self.arrived[self.slot].record(self.copies)
+            there.copy_(layer.host)
+        else:
+            with torch.cuda.stream(self.copies):
+                there.copy_(layer.host, non_blocking=True)
+                self.arriving[number] = self.copies.record_event()
+        layer.use(there)
+        self.here[number] = layer
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 class _Layer:
@@ -163,23 +187,29 @@ class _Layer:
 
     def __init__(self, layer: nn.Module) -> None:
         self.tensors = _tensors(layer)
-        starts = [0]
-        for tensor in self.tensors:
-            starts.append(starts[-1] + -(-tensor.nbytes // self.ALIGNED) * self.ALIGNED)
-        self.starts = starts
-        pages = -(-starts[-1] // self.PAGE) * self.PAGE
+        self.starts = self.starts_of(self.tensors)
+        pages = self.size(layer)
         memory = torch.empty(pages + self.PAGE, dtype=torch.uint8)
         self.host = memory[-memory.data_ptr() % self.PAGE :][:pages]  # a page that is locked has nothing else in it
         for tensor, view in zip(self.tensors, self.views(self.host), strict=True):
             view.copy_(tensor.data)
         self.use(self.host)
         self.places = [tensor.data_ptr() for tensor in self.tensors]
-        if torch.cuda.is_available():
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(runtime.cudaHostRegister(self.host.data_ptr(), pages, 0)) == 0:
-                weakref.finalize(self, _unlock, self.host)  # which keeps the memory until then
-            else:
-                log.warning("host memory cannot be locked, so that layers come to the GPU slowly; see ulimit -l")
+        if _lock(self.host):
+            weakref.finalize(self, _unlock, self.host)  # which keeps the memory until then
+
+    @classmethod
+    def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
+        """Where each tensor begins in the piece, and where the last one ends."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.nbytes // cls.ALIGNED) * cls.ALIGNED)
+        return starts
+
+    @classmethod
+    def size(cls, layer: nn.Module) -> int:
+        """Bytes of a layer in one piece: whole pages."""
+        return -(-cls.starts_of(_tensors(layer))[-1] // cls.PAGE) * cls.PAGE
 
     @classmethod
     def of(cls, layer: nn.Module) -> _Layer:
@@ -205,9 +235,32 @@ class _Layer:
             tensor.data = view
 
 
+# Locked memory cannot be swapped out. Where models fill the host's memory, the rest of them stays as it is.
+LOCKED_SHARE = 0.7
+_locked = {"bytes": 0, "said": 0}
+
+
+def _lock(host: Tensor) -> bool:
+    """Lock whole pages of host memory for a GPU, if there is one and memory to spare."""
+    if not torch.cuda.is_available():
+        return False
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _locked["bytes"] + host.nbytes > LOCKED_SHARE * memory:
+        return False
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
+        if not _locked["said"]:
+            log.warning("host memory cannot be locked, so that weights come to the GPU slowly; see ulimit -l")
+        _locked["said"] = 1
+        return False
+    _locked["bytes"] += host.nbytes
+    return True
+
+
 def _unlock(host: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     runtime.cudaHostUnregister(host.data_ptr())
+    _locked["bytes"] -= host.nbytes
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

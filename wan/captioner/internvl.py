@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
+from wan.captioner.decoding import GreedyDecoder
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
 from wan.types import UInt8Array
@@ -86,6 +87,7 @@ class InternVLCaptioner(LocalModel):
         self.tokens_per_frame = int(self.config.get("image_seq_length", 256))
         side = round(math.sqrt(self.tokens_per_frame) / self.config.get("downsample_ratio", 0.5))
         self.image_size = side * (patch if isinstance(patch, int) else patch[0])
+        self._decoder: GreedyDecoder | None = None
 
     def prepare(self, frames: UInt8Array, question: str, system: str | None = None) -> tuple[Tensor, Tensor]:
         """Frames uint8 [n, H, W, 3] and a question -> token ids [1, L], pixels float32 [n, 3, S, S], on the CPU.
@@ -106,17 +108,18 @@ class InternVLCaptioner(LocalModel):
         ids = self.generate(*self.prepare(frames, question, system), max_new_tokens)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    @torch.inference_mode()
     def generate(self, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
         """What `prepare` returned -> the new token ids [L], the end mark among them, always the likeliest ones."""
-        ids = ids.to(self.device)
-        output: Tensor = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels.to(self.device, self.dtype),
-            max_new_tokens=max_new_tokens,
-        )
-        return output[0, ids.shape[1] :]
+        needed = ids.shape[1] + max_new_tokens
+        if self._decoder is None or self._decoder.capacity < needed:
+            self._decoder = None  # its memory first
+            self._decoder = GreedyDecoder(self.model, needed)
+        end = self.tokenizer.convert_tokens_to_ids(TURN_END)
+        return self._decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
+
+    def close(self) -> None:
+        self._decoder = None
+        super().close()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -135,23 +138,17 @@ class InternVLCaptioner(LocalModel):
         return tokenizer
 
     def load(self) -> Any:
-        from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
+        from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-        id_of = self.tokenizer.get_vocab()
-        if self.original:
-            model = self.from_pretrained(
-                InternVLForConditionalGeneration,
-                None,
-                config=InternVLConfig(**self.config, image_token_id=id_of["<IMG_CONTEXT>"]),
-                state_dict=native_weights(self.weights),
-            )
-        else:
-            model = self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
-        # the folder's own would add what the official chat overrides, and the original one has no end mark
-        model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=id_of[TURN_END], pad_token_id=id_of["<|endoftext|>"]
+        if not self.original:
+            return self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
+        images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        return self.from_pretrained(
+            InternVLForConditionalGeneration,
+            None,
+            config=InternVLConfig(**self.config, image_token_id=images),
+            state_dict=native_weights(self.weights),
         )
-        return model
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

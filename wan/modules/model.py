@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 # Parameters that stay float32 whatever the compute dtype is.
 FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
 FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
-
-
-TextKeys: TypeAlias = tuple[tuple[Tensor, Tensor], ...]  # by block: keys and values [B, 512, heads, head_dim]
 
 
 class WanModel(WanTransformer3DModel):  # type: ignore[misc]
@@ -103,19 +100,14 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         with init_empty_weights():
             return cls(**infer_config(weights))
 
-    def text_keys(self, text: Tensor) -> TextKeys:
+    def text_keys(self, text: Tensor, keep: bool = True) -> TextKeys:
         """Embedded prompts [B, 512, D] -> what the blocks' cross-attention takes of them, for as many steps as wanted.
 
-        They belong to the prompt and to the weights as they are now. At 512 rows in bf16 they take 400 MiB of an A14B
-        expert and 180 MiB of the 5B.
+        They belong to the prompt and to the weights as they are now. Kept, at 512 rows in bf16, they take 400 MiB of an
+        A14B expert and 180 MiB of the 5B.
         """
-        rows = self._text_rows(text)
-        return tuple(block.text_keys(rows) for block in self.blocks)
-
-    def _text_rows(self, text: Tensor) -> Tensor:
         embedder = self.condition_embedder.text_embedder
-        rows: Tensor = embedder(text.to(embedder.linear_1.bias.dtype))  # weights may be packed
-        return rows
+        return TextKeys(embedder(text.to(embedder.linear_1.bias.dtype)), keep)  # weights may be packed
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -136,7 +128,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         The text is embedded prompts [B, 512, D] or the `text_keys` of them.
         """
         texts = encoder_hidden_states
-        rows = self._text_rows(texts) if isinstance(texts, Tensor) else None
+        if isinstance(texts, Tensor):
+            texts = self.text_keys(texts, keep=False)
         embedder = self.condition_embedder
         steps = timestep if timestep.ndim == 2 else timestep[:, None]
         time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
@@ -148,8 +141,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         for number, block in enumerate(self.blocks):
             if self.before_layer is not None:
                 self.before_layer(number)
-            text = texts[number] if rows is None else block.text_keys(rows)
-            tokens = self._through(block, tokens, text, modulation, rotary)
+            tokens = self._through(block, tokens, texts.of(number, block), modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
         runs = tokens.unflatten(1, (steps.shape[1], -1))
@@ -223,6 +215,26 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         normed = (self.norm3(tokens) * (1 + feed_scale) + feed_shift).to(dtype)
         tokens = tokens + self.ffn(normed) * feed_gate
         return tokens.view_as(hidden_states)
+
+
+class TextKeys:
+    """Rows [B, 512, D] of an expert's text embedder, and what its blocks have made of them.
+
+    A block makes its keys and values [B, 512, heads, head_dim] when it first asks, since its weights may not be on the
+    device before; where they are not kept it makes them in every forward.
+    """
+
+    def __init__(self, rows: Tensor, keep: bool) -> None:
+        self.rows = rows
+        self.keep = keep
+        self.by_block: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, number: int, block: WanBlock) -> tuple[Tensor, Tensor]:
+        """The keys and values of one block."""
+        keys = self.by_block.get(number) or block.text_keys(self.rows)
+        if self.keep:
+            self.by_block[number] = keys
+        return keys
 
 
 class _TextAttention:

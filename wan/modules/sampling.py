@@ -73,7 +73,7 @@ def sample(
     for stage in stages:
         steps = len(stage.timesteps)
         with placement.on_device(stage.expert.model) as model, caching.of(model, stage.expert.name, steps) as branch:
-            texts = text_keys(stage, context)
+            texts = text_keys(stage, context, keep=not placement.streams(model))
             for t, guidance in zip(stage.timesteps, stage.guidance, strict=True):
                 flow = predict(model, guidance, condition, texts, latents, t, branch)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
@@ -84,23 +84,21 @@ def sample(
     return condition.finish(latents)
 
 
-def text_keys(stage: Stage, context: TextContext) -> list[TextKeys] | list[Tensor]:
+def text_keys(stage: Stage, context: TextContext, keep: bool) -> list[TextKeys]:
     """What the expert takes of the positive prompt and, where guidance needs it, of the negative one.
 
-    Where its blocks come to the GPU one by one it is the prompts: each block then makes its keys when it is there.
+    They are kept for all steps, but where the expert's weights leave no room for that.
     """
     guided = any(guidance != 1 for guidance in stage.guidance)
     prompts = [context.positive, context.negative] if guided else [context.positive]
-    if stage.expert.model.before_layer is not None:
-        return prompts
-    return [stage.expert.model.text_keys(prompt) for prompt in prompts]
+    return [stage.expert.model.text_keys(prompt, keep) for prompt in prompts]
 
 
 def predict(
     model: WanModel,
     guidance: float,
     condition: Condition,
-    texts: Sequence[TextKeys | Tensor],
+    texts: Sequence[TextKeys],
     latents: Tensor,
     t: Tensor,
     branch: Branch,
@@ -111,7 +109,7 @@ def predict(
     """
     placed, timestep = condition.model_input(latents, t)
 
-    def flow(name: str, text: TextKeys | Tensor) -> Tensor:
+    def flow(name: str, text: TextKeys) -> Tensor:
         with branch(name):
             output: Tensor = model(placed, timestep, text, return_dict=False)[0][0]
         return output
