@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of one clip at real size, with random weights made on the GPU: no files are needed.
 
-    python -m benchmarks.clip --scenario 5b-704p-121 [--steps 4] [--stock] [--packed fp8]
+    python -m benchmarks.clip --scenario 5b-704p-121 [--steps 4] [--chain 3] [--caption] [--stock] [--packed fp8]
 
 Prints a table and, as the last line, JSON. Weights do not change speed or memory; quality is not measured here.
 `--stock` times diffusers' own transformer class on the same inputs in the same process: ratios, not lone times.
@@ -16,9 +16,12 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -29,10 +32,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from wan.configs import WAN_CONFIGS
+from wan.continuation import Plan, VideoContinuation, chain
 from wan.errors import UserError
-from wan.image2video import WanI2V
+from wan.media import write_video
 from wan.modules.checkpoint import Weights
 from wan.modules.conditioning import KnownLatents
 from wan.modules.low_precision import PRECISIONS, lower
@@ -44,8 +49,9 @@ from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
 from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
-from wan.textimage2video import WanTI2V
-from wan.types import Known, Request, Sampling, Step, TextContext
+from wan.types import Clip, Footage, Generation, Known, Request, Sampling, Step, TextContext, to_uint8
+from wan.video2video import WanV2V
+from wan.wan22video2video5B import WanV2V5B
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
@@ -127,14 +133,14 @@ def pack(model: WanModel, kind: str, device: str = "cuda") -> WanModel:
     return model
 
 
-def build(task: str, packed: str | None = None, precision: str | None = None) -> Pipeline:
+def build(task: str, packed: str | None = None, precision: str | None = None) -> VideoContinuation:
     """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
     cpu = torch.device("cpu")
-    pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
+    pipeline: Any = object.__new__({"i2v-A14B": WanV2V, "ti2v-5B": WanV2V5B}[task])
     pipeline.config = config = WAN_CONFIGS[task]
     pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
     pipeline.device = pipeline.text_device = DEVICE
-    pipeline.vram = None
+    pipeline.vram, pipeline.vlm_device, pipeline.vlm_question, pipeline.tokenizer = None, DEVICE, "?", Words()
 
     def denoiser() -> WanModel:
         with init_empty_weights():
@@ -257,6 +263,63 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
     }
 
 
+def chained(pipeline: VideoContinuation, request: Request, count: int, folder: Path) -> dict[str, Any]:
+    """A chain of clips that a VLM on the same GPU describes; its clips after the first, and what the GPU does in them.
+
+    `busy`: the share of their time in which a kernel or a copy runs on the GPU, by the profiler.
+    """
+    captioner = RandomCaptioner(DEVICE)
+    pipeline.__dict__["captioner"] = captioner
+    geometry, fps = request.geometry, Fraction(pipeline.config.sample_fps)
+    plan = Plan(geometry, request.sampling, request.negative, count=count)
+    numbers = iter(range(1, count + 1))
+
+    def extend(footage: Footage, seed: int) -> Generation:
+        return pipeline.extend(footage, seed, dataclasses.replace(plan, number=next(numbers)))
+
+    start = Clip(torch.rand(geometry.frames, geometry.height, geometry.width, 3) * 2 - 1, fps)
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    walls, stages, writes = [], [], []
+    with ThreadPoolExecutor(1) as writer:
+        begun = time.perf_counter()
+        for index, made in enumerate(chain(start, count=count, extend=extend, seed=1)):
+            walls.append(time.perf_counter() - begun)
+            stages.append(made.seconds)
+            if index == 0:
+                profile.start()
+            begun = time.perf_counter()
+            writes.append(writer.submit(timed_write, folder / f"{index}.mp4", made.clip))
+        torch.cuda.synchronize()
+        profile.stop()
+    later = [{name: round(taken, 3) for name, taken in row.items()} for row in stages[1:]]
+    return {
+        "clip_seconds": [round(wall, 2) for wall in walls],
+        "stages": later,
+        "beside_stages": [round(wall - sum(row.values()), 2) for wall, row in zip(walls[1:], stages[1:], strict=True)],
+        "write_seconds": [round(write.result(), 2) for write in writes],
+        "busy": round(busy_seconds(profile) / sum(walls[1:]), 4),
+        "peak_gpu_gib": peak_gib(DEVICE),
+    }
+
+
+def timed_write(path: Path, clip: Clip) -> float:
+    """Seconds of writing a clip as a video."""
+    start = time.perf_counter()
+    write_video(path, to_uint8(clip.frames), clip.fps)
+    return time.perf_counter() - start
+
+
+def busy_seconds(profile: torch.profiler.profile) -> float:
+    """The time in which at least one thing ran on the GPU."""
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    spans = sorted((event.start_ns(), event.end_ns()) for event in events if "CUDA" in str(event.device_type()))
+    busy = until = 0
+    for begin, end in spans:
+        busy += max(0, end - max(begin, until))
+        until = max(until, end)
+    return busy / 1e9
+
+
 @torch.no_grad()
 def stock_step(task: str, request: Request, repeats: int, attention: str | None) -> float:
     """Seconds of the two guidance forwards of diffusers' own class in bf16, as its pipeline calls it, in eager mode.
@@ -341,6 +404,8 @@ def main() -> None:
     parser.add_argument("--no_probe", action="store_true", help="the library's default attention kernel")
     parser.add_argument("--no_reuse", action="store_true", help="embed the text anew in every forward")
     parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
+    parser.add_argument("--chain", type=int, default=0, metavar="N", help="also a chain of N clips with its captions")
+    parser.add_argument("--caption", action="store_true", help="also the time of a caption of an 8B VLM")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
     parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
     parser.add_argument("--vram", type=float, nargs="*", default=[], help="also within so many GiB, for each of them")
@@ -388,7 +453,15 @@ def main() -> None:
         "reached": {stage: round(row["seconds"] / times[stage], 3) for stage, row in floor.items() if times.get(stage)},
         "peak_host_gib": round(host_peak_gib(), 1),
     }
+    if args.caption:
+        result["caption"] = captions(DEVICE)
+    if args.chain:
+        pipeline.vram = None
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        with without(args, pipeline, request.geometry.tokens), TemporaryDirectory() as folder:
+            result["chain"] = chained(pipeline, request, args.chain, Path(folder))
     if args.stock:
+        pipeline.__dict__.pop("captioner", None)
         for name in ("model", "low_noise_model", "high_noise_model"):
             pipeline.__dict__.pop(name, None)
         gc.collect()

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 # A module may import its own layer and those above it in this list.
 LAYERS = [
     ("wan.errors",),
-    ("wan.types", "wan.placement", "wan.compat", "wan.timeline"),
+    ("wan.types", "wan.placement", "wan.compat", "wan.timeline", "wan.read_ahead"),
     ("wan.media", "wan.modules", "wan.configs", "wan.captioner", "wan.quality"),
     ("wan.pipeline", "wan.run_folder", "wan.progress"),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),

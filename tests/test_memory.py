@@ -83,7 +83,9 @@ def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
     assert places(model) == before
 
 
-@pytest.mark.parametrize(("staying", "times", "kept"), [(6, [1] * 6, 6), (0, [4, 3, 3, 3, 3, 3], 0), (2, [4, 3, 1, 3, 3, 1], 0)])
+@pytest.mark.parametrize(
+    ("staying", "times", "kept"), [(6, [1] * 6, 6), (0, [4, 3, 3, 3, 3, 3], 0), (2, [4, 3, 1, 3, 3, 1], 0)]
+)
 def test_layers_that_stay_come_once_and_then_text_keys_are_kept(
     staying: int, times: list[int], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from wan.captioner.base import LocalModel, number_frames, one_line, read_json, t
 from wan.captioner.decoding import GreedyDecoder
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
+from wan.read_ahead import ReadAhead
 from wan.types import UInt8Array
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -140,15 +141,16 @@ class InternVLCaptioner(LocalModel):
     def load(self) -> Any:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-        if not self.original:
-            return self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
-        images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-        return self.from_pretrained(
-            InternVLForConditionalGeneration,
-            None,
-            config=InternVLConfig(**self.config, image_token_id=images),
-            state_dict=native_weights(self.weights),
-        )
+        with ReadAhead(self.weights, len(self.weights)):
+            if not self.original:
+                return self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
+            images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+            return self.from_pretrained(
+                InternVLForConditionalGeneration,
+                None,
+                config=InternVLConfig(**self.config, image_token_id=images),
+                state_dict=native_weights(self.weights),
+            )
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
+from wan.read_ahead import ReadAhead
 
 Shape = tuple[int, ...]
 
@@ -52,16 +53,19 @@ class Weights:
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
     def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
-        """Every tensor in turn, mapped from its file; at most one file is open at a time."""
-        return self.read(self.shapes)
+        """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
+        with ReadAhead(self.files) as ahead:
+            yield from self.read(self.shapes, ahead)
 
-    def read(self, keys: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+    def read(self, keys: Container[str], ahead: ReadAhead | None = None) -> Iterator[tuple[str, Tensor | Packed]]:
         """Those of the tensors that are named, in the order of the files; what is quantised there stays so."""
         key_of = {self.prefix + key: key for key in self.shapes if key in keys}
         scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
         beside = self.files if scale_of else ()
         scales = {name: plain(value) for file in beside for name, value in _read(file, set(scale_of.values()))}
-        for file in self.files:
+        for number, file in enumerate(self.files):
+            if ahead is not None:
+                ahead.begin(number)
             for name, value in _read(file, key_of):
                 if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
                     value = Packed(value, scales[scale_of[name]] if name in scale_of else None)

@@ -1,0 +1,137 @@
+"""An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from wan.captioner.decoding import GreedyDecoder
+from wan.placement import peak_gib, reset_peak, synchronize
+from wan.types import UInt8Array
+
+FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
+WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
+IMAGE = 151671
+VISION = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "image_size": SIDE,
+    "patch_size": 14,
+    "attention_bias": True,
+}
+TEXT = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "use_cache": True,
+}
+
+
+def build_vlm(device: torch.device, text: dict[str, Any] = TEXT, vision: dict[str, Any] = VISION) -> Any:
+    """The model in bf16 on the device."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    with init_empty_weights():
+        config = InternVLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            image_seq_length=TOKENS_PER_FRAME,
+            tie_word_embeddings=False,
+        )
+        model = InternVLForConditionalGeneration(config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        scale = 1.0 if "norm" in name else 0.02
+        value = torch.randn(parameter.shape, device=device, generator=generator, dtype=torch.bfloat16).mul_(scale)
+        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+    return model.to(device).eval()
+
+
+class RandomCaptioner:
+    """Stands for the captioner in a chain: as much work as a description of `ANSWER` tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.model: Any = build_vlm(device)
+        self.decoder: GreedyDecoder | None = None
+        self.seconds: list[float] = []
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Token ids [1, L] of eight frames and a question, and pixels [8, 3, 448, 448]."""
+        words = torch.arange(1000, 1000 + WORDS)
+        ids = torch.cat([words[: WORDS // 2], torch.full((FRAMES * TOKENS_PER_FRAME,), IMAGE), words[WORDS // 2 :]])
+        pixels = torch.randn(FRAMES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+        return ids[None].to(self.device), pixels.to(self.device, torch.bfloat16)
+
+    def tokens(self, count: int) -> Tensor:
+        """So many new tokens."""
+        ids, pixels = self.inputs()
+        if self.decoder is None:
+            self.decoder = GreedyDecoder(self.model, ids.shape[1] + 512)
+        return self.decoder(ids, pixels, count, None)
+
+    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        """Other words every time, after the time that a caption takes."""
+        start = time.perf_counter()
+        self.tokens(ANSWER)
+        self.seconds.append(time.perf_counter() - start)
+        return f"A ball rolls over a wooden floor while the camera follows it, for the {len(self.seconds)}th time."
+
+    def close(self) -> None:
+        """The chain keeps it: there is room for both."""
+
+
+def captions(device: torch.device) -> dict[str, Any]:
+    """Seconds of a caption with what the first one sets up, and of later ones; the library's `generate` beside it."""
+    captioner = RandomCaptioner(device)
+    reset_peak(device)
+    first = timed(device, lambda: captioner.tokens(ANSWER))
+    alone, whole = (timed(device, lambda count=count: captioner.tokens(count)) for count in (1, ANSWER))
+    ids, pixels = captioner.inputs()
+    options = {"do_sample": False, "min_new_tokens": ANSWER, "max_new_tokens": ANSWER, "pad_token_id": 0}
+
+    def library() -> Tensor:
+        made: Tensor = captioner.model.generate(
+            input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), **options
+        )
+        return made[0, ids.shape[1] :].cpu()
+
+    theirs = [timed(device, library) for _ in range(2)]
+    same = int((captioner.tokens(ANSWER) == library()[:ANSWER]).int().cumprod(0).sum())
+    return {
+        "caption_first": round(first, 3),
+        "caption": round(whole, 3),
+        "prefill": round(alone, 3),
+        "ms_per_token": round(1000 * (whole - alone) / (ANSWER - 1), 2),
+        "library_caption": [round(taken, 3) for taken in theirs],
+        "ms_per_token_library": round(1000 * (theirs[1] - alone) / (ANSWER - 1), 2),
+        "tokens_equal": f"first {same} of {ANSWER}",  # kernels differ: bf16 rounds differently at a tie
+        "recorded": captioner.decoder is not None and captioner.decoder.graph is not None,
+        "peak_gib": peak_gib(device),
+    }
+
+
+def timed(device: torch.device, call: Any) -> float:
+    """Seconds of a call, with the GPU waited for."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(captions(torch.device("cuda:0")))
