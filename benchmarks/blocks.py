@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """One block of the denoiser at real size: ours and the library's, eager and compiled, in bf16 and 8 bits.
 
-    python -m benchmarks.blocks --scenario a14b-480p-81 5b-704p-121 [--kernels]
+    python -m benchmarks.blocks --scenario a14b-480p-81 5b-704p-121 [--kernels | --errors]
 
 A block is half of what three layers take beyond one layer, in milliseconds, for one guidance forward; "outside" is the
 rest. Random weights; all run on the attention kernel that ours chooses. `--kernels`: where the GPU's time of three
-layers goes. The last line is JSON.
+layers goes; `--errors`: how far a whole forward is from float32, and not how long it takes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,11 @@ class Bench:
         """One a latent frame or token for the 5B, one for A14B."""
         return torch.full((1, each if self.task == "ti2v-5B" else 1), 600, device=self.device)
 
-    def forward(self, kind: str, layers: int) -> Callable[[], Any]:
-        name, _, mode = kind.partition(" ")
+    def model(self, name: str, layers: int | None = None) -> Any:
+        """The library's model ("stock"), ours, or ours in 8 bits; random weights, the same for all."""
         cls: Any = WanTransformer3DModel if name == "stock" else WanModel
         with init_empty_weights():
-            model = cls(**DIT[self.task] | {"num_layers": layers})
+            model = cls(**DIT[self.task] | ({} if layers is None else {"num_layers": layers}))
         kept = tuple(model._keep_in_fp32_modules or ())
 
         def dtype_of(parameter: str) -> torch.dtype:
@@ -68,6 +68,12 @@ class Bench:
                 block.attn1.set_attention_backend(self.attention)
         if name in PRECISIONS:
             lower(model, name, self.device)
+        return model
+
+    def forward(self, kind: str, layers: int) -> Callable[[], Any]:
+        """A call of a guidance forward."""
+        name, _, mode = kind.partition(" ")
+        model = self.model(name, layers)
         torch.compiler.reset()
         if mode and name == "stock":
             model.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -86,6 +92,36 @@ class Bench:
             return found
 
         return ours
+
+
+def errors(bench: Bench, kinds: Sequence[str]) -> dict[str, Any]:
+    """How far a forward of all layers and three latent frames is from the same weights in float32, relative L2.
+
+    "beside eager": how far it is from our bf16 blocks as they are.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    latents, text = bench.latents[:, :, :3], bench.text
+    t = bench.timesteps(3)
+    found: dict[str, torch.Tensor] = {}
+    for kind in dict.fromkeys(("exact", "ours", *(kind for kind in kinds if not kind.startswith("stock")))):
+        model, mode = bench.model("ours" if kind == "exact" else kind.split()[0]), kind.partition(" ")[2]
+        if kind == "exact":
+            model.float()
+        if mode:
+            torch.compiler.reset()
+            model.compile_blocks()
+        found[kind] = model(latents, t, text.float() if kind == "exact" else text, return_dict=False)[0].double()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    exact, eager = found.pop("exact"), found["ours"]
+    return {
+        kind: {
+            "error": float(f"{(made - exact).norm() / exact.norm():.3g}"),
+            "beside eager": float(f"{(made - eager).norm() / exact.norm():.3g}"),
+        }
+        for kind, made in found.items()
+    }
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:
@@ -123,11 +159,15 @@ def main() -> None:
     parser.add_argument("--scenario", choices=tuple(SCENARIOS), nargs="+", required=True)
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--errors", action="store_true", help="distance from float32 instead of times")
     args = parser.parse_args()
     result: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
     for scenario in args.scenario:
         bench = Bench(scenario)
         rows = result[scenario] = {"attention": bench.attention}
+        if args.errors:
+            rows |= errors(bench, args.kinds)
+            continue
         for kind in args.kinds:
             taken, kernels = [], {}
             for layers in (1, 3):

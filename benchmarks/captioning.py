@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from wan.captioner.decoding import GreedyDecoder
+from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.placement import peak_gib, reset_peak, synchronize
 from wan.types import UInt8Array
 
@@ -57,7 +57,7 @@ def build_vlm(device: torch.device, text: dict[str, Any] = TEXT, vision: dict[st
         scale = 1.0 if "norm" in name else 0.02
         value = torch.randn(parameter.shape, device=device, generator=generator, dtype=torch.bfloat16).mul_(scale)
         model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
-    return model.to(device).eval()
+    return fuse_norms(model.to(device).eval())
 
 
 class RandomCaptioner:

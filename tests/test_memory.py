@@ -303,7 +303,7 @@ def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follow
     pipeline.vlm_device, closed = pipeline.device, []
     pipeline.__dict__["captioner"] = SimpleNamespace(close=lambda: closed.append(True))
     monkeypatch.setattr("wan.continuation.free_bytes", lambda device, budget: free * GIB)
-    monkeypatch.setattr("wan.continuation.release_memory", lambda device: None)
+    monkeypatch.setattr("wan.continuation.drop_cache", lambda device: None)
     geometry = pipeline.geometry(*MEASURED["i2v-A14B"][0])
     plan: Any = SimpleNamespace(number=number, count=3, geometry=geometry, offload=offload)
     WanV2V._make_room(_continuing(pipeline), plan)

@@ -34,7 +34,7 @@ from wan.errors import UserError
 from wan.modules.lora import LoraFile
 from wan.modules.memory import GIB, for_tensors
 from wan.pipeline import Pipeline, draw_seed
-from wan.placement import bytes_on, free_bytes, parse_device, release_memory, same_device
+from wan.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
 from wan.quality import SeamScore, correct_drift, measure_motion, score_seam
 from wan.types import (
     LONGEST_CONTEXT,
@@ -517,7 +517,7 @@ class VideoContinuation(Pipeline):
 
     def _fits_beside_vlm(self, plan: Plan) -> bool:
         """Whether the GPU has room for a clip now, with some to spare: an estimate may be wrong by a tenth."""
-        release_memory(self.device)
+        drop_cache(self.device)
         room = free_bytes(self.device, None if self.vram is None else for_tensors(self.vram))
         there = sum(bytes_on(model, self.device) for model in self._loaded())
         return 1.1 * self.gpu_bytes(plan.geometry, plan.offload) + GIB <= room + there

@@ -127,10 +127,10 @@ class WanI2V(TwoExperts):
             else:
                 motion = anchor[:, :0]
             return ImageChannels.from_anchor(anchor, motion, noise.shape[1])
-        pixels = torch.zeros(3, frames, height, width)
-        pixels[:, : len(leading)] = torch.stack(leading, dim=1)
+        pixels = torch.zeros(3, frames, height, width, device=self.device)
+        pixels[:, : len(leading)] = torch.stack(leading, dim=1).to(self.device)
         if known.end is not None:
-            pixels[:, -1] = preprocess(known.end, width, height)
+            pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
         latents = self.encode_frames(pixels, placement)
         channels = ImageChannels.from_latents(latents, len(leading), end=known.end is not None)
         if len(leading) == 1:

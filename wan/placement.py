@@ -51,21 +51,20 @@ class Placement:
         layered: Any = model
         layers = dict(enumerate(getattr(model, "layers", ())))
         fed = {id(tensor) for layer in layers.values() for tensor in _tensors(layer)}
-        waiting = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in fed]
+        staying = self._layers_that_stay(layered)
+        rest = _Piece.of(model, [tensor for tensor in _tensors(model) if id(tensor) not in fed])
         feed = None
         try:
-            for tensor, host in waiting:
-                tensor.data = host.to(home)
+            rest.use(rest.host.to(home))
             if layers:
-                layered.before_layer = feed = _Feed(layers, self._layers_that_stay(layered), home)
+                layered.before_layer = feed = _Feed(layers, staying, home)
             yield model
         finally:  # also when the body raises: what is left behind would take the next model's memory
             if feed is not None:
                 feed.close()
                 layered.before_layer = feed = None
-            for tensor, host in waiting:
-                tensor.data = host
-            release_memory(home)
+            rest.use(rest.host)
+            drop_cache(home)
 
     def streams(self, model: nn.Module) -> bool:
         """Whether layers of the model come to the device again in every pass."""
@@ -118,12 +117,12 @@ class _Feed:
     def __init__(self, layers: Mapping[int, nn.Module], staying: Collection[int], device: torch.device) -> None:
         self.layers, self.device = layers, device
         self.coming = [number for number in layers if number not in staying]
-        sizes = {number: _Layer.size(layer) for number, layer in layers.items()}
+        sizes = {number: _Piece.size(_tensors(layer)) for number, layer in layers.items()}
         self.own = {number: _empty(sizes[number], device) for number in staying}
         largest = max((sizes[number] for number in self.coming), default=0)
         self.slots = [_empty(largest, device) for _ in range(SLOTS if self.coming else 0)]
         self.held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
-        self.here: dict[int, _Layer] = {}
+        self.here: dict[int, _Piece] = {}
         self.arriving: dict[int, torch.cuda.Event] = {}
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -153,7 +152,7 @@ class _Feed:
 
     def _fetch(self, number: int, used: int | None = None) -> None:
         """Copy a layer to its own place, or to a slot other than that of the layer which is used next."""
-        layer = _Layer.of(self.layers[number])
+        layer = _Piece.of(self.layers[number], _tensors(self.layers[number]))
         there = self.own.get(number)
         if there is None:
             slot = next(slot for slot, held in enumerate(self.held) if held is None or held != used)
@@ -179,24 +178,35 @@ def _empty(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-class _Layer:
-    """A layer whose tensors lie in one piece of host memory, which is locked so that a GPU copies from it by itself."""
+class _Piece:
+    """Tensors of a module in one piece of host memory, which is locked so that a GPU copies from it by itself."""
 
     ALIGNED, PAGE = 256, 4096
-    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, _Layer]] = weakref.WeakKeyDictionary()
+    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, _Piece]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.tensors = _tensors(layer)
-        self.starts = self.starts_of(self.tensors)
-        pages = self.size(layer)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.starts = self.starts_of(tensors)
+        self.layouts = [_layout(tensor) for tensor in tensors]
+        pages = self.size(tensors)
         memory = torch.empty(pages + self.PAGE, dtype=torch.uint8)
         self.host = memory[-memory.data_ptr() % self.PAGE :][:pages]  # a page that is locked has nothing else in it
-        for tensor, view in zip(self.tensors, self.views(self.host), strict=True):
+        for tensor, view in zip(tensors, self.views(self.host), strict=True):
             view.copy_(tensor.data)
         self.use(self.host)
-        self.places = [tensor.data_ptr() for tensor in self.tensors]
+        self.places = [tensor.data_ptr() for tensor in tensors]
         if _lock(self.host):
             weakref.finalize(self, _unlock, self.host)  # which keeps the memory until then
+
+    @classmethod
+    def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> _Piece:
+        """The tensors of a module, put into one piece when they are not; a LoRA may have changed what they are."""
+        there = cls.known.get(module)
+        if there is None or [(id(t), t.data_ptr()) for t in tensors] != [
+            (id(t), place) for t, place in zip(there.tensors, there.places, strict=True)
+        ]:
+            cls.known[module] = there = cls(tensors)
+        return there
 
     @classmethod
     def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
@@ -207,32 +217,26 @@ class _Layer:
         return starts
 
     @classmethod
-    def size(cls, layer: nn.Module) -> int:
-        """Bytes of a layer in one piece: whole pages."""
-        return -(-cls.starts_of(_tensors(layer))[-1] // cls.PAGE) * cls.PAGE
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> _Layer:
-        """The layer, put into one piece when that is new to it; a LoRA may have changed what it holds."""
-        there = cls.known.get(layer)
-        tensors = _tensors(layer)
-        if there is None or [(id(t), t.data_ptr()) for t in tensors] != [
-            (id(t), place) for t, place in zip(there.tensors, there.places, strict=True)
-        ]:
-            cls.known[layer] = there = cls(layer)
-        return there
+    def size(cls, tensors: Sequence[Tensor]) -> int:
+        """Bytes of such a piece: whole pages."""
+        return -(-cls.starts_of(tensors)[-1] // cls.PAGE) * cls.PAGE
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors in a piece of memory of this layout."""
         return [
-            memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for start, tensor in zip(self.starts, self.tensors, strict=False)
+            memory[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, layout)
+            for start, tensor, layout in zip(self.starts, self.tensors, self.layouts, strict=False)
         ]
 
     def use(self, memory: Tensor) -> None:
-        """Let the layer's tensors be those in a piece of memory."""
+        """Let the tensors be those in a piece of memory."""
         for tensor, view in zip(self.tensors, self.views(memory), strict=True):
             tensor.data = view
+
+
+def _layout(tensor: Tensor) -> Sequence[int]:
+    """The strides of a tensor with no gaps: weights of convolutions lie channels last."""
+    return torch.empty_like(tensor, device="meta").stride()  # it has those of a tensor that has no gaps
 
 
 # Locked memory cannot be swapped out. Where models fill the host's memory, the rest of them stays as it is.
@@ -295,8 +299,13 @@ def same_device(one: torch.device, other: torch.device) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Hand freed memory of a GPU back, so that another model or process can have it."""
+    """Hand freed memory of a GPU back, also what only the garbage collector finds, which takes it 0.2 s."""
     gc.collect()
+    drop_cache(device)
+
+
+def drop_cache(device: torch.device) -> None:
+    """Hand freed memory of a GPU back, so that another model or process can have it."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
-from wan.captioner.decoding import GreedyDecoder
+from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
 from wan.read_ahead import ReadAhead
@@ -141,16 +141,16 @@ class InternVLCaptioner(LocalModel):
     def load(self) -> Any:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-        with ReadAhead(self.weights, len(self.weights)):
-            if not self.original:
-                return self.from_pretrained(InternVLForConditionalGeneration, self.folder, use_safetensors=True)
+        options: dict[str, Any] = {"use_safetensors": True}
+        if self.original:
             images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-            return self.from_pretrained(
-                InternVLForConditionalGeneration,
-                None,
-                config=InternVLConfig(**self.config, image_token_id=images),
-                state_dict=native_weights(self.weights),
-            )
+            options = {
+                "config": InternVLConfig(**self.config, image_token_id=images),
+                "state_dict": native_weights(self.weights),
+            }
+        with ReadAhead(self.weights, len(self.weights)):
+            source = None if self.original else self.folder
+            return fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, **options))
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
     parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
     modes: Tensor = through.conv(vae.quant_conv, torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
-    _check_finite(modes)
+    _check([_finite(modes)])
     return modes
 
 
@@ -56,19 +56,64 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.devic
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
     frames, scale = 1 + PER_LATENT * (latents.shape[2] - 1), vae.config.scale_factor_spatial
     size = (1, 3, frames, *(side * scale for side in latents.shape[3:]))
-    whole = torch.empty(size, dtype=torch.float32, device=home or latents.device)
-    done = 0
+    pixels, finite = _Landing(torch.empty(size, dtype=torch.float32, device=home or latents.device)), []
     for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
-        pixels = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
-        _check_finite(pixels)
-        whole[:, :, done : done + pixels.shape[2]] = pixels.float().clamp_(-1, 1)
-        done += pixels.shape[2]
-    return whole
+        made = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
+        finite.append(_finite(made))
+        pixels.put(made.float().clamp_(-1, 1))
+    _check(finite)
+    return pixels.done()
 
 
-def _check_finite(x: Tensor) -> None:
-    """Only float16 ends where this VAE's numbers still go."""
-    if x.dtype == torch.float16 and not x.isfinite().all():
+class _Landing:
+    """Takes the pixels of one chunk after the other to where they are wanted.
+
+    From a GPU to host memory they go while the next chunk is computed, through two locked buffers.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        self.frames = 0
+        self.buffers: list[Tensor] = []
+        self.waiting: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+
+    def put(self, pixels: Tensor) -> None:
+        """Pixels [1, 3, t, H, W] that come after those before."""
+        place = self.whole[:, :, self.frames : self.frames + pixels.shape[2]]
+        self.frames += pixels.shape[2]
+        if not pixels.is_cuda or place.is_cuda:
+            place.copy_(pixels)
+            return
+        buffer = self.buffers.pop(0)[:, :, : pixels.shape[2]] if len(self.buffers) == 2 else None
+        if buffer is None or buffer.shape != pixels.shape:
+            buffer = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        buffer.copy_(pixels, non_blocking=True)
+        event = torch.cuda.current_stream(pixels.device).record_event()
+        self.buffers.append(buffer)
+        self._land()
+        self.waiting = place, buffer, event
+
+    def done(self) -> Tensor:
+        """All of them."""
+        self._land()
+        return self.whole
+
+    def _land(self) -> None:
+        if self.waiting is not None:
+            place, buffer, event = self.waiting
+            event.synchronize()
+            place.copy_(buffer)
+            self.waiting = None
+
+
+def _finite(x: Tensor) -> Tensor | None:
+    """Whether numbers are finite, without waiting for it. Only float16 ends where this VAE's numbers still go."""
+    return x.isfinite().all() if x.dtype == torch.float16 else None
+
+
+def _check(finite: list[Tensor | None]) -> None:
+    found = [one for one in finite if one is not None]
+    if found and not torch.stack(found).all():
         raise OverflowError("numbers of the VAE are too large for float16")
 
 
