@@ -56,15 +56,19 @@ class GreedyDecoder:
         self.position.fill_(ids.shape[1])
         made = [int(self.token)]
         while made[-1] != end and len(made) < max_new_tokens:
-            if self.graph is None:
-                self._step()
-            else:
-                self.graph.replay()
+            self.advance()
             made.append(int(self.token))
         return torch.tensor(made)
 
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Put the token after `token` in its place."""
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
     def _step(self) -> None:
-        """The token after `token`, in its place."""
         seen = (self.places <= self.position)[None, None]
         output = self.model.model.language_model(
             input_ids=self.token, attention_mask=seen, position_ids=self.position, past_key_values=self.cache
