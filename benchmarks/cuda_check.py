@@ -31,7 +31,7 @@ from wan.types import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
-VIDEO = ROOT / "examples" / "ball.mp4"
+VIDEO = ROOT / "examples" / "shapes.mp4"
 failures: list[str] = []
 
 

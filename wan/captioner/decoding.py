@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 WARM_UP = 2  # forwards before one is recorded: libraries set themselves up in them
-ROUND = 512  # tokens; questions of about one length share a decoder
+ROUND = 256  # tokens; questions of about one length share a decoder
+AT_ONCE = 8  # tokens that are launched before one is looked at; those after the end mark are thrown away
 
 
 def fuse_norms(model: Any) -> Any:
@@ -27,6 +29,46 @@ def fuse_norms(model: Any) -> Any:
     return model
 
 
+def use_own_attention(model: Any) -> None:
+    """Let a token's attention run on our kernel on a GPU where that is right; whole prompts keep the library's."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    language = model.model.language_model
+    config, name = language.config, "one_query"
+    if language.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return
+    from wan.captioner.one_query import attend
+
+    library = AttentionInterface()["sdpa"]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        if query.shape[2] > 1 or mask is None:
+            return library(module, query, key, value, mask, **options)
+        return attend(query, key, value, mask, options["scaling"]), None
+
+    try:
+        generator = torch.Generator(language.device).manual_seed(0)
+        sizes = config.num_attention_heads, config.num_key_value_heads
+        query, key, value = (
+            torch.randn(1, heads, rows, config.head_dim, device=language.device, generator=generator).to(language.dtype)
+            for heads, rows in ((sizes[0], 1), (sizes[1], ROUND), (sizes[1], ROUND))
+        )
+        seen = torch.arange(ROUND, device=language.device)[None, None, None] < ROUND // 3
+        keys, values = (part.double().repeat_interleave(sizes[0] // sizes[1], 1) for part in (key, value))
+        exact = nn.functional.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen).transpose(1, 2)
+        found = attend(query, key, value, seen, config.head_dim**-0.5)
+        error = float((found - exact).norm() / exact.norm())
+    except Exception as reason:  # what Triton raises where it does not fit the machine is its own affair
+        log.info("the VLM keeps PyTorch's attention, ours does not run here: %s", reason)
+        return
+    if not error <= 2 * torch.finfo(language.dtype).eps:  # also when it is NaN
+        log.warning("our attention for the VLM is wrong on this machine (error %.1e) and left out", error)
+        return
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    language.set_attn_implementation(name)
+
+
 class GreedyDecoder:
     """The likeliest tokens of an image-text-to-text model of transformers, as its `generate` finds them.
 
@@ -39,12 +81,14 @@ class GreedyDecoder:
     def __init__(self, model: Any, needed: int) -> None:
         from transformers import StaticCache
 
+        use_own_attention(model)
         self.model = model
         self.capacity = -(-needed // ROUND) * ROUND
         self.cache = StaticCache(config=model.config, max_cache_len=self.capacity)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         self.position = torch.zeros_like(self.token)
         self.places = torch.arange(self.capacity, device=model.device)
+        self.made = torch.zeros(self.capacity, dtype=torch.long, device=model.device)  # by position
         self.graph = self._record() if model.device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -53,12 +97,16 @@ class GreedyDecoder:
         self.cache.reset()
         output = self.model(input_ids=ids, pixel_values=pixels, past_key_values=self.cache, logits_to_keep=1)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
-        self.position.fill_(ids.shape[1])
-        made = [int(self.token)]
-        while made[-1] != end and len(made) < max_new_tokens:
-            self.advance()
-            made.append(int(self.token))
-        return torch.tensor(made)
+        start = ids.shape[1]
+        self.position.fill_(start)
+        found = [int(self.token)]
+        while found[-1] != end and len(found) < max_new_tokens:
+            more = min(AT_ONCE, max_new_tokens - len(found))
+            for _ in range(more):
+                self.advance()
+            new = self.made[start + len(found) :][:more].tolist()  # waits for them
+            found += new[: new.index(end) + 1] if end in new else new
+        return torch.tensor(found)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -75,6 +123,7 @@ class GreedyDecoder:
         )
         self.token.copy_(self.model.lm_head(output.last_hidden_state).argmax(-1))
         self.position.add_(1)
+        self.made.index_copy_(0, self.position[0], self.token[0])
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
