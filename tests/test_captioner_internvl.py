@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
+from wan.captioner.decoding import GreedyDecoder
 from wan.errors import UserError
 
 GOLDEN = Path(__file__).parent / "data" / "golden_vlm"
@@ -277,3 +282,62 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_than_rgb_bytes_are_refused(captioner: InternVLCaptioner, frames: Any) -> None:
     with pytest.raises(UserError, match="a captioner needs RGB uint8"):
         captioner.describe(frames, QUESTION)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
+def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan.captioner import one_query
+
+    calls, attend = [], one_query.attend
+    monkeypatch.setattr(one_query, "attend", lambda *given: (calls.append(given), attend(*given))[1])
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
+    captioner.close()
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    assert captioner.generate(ids, pixels, 12).tolist() == EXPECTED["greedy_ids"][:12]
+    layers = captioner.config["text_config"]["num_hidden_layers"]
+    assert len(calls) >= 1 + 11 * layers  # and a trial; the prompt is not among them
+    length = 300  # no multiple of what a program looks at, and parts in which nothing is seen
+    query, key, value = (torch.randn(1, heads, rows, 64) for heads, rows in ((12, 1), (4, length), (4, length)))
+    seen = (torch.arange(length) < 20)[None, None, None]
+    wide = [part.repeat_interleave(3, 1) for part in (key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(query, wide[0], wide[1], attn_mask=seen)
+    torch.testing.assert_close(attend(query, key, value, seen, 0.125), exact.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_our_attention_runs_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "our_attention_gives"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong"])
+def test_an_attention_that_does_not_work_here_is_left_out(
+    captioner: InternVLCaptioner, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+
+    def attend(query: torch.Tensor, *_: Any) -> torch.Tensor:
+        if broken == "raises":
+            raise RuntimeError("no such machine")
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr("wan.captioner.one_query.attend", attend)
+    monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
+    captioner.close()
+    with caplog.at_level("INFO", logger="wan"):
+        ids, pixels = captioner.prepare(FRAMES, QUESTION)
+        assert captioner.generate(ids, pixels, 5).tolist() == EXPECTED["greedy_ids"][:5]
+    assert ("no such machine" if broken == "raises" else "is wrong on this machine") in caplog.text
+    captioner.close()
+
+
+def test_tokens_after_the_end_mark_are_thrown_away(captioner: InternVLCaptioner) -> None:
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    wanted = EXPECTED["greedy_ids"]
+    decoder = GreedyDecoder(captioner.model, ids.shape[1] + 40)
+    for count in (1, 2, 11):
+        assert decoder(ids, pixels, count, None).tolist() == wanted[:count]
+    end = wanted[10]
+    assert decoder(ids, pixels, 40, end).tolist() == wanted[: wanted.index(end) + 1]

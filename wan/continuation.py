@@ -194,7 +194,7 @@ class VideoContinuation(Pipeline):
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
-        compile_blocks: bool = False,
+        compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(

@@ -102,7 +102,7 @@ def _add_common(parser: Parser) -> None:
         choices=("float32", "float16"),
         help="of the VAE; float16 takes half of the time and memory, some 60 dB from float32 (default: float32)",
     )
-    add("--compile", choices=("auto", "off"), default="off", help="auto: compile the denoiser where it saves time")
+    add("--compile", choices=("auto", "off"), default="auto", help="auto: compile the denoiser where it saves time")
     add("--t5_cpu", action="store_true", help="run the text encoder on the CPU")
     add("--vlm_path", help="InternVL folder or hub id; default: InternVL3_5-8B in or beside --ckpt_dir, else the hub's")
     add("--vlm_device", help="device of the VLM, for instance cuda:1; default: the main model's")

@@ -85,7 +85,7 @@ class Pipeline(ABC):
         convert_model_dtype: bool = False,
         *,
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
-        compile_blocks: bool = False,
+        compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
