@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wan import WanI2V, WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
 from wan.modules.checkpoint import Names, identify, resolve_folder
+from wan.read_ahead import ReadAhead
 
 A14B, FIVE_B = GOLDEN / "14b" / "ckpt", GOLDEN / "5b" / "ckpt"
 
@@ -266,3 +268,32 @@ def test_loading_never_holds_more_than_the_model_and_one_shard(tmp_path: Path) -
     assert found["loaded_gib"] == pytest.approx(found["files_gib"] / 2, rel=0.1)
     slack = 0.03  # what the allocator and the first use of libraries take
     assert found["peak_above_start_gib"] < found["allowed_gib"] + slack < found["files_gib"]
+
+
+def test_files_are_read_ahead_in_their_order_and_not_too_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / str(number) for number in range(5)]
+    for file in files:
+        file.write_bytes(b"x" * 100)
+    files.insert(1, tmp_path / "not there")
+    seen: list[str] = []
+
+    def watched(path: Path, *arguments: Any, **options: Any) -> Any:
+        seen.append(path.name)
+        return open_file(path, *arguments, **options)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", watched)
+
+    def settled(count: int) -> list[str]:
+        deadline = time.monotonic() + 5
+        while len(seen) < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05)  # for one more, which there must not be
+        return seen
+
+    with ReadAhead(files) as ahead:
+        assert settled(2) == ["0", "not there"]
+        ahead.begin(0)
+        ahead.begin(2)
+        assert settled(4) == ["0", "not there", "1", "2"]
+    assert settled(4) == ["0", "not there", "1", "2"] and not ahead.thread.is_alive()

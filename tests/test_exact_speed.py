@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -428,6 +429,42 @@ def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest,
                 assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
                 assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
         assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing
+
+
+def test_pixels_that_arrive_late_land_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from a GPU are done when they are waited for, and a buffer is not written to before it was read."""
+    pending: list[tuple[Tensor, Tensor]] = []
+
+    class Far(Tensor):
+        is_cuda = True
+
+    class Buffer(Tensor):
+        def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
+            assert non_blocking
+            pending.append((self, source))
+            return self
+
+    class Event:
+        def __init__(self) -> None:
+            self.before = len(pending)
+
+        def synchronize(self) -> None:
+            for buffer, source in pending[: self.before]:
+                Tensor.copy_(buffer, source)
+
+    made: list[Tensor] = []
+
+    def locked(like: Tensor) -> Tensor:
+        made.append(torch.full(like.shape, torch.nan).as_subclass(Buffer))
+        return made[-1]
+
+    monkeypatch.setattr(vae_pass, "_locked", locked)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(record_event=Event))
+    pixels = torch.randn(1, 3, 1 + 4 * 6, 2, 2)
+    landing = vae_pass._Landing(torch.empty_like(pixels))
+    for chunk in torch.split(pixels, [1, *[4] * 6], dim=2):
+        landing.put(chunk.clone().as_subclass(Far))
+    assert torch.equal(landing.done(), pixels) and len(made) == 3
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")

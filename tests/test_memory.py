@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from benchmarks.clip import DIT, VAE, headers
 from benchmarks.floor import counted, denoiser_flops
 from tests.test_exact_speed import build, noise, prompt
-from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
+from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B, placement
 from wan.image2video import WanI2V
 from wan.modules import vae_pass
 from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
@@ -128,6 +128,45 @@ class _Skipped(nn.Module):
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x
+
+
+def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(3, 5, (1, 3, 3)), nn.Conv2d(5, 4, 3), nn.Linear(7, 2, bias=False), nn.BatchNorm1d(3)
+    )
+    model.extra = model[2]
+    for convolution, layout in ((model[0], torch.channels_last_3d), (model[1], torch.channels_last)):
+        convolution.weight.data = convolution.weight.data.contiguous(memory_format=layout)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        with Placement(CPU, room=2**30).on_device(model):
+            there = model.state_dict()
+            assert all(torch.equal(there[name], value) for name, (value, _) in before.items())
+            assert {name: there[name].stride() for name in there} == {
+                name: stride for name, (_, stride) in before.items()
+            }
+        after = model.state_dict()
+        assert all(torch.equal(after[name], value) for name, (value, _) in before.items())
+    addresses = {tensor.data_ptr() // 2**20 for tensor in model.parameters()}
+    assert len(addresses) <= 2, "all lie in one piece"
+
+
+def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda place, size, flags: calls.append(("lock", size)) or (size == 3 << 20),
+        cudaHostUnregister=lambda place: calls.append(("unlock", 0)),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 2560, "SC_PAGE_SIZE": 4096}[name])  # 10 MiB
+    monkeypatch.setattr(placement, "_locked", {"bytes": 0, "said": 0})
+    pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 2)]
+    # 8 of 10 MiB would be too much; the driver refuses the third
+    assert [placement._lock(piece) for piece in pieces] == [True, False, False, True]
+    assert placement._locked == {"bytes": 6 << 20, "said": 1}
+    placement._unlock(pieces[0])
+    assert placement._locked["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
 
 
 def test_changed_weights_are_those_that_come() -> None:

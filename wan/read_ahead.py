@@ -44,9 +44,9 @@ class ReadAhead:
         buffer = bytearray(CHUNK)
         for path in self.files:
             self.allowed.acquire()
+            if self.over:
+                return
             # a file that cannot be read is for those to report who need what is in it
             with suppress(OSError), path.open("rb", buffering=0) as file:
                 while not self.over and file.readinto(buffer):
                     pass
-            if self.over:
-                return

@@ -84,9 +84,9 @@ class _Landing:
         if not pixels.is_cuda or place.is_cuda:
             place.copy_(pixels)
             return
-        buffer = self.buffers.pop(0)[:, :, : pixels.shape[2]] if len(self.buffers) == 2 else None
-        if buffer is None or buffer.shape != pixels.shape:
-            buffer = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        buffer = self.buffers.pop(0) if len(self.buffers) == 2 else None
+        if buffer is None or buffer.shape != pixels.shape:  # the first chunk is shorter
+            buffer = _locked(pixels)
         buffer.copy_(pixels, non_blocking=True)
         event = torch.cuda.current_stream(pixels.device).record_event()
         self.buffers.append(buffer)
@@ -104,6 +104,10 @@ class _Landing:
             event.synchronize()
             place.copy_(buffer)
             self.waiting = None
+
+
+def _locked(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 def _finite(x: Tensor) -> Tensor | None:
