@@ -18,6 +18,7 @@ from tests.conftest import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.continuation import VideoFile, chain, default_vlm
 from wan.errors import UserError
+from wan.read_ahead import ReadAhead
 from wan.types import Clip, Generation, Geometry, Known, Request, Sampling, frame_indices, from_uint8, to_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -100,6 +101,33 @@ def test_v2v_describes_the_video_when_it_has_no_prompt(v2v: Any) -> None:
     (shape, question), *more = v2v.captioner.asked
     assert shape[0] == 4 and question == "Describe this video in detail." and not more
     assert prompt.startswith("continue video A picture of level ")
+
+
+def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[str]] = []
+
+    class Watched(ReadAhead):
+        def __init__(self, files: Any, distance: int) -> None:
+            read.append([file.name for file in files])
+            super().__init__(files, distance)
+
+    monkeypatch.setattr("wan.pipeline.ReadAhead", Watched)
+    v2v.v2v(VIDEO, **CALL)  # the VLM is on the CPU and wants the memory itself
+    assert not read
+    v2v.vlm_url = "http://localhost:1"
+    v2v.v2v(VIDEO, prompt="A cat", **CALL)
+    assert not read
+    v2v.v2v(VIDEO, **CALL)
+    assert read == [[]]  # all are loaded
+    for name in ("text_encoder", "vae", "model"):
+        v2v.__dict__.pop(name)
+    v2v.v2v(VIDEO, **CALL)
+    parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
+    assert read[1] == [file.name for part in parts for file in part.files]
+    monkeypatch.setattr("wan.pipeline.host_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
+    v2v.__dict__.pop("text_encoder")
+    v2v.v2v(VIDEO, **CALL)
+    assert read[2] == [parts[0].files[0].name]
 
 
 def test_what_is_none_comes_from_the_config(v2v: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -374,7 +375,10 @@ class VideoContinuation(Pipeline):
         plan = self.settled(footage, plan)
         if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
-        words = self.words(footage, plan, memory)
+        # a VLM that is not on the CPU leaves the disk and memory to the other models
+        elsewhere = bool(self.vlm_url) or self.vlm_device.type != "cpu"
+        with self._reading_ahead() if plan.described and elsewhere else nullcontext():
+            words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
         seconds = Counter(made.seconds)  # of all candidates
         scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -35,12 +36,14 @@ from wan.placement import (
     free_bytes,
     generator_on,
     grow_segments,
+    host_bytes,
     main_device,
     move_home,
     peak_gib,
     reset_peak,
     synchronize,
 )
+from wan.read_ahead import ReadAhead
 from wan.types import (
     LONGEST_CONTEXT,
     Clip,
@@ -248,6 +251,15 @@ class Pipeline(ABC):
         return [
             self.__dict__[name] for name in ("text_encoder", "vae", *self.checkpoint.experts) if name in self.__dict__
         ]
+
+    def _reading_ahead(self) -> ReadAhead:
+        """Reads the files of models that are not loaded yet, in the order of their use, up to half of the memory."""
+        parts = {"text_encoder": self.checkpoint.text_encoder, "vae": self.checkpoint.vae}
+        parts |= dict(sorted(self.checkpoint.experts.items()))  # high noise first
+        files = [file for name, weights in parts.items() if name not in self.__dict__ for file in weights.files]
+        sizes = itertools.accumulate(file.stat().st_size for file in files)
+        few = sum(size <= host_bytes() / 2 for size in sizes)
+        return ReadAhead(files[:few], few)
 
     def _all_fit(self, geometry: Geometry) -> bool:
         """Whether a budget of memory is enough for all models at once, so that none needs to wait elsewhere."""

@@ -248,8 +248,7 @@ def _lock(host: Tensor) -> bool:
     """Lock whole pages of host memory for a GPU, if there is one and memory to spare."""
     if not torch.cuda.is_available():
         return False
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if _locked["bytes"] + host.nbytes > LOCKED_SHARE * memory:
+    if _locked["bytes"] + host.nbytes > LOCKED_SHARE * host_bytes():
         return False
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
@@ -337,6 +336,11 @@ def reset_peak(device: torch.device) -> None:
 def peak_gib(device: torch.device) -> float | None:
     """The most GPU memory that was allocated since `reset_peak`, in GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def host_bytes() -> int:
+    """The host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def host_peak_gib() -> float:
