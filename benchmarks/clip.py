@@ -34,7 +34,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
-from wan.configs import WAN_CONFIGS
+from wan.configs import PRESETS, WAN_CONFIGS
 from wan.continuation import Plan, VideoContinuation, chain
 from wan.errors import UserError
 from wan.media import write_video
@@ -49,7 +49,7 @@ from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
 from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
-from wan.types import Clip, Footage, Generation, Known, Request, Sampling, Step, TextContext, to_uint8
+from wan.types import Clip, Footage, Generation, Known, Request, Step, TextContext, to_uint8
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
 
@@ -188,15 +188,16 @@ def headers(model: torch.nn.Module) -> Weights:
     return Weights(Path("."), (), shapes, {})
 
 
-def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
-    config = pipeline.config
+def make_request(
+    pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int, preset: str = "quality"
+) -> Request:
     known = [Image.effect_noise((width, height), 60).convert("RGB") for _ in range(context)]
     return Request(
         "p",
         "n",
         Known(tuple(known)),
         pipeline.geometry(width, height, frames),
-        Sampling(steps, config.sample_shift, config.guidance),
+        pipeline.sampling(steps, preset=preset),
         seed=1,
     )
 
@@ -404,6 +405,7 @@ def main() -> None:
     parser.add_argument("--no_probe", action="store_true", help="the library's default attention kernel")
     parser.add_argument("--no_reuse", action="store_true", help="embed the text anew in every forward")
     parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="quality", help="its settings, but for the steps")
     parser.add_argument("--chain", type=int, default=0, metavar="N", help="also a chain of N clips with its captions")
     parser.add_argument("--caption", action="store_true", help="also the time of a caption of an 8B VLM")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
@@ -423,7 +425,7 @@ def main() -> None:
     pipeline.config = dataclasses.replace(
         pipeline.config, vae_dtype=getattr(torch, args.vae_dtype), low_precision=args.precision
     )
-    request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
+    request = make_request(pipeline, width, height, frames, args.steps, args.context_frames, args.preset)
     with without(args, pipeline, request.geometry.tokens):
         runs = [timed_run(pipeline, request, not args.no_offload, args.clips) for _ in range(2)]
         capped = [within(pipeline, vram, request, args.clips) for vram in args.vram]
@@ -441,6 +443,7 @@ def main() -> None:
         "torch": torch.__version__,
         "offload": not args.no_offload,
         "packed": args.packed,
+        "preset": args.preset,
         "precision": args.precision,
         "vae_dtype": args.vae_dtype,
         "estimated_gib": {stage: round(part.peak(None) / 2**30, 2) for stage, part in parts},
