@@ -196,7 +196,7 @@ class _Piece:
         self.use(self.host)
         self.places = [tensor.data_ptr() for tensor in tensors]
         if _lock(self.host):
-            weakref.finalize(self, _unlock, self.host)  # which keeps the memory until then
+            weakref.finalize(self, _unlock, self.host).atexit = False  # it keeps the memory until then
 
     @classmethod
     def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> _Piece:
