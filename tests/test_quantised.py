@@ -277,23 +277,20 @@ def _short(errors: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["ComfyUI", "Q8_0"])
-def test_offloading_takes_all_of_a_packed_model_along(
-    name: str, states: dict[str, State], beside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offloading_takes_all_of_a_packed_model_along(name: str, states: dict[str, State], beside: Path) -> None:
     write, file = FILES[name]
     write(states["wide"], beside / file)
     weights = open_denoiser(beside / file, beside)
     model = load(weights, torch.bfloat16)
     merge_loras(model, weights, [lora(states["wide"], beside)])
-    before, there = forward(model), places(model)
-    gpu, to = torch.device("cuda", 0), Tensor.to  # played by copies in host memory
-    monkeypatch.setattr(
-        Tensor, "to", lambda value, *how, **more: value.clone() if gpu in how else to(value, *how, **more)
-    )
-    monkeypatch.setattr("wan.placement.release_memory", lambda device: None)
-    with pytest.raises(KeyError), Placement(gpu).on_device(model):
-        assert not places(model) & there
+    before = forward(model)
+    placement = Placement(torch.device("cpu"), room=2**40)  # the GPU is played by other pieces of host memory
+    with placement.on_device(model):
         assert torch.equal(forward(model), before)
+    there = places(model)
+    with pytest.raises(KeyError), placement.on_device(model):
+        assert torch.equal(forward(model), before)
+        assert not places(model) & there
         raise KeyError
     assert places(model) == there and torch.equal(forward(model), before)
     held = sum(layer.weight.nbytes for layer in packed(model).values())
@@ -313,6 +310,10 @@ def test_a_gpu_expands_to_the_same_numbers(name: str, states: dict[str, State], 
     model = load(weights, torch.bfloat16)
     wanted = {key: layer.dense() for key, layer in packed(model).items()}
     with Placement(torch.device("cuda")).on_device(model):
+        assert model.before_layer is not None
+        for number in range(len(model.layers)):
+            model.before_layer(number)
+        torch.cuda.synchronize()
         for key, layer in packed(model).items():
             assert layer.weight.is_cuda and torch.equal(layer.dense().cpu(), wanted[key])
 

@@ -55,7 +55,7 @@ class Placement:
         rest = _Piece.of(model, [tensor for tensor in _tensors(model) if id(tensor) not in fed])
         feed = None
         try:
-            rest.use(rest.host.to(home))
+            rest.use(rest.host.to(home, copy=True))
             if layers:
                 layered.before_layer = feed = _Feed(layers, staying, home)
             yield model
