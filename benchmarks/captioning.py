@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from benchmarks.clip import materialise
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.placement import peak_gib, reset_peak, synchronize
 from wan.types import UInt8Array
@@ -51,13 +52,7 @@ def build_vlm(device: torch.device, text: dict[str, Any] = TEXT, vision: dict[st
             tie_word_embeddings=False,
         )
         model = InternVLForConditionalGeneration(config)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        scale = 1.0 if "norm" in name else 0.02
-        value = torch.randn(parameter.shape, device=device, generator=generator, dtype=torch.bfloat16).mul_(scale)
-        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
-    return fuse_norms(model.to(device).eval())
+    return fuse_norms(materialise(model, lambda name: torch.bfloat16, device))
 
 
 class RandomCaptioner:

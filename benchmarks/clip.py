@@ -32,7 +32,6 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from transformers import UMT5Config, UMT5EncoderModel
 
-from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from wan.configs import PRESETS, WAN_CONFIGS
 from wan.continuation import Plan, VideoContinuation, chain
@@ -140,7 +139,8 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     pipeline.config = config = WAN_CONFIGS[task]
     pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
     pipeline.device = pipeline.text_device = DEVICE
-    pipeline.vram, pipeline.vlm_device, pipeline.vlm_question, pipeline.tokenizer = None, DEVICE, "?", Words()
+    pipeline.vram, pipeline.tokenizer = None, Words()
+    pipeline.vlm_device, pipeline.vlm_question, pipeline.vlm_url = DEVICE, "?", None
 
     def denoiser() -> WanModel:
         with init_empty_weights():
@@ -269,6 +269,8 @@ def chained(pipeline: VideoContinuation, request: Request, count: int, folder: P
 
     `busy`: the share of their time in which a kernel or a copy runs on the GPU, by the profiler.
     """
+    from benchmarks.captioning import RandomCaptioner  # which makes its weights as this module does
+
     captioner = RandomCaptioner(DEVICE)
     pipeline.__dict__["captioner"] = captioner
     geometry, fps = request.geometry, Fraction(pipeline.config.sample_fps)
@@ -457,6 +459,8 @@ def main() -> None:
         "peak_host_gib": round(host_peak_gib(), 1),
     }
     if args.caption:
+        from benchmarks.captioning import captions
+
         result["caption"] = captions(DEVICE)
     if args.chain:
         pipeline.vram = None

@@ -374,6 +374,9 @@ def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp
     for loras, there in (([lora], values(wanted)), ([], before)):
         merge_loras(model, a14b, loras)
         with placement.on_device(model):
+            for number in range(len(model.layers) if offload else 0):
+                model.before_layer(number)  # it comes when it is used
+            torch.cuda.synchronize()
             for name, value in values(model).items():
                 assert value.is_cuda
                 torch.testing.assert_close(value.cpu(), there[name], rtol=1e-6, atol=1e-7)
