@@ -151,6 +151,35 @@ def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() ->
     assert len(addresses) <= 2, "all lie in one piece"
 
 
+@pytest.mark.parametrize("family", ["ti2v", "i2v"])
+def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureRequest, family: str) -> None:
+    loaded = request.getfixturevalue(family)
+    denoiser = "model" if family == "ti2v" else "low_noise_model"
+    dit = WanModel.from_weights(
+        loaded.checkpoint.experts[denoiser], dtype=torch.bfloat16, device=CPU, convert_model_dtype=False
+    )
+    words = loaded.tokenizer
+    text = TextEncoder.from_weights(loaded.checkpoint.text_encoder, words, dtype=torch.bfloat16, device=CPU)
+    models: list[Any] = [dit, text]
+    for model in models:
+        there = [places(layer) for layer in model.layers]
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        with Placement(CPU, room=2**40).on_device(model):
+            for number in range(len(there)):
+                model.before_layer(number)
+                assert not set(there[number]) & set(places(model.layers[number]))
+            assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        assert [places(layer) for layer in model.layers] == there
+    model = WanModel.from_weights(  # whose weights give way to others: what is left must not hold their memory
+        loaded.checkpoint.experts[denoiser], dtype=torch.bfloat16, device=CPU, low_precision="fp8"
+    )
+    layer = model.layers[0]
+    size = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert (
+        sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.parameters()}.values()) <= size
+    )
+
+
 def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     runtime = SimpleNamespace(

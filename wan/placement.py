@@ -188,15 +188,37 @@ class _Piece:
         self.tensors = tensors
         self.starts = self.starts_of(tensors)
         self.layouts = [_layout(tensor) for tensor in tensors]
-        pages = self.size(tensors)
-        memory = torch.empty(pages + self.PAGE, dtype=torch.uint8)
-        self.host = memory[-memory.data_ptr() % self.PAGE :][:pages]  # a page that is locked has nothing else in it
-        for tensor, view in zip(tensors, self.views(self.host), strict=True):
-            view.copy_(tensor.data)
-        self.use(self.host)
+        there = self._found()
+        self.host = self._gathered() if there is None else there
         self.places = [tensor.data_ptr() for tensor in tensors]
         if _lock(self.host):
             weakref.finalize(self, _unlock, self.host).atexit = False  # it keeps the memory until then
+
+    def _gathered(self) -> Tensor:
+        host = self.memory(self.tensors)
+        for tensor, view in zip(self.tensors, self.views(host), strict=True):
+            view.copy_(tensor.data)
+        self.use(host)
+        return host
+
+    def _found(self) -> Tensor | None:
+        """The piece that the tensors lie in already, see `in_one_piece`."""
+        if not self.tensors:
+            return None
+        storage, first = self.tensors[0].untyped_storage(), self.tensors[0].data_ptr()
+        begin, size = first - storage.data_ptr(), self.size(self.tensors)
+        if first % self.PAGE or begin + size > storage.nbytes() or self.tensors[0].device.type != "cpu":
+            return None
+        for tensor, start, layout in zip(self.tensors, self.starts, self.layouts, strict=False):
+            if tensor.data_ptr() != first + start or tuple(tensor.stride()) != tuple(layout):
+                return None
+        return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,))  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def memory(cls, tensors: Sequence[Tensor]) -> Tensor:
+        """Host memory for such a piece: a page that is locked has nothing else in it."""
+        memory = torch.empty(cls.size(tensors) + cls.PAGE, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % cls.PAGE :][: cls.size(tensors)]
 
     @classmethod
     def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> _Piece:
@@ -223,15 +245,27 @@ class _Piece:
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors in a piece of memory of this layout."""
-        return [
-            memory[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, layout)
-            for start, tensor, layout in zip(self.starts, self.tensors, self.layouts, strict=False)
-        ]
+        return _views(memory, self.tensors, self.starts, self.layouts)
 
     def use(self, memory: Tensor) -> None:
         """Let the tensors be those in a piece of memory."""
         for tensor, view in zip(self.tensors, self.views(memory), strict=True):
             tensor.data = view
+
+
+def in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Empty tensors like these (on any device) in one piece of host memory, so that `Placement` need not copy them."""
+    layouts = [_layout(tensor) for tensor in tensors]
+    return _views(_Piece.memory(tensors), tensors, _Piece.starts_of(tensors), layouts)
+
+
+def _views(
+    memory: Tensor, like: Sequence[Tensor], starts: Sequence[int], layouts: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    return [
+        memory[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, layout)
+        for start, tensor, layout in zip(starts, like, layouts, strict=False)
+    ]
 
 
 def _layout(tensor: Tensor) -> Sequence[int]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
+from wan.placement import in_one_piece
 from wan.read_ahead import ReadAhead
 
 Shape = tuple[int, ...]
@@ -215,18 +216,21 @@ def fill(
     *,
     rounding: torch.dtype | None = None,
     stays_packed: Callable[[str], bool] = lambda name: False,
+    layers: str = "",
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
 
     `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
     every value through that dtype first. What is quantised in the file is expanded, but for the weights of
-    linear layers that `stays_packed` names. Host memory never holds more than the model and one file.
+    linear layers that `stays_packed` names. Each of the modules in the list `layers` gets one piece of host memory, as
+    offloading wants it. Host memory never holds more than the model and one file.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
     name_of: dict[str, str] = {}
     for name, key in source_of.items():
         name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
+    places = _places(model, layers, dtype_of) if layers and device.type == "cpu" else {}
     for key, tensor in weights.tensors():
         name = name_of[key]
         owner, _, leaf = name.rpartition(".")
@@ -235,12 +239,24 @@ def fill(
             model.set_submodule(owner, PackedLinear(module, tensor, dtype_of(name), device))
             continue
         tensor = plain(tensor)
-        value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+        value = places.pop(name, None)
+        if value is None:
+            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
         value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+
+def _places(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+    """Memory for the parameters of each layer, by name. Pages that nothing is written to are never taken."""
+    places: dict[str, Tensor] = {}
+    for number, layer in model.get_submodule(layers).named_children():
+        names = {f"{layers}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
+        like = [torch.empty(parameter.shape, dtype=dtype_of(name), device="meta") for name, parameter in names.items()]
+        places |= dict(zip(names, in_one_piece(like), strict=True))
+    return places
 
 
 def _name_in_file(name: str, source_of: Mapping[str, str]) -> str:

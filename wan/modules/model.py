@@ -84,6 +84,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             device,
             rounding=model.rounding,
             stays_packed=lambda name: not name.startswith(FLOAT32_PARTS),
+            layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
         )
         model.to(device).eval()
         if low_precision is not None:

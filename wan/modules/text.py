@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
             config._attn_implementation = "eager"
             model = UMT5EncoderModel(config)
         source_of.setdefault(tied, source_of["shared.weight"])
-        fill(model, weights, source_of, lambda name: dtype, device)
+        fill(model, weights, source_of, lambda name: dtype, device, layers="encoder.block")
         model.encoder.embed_tokens.weight = model.shared.weight
         return cls(model.to(device).eval(), tokenizer)
 
