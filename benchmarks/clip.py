@@ -291,7 +291,7 @@ def chained(pipeline: VideoContinuation, request: Request, count: int, folder: P
             if index == 0:
                 profile.start()
             begun = time.perf_counter()
-            writes.append(writer.submit(timed_write, folder / f"{index}.mp4", made.clip))
+            writes.append(writer.submit(timed_write, folder / f"{index}.mp4", made))
         torch.cuda.synchronize()
         profile.stop()
     later = [{name: round(taken, 3) for name, taken in row.items()} for row in stages[1:]]
@@ -305,10 +305,11 @@ def chained(pipeline: VideoContinuation, request: Request, count: int, folder: P
     }
 
 
-def timed_write(path: Path, clip: Clip) -> float:
-    """Seconds of writing a clip as a video."""
+def timed_write(path: Path, made: Generation) -> float:
+    """Seconds of writing a clip as a video, and of judging its seam, as a chain does beside the next one."""
     start = time.perf_counter()
-    write_video(path, to_uint8(clip.frames), clip.fps)
+    write_video(path, to_uint8(made.clip.frames), made.clip.fps)
+    assert made.seam
     return time.perf_counter() - start
 
 

@@ -125,8 +125,8 @@ def measure_clips(world: Sequence[Scene], make: Make) -> dict[str, float]:
         last = scene.source.frames[-1].permute(2, 0, 1)
         now = made.notes["context_frames"] - 1
         first.append(float(psnr(frames[None, now], last[None])))
-        if made.notes["seam"] is not None:
-            seams.append(made.notes["seam"]["score"])
+        if made.seam is not None:
+            seams.append(made.seam["score"])
         directions += list(judge_directions(scene, frames[now:]))
         seen = by_colour(frames[now + SECOND])
         for index in scene.shapes:

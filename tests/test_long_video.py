@@ -428,5 +428,6 @@ def test_memory_does_not_grow_with_the_number_of_clips(
         save(self, made)
 
     monkeypatch.setattr(ChainRun, "save", counting)
-    assert chain(checkpoints, tmp_path / "run", *PROMPT, count=6) == 0
+    # longer than the tail that a seam is judged by
+    assert chain(checkpoints, tmp_path / "run", *PROMPT, "--frame_num", "21", count=6) == 0
     assert len(alive) == 6 and max(alive[2:]) <= alive[1] <= alive[0] + 2

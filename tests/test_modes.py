@@ -324,7 +324,7 @@ def test_an_end_image_is_the_last_known_frame(a14b: Any, i2v: Any) -> None:
 def test_a_cut_starts_from_its_picture_and_repeats_nothing(a14b: Any, b5: Any) -> None:
     footage, picture = moving(), Image.fromarray(np.full((64, 96, 3), 77, np.uint8))
     made = a14b.extend(footage, 1, a14b.plan(footage, cut=picture, **OPTIONS))
-    assert made.notes["dropped"] == 0 and made.notes["seam"] is None
+    assert made.notes["dropped"] == 0 and made.seam is None
     assert torch.equal(made.request.known.leading[0], stretched(picture, 96, 64))
     plan = b5.plan(moving(fps=24), cut=True, **OPTIONS)
     assert b5.extend(moving(fps=24), 1, plan).request.known == Known()
@@ -340,7 +340,7 @@ def test_the_candidate_with_the_best_seam_is_kept(b5: Any) -> None:
     candidates = made.notes["candidates"]
     assert [one["seed"] for one in candidates] == [4, 1000004, 2000004]
     best = min(candidates, key=lambda one: one["score"])
-    assert made.request.seed == best["seed"] and made.notes["seam"]["score"] == best["score"]
+    assert made.request.seed == best["seed"] and made.seam is not None and made.seam["score"] == best["score"]
 
 
 # Sizes

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from wan.modules.lora import LoraFile
 from wan.modules.memory import GIB, for_tensors
 from wan.pipeline import Pipeline, draw_seed
 from wan.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
-from wan.quality import SeamScore, correct_drift, measure_motion, score_seam
+from wan.quality import correct_drift, measure_motion, score_seam
 from wan.types import (
     LONGEST_CONTEXT,
     PROMPT_MODES,
@@ -161,6 +162,21 @@ class Words:
     prompt: str
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+
+
+class _Once:
+    """A mapping that is computed when it is first called for; what it is computed from is let go then."""
+
+    def __init__(self, compute: Callable[[], Mapping[str, Any]]) -> None:
+        self._compute: Callable[[], Mapping[str, Any]] | None = compute
+        self._value: Mapping[str, Any] = {}
+        self._lock = Lock()
+
+    def __call__(self) -> Mapping[str, Any]:
+        with self._lock:
+            if self._compute is not None:
+                self._value, self._compute = self._compute(), None
+            return self._value
 
 
 class VideoContinuation(Pipeline):
@@ -380,17 +396,17 @@ class VideoContinuation(Pipeline):
         with self._reading_ahead() if plan.described and elsewhere else nullcontext():
             words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
-        seconds = Counter(made.seconds)  # of all candidates
-        scores = [{"seed": seed, "score": made.notes["seam"] and made.notes["seam"]["score"]}]
-        for index in range(1, 1 if plan.is_cut else plan.best_of):  # a cut has no seam to choose by
-            other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
-            scores.append({"seed": other.request.seed, "score": other.notes["seam"]["score"]})
-            seconds.update(other.seconds)
-            if scores[-1]["score"] < made.notes["seam"]["score"]:
-                made = other
+        seconds, candidates = Counter(made.seconds), []
+        if plan.best_of > 1 and not plan.is_cut:  # a cut has no seam to choose by
+            candidates.append({"seed": seed, "score": _seam_score(made)})
+            for index in range(1, plan.best_of):
+                other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
+                candidates.append({"seed": other.request.seed, "score": _seam_score(other)})
+                seconds.update(other.seconds)
+                made = min(made, other, key=_seam_score)
         notes = {"dropped": plan.dropped, "context_frames": plan.context.frames} | dict(words.notes) | dict(made.notes)
-        if len(scores) > 1:
-            notes["candidates"] = scores
+        if candidates:
+            notes["candidates"] = candidates
         caption = {"caption": words.seconds} if plan.described else {}
         return dataclasses.replace(made, seconds=caption | dict(seconds), notes=notes)
 
@@ -404,8 +420,7 @@ class VideoContinuation(Pipeline):
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
-        seam = self.judge(footage, made, plan)
-        return dataclasses.replace(made, notes=dict(made.notes) | {"seam": seam and seam.as_json()})
+        return dataclasses.replace(made, judge=self.judge(footage, made, plan))
 
     def known(self, footage: Footage, plan: Plan) -> Known:
         """What the clip is conditioned on."""
@@ -433,19 +448,25 @@ class VideoContinuation(Pipeline):
         width, height = plan.geometry.width, plan.geometry.height
         return tuple(self.frame_for(frame.permute(2, 0, 1), width, height) for frame in footage.tail(count, self.fps))
 
-    def judge(self, footage: Footage, made: Generation, plan: Plan) -> SeamScore | None:
-        """How well the clip goes on from the footage; None for one that begins a new shot."""
+    def judge(self, footage: Footage, made: Generation, plan: Plan) -> Callable[[], Mapping[str, Any] | None]:
+        """How well the clip goes on from the footage, `SeamScore` as JSON values; None for one that begins a new shot.
+
+        It is computed when it is first asked for, so that a chain need not wait for it.
+        """
         if plan.is_cut:
-            return None
+            return lambda: None
+        # a copy, lest each clip hold on to the one before it
         before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
         frames, dropped = made.clip.frames, plan.dropped
         # the first frame that svi2pro makes restores its anchor, which is not the footage
         known = min(dropped - (plan.context.mode == "svi2pro"), len(before))
-        return score_seam(
-            before,
-            frames[dropped : dropped + len(before)],
-            known=before[-known:],
-            rendered=frames[dropped - known : dropped],
+        return _Once(
+            lambda: score_seam(
+                before,
+                frames[dropped : dropped + len(before)],
+                known=before[-known:],
+                rendered=frames[dropped - known : dropped],
+            ).as_json()
         )
 
     def words(self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})) -> Words:
@@ -588,6 +609,11 @@ def chain(
         made = extend(footage, seeds.get(index, seed + index))
         yield made
         footage = made
+
+
+def _seam_score(made: Generation) -> float:
+    assert made.seam is not None
+    return float(made.seam["score"])
 
 
 def choose_anchor(footage: Footage) -> Frame:

@@ -50,10 +50,13 @@ def _not_too_narrow(size: tuple[int, int], width: int, height: int, max_area: in
 def preprocess(image: Frame, width: int, height: int) -> Tensor:
     """An image, or a frame [3, H, W] in [-1, 1], stretched to float32 [3, height, width].
 
-    Bicubic without antialiasing and without clamping its overshoot, as in the official code.
+    Bicubic without antialiasing and without clamping its overshoot, as in the official code, which changes nothing of
+    a picture that has the size already.
     """
-    frame = image if isinstance(image, Tensor) else image_to_frame(image)
-    return F.interpolate(frame.float().cpu()[None], size=(height, width), mode="bicubic")[0]
+    frame = (image if isinstance(image, Tensor) else image_to_frame(image)).float().cpu()
+    if frame.shape[1:] == (height, width):
+        return frame
+    return F.interpolate(frame[None], size=(height, width), mode="bicubic")[0]
 
 
 def crop_to_aspect(image: Frame, width: int, height: int) -> Frame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -323,7 +323,8 @@ class Generation:
     """One finished clip and what made it.
 
     `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
-    a CPU; `notes` what else is to be written down, as JSON values. It is the `Footage` that the next clip goes on from.
+    a CPU; `notes` what else is to be written down, as JSON values; `judge` computes `seam`. It is the `Footage` that
+    the next clip goes on from.
     """
 
     clip: Clip
@@ -332,6 +333,12 @@ class Generation:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_gib: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    judge: Callable[[], Mapping[str, Any] | None] = lambda: None
+
+    @property
+    def seam(self) -> Mapping[str, Any] | None:
+        """How well the clip goes on from the footage before it, as JSON values; None where nothing goes on."""
+        return self.judge()
 
     @property
     def last(self) -> Tensor:

@@ -177,6 +177,7 @@ class Job:
                 "context_frames": plan.context.frames,
                 "cut": plan.is_cut,
                 "drift_correction": plan.drift_correction,
+                "seam": made.seam,
                 "prompt_mode": plan.prompt_mode,
                 "custom_prompt": plan.prefix,
                 "vlm": readable(args.vlm_url or args.vlm_path or "default") if plan.described else None,

@@ -22,7 +22,7 @@ FITTING = 0.97  # of the rest; some is lost between tensors
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
-DECODING, DECODING_BY_FRAME, ENCODING = (7.4, 7.4), (4.1, 5.6), (3.6, 3.6)
+DECODING, DECODING_A_FRAME, DECODING_BY_FRAME, ENCODING = (3.1, 4.6), (2.8, 2.8), (4.1, 5.6), (3.6, 3.6)
 
 
 def for_tensors(vram: int) -> int:
@@ -91,7 +91,7 @@ def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: i
     patch = 2 if _shape(weights, first)[1] == 12 else 1
     widest = vae_pass.widest(channels, patch, height, width) * dtype.itemsize
     chunk = min(vae_pass.chunk_for(widest), geometry.latent[0])
-    decoding = DECODING_BY_FRAME[patch - 1] if chunk == 0 else DECODING[patch - 1] * chunk
+    decoding = DECODING[patch - 1] + DECODING_A_FRAME[patch - 1] * chunk if chunk else DECODING_BY_FRAME[patch - 1]
     at_once = min(known, vae_pass.PER_LATENT * max(1, chunk)) / vae_pass.PER_LATENT
     return (
         Part(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),

@@ -27,7 +27,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 LAYOUT = torch.channels_last_3d
-_WIDEST = 1 << 29  # what the widest activation of a chunk may take, about a fifth of all that it takes
+_WIDEST = 640 << 20  # what the widest activation of a chunk may take, a fifth of all that it takes
 FIRST, PER_LATENT = 1, 4  # pixel frames of the first latent frame, and of each one after it
 
 
@@ -130,7 +130,7 @@ def widest(channels: int, patch: int, height: int, width: int) -> int:
 def chunk_for(size: int) -> int:
     """How many latent frames to compute at a time when the widest activation of one takes `size` bytes.
 
-    0: single frames where it is widest. On a GPU longer chunks are no faster.
+    0: single frames where it is widest.
     """
     return _WIDEST // size
 
