@@ -179,12 +179,17 @@ def _step(  # type: ignore[no-untyped-def]
     tile, key, value, factor, best, total, sums, start, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     MASKED: tl.constexpr, IMPRECISE: tl.constexpr,
 ):  # fmt: skip
-    scores = tl.dot(tile, tl.trans(key)).to(tl.float32)
+    scores = tl.dot(tile, tl.trans(key))
+    zero: tl.constexpr = 12582912.0 if scores.dtype == tl.int32 else 0.0
+    if scores.dtype == tl.int32:
+        # The bits of `zero` and an integer are those of `zero + integer` in float32: exact below 2**22 (these are at
+        # most 127 * 127 * DIM), and an addition measured faster than a conversion.
+        scores = (scores + 0x4B400000).to(tl.float32, bitcast=True)
     if MASKED:
         there = start + tl.arange(0, COLUMNS)[None, :] < keys
         scores = tl.where(there, scores, -float("inf"))
-    found = tl.maximum(best, tl.max(scores, 1) * factor)
-    weights = tl.math.exp2(scores * factor[:, None] - (found - 8.0)[:, None])
+    found = tl.maximum(best, (tl.max(scores, 1) - zero) * factor)
+    weights = tl.math.exp2(scores * factor[:, None] - (found + (zero * factor - 8.0))[:, None])
     fade = tl.math.exp2(best - found)
     total = total * fade + tl.sum(weights, 1)
     sums = sums * fade[:, None]
