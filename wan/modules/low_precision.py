@@ -53,7 +53,7 @@ def lower(model: WanModel, precision: str, device: torch.device) -> None:
                 raise UserError(f"precision {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}")
             layer.multiply = multiply
         if precision == "fp8_attention":
-            block.attn1.set_processor(_Attention8())
+            block.attn1.processor.attend = attend
     model.low_precision = precision
 
 
@@ -105,26 +105,3 @@ def _integers(x: Tensor) -> Tensor:
     """Through int8 and back, with a scale for each row."""
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
     return (x / scale).round() * scale
-
-
-class _Attention8:
-    """The library's processor of self-attention with 8-bit attention in it."""
-
-    _attention_backend = None  # what the library's own has; there is one kernel here
-    _parallel_config = None
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        shape = (*query.shape[:2], attn.heads, -1)
-        query, key, value = (part.view(shape) for part in (query, key, attn.to_v(hidden_states)))
-        mixed = attend(_turn(query, *rotary_emb), _turn(key, *rotary_emb), value)
-        return attn.to_out[0](mixed.flatten(2))  # type: ignore[no-any-return]
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on [B, L, heads, head_dim], neighbouring numbers being a pair (source: the official code)."""
-    one, other = x.view(*x.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((one * cos - other * sin, one * sin + other * cos), dim=-1).flatten(-2).type_as(x)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
@@ -136,7 +137,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
         modulation = embedder.time_proj(embedder.act_fn(time)).unflatten(-1, (6, -1))  # [B, n, 6, D]
 
-        rotary = self.rope(hidden_states)
+        rotary = cos, sin = self.rope(hidden_states)  # new tensors [1, L, 1, head_dim], the same for both of a pair
+        sin[..., 0::2].neg_()
         grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
         for number, block in enumerate(self.blocks):
@@ -185,7 +187,9 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
 
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
+        self.attn1.set_processor(_SelfAttention())
         self.attn2.set_processor(_TextAttention())
+        self.ffn.net[0].gelu = _gelu
 
     def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, 512, D] of the text embedder -> keys and values [B, 512, heads, head_dim]."""
@@ -236,6 +240,46 @@ class TextKeys:
         if self.keep:
             self.by_block[number] = keys
         return keys
+
+
+class _SelfAttention:
+    """The library's attention processor for self-attention, with rotary positions that compile to one kernel."""
+
+    _attention_backend = None  # `set_attention_backend` of the library writes it
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        shape = (*hidden_states.shape[:2], attn.heads, -1)
+        query = _turn(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
+        key = _turn(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
+        mixed = self.attend(query, key, attn.to_v(hidden_states).view(shape))
+        return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention [B, L, heads, head_dim]; low_precision.py puts its own in place of it."""
+        mixed: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return mixed
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on [B, L, heads, head_dim], neighbouring numbers being a pair (source: the official code).
+
+    `sin` is negative for the first of a pair.
+    """
+    # in place, or three of these in float32 would be there where nothing is compiled
+    return (x * cos).add_(x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape) * sin).type_as(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh(u)) / 2 is sigmoid(2 * u), which takes fewer instructions and rounds as little
+    exact = x.float()
+    doubled = 2 * math.sqrt(2 / math.pi) * exact * (1 + 0.044715 * exact * exact)
+    return (exact * torch.sigmoid(doubled)).type_as(x)
 
 
 class _TextAttention:
