@@ -176,25 +176,36 @@ def _as_they_lie(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _step(  # type: ignore[no-untyped-def]
-    tile, key, value, factor, best, total, sums, start, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr, IMPRECISE: tl.constexpr,
+    tile, key, value, key_scale, root, best, total, sums, step, pair, keys, key_padded,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    IMPRECISE: tl.constexpr,
 ):  # fmt: skip
-    scores = tl.dot(tile, tl.trans(key))
+    """Queries' largest score, and the sums of their weights and of weighted values, after one more block of keys."""
+    start = step * COLUMNS
+    column = tl.arange(0, COLUMNS)
+    if TMA:
+        some_keys = key.load([pair * key_padded + start, 0])
+        some_values = value.load([pair * DIM, start])
+    else:
+        dims, wide = tl.arange(0, DIM), pair.to(tl.int64)
+        some_keys = tl.load(key + (wide * key_padded + start + column[:, None]) * DIM + dims[None, :])
+        some_values = tl.load(value + (wide * DIM + dims[:, None]) * key_padded + start + column[None, :])
+    factor = root * tl.load(key_scale + step)
+    scores = tl.dot(tile, tl.trans(some_keys))
     zero: tl.constexpr = 12582912.0 if scores.dtype == tl.int32 else 0.0
     if scores.dtype == tl.int32:
         # The bits of `zero` and an integer are those of `zero + integer` in float32: exact below 2**22 (these are at
         # most 127 * 127 * DIM), and an addition measured faster than a conversion.
         scores = (scores + 0x4B400000).to(tl.float32, bitcast=True)
     if MASKED:
-        there = start + tl.arange(0, COLUMNS)[None, :] < keys
-        scores = tl.where(there, scores, -float("inf"))
+        scores = tl.where(start + column[None, :] < keys, scores, -float("inf"))
     found = tl.maximum(best, (tl.max(scores, 1) - zero) * factor)
     weights = tl.math.exp2(scores * factor[:, None] - (found + (zero * factor - 8.0))[:, None])
     fade = tl.math.exp2(best - found)
     total = total * fade + tl.sum(weights, 1)
     sums = sums * fade[:, None]
-    weights = _as_they_lie(weights.to(value.dtype), ROWS, COLUMNS)
-    sums = tl.dot(weights, tl.trans(value), sums, max_num_imprecise_acc=IMPRECISE)
+    weights = _as_they_lie(weights.to(some_values.dtype), ROWS, COLUMNS)
+    sums = tl.dot(weights, tl.trans(some_values), sums, max_num_imprecise_acc=IMPRECISE)
     return found, total, sums
 
 
@@ -206,14 +217,12 @@ def _attend(  # type: ignore[no-untyped-def]
     IMPRECISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.program_id(0), tl.program_id(1)
-    row, column, dims = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    row, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
     wide = pair.to(tl.int64)
     if TMA:
         tile = query.load([pair * query_padded + block * ROWS, 0])
     else:
         tile = tl.load(query + (wide * query_padded + block * ROWS + row[:, None]) * DIM + dims[None, :])
-        key_at = key + (wide * key_padded + column[:, None]) * DIM + dims[None, :]
-        value_at = value + (wide * DIM + dims[:, None]) * key_padded + column[None, :]
     root = root * tl.load(query_scale + wide * query_padded + block * ROWS + row)
     key_scale += wide * (key_padded // COLUMNS)
 
@@ -222,29 +231,15 @@ def _attend(  # type: ignore[no-untyped-def]
     sums = tl.zeros([ROWS, DIM], tl.float32)
     whole = keys // COLUMNS
     for step in tl.range(0, whole, num_stages=STAGES, warp_specialize=SPECIALISED):
-        start = step * COLUMNS
-        if TMA:
-            some_keys = key.load([pair * key_padded + start, 0])
-            some_values = value.load([pair * DIM, start])
-        else:
-            some_keys = tl.load(key_at + start.to(tl.int64) * DIM)
-            some_values = tl.load(value_at + start)
-        factor = root * tl.load(key_scale + step)
         best, total, sums = _step(
-            tile, some_keys, some_values, factor, best, total, sums, start, keys, ROWS, COLUMNS, False, IMPRECISE
-        )
+            tile, key, value, key_scale, root, best, total, sums, step, pair, keys, key_padded,
+            DIM, ROWS, COLUMNS, TMA, False, IMPRECISE,
+        )  # fmt: skip
     if whole * COLUMNS < keys:
-        start = whole * COLUMNS
-        if TMA:
-            some_keys = key.load([pair * key_padded + start, 0])
-            some_values = value.load([pair * DIM, start])
-        else:
-            some_keys = tl.load(key_at + start.to(tl.int64) * DIM)
-            some_values = tl.load(value_at + start)
-        factor = root * tl.load(key_scale + whole)
         best, total, sums = _step(
-            tile, some_keys, some_values, factor, best, total, sums, start, keys, ROWS, COLUMNS, True, IMPRECISE
-        )
+            tile, key, value, key_scale, root, best, total, sums, whole, pair, keys, key_padded,
+            DIM, ROWS, COLUMNS, TMA, True, IMPRECISE,
+        )  # fmt: skip
     sums = sums / total[:, None] * tl.load(value_scale + wide * DIM + dims)[None, :]
     place = block * ROWS + row
     start_out = out + (pair // heads).to(tl.int64) * stride_b + (pair % heads) * stride_h
