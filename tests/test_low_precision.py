@@ -19,6 +19,7 @@ from wan import WanTI2V, cli
 from wan.errors import UserError
 from wan.modules import low_precision
 from wan.modules.low_precision import attend, check_precision, lower, multiply, quantise
+from wan.modules.model import WanModel
 from wan.modules.quantised import Addition, PackedLinear
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -110,6 +111,23 @@ def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: A
     with torch.no_grad():
         found, exact = (one(latents, t, text, return_dict=False)[0] for one in (model, ti2v.model))
     assert 1e-3 < relative(found, exact) < 0.15
+
+
+@pytest.mark.parametrize("precision", low_precision.PRECISIONS)
+def test_one_graph_serves_all_lowered_blocks(precision: str) -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    model = WanModel(**sizes, freq_dim=64, ffn_dim=96, num_layers=10).eval()  # more than a compiler's limit of graphs
+    lower(model, precision, torch.device("cpu"))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile_blocks(backend)
+    with torch.no_grad():
+        model(random(1, 4, 3, 8, 8), torch.tensor([600.0]), random(1, 512, 32))
+    assert len(graphs) == 1 and model.is_compiled
 
 
 def test_what_a_lora_adds_is_added_beside_the_weight(ti2v: Any) -> None:
