@@ -23,12 +23,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
-from benchmarks.clip import DEVICE, DIT, SCENARIOS, commit, materialise
+from benchmarks.clip import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
 from wan.modules.kernels import fastest_backend
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import WanModel, policy_dtype
 
-KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in PRECISIONS))
+PACKED = {f"packed_{kind}": kind for kind in ("fp8", *HALFS)}  # weights that stay as in a quantised file
+KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in (*PRECISIONS, *PACKED)))
 LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", "fmha", "flash", "sdpa", "attn")
 
 
@@ -68,6 +69,8 @@ class Bench:
                 block.attn1.set_attention_backend(self.attention)
         if name in PRECISIONS:
             lower(model, name, self.device)
+        if name in PACKED:
+            pack(model, PACKED[name], self.device)
         return model
 
     def forward(self, kind: str, layers: int) -> Callable[[], Any]:
@@ -157,7 +160,7 @@ def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=tuple(SCENARIOS), nargs="+", required=True)
-    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=[kind for kind in KINDS if "packed" not in kind])
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--errors", action="store_true", help="distance from float32 instead of times")
     args = parser.parse_args()

@@ -123,12 +123,12 @@ def random_packed(shape: torch.Size, kind: str, device: str) -> Packed:
     return Packed(blocks.flatten(1), gguf_type=kind)
 
 
-def pack(model: WanModel, kind: str, device: str = "cuda") -> WanModel:
-    """The model with its linear layers as a quantised file would fill them."""
+def pack(model: WanModel, kind: str, home: torch.device, device: str = "cuda") -> WanModel:
+    """The model with its linear layers as a quantised file would fill them, made on a GPU and put on `home`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not name.startswith(FLOAT32_PARTS):
             packed = random_packed(module.weight.shape, kind, device)
-            model.set_submodule(name, PackedLinear(module, packed, module.weight.dtype, torch.device("cpu")))
+            model.set_submodule(name, PackedLinear(module, packed, module.weight.dtype, home))
     return model
 
 
@@ -147,7 +147,7 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
             model = WanModel(**DIT[task])
         model = materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
         if packed:
-            pack(model, packed)
+            pack(model, packed, cpu)
         if precision:
             lower(model, precision, pipeline.device)
         return model
@@ -188,16 +188,14 @@ def headers(model: torch.nn.Module) -> Weights:
     return Weights(Path("."), (), shapes, {})
 
 
-def make_request(
-    pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int, preset: str = "quality"
-) -> Request:
+def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
     known = [Image.effect_noise((width, height), 60).convert("RGB") for _ in range(context)]
     return Request(
         "p",
         "n",
         Known(tuple(known)),
         pipeline.geometry(width, height, frames),
-        pipeline.sampling(steps, preset=preset),
+        pipeline.sampling(steps),
         seed=1,
     )
 
@@ -361,8 +359,8 @@ WITHOUT = ("compile", "probe", "reuse", "rows")
 
 
 @contextmanager
-def without(args: argparse.Namespace, pipeline: Pipeline, tokens: int) -> Iterator[None]:
-    """Runs in which what is to be measured is switched off."""
+def without(name: str, pipeline: Pipeline, tokens: int) -> Iterator[None]:
+    """Runs without one of `WITHOUT`."""
 
     def by_token(self: KnownLatents, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         placed, steps = model_input(self, latents, t)
@@ -371,20 +369,41 @@ def without(args: argparse.Namespace, pipeline: Pipeline, tokens: int) -> Iterat
     def anew(_: Stage, context: TextContext, keep: bool) -> list[torch.Tensor]:
         return [context.positive, context.negative]
 
+    def default(model: WanModel, *_: Any) -> None:
+        for block in model.blocks:
+            block.attn1.set_attention_backend("native")
+
     model_input = KnownLatents.model_input
+    models: list[WanModel] = [getattr(pipeline, expert) for expert in pipeline.checkpoint.experts]
     with ExitStack() as patches:
-        if args.no_compile:
-            pipeline.compile_blocks = False
-        if args.no_probe:
-            patches.enter_context(patch("wan.pipeline.use_fastest_attention", lambda *_: None))
-        if args.no_reuse:
-            texts = patch(
-                "wan.modules.sampling.text_keys", lambda _, context, keep: [context.positive, context.negative]
-            )
-            patches.enter_context(texts)
-        if args.no_rows:
+        if name == "compile":
+            patches.enter_context(patch.object(pipeline, "compile_blocks", False))
+            for model in models:
+                patches.enter_context(patch.object(model, "_compiled", None))
+                for block in model.blocks:
+                    patches.enter_context(patch.object(block, "compiled", None))
+        if name == "probe":
+            patches.enter_context(patch("wan.pipeline.use_fastest_attention", default))
+        if name == "reuse":
+            patches.enter_context(patch("wan.modules.sampling.text_keys", anew))
+        if name == "rows":
             patches.enter_context(patch.object(KnownLatents, "model_input", by_token))
         yield
+
+
+def preset_run(
+    pipeline: Pipeline, request: Request, spec: str, offload: bool, clips: int, step: float | None
+) -> dict[str, Any]:
+    """A clip with a preset, `NAME` or `NAME:STEPS`; its sampling beside that of `quality`, whose steps take `step`.
+
+    Of quality it takes the place of as many steps, or of all that the model has where the preset has its own.
+    """
+    name, _, steps = spec.partition(":")
+    sampling = pipeline.sampling(int(steps) if steps else None, preset=name)
+    found = timed_run(pipeline, dataclasses.replace(request, sampling=sampling), offload, clips)
+    of_quality = pipeline.config.sample_steps if PRESETS[name].steps else sampling.steps
+    over = round(found["seconds"]["sample"] / (of_quality * step), 3) if step else None
+    return found | {"preset": name, "steps_of_quality": of_quality, "sample_over_quality": over}
 
 
 def commit() -> str:
@@ -404,11 +423,18 @@ def main() -> None:
     parser.add_argument("--context_frames", type=int, default=1, help="known frames: 1 or 4n+1")
     parser.add_argument("--no_offload", action="store_true", help="keep every model on the GPU")
     parser.add_argument("--clips", type=int, default=100, help="as one of so many; decides on compiling (default: 100)")
-    parser.add_argument("--no_compile", action="store_true", help="run the blocks as they are")
-    parser.add_argument("--no_probe", action="store_true", help="the library's default attention kernel")
-    parser.add_argument("--no_reuse", action="store_true", help="embed the text anew in every forward")
-    parser.add_argument("--no_rows", action="store_true", help="5B: a timestep for every token, as the library does")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="quality", help="its settings, but for the steps")
+    parser.add_argument("--no_compile", action="store_true", help="run the blocks as they are, in all clips")
+    parser.add_argument(
+        "--without",
+        choices=WITHOUT,
+        nargs="*",
+        default=[],
+        help="also a clip without each of these: compiled blocks; the probe, so on the library's default attention; "
+        "reuse, so the text is embedded anew in every forward; rows, so 5B has a timestep for every token",
+    )
+    parser.add_argument(
+        "--preset", nargs="*", default=[], metavar="NAME[:STEPS]", help="also a clip with each of these presets"
+    )
     parser.add_argument("--chain", type=int, default=0, metavar="N", help="also a chain of N clips with its captions")
     parser.add_argument("--caption", action="store_true", help="also the time of a caption of an 8B VLM")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
@@ -428,12 +454,20 @@ def main() -> None:
     pipeline.config = dataclasses.replace(
         pipeline.config, vae_dtype=getattr(torch, args.vae_dtype), low_precision=args.precision
     )
-    request = make_request(pipeline, width, height, frames, args.steps, args.context_frames, args.preset)
-    with without(args, pipeline, request.geometry.tokens):
-        runs = [timed_run(pipeline, request, not args.no_offload, args.clips) for _ in range(2)]
-        capped = [within(pipeline, vram, request, args.clips) for vram in args.vram]
+    request = make_request(pipeline, width, height, frames, args.steps, args.context_frames)
+    pipeline.compile_blocks = not args.no_compile
+    offload, tokens = not args.no_offload, request.geometry.tokens
+    runs = [timed_run(pipeline, request, offload, args.clips) for _ in range(2)]
+    step = runs[1]["step_median"]
+    presets = [preset_run(pipeline, request, spec, offload, args.clips, step) for spec in args.preset]
+    lacking = []
+    for name in args.without:
+        with without(name, pipeline, tokens):
+            run = timed_run(pipeline, request, offload, args.clips)
+        lacking.append({"without": name, "step_over": round(run["step_median"] / step, 3)} | run)
+    capped = [within(pipeline, vram, request, args.clips) for vram in args.vram]
     whole = runs[1]["latents"]
-    for run in (*runs, *capped):
+    for run in (*runs, *presets, *lacking, *capped):
         run["same_latents"] = torch.equal(run.pop("latents", torch.empty(0)), whole)
     parts = pipeline.parts(request.geometry).items()
     floor = floors(pipeline, request)
@@ -446,14 +480,15 @@ def main() -> None:
         "torch": torch.__version__,
         "offload": not args.no_offload,
         "packed": args.packed,
-        "preset": args.preset,
         "precision": args.precision,
         "vae_dtype": args.vae_dtype,
         "estimated_gib": {stage: round(part.peak(None) / 2**30, 2) for stage, part in parts},
-        "without": [name for name in WITHOUT if getattr(args, f"no_{name}")],
+        "compile": not args.no_compile,
         "build_seconds": round(built, 1),
         "first": runs[0],
         "second": runs[1],
+        "presets": presets,
+        "without": lacking,
         "within": capped,
         "floor": {stage: {what: round(value, 4) for what, value in row.items()} for stage, row in floor.items()},
         "reached": {stage: round(row["seconds"] / times[stage], 3) for stage, row in floor.items() if times.get(stage)},
@@ -466,7 +501,7 @@ def main() -> None:
     if args.chain:
         pipeline.vram = None
         torch.cuda.set_per_process_memory_fraction(1.0)
-        with without(args, pipeline, request.geometry.tokens), TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             result["chain"] = chained(pipeline, request, args.chain, Path(folder))
     if args.stock:
         pipeline.__dict__.pop("captioner", None)

@@ -27,8 +27,9 @@ from wan.modules.kernels import compile_where_it_pays, fastest, use_fastest_atte
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, Stage, sample, text_keys
 from wan.modules.schedule import build_scheduler
+from wan.modules.step_cache import Caching
 from wan.placement import Placement
-from wan.types import Sampling, TextContext
+from wan.types import Sampling, StepCache, TextContext
 
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")
@@ -357,7 +358,6 @@ def test_blocks_are_compiled_where_the_time_comes_back(
     with init_empty_weights():
         model = WanModel(in_channels=4, **SIZES | {"num_layers": 1})
     model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
-    monkeypatch.setattr(WanModel, "compile_repeated_blocks", lambda *_, **__: None)
     compile_where_it_pays(model, tokens, forwards, torch.device("cuda"))
     assert model.kernels == ({"compiled": True} if pays else {})
 
@@ -422,9 +422,45 @@ def test_all_forwards_of_a_run_count_for_compiling(ti2v: Any, monkeypatch: pytes
     monkeypatch.setattr(ti2v, "compile_blocks", True)
     ti2v._choose_kernels(stages, 48, 3)
     assert asked == [(48, 3 * (4 * 2 + 4), ti2v.device)] * 2
+    ti2v._choose_kernels(stages, 48, 3, StepCache("taylorseer", 2))  # computes three of four steps
+    assert asked[2:] == [(48, 3 * (3 * 2 + 3), ti2v.device)] * 2
     monkeypatch.setattr(ti2v, "compile_blocks", False)
     ti2v._choose_kernels(stages, 48, 3)
-    assert len(asked) == 2
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("cache", ["taylorseer:2", "taylorseer:3", "first_block:1"])
+def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) -> None:
+    graphs: list[Any] = []
+    layers: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Counting(Placement):
+        @contextmanager
+        def on_device(self, model: Any, device: torch.device | None = None) -> Iterator[Any]:
+            model.before_layer = layers.append  # as for layers that come to a GPU one by one
+            yield model
+
+    one, other = build(), build()
+    one.compile_blocks(backend)
+    caching, steps = Caching(StepCache.parse(cache)), 12
+    found = []
+    for model in (one, other, one):
+        stage = Stage(Expert("e", model, 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps)
+        scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
+        context = TextContext(prompt(1), prompt(2))
+        args = [noise(), [stage], scheduler, TextOnly(), context, Counting(CPU.device)]
+        found.append(sample(*args, caching=caching))  # type: ignore[arg-type]
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 1 and one.is_compiled
+    whole = len(one.blocks) * 2 * steps
+    assert len(layers) % 3 == 0 and len(layers) // 3 < whole
+    if cache.startswith("taylorseer"):
+        assert len(layers) // 3 == len(one.blocks) * 2 * StepCache.parse(cache).computed(steps)  # type: ignore
 
 
 @pytest.mark.parametrize("family", ["ti2v", "i2v"])

@@ -51,7 +51,7 @@ def expected(family: str, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("pipeline", "family"), [("5b", "5b"), ("14b", "14b")], indirect=["pipeline"])
-def test_text_is_exact(pipeline: Any, family: str, golden: dict[str, Any]) -> None:
+def test_words_are_exact_and_their_embeddings_within_2e_5(pipeline: Any, family: str, golden: dict[str, Any]) -> None:
     wanted = expected(family, "text")
     cleaned = json.loads((GOLDEN / family / "expected" / "cleaned_prompts.json").read_text(encoding="utf-8"))
     cleaned = cleaned["prompts"] if isinstance(cleaned, dict) else cleaned
@@ -62,7 +62,8 @@ def test_text_is_exact(pipeline: Any, family: str, golden: dict[str, Any]) -> No
         assert torch.equal(mask[0], wanted["mask"][index].long())
         rows = pipeline.text_encoder(prompt)[0]
         valid = len(wanted[f"context_{index}"])
-        assert torch.equal(rows[:valid], wanted[f"context_{index}"])
+        # bit for bit on the processor that made them; others sum in another order
+        assert largest(rows[:valid], wanted[f"context_{index}"]) < 2e-5
         assert rows.shape[0] == 512 and not rows[valid:].any()
     ids, _ = pipeline.tokenizer(pipeline.config.sample_neg_prompt)
     assert torch.equal(ids, wanted["default_negative_ids"].long())

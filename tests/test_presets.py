@@ -126,6 +126,10 @@ def test_a_cache_is_taken_off_when_a_run_is_stopped(ti2v: Any) -> None:
 def test_taylorseer_computes_one_step_in_so_many(ti2v: Any) -> None:
     _, blocks = blocks_of(ti2v, request_of(ti2v, cache="taylorseer:3"))
     assert blocks == {"model": 2 * (3 + 3)}  # steps 0, 1, 2, then 4, 7, 10
+    for strength in (2, 3, 4, 7):
+        cache = StepCache("taylorseer", strength)
+        for steps in range(1, 41):
+            assert cache.computed(steps) == sum(n < 3 or (n - 4) % strength == 0 for n in range(steps))
 
 
 # guidance in an interval

@@ -381,9 +381,7 @@ class Pipeline(ABC):
             stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
             names = [expert.name for expert in experts]
             caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
-            # the hooks of a cache do not go into one graph
-            clips = clips if caching.cache is None else 0
-            self._choose_kernels(stages, request.geometry.tokens, clips)
+            self._choose_kernels(stages, request.geometry.tokens, clips, caching.cache)
         with watch.stage("sample"):
             latents = sample(noise, stages, scheduler, condition, context, placements("sampling"), on_step, caching)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):
@@ -393,9 +391,13 @@ class Pipeline(ABC):
         notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
         return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes)
 
-    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, clips: int) -> None:
+    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, clips: int, cache: StepCache | None = None) -> None:
         """Let the stages' models run on what is fastest here, with the same results."""
-        forwards = clips * sum(1 + (guidance != 1) for stage in stages for guidance in stage.guidance)
+        forwards = 0.0
+        for stage in stages:
+            steps = len(stage.timesteps)
+            each = sum(1 + (guidance != 1) for guidance in stage.guidance) / steps
+            forwards += clips * each * (steps if cache is None else cache.computed(steps))
         for stage in stages:
             use_fastest_attention(stage.expert.model, tokens, self.device)
             if self.compile_blocks:

@@ -114,6 +114,13 @@ class StepCache:
             "taylorseer": TAYLORSEER_WHOLE,
         }[self.kind]
 
+    def computed(self, steps: int) -> int:
+        """How many of an expert's `steps` are computed: told for TaylorSeer, else about half of those that need not
+        be, as measured at the default strengths (benchmarks/LOG.md)."""
+        whole = min(steps, self.whole(steps))
+        interval = int(self.strength) if self.kind == "taylorseer" else 2
+        return whole + (steps - whole + interval - 2) // interval
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -85,7 +85,7 @@ def fastest(candidates: Mapping[str, Attention], query: Tensor, key: Tensor, val
     return chosen
 
 
-def compile_where_it_pays(model: WanModel, tokens: int, forwards: int, device: torch.device) -> None:
+def compile_where_it_pays(model: WanModel, tokens: int, forwards: float, device: torch.device) -> None:
     """Compile the blocks of `model` if so many forwards of so many tokens save more time than it takes; on a GPU only.
 
     They stay compiled, and are compiled again for a clip of another size.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
         self.before_layer: Callable[[int], None] | None = None  # see placement.py
         self.low_precision: str | None = None  # what its blocks were lowered to
-        self.is_compiled = False
-        self.can_compile = True  # until it has failed
+        self._compiled: _Compiled | None = None
 
     @classmethod
     def from_weights(
@@ -142,9 +142,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
         for number, block in enumerate(self.blocks):
-            if self.before_layer is not None:
-                self.before_layer(number)
-            tokens = self._through(block, tokens, texts.of(number, block), modulation, rotary)
+            tokens = block(tokens, partial(self._ready, number, block, texts), modulation, rotary)
 
         shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
         runs = tokens.unflatten(1, (steps.shape[1], -1))
@@ -154,12 +152,23 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
+    def _ready(self, number: int, block: WanBlock, texts: TextKeys) -> tuple[Tensor, Tensor]:
+        """Called by a block that is computed: its weights come to the device, its text keys are returned."""
+        if self.before_layer is not None:
+            self.before_layer(number)
+        return texts.of(number, block)
+
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
-        if self.can_compile and not self.is_compiled:
-            # one graph a size of clip: kernels for any size are slower
-            self.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=False)
-            self.is_compiled = True
+        if self._compiled is None:
+            self._compiled = _Compiled(backend)
+            for block in self.blocks:
+                block.compiled = self._compiled
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks run as a compiler makes them."""
+        return self._compiled is not None and self._compiled.works
 
     @property
     def kernels(self) -> dict[str, Any]:
@@ -167,19 +176,6 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         backend = self.blocks[0].attn1.processor._attention_backend
         attention = {} if backend is None else {"attention": str(backend.value)}
         return attention | ({"compiled": True} if self.is_compiled else {})
-
-    def _through(self, block: WanBlock, *inputs: Any) -> Tensor:
-        try:
-            return block(*inputs)  # type: ignore[no-any-return]
-        except Exception as error:  # what is not the compiler's fault is raised again below
-            if not self.is_compiled:
-                raise
-            for each in self.blocks:
-                each._compiled_call_impl = None
-            self.is_compiled = self.can_compile = False
-            reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
-            log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
-        return block(*inputs)  # type: ignore[no-any-return]
 
 
 class WanBlock(WanTransformerBlock):  # type: ignore[misc]
@@ -190,6 +186,7 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         self.attn1.set_processor(_SelfAttention())
         self.attn2.set_processor(_TextAttention())
         self.ffn.net[0].gelu = _gelu
+        self.compiled: _Compiled | None = None
 
     def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, 512, D] of the text embedder -> keys and values [B, 512, heads, head_dim]."""
@@ -200,9 +197,20 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: tuple[Tensor, Tensor],
+        encoder_hidden_states: Callable[[], tuple[Tensor, Tensor]],
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Tokens [B, L, D] -> [B, L, D]. The hooks of a cache are around this, so it is not what is compiled.
+
+        `encoder_hidden_states` gives the text keys of `compute`; where a cache leaves the block out nothing asks for
+        them.
+        """
+        compute = self.compute if self.compiled is None else partial(self.compiled, self)
+        return compute(hidden_states, encoder_hidden_states(), temb, rotary_emb)
+
+    def compute(
+        self, hidden_states: Tensor, text: tuple[Tensor, Tensor], temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Tokens [B, L, D], this block's text keys, modulation [B, n, 6, D] of n equal runs of tokens -> [B, L, D].
 
@@ -216,10 +224,29 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         normed = (self.norm1(tokens) * (1 + scale) + shift).to(dtype).flatten(1, 2)
         tokens = tokens + self.attn1(normed, None, None, rotary_emb).view_as(tokens) * gate
         normed = self.norm2(tokens).to(dtype).flatten(1, 2)
-        tokens = tokens + self.attn2(normed, encoder_hidden_states).view_as(tokens)
+        tokens = tokens + self.attn2(normed, text).view_as(tokens)
         normed = (self.norm3(tokens) * (1 + feed_scale) + feed_shift).to(dtype)
         tokens = tokens + self.ffn(normed) * feed_gate
         return tokens.view_as(hidden_states)
+
+
+class _Compiled:
+    """`WanBlock.compute` as a compiler makes it, for all blocks of a model; as it is once that has failed."""
+
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        # one graph a size of clip: kernels for any size are slower
+        self.compute: Any = torch.compile(WanBlock.compute, backend=backend, fullgraph=True, dynamic=False)
+        self.works = True
+
+    def __call__(self, block: WanBlock, *inputs: Any) -> Tensor:
+        if self.works:
+            try:
+                return self.compute(block, *inputs)  # type: ignore[no-any-return]
+            except Exception as error:  # what is not the compiler's fault is raised again below
+                self.works = False
+                reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
+                log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
+        return block.compute(*inputs)
 
 
 class TextKeys:
