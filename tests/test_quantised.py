@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +296,24 @@ def test_offloading_takes_all_of_a_packed_model_along(name: str, states: dict[st
     assert places(model) == there and torch.equal(forward(model), before)
     held = sum(layer.weight.nbytes for layer in packed(model).values())
     assert held < 1.1 * sum(layer.weight.numel() for layer in packed(model).values())
+
+
+@pytest.mark.parametrize("name", ["ComfyUI", "Q8_0"])
+def test_packed_blocks_compile_as_they_are(name: str, states: dict[str, State], beside: Path) -> None:
+    write, file = FILES[name]
+    write(states["wide"], beside / file)
+    weights = open_denoiser(beside / file, beside)
+    model, graphs = load(weights, torch.float32), []
+    merge_loras(model, weights, [lora(states["wide"], beside)])
+    before = forward(model)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile_blocks(backend)
+    torch.testing.assert_close(forward(model), before, atol=1e-5, rtol=1e-4)
+    assert len(graphs) == 2 and model.is_compiled  # the LoRA leaves one layer of one block as it is
 
 
 def places(model: WanModel) -> set[int]:

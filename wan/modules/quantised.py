@@ -39,15 +39,15 @@ class Packed:
         if self.scale is not None:
             object.__setattr__(self, "scale", self.scale.float().reshape(-1, *(1 for _ in self.data.shape[1:])))
 
-    def rows(self, rows: slice = slice(None)) -> Tensor:
-        """These rows (along the first dimension) as numbers, float32, in memory of their own."""
-        data = self.data[rows]
+    def rows(self, rows: slice | None = None) -> Tensor:
+        """These rows (along the first dimension), or all, as numbers, float32, in memory of their own."""
+        data = self.data if rows is None else self.data[rows]
         if self.gguf_type is not None:
             return _expand(data, self.gguf_type)
         value = data.to(torch.float32, copy=True)
         if self.scale is None:
             return value
-        return value.mul_(self.scale if len(self.scale) == 1 else self.scale[rows])
+        return value.mul_(self.scale if rows is None or len(self.scale) == 1 else self.scale[rows])
 
 
 def plain(value: Tensor | Packed) -> Tensor:
@@ -67,9 +67,9 @@ class Addition:
     right: Tensor | None  # [rank, in]
     strength: float
 
-    def add_to(self, value: Tensor, rows: slice = slice(None)) -> None:
-        """Add these rows to the float32 rows of a parameter."""
-        left = self.left[rows].float()
+    def add_to(self, value: Tensor, rows: slice | None = None) -> None:
+        """Add these rows, or all, to the float32 rows of a parameter."""
+        left = (self.left if rows is None else self.left[rows]).float()
         if self.right is None:
             value.add_(left, alpha=self.strength)
         else:  # flat because a convolution's weights have five dimensions
