@@ -4,8 +4,9 @@
     python -m benchmarks.blocks --scenario a14b-480p-81 5b-704p-121 [--kernels | --errors]
 
 A block is half of what three layers take beyond one layer, in milliseconds, for one guidance forward; "outside" is the
-rest. Random weights; all run on the attention kernel that ours chooses. `--kernels`: where the GPU's time of three
-layers goes; `--errors`: how far a whole forward is from float32, and not how long it takes. The last line is JSON.
+rest. Random weights; the library's class runs on the fastest attention kernel that it has. `--kernels`: where the GPU's
+time of three layers goes; `--errors`: how far a whole forward is from float32, and not how long it takes. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from benchmarks.clip import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
-from wan.modules.kernels import fastest_backend
+from wan.modules.kernels import fastest_attention, use_attention
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import WanModel, policy_dtype
 
@@ -36,7 +37,7 @@ LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", 
 class Bench:
     """Models of one scenario and their inputs."""
 
-    def __init__(self, scenario: str) -> None:
+    def __init__(self, scenario: str, library_attention: bool = False) -> None:
         self.task, width, height, frames = SCENARIOS[scenario]
         self.device = DEVICE
         cell = 16 if self.task == "ti2v-5B" else 8
@@ -45,7 +46,10 @@ class Bench:
         self.latents = torch.randn(1, DIT[self.task]["in_channels"], *self.latent, device=self.device)
         self.text = torch.randn(1, 512, 4096, device=self.device, dtype=torch.bfloat16)
         heads = DIT[self.task]["num_attention_heads"]
-        self.attention = fastest_backend(self.device, self.tokens, heads, 128, torch.bfloat16)
+        self.stock_attention, self.attention = (
+            fastest_attention(self.device, self.tokens, heads, 128, torch.bfloat16, flash_4)
+            for flash_4 in (False, not library_attention)
+        )
 
     def timesteps(self, each: int) -> torch.Tensor:
         """One a latent frame or token for the 5B, one for A14B."""
@@ -64,9 +68,11 @@ class Bench:
             return torch.float32 if any(part in parameter for part in kept) else torch.bfloat16
 
         materialise(model, dtype_of, self.device)
-        if name != "fp8_attention":
+        if name == "stock":
             for block in model.blocks:
-                block.attn1.set_attention_backend(self.attention)
+                block.attn1.set_attention_backend(self.stock_attention)
+        elif name != "fp8_attention":
+            use_attention(model, self.attention)
         if name in PRECISIONS:
             lower(model, name, self.device)
         if name in PACKED:
@@ -109,7 +115,7 @@ def errors(bench: Bench, kinds: Sequence[str]) -> dict[str, Any]:
     for kind in dict.fromkeys(("exact", "ours", *(kind for kind in kinds if not kind.startswith("stock")))):
         model, mode = bench.model("ours" if kind == "exact" else kind.split()[0]), kind.partition(" ")[2]
         if kind == "exact":
-            model.float()
+            use_attention(model.float(), "native")
         if mode:
             torch.compiler.reset()
             model.compile_blocks()
@@ -163,11 +169,12 @@ def main() -> None:
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=[kind for kind in KINDS if "packed" not in kind])
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--errors", action="store_true", help="distance from float32 instead of times")
+    parser.add_argument("--library_attention", action="store_true", help="ours too on diffusers' fastest kernel")
     args = parser.parse_args()
     result: dict[str, Any] = {"commit": commit(), "torch": torch.__version__, "gpu": torch.cuda.get_device_name(0)}
     for scenario in args.scenario:
-        bench = Bench(scenario)
-        rows = result[scenario] = {"attention": bench.attention}
+        bench = Bench(scenario, args.library_attention)
+        rows = result[scenario] = {"attention": bench.attention, "stock attention": bench.stock_attention}
         if args.errors:
             rows |= errors(bench, args.kinds)
             continue

@@ -9,7 +9,8 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wan.modules import kernels, vae_pass
 from wan.modules import model as model_module
-from wan.modules import vae_pass
 from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
-from wan.modules.kernels import compile_where_it_pays, fastest, use_fastest_attention
+from wan.modules.kernels import compile_where_it_pays, fastest, use_attention, use_fastest_attention
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, Stage, sample, text_keys
 from wan.modules.schedule import build_scheduler
@@ -322,23 +323,106 @@ def test_the_fastest_right_kernel_is_chosen_and_the_others_are_named(caplog: pyt
 
 def test_on_a_cpu_kernels_stay_what_they_are() -> None:
     model = build(dtype=torch.bfloat16)
-    use_fastest_attention(model, 48, CPU.device)
+    use_fastest_attention(model, 48, 10**6, CPU.device)
     compile_where_it_pays(model, 75600, 10**6, CPU.device)
     assert model.kernels == {}
 
 
 def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("wan.modules.kernels.fastest_backend", lambda *what: asked.append(what) or "_native_cudnn")
+    monkeypatch.setattr("wan.modules.kernels.fastest_attention", lambda *what: asked.append(what) or "_native_cudnn")
     half, whole = build(dtype=torch.bfloat16), build()
     cuda = torch.device("cuda:0")
     for model in (half, whole):
-        use_fastest_attention(model, 48, cuda)
+        use_fastest_attention(model, 48, 10, cuda)
     assert half.kernels == {"attention": "_native_cudnn"} and whole.kernels == {}
-    assert asked == [(cuda, 48, 2, 24, torch.bfloat16)]
+    assert asked == [(cuda, 48, 2, 24, torch.bfloat16, False)]
     for block in half.blocks:
-        assert block.attn1.processor._attention_backend == "_native_cudnn"
-        assert block.attn2.processor._attention_backend is None
+        assert block.attn1.processor.attend is kernels.kernels_there()["_native_cudnn"]
+        assert not hasattr(block.attn2.processor, "attend")
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "forwards", "pays"),
+    [
+        (40, 40, 32760, 80, True),  # A14B, 480p, 40 steps: saves 18 s
+        (40, 40, 32760, 4, False),  # four steps with a distillation LoRA
+        (40, 40, 32760, 4 * 12, True),  # a chain of twelve such clips
+        (40, 40, 75600, 8, True),
+        (30, 24, 27280, 100, True),  # 5B, 704p, 50 steps
+        (30, 24, 27280, 20, False),
+    ],
+)
+def test_flash_attention_4_starts_where_the_time_comes_back(
+    layers: int, heads: int, tokens: int, forwards: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with init_empty_weights():
+        model = WanModel(in_channels=4, **SIZES | {"num_layers": 1})
+    model.blocks.to(torch.bfloat16)
+    model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
+    asked: list[Any] = []
+    monkeypatch.setattr("wan.modules.kernels.fastest_attention", lambda *what: asked.append(what) or "native")
+    use_fastest_attention(model, tokens, forwards, torch.device("cuda"))
+    assert asked == [(torch.device("cuda"), tokens, heads, 128, torch.bfloat16, pays)]
+
+
+@pytest.fixture
+def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The package flash-attn-4, with plain attention for its kernel; what was called."""
+    calls: list[str] = []
+
+    def flash_attn_func(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        calls.append("flash_4")
+        return right(query, key, value), None
+
+    parent, package = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    parent.__path__ = []
+    for module in (parent, package):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    caches = (kernels.kernels_there, kernels._flash_attn_func, kernels.fastest_attention)
+    for cached in caches:
+        cached.cache_clear()
+    yield calls
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_flash_attention_4_is_probed_where_it_is_installed(flash_4: list[str]) -> None:
+    probe: Any = (torch.device("cpu"), 64, 2, 64, torch.bfloat16)
+    assert list(kernels.kernels_there())[-1] == "flash_4"
+    kernels.fastest_attention(*probe, False)
+    assert flash_4 == []
+    kernels.fastest_attention(*probe, True)
+    assert len(flash_4) == 3  # once for its numbers, twice for its time
+
+
+def test_flash_attention_4_that_is_not_there_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.kernels_there.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed, or broken
+    assert list(kernels.kernels_there())[:2] == ["native", "_native_cudnn"]
+    assert "flash_4" not in kernels.kernels_there()
+    kernels.kernels_there.cache_clear()
+
+
+@torch.no_grad()
+def test_blocks_on_flash_attention_4_are_one_graph(flash_4: list[str]) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, inputs = build(), (noise()[None], torch.tensor([613]), prompt(1))
+    wanted = model(*inputs).sample
+    for name in ("native", "flash_4"):
+        use_attention(model, name)
+        torch.testing.assert_close(model(*inputs).sample, wanted, atol=2e-6, rtol=1e-5)
+        model.compile_blocks(backend)
+        torch.testing.assert_close(model(*inputs).sample, wanted, atol=2e-6, rtol=1e-5)
+        assert model.kernels == {"attention": name, "compiled": True}
+    assert len(graphs) == 2 and len(flash_4) == 2 * len(model.blocks)
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ class Pipeline(ABC):
             each = sum(1 + (guidance != 1) for guidance in stage.guidance) / steps
             forwards += clips * each * (steps if cache is None else cache.computed(steps))
         for stage in stages:
-            use_fastest_attention(stage.expert.model, tokens, self.device)
+            use_fastest_attention(stage.expert.model, tokens, forwards, self.device)
             if self.compile_blocks:
                 compile_where_it_pays(stage.expert.model, tokens, forwards, self.device)
 

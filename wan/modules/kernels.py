@@ -6,8 +6,9 @@ import functools
 import importlib.util
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -21,8 +22,9 @@ log = logging.getLogger(__name__)
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [B, L, heads, head_dim]
 
 # The library's backends that round no more than their dtype does and that are fetched from nowhere, with the package
-# that each needs. The 8-bit ones (sage) are not among them, nor are those of a hub, FlashAttention 4 for one.
+# that each needs. The 8-bit ones (sage) are not among them, nor are those of a hub.
 BACKENDS = {"native": None, "_native_cudnn": None, "_flash_3": "flash_attn_interface", "flash": "flash_attn"}
+FLASH_4 = "flash_4"  # of a package, which the library takes from a hub only
 PROBE_FLOP = 1e13  # of one call, with all tokens and as many heads as that allows: 15 to 30 ms on an H200
 PROBE_ROWS = 64  # queries that are compared with exact arithmetic
 
@@ -31,30 +33,91 @@ PROBE_ROWS = 64  # queries that are compared with exact arithmetic
 # seconds. Compiling adds 15 to 18 s to the first clip, less where the compiler's cache has it from a run before.
 SECONDS_SAVED = 5e-11
 SECONDS_TO_COMPILE = 20.0  # one block once, for all blocks of both experts
+# One H100 (benchmarks/LOG.md): what FlashAttention 4 saves of cuDNN's time for each FLOP of attention, and what it
+# takes to import and to compile itself in each process.
+FLASH_4_SAVES = 2.5e-16
+SECONDS_OF_FLASH_4 = 5.0
 
 
-def use_fastest_attention(model: WanModel, tokens: int, device: torch.device) -> None:
-    """Run the self-attention of `model` on the fastest right kernel for clips of so many tokens.
+def use_fastest_attention(model: WanModel, tokens: int, forwards: float, device: torch.device) -> None:
+    """Run the self-attention of `model` on the fastest right kernel for so many forwards of so many tokens.
 
     Only in bf16 and fp16 on a GPU; elsewhere it stays what it is. Cross-attention stays too.
     """
     dtype = model.blocks[0].attn1.to_q.bias.dtype  # weights may be packed
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or model.low_precision == "fp8_attention":
         return
-    name = fastest_backend(device, tokens, model.config.num_attention_heads, model.config.attention_head_dim, dtype)
+    heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+    flop = 4.0 * tokens**2 * heads * head_dim * model.config.num_layers * forwards
+    pays = flop * FLASH_4_SAVES > SECONDS_OF_FLASH_4
+    use_attention(model, fastest_attention(device, tokens, heads, head_dim, dtype, pays))
+
+
+def use_attention(model: WanModel, name: str) -> None:
+    """Run the self-attention of `model` on the kernel of that name in `kernels_there`."""
+    attention = kernels_there()[name]
     for block in model.blocks:
-        block.attn1.set_attention_backend(name)
+        block.attn1.processor.attend, block.attn1.processor.kernel = attention, name
 
 
 @functools.cache
-def fastest_backend(device: torch.device, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> str:
-    """The name in `BACKENDS` of the fastest right kernel for this self-attention: a probe of about a second."""
+def kernels_there() -> Mapping[str, Attention]:
+    """The exact attention kernels that are installed, whether or not they run here."""
+    found: dict[str, Attention] = {
+        name: functools.partial(dispatch_attention_fn, backend=AttentionBackendName(name))
+        for name, package in BACKENDS.items()
+        if package is None or _is_installed(package)
+    }
+    return found | ({FLASH_4: flash_attention_4} if _is_installed("flash_attn.cute") else {})
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # what it is a part of is missing, or broken
+        return False
+
+
+def flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention [B, L, heads, head_dim] by FlashAttention 4, from the package flash-attn-4."""
+    mixed: Tensor = _flash_attention_4(query, key, value)
+    return mixed
+
+
+@torch.library.custom_op("wan::flash_attention_4", mutates_args=())
+def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """An operation of its own: PyTorch's compiler cannot look into it."""
+    found = _flash_attn_func()(query, key, value)
+    output: Tensor = found[0] if isinstance(found, tuple) else found  # with the logarithms of the sums
+    return output
+
+
+@_flash_attention_4.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+@functools.cache
+def _flash_attn_func() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func
+
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # of its own compiler to its authors
+    return flash_attn_func  # type: ignore[no-any-return]
+
+
+@functools.cache
+def fastest_attention(
+    device: torch.device, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, flash_4: bool
+) -> str:
+    """The name in `kernels_there` of the fastest right kernel for this self-attention, by a probe of about a second.
+
+    With `flash_4` also where that package has to start for it, which takes a few seconds.
+    """
     heads = max(1, min(heads, round(PROBE_FLOP / (4 * tokens**2 * head_dim))))
     generator = torch.Generator(device).manual_seed(0)
     shape = (3, 1, tokens, heads, head_dim)
     query, key, value = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    there = [name for name, package in BACKENDS.items() if package is None or importlib.util.find_spec(package)]
-    candidates = {name: functools.partial(dispatch_attention_fn, backend=AttentionBackendName(name)) for name in there}
+    candidates = {name: attention for name, attention in kernels_there().items() if flash_4 or name != FLASH_4}
     return fastest(candidates, query, key, value)
 
 

@@ -173,8 +173,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
     @property
     def kernels(self) -> dict[str, Any]:
         """What the blocks run on, as JSON values; nothing where that is what they are made with."""
-        backend = self.blocks[0].attn1.processor._attention_backend
-        attention = {} if backend is None else {"attention": str(backend.value)}
+        kernel = self.blocks[0].attn1.processor.kernel
+        attention = {} if kernel is None else {"attention": kernel}
         return attention | ({"compiled": True} if self.is_compiled else {})
 
 
@@ -274,6 +274,7 @@ class _SelfAttention:
 
     _attention_backend = None  # `set_attention_backend` of the library writes it
     _parallel_config = None
+    kernel: str | None = None  # the name of what kernels.py has put in place of `attend`
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
@@ -285,7 +286,7 @@ class _SelfAttention:
         return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention [B, L, heads, head_dim]; low_precision.py puts its own in place of it."""
+        """Softmax attention [B, L, heads, head_dim]; kernels.py and low_precision.py put others in place of it."""
         mixed: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return mixed
 
