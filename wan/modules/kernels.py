@@ -23,7 +23,8 @@ Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, ke
 
 # The library's backends that round no more than their dtype does and that are fetched from nowhere, with the package
 # that each needs. The 8-bit ones (sage) are not among them, nor are those of a hub.
-BACKENDS = {"native": None, "_native_cudnn": None, "_flash_3": "flash_attn_interface", "flash": "flash_attn"}
+_FLASH_2 = "flash_attn.flash_attn_interface"  # `flash_attn` alone may be a part of FlashAttention 4
+BACKENDS = {"native": None, "_native_cudnn": None, "_flash_3": "flash_attn_interface", "flash": _FLASH_2}
 FLASH_4 = "flash_4"  # of a package, which the library takes from a hub only
 PROBE_FLOP = 1e13  # of one call, with all tokens and as many heads as that allows: 15 to 30 ms on an H200
 PROBE_ROWS = 64  # queries that are compared with exact arithmetic
