@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +31,7 @@ from wan.modules.sampling import Expert, Stage, sample, text_keys
 from wan.modules.schedule import build_scheduler
 from wan.modules.step_cache import Caching
 from wan.placement import Placement
-from wan.types import Sampling, StepCache, TextContext
+from wan.types import Known, Request, Sampling, StepCache, TextContext
 
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")
@@ -498,19 +499,33 @@ def test_a_compiler_that_fails_costs_one_warning_and_nothing_else(caplog: pytest
         model(inputs[0], torch.zeros(1, 5), inputs[2])
 
 
-def test_all_forwards_of_a_run_count_for_compiling(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_forwards_of_a_run_count_for_its_kernels(i2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("wan.pipeline.compile_where_it_pays", lambda model, *what: asked.append(what))
-    model = build()
-    stages = [*stages_of(model), *stages_of(model, guidance=1.0)]
-    monkeypatch.setattr(ti2v, "compile_blocks", True)
-    ti2v._choose_kernels(stages, 48, 3)
-    assert asked == [(48, 3 * (4 * 2 + 4), ti2v.device)] * 2
-    ti2v._choose_kernels(stages, 48, 3, StepCache("taylorseer", 2))  # computes three of four steps
-    assert asked[2:] == [(48, 3 * (3 * 2 + 3), ti2v.device)] * 2
-    monkeypatch.setattr(ti2v, "compile_blocks", False)
-    ti2v._choose_kernels(stages, 48, 3)
-    assert len(asked) == 4
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StopError
+
+    for name in ("compile_where_it_pays", "use_fastest_attention"):
+        monkeypatch.setattr(f"wan.pipeline.{name}", lambda model, *what, name=name: asked.append((name, *what)))
+    monkeypatch.setattr("wan.pipeline.sample", stop)
+    monkeypatch.setattr(i2v, "compile_blocks", True)
+    geometry = i2v.geometry(96, 64, 9)
+    for cache, steps in ((None, 2 * 12), ("taylorseer:2", 2 * (4 + 5))):  # 5 and 7 steps
+        asked.clear()
+        image = Known((Image.new("RGB", (96, 64)),))
+        sampling = i2v.sampling(12, cache=cache, guide_scale=3.0)
+        with pytest.raises(StopError):
+            i2v.run(Request("x", "", image, geometry, sampling, 1), clips=3)
+        what = (geometry.tokens, 3 * steps, i2v.device)
+        assert asked == [("use_fastest_attention", *what), ("compile_where_it_pays", *what)] * 2
+    monkeypatch.setattr(i2v, "compile_blocks", False)
+    asked.clear()
+    with pytest.raises(StopError):
+        i2v.run(Request("x", "", image, geometry, sampling, 1))
+    assert [name for name, *_ in asked] == ["use_fastest_attention"] * 2
 
 
 @pytest.mark.parametrize("cache", ["taylorseer:2", "taylorseer:3", "first_block:1"])

@@ -347,6 +347,15 @@ class Pipeline(ABC):
             (len(share), 0 if scale == 1 else sum(sampling.guides(t / train) for t in share)) for share, scale in shares
         ]
 
+    def forwards(self, sampling: Sampling) -> float:
+        """How many forwards of all experts together a clip takes, with a cache about."""
+        cache = sampling.cache
+        return sum(
+            (1 + guided / steps) * (steps if cache is None else cache.computed(steps))
+            for steps, guided in self.steps_of(sampling)
+            if steps
+        )
+
     def check_distilled(self, preset: str, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Raise UserError where a preset for step-distillation LoRAs has none for an expert."""
         if not preset_named(preset).distilled:
@@ -381,7 +390,7 @@ class Pipeline(ABC):
             stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
             names = [expert.name for expert in experts]
             caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
-            self._choose_kernels(stages, request.geometry.tokens, clips, caching.cache)
+            self._choose_kernels(stages, request.geometry.tokens, clips * self.forwards(request.sampling))
         with watch.stage("sample"):
             latents = sample(noise, stages, scheduler, condition, context, placements("sampling"), on_step, caching)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):
@@ -391,13 +400,8 @@ class Pipeline(ABC):
         notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
         return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes)
 
-    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, clips: int, cache: StepCache | None = None) -> None:
-        """Let the stages' models run on what is fastest here, with the same results."""
-        forwards = 0.0
-        for stage in stages:
-            steps = len(stage.timesteps)
-            each = sum(1 + (guidance != 1) for guidance in stage.guidance) / steps
-            forwards += clips * each * (steps if cache is None else cache.computed(steps))
+    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, forwards: float) -> None:
+        """Let the stages' models run on what is fastest for so many forwards, with the same results."""
         for stage in stages:
             use_fastest_attention(stage.expert.model, tokens, forwards, self.device)
             if self.compile_blocks:

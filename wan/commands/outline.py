@@ -79,8 +79,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = 1 + max(int(name.split(".")[1]) for name in weights.shapes if name.startswith("blocks."))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    # what a cache leaves out depends on the clip; the time of this run's finished clips says it
-    return forward * plan.best_of * sum(steps + guided for steps, guided in continuation.steps_of(plan.sampling))
+    return forward * plan.best_of * continuation.forwards(plan.sampling)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:
