@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed and error of 8-bit attention by how its work is cut, with cuDNN's bf16 attention in the same run.
+"""Speed and error of 8-bit attention by how its work is cut, with the exact bf16 kernels in the same run.
 
     python -m benchmarks.attention [--shapes 32760x40 75600x40 27280x24] [--variants N]
 
@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from benchmarks.clip import commit
 from wan.modules.attention8 import Tiles, attend
+from wan.modules.kernels import kernels_there
 
 VARIANTS = [
     Tiles(),
@@ -72,7 +72,7 @@ def seconds(call: Callable[[], Tensor]) -> float:
 
 
 def candidates(count: int) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
-    yield "cuDNN bf16", partial(dispatch_attention_fn, backend=AttentionBackendName("_native_cudnn"))
+    yield from kernels_there().items()
     for tiles in VARIANTS[:count]:
         yield str(tiles), partial(attend, tiles=tiles)
 
