@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -18,6 +19,7 @@ from benchmarks.clip import DIT, VAE, headers
 from benchmarks.floor import counted, denoiser_flops
 from tests.test_exact_speed import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B, placement
+from wan.captioner import weight_bytes
 from wan.image2video import WanI2V
 from wan.modules import vae_pass
 from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
@@ -331,15 +333,50 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
     pipeline.device, pipeline.vlm_path = torch.device("cuda"), tmp_path
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(3 * GIB)  # a hole, which takes no disk
-    for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
-        pipeline.vram = vram
-        pipeline.vlm_device = pipeline._vlm_home()
-        assert pipeline.vlm_device.type == home
-    assert not caplog.text  # a run with prompts of its own needs no VLM
     monkeypatch.setattr("wan.continuation.open_captioner", lambda *_, **more: more["device"])
     pipeline.vlm_url, pipeline.vlm_trust_remote_code = None, False
-    assert pipeline.captioner.type == "cpu"
+    for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
+        assert not caplog.text  # and a run with prompts of its own does not ask
+        pipeline.vram = vram
+        assert pipeline.captioner.type == pipeline.vlm_device.type == home
+        del pipeline.vlm_device, pipeline.captioner
     assert "does not fit into --vram and describes on the CPU" in caplog.text
+    for url, path in (("http://localhost:1", "a name"), (None, None)):
+        pipeline.vlm_url, pipeline.vlm_path = url, path
+        assert pipeline.vlm_device.type == "cuda"
+        del pipeline.vlm_device
+
+
+@pytest.mark.parametrize(
+    ("listed", "vram", "home"), [(2 * GIB, 5, "cuda"), (2 * GIB, 3, "cpu"), (None, 20, "cuda"), (None, 17, "cpu")]
+)
+def test_a_vlm_of_the_hub_has_the_size_that_it_has_there(
+    listed: int | None, vram: int, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline: Any = object.__new__(WanV2V5B)
+    pipeline.device, pipeline.vlm_path, pipeline.vlm_url = torch.device("cuda"), "a/vlm", None
+    pipeline.vram = vram * GIB
+
+    def nothing(hub_id: str, local_files_only: bool) -> str:
+        raise LocalEntryNotFoundError("not in the cache")
+
+    def model_info(self: Any, hub_id: str, **_: Any) -> Any:
+        if listed is None:
+            raise OSError("no connection")
+        files = {"config.json": 3, "model-1.safetensors": listed // 2, "model-2.safetensors": listed // 2}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in files.items()])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    assert pipeline.vlm_device.type == home
+
+
+def test_a_vlm_in_the_hub_s_cache_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, local_files_only: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("it is there"))
+    assert weight_bytes("a/vlm") == 1000
+    assert weight_bytes(tmp_path) == 1000 and weight_bytes(tmp_path / "nowhere") is None
 
 
 def test_all_models_stay_where_a_budget_holds_them_all() -> None:

@@ -30,6 +30,7 @@ from wan.captioner import (
     dynamic_preprocess,
     next_beat,
     open_captioner,
+    weight_bytes,
 )
 from wan.configs import ModelConfig
 from wan.errors import UserError
@@ -63,6 +64,7 @@ QUESTION = "Describe this video in detail."
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
+VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
 VLM_NAME = "InternVL3_5-8B"
 VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
@@ -231,8 +233,9 @@ class VideoContinuation(Pipeline):
         )
         # an endpoint serves what it serves; a name is sent only when it is given
         self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
-        self.vlm_device = self._vlm_home() if vlm_device is None else parse_device(str(vlm_device))
         self.vlm_url = vlm_url
+        if vlm_device is not None:
+            self.vlm_device = parse_device(str(vlm_device))
         self.vlm_question = vlm_question
         self.vlm_trust_remote_code = vlm_trust_remote_code
         self.video_reader = video_reader
@@ -392,8 +395,8 @@ class VideoContinuation(Pipeline):
         if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
         # a VLM that is not on the CPU leaves the disk and memory to the other models
-        elsewhere = bool(self.vlm_url) or self.vlm_device.type != "cpu"
-        with self._reading_ahead() if plan.described and elsewhere else nullcontext():
+        ahead = plan.described and (self.vlm_url or self.vlm_device.type != "cpu")
+        with self._reading_ahead() if ahead else nullcontext():
             words = self.words(footage, plan, memory)
         made = self._candidate(footage, words, seed, plan, on_step)
         seconds, candidates = Counter(made.seconds), []
@@ -512,18 +515,19 @@ class VideoContinuation(Pipeline):
         finally:
             self._make_room(plan)
 
-    def _vlm_home(self) -> torch.device:
+    @cached_property
+    def vlm_device(self) -> torch.device:
         """Where the VLM lives: with the model, or in host memory where it is larger than the budget of memory."""
-        if self.vram is None or self.vlm_path is None:
+        if self.vram is None or self.vlm_path is None or self.vlm_url:
             return self.device
-        size = sum(file.stat().st_size for file in Path(self.vlm_path).expanduser().glob("*.safetensors"))
-        return self.device if size + VLM_WORKING <= self.vram else torch.device("cpu")
+        if (weight_bytes(self.vlm_path) or VLM_BYTES) + VLM_WORKING <= self.vram:
+            return self.device
+        log.warning("%s does not fit into --vram and describes on the CPU, which takes minutes", self.vlm_path)
+        return torch.device("cpu")
 
     @cached_property
     def captioner(self) -> Captioner:
         """The VLM behind the descriptions; it loads at its first use."""
-        if self.vlm_device.type == "cpu" and self._vlm_home() != self.device:
-            log.warning("%s does not fit into --vram and describes on the CPU, which takes minutes", self.vlm_path)
         return open_captioner(
             self.vlm_path, url=self.vlm_url, device=self.vlm_device, trust_remote_code=self.vlm_trust_remote_code
         )

@@ -6,7 +6,7 @@ from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
-from wan.captioner.opening import open_captioner
+from wan.captioner.opening import open_captioner, weight_bytes
 from wan.captioner.text import clean_caption, compose_prompt
 from wan.compat import hide_broken_torchvision
 from wan.types import frame_indices
@@ -27,4 +27,5 @@ __all__ = [
     "hide_broken_torchvision",
     "next_beat",
     "open_captioner",
+    "weight_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.errors import UserError
 from wan.types import UInt8Array
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -55,6 +58,41 @@ def open_captioner(
         raise UserError(f"there is no VLM folder {path}: check --vlm_path")
 
 
+def weight_bytes(path: str | Path) -> int | None:
+    """Bytes of the weight files of a VLM, a folder or a hub id (by the cache or the list of files); None: unknown."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _weights_in(folder)
+    if not HUB_ID.fullmatch(str(path)):
+        return None
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        if found := _weights_in(Path(snapshot_download(str(path), local_files_only=True))):
+            return found
+    except _unreachable():
+        log.debug("%s is not in the hub's cache", path)
+    try:
+        listed = HfApi().model_info(str(path), files_metadata=True, timeout=10).siblings or []
+    except _unreachable() as error:
+        log.info("nobody can say how large %s is: %s", path, one_line(error))
+        return None
+    return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
+
+
+def _weights_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What the hub's client raises for what is not there and for a connection that breaks."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
+    transport: Any = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+    return OSError, transport, HFValidationError
+
+
 class HubCaptioner(BackEnd):
     """A model on the Hugging Face Hub, downloaded into its cache at the first description."""
 
@@ -72,13 +110,10 @@ class HubCaptioner(BackEnd):
     def download(self) -> Path:
         """The local folder; what the cache holds already is not fetched again. Raises UserError."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
-        transport: Any = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
         try:
             return Path(snapshot_download(self.source, allow_patterns=self.patterns))
-        except (OSError, transport, HFValidationError) as error:
+        except _unreachable() as error:
             raise UserError(
                 f"cannot download {self.source} ({one_line(error)}): check --vlm_path and the connection"
             ) from error
