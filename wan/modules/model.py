@@ -39,8 +39,6 @@ FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
 class WanModel(WanTransformer3DModel):  # type: ignore[misc]
     """The denoiser, with the library class's configuration and parameter names, and its `forward` by name and order."""
 
-    _repeated_blocks = ["WanBlock"]
-
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         sizes = self.config

@@ -1,0 +1,69 @@
+"""The clip benchmark on a tiny model: what it switches off is off, and back afterwards. Times are a GPU's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import clip
+from wan.types import Known, Request
+
+
+@pytest.fixture
+def request_5b(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> Request:
+    monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
+    image = Known((Image.effect_noise((64, 64), 60).convert("RGB"),))
+    return Request("a cat", "", image, ti2v.geometry(64, 64, 5), ti2v.sampling(8, guide_scale=3.0), 1)
+
+
+@pytest.fixture
+def seen(ti2v: Any) -> Iterator[dict[str, list[Any]]]:
+    """The timesteps' rows of each forward of the denoiser, and the calls of its text embedder."""
+    found: dict[str, list[Any]] = {"rows": [], "embedded": []}
+    embedder = ti2v.model.condition_embedder.text_embedder
+    hooks = [
+        ti2v.model.register_forward_pre_hook(lambda _, inputs: found["rows"].append(inputs[1].shape[1])),
+        embedder.register_forward_pre_hook(lambda *_: found["embedded"].append(1)),
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+    for block in ti2v.model.blocks:  # a kernel stays until another is chosen
+        vars(block.attn1.processor).clear()
+
+
+def test_a_preset_is_timed_beside_the_steps_that_it_takes_the_place_of(
+    ti2v: Any, request_5b: Request, seen: dict[str, list[Any]]
+) -> None:
+    plain = clip.timed_run(ti2v, request_5b, True, 1)
+    assert plain["finite"] and plain["held_exactly"] and len(plain["steps"]) == 7
+    seen["rows"].clear()
+    balanced = clip.preset_run(ti2v, request_5b, "balanced:12", True, 1, plain["step_median"])
+    turbo = clip.preset_run(ti2v, request_5b, "turbo", True, 1, plain["step_median"])
+    assert (balanced["steps_of_quality"], turbo["steps_of_quality"]) == (12, ti2v.config.sample_steps)
+    assert turbo["sample_over_quality"] < balanced["sample_over_quality"]
+    assert len(seen["rows"]) == 2 * 12 + 4  # a forward that is left out is called too
+
+
+@pytest.mark.parametrize("name", clip.WITHOUT)
+def test_what_a_run_is_without_is_back_after_it(
+    name: str, ti2v: Any, request_5b: Request, seen: dict[str, list[Any]]
+) -> None:
+    whole = clip.timed_run(ti2v, request_5b, True, 1)["latents"]
+    compiles = ti2v.compile_blocks
+    for found in seen.values():
+        found.clear()
+    with clip.without(name, ti2v, request_5b.geometry.tokens):
+        lacking = clip.timed_run(ti2v, request_5b, True, 1)["latents"]
+        assert ti2v.compile_blocks == (compiles and name != "compile")
+        assert ti2v.model.kernels == ({"attention": "native"} if name == "probe" else {})
+    torch.testing.assert_close(lacking, whole, atol=1e-4, rtol=1e-4)
+    assert set(seen["rows"]) == {request_5b.geometry.tokens if name == "rows" else 2}
+    assert len(seen["embedded"]) == (2 * 8 if name == "reuse" else 2)
+    seen["rows"].clear()
+    assert torch.equal(clip.timed_run(ti2v, request_5b, True, 1)["latents"], whole)
+    assert set(seen["rows"]) == {2} and ti2v.compile_blocks == compiles
