@@ -472,6 +472,21 @@ def test_one_graph_serves_all_blocks_of_both_experts_whatever_happens_to_their_w
     assert len(graphs) == 1 and one.kernels == {"compiled": True}
 
 
+@torch.no_grad()
+def test_a_script_may_make_clips_of_many_sizes() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = build(num_layers=1)
+    model.compile_blocks(backend)
+    for width in range(2, 22, 2):
+        model(torch.zeros(1, 4, 2, 4, width), torch.tensor([613]), prompt(1))
+    assert len(graphs) == 10 and model.is_compiled
+
+
 def test_compiled_gelu_is_as_exact_as_pytorch_s() -> None:
     compiled: Any = torch.compile(model_module._gelu, backend="eager", fullgraph=True)
     x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([-1e4, -0.0, 0.0, 1e4])])

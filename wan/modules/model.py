@@ -31,6 +31,8 @@ from wan.modules.low_precision import lower
 
 log = logging.getLogger(__name__)
 
+SIZES = 64  # of clips that blocks are compiled for in one process; PyTorch would give up after eight
+
 # Parameters that stay float32 whatever the compute dtype is.
 FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
 FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
@@ -233,6 +235,8 @@ class _Compiled:
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         # one graph a size of clip: kernels for any size are slower
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, SIZES)
         self.compute: Any = torch.compile(WanBlock.compute, backend=backend, fullgraph=True, dynamic=False)
         self.works = True
 
