@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clip import commit
+from benchmarks.real_size import commit
 from wan.modules.attention8 import Tiles, attend
 from wan.modules.kernels import kernels_there
 

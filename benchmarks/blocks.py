@@ -24,7 +24,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
-from benchmarks.clip import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
+from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
 from wan.modules.kernels import fastest_attention, use_attention
 from wan.modules.low_precision import PRECISIONS, lower
 from wan.modules.model import WanModel, policy_dtype

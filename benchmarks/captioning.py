@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from benchmarks.clip import materialise
+from benchmarks.real_size import materialise
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.placement import peak_gib, reset_peak, synchronize
 from wan.types import UInt8Array

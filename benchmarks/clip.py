@@ -22,171 +22,31 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from PIL import Image
-from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
-from wan.configs import PRESETS, WAN_CONFIGS
+from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
+from wan.configs import PRESETS
 from wan.continuation import Plan, VideoContinuation, chain
 from wan.errors import UserError
 from wan.media import write_video
-from wan.modules.checkpoint import Weights
 from wan.modules.conditioning import KnownLatents
 from wan.modules.kernels import fastest_attention, use_attention
-from wan.modules.low_precision import PRECISIONS, lower
+from wan.modules.low_precision import PRECISIONS
 from wan.modules.memory import CONTEXT, for_tensors
-from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
-from wan.modules.quantised import Packed, PackedLinear
+from wan.modules.model import WanModel
 from wan.modules.sampling import Stage
-from wan.modules.text import TextEncoder
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
 from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
 from wan.types import Clip, Footage, Generation, Known, Request, Step, TextContext, to_uint8
-from wan.video2video import WanV2V
-from wan.wan22video2video5B import WanV2V5B
-
-SCENARIOS: dict[str, tuple[str, int, int, int]] = {
-    "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
-    "a14b-720p-81": ("i2v-A14B", 1280, 720, 81),
-    "5b-704p-121": ("ti2v-5B", 1280, 704, 121),
-}
-DEVICE = torch.device("cuda:0")
-DIT: dict[str, dict[str, Any]] = {
-    "i2v-A14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40, "in_channels": 36, "out_channels": 16},
-    "ti2v-5B": {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
-}
-VAE: dict[str, dict[str, Any]] = {
-    "i2v-A14B": {},
-    "ti2v-5B": {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "temperal_downsample": [False, True, True],
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
-}
-
-
-def materialise(model: torch.nn.Module, dtype_of: Any, device: torch.device) -> Any:
-    """Random weights of a sane scale, made on the GPU (a CPU draw of 14 B numbers takes minutes), moved to `device`."""
-    maker = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(maker).manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        scale = 1.0 if "norm" in name else 0.02
-        value = torch.randn(parameter.shape, device=maker, generator=generator).mul_(scale).to(dtype_of(name))
-        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
-    return model.to(device).eval()
-
-
-class Words:
-    """Stands for the tokenizer: as many ids as a long prompt has."""
-
-    length = 512
-
-    def count(self, text: str) -> int:
-        return 300
-
-    def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.arange(512)[None] % 1000
-        mask = (torch.arange(512)[None] < 300).long()
-        return ids, mask
-
-
-# Where the halfs are in a block of a GGUF type; the other bytes may be anything.
-HALFS = {"Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
-
-
-def random_packed(shape: torch.Size, kind: str, device: str) -> Packed:
-    """A random weight as a quantised file holds it, of about the scale of a real one."""
-    if kind == "fp8":
-        return Packed(torch.randn(shape, device=device).to(torch.float8_e4m3fn), torch.tensor(0.02, device=device))
-    import gguf
-
-    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    blocks = torch.randint(0, 256, (shape[0], shape[1] // elements, size), dtype=torch.uint8, device=device)
-    for start in HALFS[kind]:
-        blocks[..., start], blocks[..., start + 1] = 0, 4  # 2**-14
-    return Packed(blocks.flatten(1), gguf_type=kind)
-
-
-def pack(model: WanModel, kind: str, home: torch.device, device: str = "cuda") -> WanModel:
-    """The model with its linear layers as a quantised file would fill them, made on a GPU and put on `home`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and not name.startswith(FLOAT32_PARTS):
-            packed = random_packed(module.weight.shape, kind, device)
-            model.set_submodule(name, PackedLinear(module, packed, module.weight.dtype, home))
-    return model
-
-
-def build(task: str, packed: str | None = None, precision: str | None = None) -> VideoContinuation:
-    """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
-    cpu = torch.device("cpu")
-    pipeline: Any = object.__new__({"i2v-A14B": WanV2V, "ti2v-5B": WanV2V5B}[task])
-    pipeline.config = config = WAN_CONFIGS[task]
-    pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
-    pipeline.device = pipeline.text_device = DEVICE
-    pipeline.vram, pipeline.tokenizer = None, Words()
-    pipeline.vlm_device, pipeline.vlm_question, pipeline.vlm_url = DEVICE, "?", None
-
-    def denoiser() -> WanModel:
-        with init_empty_weights():
-            model = WanModel(**DIT[task])
-        model = materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
-        if packed:
-            pack(model, packed, cpu)
-        if precision:
-            lower(model, precision, pipeline.device)
-        return model
-
-    for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):
-        pipeline.__dict__[name] = denoiser()
-    with init_empty_weights():
-        vae = AutoencoderKLWan(**VAE[task])
-    vae = materialise(vae, lambda name: torch.float32, cpu)
-    pipeline.__dict__["vae"] = type(pipeline).vae_class(vae, config.vae_mean, config.vae_std)
-    with init_empty_weights():
-        text = UMT5Config(
-            vocab_size=256384,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-        text._attn_implementation = "eager"
-        encoder = UMT5EncoderModel(text)
-    encoder = materialise(encoder, lambda name: config.t5_dtype, cpu)
-    encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    pipeline.__dict__["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
-    names = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
-    pipeline.checkpoint = SimpleNamespace(
-        experts={name: headers(pipeline.__dict__[name]) for name in names},
-        vae=headers(vae),
-        text_encoder=headers(encoder),
-    )
-    return pipeline
-
-
-def headers(model: torch.nn.Module) -> Weights:
-    """What the files of a model would say of its shapes."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return Weights(Path("."), (), shapes, {})
 
 
 def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
@@ -268,8 +128,6 @@ def chained(pipeline: VideoContinuation, request: Request, count: int, folder: P
 
     `busy`: the share of their time in which a kernel or a copy runs on the GPU, by the profiler.
     """
-    from benchmarks.captioning import RandomCaptioner  # which makes its weights as this module does
-
     captioner = RandomCaptioner(DEVICE)
     pipeline.__dict__["captioner"] = captioner
     geometry, fps = request.geometry, Fraction(pipeline.config.sample_fps)
@@ -407,16 +265,6 @@ def preset_run(
     return found | {"preset": name, "steps_of_quality": of_quality, "sample_over_quality": over}
 
 
-def commit() -> str:
-    """The commit that is measured, from the repository's files: a copied tree need not have git installed."""
-    git = Path(__file__).resolve().parent.parent / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        return (git / head.removeprefix("ref: ")).read_text().strip()[:12] if head.startswith("ref: ") else head[:12]
-    except OSError:
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=tuple(SCENARIOS), required=True)
@@ -496,8 +344,6 @@ def main() -> None:
         "peak_host_gib": round(host_peak_gib(), 1),
     }
     if args.caption:
-        from benchmarks.captioning import captions
-
         result["caption"] = captions(DEVICE)
     if args.chain:
         pipeline.vram = None

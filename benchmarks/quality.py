@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clip import commit
+from benchmarks.real_size import commit
 from training import scenes
 from training.reading import Seen, shapes_in
 from training.scenes import Scenes

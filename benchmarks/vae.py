@@ -24,7 +24,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.clip import SCENARIOS, VAE, commit, materialise
+from benchmarks.real_size import SCENARIOS, VAE, commit, materialise
 from wan.modules import vae_pass
 from wan.modules.vae import lay_out
 from wan.placement import peak_gib, reset_peak, synchronize

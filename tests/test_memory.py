@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from benchmarks.clip import DIT, VAE, headers
 from benchmarks.floor import counted, denoiser_flops
+from benchmarks.real_size import DIT, VAE, headers
 from tests.test_exact_speed import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B, placement
 from wan.captioner import weight_bytes
