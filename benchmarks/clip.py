@@ -34,7 +34,7 @@ from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
 from wan.configs import PRESETS
-from wan.continuation import Plan, VideoContinuation, chain
+from wan.continuation import VideoContinuation, chain
 from wan.errors import UserError
 from wan.media import write_video
 from wan.modules.conditioning import KnownLatents
@@ -46,6 +46,7 @@ from wan.modules.sampling import Stage
 from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
 from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
+from wan.plan import Plan
 from wan.types import Clip, Footage, Generation, Known, Request, Step, TextContext, to_uint8
 
 

@@ -30,7 +30,8 @@ from training.scenes import Scenes
 from training.vae import HELD_OUT, psnr
 from wan import WanV2V, WanV2V5B
 from wan.configs import config_for
-from wan.continuation import Plan, VideoContinuation, chain
+from wan.continuation import VideoContinuation, chain
+from wan.plan import Plan
 from wan.types import Clip, Context, Generation
 
 FOLDERS: dict[str, tuple[str, type[VideoContinuation]]] = {

@@ -38,24 +38,21 @@ from wan.modules.lora import LoraFile
 from wan.modules.memory import GIB, for_tensors
 from wan.pipeline import Pipeline, draw_seed
 from wan.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
+from wan.plan import Plan
 from wan.quality import correct_drift, measure_motion, score_seam
 from wan.types import (
     LONGEST_CONTEXT,
-    PROMPT_MODES,
     Clip,
     Context,
     Footage,
     Frame,
     Generation,
-    Geometry,
     Known,
     OnStep,
     Request,
-    Sampling,
     Step,
     UInt8Array,
     frame_size,
-    from_uint8,
 )
 
 log = logging.getLogger(__name__)
@@ -67,94 +64,6 @@ VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
 VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
 VLM_NAME = "InternVL3_5-8B"
 VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
-
-
-class VideoFile:
-    """A video file as `Footage`. Opening it reads its last frame; raises UserError when it has none."""
-
-    def __init__(self, path: str | Path, reader: str = "auto") -> None:
-        self.path = Path(path)
-        self.reader = reader
-        image = media.read_last_frame(self.path)
-        if reader == "decord":
-            media.check_last_frame_with_decord(self.path, image)
-        self.last: Frame = image
-        self.motion: Tensor | None = None  # the latents of a file are not known
-
-    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
-        """Frames spread over the file, or over its last `seconds`, as `Footage.samples`."""
-        if seconds is None:
-            return media.sample_frames(self.path, count, reader=self.reader)
-        return media.read_tail(self.path, count, Fraction(max(count - 1, 1)) / Fraction(seconds))
-
-    def tail(self, count: int, fps: Fraction) -> Tensor:
-        """The file's last frames at `fps`, whatever its own rate is, as `Footage.tail`."""
-        return from_uint8(media.read_tail(self.path, count, fps))
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a video is continued by one clip.
-
-    `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
-    happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
-    clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
-    that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
-    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken. Raises UserError for what does not go together.
-    """
-
-    geometry: Geometry
-    sampling: Sampling
-    negative: str
-    prompt: str | None = None
-    prefix: str = ""
-    num_segments: int = 8
-    offload: bool = True
-    context: Context = Context()
-    anchor: Frame | None = None
-    end: Frame | None = None
-    cut: Frame | bool | None = None
-    loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
-    prompt_mode: str = "describe"
-    preset: str = "quality"
-    drift_correction: float = 0.0
-    best_of: int = 1
-    number: int = 1  # of `count` clips
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_segments < 1:
-            raise UserError(f"num_segments must be at least 1, {self.num_segments} is not")
-        if self.best_of < 1:
-            raise UserError(f"best_of must be at least 1, {self.best_of} is not")
-        if self.prompt_mode not in PROMPT_MODES:
-            raise UserError(f"prompt_mode must be one of {', '.join(PROMPT_MODES)}; {self.prompt_mode!r} is not")
-        if not 0 <= self.drift_correction <= 1:
-            raise UserError(f"drift_correction must be from 0 to 1, {self.drift_correction} is not")
-        if self.context.frames >= self.geometry.frames:
-            raise UserError(
-                f"context_frames {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
-            )
-        if self.context.mode == "svi2pro" and self.end is not None:
-            raise UserError(
-                "svi2pro takes no end image: the last frames turn grey; use tail or last_frame for that clip"
-            )
-
-    @property
-    def dropped(self) -> int:
-        """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
-        return 0 if self.is_cut else self.context.frames
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the clip begins a new shot."""
-        return self.cut is not None and self.cut is not False
-
-    @property
-    def described(self) -> bool:
-        """Whether the VLM has a part in the prompt."""
-        return self.cut is not True and (self.prompt is None or self.prompt_mode == "continue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +175,7 @@ class VideoContinuation(Pipeline):
         with a longer `context` the video starts with that many of the file's last frames; with a `preset` its solver
         takes the place of 'unipc'. Raises UserError.
         """
-        footage = VideoFile(video_path, self.video_reader)
+        footage = media.VideoFile(video_path, self.video_reader)
         plan = self.plan(
             footage,
             max_area=max_area,

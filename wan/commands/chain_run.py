@@ -32,7 +32,8 @@ from wan.storyboard import Scene
 from wan.types import Footage, Frame, Generation
 
 if TYPE_CHECKING:
-    from wan.continuation import Plan, VideoContinuation
+    from wan.continuation import VideoContinuation
+    from wan.plan import Plan
 
 
 SHEET_FRAMES = 4  # on each side of a seam

@@ -25,7 +25,8 @@ from wan.types import Context, Footage, Frame, Generation, Step
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from wan.continuation import Plan, VideoContinuation
+    from wan.continuation import VideoContinuation
+    from wan.plan import Plan
 
 
 def continue_video(argv: Sequence[str] | None) -> None:
@@ -38,9 +39,9 @@ def continue_video(argv: Sequence[str] | None) -> None:
     output = Path(args.output_dir)
     _check_folder(output, Path(args.video))
 
-    from wan.continuation import VideoFile, chain
+    from wan.continuation import chain
 
-    footage = VideoFile(args.video, args.video_reader)
+    footage = media.VideoFile(args.video, args.video_reader)
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage, scenes)
     common = common_settings(job, continuation)

@@ -20,8 +20,9 @@ from wan.types import Context, Footage, Generation
 CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
 
 if TYPE_CHECKING:
-    from wan.continuation import Plan, VideoContinuation
+    from wan.continuation import VideoContinuation
     from wan.modules.lora import LoraFile
+    from wan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from wan.modules.memory import CONTEXT, GIB, for_tensors
 from wan.types import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
-    from wan.continuation import Plan, VideoContinuation
+    from wan.continuation import VideoContinuation
+    from wan.plan import Plan
 
 H200_FLOPS = 5.5e14  # reached by the denoiser at real sizes (benchmarks/README.md)
 MP4_BYTES = 0.03  # per pixel and frame at the crf that clips are written with; footage differs by a factor of three

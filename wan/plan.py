@@ -1,0 +1,75 @@
+"""`Plan`: how a video is continued by one clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from wan.errors import UserError
+from wan.modules.lora import LoraFile
+from wan.types import PROMPT_MODES, Context, Frame, Geometry, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a video is continued by one clip.
+
+    `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
+    happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
+    clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
+    that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
+    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
+    least visible seam is taken. Raises UserError for what does not go together.
+    """
+
+    geometry: Geometry
+    sampling: Sampling
+    negative: str
+    prompt: str | None = None
+    prefix: str = ""
+    num_segments: int = 8
+    offload: bool = True
+    context: Context = Context()
+    anchor: Frame | None = None
+    end: Frame | None = None
+    cut: Frame | bool | None = None
+    loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
+    prompt_mode: str = "describe"
+    preset: str = "quality"
+    drift_correction: float = 0.0
+    best_of: int = 1
+    number: int = 1  # of `count` clips
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_segments < 1:
+            raise UserError(f"num_segments must be at least 1, {self.num_segments} is not")
+        if self.best_of < 1:
+            raise UserError(f"best_of must be at least 1, {self.best_of} is not")
+        if self.prompt_mode not in PROMPT_MODES:
+            raise UserError(f"prompt_mode must be one of {', '.join(PROMPT_MODES)}; {self.prompt_mode!r} is not")
+        if not 0 <= self.drift_correction <= 1:
+            raise UserError(f"drift_correction must be from 0 to 1, {self.drift_correction} is not")
+        if self.context.frames >= self.geometry.frames:
+            raise UserError(
+                f"context_frames {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
+            )
+        if self.context.mode == "svi2pro" and self.end is not None:
+            raise UserError(
+                "svi2pro takes no end image: the last frames turn grey; use tail or last_frame for that clip"
+            )
+
+    @property
+    def dropped(self) -> int:
+        """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
+        return 0 if self.is_cut else self.context.frames
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the clip begins a new shot."""
+        return self.cut is not None and self.cut is not False
+
+    @property
+    def described(self) -> bool:
+        """Whether the VLM has a part in the prompt."""
+        return self.cut is not True and (self.prompt is None or self.prompt_mode == "continue")
