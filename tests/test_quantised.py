@@ -313,6 +313,8 @@ def test_packed_blocks_compile_as_they_are(name: str, states: dict[str, State], 
 
     model.compile_blocks(backend)
     torch.testing.assert_close(forward(model), before, atol=1e-5, rtol=1e-4)
+    merge_loras(model, weights, [lora(states["wide"], beside, -0.2)])  # a clip with another strength
+    assert (forward(model) - before).abs().max() > 0.01
     assert len(graphs) == 2 and model.is_compiled  # the LoRA leaves one layer of one block as it is
 
 
@@ -376,7 +378,7 @@ def test_a_lora_does_what_it_does_to_weights_that_were_expanded_beforehand(
         assert torch.equal(forward(model), forward(other))
     merge_loras(model, weights, ())
     assert torch.equal(forward(model), before)
-    assert all(layer.strengths == () and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
+    assert all(layer.held == 0 and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
 
 
 def test_a_weight_of_many_pieces_is_the_weight_of_one(

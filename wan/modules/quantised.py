@@ -65,15 +65,15 @@ class Addition:
 
     left: Tensor  # [out, rank]; without `right` in the parameter's shape
     right: Tensor | None  # [rank, in]
-    strength: float
+    strength: float | Tensor
 
     def add_to(self, value: Tensor, rows: slice | None = None) -> None:
         """Add these rows, or all, to the float32 rows of a parameter."""
         left = (self.left if rows is None else self.left[rows]).float()
         if self.right is None:
-            value.add_(left, alpha=self.strength)
+            value.add_(left * self.strength)
         else:  # flat because a convolution's weights have five dimensions
-            value.view(len(value), -1).addmm_(left, self.right.float(), alpha=self.strength)
+            value.view(len(value), -1).addmm_(left, self.right.float() * self.strength)
 
 
 class PackedLinear(nn.Linear):
@@ -87,26 +87,35 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(packed.data.to(device, copy=True), requires_grad=False)
         self.scale: Tensor | None
         self.register_buffer("scale", None if packed.scale is None else packed.scale.to(device, copy=True))
-        self.strengths: tuple[float, ...] = ()
+        self.held = 0  # additions, in buffers
         self.multiply: Multiply | None = None  # with the weight as it is, and what is held beside it
 
     def hold(self, additions: Sequence[Addition]) -> None:
         """Add these, and no others, to the weight whenever it is used."""
-        for index in range(len(self.strengths)):
-            del self._buffers[f"left_{index}"], self._buffers[f"right_{index}"]
+        for index in range(self.held):
+            del self._buffers[f"left_{index}"], self._buffers[f"right_{index}"], self._buffers[f"strength_{index}"]
         for index, addition in enumerate(additions):  # buffers, so that they go where the weight goes
             self.register_buffer(f"left_{index}", addition.left, persistent=False)
             self.register_buffer(f"right_{index}", addition.right, persistent=False)
-        self.strengths = tuple(addition.strength for addition in additions)
+            # a number would be part of a compiled graph, and each other number another graph
+            strength = torch.as_tensor(addition.strength, dtype=torch.float32, device=addition.left.device)
+            self.register_buffer(f"strength_{index}", strength, persistent=False)
+        self.held = len(additions)
+
+    @property
+    def additions(self) -> list[Addition]:
+        """What is held."""
+        return [
+            Addition(
+                self.get_buffer(f"left_{index}"), self._buffers[f"right_{index}"], self.get_buffer(f"strength_{index}")
+            )
+            for index in range(self.held)
+        ]
 
     def dense(self) -> Tensor:
         """The weight [out, in] in the compute dtype, with what is held added."""
         packed = Packed(self.weight.data, self.scale, self.gguf_type)
-        held = []
-        for index, strength in enumerate(self.strengths):
-            right = self._buffers[f"right_{index}"]
-            left = self.get_buffer(f"left_{index}")
-            held.append(Addition(left, None if right is None else right.float(), strength))
+        held = self.additions
         whole = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device)
         step = max(1, _PIECE // self.in_features)
         for start in range(0, self.out_features, step):
@@ -122,10 +131,10 @@ class PackedLinear(nn.Linear):
             return F.linear(input, self.dense(), self.bias)
         assert self.scale is not None
         found = self.multiply(input, self.weight, self.scale, self.bias)
-        for index, strength in enumerate(self.strengths):
-            left, right = self.get_buffer(f"left_{index}"), self._buffers[f"right_{index}"]
+        for addition in self.additions:
+            right = addition.right
             inner = input if right is None else F.linear(input, right.to(input.dtype))
-            found = found + strength * F.linear(inner, left.to(input.dtype))
+            found = found + addition.strength * F.linear(inner, addition.left.to(input.dtype))
         return found
 
 
