@@ -28,7 +28,7 @@ import wan
 from wan.configs import config_for
 from wan.continuation import VideoContinuation
 from wan.errors import UserError
-from wan.media import VideoFile
+from wan.footage import VideoFile
 from wan.modules.model import WanModel
 from wan.modules.step_cache import Branch, Caching
 from wan.types import Generation, Sampling, StepCache

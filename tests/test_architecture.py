@@ -14,7 +14,7 @@ LAYERS = [
     ("wan.errors",),
     ("wan.types", "wan.placement", "wan.compat", "wan.timeline", "wan.read_ahead"),
     ("wan.media", "wan.modules", "wan.configs", "wan.captioner", "wan.quality"),
-    ("wan.pipeline", "wan.plan", "wan.run_folder", "wan.progress"),
+    ("wan.pipeline", "wan.plan", "wan.footage", "wan.run_folder", "wan.progress"),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),
     ("wan.video2video", "wan.wan22video2video5B"),
     ("wan.flags",),

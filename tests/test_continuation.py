@@ -18,7 +18,7 @@ from tests.conftest import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.continuation import chain, default_vlm
 from wan.errors import UserError
-from wan.media import VideoFile
+from wan.footage import VideoFile
 from wan.read_ahead import ReadAhead
 from wan.types import Clip, Generation, Geometry, Known, Request, Sampling, frame_indices, from_uint8, to_uint8
 

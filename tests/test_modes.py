@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN, float32
 from wan import WanV2V, WanV2V5B, media
-from wan.continuation import chain, choose_anchor
+from wan.continuation import chain
 from wan.errors import UserError
+from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
-from wan.media import VideoFile
 from wan.modules.conditioning import HeldImageChannels, ImageChannels
 from wan.modules.lora import LoraFile
 from wan.placement import Placement

@@ -15,7 +15,6 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,6 +33,7 @@ from wan.captioner import (
 )
 from wan.configs import ModelConfig
 from wan.errors import UserError
+from wan.footage import VideoFile, choose_anchor
 from wan.modules.lora import LoraFile
 from wan.modules.memory import GIB, for_tensors
 from wan.pipeline import Pipeline, draw_seed
@@ -175,7 +175,7 @@ class VideoContinuation(Pipeline):
         with a longer `context` the video starts with that many of the file's last frames; with a `preset` its solver
         takes the place of 'unipc'. Raises UserError.
         """
-        footage = media.VideoFile(video_path, self.video_reader)
+        footage = VideoFile(video_path, self.video_reader)
         plan = self.plan(
             footage,
             max_area=max_area,
@@ -527,16 +527,3 @@ def chain(
 def _seam_score(made: Generation) -> float:
     assert made.seam is not None
     return float(made.seam["score"])
-
-
-def choose_anchor(footage: Footage) -> Frame:
-    """The sharpest frame from between three seconds and one second before the end, or the first of shorter footage."""
-    frames = footage.samples(13, 3.0)
-    early = frames[: max(len(frames) - 4, 1)]
-    return Image.fromarray(max(early, key=_sharpness))
-
-
-def _sharpness(frame: UInt8Array) -> float:
-    """The mean squared step between neighbouring pixels."""
-    luma = frame.astype(np.float32).mean(axis=-1)
-    return float(np.square(np.diff(luma, axis=0)).mean() + np.square(np.diff(luma, axis=1)).mean())

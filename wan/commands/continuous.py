@@ -40,8 +40,9 @@ def continue_video(argv: Sequence[str] | None) -> None:
     _check_folder(output, Path(args.video))
 
     from wan.continuation import chain
+    from wan.footage import VideoFile
 
-    footage = media.VideoFile(args.video, args.video_reader)
+    footage = VideoFile(args.video, args.video_reader)
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage, scenes)
     common = common_settings(job, continuation)

@@ -34,9 +34,10 @@ def generate(argv: Sequence[str] | None) -> None:
         raise UserError(f"--save_file {target} is the input video; give another name")
 
     if args.video is not None:
+        from wan.footage import VideoFile
         from wan.pipeline import draw_seed
 
-        footage = media.VideoFile(args.video, args.video_reader)
+        footage = VideoFile(args.video, args.video_reader)
         continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         with Progress(target.name) as progress:

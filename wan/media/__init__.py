@@ -2,7 +2,6 @@
 
 from wan.media.assembly import assemble
 from wan.media.decord_reader import check_last_frame_with_decord
-from wan.media.footage import VideoFile
 from wan.media.reading import READERS, VideoInfo, probe, read_image, read_last_frame, read_tail, sample_frames
 from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video
@@ -10,7 +9,6 @@ from wan.media.writing import check_output, join_videos, write_video
 __all__ = [
     "READERS",
     "VideoError",
-    "VideoFile",
     "VideoInfo",
     "assemble",
     "check_last_frame_with_decord",
