@@ -236,10 +236,8 @@ def without(name: str, pipeline: Pipeline, tokens: int) -> Iterator[None]:
     with ExitStack() as patches:
         if name == "compile":
             patches.enter_context(patch.object(pipeline, "compile_blocks", False))
-            for model in models:
-                patches.enter_context(patch.object(model, "_compiled", None))
-                for block in model.blocks:
-                    patches.enter_context(patch.object(block, "compiled", None))
+            for block in (block for model in models for block in model.blocks):
+                patches.enter_context(patch.object(block, "compiled", None))
         if name == "probe":
             patches.enter_context(
                 patch("wan.pipeline.use_fastest_attention", lambda model, *_: use_attention(model, "native"))
@@ -314,7 +312,7 @@ def main() -> None:
     for name in args.without:
         with without(name, pipeline, tokens):
             run = timed_run(pipeline, request, offload, args.clips)
-        lacking.append({"without": name, "step_over": round(run["step_median"] / step, 3)} | run)
+        lacking.append({"without": name, "step_over": round(run["step_median"] / step, 3) if step else None} | run)
     capped = [within(pipeline, vram, request, args.clips) for vram in args.vram]
     whole = runs[1]["latents"]
     for run in (*runs, *presets, *lacking, *capped):

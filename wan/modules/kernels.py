@@ -34,8 +34,8 @@ PROBE_ROWS = 64  # queries that are compared with exact arithmetic
 # seconds. Compiling adds 15 to 18 s to the first clip, less where the compiler's cache has it from a run before.
 SECONDS_SAVED = 5e-11
 SECONDS_TO_COMPILE = 20.0  # one block once, for all blocks of both experts
-# One H100 (benchmarks/LOG.md): what FlashAttention 4 saves of cuDNN's time for each FLOP of attention, and what it
-# takes to import and to compile itself in each process.
+# One H100 (benchmarks/LOG.md): what FlashAttention 4 saves of cuDNN's time for each FLOP of attention. What it takes to
+# import and to compile itself in each process is an estimate on the safe side.
 FLASH_4_SAVES = 2.5e-16
 SECONDS_OF_FLASH_4 = 5.0
 
@@ -75,25 +75,23 @@ def kernels_there() -> Mapping[str, Attention]:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # what it is a part of is missing, or broken
+    except ImportError as error:  # what it is a part of is missing, or broken
+        log.info("%s is not there: %s", package, error)
         return False
 
 
-def flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention [B, L, heads, head_dim] by FlashAttention 4, from the package flash-attn-4."""
-    mixed: Tensor = _flash_attention_4(query, key, value)
-    return mixed
-
-
 @torch.library.custom_op("wan::flash_attention_4", mutates_args=())
-def _flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """An operation of its own: PyTorch's compiler cannot look into it."""
+def flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention [B, L, heads, head_dim] by the package flash-attn-4 (Dao et al.), bf16 or fp16 on a GPU.
+
+    An operation of its own, because PyTorch's compiler cannot look into it.
+    """
     found = _flash_attn_func()(query, key, value)
     output: Tensor = found[0] if isinstance(found, tuple) else found  # with the logarithms of the sums
     return output
 
 
-@_flash_attention_4.register_fake
+@flash_attention_4.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 

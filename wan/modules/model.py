@@ -55,7 +55,6 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
         self.before_layer: Callable[[int], None] | None = None  # see placement.py
         self.low_precision: str | None = None  # what its blocks were lowered to
-        self._compiled: _Compiled | None = None
 
     @classmethod
     def from_weights(
@@ -160,15 +159,16 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
-        if self._compiled is None:
-            self._compiled = _Compiled(backend)
+        if self.blocks[0].compiled is None:
+            compiled = _Compiled(backend)
             for block in self.blocks:
-                block.compiled = self._compiled
+                block.compiled = compiled
 
     @property
     def is_compiled(self) -> bool:
         """Whether the blocks run as a compiler makes them."""
-        return self._compiled is not None and self._compiled.works
+        compiled: _Compiled | None = self.blocks[0].compiled
+        return compiled is not None and compiled.works
 
     @property
     def kernels(self) -> dict[str, Any]:
