@@ -1,5 +1,29 @@
-"""Who can fix it: the user (`UserError`, exit code 2); anything else is a bug and keeps its traceback."""
+"""The error of everything that the user can put right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_SETTING = re.compile(r"`([a-z][a-z0-9_]*)`")
 
 
 class UserError(Exception):
-    """Something only the user can put right. The message is one line: what is wrong and what to do instead."""
+    """One line that says what is wrong and what to do: the commands print it and exit with 2.
+
+    A setting stands in backquotes under its name in Python. `str()` leaves the quotes out ("vram: …"), and the command
+    line writes the flag instead ("--vram: …"), so that the library knows no flags.
+    """
+
+    @property
+    def marked(self) -> str:
+        """The message with its settings in backquotes; what another error quotes."""
+        return str(self.args[0]) if self.args else ""
+
+    def __str__(self) -> str:
+        return spell(self.marked, str)
+
+
+def spell(message: str, spelling: Callable[[str], str]) -> str:
+    """The message with each setting in backquotes as `spelling` writes its name."""
+    return _SETTING.sub(lambda found: spelling(found[1]), message)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from wan.configs.presets import PRESETS, Preset, preset_named
-from wan.configs.rows import I2V_A14B, T2V_A14B, TI2V_5B, V2V_5B, V2V_14B, ModelConfig
+from wan.configs.rows import DTYPES, ModelConfig, i2v_A14B, t2v_A14B, ti2v_5B, v2v_5B, v2v_14B
 from wan.errors import UserError
 
 __all__ = [
@@ -24,8 +21,13 @@ __all__ = [
     "ModelConfig",
     "Preset",
     "config_for",
+    "i2v_A14B",
     "parse_size",
     "preset_named",
+    "t2v_A14B",
+    "ti2v_5B",
+    "v2v_14B",
+    "v2v_5B",
 ]
 
 DECLARATION = "wan_config.json"
@@ -40,7 +42,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 WAN_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
-    {row.name: row for row in (T2V_A14B, I2V_A14B, TI2V_5B, V2V_14B, V2V_5B)}
+    {row.name: row for row in (t2v_A14B, i2v_A14B, ti2v_5B, v2v_14B, v2v_5B)}
 )
 SUPPORTED_SIZES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {name: row.sizes for name, row in WAN_CONFIGS.items()}
@@ -72,11 +74,8 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
     if not isinstance(declared, dict):
         raise UserError(f"{path} must be a JSON object, it is a {type(declared).__name__}")
     if {"vae_mean", "vae_std"} & declared.keys():  # other latents are another model, of which no magnitudes are known
-        row = dataclasses.replace(row, mag_ratios=())
-    return dataclasses.replace(row, **{key: _parse(path, key, value) for key, value in declared.items()})
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        row = row.variant(mag_ratios=())
+    return row.variant(**{key: _parse(path, key, value) for key, value in declared.items()})
 
 
 def _number(value: Any) -> bool:
@@ -102,8 +101,8 @@ def _parse(path: Path, key: str, value: Any) -> Any:
     numbers = isinstance(value, list) and bool(value) and all(_number(item) for item in value)
     if (key == "sample_guide_scale" and numbers and len(value) == 2) or (key in ("vae_mean", "vae_std") and numbers):
         return tuple(float(item) for item in value)
-    if key in ("param_dtype", "t5_dtype", "vae_dtype") and value in _DTYPES:
-        return _DTYPES[value]
+    if key in ("param_dtype", "t5_dtype", "vae_dtype") and value in DTYPES:
+        return value
     if key == "mag_ratios" and isinstance(value, list) and all(_ratios(by) for by in value):
         return tuple(tuple(float(item) for item in by) for by in value)
     known = "sizes, frame_num, sample_fps, sample_steps, sample_shift, sample_guide_scale, boundary, vae_mean, vae_std"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+from wan.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 # The official shared negative prompt; it is what an empty `n_prompt` means.
 NEGATIVE_PROMPT = (
@@ -65,12 +72,41 @@ TI2V_RATIOS = (
 )
 
 
+class _Dtype:
+    """A field that takes a dtype or its name and gives the dtype, so that rows need no PyTorch before a model does."""
+
+    def __init__(self, default: str) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._slot = f"_{name}"
+
+    def __get__(self, row: Any, owner: type | None = None) -> Any:
+        if row is None:
+            return self._default  # `dataclass` asks the class for the field's default
+        value = row.__dict__[self._slot]
+        if isinstance(value, str):
+            import torch
+
+            value = getattr(torch, value)
+        return value
+
+    def __set__(self, row: Any, value: Any) -> None:
+        if isinstance(value, str) and value not in DTYPES:
+            raise UserError(f"{self._slot[1:]} must be one of {', '.join(DTYPES)}; {value!r} is not")
+        row.__dict__[self._slot] = value
+
+
+def _dtype(default: str) -> Any:
+    return _Dtype(default)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """All that differs between checkpoints. Change one with `dataclasses.replace`, never in place.
 
     Sizes are "width*height" strings as on the command line; `sample_guide_scale` is one number or (low noise, high
-    noise).
+    noise). A dtype may be given by its name.
     """
 
     name: str
@@ -94,11 +130,17 @@ class ModelConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_train_timesteps: int = 1000
     sample_neg_prompt: str = NEGATIVE_PROMPT
-    t5_dtype: torch.dtype = torch.bfloat16
-    param_dtype: torch.dtype = torch.bfloat16
-    vae_dtype: torch.dtype = torch.float32
+    t5_dtype: torch.dtype = _dtype("bfloat16")
+    param_dtype: torch.dtype = _dtype("bfloat16")
+    vae_dtype: torch.dtype = _dtype("float32")
     low_precision: str | None = None  # "fp8": the blocks' matrix products in 8 bits; "fp8_attention": attention too
     mag_ratios: tuple[tuple[float, ...], ...] = ()  # by expert from high noise to low; (): not measured
+
+    def variant(self, **changes: Any) -> ModelConfig:
+        """As `dataclasses.replace`, which would import PyTorch to copy dtypes that are still names."""
+        names = [field.name for field in dataclasses.fields(self)]
+        given: dict[str, Any] = {name: self.__dict__.get(f"_{name}", self.__dict__.get(name)) for name in names}
+        return ModelConfig(**given | changes)
 
     @property
     def z_dim(self) -> int:
@@ -117,7 +159,7 @@ class ModelConfig:
         return scale if isinstance(scale, tuple) else (scale, scale)
 
 
-I2V_A14B = ModelConfig(
+i2v_A14B = ModelConfig(
     name="i2v-A14B",
     model_type="i2v",
     vae_stride=(4, 8, 8),
@@ -133,8 +175,7 @@ I2V_A14B = ModelConfig(
     boundary=0.900,
     mag_ratios=(I2V_HIGH_RATIOS, I2V_LOW_RATIOS),
 )
-T2V_A14B = replace(
-    I2V_A14B,
+t2v_A14B = i2v_A14B.variant(
     name="t2v-A14B",
     model_type="t2v",
     sample_shift=12.0,
@@ -142,7 +183,7 @@ T2V_A14B = replace(
     boundary=0.875,
     mag_ratios=(T2V_HIGH_RATIOS, T2V_LOW_RATIOS),
 )
-TI2V_5B = ModelConfig(
+ti2v_5B = ModelConfig(
     name="ti2v-5B",
     model_type="ti2v",
     vae_stride=(4, 16, 16),
@@ -157,5 +198,5 @@ TI2V_5B = ModelConfig(
     sample_guide_scale=5.0,
     mag_ratios=(TI2V_RATIOS,),
 )
-V2V_14B = replace(I2V_A14B, name="v2v-14B")
-V2V_5B = replace(TI2V_5B, name="v2v-5B")
+v2v_14B = i2v_A14B.variant(name="v2v-14B")
+v2v_5B = ti2v_5B.variant(name="v2v-5B")
