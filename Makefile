@@ -5,7 +5,7 @@ WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test lint format lock reference clean
 
 demo: .venv/.ready
 	rm -rf $(DEMO)
@@ -37,6 +37,10 @@ format: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[dev]"
 	touch $@
+
+# The page of all flags, from wan/options.py.
+reference: .venv/.ready
+	$(BIN)/python -m wan.commands.flags > docs/commands.md
 
 # Keeps the versions in the file wherever they still fit pyproject.toml; remove a line to let that package move.
 lock:

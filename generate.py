@@ -4,6 +4,9 @@
 import sys
 
 from wan.cli import generate_main
+from wan.commands.examples import EXAMPLE_PROMPT
+
+__all__ = ["EXAMPLE_PROMPT", "generate_main"]
 
 if __name__ == "__main__":
     sys.exit(generate_main())

@@ -31,7 +31,8 @@ from wan.errors import UserError
 from wan.footage import VideoFile
 from wan.modules.model import WanModel
 from wan.modules.step_cache import Branch, Caching
-from wan.types import Generation, Sampling, StepCache
+from wan.settings import Sampling, StepCache
+from wan.types import Generation
 
 CACHES = (
     *("magcache:0.03", "magcache:0.06", "magcache:0.12"),

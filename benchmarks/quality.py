@@ -32,7 +32,8 @@ from wan import WanV2V, WanV2V5B
 from wan.configs import config_for
 from wan.continuation import VideoContinuation, chain
 from wan.plan import Plan
-from wan.types import Clip, Context, Generation
+from wan.settings import Context
+from wan.types import Clip, Generation
 
 FOLDERS: dict[str, tuple[str, type[VideoContinuation]]] = {
     "v2v-5B": ("tiny-Wan2.2-TI2V-5B", WanV2V5B),

@@ -1,6 +1,7 @@
-"""Draw a clip of the tiny family's world and say what happens at its end.
+"""Draw a clip of the tiny family's world, or its last frame, and say what happens at its end.
 
 python -m examples.make_example_video examples/shapes.mp4
+python -m examples.make_example_video examples/shapes.png
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from training import scenes
 from training.vae import HELD_OUT
@@ -35,11 +37,14 @@ def frames(number: int = SCENE) -> NDArray[np.uint8]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a clip of the tiny family's world.")
-    parser.add_argument("file", type=Path, help="the mp4 to write")
+    parser.add_argument("file", type=Path, help="the mp4 to write, or the png of its last frame")
     parser.add_argument("--scene", type=int, default=SCENE, help=f"another number, another scene (default: {SCENE})")
     arguments = parser.parse_args()
     try:
-        write_video(arguments.file, frames(arguments.scene), scenes.FPS)
+        if arguments.file.suffix == ".png":
+            Image.fromarray(frames(arguments.scene)[-1]).save(arguments.file, optimize=True)
+        else:
+            write_video(arguments.file, frames(arguments.scene), scenes.FPS)
     except UserError as error:
         parser.error(str(error))
     print(scene(arguments.scene).captions(0)[0])

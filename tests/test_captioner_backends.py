@@ -49,7 +49,7 @@ def test_config_json_picks_the_back_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (None, "pass --vlm_path or --vlm_url"),
+        (None, "give vlm_path or vlm_url"),
         ("/no/such/folder", "there is no VLM folder /no/such/folder"),
         (f"{GOLDEN.name}/missing", f"there is no VLM folder {GOLDEN.name}/missing"),
         (GOLDEN, "has no config.json"),
@@ -59,7 +59,7 @@ def test_a_path_that_leads_nowhere_is_refused(
     path: Path | str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(GOLDEN.parent)  # there the third is the path of a missing folder, not a hub id
-    with pytest.raises(UserError, match=f"{message}.*or pass --prompt"):
+    with pytest.raises(UserError, match=f"{message}.*or give prompt"):
         open_captioner(path, device="cpu")
 
 
@@ -85,9 +85,7 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(
-        UserError, match=r"^cannot download some/model \(no route to host\).*or pass --prompt"
-    ) as caught:
+    with pytest.raises(UserError, match=r"^cannot download some/model \(no route to host\).*or give prompt") as caught:
         open_captioner("some/model", device="cpu").describe(FRAMES, "What is it?")
     assert "\n" not in str(caught.value)
 
@@ -172,14 +170,14 @@ def test_endpoint_takes_the_model_that_is_named(server: Server) -> None:
 )
 def test_endpoint_errors_are_one_line(server: Server, status: int, reply: bytes, message: str) -> None:
     server.status, server.reply = status, reply
-    with pytest.raises(UserError, match=f"{message}.*or pass --prompt") as caught:
+    with pytest.raises(UserError, match=f"{message}.*or give prompt") as caught:
         EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
     assert "\n" not in str(caught.value)
 
 
 def test_an_endpoint_that_is_down_is_one_line(server: Server) -> None:
     url = server.url.replace(str(server.server_port), "1")
-    with pytest.raises(UserError, match=f"captioning with {url} failed .*refused.*or pass --prompt"):
+    with pytest.raises(UserError, match=f"captioning with {url} failed .*refused.*or give prompt"):
         EndpointCaptioner(url, "m").describe(FRAMES, "What is it?")
 
 
@@ -191,7 +189,7 @@ def test_what_is_not_an_address_is_refused(url: str) -> None:
 
 def test_generic_says_what_transformers_cannot_open(tmp_path: Path) -> None:
     captioner = GenericCaptioner(folder_with(tmp_path, model_type="no_such_type"), "cpu")
-    with pytest.raises(UserError, match="transformers cannot open .*--vlm_trust_remote_code.*or pass --prompt"):
+    with pytest.raises(UserError, match="transformers cannot open .*vlm_trust_remote_code.*or give prompt"):
         captioner.describe(FRAMES, "What is it?")
 
 
@@ -281,7 +279,7 @@ def test_trusted_code_gets_the_official_chat_call(remote: Path) -> None:
 
 def test_trusted_code_that_needs_a_package_says_which(remote: Path) -> None:
     (remote / "own.py").write_text(f"import no_such_timm\n{REMOTE_CODE}", encoding="utf-8")
-    with pytest.raises(UserError, match="needs a package that is not installed .*no_such_timm.*or pass --prompt"):
+    with pytest.raises(UserError, match="needs a package that is not installed .*no_such_timm.*or give prompt"):
         open_captioner(remote, device="cpu", trust_remote_code=True).describe(FRAMES, "What is it?")
 
 

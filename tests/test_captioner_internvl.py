@@ -246,14 +246,14 @@ def test_bad_contents_stop_with_one_line_that_offers_prompt(
     with pytest.raises(UserError, match=message) as caught:
         InternVLCaptioner(path, "cpu").describe(FRAMES, QUESTION, max_new_tokens=2)
     assert str(path) in str(caught.value)
-    assert str(caught.value).endswith("or pass --prompt to go on without captioning")
+    assert str(caught.value).endswith("or give prompt to go on without captioning")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), "ran out of memory: use --vlm_device cpu"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "ran out of memory: use vlm_device cpu"),
         (None, "empty answer"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_failed_description_says_why(
 
     captioner = InternVLCaptioner(GOLDEN / "hf", "cpu")
     monkeypatch.setattr(captioner, "answer", answer)
-    with pytest.raises(UserError, match=f"{message}.*or pass --prompt"):
+    with pytest.raises(UserError, match=f"{message}.*or give prompt"):
         captioner.describe(FRAMES, QUESTION)
 
 
@@ -282,6 +282,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_than_rgb_bytes_are_refused(captioner: InternVLCaptioner, frames: Any) -> None:
     with pytest.raises(UserError, match="a captioner needs RGB uint8"):
         captioner.describe(frames, QUESTION)
+
+
+def test_pictures_may_come_as_a_list(captioner: InternVLCaptioner) -> None:
+    as_array = captioner.describe(FRAMES, QUESTION, max_new_tokens=6)
+    images = [Image.fromarray(frame) for frame in FRAMES]
+    assert captioner.describe(images, QUESTION, max_new_tokens=6) == as_array
+    assert captioner.describe(list(FRAMES), QUESTION, max_new_tokens=6) == as_array
+    wider = [images[0].resize((images[0].width * 2, images[0].height)).convert("RGBA"), *images[1:]]
+    assert captioner.describe(wider, QUESTION, max_new_tokens=6)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")

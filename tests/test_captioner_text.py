@@ -65,5 +65,5 @@ def test_a_long_text_of_the_user_stays_whole_and_is_mentioned(caplog: pytest.Log
 
 
 def test_a_caption_with_nothing_in_it_stops_the_run() -> None:
-    with pytest.raises(UserError, match="no usable text.*or pass --prompt"):
+    with pytest.raises(UserError, match="no usable text.*or give prompt"):
         compose_prompt("Go left.", "<think>hm", words)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from examples.make_tiny_checkpoint import InternVL, write_internvl
+from generate import EXAMPLE_PROMPT
 from tests.conftest import DATA, GOLDEN
 from wan import cli, media
 from wan.progress import Progress
@@ -62,7 +63,7 @@ def test_generate_continues_a_video_with_its_description(
     record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
     assert comment_of(target) == record
     assert record["task"] == {"i2v": "v2v-14B", "ti2v": "v2v-5B"}[name]
-    assert record["seed"] == 3 and record["frames"] == 9 and record["sample_steps"] == 2
+    assert record["seed"] == 3 and record["frame_num"] == 9 and record["sample_steps"] == 2
     assert record["prompt"] and record["negative_prompt"].startswith("色调")
     assert {"caption", "text", "encode", "load", "sample", "decode"} == set(record["seconds"])
     assert record["versions"]["torch"] == torch.__version__
@@ -297,3 +298,20 @@ def test_ctrl_c_from_a_terminal_ends_with_130(checkpoints: Path, tmp_path: Path)
 def test_help_is_quick_and_complete(script: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--ckpt_dir" in done.stdout and "--vlm_device" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("ti2v", None), ("ti2v", "ti2v-5B"), ("ti2v", "v2v-5B"), ("i2v", "i2v-A14B"), ("i2v", "v2v-14B")]
+)
+def test_a_task_without_prompt_and_input_makes_its_example(
+    name: str, task: str | None, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "out.mp4"
+    flags = ["--ckpt_dir", str(checkpoints / name), "--save_file", str(target), *(["--task", task] if task else [])]
+    assert cli.generate_main(flags) == 0
+    record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+    example = EXAMPLE_PROMPT[task or "ti2v-5B"]
+    assert record["prompt"] == example["prompt"] and record["task"] == (task or "ti2v-5B")
+    file = example.get("video") or example.get("image")
+    assert record["source"] == (str(ROOT / file) if file else None)
+    assert f"this runs the example of {task or 'ti2v-5B'}" in caplog.text

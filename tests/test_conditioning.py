@@ -7,7 +7,7 @@ import torch
 
 from wan.errors import UserError
 from wan.modules.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly
-from wan.types import Context
+from wan.settings import Context
 
 LATENTS = torch.arange(2 * 5 * 4 * 6, dtype=torch.float32).view(2, 5, 4, 6)
 T = torch.tensor(613)

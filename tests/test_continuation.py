@@ -20,7 +20,8 @@ from wan.continuation import chain, default_vlm
 from wan.errors import UserError
 from wan.footage import VideoFile
 from wan.read_ahead import ReadAhead
-from wan.types import Clip, Generation, Geometry, Known, Request, Sampling, frame_indices, from_uint8, to_uint8
+from wan.settings import Sampling
+from wan.types import Clip, Generation, Geometry, Known, Request, frame_indices, from_uint8, to_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 

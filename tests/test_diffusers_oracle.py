@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.conftest import GOLDEN
 from wan.image2video import preprocess as preprocess_14b
+from wan.settings import Sampling
 from wan.textimage2video import preprocess as preprocess_5b
-from wan.types import Generation, Known, Request, Sampling
+from wan.types import Generation, Known, Request
 
 STEPS, SHIFT = 4, 5.0
 

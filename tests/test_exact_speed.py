@@ -31,7 +31,8 @@ from wan.modules.sampling import Expert, Stage, sample, text_keys
 from wan.modules.schedule import build_scheduler
 from wan.modules.step_cache import Caching
 from wan.placement import Placement
-from wan.types import Known, Request, Sampling, StepCache, TextContext
+from wan.settings import Sampling, StepCache
+from wan.types import Known, Request, TextContext
 
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")

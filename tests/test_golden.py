@@ -17,9 +17,10 @@ from wan.image2video import exact_size, official_size
 from wan.image2video import preprocess as preprocess_14b
 from wan.modules.schedule import build_scheduler
 from wan.modules.text import clean
+from wan.settings import Sampling
 from wan.textimage2video import best_size
 from wan.textimage2video import preprocess as preprocess_5b
-from wan.types import Generation, Sampling
+from wan.types import Generation
 
 RUNS = [
     ("5b", "main"),

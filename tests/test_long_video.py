@@ -227,7 +227,7 @@ def test_a_storyboard_says_what_is_different_in_which_clip(checkpoints: Path, tm
     assert chain(checkpoints, tmp_path / "run", *flags, count=0) == 0
     first, second, third, fourth = records(tmp_path / "run")
     assert [one["prompt"] for one in (first, second)] == ["continue video the first", "continue video the second"]
-    assert (second["seed"], second["frames"], second["sample_steps"]) == (500, 17, 1)
+    assert (second["seed"], second["frame_num"], second["sample_steps"]) == (500, 17, 1)
     assert second["sample_guide_scale"] == [1, 1] and (second["continuation"], second["dropped"]) == ("tail", 9)
     assert [one["dropped"] for one in (first, third, fourth)] == [1, 0, 0] and third["seam"] is None
     assert frames_in(tmp_path / "run" / "joined.mp4") == 13 + 8 + 13 + 13

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from tests.conftest import GOLDEN
 from wan.errors import UserError
-from wan.modules.checkpoint import Names, Weights, open_checkpoint, open_safetensors, sampled_digest
-from wan.modules.lora import LoraFile, check_loras, merge_loras
+from wan.files import sampled_digest
+from wan.modules.checkpoint import Names, Weights, open_checkpoint, open_safetensors
+from wan.modules.lora import check_loras, merge_loras
 from wan.modules.model import WanModel, infer_config, key_map
 from wan.placement import Placement
+from wan.settings import LoraFile
 
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
@@ -535,7 +537,7 @@ def test_a_file_is_for_the_expert_that_its_name_says(
         if said in (None, expert):
             assert check_loras([LoraFile(file)], weights)[0].matched == len(BLOCKS)
         else:
-            refused(file, weights, f"is for the {said}-noise expert by its name.* --lora_{said}")
+            refused(file, weights, f"is for the {said}-noise expert by its name.* lora_{said}")
     assert check_loras([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
 
 

@@ -158,7 +158,7 @@ def test_the_command_line_says_what_it_computed_in(tmp_path: Path) -> None:
         more = ["--precision", precision] if precision else []
         assert cli.generate_main([*flags, "--save_file", str(target), *more]) == 0
         record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
-        assert record["low_precision"] == (precision or None)
+        assert record["precision"] == (precision or None)
         made[precision] = target.read_bytes()
     assert len(set(made.values())) == 3
 

@@ -294,7 +294,7 @@ def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
     budget = for_tensors(pipeline.vram)
     assert max(part.peak(budget) for part in parts.values()) <= budget < vram * GIB - CONTEXT
     pipeline.vram = 4 * GIB
-    with pytest.raises(UserError, match=r"--vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
+    with pytest.raises(UserError, match=r"vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
         pipeline.geometry(*size)
 
 
@@ -311,7 +311,7 @@ def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
 
 
 def test_a_budget_is_for_a_gpu() -> None:
-    with pytest.raises(UserError, match="--vram is for a GPU, and there is none"):
+    with pytest.raises(UserError, match="vram is for a GPU, and there is none"):
         WanV2V5B(WAN_CONFIGS["ti2v-5B"], GOLDEN / "5b" / "ckpt", vram=12)
 
 
@@ -340,7 +340,7 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
         pipeline.vram = vram
         assert pipeline.captioner.type == pipeline.vlm_device.type == home
         del pipeline.vlm_device, pipeline.captioner
-    assert "does not fit into --vram and describes on the CPU" in caplog.text
+    assert "does not fit into `vram` and describes on the CPU" in caplog.text
     for url, path in (("http://localhost:1", "a name"), (None, None)):
         pipeline.vlm_url, pipeline.vlm_path = url, path
         assert pipeline.vlm_device.type == "cuda"
@@ -392,7 +392,7 @@ def test_all_models_stay_where_a_budget_holds_them_all() -> None:
         placement = pipeline._placements(geometry, True)("sampling")
         assert placement.offload is offload and (placement.room is not None) == (room is not None)
     assert waiting == ["cpu", "cpu"]  # where not all of them fit
-    with pytest.raises(UserError, match="vram needs offload_model=True"):
+    with pytest.raises(UserError, match="vram needs offload_model True"):
         pipeline.run(SimpleNamespace(geometry=geometry), offload=False)
 
 
@@ -427,8 +427,8 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
     checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]
     for flags, line in (
-        (["--vram", "huge"], "expected auto or a number of GiB, for instance 12, not 'huge'"),
-        (["--vram", "0.5"], "expected auto or a number of GiB"),
+        (["--vram", "huge"], "--vram must be auto or a number of GiB from 1, for instance 12; 'huge' is not"),
+        (["--vram", "0.5"], "must be auto or a number of GiB"),
         (["--vram", "12", "--offload_model", "False"], "--vram needs --offload_model True"),
         (["--vram", "12"], "--vram is for a GPU, and there is none; leave it out"),
     ):

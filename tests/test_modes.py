@@ -22,9 +22,9 @@ from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
 from wan.modules.conditioning import HeldImageChannels, ImageChannels
-from wan.modules.lora import LoraFile
 from wan.placement import Placement
-from wan.types import Clip, Context, Known, Request, from_uint8
+from wan.settings import Context, LoraFile
+from wan.types import Clip, Known, Request, from_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 AREA = 96 * 64
@@ -274,10 +274,10 @@ def test_svi_and_its_loras_are_used_together_or_refused(
     refused: list[tuple[Any, dict[str, Any], str]] = [
         (a14b, {"context": pro}, "needs its pair of LoRAs"),
         (a14b, {"context": pro, "loras": {"high_noise_model": svi["high_noise_model"]}}, "needs its pair"),
-        (a14b, {"loras": svi}, "use it with --continuation svi2pro"),
+        (a14b, {"loras": svi}, "use it with continuation svi2pro"),
         (a14b, {"context": pro, "loras": svi, "end": Image.new("RGB", (96, 64))}, "takes no end image"),
         (b5, {"context": pro}, "is for I2V-A14B"),
-        (b5, {"end": Image.new("RGB", (96, 64))}, "--end_image is for I2V-A14B"),
+        (b5, {"end": Image.new("RGB", (96, 64))}, "end_image is for I2V-A14B"),
         (a14b, {"cut": True}, "text alone"),
         (a14b, {"context": Context("tail", 17), "frame_num": 17}, "must be longer"),
     ]

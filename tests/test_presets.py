@@ -22,7 +22,8 @@ from wan.configs import PRESETS, WAN_CONFIGS, config_for
 from wan.errors import UserError
 from wan.modules.checkpoint import open_safetensors
 from wan.modules.schedule import build_scheduler
-from wan.types import Known, Request, Sampling, StepCache
+from wan.settings import Sampling, StepCache
+from wan.types import Known, Request
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 IMAGE = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")
@@ -281,13 +282,13 @@ def words(text: str, world: Path) -> list[str]:
         (f"{{i2v}} --preset turbo {LORAS} --storyboard {{none.yaml}}", "line 3: --preset turbo needs --lora_high FILE"),
         (
             "{i2v} --cache first_block --storyboard {short.yaml}",
-            "line 3: cache first_block:0.1 leaves nothing out of 1 + 1",
+            "line 3: --cache first_block:0.1 leaves nothing out of 1 + 1",
         ),
         (f"{{i2v}} --preset turbo {LORAS} --cache taylorseer", "leaves nothing out of 2 + 2 steps"),
         ("{ti2v} --cache tea", "cache must be off or one of"),
         ("{ti2v} --guidance_interval 0.9 0.3", "guidance_interval must be two sigmas"),
         ("{ti2v} --guidance_interval 0.9", "argument --guidance_interval: expected 2 arguments"),
-        ("{ti2v} --preset fast", "argument --preset: invalid choice: 'fast'"),
+        ("{ti2v} --preset fast", "--preset must be one of quality, balanced, turbo; 'fast' is not"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(
@@ -328,14 +329,16 @@ def test_a_resumed_chain_knows_its_cache_and_interval(
     assert record["cache"] == "first_block:0.5" and record["guidance_interval"] == [0.3, 1.0]
     assert cli.continuous_main([*common, "--num_videos", "2"]) == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (cache 'first_block:0.5', now None; guidance_interval [0.3, 1.0]" in error
+    assert (
+        "holds a run with other settings (--cache 'first_block:0.5', now None; --guidance_interval [0.3, 1.0]" in error
+    )
     assert cli.continuous_main([*common, *cached, "--num_videos", "2"]) == 0
     assert len(list(tmp_path.glob("video_*.mp4"))) == 2
 
 
 def test_v2v_takes_a_preset_and_its_solver(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wan import WanV2V
-    from wan.modules.lora import LoraFile
+    from wan.settings import LoraFile
 
     pipeline = WanV2V(dataclasses.replace(float32("v2v-14B"), sizes=("96*64",)), world / "i2v")
     asked: list[Sampling] = []

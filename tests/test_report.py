@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wan.commands.flags import parse
 from wan.quality import SeamScore
 from wan.report import render_report, seam_thumbnails
 
@@ -281,7 +282,7 @@ def test_the_seam_is_between_old_and_new_frames() -> None:
 def test_a_clip_shows_only_the_settings_that_are_its_own() -> None:
     _, data = report([clip(1, context_frames=1), clip(2, context_frames=5), clip(3, context_frames=5, sample_steps=20)])
     assert [one["settings"] for one in data["clips"]] == [{"context_frames": 1}, {}, {"sample_steps": 20}]
-    assert data["common"] == {"width": 832, "height": 480, "frames": 81, "fps": "16", "sample_steps": 40} | {
+    assert data["common"] == {"width": 832, "height": 480, "frame_num": 81, "fps": "16", "sample_steps": 40} | {
         "context_frames": 5
     }
     assert data["versions"] == {"torch": "2.13.0"}
@@ -306,16 +307,16 @@ def test_the_command_is_what_was_typed() -> None:
         "offload_model": False,
         "t5_cpu": True,
         "sample_guide_scale": [3.5, 4.0],
+        "guidance_interval": [0.3, 0.95],
         "lora_high": ["a.safetensors:0.8", "b.safetensors"],
         "redo": 1,
         "keep_following": True,
         "dry_run": False,
     }
     _, data = report([clip(1), clip(2)], arguments=arguments)
-    from wan.flags import continuous_flags
-
-    wanted = arguments | {"redo": 2, "keep_following": False, "sample_guide_scale": (3.5, 4.0)}
-    typed = continuous_flags().parse_args(shlex.split(data["clips"][1]["redo"])[2:])
+    lists = {"sample_guide_scale": (3.5, 4.0), "lora_high": ("a.safetensors:0.8", "b.safetensors")}
+    wanted = arguments | lists | {"redo": 2, "keep_following": False, "guidance_interval": (0.3, 0.95)}
+    typed = parse("continuous", shlex.split(data["clips"][1]["redo"])[2:])
     assert {name: getattr(typed, name) for name in wanted} == wanted
     assert "--redo" not in data["command"]
 

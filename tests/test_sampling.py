@@ -12,7 +12,8 @@ from wan.errors import UserError
 from wan.modules.conditioning import TextOnly
 from wan.modules.sampling import Expert, plan_stages, sample
 from wan.placement import Placement
-from wan.types import Geometry, Sampling, Step, TextContext
+from wan.settings import Sampling
+from wan.types import Geometry, Step, TextContext
 
 CPU = Placement(torch.device("cpu"))
 CONTEXT = TextContext(torch.ones(1, 512, 1), torch.zeros(1, 512, 1))

@@ -6,8 +6,13 @@ import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from wan.errors import UserError
+from wan.errors import UserError, spell
+
+if TYPE_CHECKING:
+    from wan.commands.job import Job
+    from wan.options import Command
 
 OK, USER, INTERRUPTED = 0, 2, 130
 
@@ -16,9 +21,10 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """`generate.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
-        from wan.commands.generate import generate  # inside, so that Ctrl-C while importing is an interruption
+        job = _job("generate", given)
+        from wan.commands.generate import generate
 
-        generate(given)
+        generate(job)
 
     return run(command, argv)
 
@@ -27,11 +33,22 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
     """`generate_continuous.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
+        job = _job("continuous", given)
         from wan.commands.continuous import continue_video
 
-        continue_video(given)
+        continue_video(job)
 
     return run(command, argv)
+
+
+def _job(command: Command, argv: Sequence[str] | None) -> Job:
+    """The flags, and what they mean: each import comes after what the one before it can refuse."""
+    from wan.commands.flags import parse
+
+    settings = parse(command, argv)
+    from wan.commands.job import Job
+
+    return Job.read(command, settings)
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
@@ -39,12 +56,14 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
 
     A bug keeps its traceback, which makes Python exit with 1.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_InFlags("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         command(argv)
         return OK
     except UserError as error:
-        return _fail(str(error))
+        return _fail(error.marked)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -57,16 +76,28 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
             raise
         return _fail(
             f"out of GPU memory ({str(error).splitlines()[0]}); "
-            "try --offload_model True, --t5_cpu, --vlm_device cpu, a smaller --size or a smaller --frame_num"
+            "try `offload_model` True, `t5_cpu`, `vlm_device` cpu, a smaller `size` or a smaller `frame_num`"
         )
 
 
+class _InFlags(logging.Formatter):
+    """Log lines with settings spelled as flags."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _in_flags(super().format(record))
+
+
+def _in_flags(message: str) -> str:
+    from wan.commands.flags import spell_flag
+
+    return spell(message, spell_flag)
+
+
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(_in_flags(message).split())}", file=sys.stderr)
     return USER
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
+    torch = sys.modules.get("torch")  # without it nothing was on a GPU
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

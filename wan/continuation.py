@@ -34,30 +34,17 @@ from wan.captioner import (
 from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
-from wan.modules.lora import LoraFile
 from wan.modules.memory import GIB, for_tensors
+from wan.options import LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
 from wan.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
 from wan.plan import Plan
 from wan.quality import correct_drift, measure_motion, score_seam
-from wan.types import (
-    LONGEST_CONTEXT,
-    Clip,
-    Context,
-    Footage,
-    Frame,
-    Generation,
-    Known,
-    OnStep,
-    Request,
-    Step,
-    UInt8Array,
-    frame_size,
-)
+from wan.settings import Context, LoraFile
+from wan.types import Clip, Footage, Frame, Generation, Known, OnStep, Request, Step, UInt8Array, frame_size
 
 log = logging.getLogger(__name__)
 
-QUESTION = "Describe this video in detail."
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
@@ -252,9 +239,9 @@ class VideoContinuation(Pipeline):
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
         two_experts = self.config.model_type == "i2v"
         if plan.context.mode == "svi2pro" and not two_experts:
-            raise UserError(f"--continuation svi2pro is for I2V-A14B; use tail with {self.config.name}")
+            raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None and not two_experts:
-            raise UserError(f"--end_image is for I2V-A14B; {self.config.name} knows no last frame")
+            raise UserError(f"`end_image` is for I2V-A14B; {self.config.name} knows no last frame")
         if plan.cut is True and two_experts:
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
         if plan.cut is True and plan.prompt is None:
@@ -268,13 +255,13 @@ class VideoContinuation(Pipeline):
         found = [file.path.name for files in plan.loras.values() for file in files if file.is_svi]
         if plan.context.mode == "svi2pro":
             if not all(plan.loras.get(expert) for expert in self.checkpoint.experts):
-                raise UserError("--continuation svi2pro needs its pair of LoRAs: give --lora_high and --lora_low")
+                raise UserError("`continuation` svi2pro needs its pair of LoRAs: give `lora_high` and `lora_low`")
             if not found:
                 log.warning("no name of the LoRAs says SVI; svi2pro makes noise without the 2.0 Pro pair")
             if wrong := [name for name in found if "pro" not in name.lower()]:
                 raise UserError(f"{wrong[0]} is of another SVI version; svi2pro needs the 2.0 Pro pair")
         elif found:
-            raise UserError(f"{found[0]} is trained for another conditioning; use it with --continuation svi2pro")
+            raise UserError(f"{found[0]} is trained for another conditioning; use it with `continuation` svi2pro")
 
     @property
     def fps(self) -> Fraction:
@@ -431,7 +418,7 @@ class VideoContinuation(Pipeline):
             return self.device
         if (weight_bytes(self.vlm_path) or VLM_BYTES) + VLM_WORKING <= self.vram:
             return self.device
-        log.warning("%s does not fit into --vram and describes on the CPU, which takes minutes", self.vlm_path)
+        log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.vlm_path)
         return torch.device("cpu")
 
     @cached_property

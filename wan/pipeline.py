@@ -23,7 +23,7 @@ from wan.modules import memory
 from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
 from wan.modules.conditioning import Condition
 from wan.modules.kernels import compile_where_it_pays, use_fastest_attention
-from wan.modules.lora import LoraFile, LoraMatch, check_loras, merge_loras
+from wan.modules.lora import LoraMatch, check_loras, merge_loras
 from wan.modules.low_precision import check_precision
 from wan.modules.model import WanModel
 from wan.modules.sampling import Expert, Stage, plan_stages, sample
@@ -31,6 +31,7 @@ from wan.modules.schedule import build_scheduler
 from wan.modules.step_cache import Caching
 from wan.modules.text import PromptTokenizer, TextEncoder
 from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
+from wan.options import EXPERT_OF_LORA, LONGEST_CONTEXT
 from wan.placement import (
     Placement,
     free_bytes,
@@ -44,20 +45,10 @@ from wan.placement import (
     synchronize,
 )
 from wan.read_ahead import ReadAhead
-from wan.types import (
-    LONGEST_CONTEXT,
-    Clip,
-    Generation,
-    Geometry,
-    OnStep,
-    Request,
-    Sampling,
-    Step,
-    StepCache,
-    TextContext,
-)
+from wan.settings import LoraFile, Sampling, StepCache
+from wan.types import Clip, Generation, Geometry, OnStep, Request, Step, TextContext
 
-_LORA_FLAGS = {"model": "--lora", "low_noise_model": "--lora_low", "high_noise_model": "--lora_high"}
+_LORA_SETTINGS = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
 
 
 class Pipeline(ABC):
@@ -128,7 +119,7 @@ class Pipeline(ABC):
     def _budget(self, vram: float | Literal["auto"]) -> int:
         """Bytes of a GPU that may be taken; its allocator then gives pages back that it does not need."""
         if self.device.type != "cuda":
-            raise UserError("--vram is for a GPU, and there is none; leave it out")
+            raise UserError("`vram` is for a GPU, and there is none; leave it out")
         self.load_device = torch.device("cpu")
         grow_segments()
         return free_bytes(self.device) if vram == "auto" else int(vram * memory.GIB)
@@ -166,8 +157,8 @@ class Pipeline(ABC):
         """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
         for name, files in loras.items():
             if name not in self.checkpoint.experts:
-                there = " and ".join(_LORA_FLAGS[expert] for expert in sorted(self.checkpoint.experts))
-                raise UserError(f"{_LORA_FLAGS.get(name, name)} is not for {self.config.name}, which takes {there}")
+                there = " and ".join(_LORA_SETTINGS[expert] for expert in sorted(self.checkpoint.experts))
+                raise UserError(f"{_LORA_SETTINGS.get(name, name)} is not for {self.config.name}, which takes {there}")
             if (name, files) not in self._fitting:  # a storyboard asks for each of its clips
                 check_loras(files, self.checkpoint.experts[name])
                 self._fitting.add((name, files))
@@ -213,7 +204,7 @@ class Pipeline(ABC):
             least = part.least / memory.FITTING + memory.CONTEXT
             if least > self.vram:
                 raise UserError(
-                    f"--vram {self.vram / memory.GIB:.3g}: {stage} of {frames} frames of {width}x{height} needs "
+                    f"`vram` {self.vram / memory.GIB:.3g}: {stage} of {frames} frames of {width}x{height} needs "
                     f"{least / memory.GIB:.1f} GiB; {_ADVICE[stage]}"
                 )
         return geometry
@@ -303,10 +294,10 @@ class Pipeline(ABC):
             low, high = guide_scale
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"guide_scale must be a number or (low noise, high noise), {guide_scale!r} is not"
+                f"`sample_guide_scale` must be a number or (low noise, high noise), {guide_scale!r} is not"
             ) from error
         if low != high and self.config.boundary is None:
-            raise UserError(f"guide_scale {low}, {high}: this model has one expert and takes one number")
+            raise UserError(f"`sample_guide_scale` {low}, {high}: this model has one expert and takes one number")
         sampling = Sampling(
             _first(steps, row.steps, config.sample_steps),
             _first(shift, row.shift, config.sample_shift),
@@ -324,14 +315,14 @@ class Pipeline(ABC):
             return
         if sampling.uses("magcache") and len(self.config.mag_ratios) != len(self.checkpoint.experts):
             raise UserError(
-                "cache magcache needs this model's mag_ratios in its wan_config.json (python -m benchmarks.presets "
+                "`cache` magcache needs this model's mag_ratios in its wan_config.json (python -m benchmarks.presets "
                 "measures them); use first_block, which needs none"
             )
         shares = [steps for steps, _ in self.steps_of(sampling)]
         if all(steps <= cache.whole(steps) for steps in shares):
             raise UserError(
-                f"cache {cache} leaves nothing out of {' + '.join(map(str, shares))} steps, the first "
-                f"{cache.whole(max(shares))} are computed whole; give --cache off or more --sample_steps"
+                f"`cache` {cache} leaves nothing out of {' + '.join(map(str, shares))} steps, the first "
+                f"{cache.whole(max(shares))} are computed whole; give `cache` off or more `sample_steps`"
             )
 
     def steps_of(self, sampling: Sampling) -> list[tuple[int, int]]:
@@ -362,9 +353,9 @@ class Pipeline(ABC):
             return
         missing = [name for name in self.checkpoint.experts if all(file.is_svi for file in loras.get(name, ()))]
         if missing:
-            needed = " and ".join(f"{_LORA_FLAGS[name]} FILE" for name in sorted(missing))
+            needed = " and ".join(f"{_LORA_SETTINGS[name]} FILE" for name in sorted(missing))
             raise UserError(
-                f"--preset {preset} needs {needed}: 4-step distillation LoRAs of {self.config.name}, for A14B "
+                f"`preset` {preset} needs {needed}: 4-step distillation LoRAs of {self.config.name}, for A14B "
                 "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning"
             )
 
@@ -373,7 +364,7 @@ class Pipeline(ABC):
     ) -> Generation:
         """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
         if self.vram is not None and not offload:
-            raise UserError("vram needs offload_model=True: only then is one model at a time on the GPU")
+            raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
         placements = self._placements(request.geometry, offload)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
@@ -433,10 +424,10 @@ class Pipeline(ABC):
 
 
 _ADVICE = {
-    "text": "--t5_cpu",
+    "text": "give `t5_cpu`",
     "sampling": "make smaller or shorter clips",
-    "encoding": "--vae_dtype float16, or smaller clips",
-    "decoding": "--vae_dtype float16, or smaller clips",
+    "encoding": "give `vae_dtype` float16, or smaller clips",
+    "decoding": "give `vae_dtype` float16, or smaller clips",
 }
 
 

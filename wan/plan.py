@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from wan.errors import UserError
-from wan.modules.lora import LoraFile
-from wan.types import PROMPT_MODES, Context, Frame, Geometry, Sampling
+from wan.options import check
+from wan.settings import Context, LoraFile, Sampling
+from wan.types import Frame, Geometry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +43,11 @@ class Plan:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_segments < 1:
-            raise UserError(f"num_segments must be at least 1, {self.num_segments} is not")
-        if self.best_of < 1:
-            raise UserError(f"best_of must be at least 1, {self.best_of} is not")
-        if self.prompt_mode not in PROMPT_MODES:
-            raise UserError(f"prompt_mode must be one of {', '.join(PROMPT_MODES)}; {self.prompt_mode!r} is not")
-        if not 0 <= self.drift_correction <= 1:
-            raise UserError(f"drift_correction must be from 0 to 1, {self.drift_correction} is not")
+        for name in ("num_segments", "best_of", "prompt_mode", "drift_correction"):
+            check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:
             raise UserError(
-                f"context_frames {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
+                f"`context_frames` {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
             )
         if self.context.mode == "svi2pro" and self.end is not None:
             raise UserError(

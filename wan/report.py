@@ -23,7 +23,7 @@ from urllib.parse import quote
 from PIL import Image
 from torch import Tensor
 
-from wan.flags import Parser, continuous_flags
+from wan.options import current, words_of
 from wan.quality.metrics import (
     FAITHFUL_DB,
     GOOD_SPEED,
@@ -188,7 +188,7 @@ def render_report(
       `candidates`, `memory`, `answers`, `fallback`, `seconds` by stage, `peak_gpu_gib`, `peak_host_gib`, `settings`
       that are not the common ones, and `redo`, the command that makes it again.
     """
-    facts = _facts(_plain(run), [_plain(clip) for clip in clips])
+    facts = _facts(_plain(run), [_plain(current(clip)) for clip in clips])
     shown = [_shown(clip, sheet) for clip, sheet in zip(facts["clips"], sheets, strict=True)]
     return _template().render(facts | {"clips": shown}, charts=_charts(facts)), facts
 
@@ -235,7 +235,7 @@ def _facts(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def _new_frames(record: Mapping[str, Any]) -> int | None:
-    frames: int | None = record.get("frames")
+    frames: int | None = record.get("frame_num")
     return None if frames is None else frames - int(record.get("dropped", 1))
 
 
@@ -255,31 +255,8 @@ def _command(arguments: Mapping[str, Any], redo: int | None = None) -> str | Non
     """What to type to go on with the run, or to make one clip again; None when the flags are not known."""
     if not arguments:
         return None
-    parser = _flags()
-    words = ["python", "generate_continuous.py"]
     passing = {"redo": redo, "keep_following": False, "dry_run": False}  # they are for one run only
-    for name, value in {**arguments, **passing}.items():
-        default = parser.get_default(name)
-        if value is None or value == default:
-            continue
-        if value is True and default is False:
-            words.append(f"--{name}")
-        elif name == "sample_guide_scale":
-            words += _flag(name, ",".join(f"{scale:g}" for scale in value))
-        else:
-            for one in value if isinstance(value, list) else [value]:
-                words += _flag(name, str(one))
-    return shlex.join(words)
-
-
-@cache
-def _flags() -> Parser:
-    return continuous_flags()
-
-
-def _flag(name: str, value: str) -> list[str]:
-    # a value that begins with a dash would be read as a flag
-    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    return shlex.join(["python", "generate_continuous.py", *words_of({**arguments, **passing})])
 
 
 def _attention(clips: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from wan import media
 from wan.errors import UserError
-from wan.types import LONGEST_CONTEXT, Generation, UInt8Array, to_uint8
+from wan.files import publish, write_json, write_text
+from wan.options import LONGEST_CONTEXT, current
+from wan.types import Generation, UInt8Array, to_uint8
 
 REDONE = "redone"
 SHEET = "sheet."
@@ -144,7 +146,7 @@ class RunFolder:
     def _read(self, path: Path) -> FinishedClip | None:
         number = _number(path)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = current(json.loads(path.read_text(encoding="utf-8")))
             with safe_open(path.with_suffix(".safetensors"), framework="pt") as state:
                 settings = json.loads(state.metadata()["settings"])
             whole = record["fingerprint"] == fingerprint(settings)
@@ -243,31 +245,3 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """A short digest of JSON values, the same for equal ones."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """A short digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that is there whole or not at all. What of a file's name is no UTF-8 is written as backslashes."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    publish(part, path)
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a complete file its name; it is on the disk before that, so that no crash leaves an empty one."""
-    with part.open("rb") as opened:
-        os.fsync(opened.fileno())
-    os.replace(part, path)

@@ -33,9 +33,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -43,10 +43,24 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from wan import media
 from wan.configs import ModelConfig
 from wan.errors import UserError
-from wan.types import LONGEST_CONTEXT
-
-if TYPE_CHECKING:
-    from wan.modules.lora import LoraFile
+from wan.options import (
+    LARGEST_SEED,
+    Among,
+    Cut,
+    Files,
+    Frames,
+    Guidance,
+    Kind,
+    Option,
+    Picture,
+    Real,
+    SeedOfClip,
+    Settings,
+    Unfit,
+    Whole,
+    by_scene_key,
+)
+from wan.settings import LoraFile
 
 MOST_BYTES = 2**20
 SHOWN_PROBLEMS = 3
@@ -59,29 +73,26 @@ _STRUCTURE = re.compile(r"""[\s\-\[{"']*(clips|defaults|prompt)["']?\s*:""")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a storyboard says about one clip, which begins at `line`; None leaves it to the command line.
+    """What a storyboard says about one clip, which begins at `line`: values by the name of the setting.
 
-    `guidance` is (low noise, high noise); a LoRA tuple may be empty, for none. `cut` is the picture that a new shot
-    begins with, or True for one of text alone. Raises UserError where `context` leaves nothing of `frames`.
+    The command line says what is absent. A tuple of LoRAs may be empty, for none. Raises UserError where the known
+    frames leave nothing of the clip.
     """
 
     line: int
-    prompt: str | None = None
-    seed: int | None = None
-    frames: int | None = None
-    steps: int | None = None
-    guidance: tuple[float, float] | None = None
-    shift: float | None = None
-    lora: tuple[LoraFile, ...] | None = None
-    lora_high: tuple[LoraFile, ...] | None = None
-    lora_low: tuple[LoraFile, ...] | None = None
-    end_image: Path | None = None
-    context: int | None = None
-    cut: Path | bool | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.frames is not None and self.context is not None and self.context >= self.frames:
-            raise UserError(f"context {self.context} must be fewer than the clip's {self.frames} frames")
+        frames, context = self.said.get("frame_num"), self.said.get("context_frames")
+        if frames is not None and context is not None and context >= frames:
+            raise UserError(f"context {context} must be fewer than the clip's {frames} frames")
+
+    def over(self, settings: Settings) -> Settings:
+        """The settings of the clip: the command line's, with what is said here in their place."""
+        said = dict(self.said)
+        if "context_frames" in said:
+            said["continuation"] = None  # one frame is the last frame, more are a tail
+        return dataclasses.replace(settings, **said)
 
 
 def read_storyboard(path: Path) -> tuple[Scene, ...]:
@@ -110,16 +121,20 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
     problems = []
     for scene in scenes:
         rules = {
-            f"end_image is for I2V-A14B; {name} knows no last frame": scene.end_image and config.model_type != "i2v",
-            f"cut: true makes a clip of text alone, which {name} cannot; give a picture to cut to": (
-                scene.cut is True and config.model_type == "i2v"
+            f"end_image is for I2V-A14B; {name} knows no last frame": (
+                "end_image" in scene.said and config.model_type != "i2v"
             ),
-            f"{name} has two experts: give lora_high and lora_low instead of lora": scene.lora and two_experts,
+            f"cut: true makes a clip of text alone, which {name} cannot; give a picture to cut to": (
+                scene.said.get("cut") is True and config.model_type == "i2v"
+            ),
+            f"{name} has two experts: give lora_high and lora_low instead of lora": (
+                scene.said.get("lora") and two_experts
+            ),
             f"{name} has one expert: give lora instead of lora_high and lora_low": (
-                (scene.lora_high or scene.lora_low) and not two_experts
+                (scene.said.get("lora_high") or scene.said.get("lora_low")) and not two_experts
             ),
             f"guidance: {name} has one expert and takes one number": (
-                scene.guidance is not None and scene.guidance[0] != scene.guidance[1] and not two_experts
+                len(set(scene.said.get("sample_guide_scale", ()))) > 1 and not two_experts
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
@@ -139,15 +154,15 @@ def _read(path: Path) -> str:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"--storyboard {path} is not a file; give a .yaml, .json or .txt file")
+            raise UserError(f"`storyboard` {path} is not a file; give a .yaml, .json or .txt file")
         if found.st_size > MOST_BYTES:
-            raise UserError(f"--storyboard {path} is larger than 1 MiB; is it the right file?")
+            raise UserError(f"`storyboard` {path} is larger than 1 MiB; is it the right file?")
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--storyboard {path} cannot be read: {reason}") from error
+        raise UserError(f"`storyboard` {path} cannot be read: {reason}") from error
     if b"\0" in data:
-        raise UserError(f"--storyboard {path} is no text in UTF-8; is it the right file?")
+        raise UserError(f"`storyboard` {path} is no text in UTF-8; is it the right file?")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -160,10 +175,10 @@ def _prompts(path: Path, text: str) -> tuple[Scene, ...]:
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
-        raise UserError(f"--storyboard {path} holds no clips; write one prompt per line, or YAML")
+        raise UserError(f"`storyboard` {path} holds no clips; write one prompt per line, or YAML")
     structured = "this is YAML or JSON and not a prompt; name the file .yaml or .json"
     _refuse(path, [(number, structured) for number, line in lines if _STRUCTURE.match(line)])
-    return tuple(Scene(number, line) for number, line in lines)
+    return tuple(Scene(number, {"prompt": line}) for number, line in lines)
 
 
 def _json_as_yaml(path: Path, text: str) -> str:
@@ -239,7 +254,8 @@ class _Structure:
         else:
             values = self._values(clip, "a clip must be a prompt or a mapping ({} if it has nothing of its own)")
         try:
-            return Scene(_line(clip), **{**defaults, **values})
+            said = {_KEYS[key].name: value for key, value in {**defaults, **values}.items() if value is not None}
+            return Scene(_line(clip), said)
         except UserError as error:
             self._add(clip, str(error))
             return None
@@ -252,7 +268,7 @@ class _Structure:
         if not isinstance(node, MappingNode) or node.tag != _YAML + "map":
             self._add(node, f"{wanted}, {_shown(node)} is not")
             return values
-        pairs = self._pairs(node, (*_VALUES, "<<"), " to merge")
+        pairs = self._pairs(node, (*_KEYS, "<<"), " to merge")
         merged = pairs.pop("<<", None)
         for other in reversed((_items(merged) or [merged]) if merged else []):  # the first one wins
             values |= self._values(other, "<< must be a mapping, or a list of them")
@@ -277,9 +293,11 @@ class _Structure:
         values: dict[str, Any] = {}
         for key, node in pairs.items():
             try:
-                values[key] = None if _is_null(node) else _VALUES[key](node, self.folder)
-            except _Unfit as error:
+                values[key] = None if _is_null(node) else _read_value(node, _KEYS[key].kind, self.folder)
+            except _UnfitNode as error:
                 self._add(error.node, f"{key} {error}")
+            except Unfit as error:
+                self._add(node, f"{key} {error}")
             except UserError as error:
                 self._add(node, f"{key}: {error}")
         return values
@@ -288,7 +306,7 @@ class _Structure:
         self.problems.append((_line(node), problem))
 
 
-class _Unfit(Exception):
+class _UnfitNode(Exception):
     """A node that is not what its key takes. The message goes on after the key's name."""
 
     def __init__(self, node: Node, message: str) -> None:
@@ -296,8 +314,8 @@ class _Unfit(Exception):
         self.node = node
 
 
-def _must_be(wanted: str, node: Node) -> _Unfit:
-    return _Unfit(node, f"must be {wanted}, {_shown(node)} is not")
+def _must_be(wanted: str, node: Node) -> _UnfitNode:
+    return _UnfitNode(node, f"must be {wanted}, {_shown(node)} is not")
 
 
 def _line(node: Node) -> int:
@@ -332,107 +350,100 @@ def _number(node: Node, form: re.Pattern[str]) -> str | None:
     return digits
 
 
-def _whole(low: int, high: int, highest: str = "") -> Callable[[Node, Path], int]:
-    def read(node: Node, folder: Path) -> int:
-        digits = _number(node, _WHOLE)
-        if digits is None or not low <= int(digits) <= high:
-            raise _must_be(f"a whole number from {low} to {highest or high}", node)
-        return int(digits)
-
-    return read
-
-
-def _frames(node: Node, folder: Path) -> int:
-    frames = _whole(5, 9997)(node, folder)
-    if (frames - 1) % 4:
-        low = (frames - 1) // 4 * 4 + 1
-        raise _Unfit(node, f"must be 4n+1: {frames} is not, {low} and {low + 4} are")
-    return frames
-
-
-def _context(node: Node, folder: Path) -> int:
+def _whole(node: Node, kind: Whole, folder: Path) -> int:
+    low = kind.fewest_in_chain if isinstance(kind, Frames) else kind.low
     digits = _number(node, _WHOLE)
-    if digits is None or int(digits) not in range(1, LONGEST_CONTEXT + 1, 4):
-        raise _must_be(f"1, 5, 9, 13 or {LONGEST_CONTEXT}", node)
+    if digits is None or not low <= int(digits) <= kind.high:
+        raise _must_be(f"a whole number from {low} to {'2**63-1' if kind.high == LARGEST_SEED else kind.high}", node)
     return int(digits)
 
 
-def _real(node: Node) -> float:
+def _among(node: Node, kind: Among, folder: Path) -> int:
+    digits = _number(node, _WHOLE)
+    if digits is None or int(digits) not in kind.numbers:
+        *most, last = map(str, kind.numbers)
+        raise _must_be(f"{', '.join(most)} or {last}", node)
+    return int(digits)
+
+
+def _real(node: Node, kind: Kind, folder: Path) -> float:
     digits = _number(node, _NUMBER)
     if digits is None or not math.isfinite(float(digits)):
         raise _must_be("a number", node)
+    if isinstance(kind, Real) and kind.above and float(digits) <= kind.low:
+        raise _must_be("a positive number", node)
     return float(digits)
 
 
-def _shift(node: Node, folder: Path) -> float:
-    shift = _real(node)
-    if shift <= 0:
-        raise _must_be("a positive number", node)
-    return shift
-
-
-def _guidance(node: Node, folder: Path) -> tuple[float, float]:
-    scales = [_real(item) for item in _items(node) or [node]]
+def _guidance(node: Node, kind: Kind, folder: Path) -> tuple[float, float]:
+    scales = [_real(item, kind, folder) for item in _items(node) or [node]]
     if len(scales) > 2:
-        raise _Unfit(node, f"must be one number or [LOW, HIGH], not {len(scales)} numbers")
+        raise _UnfitNode(node, f"must be one number or [LOW, HIGH], not {len(scales)} numbers")
     return scales[0], scales[-1]
 
 
-def _text(node: Node, folder: Path) -> str:
+def _text(node: Node, kind: Kind, folder: Path) -> str:
     if not isinstance(node, ScalarNode) or node.tag != _YAML + "str":
         raise _must_be("text (in quotes if YAML takes it for something else)", node)
     try:  # JSON writes what is beyond 16 bits as two escapes
         text = node.value.encode("utf-16", "surrogatepass").decode("utf-16").strip()
     except UnicodeDecodeError as error:
-        raise _Unfit(node, "holds half of a surrogate pair; write the character itself") from error
+        raise _UnfitNode(node, "holds half of a surrogate pair; write the character itself") from error
     if not text:
-        raise _Unfit(node, "is empty; write something or leave the key out")
+        raise _UnfitNode(node, "is empty; write something or leave the key out")
     return str(text)
 
 
-def _picture(node: Node, folder: Path) -> Path:
-    path = folder / os.path.expanduser(_text(node, folder))
+def _picture(node: Node, kind: Kind, folder: Path) -> str:
+    path = folder / os.path.expanduser(_text(node, kind, folder))
     media.read_image(path)  # all of it: a truncated file is no use after an hour
-    return path
+    return str(path)
 
 
-def _cut(node: Node, folder: Path) -> Path | bool | None:
+def _cut(node: Node, kind: Kind, folder: Path) -> str | bool | None:
     if node.tag != _YAML + "bool":
-        return _picture(node, folder)
+        return _picture(node, kind, folder)
     if node.value not in ("true", "false"):
         raise _must_be("the name of a picture, or true", node)
     return node.value == "true" or None
 
 
-def _loras(node: Node, folder: Path) -> tuple[LoraFile, ...]:
+def _loras(node: Node, kind: Kind, folder: Path) -> tuple[str, ...]:
     items = _items(node)
-    return tuple(_lora(item, folder) for item in ([node] if items is None else items))
+    return tuple(_lora(item, kind, folder) for item in ([node] if items is None else items))
 
 
-def _lora(node: Node, folder: Path) -> LoraFile:
-    from wan.modules.lora import LoraFile
-
+def _lora(node: Node, kind: Kind, folder: Path) -> str:
+    """PATH:STRENGTH, with the path from the storyboard's folder."""
     try:
-        lora = LoraFile.parse(_text(node, folder))
+        lora = LoraFile.parse(_text(node, kind, folder))
     except UserError as error:
-        raise _Unfit(node, f"cannot be read: {' '.join(str(error).split())}") from error
-    lora = dataclasses.replace(lora, path=folder / lora.path)
-    if not os.path.isfile(lora.path):
-        raise _Unfit(node, f"must be a LoRA file in the storyboard's folder, {str(lora.path)!r} is not there")
-    return lora
+        raise _UnfitNode(node, f"cannot be read: {' '.join(str(error).split())}") from error
+    path = folder / lora.path
+    if not os.path.isfile(path):
+        raise _UnfitNode(node, f"must be a LoRA file in the storyboard's folder, {str(path)!r} is not there")
+    return f"{path}:{lora.strength!r}"
 
 
-_VALUES: Mapping[str, Callable[[Node, Path], Any]] = {
-    "prompt": _text,
-    "seed": _whole(0, 2**63 - 1, "2**63-1"),
-    "frames": _frames,
-    "steps": _whole(1, 9999),
-    "guidance": _guidance,
-    "shift": _shift,
-    "lora": _loras,
-    "lora_high": _loras,
-    "lora_low": _loras,
-    "end_image": _picture,
-    "context": _context,
-    "cut": _cut,
+def _read_value(node: Node, kind: Kind, folder: Path) -> Any:
+    """A node as the value of a setting. Raises _UnfitNode, or Unfit where the kind itself does not take it."""
+    value = _READERS[type(kind)](node, kind, folder)
+    if value is not None:
+        kind.check(value)
+    return value
+
+
+# How YAML writes each kind of value that a storyboard may hold.
+_READERS: Mapping[type[Kind], Callable[[Node, Any, Path], Any]] = {
+    Kind: _text,
+    Whole: _whole,
+    Frames: _whole,
+    SeedOfClip: _whole,
+    Among: _among,
+    Real: _real,
+    Guidance: _guidance,
+    Files: _loras,
+    Picture: _picture,
+    Cut: _cut,
 }
+_KEYS: Mapping[str, Option] = by_scene_key()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,15 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import UserError
-
-SOLVERS = ("unipc", "dpm++", "euler")
-# The step caches, and the strength of each unless it is given.
-CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block": 0.1, "taylorseer": 2})
-MAGCACHE_RETAINED = 0.2  # of an expert's steps that come first (source: the paper's setting for Wan2.1 and Wan2.2)
-TAYLORSEER_WHOLE = 3
-CONTINUATIONS = ("last_frame", "tail", "svi2pro")
-PROMPT_MODES = ("describe", "continue")
-LONGEST_CONTEXT = 17  # pixel frames of the clip before that any continuation is conditioned on
+from wan.settings import Sampling
 
 UInt8Array = npt.NDArray[np.uint8]
 Frame: TypeAlias = Image.Image | Tensor  # a PIL image, or float32 [3, H, W] in [-1, 1]
@@ -67,147 +58,6 @@ class Geometry:
     def tokens(self) -> int:
         """Tokens L of one clip inside the denoiser."""
         return math.prod(cells // patch for cells, patch in zip(self.latent, self.patch_size, strict=True))
-
-
-@dataclass(frozen=True)
-class StepCache:
-    """What is reused from one step in the next, and how freely.
-
-    `magcache` and `first_block` leave out most of a forward while their error stays below `strength`: the first adds up
-    what the published magnitudes of the model's residuals say (Ma et al. 2025), the second measures how far the first
-    block's residual is from that of the last whole forward. `taylorseer` computes one step in `strength`, a whole
-    number, and extrapolates the others from the last two (Liu et al. 2025).
-    """
-
-    kind: str
-    strength: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in CACHES:
-            raise UserError(f"cache must be off or one of {', '.join(CACHES)}; {self.kind!r} is not")
-        if self.kind == "taylorseer" and self.strength not in range(2, 11):
-            raise UserError(
-                f"cache taylorseer computes one step in 2 to 10: taylorseer:2; {self.strength:g} is not one"
-            )
-        if self.kind != "taylorseer" and not 0 < self.strength <= 1:
-            raise UserError(f"cache {self.kind} takes an error above 0, at most 1; {self.strength:g} is not")
-
-    @classmethod
-    def parse(cls, text: str) -> StepCache | None:
-        """`off`, or `NAME[:STRENGTH]`. Raises UserError."""
-        if text == "off":
-            return None
-        kind, colon, number = text.partition(":")
-        try:
-            return cls(kind, float(number) if colon else CACHES.get(kind, math.nan))
-        except ValueError as error:
-            raise UserError(f"cache must be off or NAME:NUMBER such as first_block:0.1, {text!r} is not") from error
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.strength:g}"
-
-    def whole(self, steps: int) -> int:
-        """How many of an expert's `steps` are computed whole before the first that may be left out."""
-        return {
-            "magcache": max(int(MAGCACHE_RETAINED * steps + 0.5), 1),
-            "first_block": 1,
-            "taylorseer": TAYLORSEER_WHOLE,
-        }[self.kind]
-
-    def computed(self, steps: int) -> int:
-        """How many of an expert's `steps` are computed: told for TaylorSeer, else about half of those that need not
-        be, as measured at the default strengths (benchmarks/LOG.md)."""
-        whole = min(steps, self.whole(steps))
-        interval = int(self.strength) if self.kind == "taylorseer" else 2
-        return whole + (steps - whole + interval - 2) // interval
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample: solver steps, sigma shift, classifier-free guidance as (low noise, high noise), solver name.
-
-    `guidance_interval` are the lowest and the highest sigma, in [0, 1], at which guidance is used (Kynkäänniemi et al.
-    2024); None is all of them. `cache` leaves out what changes little from step to step.
-    """
-
-    steps: int
-    shift: float
-    guidance: tuple[float, float]
-    solver: str = "unipc"
-    guidance_interval: tuple[float, float] | None = None
-    cache: StepCache | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"sample_steps must be at least 1, {self.steps} is not")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise UserError(f"sample_shift must be a positive number, {self.shift} is not")
-        if not all(math.isfinite(scale) for scale in self.guidance):
-            raise UserError(f"sample_guide_scale must be finite, {self.guidance} is not")
-        if self.solver not in SOLVERS:
-            raise UserError(f"sample_solver must be one of {', '.join(SOLVERS)}; {self.solver!r} is not")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low < high <= 1:
-                raise UserError(f"guidance_interval must be two sigmas 0 <= LOW < HIGH <= 1, {low:g} {high:g} are not")
-            if self.guidance == (1, 1):
-                raise UserError(
-                    "guidance_interval: guidance 1 has no second forward to leave out; leave one of them out"
-                )
-            if self.uses("magcache"):
-                # its table is read by counting the forwards of a branch
-                raise UserError("cache magcache needs guidance in every step; use first_block with a guidance_interval")
-
-    def guides(self, sigma: float) -> bool:
-        """Whether guidance is used at this sigma; both ends of the interval belong to it."""
-        return self.guidance_interval is None or self.guidance_interval[0] <= sigma <= self.guidance_interval[1]
-
-    def uses(self, cache: str) -> bool:
-        """Whether this is its cache."""
-        return self.cache is not None and self.cache.kind == cache
-
-    def as_json(self) -> dict[str, Any]:
-        """What it says, as JSON values; what is not used is left out."""
-        said = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
-        if self.guidance_interval is not None:
-            said["guidance_interval"] = list(self.guidance_interval)
-        return said | ({} if self.cache is None else {"cache": str(self.cache)})
-
-
-@dataclass(frozen=True)
-class Context:
-    """How a clip goes on from the one before it, and how many of its leading frames repeat that one.
-
-    `last_frame` knows the last frame; `tail` the last `frames` (4n+1); `svi2pro` an anchor picture and the motion in
-    the last latent frame, which cover 5 frames of the clip before (source: Stable Video Infinity 2.0 Pro).
-    """
-
-    mode: str = "last_frame"
-    frames: int = 1
-
-    def __post_init__(self) -> None:
-        if self.mode not in CONTINUATIONS:
-            raise UserError(f"continuation must be one of {', '.join(CONTINUATIONS)}; {self.mode!r} is not")
-        fixed = {"last_frame": 1, "svi2pro": 5}.get(self.mode)
-        if fixed is not None and self.frames != fixed:
-            raise UserError(f"--continuation {self.mode} knows {fixed} frame(s), not {self.frames}; leave that out")
-        if self.frames < 1 or (self.frames - 1) % 4 or self.frames > LONGEST_CONTEXT:
-            raise UserError(f"context_frames must be 1, 5, 9, 13 or {LONGEST_CONTEXT}; {self.frames} is not")
-
-    @classmethod
-    def choose(cls, mode: str | None = None, frames: int | None = None) -> Context:
-        """A context from what was said of it: more than one frame means `tail`, and `tail` alone means 5 frames."""
-        if mode is None:
-            mode = "last_frame" if frames in (None, 1) else "tail"
-        if frames is None:
-            frames = 1 if mode == "last_frame" else 5
-        return cls(mode, frames)
-
-    def within(self, available: int) -> Context:
-        """The same with no more known frames than the footage has."""
-        if self.mode != "tail" or available >= self.frames:
-            return self
-        return Context("tail", (available - 1) // 4 * 4 + 1)
 
 
 @dataclass(frozen=True)

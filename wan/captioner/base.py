@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,15 +21,18 @@ from wan.errors import UserError
 from wan.placement import release_memory
 from wan.types import UInt8Array
 
-OFFER = "or pass --prompt to go on without captioning"
+Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
+
+OFFER = "or give `prompt` to go on without captioning"
 
 
 class Captioner(Protocol):
     """Answers a question about frames."""
 
-    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
-        """RGB frames uint8 [n, H, W, 3], in order, and a question -> the answer as the model gave it.
+    def describe(self, frames: Pictures, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        """Frames in order and a question -> the answer as the model gave it.
 
+        Frames are RGB uint8 [n, H, W, 3], or a list of PIL images or of arrays uint8 [H, W, 3], whose sizes may differ.
         `system` None means the model's own system message, "" means none. Raises UserError.
         """
 
@@ -38,22 +41,22 @@ class Captioner(Protocol):
 
 
 class BackEnd(ABC):
-    """A captioner whose foreseeable failures are UserErrors of one line that offer --prompt."""
+    """A captioner whose foreseeable failures are UserErrors of one line that offer a prompt instead."""
 
     source: str  # names the model in messages
 
-    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+    def describe(self, frames: Pictures, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         """See `Captioner.describe`."""
         with foreseen_failures(self.source):
             if max_new_tokens < 1:
                 raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
             answer = self.answer(frames, question, system, max_new_tokens).strip()
             if not answer:
-                raise UserError(f"{self.source} gave an empty answer: ask with another --vlm_question")
+                raise UserError(f"{self.source} gave an empty answer: ask with another `vlm_question`")
         return answer
 
     @abstractmethod
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         """The answer, possibly empty or with spaces around it."""
 
     @abstractmethod
@@ -112,10 +115,10 @@ def foreseen_failures(source: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}, {OFFER}") from error
+        raise UserError(f"{error.marked}, {OFFER}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(
-            f"captioning with {source} ran out of memory: use --vlm_device cpu, a smaller model, {OFFER}"
+            f"captioning with {source} ran out of memory: use `vlm_device` cpu, a smaller model, {OFFER}"
         ) from error
     except (OSError, SafetensorError, HTTPException) as error:
         raise UserError(f"captioning with {source} failed ({one_line(error)}): put that right, {OFFER}") from error
@@ -127,11 +130,20 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def to_images(frames: UInt8Array) -> list[Image.Image]:
-    """Frames uint8 [n, H, W, 3] -> PIL images. Raises UserError for anything else."""
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise UserError(f"frames are {frames.dtype} {list(frames.shape)}: a captioner needs RGB uint8 [n, H, W, 3]")
-    return [Image.fromarray(frame) for frame in frames]
+def to_images(frames: Pictures) -> list[Image.Image]:
+    """Frames -> RGB images. Raises UserError for what is no picture."""
+    images = [one.convert("RGB") if isinstance(one, Image.Image) else _image(np.asarray(one)) for one in frames]
+    if not images:
+        raise UserError("there are no frames: a captioner needs RGB uint8 [n, H, W, 3] or pictures")
+    return images
+
+
+def _image(frame: UInt8Array) -> Image.Image:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3 or not frame.size:
+        raise UserError(
+            f"a frame is {frame.dtype} {list(frame.shape)}: a captioner needs RGB uint8 [n, H, W, 3] or pictures"
+        )
+    return Image.fromarray(frame)
 
 
 def number_frames(slots: list[str], question: str) -> str:
@@ -144,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is not a VLM folder, it has no {path.name}: check --vlm_path") from error
+        raise UserError(f"{path.parent} is not a VLM folder, it has no {path.name}: check `vlm_path`") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): download it again") from error
     if not isinstance(content, dict):

@@ -13,9 +13,8 @@ from urllib.request import Request, urlopen
 
 from PIL import Image
 
-from wan.captioner.base import BackEnd, one_line, to_images
+from wan.captioner.base import BackEnd, Pictures, one_line, to_images
 from wan.errors import UserError
-from wan.types import UInt8Array
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
 
@@ -33,16 +32,16 @@ class EndpointCaptioner(BackEnd):
         try:
             parts = urlsplit(url)
         except ValueError as error:
-            raise UserError(f"--vlm_url {url!r} is not an address ({error})") from error
+            raise UserError(f"`vlm_url` {url!r} is not an address ({error})") from error
         if not url.isascii() or parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--vlm_url {url!r} is not an address: give one such as http://127.0.0.1:8000/v1")
+            raise UserError(f"`vlm_url` {url!r} is not an address: give one such as http://127.0.0.1:8000/v1")
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.source = self.url
         self.model = model
         self.api_key_env = api_key_env
         self.timeout = timeout
 
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         content: list[dict[str, Any]] = []
         for number, image in enumerate(to_images(frames), 1):
             content += [
@@ -72,7 +71,7 @@ class EndpointCaptioner(BackEnd):
         try:
             return reply[items][0][key]
         except (LookupError, TypeError) as error:
-            raise UserError(f"{self.url} answered without {items}: give an OpenAI-compatible --vlm_url") from error
+            raise UserError(f"{self.url} answered without {items}: give an OpenAI-compatible `vlm_url`") from error
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers. Raises UserError, OSError and HTTPException."""
@@ -87,11 +86,11 @@ class EndpointCaptioner(BackEnd):
                 content = response.read()
         except HTTPError as error:
             reason = one_line(ValueError(error.read(2000).decode(errors="replace")))
-            raise UserError(f"{self.url} refused with HTTP {error.code} ({reason}): check --vlm_url") from error
+            raise UserError(f"{self.url} refused with HTTP {error.code} ({reason}): check `vlm_url`") from error
         try:
             return json.loads(content)
         except ValueError as error:
-            raise UserError(f"{self.url} did not answer in JSON: give an OpenAI-compatible --vlm_url") from error
+            raise UserError(f"{self.url} did not answer in JSON: give an OpenAI-compatible `vlm_url`") from error
 
 
 def jpeg_url(image: Image.Image) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_json, to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
-from wan.types import UInt8Array
 
 LONGEST_SIDE = 448  # pixels; tokens, and with them time and memory, grow with the area of a frame
 
@@ -36,7 +35,7 @@ class GenericCaptioner(LocalModel):
         self.trust_remote_code = trust_remote_code
 
     @torch.inference_mode()
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         model = self.model  # before the processor: it is what refuses a folder of another kind in plain words
         content: list[dict[str, Any]] = []
         for number, image in enumerate(to_images(frames), 1):
@@ -76,7 +75,7 @@ class RemoteCodeCaptioner(LocalModel):
         config = read_json(self.folder / "config.json")
         self.image_size = config.get("force_image_size") or config.get("vision_config", {}).get("image_size", 448)
 
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         transform = build_transform(self.image_size)
         tiles = [
             transform(dynamic_preprocess(image, max_num=1, image_size=self.image_size)[0])
@@ -125,8 +124,8 @@ def foreign_folder(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} needs a package that is not installed ({one_line(error)}): install it") from error
     except ValueError as error:
         raise UserError(
-            f"transformers cannot open {folder} ({one_line(error)}): take another VLM, or pass "
-            "--vlm_trust_remote_code if you trust the code in that folder"
+            f"transformers cannot open {folder} ({one_line(error)}): take another VLM, or set "
+            "`vlm_trust_remote_code` if you trust the code in that folder"
         ) from error
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_json, to_images
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
 from wan.read_ahead import ReadAhead
-from wan.types import UInt8Array
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 TURN_END = "<|im_end|>"
@@ -70,7 +69,7 @@ class InternVLCaptioner(LocalModel):
         super().__init__(path, device, dtype)
         config = read_json(self.folder / "config.json")
         if config.get("model_type") not in ("internvl", "internvl_chat"):
-            raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check --vlm_path")
+            raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check `vlm_path`")
         self.original = config["model_type"] == "internvl_chat"
         try:
             self.config = native_config(config) if self.original else config
@@ -90,7 +89,7 @@ class InternVLCaptioner(LocalModel):
         self.image_size = side * (patch if isinstance(patch, int) else patch[0])
         self._decoder: GreedyDecoder | None = None
 
-    def prepare(self, frames: UInt8Array, question: str, system: str | None = None) -> tuple[Tensor, Tensor]:
+    def prepare(self, frames: Pictures, question: str, system: str | None = None) -> tuple[Tensor, Tensor]:
         """Frames uint8 [n, H, W, 3] and a question -> token ids [1, L], pixels float32 [n, 3, S, S], on the CPU.
 
         Both are what the official code makes, exactly.
@@ -105,7 +104,7 @@ class InternVLCaptioner(LocalModel):
         ids = self.tokenizer(f"{text}<|im_start|>assistant\n", return_tensors="pt").input_ids
         return ids, torch.stack([transform(tile) for tile in tiles])
 
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         ids = self.generate(*self.prepare(frames, question, system), max_new_tokens)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from wan.captioner.base import BackEnd, Captioner, foreseen_failures, one_line, read_json
+from wan.captioner.base import BackEnd, Captioner, Pictures, foreseen_failures, one_line, read_json
 from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.errors import UserError
-from wan.types import UInt8Array
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +49,12 @@ def open_captioner(
 
     with foreseen_failures(str(path)):
         if path is None:
-            raise UserError("captioning needs a model: pass --vlm_path or --vlm_url")
+            raise UserError("captioning needs a model: give `vlm_path` or `vlm_url`")
         if Path(path).is_dir():
             return open_folder(Path(path))
         if HUB_ID.fullmatch(str(path)) and not Path(path).parent.is_dir():
             return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
-        raise UserError(f"there is no VLM folder {path}: check --vlm_path")
+        raise UserError(f"there is no VLM folder {path}: check `vlm_path`")
 
 
 def weight_bytes(path: str | Path) -> int | None:
@@ -102,7 +101,7 @@ class HubCaptioner(BackEnd):
         self.patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"] + ["*.py"] * with_code
         self.local: BackEnd | None = None
 
-    def answer(self, frames: UInt8Array, question: str, system: str | None, max_new_tokens: int) -> str:
+    def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         if self.local is None:
             self.local = self.open_folder(self.download())
         return self.local.answer(frames, question, system, max_new_tokens)
@@ -115,7 +114,7 @@ class HubCaptioner(BackEnd):
             return Path(snapshot_download(self.source, allow_patterns=self.patterns))
         except _unreachable() as error:
             raise UserError(
-                f"cannot download {self.source} ({one_line(error)}): check --vlm_path and the connection"
+                f"cannot download {self.source} ({one_line(error)}): check `vlm_path` and the connection"
             ) from error
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ def compose_prompt(user_text: str, caption: str, count_tokens: Callable[[str], i
     """
     user_text, caption = user_text.strip(), clean_caption(caption)
     if not caption:
-        raise UserError(f"the caption holds no usable text: ask with another --vlm_question, {OFFER}")
+        raise UserError(f"the caption holds no usable text: ask with another `vlm_question`, {OFFER}")
     for unit in (_SENTENCE, _WORD):
         prompts = [f"{user_text} {caption[: match.end()]}".strip() for match in unit.finditer(caption)]
         if fitting := bisect_right(prompts, limit, key=count_tokens):

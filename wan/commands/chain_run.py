@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -16,19 +17,12 @@ import numpy as np
 import torch
 
 from wan import media
-from wan.commands.job import Job, readable
+from wan.commands.job import Job
 from wan.errors import UserError
-from wan.modules.checkpoint import sampled_digest
+from wan.files import file_digest, readable, sampled_digest, write_json, write_text
+from wan.options import by_fingerprint_key, options_of
 from wan.report import render_report, seam_thumbnails
-from wan.run_folder import (
-    FinishedClip,
-    RunFolder,
-    file_digest,
-    fingerprint,
-    write_json,
-    write_text,
-)
-from wan.storyboard import Scene
+from wan.run_folder import FinishedClip, RunFolder, fingerprint
 from wan.types import Footage, Frame, Generation
 
 if TYPE_CHECKING:
@@ -61,7 +55,6 @@ class ChainRun:
         folder: RunFolder,
         plans: Sequence[Plan],
         settings: Sequence[dict[str, Any]],
-        scenes: Sequence[Scene],
         source: Footage,
     ) -> None:
         self.job, self.folder, self.plans, self.source = job, folder, plans, source
@@ -70,9 +63,11 @@ class ChainRun:
         self._written: _Written | None = None
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
-        self.base_seed = _base_seed(job.args.base_seed, before)
-        self.drawn = job.args.base_seed < 0 and "base_seed" not in before
-        self.scripted = {number: scene.seed for number, scene in enumerate(scenes, 1) if scene.seed is not None}
+        self.base_seed = _base_seed(job.settings.base_seed, before)
+        self.drawn = job.settings.base_seed < 0 and "base_seed" not in before
+        self.scripted = {
+            number: scene.said["seed"] for number, scene in enumerate(job.scenes, 1) if "seed" in scene.said
+        }
         over = {int(number): seed for number, seed in before.get("redone_over", {}).items()}
         self.redone = {  # seeds by --redo, unless the storyboard has another one by now
             int(number): int(seed)
@@ -81,13 +76,13 @@ class ChainRun:
         }
         # clips that --keep_following vouched for: their fingerprints, and that of the clip that they now go on from
         self.accepted = dict(before.get("accepted") or {})
-        if job.args.redo is not None:
-            self._redo(job.args.redo, found)
+        if job.settings.redo is not None:
+            self._redo(job.settings.redo, found)
         self.seeds = self.scripted | self.redone
         self.settings: dict[int, dict[str, Any]] = {}  # by clip number, counted from 1
         self.clips: dict[int, FinishedClip] = {}
         self.stale: list[int] = []  # clips that are there and are made again
-        parent = file_digest(Path(job.args.video))
+        parent = file_digest(job.video)
         for number, own in enumerate(settings, 1):
             # a new shot depends on nothing before it
             before_it = None if plans[number - 1].is_cut else parent
@@ -97,7 +92,7 @@ class ChainRun:
                 self.clips[number] = clip
             elif clip is not None:
                 self.stale.append(number)
-                if number == min(found) and number != job.args.redo:
+                if number == min(found) and number != job.settings.redo:
                     self._check_same_run(clip, wanted)
             parent = self.clips[number].fingerprint if number in self.clips else fingerprint(wanted)
 
@@ -107,14 +102,15 @@ class ChainRun:
             return True
         if dict(clip.settings) | {"parent": wanted["parent"]} != wanted:
             return False
-        args = self.job.args
-        if args.keep_following and clip.number > args.redo:
+        settings = self.job.settings
+        if settings.keep_following and settings.redo is not None and clip.number > settings.redo:
             self.accepted[clip.fingerprint] = wanted["parent"]
         return bool(self.accepted.get(clip.fingerprint) == wanted["parent"])
 
     def seed(self, number: int) -> int:
         """The seed of a clip: by --redo, by the storyboard, or counted up from the first."""
-        return self.seeds.get(number, self.base_seed + number - 1)
+        seed: int = self.seeds.get(number, self.base_seed + number - 1)
+        return seed
 
     @property
     def next(self) -> int:
@@ -138,9 +134,9 @@ class ChainRun:
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
         if number not in found:
             there = f"clips {min(found)} to {max(found)}" if found else "no finished clip"
-            raise UserError(f"--redo {number}: {self.folder.path} holds {there}")
+            raise UserError(f"`redo` {number}: {self.folder.path} holds {there}")
         if number > self.count:
-            raise UserError(f"--redo {number} is beyond --num_videos {self.count}")
+            raise UserError(f"`redo` {number} is beyond `num_videos` {self.count}")
         self.redone[number] = _base_seed(-1, {})
 
     def _check_same_run(self, clip: FinishedClip, wanted: dict[str, Any]) -> None:
@@ -155,11 +151,10 @@ class ChainRun:
         if clip.number in self.redone and "seed" in differ:
             differ.remove("seed")
         if differ:
-            plain = {"parent": "another video", "checkpoint": "another checkpoint", "config": "another wan_config.json"}
-            named = [plain.get(key, f"{key} {clip.settings.get(key)!r}, now {wanted.get(key)!r}") for key in differ]
+            named = [_difference(key, clip.settings.get(key), wanted.get(key)) for key in differ]
             raise UserError(
-                f"--output_dir {self.folder.path} holds a run with other settings ({'; '.join(named[:3])}): "
-                f"give another folder, the old settings to go on with it, or --redo {clip.number} to make it again"
+                f"`output_dir` {self.folder.path} holds a run with other settings ({'; '.join(named[:3])}): "
+                f"give another folder, the old settings to go on with it, or `redo` {clip.number} to make it again"
             )
 
     def write(self, made: Generation, then: Callable[[], None]) -> None:
@@ -203,11 +198,11 @@ class ChainRun:
         from wan.continuation import RECENT_SECONDS
         from wan.quality import measure_look
 
-        number, args = self.next, self.job.args
+        number, job = self.next, self.job
         plan, before = self.plans[number - 1], self.clips.get(number - 1)
         following = self.plans[min(number, self.count - 1)]  # whose captioner will look at this clip
         recent = RECENT_SECONDS if following.prompt_mode == "continue" else None
-        record = self.job.describe(made, str(before.video) if before else args.video, plan)
+        record = job.describe(made, str(before.video) if before else job.settings.video, plan)
         record["look"] = measure_look(made.clip.frames).as_json()
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
         dropped = int(made.notes["dropped"])
@@ -219,7 +214,7 @@ class ChainRun:
             record,
             samples=(following.num_segments, recent),
             sheet=seam_thumbnails(tail, made.clip.frames[dropped : dropped + SHEET_FRAMES]),
-            metadata=not args.no_video_metadata,
+            metadata=not job.settings.no_video_metadata,
         )
         self.report("running")
 
@@ -238,7 +233,7 @@ class ChainRun:
             "accepted": dict(sorted(self.accepted.items())),
             "joined": joined.name if joined else None,
             "seconds": round(time.perf_counter() - self.started, 3),
-            "arguments": {name: readable(value) if isinstance(value, str) else value for name, value in self._given()},
+            "arguments": self._arguments(),
             "clips": records,
         }
         self.folder.write_run(run)
@@ -246,8 +241,10 @@ class ChainRun:
         write_json(self.folder.path / "report.json", data)
         write_text(self.folder.path / "report.html", page)
 
-    def _given(self) -> list[tuple[str, Any]]:
-        return sorted(vars(self.job.args).items())
+    def _arguments(self) -> dict[str, Any]:
+        """What the command was told, as JSON values."""
+        given = {one.name: getattr(self.job.settings, one.name) for one in options_of("continuous") if one.flag}
+        return {name: _plain(value) for name, value in sorted(given.items())}
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
@@ -259,12 +256,12 @@ class ChainRun:
         return joined
 
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:
-        args = self.job.args
+        settings = self.job.settings
         videos, drops = [clip.video for clip in clips], [clip.dropped for clip in clips]
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
-        metadata = None if args.no_video_metadata else summary
-        if args.include_source:
-            media.assemble(args.video, videos, path, drops=drops, metadata=metadata)
+        metadata = None if settings.no_video_metadata else summary
+        if settings.include_source:
+            media.assemble(self.job.video, videos, path, drops=drops, metadata=metadata)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)
@@ -282,73 +279,117 @@ def _base_seed(given: int, before: dict[str, Any]) -> int:
     return int(before["base_seed"]) if given < 0 and "base_seed" in before else draw_seed(given)
 
 
-def common_settings(job: Job, continuation: VideoContinuation) -> dict[str, Any]:
-    """What all clips of a run are made with, as JSON values; offloading changes no result and is not among them."""
-    checkpoint = continuation.checkpoint
-    parts = (*checkpoint.experts.values(), checkpoint.vae, checkpoint.text_encoder)
-    files = [file for weights in parts for file in weights.files]
-    # what only one option reads belongs to that option
-    config = {name: str(value) for name, value in dataclasses.asdict(job.config).items() if name != "mag_ratios"}
-    return {
-        "task": job.config.name,
-        "checkpoint": _digest_of(files),
-        "config": fingerprint(config),
-        "convert_model_dtype": job.args.convert_model_dtype,
-        "device": continuation.device.type,
-        "text_device": continuation.text_device.type,
-    }
+def _plain(value: Any) -> Any:
+    """A setting as a JSON value; bytes of a file's name that are no UTF-8 become backslashes."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return readable(value) if isinstance(value, str) else value
 
 
-def clip_settings(common: Mapping[str, Any], continuation: VideoContinuation, plan: Plan) -> dict[str, Any]:
-    """What a clip is made with, as JSON values, but for its seed and the clip before."""
-    described = plan.described
-    settings = dict(common) | {
-        "width": plan.geometry.width,
-        "height": plan.geometry.height,
-        "frames": plan.geometry.frames,
-        **plan.sampling.as_json(),
-        "negative_prompt": plan.negative,
-        "prompt": plan.prompt,
-        "custom_prompt": plan.prefix,
-        "num_segments": plan.num_segments if described else None,
-        "vlm": _vlm_of(continuation) if described else None,
-        "vlm_question": continuation.vlm_question if described else None,
-    }
+def _difference(key: str, old: Any, new: Any) -> str:
+    """What two fingerprints say differently, in the words of the settings."""
+    plain = {"parent": "another video", "checkpoint": "another checkpoint", "config": "another wan_config.json"}
+    if key in plain:
+        return plain[key]
+    setting = " or ".join(f"`{one.name}`" for one in by_fingerprint_key().get(key, ()) if one.flag) or key
+    return f"{setting} {old!r}, now {new!r}"
+
+
+def clip_settings(job: Job, continuation: VideoContinuation, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What each clip is made with, as JSON values, but for its seed and the clip before.
+
+    The keys are those of the option table, and those of what is no option but changes a result.
+    """
+    models = _Models(job, continuation)
+    clips = [{key: value(models, plan) for key, value in _FINGERPRINTED.items()} for plan in plans]
+    plain: list[dict[str, Any]] = json.loads(json.dumps(clips))
     # what is not used is not said, so that a run stays the same run when there is more to be said
-    options = {
-        "continuation": plan.context.mode if plan.context.mode != "last_frame" else None,
-        "context_frames": plan.context.frames if plan.context.mode == "tail" else None,
-        "anchor": _digest(plan.anchor),
-        "end_image": _digest(plan.end),
-        "cut": plan.cut if isinstance(plan.cut, bool) else _digest(plan.cut),
-        "mag_ratios": _ratios_of(continuation) if plan.sampling.uses("magcache") else None,
-        "loras": {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None,
-        "prompt_mode": plan.prompt_mode if plan.prompt_mode != "describe" else None,
-        "drift_correction": plan.drift_correction or None,
-        "best_of": plan.best_of if plan.best_of > 1 else None,
-        "video_reader": "decord" if described and continuation.video_reader == "decord" else None,
-        "vlm_trust_remote_code": True if described and continuation.vlm_trust_remote_code else None,
-    }
-    settings |= {name: value for name, value in options.items() if value is not None}
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
+    return [{key: value for key, value in one.items() if value is not None or key in _ALWAYS_SAID} for one in plain]
+
+
+class _Models:
+    """What all clips of a run are made with; offloading changes no result and is no part of it."""
+
+    def __init__(self, job: Job, continuation: VideoContinuation) -> None:
+        self.job, self.continuation = job, continuation
+
+    @functools.cached_property
+    def checkpoint(self) -> str:
+        checkpoint = self.continuation.checkpoint
+        parts = (*checkpoint.experts.values(), checkpoint.vae, checkpoint.text_encoder)
+        return _digest_of(file for weights in parts for file in weights.files)
+
+    @functools.cached_property
+    def config(self) -> str:
+        # what only one option reads belongs to that option
+        row = dataclasses.asdict(self.job.config).items()
+        return fingerprint({name: str(value) for name, value in row if name != "mag_ratios"})
+
+    @functools.cached_property
+    def vlm(self) -> str:
+        """A local VLM by its weights, any other by its name."""
+        name = str(self.continuation.vlm_path or "")
+        if self.continuation.vlm_url:
+            return readable(f"{self.continuation.vlm_url} {name}".strip())
+        weights = sorted(Path(name).glob("*.safetensors"))
+        return _digest_of(weights) if weights else readable(name)
+
+    @property
+    def ratios(self) -> str:
+        return fingerprint({"mag_ratios": self.continuation.config.mag_ratios})
+
+
+_FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
+    "task": lambda models, plan: models.job.config.name,
+    "checkpoint": lambda models, plan: models.checkpoint,
+    "config": lambda models, plan: models.config,
+    "convert_model_dtype": lambda models, plan: models.continuation.convert_model_dtype,
+    "device": lambda models, plan: models.continuation.device.type,
+    "text_device": lambda models, plan: models.continuation.text_device.type,
+    "width": lambda models, plan: plan.geometry.width,
+    "height": lambda models, plan: plan.geometry.height,
+    "frames": lambda models, plan: plan.geometry.frames,
+    "steps": lambda models, plan: plan.sampling.steps,
+    "shift": lambda models, plan: plan.sampling.shift,
+    "guidance": lambda models, plan: plan.sampling.guidance,
+    "solver": lambda models, plan: plan.sampling.solver,
+    "guidance_interval": lambda models, plan: plan.sampling.guidance_interval,
+    "cache": lambda models, plan: plan.sampling.cache and str(plan.sampling.cache),
+    "negative_prompt": lambda models, plan: plan.negative,
+    "prompt": lambda models, plan: plan.prompt,
+    "custom_prompt": lambda models, plan: plan.prefix,
+    "num_segments": lambda models, plan: plan.num_segments if plan.described else None,
+    "vlm": lambda models, plan: models.vlm if plan.described else None,
+    "vlm_question": lambda models, plan: models.continuation.vlm_question if plan.described else None,
+    "continuation": lambda models, plan: plan.context.mode if plan.context.mode != "last_frame" else None,
+    "context_frames": lambda models, plan: plan.context.frames if plan.context.mode == "tail" else None,
+    "anchor": lambda models, plan: _digest(plan.anchor),
+    "end_image": lambda models, plan: _digest(plan.end),
+    "cut": lambda models, plan: plan.cut if isinstance(plan.cut, bool) else _digest(plan.cut),
+    "mag_ratios": lambda models, plan: models.ratios if plan.sampling.uses("magcache") else None,
+    "loras": lambda models, plan: (
+        {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None
+    ),
+    "prompt_mode": lambda models, plan: plan.prompt_mode if plan.prompt_mode != "describe" else None,
+    "drift_correction": lambda models, plan: plan.drift_correction or None,
+    "best_of": lambda models, plan: plan.best_of if plan.best_of > 1 else None,
+    "video_reader": lambda models, plan: (
+        "decord" if plan.described and models.continuation.video_reader == "decord" else None
+    ),
+    "vlm_trust_remote_code": lambda models, plan: (
+        (plan.described and models.continuation.vlm_trust_remote_code) or None
+    ),
+}
+_ALWAYS_SAID = {"prompt", "num_segments", "vlm", "vlm_question"}  # 0.1.0 did
+_OF_THE_CHAIN = {"parent", "seed"}  # `ChainRun` adds them, clip by clip
+_NO_OPTION = {"device", "negative_prompt", "mag_ratios"}
+
+if missing := set(by_fingerprint_key()) ^ (set(_FINGERPRINTED) - _NO_OPTION | _OF_THE_CHAIN):
+    raise TypeError(f"keys of the fingerprint that only the option table or only this file knows: {sorted(missing)}")
 
 
 def _digest_of(files: Iterable[Path]) -> str:
     return fingerprint({"files": [(file.name, sampled_digest(file)) for file in files]})
-
-
-def _vlm_of(continuation: VideoContinuation) -> str:
-    """A local VLM by its weights, any other by its name."""
-    name = str(continuation.vlm_path or "")
-    if continuation.vlm_url:
-        return readable(f"{continuation.vlm_url} {name}".strip())
-    weights = sorted(Path(name).glob("*.safetensors"))
-    return _digest_of(weights) if weights else readable(name)
-
-
-def _ratios_of(continuation: VideoContinuation) -> str:
-    return fingerprint({"mag_ratios": continuation.config.mag_ratios})
 
 
 def _digest(picture: Frame | None) -> str | None:

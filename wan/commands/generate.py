@@ -6,60 +6,56 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan import media
-from wan.commands.job import Job
+from wan.commands.job import Job, lora_files
 from wan.errors import UserError
-from wan.flags import generate_flags
+from wan.files import write_json
 from wan.progress import Progress
-from wan.run_folder import write_json
 from wan.types import Known, Request, to_uint8
 
 if TYPE_CHECKING:
     from wan.pipeline import Pipeline
 
 
-def generate(argv: Sequence[str] | None) -> None:
-    """Flags -> one mp4, its json beside it, and its name printed. Raises UserError."""
-    job = Job.read(generate_flags(), argv)
-    args, config = job.args, job.config
-    if args.prompt is None and args.video is None:
-        raise UserError(f"--task {config.name} needs --prompt")
+def generate(job: Job) -> None:
+    """One mp4, its json beside it, and its name printed. Raises UserError."""
+    settings = job.settings
     target = _target(job)
     media.check_output(target)
-    if args.video is not None and target.exists() and Path(args.video).exists() and target.samefile(args.video):
-        raise UserError(f"--save_file {target} is the input video; give another name")
+    if settings.video is not None and target.exists() and target.samefile(settings.video):
+        raise UserError(f"`save_file` {target} is the input video; give another name")
 
-    if args.video is not None:
+    if settings.video is not None:
         from wan.footage import VideoFile
         from wan.pipeline import draw_seed
 
-        footage = VideoFile(args.video, args.video_reader)
+        footage = VideoFile(job.video, settings.video_reader)
         continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         with Progress(target.name) as progress:
-            made = continuation.extend(footage, draw_seed(args.base_seed), plan, progress)
+            made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
         with Progress(target.name) as progress:
-            made = pipeline.run(request, offload=args.offload_model, on_step=progress)
-    record = job.describe(made, args.video or args.image, plan)
+            made = pipeline.run(request, offload=settings.offload_model, on_step=progress)
+    record = job.describe(made, settings.video or settings.image, plan)
     frames = (to_uint8(frame) for frame in made.clip.frames)
-    media.write_video(target, frames, made.clip.fps, metadata=None if args.no_video_metadata else record)
+    media.write_video(target, frames, made.clip.fps, metadata=None if settings.no_video_metadata else record)
     write_json(target.with_suffix(".json"), record)
     print(target)
 
 
 def _target(job: Job) -> Path:
     """`--save_file`, or a name made of task, size, input and time."""
-    args, (width, height) = job.args, job.size
-    if args.save_file is not None:
-        return Path(args.save_file)
-    name = Path(args.video or args.image).stem if args.video or args.image else args.prompt
+    settings, (width, height) = job.settings, job.size
+    if settings.save_file is not None:
+        return Path(settings.save_file)
+    source = settings.video or settings.image
+    name = Path(source).stem if source else settings.prompt or ""
     slug = re.sub(r"[^\w-]+", "_", name)[:50].strip("_") or "clip"
     # the process number keeps runs that begin in the same second apart
     name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
@@ -73,32 +69,34 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
     from wan.pipeline import draw_seed
     from wan.textimage2video import best_size
 
-    args, size, config, known = job.args, job.size, pipeline.config, Known()
-    if args.image is not None:
-        image = media.read_image(args.image)
+    settings, size, config, known = job.settings, job.size, pipeline.config, Known()
+    if settings.image is not None:
+        image = media.read_image(settings.image)
         rule = official_size if config.model_type == "i2v" else best_size
         size = rule(image.width, image.height, size[0] * size[1])
         known = Known((image,))
-    if args.end_image is not None:
+    if settings.end_image is not None:
         if config.model_type != "i2v":
-            raise UserError(f"--end_image is for I2V-A14B; {config.name} knows no last frame")
-        known = dataclasses.replace(known, end=media.read_image(args.end_image))
-    pipeline.check_loras(job.loras)
-    pipeline.check_distilled(args.preset, job.loras)
+            raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
+        known = dataclasses.replace(known, end=media.read_image(settings.end_image))
+    loras = lora_files(settings)
+    pipeline.check_loras(loras)
+    pipeline.check_distilled(settings.preset, loras)
+    assert settings.prompt is not None  # seen to by the job
     return Request(
-        args.prompt,
+        settings.prompt,
         config.sample_neg_prompt,
         known,
-        pipeline.geometry(*size, args.frame_num or config.frame_num),
+        pipeline.geometry(*size, settings.frame_num or config.frame_num),
         pipeline.sampling(
-            args.sample_steps,
-            args.sample_shift,
-            args.sample_solver,
-            args.sample_guide_scale,
-            guidance_interval=job.guidance_interval,
-            cache=args.cache,
-            preset=args.preset,
+            settings.sample_steps,
+            settings.sample_shift,
+            settings.sample_solver,
+            settings.sample_guide_scale,
+            guidance_interval=settings.guidance_interval,
+            cache=settings.cache,
+            preset=settings.preset,
         ),
-        draw_seed(args.base_seed),
-        job.loras,
+        draw_seed(settings.base_seed),
+        loras,
     )

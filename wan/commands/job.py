@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import __version__, media
-from wan.configs import ModelConfig, config_for
-from wan.flags import DIT_FLAGS, LORA_FLAGS, Parser, check_world, choose_size, choose_task, parse
-from wan.types import Context, Footage, Generation
-
-CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
+from wan.commands.examples import example_of
+from wan.commands.flags import check_video_settings
+from wan.configs import ModelConfig, config_for, parse_size
+from wan.errors import UserError
+from wan.files import readable
+from wan.options import (
+    EXPERT_OF_DIT,
+    EXPERT_OF_LORA,
+    OPTIONS,
+    V2V_TASKS,
+    Command,
+    Picture,
+    Settings,
+    Video,
+    options_of,
+)
+from wan.settings import Context, LoraFile
+from wan.storyboard import Scene, check_storyboard, read_storyboard
 
 if TYPE_CHECKING:
     from wan.continuation import VideoContinuation
-    from wan.modules.lora import LoraFile
     from wan.plan import Plan
+    from wan.types import Footage, Frame, Generation, Request
+
+log = logging.getLogger(__name__)
+
+CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
 
 
 @dataclass(frozen=True)
 class Job:
-    """The flags, and what they mean with the checkpoint folder: its config row and the size (width, height)."""
+    """What a command was asked for, and what that means with the checkpoint folder: its row and the size."""
 
-    args: argparse.Namespace
+    command: Command
+    settings: Settings
     folder: Path
     config: ModelConfig
-    size: tuple[int, int]
+    size: tuple[int, int]  # width, height
+    scenes: tuple[Scene, ...] = ()
 
     @classmethod
-    def read(cls, parser: Parser, argv: Sequence[str] | None) -> Job:
-        """Flags checked against the checkpoint's files, before any model library is imported. Raises UserError."""
+    def read(cls, command: Command, settings: Settings) -> Job:
+        """The settings, checked against the files that they name before PyTorch is imported. Raises UserError."""
+        check_world(settings, dict(os.environ))
+        if settings.task is not None:
+            settings = _or_example(settings, settings.task)
+        _check_files(settings)
+        scenes = read_storyboard(Path(settings.storyboard)) if settings.storyboard else ()
+
         from wan.modules.checkpoint import Names, identify, identify_files, resolve_folder
 
-        args = parse(parser, argv)
-        check_world(args, dict(os.environ))
-        _check_files(args)
-        image = getattr(args, "image", None)
-        files = _dit_files(args)
+        files = dit_files(settings)
         by_files = identify_files(files) if files else None
-        folder = resolve_folder(args.ckpt_dir, files)  # which may download it
-        found = (0, 0) if args.task else by_files or identify(folder, Names())
-        config = config_for(choose_task(args.task, found, args.video, image), folder)
-        if args.vae_dtype or args.precision:
-            config = _with_dtypes(config, args)
-        if hasattr(args, "num_videos") and args.frame_num is None:
-            args.frame_num = min(CHAIN_FRAMES, config.frame_num)  # a checkpoint may declare that it makes fewer
-        return cls(args, folder, config, choose_size(args.size, config, folder))
+        folder = resolve_folder(settings.ckpt_dir, files)  # which may download it
+        found = (0, 0) if settings.task else by_files or identify(folder, Names())
+        task = choose_task(settings, found)
+        settings = _or_example(settings, task)
+        check_task(settings, task)
+        config = _with_dtypes(config_for(task, folder), settings)
+        if command == "continuous" and settings.frame_num is None:
+            # a checkpoint may declare that it makes fewer
+            settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
+        if scenes:
+            check_storyboard(Path(settings.storyboard or ""), scenes, config=config)
+        return cls(command, settings, folder, config, choose_size(settings.size, config, folder), scenes)
+
+    @property
+    def video(self) -> Path:
+        """The video to continue, of a v2v task."""
+        assert self.settings.video is not None  # `check_task`
+        return Path(self.settings.video)
 
     def open(self, **continuing: Any) -> Any:
         """The pipeline of the task; its models load when they are used."""
@@ -68,128 +99,98 @@ class Job:
             "v2v-14B": "WanV2V",
             "v2v-5B": "WanV2V5B",
         }
-        args = self.args
+        settings = self.settings
         return getattr(wan, classes[self.config.name])(
             self.config,
             self.folder,
-            t5_cpu=args.t5_cpu,
-            convert_model_dtype=args.convert_model_dtype,
-            dit_files=_dit_files(args),
-            compile_blocks=args.compile == "auto",
-            vram=args.vram,
+            t5_cpu=settings.t5_cpu,
+            convert_model_dtype=settings.convert_model_dtype,
+            dit_files=dit_files(settings),
+            compile_blocks=settings.compile == "auto",
+            vram=settings.vram,
             **continuing,
         )
 
     def open_continuation(self) -> VideoContinuation:
         """The pipeline of a v2v task."""
-        args = self.args
+        settings = self.settings
         continuation: VideoContinuation = self.open(
-            vlm_path=args.vlm_path,
-            vlm_device=args.vlm_device,
-            vlm_url=args.vlm_url,
-            vlm_question=args.vlm_question,
-            vlm_trust_remote_code=args.vlm_trust_remote_code,
-            video_reader=args.video_reader,
+            vlm_path=settings.vlm_path,
+            vlm_device=settings.vlm_device,
+            vlm_url=settings.vlm_url,
+            vlm_question=settings.vlm_question,
+            vlm_trust_remote_code=settings.vlm_trust_remote_code,
+            video_reader=settings.video_reader,
         )
         return continuation
 
-    @property
-    def guidance_interval(self) -> tuple[float, float] | None:
-        """The sigmas between which guidance is used, as far as they are given."""
-        given = self.args.guidance_interval
-        return None if given is None else (given[0], given[1])
+    def plan(
+        self,
+        continuation: VideoContinuation,
+        footage: Footage,
+        settings: Settings | None = None,
+        read: Callable[[str], Frame] = media.read_image,
+        **more: Any,
+    ) -> Plan:
+        """How the footage is continued. Raises UserError, also for a VLM that is not there.
 
-    @property
-    def loras(self) -> dict[str, tuple[LoraFile, ...]]:
-        """The LoRA files by the expert that they are for."""
-        from wan.modules.lora import LoraFile
-
-        given = {expert: getattr(self.args, flag) or () for flag, expert in LORA_FLAGS.items()}
-        return {expert: tuple(LoraFile.parse(text) for text in texts) for expert, texts in given.items() if texts}
-
-    def plan(self, continuation: VideoContinuation, footage: Footage, prefix: str = "") -> Plan:
-        """How the footage is continued. Raises UserError, also for a VLM that is not there."""
-        args = self.args
+        `settings` are those of the clip where they are not the command's, `read` how its pictures are read, and `more`
+        further arguments of `VideoContinuation.plan`.
+        """
+        settings = settings or self.settings
+        pictures = {"anchor": settings.anchor_image, "end": settings.end_image, "cut": settings.cut}
+        found = {name: read(file) if isinstance(file, str) else file for name, file in pictures.items()}
         plan = continuation.plan(
             footage,
-            max_area=self.size[0] * self.size[1],
-            frame_num=args.frame_num,
-            shift=args.sample_shift,
-            solver=args.sample_solver,
-            steps=args.sample_steps,
-            guidance=args.sample_guide_scale,
-            guidance_interval=self.guidance_interval,
-            cache=args.cache,
-            preset=args.preset,
-            prompt=args.prompt,
-            prefix=prefix,
-            num_segments=args.num_segments,
-            offload=args.offload_model,
-            context=Context.choose(args.continuation, args.context_frames),
-            anchor=media.read_image(args.anchor_image) if args.anchor_image else None,
-            end=media.read_image(args.end_image) if args.end_image else None,
-            loras=self.loras,
-            prompt_mode=args.prompt_mode,
-            drift_correction=args.drift_correction,
-            best_of=getattr(args, "best_of", 1),
+            **found
+            | {
+                "max_area": self.size[0] * self.size[1],
+                "frame_num": settings.frame_num,
+                "shift": settings.sample_shift,
+                "solver": settings.sample_solver,
+                "steps": settings.sample_steps,
+                "guidance": settings.sample_guide_scale,
+                "guidance_interval": settings.guidance_interval,
+                "cache": settings.cache,
+                "preset": settings.preset,
+                "prompt": settings.prompt,
+                "prefix": settings.custom_prompt if self.command == "continuous" else "",
+                "num_segments": settings.num_segments,
+                "offload": settings.offload_model,
+                "context": Context.choose(settings.continuation, settings.context_frames),
+                "loras": lora_files(settings),
+                "prompt_mode": settings.prompt_mode,
+                "drift_correction": settings.drift_correction,
+                "best_of": settings.best_of,
+            }
+            | more,
         )
         if plan.described:
-            continuation.captioner  # noqa: B018  (a wrong --vlm_path is said now, not after an hour)
+            continuation.captioner  # noqa: B018  (a wrong vlm_path is said now, not after an hour)
         return plan
 
     def describe(self, made: Generation, source: str | None, plan: Plan | None = None) -> dict[str, Any]:
         """The sidecar of a clip: everything that made it, and what it took. `plan` is that of a continuation."""
         from wan.placement import host_peak_gib
 
-        request, geometry = made.request, made.request.geometry
-        args, config = self.args, self.config
-        record: dict[str, Any] = {
-            "task": config.name,
-            "checkpoint": readable(self.folder),
+        request, config = made.request, self.config
+        used = self._used(request, plan)
+        return {
             "source": None if source is None else readable(source),
             "prompt": request.prompt,
             "negative_prompt": request.negative,
             "seed": request.seed,
-            "size": args.size or config.sizes[0],
-            "width": geometry.width,
-            "height": geometry.height,
-            "frames": geometry.frames,
+            "width": request.geometry.width,
+            "height": request.geometry.height,
             "fps": str(made.clip.fps),
-            "sample_solver": request.sampling.solver,
-            "sample_steps": request.sampling.steps,
-            "sample_shift": request.sampling.shift,
-            "sample_guide_scale": list(request.sampling.guidance),
-            "guidance_interval": request.sampling.guidance_interval and list(request.sampling.guidance_interval),
-            "cache": str(request.sampling.cache or "off"),
-            "preset": args.preset,
             "param_dtype": str(config.param_dtype).removeprefix("torch."),
             "t5_dtype": str(config.t5_dtype).removeprefix("torch."),
-            "low_precision": config.low_precision,
-            "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
-            "convert_model_dtype": args.convert_model_dtype,
-            "t5_cpu": args.t5_cpu,
-            "offload_model": args.offload_model,
-            "vram": args.vram,
-            "end_image": request.known.end is not None,
-        }
-        if plan is not None:
-            record |= {
-                "continuation": plan.context.mode,
-                "context_frames": plan.context.frames,
-                "cut": plan.is_cut,
-                "drift_correction": plan.drift_correction,
-                "seam": made.seam,
-                "prompt_mode": plan.prompt_mode,
-                "custom_prompt": plan.prefix,
-                "vlm": readable(args.vlm_url or args.vlm_path or "default") if plan.described else None,
-                "vlm_device": args.vlm_device,
-                "vlm_question": args.vlm_question,
-                "num_segments": plan.num_segments,
-                "video_reader": args.video_reader,
-            }
-        if files := _dit_files(args):
-            record["dit_files"] = {expert: readable(file) for expert, file in files.items()}
-        return record | {
+            **{
+                one.record: used[one.name]
+                for one in options_of(self.command)
+                if one.record and (plan is not None or not one.continues)
+            },
+            **({} if plan is None else {"seam": made.seam}),
             **made.notes,
             "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
             "peak_gpu_gib": None if made.peak_gib is None else round(made.peak_gib, 3),
@@ -197,38 +198,129 @@ class Job:
             "versions": versions(),
         }
 
+    def _used(self, request: Request, plan: Plan | None) -> dict[str, Any]:
+        """The settings of a clip as it was made, as JSON values: what was open is what the preset or model chose."""
+        settings, config, sampling = self.settings, self.config, request.sampling
+        used = {one.name: getattr(settings, one.name) for one in options_of(self.command)} | {
+            "task": config.name,
+            "ckpt_dir": readable(self.folder),
+            "size": settings.size or config.sizes[0],
+            "frame_num": request.geometry.frames,
+            "sample_solver": sampling.solver,
+            "sample_steps": sampling.steps,
+            "sample_shift": sampling.shift,
+            "sample_guide_scale": list(sampling.guidance),
+            "guidance_interval": sampling.guidance_interval and list(sampling.guidance_interval),
+            "cache": str(sampling.cache or "off"),
+            "precision": config.low_precision or settings.precision,
+            "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
+            "end_image": request.known.end is not None,
+        }
+        used |= {name: readable(used[name]) for name in EXPERT_OF_DIT if used[name] is not None}
+        if plan is not None:
+            used |= {
+                "custom_prompt": plan.prefix,
+                "prompt_mode": plan.prompt_mode,
+                "vlm_path": readable(settings.vlm_path) if plan.described and settings.vlm_path else None,
+                "vlm_url": settings.vlm_url if plan.described else None,
+                "num_segments": plan.num_segments,
+                "continuation": plan.context.mode,
+                "context_frames": plan.context.frames,
+                "cut": plan.is_cut,
+                "drift_correction": plan.drift_correction,
+            }
+        return used
 
-def _with_dtypes(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
-    """The row with what `--vae_dtype` and `--precision` say in it."""
-    import torch
 
-    if args.vae_dtype:
-        config = dataclasses.replace(config, vae_dtype=getattr(torch, args.vae_dtype))
-    if args.precision == "bf16":
-        return dataclasses.replace(config, param_dtype=torch.bfloat16, low_precision=None)
-    return dataclasses.replace(config, low_precision=args.precision or config.low_precision)
+def _or_example(settings: Settings, task: str) -> Settings:
+    """What the task makes when it is given neither a prompt nor an input, as in Wan2.2's script; this is said."""
+    if settings.prompt is not None or settings.video is not None or settings.image is not None:
+        return settings
+    example: Mapping[str, Any] = example_of(task)
+    for name, file in example.items():
+        if name != "prompt" and not Path(file).is_file():
+            raise UserError(f"`task` {task} needs `{name}`; its example lies in a clone of the project, and not here")
+    shown = ", ".join(f"`{name}` {value!r}" for name, value in example.items())
+    log.warning("neither a prompt nor an input is given: this runs the example of %s, %s", task, shown)
+    return dataclasses.replace(settings, **example)
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def check_world(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Refuse what needs several GPUs, until that is there, rather than ignore it. Raises UserError."""
+    asked = [f"`ulysses_size` {settings.ulysses_size}"] if settings.ulysses_size != 1 else []
+    asked += [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
+    if environment.get("WORLD_SIZE", "1") not in ("", "0", "1"):  # a launcher such as torchrun sets it
+        asked.append(f"WORLD_SIZE={environment['WORLD_SIZE']}")
+    if asked:
+        raise UserError(f"{', '.join(asked)}: several GPUs are not supported yet; run one process without it")
+
+
+def choose_task(settings: Settings, found: tuple[int, int]) -> str:
+    """The task, told from the checkpoint's (experts, input channels) unless it is given. Raises UserError."""
+    if settings.task is not None:
+        return settings.task
+    by_kind = {(2, 36): ("i2v-A14B", "v2v-14B"), (1, 48): ("ti2v-5B", "v2v-5B"), (2, 16): ("t2v-A14B", "t2v-A14B")}
+    if found not in by_kind:
+        raise UserError(f"`ckpt_dir` holds a denoiser with {found[1]} input channels, which no task is for")
+    return by_kind[found][settings.video is not None]
+
+
+def check_task(settings: Settings, task: str) -> None:
+    """Raise UserError for inputs that the task does not take or lacks."""
+    if settings.video is not None and task not in V2V_TASKS:
+        raise UserError(f"`task` {task} takes no `video`; use `task` v2v-14B or v2v-5B with their checkpoints")
+    if settings.video is None and task in V2V_TASKS:
+        raise UserError(f"`task` {task} needs `video`, the clip to continue")
+    if settings.image is not None and task not in ("i2v-A14B", "ti2v-5B"):
+        raise UserError(f"`task` {task} takes no `image`")
+    if settings.image is None and task == "i2v-A14B":
+        raise UserError("`task` i2v-A14B needs `image`, the first frame")
+    if settings.video is None:
+        check_video_settings(settings)
+        if settings.prompt is None:
+            raise UserError(f"`task` {task} needs `prompt`")
+
+
+def choose_size(given: str | None, config: ModelConfig, folder: Path) -> tuple[int, int]:
+    """(width, height) of `size`, which must be on the task's list. Raises UserError."""
+    size = given or config.sizes[0]
+    parse_size(size)
+    if size not in config.sizes:
+        raise UserError(f"`size` {size} is not one of {', '.join(config.sizes)} that {config.name} in {folder} takes")
+    return parse_size(size)
+
+
+def _with_dtypes(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The row with what `vae_dtype` and `precision` say in it."""
+    if settings.vae_dtype:
+        config = config.variant(vae_dtype=settings.vae_dtype)
+    if settings.precision == "bf16":
+        return config.variant(param_dtype="bfloat16", low_precision=None)
+    return config.variant(low_precision=settings.precision or config.low_precision)
+
+
+def _check_files(settings: Settings) -> None:
     """Raise UserError for an input that cannot be read or an output that cannot be written, before any download."""
-    if args.video:
-        media.probe(args.video)
-    for name in ("image", "end_image", "anchor_image"):
-        if getattr(args, name, None):
-            media.read_image(getattr(args, name))
-    if getattr(args, "save_file", None):
-        media.check_output(args.save_file)
+    for one in OPTIONS.values():
+        file = getattr(settings, one.name)
+        if file and isinstance(one.kind, Video):
+            media.probe(file)
+        elif file and isinstance(one.kind, Picture):
+            media.read_image(file)
+    if settings.save_file:
+        media.check_output(settings.save_file)
 
 
-def _dit_files(args: argparse.Namespace) -> dict[str, Path]:
+def dit_files(settings: Settings) -> dict[str, Path]:
     """The denoisers that come from a file of their own, by expert."""
-    given = {expert: getattr(args, flag) for flag, expert in DIT_FLAGS.items()}
+    given = {expert: getattr(settings, name) for name, expert in EXPERT_OF_DIT.items()}
     return {expert: Path(file).expanduser() for expert, file in given.items() if file is not None}
 
 
-def readable(path: str | Path) -> str:
-    """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def lora_files(settings: Settings) -> dict[str, tuple[LoraFile, ...]]:
+    """The LoRA files by the expert that they are for."""
+    given = {expert: getattr(settings, name) for name, expert in EXPERT_OF_LORA.items()}
+    return {expert: tuple(LoraFile.parse(text) for text in texts) for expert, texts in given.items() if texts}
 
 
 def versions() -> dict[str, str]:

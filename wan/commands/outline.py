@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wan.commands.chain_run import ChainRun
 from wan.modules.memory import CONTEXT, GIB, for_tensors
-from wan.types import LONGEST_CONTEXT
+from wan.options import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
     from wan.continuation import VideoContinuation

@@ -8,7 +8,6 @@ wrong folder, a missing shard or a truncated file is said in one line before any
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
+from wan.options import EXPERT_OF_DIT
 from wan.placement import in_one_piece
 from wan.read_ahead import ReadAhead
 
@@ -334,7 +334,7 @@ def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Pa
     opened = {}
     for name, part in parts.items():
         if name in files:
-            check_expert("", files[name], name, "--dit")
+            check_expert("", files[name], name, "dit")
             opened[name] = open_denoiser(files[name], folder / part)
         else:
             opened[name] = open_safetensors(folder / part, "diffusion_pytorch_model")
@@ -344,17 +344,17 @@ def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Pa
 
 
 def _check_names(files: Container[str], parts: Container[str]) -> None:
-    flags = {"model": "--dit", "high_noise_model": "--dit_high", "low_noise_model": "--dit_low"}
-    for name, flag in flags.items():
+    settings = {expert: f"`{name}`" for name, expert in EXPERT_OF_DIT.items()}
+    for name, setting in settings.items():
         if name in files and name not in parts:
-            there = " and ".join(flags[expert] for expert in flags if expert in parts)
-            raise UserError(f"{flag} is not for this model, which takes {there}")
+            there = " and ".join(settings[expert] for expert in settings if expert in parts)
+            raise UserError(f"{setting} is not for this model, which takes {there}")
 
 
-def check_expert(what: str, path: Path, expert: str, flag: str) -> None:
+def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     """Raise UserError for a file whose name says high or low, and not both, and says the wrong one.
 
-    `what` goes before the path in the message; `flag` is the one that ends in _high or _low.
+    `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
     said = set(_EXPERT.findall(path.name.lower()))
@@ -362,7 +362,7 @@ def check_expert(what: str, path: Path, expert: str, flag: str) -> None:
         word = said.pop()
         raise UserError(
             f"{what}{path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
-            f"give it with {flag}_{word}, or rename it if that is not meant"
+            f"give it with `{setting}_{word}`, or rename it if that is not meant"
         )
 
 
@@ -442,17 +442,6 @@ def open_file(file: Path) -> Weights:
     shapes = dict(_safetensors_shapes(file))
     with safe_open(file, framework="pt") as opened:
         return Weights(file, (file,), shapes, opened.metadata() or {})
-
-
-def sampled_digest(path: Path) -> str:
-    """A short digest of a large file's size and its first, middle and last MiB: tells fine-tunes apart."""
-    size, block = path.stat().st_size, 1 << 20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as opened:
-        for start in (0, size // 2, max(size - block, 0)):
-            opened.seek(start)
-            digest.update(opened.read(block))
-    return digest.hexdigest()[:16]
 
 
 def _open_pth(file: Path) -> Weights:

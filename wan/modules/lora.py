@@ -11,11 +11,9 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor
 
 from wan.errors import UserError
-from wan.modules.checkpoint import Shape, Weights, check_expert, open_file, read_json, sampled_digest
+from wan.modules.checkpoint import Shape, Weights, check_expert, open_file, read_json
 from wan.modules.model import WanModel, key_map
 from wan.modules.quantised import Addition, PackedLinear, plain
+from wan.settings import LoraFile
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,43 +50,6 @@ _KEY = re.compile(
     r"|(?P<other>alpha|diff|diff_b|diff_m))"
 )
 _ROLES = {"A": "down", "down": "down", "B": "up", "up": "up"}
-_STRENGTH = re.compile(r"(?i)[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.ASCII)
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as it is asked for: a safetensors file, and how much of it."""
-
-    path: Path
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise UserError(f"the strength of a LoRA must be a finite number, {self.strength} is not ({self.path})")
-
-    @classmethod
-    def parse(cls, text: str) -> LoraFile:
-        """`PATH[:S]`; only a number after the last colon is a strength. Raises UserError."""
-        path, colon, number = text.rpartition(":")
-        if not (colon and _STRENGTH.fullmatch(number)):
-            path, number = text, "1"
-        if not path:
-            raise UserError(f"{text!r} names no LoRA file; write PATH or PATH:STRENGTH")
-        return cls(Path(os.path.expanduser(path)), float(number))
-
-    @property
-    def is_svi(self) -> bool:
-        """Whether its name says that it is one of Stable Video Infinity's."""
-        return re.search(r"(?<![a-z])svi(?=pro|[^a-z]|$)", self.path.name.lower()) is not None
-
-    @cached_property
-    def digest(self) -> str:
-        """A short digest of the file when it was first asked for: its size and its first, middle and last MiB."""
-        return sampled_digest(self.path)
-
-    def as_json(self) -> dict[str, Any]:
-        """The file, its digest and its strength, for a record of what was made with it."""
-        return {"file": self.path.name, "digest": self.digest, "strength": self.strength}
 
 
 @dataclass(frozen=True)
@@ -211,7 +173,7 @@ class _Opened:
 def _open(lora: LoraFile, weights: Weights) -> _Opened:
     """The file, checked against the model and its expert. Raises UserError."""
     _check_path(lora.path)
-    check_expert("LoRA ", lora.path, weights.expert, "--lora")
+    check_expert("LoRA ", lora.path, weights.expert, "lora")
     file = open_file(lora.path)
     lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
     layers = _layers(file)

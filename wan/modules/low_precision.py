@@ -32,7 +32,7 @@ def check_precision(precision: str | None, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"precision {precision} needs a GPU with 8-bit floats (Ada, Hopper or newer), {name} has none")
     if precision == "fp8_attention" and importlib.util.find_spec("triton") is None:
-        raise UserError("precision fp8_attention needs the triton package; use --precision fp8")
+        raise UserError("`precision` fp8_attention needs the triton package; use `precision` fp8")
 
 
 def lower(model: WanModel, precision: str, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from wan.types import Sampling
+from wan.settings import Sampling
 
 
 class Scheduler(Protocol):

@@ -16,7 +16,7 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCac
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from wan.modules.model import WanBlock
-from wan.types import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
+from wan.settings import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
 
 # Around a forward, by the name of its branch: what a cache keeps of "cond" is not that of "uncond".
 Branch: TypeAlias = Callable[[str], AbstractContextManager[None]]

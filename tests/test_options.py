@@ -1,0 +1,509 @@
+"""The table of settings: needs no PyTorch, knows who may set what, and each of its rows does what it says.
+
+The two tests over the whole table run both commands with stand-ins for sampling and captioning. One changes each
+setting and looks at the value where it is used; the other at the fingerprints of the clips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import DATA
+from wan import cli
+from wan.commands.flags import parse, reference
+from wan.configs import WAN_CONFIGS
+from wan.errors import UserError
+from wan.options import OPTIONS, Kind, Local, Option, Settings, check, current, options_of, words_of
+from wan.pipeline import Pipeline
+from wan.run_folder import RunFolder
+from wan.types import Clip, Generation, Request, UInt8Array
+
+ROOT = Path(__file__).parent.parent
+MADE = DATA / "run_0_1_0"
+HEAVY = ("torch", "transformers", "diffusers")
+
+
+# --- without PyTorch
+
+
+def imported(code: str, *words: str) -> tuple[int, str, list[str]]:
+    """Exit code, what was said, and the heavy packages that a fresh interpreter has imported after this code."""
+    program = f"import sys\n{code}\nprint('IMPORTED', *[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
+    last = done.stdout.splitlines()[-1] if done.stdout else ""
+    assert last.startswith("IMPORTED"), done.stderr
+    return done.returncode, done.stdout + done.stderr, last.split()[1:]
+
+
+@pytest.mark.parametrize("main", ["generate_main", "continuous_main"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--help", "Prompt and captions"),
+        ("--version", "wan-continue "),
+        ("--vidoe x", "error: unknown flag --vidoe; did you mean --video? (see --help)"),
+        ("--ckpt_dir x --video nowhere.mp4", "error: cannot read video 'nowhere.mp4'"),
+    ],
+)
+def test_what_the_words_alone_tell_needs_no_model_library(main: str, words: str, said: str) -> None:
+    code = f"from wan.cli import {main}\ntry:\n    {main}(sys.argv[1:])\nexcept SystemExit:\n    pass"
+    _, output, heavy = imported(code, *words.split())
+    assert said in output and heavy == []
+
+
+def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None:
+    shutil.copy(MADE / "light.safetensors", tmp_path)
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("- {prompt: a boat, lora: light.safetensors:0.5, guidance: 2}\n")
+    bad.write_text("- {frames: 80}\n")
+    code = (
+        "from wan.storyboard import check_storyboard, read_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from pathlib import Path\nfile = Path(sys.argv[1])\n"
+        "check_storyboard(file, read_storyboard(file), config=v2v_5B)"
+    )
+    assert imported(code, str(good))[2] == []
+    code = "from wan.cli import continuous_main\nprint(continuous_main(sys.argv[1:]))"
+    video = str(MADE / "source.mp4")
+    _, said, heavy = imported(code, "--ckpt_dir", "x", "--video", video, "--storyboard", str(bad))
+    assert "bad.yaml, line 1: frames must be 4n+1: 80 is not" in said and heavy == []
+
+
+def test_config_rows_give_dtypes_and_need_no_pytorch_until_then() -> None:
+    code = "from wan.configs import v2v_14B\nv2v_14B.variant(frame_num=5)\n"
+    assert imported(code)[2] == []
+    assert imported(f"{code}v2v_14B.param_dtype")[2] == ["torch"]
+    row = WAN_CONFIGS["v2v-14B"]
+    assert (row.param_dtype, row.t5_dtype, row.vae_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    changed = dataclasses.replace(row, param_dtype=torch.float32)
+    assert changed.param_dtype == torch.float32 and changed != row
+    assert row.variant(param_dtype="float32") == changed
+    with pytest.raises(UserError, match="param_dtype must be one of float32, bfloat16, float16; 'int8' is not"):
+        row.variant(param_dtype="int8")
+
+
+def test_the_official_names_are_there() -> None:
+    from generate import EXAMPLE_PROMPT
+    from wan.configs import i2v_A14B, t2v_A14B, ti2v_5B, v2v_5B, v2v_14B
+
+    rows = (t2v_A14B, i2v_A14B, ti2v_5B, v2v_14B, v2v_5B)
+    assert [row.name for row in rows] == list(WAN_CONFIGS) == list(EXAMPLE_PROMPT)
+    for task, example in EXAMPLE_PROMPT.items():
+        assert example["prompt"]
+        assert ("image" in example, "video" in example) == (task == "i2v-A14B", task.startswith("v2v"))
+        assert all((ROOT / example[name]).is_file() for name in example if name != "prompt")
+
+
+# --- the table
+
+
+def test_an_option_says_what_it_does_to_a_fingerprint_or_it_is_none() -> None:
+    row = OPTIONS["sample_steps"]
+    with pytest.raises(TypeError, match="must say which keys of the fingerprint"):
+        dataclasses.replace(row, fingerprint=())
+    with pytest.raises(TypeError, match="must say which keys of the fingerprint"):
+        dataclasses.replace(row, same="it is both")
+
+
+def test_no_remote_client_sets_what_names_something_of_this_machine() -> None:
+    with pytest.raises(TypeError, match="no remote client's to choose"):
+        Option("x", Local(), None, "Input", "x", same="x", client=True)
+    for name in ("ckpt_dir", "vlm_path", "vlm_url", "vlm_trust_remote_code", "output_dir", "save_file", "lora", "dit"):
+        assert "client" not in OPTIONS[name].setters
+    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client"}
+    assert OPTIONS["cut"].setters == {"storyboard"}
+
+
+def test_settings_are_in_range_wherever_they_come_from() -> None:
+    with pytest.raises(UserError) as caught:
+        Settings(ckpt_dir="x", sample_steps=0)
+    assert caught.value.marked == "`sample_steps` must be at least 1, 0 is not"
+    assert str(caught.value) == "sample_steps must be at least 1, 0 is not"
+    for name, value in {"vram": 0.5, "drift_correction": 2.0, "frame_num": 6, "base_seed": 2**63}.items():
+        with pytest.raises(UserError, match=f"^{name} "):
+            check(name, value)
+
+
+def test_every_value_can_be_said_on_the_command_line_again() -> None:
+    text = "--ckpt_dir m --video -v --sample_guide_scale 1,2.5 --guidance_interval 0.25 1 --vram 6.5 --t5_cpu"
+    text += " --lora a:0.5 --lora b --drift_correction --prompt_mode continue"
+    settings = parse("continuous", text.replace("--video -v", "--video=-v").split())
+    assert settings.drift_correction == 0.9 and settings.lora == ("a:0.5", "b") and settings.vram == 6.5
+    as_json = json.loads(json.dumps({one.name: getattr(settings, one.name) for one in options_of("continuous")}))
+    assert parse("continuous", words_of(as_json)) == settings
+
+
+def test_records_of_0_1_0_are_read_with_today_s_keys() -> None:
+    old = {"frames": 81, "checkpoint": "m", "low_precision": "fp8", "vlm": "http://x/v1", "seed": 3}
+    old |= {"dit_files": {"high_noise_model": "h.gguf"}}
+    new = {"frame_num": 81, "ckpt_dir": "m", "precision": "fp8", "vlm_url": "http://x/v1", "vlm_path": None, "seed": 3}
+    assert current(old) == new | {"dit_high": "h.gguf"}
+    assert current(current(old)) == current(old)
+
+
+def test_the_reference_page_is_made_from_the_table() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == reference()
+    assert all(f"`--{one.name}" in reference() for one in OPTIONS.values() if one.flag)
+
+
+def test_no_message_of_the_library_holds_a_flag() -> None:
+    flag = re.compile(r"--[a-z]")
+    homes = [file for file in (ROOT / "wan").rglob("*.py") if "commands" not in file.parts]
+    found = []
+    for file in homes:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            text = re.sub(r'""".*?"""|#.*', "", line)
+            if flag.search(text) and re.search(r"""["'].*--[a-z].*["']""", text):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    # options.py writes the words of a command line, and the report a command to type
+    assert [line for line in found if not line.startswith(("wan/options.py", "wan/errors.py"))] == []
+
+
+# --- what a setting does
+
+
+@dataclass
+class Seen:
+    """What one command did."""
+
+    code: int = -1
+    pipeline: Any = None
+    requests: list[Request] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    opened: dict[str, Any] = field(default_factory=dict)
+    asked: list[tuple[int, str]] = field(default_factory=list)  # frames and question of each description
+    readers: list[str] = field(default_factory=list)
+    corrected: list[float] = field(default_factory=list)
+    folder: Path = Path()
+    said: str = ""
+
+    @property
+    def first(self) -> Request:
+        return self.requests[0]
+
+    @property
+    def fingerprinted(self) -> dict[int, Mapping[str, Any]]:
+        return {number: clip.settings for number, clip in RunFolder(self.folder).clips().items()}
+
+    def loras(self, expert: str) -> list[tuple[str, float]]:
+        return [(file.path.name, file.strength) for file in self.first.loras.get(expert, ())]
+
+    def mean(self, frame: Any) -> float:
+        return float(frame.float().mean())
+
+
+class Speaking:
+    """A captioner that says the same of everything, and what it was asked."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        self.seen.asked.append((len(frames), question))
+        return "A red square slides to the right."
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small checkpoints, and for each setting something else to choose."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("ti2v", "i2v", "vlm"):
+        shutil.copytree(MADE / name, world / name)
+    for file in MADE.glob("*.*"):
+        shutil.copy(file, world)
+    declared = json.loads((world / "ti2v/wan_config.json").read_text()) | {"sizes": ["64*32", "128*64"]}
+    (world / "ti2v/wan_config.json").write_text(json.dumps(declared))
+    shutil.copytree(world / "ti2v", world / "ti2v_2")
+    weights = load_file(world / "ti2v/diffusion_pytorch_model.safetensors")
+    weights["head.head.bias"] += 1
+    save_file(weights, world / "ti2v_2/diffusion_pytorch_model.safetensors")
+    save_file(weights, world / "dit.safetensors")
+    for noise in ("high", "low"):
+        folder = world / "i2v" / f"{noise}_noise_model"
+        parts = {
+            key: value for shard in sorted(folder.glob("*.safetensors")) for key, value in load_file(shard).items()
+        }
+        save_file(parts | {"head.head.bias": parts["head.head.bias"] + 1}, world / f"dit_{noise}.safetensors")
+    shutil.copytree(world / "vlm", world / "vlm_2")
+    for shard in (world / "vlm_2").glob("*.safetensors"):
+        save_file({key: value + 1 for key, value in load_file(shard).items()}, shard)
+    shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / "other.mp4")
+    Image.new("RGB", (64, 32), "red").save(world / "red.png")
+    (world / "story.yaml").write_text("- the boat sinks\n")
+    (world / "cut.yaml").write_text("- {cut: red.png}\n")
+    (world / "seed.yaml").write_text("- {seed: 77}\n")
+    (world / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot
+    return world
+
+
+@dataclass(frozen=True)
+class Case:
+    """Words that change one setting, how the change is seen, and which fingerprint keys it reaches by other ways."""
+
+    words: str
+    look: Callable[[Seen], Any]
+    value: Any
+    base: str = ""
+    also: str = ""
+    generate: bool = False
+    again: bool = False  # in a folder that is finished
+
+
+SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
+A14B = "--ckpt_dir i2v --frame_num 9"
+
+CASES: dict[str, Case] = {
+    "task": Case("--task v2v-14B", lambda s: s.pipeline.config.name, "v2v-14B", "--ckpt_dir i2v --task v2v-14B"),
+    "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
+    "image": Case(
+        "--image red.png",
+        lambda s: s.first.known.leading[0].getpixel((0, 0)),
+        (255, 0, 0),
+        "--image picture.png --task ti2v-5B --prompt x",
+        generate=True,
+    ),
+    "size": Case("--size 128*64", lambda s: s.first.geometry.width * s.first.geometry.height > 3000, True),
+    "frame_num": Case("--frame_num 13", lambda s: s.first.geometry.frames, 13),
+    "base_seed": Case("--base_seed 9", lambda s: [one.seed for one in s.requests], [9, 10]),
+    "seed": Case("--storyboard seed.yaml", lambda s: s.first.seed, 77),
+    "storyboard": Case(
+        "--storyboard story.yaml",
+        lambda s: s.first.prompt,
+        "continue video the boat sinks",
+        also="prompt num_segments vlm vlm_question",
+    ),
+    "num_videos": Case("--num_videos 3", lambda s: len(s.requests), 3),
+    "prompt": Case(
+        "--prompt it-goes-on",
+        lambda s: s.first.prompt,
+        "continue video it-goes-on",
+        also="num_segments vlm vlm_question",
+    ),
+    "custom_prompt": Case("--custom_prompt now", lambda s: s.first.prompt, "now A red square slides to the right."),
+    "prompt_mode": Case("--prompt_mode continue", lambda s: s.asked[0][1] == "Describe this video in detail.", False),
+    "vlm_path": Case("--vlm_path vlm_2", lambda s: s.opened["path"], "vlm_2"),
+    "vlm_url": Case("--vlm_url http://x/v1", lambda s: s.opened["url"], "http://x/v1"),
+    "vlm_question": Case("--vlm_question Why?", lambda s: s.asked[0][1], "Why?"),
+    "num_segments": Case("--num_segments 3", lambda s: s.asked[0][0], 3),
+    "video_reader": Case("--video_reader decord", lambda s: s.readers[0], "decord"),
+    "vlm_device": Case("--vlm_device cpu", lambda s: str(s.opened["device"]), "cpu"),
+    "vlm_trust_remote_code": Case("--vlm_trust_remote_code", lambda s: s.opened["trust_remote_code"], True),
+    "preset": Case("--preset balanced", lambda s: str(s.first.sampling.cache), "taylorseer:2", also="cache"),
+    "sample_steps": Case("--sample_steps 7", lambda s: s.first.sampling.steps, 7),
+    "sample_shift": Case("--sample_shift 2.5", lambda s: s.first.sampling.shift, 2.5),
+    "sample_guide_scale": Case("--sample_guide_scale 1,2", lambda s: s.first.sampling.guidance, (1.0, 2.0), A14B),
+    "sample_solver": Case("--sample_solver euler", lambda s: s.first.sampling.solver, "euler"),
+    "guidance_interval": Case("--guidance_interval 0.25 1", lambda s: s.first.sampling.guidance_interval, (0.25, 1.0)),
+    "cache": Case("--cache first_block:0.2", lambda s: str(s.first.sampling.cache), "first_block:0.2"),
+    "continuation": Case("--continuation tail", lambda s: len(s.first.known.leading), 5, also="context_frames"),
+    "context_frames": Case(
+        "--context_frames 9", lambda s: len(s.first.known.leading), 9, "--continuation tail --frame_num 13"
+    ),
+    "anchor_image": Case("--anchor_image red.png", lambda s: round(s.mean(s.first.known.anchor), 2), -0.33, SVI),
+    "end_image": Case(
+        "--end_image red.png", lambda s: [one.known.end is not None for one in s.requests], [False, True], A14B
+    ),
+    "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
+    "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
+    "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
+    "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
+    "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
+    "offload_model": Case("--offload_model False", lambda s: s.run["offload"], False),
+    "vram": Case("--vram 8", lambda s: s.pipeline.vram, 8.0),
+    "precision": Case("--precision fp8", lambda s: s.pipeline.config.low_precision, "fp8"),
+    "vae_dtype": Case("--vae_dtype float16", lambda s: s.pipeline.config.vae_dtype, torch.float16),
+    "convert_model_dtype": Case("--convert_model_dtype", lambda s: s.pipeline.convert_model_dtype, True),
+    "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
+    "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
+    "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
+    "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
+    "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),
+    "dit": Case("--dit dit.safetensors", lambda s: s.pipeline.checkpoint.experts["model"].path.name, "dit.safetensors"),
+    "dit_high": Case(
+        "--dit_high dit_high.safetensors",
+        lambda s: s.pipeline.checkpoint.experts["high_noise_model"].path.name,
+        "dit_high.safetensors",
+        A14B,
+    ),
+    "dit_low": Case(
+        "--dit_low dit_low.safetensors",
+        lambda s: s.pipeline.checkpoint.experts["low_noise_model"].path.name,
+        "dit_low.safetensors",
+        A14B,
+    ),
+    "lora": Case("--lora light.safetensors:0.5", lambda s: s.loras("model"), [("light.safetensors", 0.5)]),
+    "lora_high": Case(
+        "--lora_high light_high.safetensors",
+        lambda s: s.loras("high_noise_model"),
+        [("light_high.safetensors", 1.0)],
+        A14B,
+    ),
+    "lora_low": Case(
+        "--lora_low light_low.safetensors:2",
+        lambda s: s.loras("low_noise_model"),
+        [("light_low.safetensors", 2.0)],
+        A14B,
+    ),
+    "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
+    "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
+    "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
+    "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
+    "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
+}
+
+
+def frames_in(video: Path) -> int:
+    with av.open(str(video)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def metadata(video: Path) -> Mapping[str, str]:
+    with av.open(str(video)) as container:
+        return dict(container.metadata)
+
+
+@pytest.fixture
+def command(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Seen]:
+    """Runs a command with what else it needs, and says what it did."""
+    now = Seen()
+
+    def sampled(self: Any, request: Request, **options: Any) -> Generation:
+        now.pipeline, now.run = self, options
+        now.requests.append(request)
+        generator = torch.Generator().manual_seed(request.seed)
+        frames = torch.rand(*request.geometry.size, 3, generator=generator) * 2 - 1
+        latents = torch.zeros(self.config.z_dim, *request.geometry.latent)
+        return Generation(Clip(frames, Fraction(self.config.sample_fps)), latents, request)
+
+    def opened(path: Any, **options: Any) -> Speaking:
+        now.opened = options | {"path": path}
+        return Speaking(now)
+
+    def corrected(frames: torch.Tensor, *_: Any, strength: float, **__: Any) -> torch.Tensor:
+        now.corrected.append(strength)
+        return frames
+
+    import wan.media
+
+    sample_frames = wan.media.sample_frames
+
+    def samples(path: Any, count: int, reader: str = "auto") -> UInt8Array:
+        now.readers.append(reader)
+        return sample_frames(path, count)
+
+    monkeypatch.setattr(Pipeline, "run", sampled)
+    monkeypatch.setattr(Pipeline, "_budget", lambda self, vram: vram)  # needs a GPU
+    monkeypatch.setattr(Pipeline, "geometry", _geometry)  # a budget that is refused is no news
+    monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
+    monkeypatch.setattr("wan.pipeline.main_device", lambda *_: torch.device("meta"))  # so that "cpu" is another
+    monkeypatch.setattr("wan.continuation.open_captioner", opened)
+    monkeypatch.setattr("wan.continuation.correct_drift", corrected)
+    monkeypatch.setattr("wan.continuation.weight_bytes", lambda *_: 0)
+    monkeypatch.setattr("wan.media.sample_frames", samples)
+    monkeypatch.syspath_prepend(str(world))
+    monkeypatch.chdir(world)
+
+    def run(words: str, *, generate: bool = False) -> Seen:
+        nonlocal now
+        now = Seen(folder=tmp_path / "out")
+        capsys.readouterr()
+        if generate:
+            common = ["--ckpt_dir", "ti2v", "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
+            now.code = cli.generate_main([*common, *words.split()])
+        else:
+            common = ["--ckpt_dir", "ti2v", "--video", "source.mp4", "--vlm_path", "vlm", "--num_videos", "2"]
+            common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
+            now.code = cli.continuous_main([*common, *words.split()])
+        output = capsys.readouterr()
+        now.said = output.out or output.err
+        return now
+
+    return run
+
+
+def _geometry(self: Any, width: int, height: int, frames: int) -> Any:
+    from wan.types import Geometry
+
+    return Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
+
+
+def test_every_setting_has_a_case() -> None:
+    assert set(CASES) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_setting_reaches_the_place_where_it_is_used(name: str, command: Callable[..., Seen], tmp_path: Path) -> None:
+    case = CASES[name]
+
+    def run(words: str) -> Seen:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if case.again:
+            command("")
+        return command(words, generate=case.generate)
+
+    before = run(case.base)
+    assert before.code == 0, before.said
+    usual = None if name == "task" else case.look(before)
+    seen = run(f"{case.base} {case.words}")
+    found = case.look(seen)
+    assert found != usual
+    assert case.value in (found, ...), (found, seen.said)
+
+
+@pytest.mark.parametrize("name", [one.name for one in options_of("continuous")])
+def test_a_setting_that_changes_a_result_changes_the_fingerprint(
+    name: str, command: Callable[..., Seen], tmp_path: Path
+) -> None:
+    case, one = CASES[name], OPTIONS[name]
+    # a checkpoint of another task is the only way to another task
+    base, words = ("", "--ckpt_dir i2v") if name == "task" else (case.base, f"{case.base} {case.words}")
+    usual = command("" if case.again else base).fingerprinted
+    if not case.again:
+        shutil.rmtree(tmp_path / "out")
+    seen = command(words)
+    if name == "output_dir":
+        seen.folder = Path("elsewhere")
+    if seen.code == 2 or name == "dry_run":  # nothing was made
+        return
+    clips = seen.fingerprinted
+    assert clips
+    changed = {
+        key
+        for number, settings in clips.items()
+        for key in settings.keys() | usual.get(number, {}).keys()
+        if number in usual
+        and settings.get(key) != usual[number].get(key)
+        and (key != "parent" or number == 1)  # what follows another clip has another parent
+    }
+    if one.fingerprint:
+        assert changed & set(one.fingerprint)
+        if name != "task":
+            assert changed <= set(one.fingerprint) | set(case.also.split())
+    else:
+        assert changed == set(case.also.split()), one.same
+
+
+def test_a_kind_says_what_it_takes() -> None:
+    for one in OPTIONS.values():
+        assert isinstance(one.kind, Kind) and one.help

@@ -1,0 +1,224 @@
+"""The command line, made of `wan.options`: both parsers, their help, and the reference page. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from wan import __version__
+from wan.errors import UserError, spell
+from wan.options import (
+    BOTH,
+    GROUPS,
+    OPTIONS,
+    V2V_TASKS,
+    Choice,
+    Command,
+    Files,
+    Frames,
+    Interval,
+    Option,
+    Real,
+    Settings,
+    Strength,
+    Switch,
+    Unfit,
+    YesNo,
+    options_of,
+)
+from wan.settings import Context, StepCache
+
+PROGRAMS: Mapping[Command, str] = {"generate": "generate.py", "continuous": "generate_continuous.py"}
+_ABOUT: Mapping[Command, str] = {
+    "generate": """Make one clip with Wan2.2, or continue a video by one clip.
+
+example:
+  python generate.py --video input.mp4 --ckpt_dir ./Wan2.2-TI2V-5B""",
+    "continuous": """Continue a video by a chain of clips, each on its last.
+
+example:
+  python generate_continuous.py --video input.mp4 --ckpt_dir ./Wan2.2-TI2V-5B --num_videos 12""",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage; takes no shortened names."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """Raise UserError for a flag that does not exist, before anything that is missing because of it."""
+        known = list(self._option_string_actions)
+        for word in words:
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            if re.match(r"--?[A-Za-z]", word) and flag not in known:
+                close = difflib.get_close_matches(
+                    flag.replace("-", "_"), [one.replace("-", "_") for one in known], 1, 0.7
+                )
+                advice = f"; did you mean --{close[0].lstrip('_')}?" if close else ""
+                self.error(f"unknown flag {flag}{advice}")
+
+
+def parser_of(command: Command) -> Parser:
+    """The parser of a command, whose namespace holds the words of the flags that are there."""
+    parser = Parser(
+        prog=PROGRAMS[command],
+        usage="%(prog)s " + ("--video FILE " if command == "continuous" else "") + "--ckpt_dir DIR [flags]",
+        description=_ABOUT[command],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"wan-continue {__version__}")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for one in options_of(command):
+        if one.flag:
+            groups[one.group].add_argument(f"--{one.name}", **_arguments(one, command))
+    return parser
+
+
+def _arguments(one: Option, command: Command) -> dict[str, Any]:
+    """How argparse collects the words of an option."""
+    kind, required = one.kind, command in one.required
+    found: dict[str, Any] = {"help": _help(one, required), "required": required}
+    if isinstance(kind, Switch) and not isinstance(kind, YesNo):
+        return found | {"action": "store_true"}
+    if isinstance(kind, Choice):
+        return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
+    if isinstance(kind, Interval):
+        return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    if isinstance(kind, Strength):
+        return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
+    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files) else {})
+
+
+def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
+    return V2V_TASKS if one.name == "task" and command == "continuous" else kind.names
+
+
+def _help(one: Option, required: bool) -> str:
+    off = isinstance(one.kind, Switch) and one.default is False
+    default = "" if required or off else f" (default: {one.unset or one.default})"
+    return spell(one.help + default, spell_flag).replace("%", "%%")
+
+
+def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
+    """The settings that the words of a command mean, each in range, and together. Raises UserError."""
+    import sys
+
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = parser_of(command)
+    if not {"-h", "--help", "--version"} & set(words):
+        parser.refuse_unknown(words)
+    given = vars(parser.parse_args(words))
+    settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
+    _check_together(command, settings)
+    return settings
+
+
+def _read(one: Option, words: Any) -> Any:
+    """The value of an option, from what argparse collected."""
+    try:
+        if isinstance(one.kind, Files):
+            return tuple(words)
+        if isinstance(one.kind, Interval):
+            return tuple(Real().read(word) for word in words)
+        return words if words is True else one.kind.read(words)
+    except Unfit as error:
+        raise UserError(f"`{one.name}` {error}") from error
+
+
+def _check_together(command: Command, settings: Settings) -> None:
+    """Raise UserError for settings that do not go together."""
+    chain = command == "continuous"
+    if chain and settings.task not in (None, *V2V_TASKS):
+        raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
+    if settings.base_seed + (settings.num_videos or 1) > 2**63:
+        raise UserError(f"`base_seed` {settings.base_seed} is too large; the largest seed is 2**63-1")
+    fewest = Frames().fewest_in_chain
+    if chain and settings.frame_num is not None and settings.frame_num < fewest:
+        raise UserError(f"`frame_num` {settings.frame_num}: a clip of a chain needs at least {fewest} frames")
+    if settings.vram is not None and not settings.offload_model:
+        raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
+    if settings.cache is not None:
+        StepCache.parse(settings.cache)
+    context = Context.choose(settings.continuation, settings.context_frames)
+    if settings.anchor_image is not None and context.mode != "svi2pro":
+        raise UserError("`anchor_image` goes with `continuation` svi2pro")
+    if settings.keep_following and settings.redo is None:
+        raise UserError("`keep_following` goes with `redo`, the clip to make again")
+
+
+def check_video_settings(settings: Settings) -> None:
+    """Raise UserError for a setting that means nothing where no video is continued."""
+    for one in options_of("generate"):
+        if one.continues and getattr(settings, one.name) != one.default:
+            raise UserError(f"`{one.name}` goes with `video`, the clip to continue")
+
+
+def spell_flag(name: str) -> str:
+    """A setting as the command line spells it."""
+    return f"--{name}" if name in OPTIONS and OPTIONS[name].flag else name
+
+
+def reference() -> str:
+    """The page of all flags, in Markdown."""
+    lines = [
+        "# Commands",
+        "",
+        "`generate.py` (installed as `wan-generate`) makes one clip, `generate_continuous.py` (`wan-continuous`) a",
+        "chain. Both print their flags with `--help`. This page is made from `wan/options.py` by `make reference`.",
+        "",
+        "A **key** is how a [storyboard](../README.md#a-storyboard) sets the option for one clip.",
+    ]
+    for group in GROUPS:
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            "| flag | meaning | default | key | command |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for one in OPTIONS.values():
+            if one.group == group:
+                cells = [
+                    _flag_cell(one),
+                    _in_page(one.help),
+                    _in_page(_default_cell(one)),
+                    f"`{one.scene}`" if one.scene else "",
+                ]
+                cells.append("both" if one.only == BOTH else f"`{PROGRAMS[one.only[0]]}`")
+                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_page(text: str) -> str:
+    return spell(text, lambda name: f"`{spell_flag(name)}`")
+
+
+def _flag_cell(one: Option) -> str:
+    if not one.flag:
+        return "in a storyboard only"
+    if isinstance(one.kind, Choice):
+        return f"`--{one.name}` {', '.join(f'`{name}`' for name in one.kind.names)}"
+    metavar = "LOW HIGH" if isinstance(one.kind, Interval) else one.kind.metavar
+    return f"`--{one.name} {metavar}`" if metavar else f"`--{one.name}`"
+
+
+def _default_cell(one: Option) -> str:
+    if one.required == BOTH:
+        return "required"
+    if isinstance(one.kind, Switch) and one.default is False:
+        return "off"
+    default = one.unset or f"`{one.default}`"
+    return f"{default}; required in a chain" if one.required else default
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,54 @@
+"""Files as they are written and named: whole or not at all, with digests, and with names that are text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def file_digest(path: Path) -> str:
+    """A short digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def sampled_digest(path: Path) -> str:
+    """A short digest of a large file: its size and its first, middle and last MiB."""
+    size, block = path.stat().st_size, 1 << 20
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as opened:
+        for start in (0, size // 2, max(size - block, 0)):
+            opened.seek(start)
+            digest.update(opened.read(block))
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file that is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that is there whole or not at all. What of a file's name is no UTF-8 is written as backslashes."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    publish(part, path)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Give a complete file its name; it is on the disk before that, so that no crash leaves an empty one."""
+    with part.open("rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(part, path)
+
+
+def readable(path: str | Path) -> str:
+    """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,712 @@
+"""Every setting once: type, default, range, flag, help, storyboard key, record key, fingerprint. Needs no PyTorch.
+
+`Settings` is the value that the commands work with, and each of its fields is declared by `option(...)`. Everything
+else is derived from the table `OPTIONS`: both parsers and the command reference (`wan.commands.flags`), what a
+storyboard may say, what a clip's record holds, what is part of its fingerprint, and who may set what.
+
+An option must say which keys of the fingerprint it is in, or why it changes no result: without one of the two it is no
+option. Fingerprint keys never change, since they decide whether a finished clip is still the one that is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from numbers import Real as Number
+from types import MappingProxyType
+from typing import Any, Literal
+
+from wan.configs import PRESETS, WAN_CONFIGS
+from wan.errors import UserError
+
+SOLVERS = ("unipc", "dpm++", "euler")
+# The step caches, and the strength of each unless it is given.
+CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block": 0.1, "taylorseer": 2})
+CONTINUATIONS = ("last_frame", "tail", "svi2pro")
+CONTEXTS = (1, 5, 9, 13, 17)  # pixel frames of the clip before that a continuation can be conditioned on
+LONGEST_CONTEXT = CONTEXTS[-1]
+PROMPT_MODES = ("describe", "continue")
+PRECISIONS = ("bf16", "fp8", "fp8_attention")
+READERS = ("auto", "pyav", "decord")
+V2V_TASKS = ("v2v-14B", "v2v-5B")
+QUESTION = "Describe this video in detail."
+LARGEST_SEED = 2**63 - 1
+
+Command = Literal["generate", "continuous"]
+BOTH: tuple[Command, ...] = ("generate", "continuous")
+
+INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
+    "Input",
+    "Prompt and captions",
+    "Sampling",
+    "Continuity",
+    "Speed and memory",
+    "Weights and LoRAs",
+    "Output",
+)
+
+
+# --- kinds of values
+
+
+class Unfit(Exception):
+    """A value that a kind does not take. The message follows the setting's name."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Text, the plainest kind: how a word of the command line becomes a value, and which values there are."""
+
+    metavar: str | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether a value names something of this machine, so that no remote client may choose it."""
+        return False
+
+    def read(self, text: str) -> Any:
+        """The value that a word means. Raises Unfit."""
+        return text
+
+    def check(self, value: Any) -> None:
+        """Raise Unfit for a value that is not in range."""
+        if any("\ud800" <= char <= "\udfff" for char in str(value)):
+            raise Unfit("is not valid UTF-8; set the terminal to UTF-8 or type it again")
+
+    def write(self, value: Any) -> list[str]:
+        """The words that mean a value."""
+        return [str(value)]
+
+
+@dataclass(frozen=True)
+class Local(Kind):
+    """A path, an address, a device or a command: something that only the owner of the machine may choose."""
+
+    @property
+    def local(self) -> bool:
+        return True
+
+    def check(self, value: Any) -> None:
+        """Paths may hold any bytes."""
+
+
+@dataclass(frozen=True)
+class Picture(Local):
+    """A picture file."""
+
+
+@dataclass(frozen=True)
+class Cut(Picture):
+    """A picture file, or True for a shot of text alone."""
+
+
+@dataclass(frozen=True)
+class Video(Local):
+    """A video file."""
+
+
+@dataclass(frozen=True)
+class Address(Local):
+    """An http or https address."""
+
+    def check(self, value: Any) -> None:
+        if not str(value).startswith(("http://", "https://")):
+            raise Unfit(f"must begin with http:// or https://, {value!r} does not")
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some names."""
+
+    names: tuple[str, ...] = ()
+
+    def check(self, value: Any) -> None:
+        if value not in self.names:
+            close = difflib.get_close_matches(str(value)[:40], self.names, 1, cutoff=0.5)
+            advice = f"; did you mean {close[0]}?" if close else ""
+            raise Unfit(f"must be one of {', '.join(self.names)}; {value!r} is not{advice}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Whole(Kind):
+    """A whole number from `low` to `high`, of which `reason` says why there are no more."""
+
+    low: int = 1
+    high: int = 10_000
+    reason: str = ""
+
+    def read(self, text: str) -> int:
+        try:
+            return int(text)
+        except ValueError as error:
+            raise Unfit(f"must be a whole number, {text[:40]!r} is not") from error
+
+    def check(self, value: Any) -> None:
+        if not _is_whole(value):
+            raise Unfit(f"must be a whole number, {value!r} is not")
+        if value < self.low:
+            raise Unfit(f"must be at least {self.low}, {value} is not")
+        if value > self.high:
+            raise Unfit(f"must be at most {self.high}, {value} is not{self.reason}")
+
+
+@dataclass(frozen=True)
+class Seed(Whole):
+    """A seed; a negative one draws another."""
+
+    def check(self, value: Any) -> None:
+        if value > LARGEST_SEED:
+            raise Unfit(f"{value} is too large; the largest seed is 2**63-1")
+
+
+@dataclass(frozen=True)
+class SeedOfClip(Seed):
+    """A seed that is no draw."""
+
+    low: int = 0
+    high: int = LARGEST_SEED
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if value < 0:
+            raise Unfit(f"must be a whole number from 0 to 2**63-1, {value} is not")
+
+
+@dataclass(frozen=True)
+class Frames(Whole):
+    """Frames of a clip: 4n+1."""
+
+    fewest_in_chain: int = 5  # with one frame a clip would only repeat the one before
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if (value - 1) % 4:
+            low = (value - 1) // 4 * 4 + 1
+            raise Unfit(f"must be 4n+1: {value} is not, {low} and {low + 4} are")
+
+
+@dataclass(frozen=True)
+class Among(Whole):
+    """One of some whole numbers."""
+
+    numbers: tuple[int, ...] = ()
+
+    def check(self, value: Any) -> None:
+        if value not in self.numbers:
+            *most, last = map(str, self.numbers)
+            raise Unfit(f"must be {', '.join(most)} or {last}; {value} is not")
+
+
+@dataclass(frozen=True)
+class Real(Kind):
+    """A finite number from `low` to `high`; `above` leaves `low` itself out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def read(self, text: str) -> float:
+        try:
+            return float(text)
+        except ValueError as error:
+            raise Unfit(f"must be a number, {text[:40]!r} is not") from error
+
+    def check(self, value: Any) -> None:
+        number = _is_number(value) and math.isfinite(value)
+        if number and self.low <= value <= self.high and not (self.above and value == self.low):
+            return
+        if self.high < math.inf:
+            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not")
+        raise Unfit(f"must be a {'positive' if self.above else 'finite'} number, {value} is not")
+
+
+@dataclass(frozen=True)
+class Strength(Real):
+    """A number that may be left out on the command line."""
+
+    unsaid: float = 1.0
+
+
+@dataclass(frozen=True)
+class Switch(Kind):
+    """On when its flag is there."""
+
+    def check(self, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise Unfit(f"must be true or false, {value!r} is not")
+
+
+@dataclass(frozen=True)
+class YesNo(Switch):
+    """Wan2.2's str2bool."""
+
+    def read(self, text: str) -> bool:
+        if text.lower() in ("yes", "true", "t", "y", "1"):
+            return True
+        if text.lower() in ("no", "false", "f", "n", "0"):
+            return False
+        raise Unfit(f"must be true or false, {text[:40]!r} is not")
+
+
+@dataclass(frozen=True)
+class Gib(Kind):
+    """GiB of memory, or "auto"."""
+
+    def read(self, text: str) -> float | str:
+        try:
+            return text if text == "auto" else float(text)
+        except ValueError as error:
+            raise self._unfit(text) from error
+
+    def check(self, value: Any) -> None:
+        if value != "auto" and not (_is_number(value) and 1 <= value < 4096):
+            raise self._unfit(value)
+
+    def _unfit(self, value: Any) -> Unfit:
+        return Unfit(f"must be auto or a number of GiB from 1, for instance 12; {str(value)[:40]!r} is not")
+
+    def write(self, value: Any) -> list[str]:
+        return [value if isinstance(value, str) else f"{value:g}"]
+
+
+@dataclass(frozen=True)
+class Guidance(Kind):
+    """(low noise, high noise), written LOW,HIGH or as one number for both."""
+
+    def read(self, text: str) -> tuple[float, float]:
+        try:
+            scales = [float(part) for part in text.split(",")]
+        except ValueError:
+            scales = []
+        if len(scales) not in (1, 2):
+            raise Unfit(f"must be one number or LOW,HIGH, {text[:40]!r} is not")
+        return scales[0], scales[-1]
+
+    def check(self, value: Any) -> None:
+        if not all(math.isfinite(scale) for scale in value):
+            raise Unfit(f"must be finite, {','.join(f'{scale:g}' for scale in value)} is not")
+
+    def write(self, value: Any) -> list[str]:
+        return [",".join(repr(scale) for scale in value)]
+
+
+@dataclass(frozen=True)
+class Interval(Kind):
+    """The lowest and the highest sigma."""
+
+    def check(self, value: Any) -> None:
+        low, high = value
+        if not 0 <= low < high <= 1:
+            raise Unfit(f"must be two sigmas 0 <= LOW < HIGH <= 1, {low:g} {high:g} are not")
+
+    def write(self, value: Any) -> list[str]:
+        return [repr(sigma) for sigma in value]
+
+
+@dataclass(frozen=True)
+class Files(Local):
+    """Files, each PATH or PATH:STRENGTH."""
+
+    def write(self, value: Any) -> list[str]:
+        return list(value)
+
+
+# --- options
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting, as the table has it.
+
+    `help` and `unset`, which says what None means, have other settings in backquotes. `flag` is False for one that
+    only a storyboard sets. `scene` is its key in a storyboard, "" where that may not say it; `client` whether a remote
+    client may. `record` is its key in a clip's record, "" where it is not there, and `was` that of 0.1.0's records.
+    `fingerprint` are the keys that it is in; `same` says why it is in none. `continues`: it means nothing unless a
+    video is continued.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    group: str
+    help: str
+    unset: str = ""
+    only: tuple[Command, ...] = BOTH
+    required: tuple[Command, ...] = ()
+    flag: bool = True
+    scene: str = ""
+    client: bool = False
+    record: str = ""
+    was: str = ""
+    fingerprint: tuple[str, ...] = ()
+    same: str = ""
+    continues: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.fingerprint) == bool(self.same):
+            raise TypeError(f"{self.name} must say which keys of the fingerprint it is in, or why it changes no result")
+        if self.client and self.kind.local:
+            raise TypeError(f"{self.name} names something of this machine, which is no remote client's to choose")
+        if self.group not in GROUPS:
+            raise TypeError(f"{self.name} is in group {self.group!r}, which is none of {', '.join(GROUPS)}")
+
+    @property
+    def setters(self) -> frozenset[str]:
+        """Who may set it: "command line", "storyboard", "client"."""
+        may = {"command line": self.flag, "storyboard": bool(self.scene), "client": self.client}
+        return frozenset(who for who, allowed in may.items() if allowed)
+
+
+def option(
+    group: str,
+    kind: Kind,
+    help: str,
+    default: Any = None,
+    *,
+    fingerprint: str | Iterable[str] = (),
+    record: bool = False,
+    **more: Any,
+) -> Any:
+    """A field of `Settings`, see `Option`; it is recorded under its own name."""
+    keys = (fingerprint,) if isinstance(fingerprint, str) else tuple(fingerprint)
+    said = {"group": group, "kind": kind, "help": help, "fingerprint": keys, "record": record, **more}
+    return dataclasses.field(default=default, metadata=said)
+
+
+_ALONE = "a lone clip has no fingerprint"
+_ORDER = "it says which clips are made, not how one is made"
+_SHOWN = "clips are made alike, however they are shown or joined"
+_FASTER = "the result is the same"
+_DIT = "a .gguf or .safetensors denoiser in place of the folder's"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a command, each in range. Raises UserError that names the setting.
+
+    None leaves a setting to the preset, the model or the input.
+    """
+
+    # fmt: off
+    # Input
+    task: str | None = option(
+        INPUT, Choice(None, tuple(WAN_CONFIGS)), "which model, and what to make with it",
+        unset="told from `ckpt_dir` and the inputs", fingerprint="task", record=True,
+    )
+    video: str | None = option(
+        INPUT, Video("FILE"), "the video to continue", unset="none", required=("continuous",), fingerprint="parent",
+    )
+    image: str | None = option(
+        INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
+    )
+    size: str | None = option(
+        INPUT, Kind("W*H"), "width*height: the area to fill; the aspect is the input's",
+        unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
+    )
+    frame_num: int | None = option(
+        INPUT, Frames("N", 1, 9997), "frames of each clip, 4n+1",
+        unset="81 (14B), 121 (5B); in a chain 81; fewer if the checkpoint declares fewer",
+        scene="frames", client=True, fingerprint="frames", record=True, was="frames",
+    )
+    base_seed: int = option(
+        INPUT, Seed("SEED"), "seed of the first clip, the next ones count up; negative draws one", -1,
+        client=True, fingerprint="seed",
+    )
+    seed: int | None = option(
+        INPUT, SeedOfClip("SEED"), "the clip's own seed", unset="counted up from `base_seed`",
+        only=("continuous",), flag=False, scene="seed", fingerprint="seed",
+    )
+    storyboard: str | None = option(
+        INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
+        only=("continuous",), same="what it says is in the settings of each clip",
+    )
+    num_videos: int | None = option(
+        INPUT, Whole("N"), "clips to make", unset="the storyboard's, or 12",
+        only=("continuous",), client=True, same=_ORDER,
+    )
+
+    # Prompt and captions
+    prompt: str | None = option(
+        PROMPT, Kind("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
+        scene="prompt", client=True, fingerprint="prompt",
+    )
+    custom_prompt: str = option(
+        PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
+        only=("continuous",), client=True, fingerprint="custom_prompt", record=True, continues=True,
+    )
+    prompt_mode: str = option(
+        PROMPT, Choice(None, PROMPT_MODES), "what the VLM is asked for: a description, or what happens next",
+        "describe", client=True, fingerprint="prompt_mode", record=True, continues=True,
+    )
+    vlm_path: str | None = option(
+        PROMPT, Local("DIR"), "InternVL folder or hub id, or the endpoint's model",
+        unset="InternVL3_5-8B in or beside `ckpt_dir`, else the hub's",
+        fingerprint="vlm", record=True, was="vlm", continues=True,
+    )
+    vlm_url: str | None = option(
+        PROMPT, Address("URL"), "an OpenAI-compatible endpoint that describes, instead of a local VLM",
+        unset="none", fingerprint="vlm", record=True, continues=True,
+    )
+    vlm_question: str = option(
+        PROMPT, Kind("TEXT"), "what the VLM is asked", QUESTION,
+        client=True, fingerprint="vlm_question", record=True, continues=True,
+    )
+    num_segments: int = option(
+        PROMPT, Whole("N", 1, 256, "; a VLM has no room for more frames"), "frames that the VLM sees", 8,
+        client=True, fingerprint="num_segments", record=True, continues=True,
+    )
+    video_reader: str = option(
+        PROMPT, Choice(None, READERS), "what reads the VLM's frames", "auto",
+        fingerprint="video_reader", record=True, continues=True,
+    )
+    vlm_device: str | None = option(
+        PROMPT, Local("DEVICE"), "where the VLM runs, for instance cuda:1", unset="with the model",
+        same="0.1.0 left it out; rounding by device can change a description", record=True, continues=True,
+    )
+    vlm_trust_remote_code: bool = option(
+        PROMPT, Switch(), "run the code that comes with the VLM's checkpoint", False,
+        fingerprint="vlm_trust_remote_code", continues=True,
+    )
+
+    # Sampling
+    preset: str = option(
+        SAMPLING, Choice(None, tuple(PRESETS)), "settings that go together; turbo needs LoRAs", "quality",
+        client=True, same="the settings that it stands for are there", record=True,
+    )
+    sample_steps: int | None = option(
+        SAMPLING, Whole("N", 1, 9999), "solver steps", unset="the preset's, or the model's",
+        scene="steps", client=True, fingerprint="steps", record=True,
+    )
+    sample_shift: float | None = option(
+        SAMPLING, Real("S", 0, above=True), "sigma shift", unset="the preset's, or the model's",
+        scene="shift", client=True, fingerprint="shift", record=True,
+    )
+    sample_guide_scale: tuple[float, float] | None = option(
+        SAMPLING, Guidance("G or LOW,HIGH"), "guidance, of low and of high noise", unset="the preset's, or the model's",
+        scene="guidance", client=True, fingerprint="guidance", record=True,
+    )
+    sample_solver: str | None = option(
+        SAMPLING, Choice(None, SOLVERS), "the solver", unset="the preset's, or unipc",
+        client=True, fingerprint="solver", record=True,
+    )
+    guidance_interval: tuple[float, float] | None = option(
+        SAMPLING, Interval("SIGMA"), "guidance only at sigmas from LOW to HIGH, one forward outside",
+        unset="0 1: everywhere", client=True, fingerprint="guidance_interval", record=True,
+    )
+    cache: str | None = option(
+        SAMPLING, Kind("NAME[:S]"), f"reuse what changes little between steps: {', '.join(CACHES)}; S: how freely",
+        unset="the preset's, or off", client=True, fingerprint="cache", record=True,
+    )
+
+    # Continuity
+    continuation: str | None = option(
+        CONTINUITY, Choice(None, CONTINUATIONS), "what a clip knows of the one before", unset="last_frame",
+        client=True, fingerprint="continuation", record=True, continues=True,
+    )
+    context_frames: int | None = option(
+        CONTINUITY, Among("K", numbers=CONTEXTS), "frames that are known: 1, or 5, 9, 13, 17 with tail",
+        unset="1; 5 with tail",
+        scene="context", client=True, fingerprint="context_frames", record=True, continues=True,
+    )
+    anchor_image: str | None = option(
+        CONTINUITY, Picture("FILE"), "the picture that svi2pro holds on to", unset="a sharp one from before the end",
+        fingerprint="anchor", continues=True,
+    )
+    end_image: str | None = option(
+        CONTINUITY, Picture("FILE"), "the last frame (of the last clip); A14B", unset="none",
+        scene="end_image", fingerprint="end_image", record=True,
+    )
+    cut: str | bool | None = option(
+        CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
+        only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
+    )
+    drift_correction: float = option(
+        CONTINUITY, Strength("S", 0, 1, unsaid=0.9), "take out colour drift, with strength S from 0 to 1; S alone: 0.9",
+        0.0, client=True, fingerprint="drift_correction", record=True, continues=True,
+    )
+    best_of: int = option(
+        CONTINUITY, Whole("N", 1, 1000), "of N candidates of each clip keep the one with the best seam", 1,
+        only=("continuous",), client=True, fingerprint="best_of", continues=True,
+    )
+    redo: int | None = option(
+        CONTINUITY, Whole("K"), "make clip K, counted from 1, again with another seed", unset="none",
+        only=("continuous",), same=_ORDER,
+    )
+    keep_following: bool = option(
+        CONTINUITY, Switch(), "with `redo`: keep the clips after K as they are", False,
+        only=("continuous",), same=_ORDER,
+    )
+
+    # Speed and memory
+    offload_model: bool = option(
+        SPEED, YesNo("BOOL"), "keep only the model in use on the GPU", True, record=True, same=_FASTER,
+    )
+    vram: float | str | None = option(
+        SPEED, Gib("GIB"), "keep to so much GPU memory; auto: to what is free now", unset="no limit",
+        record=True, same=_FASTER,
+    )
+    precision: str | None = option(
+        SPEED, Choice(None, PRECISIONS),
+        "of the denoiser's matrix products; fp8_attention: and of its attention",
+        unset="the checkpoint's, or bf16", fingerprint="config", record=True, was="low_precision",
+    )
+    vae_dtype: str | None = option(
+        SPEED, Choice(None, ("float32", "float16")),
+        "of the VAE; float16 takes half of the time and memory, some 60 dB from float32",
+        unset="float32", fingerprint="config", record=True,
+    )
+    convert_model_dtype: bool = option(
+        SPEED, Switch(), "round also the float32 parameters to the compute dtype", False,
+        fingerprint="convert_model_dtype", record=True,
+    )
+    compile: str = option(
+        SPEED, Choice(None, ("auto", "off")), "auto: compile the denoiser where it saves time", "auto",
+        same="the order of sums may differ, as it does between GPUs",
+    )
+    t5_cpu: bool = option(
+        SPEED, Switch(), "run the text encoder on the CPU", False, fingerprint="text_device", record=True,
+    )
+    ulysses_size: int = option(SPEED, Whole("N", 1, 4096), "not supported yet beyond 1", 1, same=_FASTER)
+    t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
+    dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
+
+    # Weights and LoRAs
+    ckpt_dir: str = option(
+        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
+        required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
+    )
+    dit: str | None = option(
+        WEIGHTS, Local("FILE"), f"{_DIT} (5B)", unset="none", fingerprint="checkpoint", record=True,
+    )
+    dit_high: str | None = option(
+        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, high noise)", unset="none", fingerprint="checkpoint", record=True,
+    )
+    dit_low: str | None = option(
+        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, low noise)", unset="none", fingerprint="checkpoint", record=True,
+    )
+    lora: tuple[str, ...] = option(
+        WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (5B); repeatable", (), unset="none",
+        scene="lora", fingerprint="loras",
+    )
+    lora_high: tuple[str, ...] = option(
+        WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, high noise); repeatable", (), unset="none",
+        scene="lora_high", fingerprint="loras",
+    )
+    lora_low: tuple[str, ...] = option(
+        WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, low noise); repeatable", (), unset="none",
+        scene="lora_low", fingerprint="loras",
+    )
+
+    # Output
+    save_file: str | None = option(
+        OUTPUT, Local("FILE"), "the .mp4 to write", unset="a name made of task, size, input and time",
+        only=("generate",), same=_SHOWN,
+    )
+    output_dir: str = option(
+        OUTPUT, Local("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
+        only=("continuous",), same=_SHOWN,
+    )
+    include_source: bool = option(
+        OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
+        only=("continuous",), client=True, same=_SHOWN,
+    )
+    no_video_metadata: bool = option(
+        OUTPUT, Switch(), "do not write prompt and settings into the mp4", False, client=True, same=_SHOWN,
+    )
+    dry_run: bool = option(
+        OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
+    )
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for one in OPTIONS.values():
+            if (value := getattr(self, one.name)) is not None:
+                check(one.name, value)
+
+
+def _options() -> dict[str, Option]:
+    found = {}
+    for field in dataclasses.fields(Settings):
+        said = dict(field.metadata)
+        recorded = field.name if said.pop("record") else ""
+        found[field.name] = Option(name=field.name, default=field.default, record=recorded, **said)
+    return found
+
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(_options())
+
+EXPERT_OF_DIT: Mapping[str, str] = MappingProxyType(
+    {"dit": "model", "dit_high": "high_noise_model", "dit_low": "low_noise_model"}
+)
+EXPERT_OF_LORA: Mapping[str, str] = MappingProxyType(
+    {"lora": "model", "lora_high": "high_noise_model", "lora_low": "low_noise_model"}
+)
+
+
+def check(name: str, value: Any) -> None:
+    """Raise UserError, with the setting's name, for a value that it does not take."""
+    try:
+        OPTIONS[name].kind.check(value)
+    except Unfit as error:
+        raise UserError(f"`{name}` {error}") from error
+
+
+def options_of(command: Command) -> list[Option]:
+    """The options of a command, in the order of the table."""
+    return [one for one in OPTIONS.values() if command in one.only]
+
+
+def by_scene_key() -> dict[str, Option]:
+    """What a storyboard may say about a clip, by its key there."""
+    return {one.scene: one for one in OPTIONS.values() if one.scene}
+
+
+def by_fingerprint_key() -> dict[str, list[Option]]:
+    """The options that are in each key of a fingerprint."""
+    keys = {key: None for one in OPTIONS.values() for key in one.fingerprint}
+    return {key: [one for one in OPTIONS.values() if key in one.fingerprint] for key in keys}
+
+
+def words_of(arguments: Mapping[str, Any]) -> list[str]:
+    """The words of a chain's command line that give settings these values, as JSON has them, without defaults."""
+    words = []
+    for one in options_of("continuous"):
+        value = arguments.get(one.name)
+        if not one.flag or value in (None, [], one.default):
+            continue
+        if isinstance(one.kind, Switch) and not isinstance(one.kind, YesNo):
+            words.append(f"--{one.name}")
+        elif isinstance(one.kind, Interval):
+            words += [f"--{one.name}", *one.kind.write(value)]
+        else:
+            for word in one.kind.write(value):
+                # a value that begins with a dash would be read as a flag
+                words += [f"--{one.name}={word}"] if word.startswith("-") else [f"--{one.name}", word]
+    return words
+
+
+def current(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A clip's record with today's keys; 0.1.0 spelled some of them otherwise."""
+    found = dict(record)
+    for one in OPTIONS.values():
+        if one.was in found and one.record not in found:
+            found[one.record] = found.pop(one.was)
+    if str(found.get("vlm_path") or "").startswith(("http://", "https://")):
+        found |= {"vlm_url": found["vlm_path"], "vlm_path": None}
+    for flag, expert in EXPERT_OF_DIT.items():
+        if file := (found.get("dit_files") or {}).get(expert):
+            found[flag] = file
+    found.pop("dit_files", None)
+    return found
