@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_size import commit
-from wan.modules.attention8 import Tiles, attend
-from wan.modules.kernels import kernels_there
+from wan.denoiser.attention_backends import kernels_there
+from wan.denoiser.int8_attention_kernel import Tiles, attend
 
 VARIANTS = [
     Tiles(),

@@ -25,9 +25,9 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
-from wan.modules.kernels import fastest_attention, use_attention
-from wan.modules.low_precision import PRECISIONS, lower
-from wan.modules.model import WanModel, policy_dtype
+from wan.denoiser.attention_backends import fastest_attention, use_attention
+from wan.denoiser.fp8 import PRECISIONS, lower
+from wan.denoiser.model import WanModel, policy_dtype
 
 PACKED = {f"packed_{kind}": kind for kind in ("fp8", *HALFS)}  # weights that stay as in a quantised file
 KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in (*PRECISIONS, *PACKED)))

@@ -33,21 +33,21 @@ from PIL import Image
 from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
+from wan.chain.plan import Plan
 from wan.configs import PRESETS
 from wan.continuation import VideoContinuation, chain
+from wan.denoiser.attention_backends import fastest_attention, use_attention
+from wan.denoiser.conditioning import KnownLatents
+from wan.denoiser.fp8 import PRECISIONS
+from wan.denoiser.model import WanModel
+from wan.denoiser.sampling import Stage
+from wan.device.budget import CONTEXT, for_tensors
+from wan.device.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
 from wan.errors import UserError
 from wan.media import write_video
-from wan.modules.conditioning import KnownLatents
-from wan.modules.kernels import fastest_attention, use_attention
-from wan.modules.low_precision import PRECISIONS
-from wan.modules.memory import CONTEXT, for_tensors
-from wan.modules.model import WanModel
-from wan.modules.sampling import Stage
-from wan.modules.vae import lay_out
 from wan.pipeline import Pipeline, Stopwatch
-from wan.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
-from wan.plan import Plan
 from wan.types import Clip, Footage, Generation, Known, Request, Step, TextContext, to_uint8
+from wan.vae.vae import lay_out
 
 
 def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps: int, context: int) -> Request:
@@ -243,7 +243,7 @@ def without(name: str, pipeline: Pipeline, tokens: int) -> Iterator[None]:
                 patch("wan.pipeline.use_fastest_attention", lambda model, *_: use_attention(model, "native"))
             )
         if name == "reuse":
-            patches.enter_context(patch("wan.modules.sampling.text_keys", anew))
+            patches.enter_context(patch("wan.denoiser.sampling.text_keys", anew))
         if name == "rows":
             patches.enter_context(patch.object(KnownLatents, "model_input", by_token))
         yield

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from examples.make_tiny_checkpoint import Denoiser, write_denoiser
-from wan.modules.checkpoint import open_safetensors
-from wan.modules.model import WanModel
-from wan.placement import host_peak_gib
+from wan.denoiser.model import WanModel
+from wan.device.placement import host_peak_gib
+from wan.weights.checkpoint import open_safetensors
 
 
 def main() -> None:

@@ -27,10 +27,10 @@ from diffusers.hooks.mag_cache import MagCacheBlockHook
 import wan
 from wan.configs import config_for
 from wan.continuation import VideoContinuation
+from wan.denoiser.model import WanModel
+from wan.denoiser.step_cache import Branch, Caching
 from wan.errors import UserError
 from wan.footage import VideoFile
-from wan.modules.model import WanModel
-from wan.modules.step_cache import Branch, Caching
 from wan.settings import Sampling, StepCache
 from wan.types import Generation
 

@@ -13,13 +13,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
 from wan.continuation import VideoContinuation
-from wan.modules.checkpoint import Weights
-from wan.modules.low_precision import lower
-from wan.modules.model import FLOAT32_PARTS, WanModel, policy_dtype
-from wan.modules.quantised import Packed, PackedLinear
-from wan.modules.text import TextEncoder
+from wan.denoiser.fp8 import lower
+from wan.denoiser.model import FLOAT32_PARTS, WanModel, policy_dtype
+from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
+from wan.weights.checkpoint import Weights
+from wan.weights.quantized import Packed, PackedLinear
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.real_size import SCENARIOS, VAE, commit, materialise
-from wan.modules import vae_pass
-from wan.modules.vae import lay_out
-from wan.placement import peak_gib, reset_peak, synchronize
+from wan.device.placement import peak_gib, reset_peak, synchronize
+from wan.vae import chunked as vae_pass
+from wan.vae.vae import lay_out
 
 TINY: dict[str, Any] = {"base_dim": 16, "num_res_blocks": 1}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

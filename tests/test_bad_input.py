@@ -184,8 +184,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for name in ("model.WanModel", "vae.WanVAE", "text.TextEncoder"):
-        monkeypatch.setattr(f"wan.modules.{name}.from_weights", loaded)
+    for name in ("denoiser.model.WanModel", "vae.vae.WanVAE", "text.umt5.TextEncoder"):
+        monkeypatch.setattr(f"wan.{name}.from_weights", loaded)
     monkeypatch.chdir(tmp_path)
     before = {entry.name for entry in world.iterdir()}
 

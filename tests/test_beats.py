@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from wan.captioner import Beat, InternVLCaptioner, Memory, next_beat
-from wan.captioner.beats import KEEP
+from wan.captioner.next_prompt import KEEP
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -290,7 +290,7 @@ def test_a_broken_memory_is_refused_by_name(content: object, message: str) -> No
 def test_a_model_that_babbles_leaves_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real InternVL code with random weights: its answers are garbage."""
     for tokens in ("IDENTITY_TOKENS", "BEAT_TOKENS"):
-        monkeypatch.setattr(f"wan.captioner.beats.{tokens}", 24)
+        monkeypatch.setattr(f"wan.captioner.next_prompt.{tokens}", 24)
     frames = np.load(GOLDEN / "frames.npy")
     made = next_beat(
         InternVLCaptioner(GOLDEN / "hf", "cpu", torch.float32),

@@ -332,7 +332,7 @@ def test_an_attention_that_does_not_work_here_is_left_out(
             raise RuntimeError("no such machine")
         return query.transpose(1, 2)
 
-    monkeypatch.setattr("wan.captioner.one_query.attend", attend)
+    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend", attend)
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()
     with caplog.at_level("INFO", logger="wan"):

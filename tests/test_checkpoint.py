@@ -19,8 +19,8 @@ from tests.conftest import GOLDEN, float32
 from wan import WanI2V, WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
-from wan.modules.checkpoint import Names, identify, resolve_folder
-from wan.read_ahead import ReadAhead
+from wan.weights.checkpoint import Names, identify, resolve_folder
+from wan.weights.prefetch import ReadAhead
 
 A14B, FIVE_B = GOLDEN / "14b" / "ckpt", GOLDEN / "5b" / "ckpt"
 

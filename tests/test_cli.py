@@ -21,7 +21,7 @@ from examples.make_tiny_checkpoint import InternVL, write_internvl
 from generate import EXAMPLE_PROMPT
 from tests.conftest import DATA, GOLDEN
 from wan import cli, media
-from wan.progress import Progress
+from wan.commands.progress import Progress
 from wan.types import Step, to_uint8
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +145,7 @@ def test_clips_of_a_chain_are_no_longer_than_the_checkpoint_declares(checkpoints
 
 
 def test_models_load_once_for_a_chain(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wan.modules.model import WanModel
+    from wan.denoiser.model import WanModel
 
     loads: list[Any] = []
     original = WanModel.from_weights.__func__  # type: ignore[attr-defined]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wan.denoiser.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly
 from wan.errors import UserError
-from wan.modules.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly
 from wan.settings import Context
 
 LATENTS = torch.arange(2 * 5 * 4 * 6, dtype=torch.float32).view(2, 5, 4, 6)

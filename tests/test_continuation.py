@@ -16,12 +16,13 @@ from PIL import Image
 import wan
 from tests.conftest import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
-from wan.continuation import chain, default_vlm
+from wan.chain.chain import chain
+from wan.continuation import default_vlm
 from wan.errors import UserError
 from wan.footage import VideoFile
-from wan.read_ahead import ReadAhead
 from wan.settings import Sampling
 from wan.types import Clip, Generation, Geometry, Known, Request, frame_indices, from_uint8, to_uint8
+from wan.weights.prefetch import ReadAhead
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -232,8 +233,8 @@ def test_positional_signatures_do_not_change(owner: Any, method: str) -> None:
 
 
 def test_the_public_names_are_there() -> None:
-    from wan.modules.model import WanModel
-    from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE
+    from wan.denoiser.model import WanModel
+    from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE
     from wan.video2video import WanV2V as home14
     from wan.wan22video2video5B import WanV2V5B as home5
 

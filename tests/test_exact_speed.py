@@ -22,20 +22,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan.modules import kernels, vae_pass
-from wan.modules import model as model_module
-from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
-from wan.modules.kernels import compile_where_it_pays, fastest, use_attention, use_fastest_attention
-from wan.modules.model import WanModel
-from wan.modules.sampling import Expert, Stage, sample, text_keys
-from wan.modules.schedule import build_scheduler
-from wan.modules.step_cache import Caching
-from wan.placement import Placement
+from wan.denoiser import attention_backends as kernels
+from wan.denoiser import model as model_module
+from wan.denoiser.attention_backends import compile_where_it_pays, fastest, use_attention, use_fastest_attention
+from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.denoiser.model import WanModel
+from wan.denoiser.sampling import Expert, Stage, sample, text_keys
+from wan.denoiser.schedule import build_scheduler
+from wan.denoiser.step_cache import Caching
+from wan.device.placement import Placement
 from wan.settings import Sampling, StepCache
 from wan.types import Known, Request, TextContext
+from wan.vae import chunked as vae_pass
 
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")
+BACKENDS = "wan.denoiser.attention_backends"
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -125,7 +127,7 @@ def test_nothing_of_an_earlier_prompt_or_weight_is_used_again(monkeypatch: pytes
     assert not torch.equal(reused, made(stages_of(build()), context)), "the weight must matter"
     # the reference embeds the text anew in every forward
     monkeypatch.setattr(
-        "wan.modules.sampling.text_keys", lambda expert, context, keep: [context.positive, context.negative]
+        "wan.denoiser.sampling.text_keys", lambda expert, context, keep: [context.positive, context.negative]
     )
     assert torch.equal(reused, made(stages_of(fresh), context))
 
@@ -145,7 +147,7 @@ def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.Mon
             yield model
             alive_at_end.append(sum(text() is not None for text in kept))
 
-    monkeypatch.setattr("wan.modules.sampling.text_keys", watched)
+    monkeypatch.setattr("wan.denoiser.sampling.text_keys", watched)
     scheduler = build_scheduler(Sampling(4, 5.0, (3.0, 3.0)), CPU.device)
     context = TextContext(prompt(1), prompt(2))
     sample(noise(), stages_of(build(), build()), scheduler, TextOnly(), context, Watching(CPU.device))
@@ -312,7 +314,7 @@ def raising(*inputs: Tensor) -> Tensor:
 
 
 def test_the_fastest_right_kernel_is_chosen_and_the_others_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "wan.modules.kernels")
+    caplog.set_level("INFO", "wan.denoiser.attention_backends")
     inputs = torch.randn(3, 1, 256, 2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     bad = (wrong_in_one_head, blind_to_the_last_keys, not_a_number, raising)
     candidates = {each.__name__: each for each in (slow, *bad, right)}
@@ -332,7 +334,7 @@ def test_on_a_cpu_kernels_stay_what_they_are() -> None:
 
 def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("wan.modules.kernels.fastest_attention", lambda *what: asked.append(what) or "_native_cudnn")
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", lambda *what: asked.append(what) or "_native_cudnn")
     half, whole = build(dtype=torch.bfloat16), build()
     cuda = torch.device("cuda:0")
     for model in (half, whole):
@@ -363,7 +365,7 @@ def test_flash_attention_4_starts_where_the_time_comes_back(
     model.blocks.to(torch.bfloat16)
     model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
     asked: list[Any] = []
-    monkeypatch.setattr("wan.modules.kernels.fastest_attention", lambda *what: asked.append(what) or "native")
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", lambda *what: asked.append(what) or "native")
     use_fastest_attention(model, tokens, forwards, torch.device("cuda"))
     assert asked == [(torch.device("cuda"), tokens, heads, 128, torch.bfloat16, pays)]
 
@@ -635,7 +637,7 @@ def test_pixels_that_arrive_late_land_where_they_belong(monkeypatch: pytest.Monk
 def test_our_kernels_have_the_library_s_results(
     request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wan.modules import fused
+    from wan.vae import kernels as fused
 
     vae = request.getfixturevalue(family).vae.model
     clip = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1

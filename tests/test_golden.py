@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from wan.denoiser.schedule import build_scheduler
 from wan.image2video import exact_size, official_size
 from wan.image2video import preprocess as preprocess_14b
-from wan.modules.schedule import build_scheduler
-from wan.modules.text import clean
 from wan.settings import Sampling
+from wan.text.umt5 import clean
 from wan.textimage2video import best_size
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation

@@ -23,9 +23,9 @@ from examples.make_tiny_checkpoint import InternVL, write_internvl
 from tests.conftest import DATA, GOLDEN
 from tests.media_samples import number, numbered
 from wan import WanV2V5B, cli, media
-from wan.commands.chain_run import ChainRun
-from wan.modules.checkpoint import open_safetensors
-from wan.run_folder import RunFolder
+from wan.chain.chain import ChainRun
+from wan.chain.run_folder import RunFolder
+from wan.weights.checkpoint import open_safetensors
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -300,7 +300,7 @@ def test_what_is_kept_after_a_redo_still_follows_the_storyboard(checkpoints: Pat
 def test_a_dry_run_prints_the_plan_and_makes_nothing(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.modules.model.WanModel.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("wan.denoiser.model.WanModel.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     story = board(tmp_path / "story.json", "the boat turns", {"seed": 77, "context": 5})
     assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--dry_run", count=4) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
+from wan.denoiser.lora import check_loras, merge_loras
+from wan.denoiser.model import WanModel, infer_config, key_map
+from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.files import sampled_digest
-from wan.modules.checkpoint import Names, Weights, open_checkpoint, open_safetensors
-from wan.modules.lora import check_loras, merge_loras
-from wan.modules.model import WanModel, infer_config, key_map
-from wan.placement import Placement
 from wan.settings import LoraFile
+from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_safetensors
 
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]

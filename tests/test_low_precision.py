@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN
 from wan import WanTI2V, cli
+from wan.denoiser import fp8 as low_precision
+from wan.denoiser.fp8 import attend, check_precision, lower, multiply, quantise
+from wan.denoiser.model import WanModel
 from wan.errors import UserError
-from wan.modules import low_precision
-from wan.modules.low_precision import attend, check_precision, lower, multiply, quantise
-from wan.modules.model import WanModel
-from wan.modules.quantised import Addition, PackedLinear
+from wan.weights.quantized import Addition, PackedLinear
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -67,7 +67,7 @@ def test_attention_is_5_per_cent_from_exact_whatever_the_keys_have_in_common(com
 @pytest.mark.parametrize("length", [256, 300])
 @pytest.mark.parametrize("columns", [64, 128])
 def test_the_kernel_is_attention(length: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wan.modules import attention8
+    from wan.denoiser import int8_attention_kernel as attention8
 
     # the interpreter cuts 8-bit floats off where a GPU rounds; in 16 bits only mistakes are left
     monkeypatch.setattr(attention8, "FORMAT", torch.float16)

@@ -20,14 +20,14 @@ from benchmarks.real_size import DIT, VAE, headers
 from tests.test_exact_speed import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B, placement
 from wan.captioner import weight_bytes
+from wan.denoiser.model import WanModel
+from wan.device.budget import CONTEXT, GIB, Part, for_tensors
+from wan.device.placement import Placement, _Feed, layers_that_stay
 from wan.image2video import WanI2V
-from wan.modules import vae_pass
-from wan.modules.memory import CONTEXT, GIB, Part, for_tensors
-from wan.modules.model import WanModel
-from wan.modules.text import TextEncoder
 from wan.pipeline import Pipeline
-from wan.placement import Placement, _Feed, layers_that_stay
+from wan.text.umt5 import TextEncoder
 from wan.textimage2video import WanTI2V
+from wan.vae import chunked as vae_pass
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "data" / "golden"

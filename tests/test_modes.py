@@ -16,13 +16,13 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN, float32
 from wan import WanV2V, WanV2V5B, media
-from wan.continuation import chain
+from wan.chain.chain import chain
+from wan.denoiser.conditioning import HeldImageChannels, ImageChannels
+from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
-from wan.modules.conditioning import HeldImageChannels, ImageChannels
-from wan.placement import Placement
 from wan.settings import Context, LoraFile
 from wan.types import Clip, Known, Request, from_uint8
 

@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import DATA
 from wan import cli
+from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.options import OPTIONS, Kind, Local, Option, Settings, check, current, options_of, words_of
 from wan.pipeline import Pipeline
-from wan.run_folder import RunFolder
 from wan.types import Clip, Generation, Request, UInt8Array
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
     good.write_text("- {prompt: a boat, lora: light.safetensors:0.5, guidance: 2}\n")
     bad.write_text("- {frames: 80}\n")
     code = (
-        "from wan.storyboard import check_storyboard, read_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from wan.chain.storyboard import check_storyboard, read_storyboard\nfrom wan.configs import v2v_5B\n"
         "from pathlib import Path\nfile = Path(sys.argv[1])\n"
         "check_storyboard(file, read_storyboard(file), config=v2v_5B)"
     )

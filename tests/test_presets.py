@@ -19,11 +19,11 @@ from examples.make_tiny_checkpoint import InternVL, write_internvl
 from tests.conftest import DATA, GOLDEN, float32
 from wan import cli
 from wan.configs import PRESETS, WAN_CONFIGS, config_for
+from wan.denoiser.schedule import build_scheduler
 from wan.errors import UserError
-from wan.modules.checkpoint import open_safetensors
-from wan.modules.schedule import build_scheduler
 from wan.settings import Sampling, StepCache
 from wan.types import Known, Request
+from wan.weights.checkpoint import open_safetensors
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 IMAGE = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")
@@ -294,8 +294,8 @@ def words(text: str, world: Path) -> list[str]:
 def test_bad_settings_are_one_line_and_exit_code_2(
     flags: str, message: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("model.WanModel", "vae.WanVAE", "text.TextEncoder"):
-        monkeypatch.setattr(f"wan.modules.{name}.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    for name in ("denoiser.model.WanModel", "vae.vae.WanVAE", "text.umt5.TextEncoder"):
+        monkeypatch.setattr(f"wan.{name}.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     assert cli.continuous_main(words(f"{CHAIN} {flags}", world)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN
 from wan.cli import continuous_main, generate_main
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.model import WanModel
+from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.modules.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
-from wan.modules.lora import merge_loras
-from wan.modules.model import WanModel
-from wan.modules.quantised import GGUF_TYPES, PackedLinear, _expand
-from wan.placement import Placement
 from wan.settings import LoraFile
+from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
+from wan.weights.quantized import GGUF_TYPES, PackedLinear, _expand
 
 gguf = pytest.importorskip("gguf")  # the dev extra has it
 
@@ -392,7 +392,7 @@ def test_a_weight_of_many_pieces_is_the_weight_of_one(
         model = load(weights, torch.float32)
         merge_loras(model, weights, [lora(states["wide"], beside)])
         whole = {key: layer.dense() for key, layer in packed(model).items()}
-        monkeypatch.setattr("wan.modules.quantised._PIECE", 1000)
+        monkeypatch.setattr("wan.weights.quantized._PIECE", 1000)
         for key, layer in packed(model).items():
             torch.testing.assert_close(layer.dense(), whole[key], rtol=1e-6, atol=1e-6)
         monkeypatch.undo()

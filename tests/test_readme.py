@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from examples.make_tiny_checkpoint import write_all
 from tests.test_quantised import comfyui, gguf_file, official
 from wan import cli
-from wan.modules.checkpoint import open_safetensors
 from wan.options import OPTIONS
+from wan.weights.checkpoint import open_safetensors
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

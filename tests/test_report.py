@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+from wan.chain.report import render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
-from wan.report import render_report, seam_thumbnails
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 NASTY = [

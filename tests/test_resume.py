@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import DATA, GOLDEN
 from wan import cli
-from wan.run_folder import RunFolder
+from wan.chain.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"

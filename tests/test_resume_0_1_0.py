@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import DATA
 from wan import cli
 from wan.captioner import EndpointCaptioner
-from wan.report import render_report
-from wan.run_folder import FinishedClip, RunFolder, fingerprint
+from wan.chain.report import render_report
+from wan.chain.run_folder import FinishedClip, RunFolder, fingerprint
 
 MADE = DATA / "run_0_1_0"
 

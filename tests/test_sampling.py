@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wan.denoiser.conditioning import TextOnly
+from wan.denoiser.sampling import Expert, plan_stages, sample
+from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.modules.conditioning import TextOnly
-from wan.modules.sampling import Expert, plan_stages, sample
-from wan.placement import Placement
 from wan.settings import Sampling
 from wan.types import Geometry, Step, TextContext
 

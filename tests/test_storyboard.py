@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.options import by_scene_key
-from wan.storyboard import Scene, check_storyboard, read_storyboard
 
 KEYS = by_scene_key()
 

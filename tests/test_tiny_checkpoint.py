@@ -27,13 +27,13 @@ from examples.make_tiny_checkpoint import (
 )
 from wan.captioner import InternVLCaptioner, frame_indices
 from wan.configs import config_for
+from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.media import probe, sample_frames
-from wan.modules.checkpoint import Names, open_checkpoint
-from wan.modules.model import WanModel
-from wan.modules.text import PromptTokenizer
-from wan.modules.text import TextEncoder as WanTextEncoder
-from wan.modules.vae import WanVAE
+from wan.text.umt5 import PromptTokenizer
+from wan.text.umt5 import TextEncoder as WanTextEncoder
+from wan.vae.vae import WanVAE
+from wan.weights.checkpoint import Names, open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "shapes.mp4"

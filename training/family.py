@@ -18,10 +18,10 @@ from torch import Tensor
 from examples.make_tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, write_caption_tokenizer
 from training import scenes
 from wan.captioner.internvl import SYSTEM, native_config, native_tensors
-from wan.modules import model as denoiser
-from wan.modules import text as text_encoder
-from wan.modules import vae
-from wan.modules.checkpoint import Shape, Weights
+from wan.denoiser import model as denoiser
+from wan.text import umt5 as text_encoder
+from wan.vae import vae
+from wan.weights.checkpoint import Shape, Weights
 
 VAES = {
     "vae21": Vae(z_dim=16, dim=16, decoder_dim=16, nested=False, multiples=(1, 2, 2, 2)),

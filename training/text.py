@@ -20,7 +20,7 @@ from training import scenes
 from training.family import PROMPT_WORDS, TEXT, build_text_encoder
 from training.loop import Batch, Settings, load, resume, train
 from training.vae import HELD_OUT
-from wan.modules.text import PromptTokenizer
+from wan.text.umt5 import PromptTokenizer
 
 LENGTH = 64  # tokens of the longest caption and more
 PREFIX = "continue video"  # what a chain puts before each description, unless it is told otherwise

@@ -1,4 +1,4 @@
-"""The mixin that continues videos (`v2v` and its helpers), and `chain()`."""
+"""The mixin that continues videos: `v2v` and its helpers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
 from functools import cached_property
@@ -31,14 +31,14 @@ from wan.captioner import (
     open_captioner,
     weight_bytes,
 )
+from wan.chain.plan import Plan
 from wan.configs import ModelConfig
+from wan.device.budget import GIB, for_tensors
+from wan.device.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
-from wan.modules.memory import GIB, for_tensors
 from wan.options import LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
-from wan.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
-from wan.plan import Plan
 from wan.quality import correct_drift, measure_motion, score_seam
 from wan.settings import Context, LoraFile
 from wan.types import Clip, Footage, Frame, Generation, Known, OnStep, Request, Step, UInt8Array, frame_size
@@ -485,30 +485,6 @@ def default_vlm(checkpoint: Path) -> str:
         if folder.is_dir():
             return str(folder)
     return VLM_HUB_ID
-
-
-def chain(
-    start: Footage,
-    *,
-    count: int,
-    extend: Callable[[Footage, int], Generation],
-    seed: int,
-    finished: Mapping[int, Footage] = MappingProxyType({}),
-    seeds: Mapping[int, int] = MappingProxyType({}),
-) -> Iterator[Generation]:
-    """`count` clips, each going on from the one before; clip i, counted from 0, is made with seed + i.
-
-    Every clip is handed out as soon as it is made, and the next one starts from its frames as they are in memory.
-    `finished` holds clips, by i, that are there already and are gone on from; `seeds` other seeds than seed + i.
-    """
-    footage = start
-    for index in range(count):
-        if index in finished:
-            footage = finished[index]
-            continue
-        made = extend(footage, seeds.get(index, seed + index))
-        yield made
-        footage = made
 
 
 def _seam_score(made: Generation) -> float:

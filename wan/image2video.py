@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
+from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.modules.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
 from wan.pipeline import TwoExperts, draw_seed, fills
-from wan.placement import Placement
 from wan.types import Frame, Known, OnStep, Request, frame_size, image_to_frame
 
 

@@ -18,21 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from wan.configs import ModelConfig, preset_named
-from wan.errors import UserError
-from wan.modules import memory
-from wan.modules.checkpoint import Names, open_checkpoint, resolve_folder
-from wan.modules.conditioning import Condition
-from wan.modules.kernels import compile_where_it_pays, use_fastest_attention
-from wan.modules.lora import LoraMatch, check_loras, merge_loras
-from wan.modules.low_precision import check_precision
-from wan.modules.model import WanModel
-from wan.modules.sampling import Expert, Stage, plan_stages, sample
-from wan.modules.schedule import build_scheduler
-from wan.modules.step_cache import Caching
-from wan.modules.text import PromptTokenizer, TextEncoder
-from wan.modules.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
-from wan.options import EXPERT_OF_LORA, LONGEST_CONTEXT
-from wan.placement import (
+from wan.denoiser.attention_backends import compile_where_it_pays, use_fastest_attention
+from wan.denoiser.conditioning import Condition
+from wan.denoiser.fp8 import check_precision
+from wan.denoiser.lora import LoraMatch, check_loras, merge_loras
+from wan.denoiser.model import WanModel
+from wan.denoiser.sampling import Expert, Stage, plan_stages, sample
+from wan.denoiser.schedule import build_scheduler
+from wan.denoiser.step_cache import Caching
+from wan.device import budget as memory
+from wan.device.placement import (
     Placement,
     free_bytes,
     generator_on,
@@ -44,9 +39,14 @@ from wan.placement import (
     reset_peak,
     synchronize,
 )
-from wan.read_ahead import ReadAhead
+from wan.errors import UserError
+from wan.options import EXPERT_OF_LORA, LONGEST_CONTEXT
 from wan.settings import LoraFile, Sampling, StepCache
+from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.types import Clip, Generation, Geometry, OnStep, Request, Step, TextContext
+from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
+from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
+from wan.weights.prefetch import ReadAhead
 
 _LORA_SETTINGS = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
 

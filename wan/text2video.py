@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wan.modules.conditioning import Condition, TextOnly
+from wan.denoiser.conditioning import Condition, TextOnly
+from wan.device.placement import Placement
 from wan.pipeline import TwoExperts, draw_seed
-from wan.placement import Placement
 from wan.types import Known, OnStep, Request
 
 

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
+from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.modules.conditioning import Condition, KnownLatents, TextOnly
 from wan.pipeline import OneExpert, draw_seed, fills
-from wan.placement import Placement
 from wan.types import Frame, Known, OnStep, Request, image_to_frame
 
 

@@ -1,12 +1,12 @@
 """Frames and a question -> text: what a vision-language model says about a video, and the prompt made of it."""
 
 from wan.captioner.base import Captioner
-from wan.captioner.beats import Beat, Memory, next_beat
 from wan.captioner.endpoint import EndpointCaptioner
+from wan.captioner.factory import open_captioner, weight_bytes
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
-from wan.captioner.opening import open_captioner, weight_bytes
+from wan.captioner.next_prompt import Beat, Memory, next_beat
 from wan.captioner.text import clean_caption, compose_prompt
 from wan.compat import hide_broken_torchvision
 from wan.types import frame_indices

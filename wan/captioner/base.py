@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from wan.compat import hide_broken_torchvision
+from wan.device.placement import release_memory
 from wan.errors import UserError
-from wan.placement import release_memory
 from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]

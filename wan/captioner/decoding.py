@@ -42,7 +42,7 @@ def use_own_attention(model: Any) -> None:
     config, name = language.config, "one_query"
     if not runs_triton(language.device):
         return
-    from wan.captioner.one_query import attend
+    from wan.captioner.decode_attention_kernel import attend
 
     library = AttentionInterface()["sdpa"]
 

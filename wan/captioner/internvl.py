@@ -14,7 +14,7 @@ from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, re
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
-from wan.read_ahead import ReadAhead
+from wan.weights.prefetch import ReadAhead
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 TURN_END = "<|im_end|>"

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.commands.chain_run import ChainRun, clip_settings
+from wan.chain.chain import ChainRun, chain
+from wan.chain.dry_run import outline
+from wan.chain.fingerprint import clip_settings
+from wan.chain.run_folder import RunFolder
 from wan.commands.job import Job
-from wan.commands.outline import outline
+from wan.commands.progress import Progress
 from wan.errors import UserError
-from wan.progress import Progress
-from wan.run_folder import RunFolder
 from wan.types import Footage, Frame, Generation, Step
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
-    from wan.plan import Plan
 
 
 def continue_video(job: Job) -> None:
@@ -32,19 +33,18 @@ def continue_video(job: Job) -> None:
     output = Path(settings.output_dir)
     _check_folder(output, job.video)
 
-    from wan.continuation import chain
     from wan.footage import VideoFile
 
     footage = VideoFile(job.video, settings.video_reader)
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage)
-    clips_settings = clip_settings(job, continuation, plans)
+    wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
-        run = ChainRun(job, RunFolder(output), plans, clips_settings, footage)
+        run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
         print(*outline(continuation, plans, run), sep="\n")
         return
     with RunFolder(output) as folder:
-        run = ChainRun(job, folder, plans, clips_settings, footage)
+        run = ChainRun(settings, job.scenes, folder, plans, wanted, footage, job.describe)
         if run.stale:
             print(
                 f"clips {', '.join(map(str, run.stale))} of {output} follow from something else now and are made "
@@ -54,12 +54,12 @@ def continue_video(job: Job) -> None:
         with Progress("", clips=run.count) as progress:
 
             def extend(source: Footage, seed: int) -> Generation:
-                number = run.upcoming
+                number = run.to_make
                 progress.begin(f"clip {number}/{run.count}")
-                return continuation.extend(source, seed, plans[number - 1], on_step, memory=run.memory)
+                return continuation.extend(source, seed, plans[number - 1], on_step, memory=run.prompt_memory)
 
             def on_step(step: Step) -> None:
-                run.check()  # a clip that could not be written stops the run now, not a clip later
+                run.writer.check()  # a clip that could not be written stops the run now, not a clip later
                 progress(step)
 
             progress.finish_clips(len(run.clips))
@@ -76,9 +76,10 @@ def continue_video(job: Job) -> None:
                 for made in clips:
                     progress.stage("write")
                     run.write(made, progress.finish_clips)
-                run.wait()
+                run.writer.wait()
             except BaseException as error:
-                run.settle()
+                if said := run.writer.settle():
+                    print(said, file=sys.stderr)
                 _say_what_is_there(run, error)
                 raise
         print(run.finish("finished"))
@@ -125,7 +126,7 @@ def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
     if not run.clips:
         return
     print(f"{len(run.clips)} of {run.count} clips are finished in {run.folder.path}", file=sys.stderr)
-    settings = run.job.settings
+    settings = run.settings
     without = f" without --redo {settings.redo}" if settings.redo else ""
     without += " --keep_following" if settings.keep_following else ""
     print(f"the same command{without} goes on from there", file=sys.stderr)

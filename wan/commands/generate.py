@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from wan import media
 from wan.commands.job import Job, lora_files
+from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.files import write_json
-from wan.progress import Progress
 from wan.types import Known, Request, to_uint8
 
 if TYPE_CHECKING:

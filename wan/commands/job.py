@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import __version__, media
+from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
 from wan.commands.flags import check_video_settings
 from wan.configs import ModelConfig, config_for, parse_size
@@ -30,11 +31,10 @@ from wan.options import (
     options_of,
 )
 from wan.settings import Context, LoraFile
-from wan.storyboard import Scene, check_storyboard, read_storyboard
 
 if TYPE_CHECKING:
+    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
-    from wan.plan import Plan
     from wan.types import Footage, Frame, Generation, Request
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Job:
         _check_files(settings)
         scenes = read_storyboard(Path(settings.storyboard)) if settings.storyboard else ()
 
-        from wan.modules.checkpoint import Names, identify, identify_files, resolve_folder
+        from wan.weights.checkpoint import Names, identify, identify_files, resolve_folder
 
         files = dit_files(settings)
         by_files = identify_files(files) if files else None
@@ -171,7 +171,7 @@ class Job:
 
     def describe(self, made: Generation, source: str | None, plan: Plan | None = None) -> dict[str, Any]:
         """The sidecar of a clip: everything that made it, and what it took. `plan` is that of a continuation."""
-        from wan.placement import host_peak_gib
+        from wan.device.placement import host_peak_gib
 
         request, config = made.request, self.config
         used = self._used(request, plan)

@@ -14,8 +14,8 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from wan.modules.model import WanModel
-from wan.placement import synchronize
+from wan.denoiser.model import WanModel
+from wan.device.placement import synchronize
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.modules.conditioning import Condition
-from wan.modules.model import TextKeys, WanModel
-from wan.modules.schedule import Scheduler
-from wan.modules.step_cache import NO_CACHE, Branch, Caching
-from wan.placement import Placement
+from wan.denoiser.conditioning import Condition
+from wan.denoiser.model import TextKeys, WanModel
+from wan.denoiser.schedule import Scheduler
+from wan.denoiser.step_cache import NO_CACHE, Branch, Caching
+from wan.device.placement import Placement
 from wan.types import OnStep, Step, TextContext
 
 

@@ -21,11 +21,11 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
+from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
-from wan.modules.checkpoint import Shape, Weights, check_expert, open_file, read_json
-from wan.modules.model import WanModel, key_map
-from wan.modules.quantised import Addition, PackedLinear, plain
 from wan.settings import LoraFile
+from wan.weights.checkpoint import Shape, Weights, check_expert, open_file, read_json
+from wan.weights.quantized import Addition, PackedLinear, plain
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-from wan.modules.model import WanBlock
+from wan.denoiser.model import WanBlock
 from wan.settings import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
 
 # Around a forward, by the name of its branch: what a cache keeps of "cond" is not that of "uncond".

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from wan import media
+from wan.chain.fingerprint import fingerprint
 from wan.errors import UserError
 from wan.files import publish, write_json, write_text
 from wan.options import LONGEST_CONTEXT, current
@@ -239,9 +239,3 @@ def _number(file: Path) -> int | None:
     """The clip that a file belongs to."""
     match = _NAME.fullmatch(f"{file.stem}.json")
     return int(match[1]) if match else None
-
-
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """A short digest of JSON values, the same for equal ones."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

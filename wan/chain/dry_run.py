@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from wan.commands.chain_run import ChainRun
-from wan.modules.memory import CONTEXT, GIB, for_tensors
+from wan.chain.chain import ChainRun
+from wan.device.budget import CONTEXT, GIB, for_tensors
 from wan.options import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
+    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
-    from wan.plan import Plan
 
 H200_FLOPS = 5.5e14  # reached by the denoiser at real sizes (benchmarks/README.md)
 MP4_BYTES = 0.03  # per pixel and frame at the crf that clips are written with; footage differs by a factor of three

@@ -508,7 +508,7 @@ def _template() -> Template:
 
     # prompts are anyone's text: nothing in them may become part of the page
     environment = Environment(
-        loader=PackageLoader("wan", ""),
+        loader=PackageLoader("wan.chain", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

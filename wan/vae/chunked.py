@@ -274,7 +274,7 @@ def _fused(x: Tensor) -> ModuleType | None:
     """Our kernels, where they run: Triton comes with PyTorch for CUDA, on Linux."""
     if not (x.is_cuda and importlib.util.find_spec("triton")):
         return None
-    from wan.modules import fused
+    from wan.vae import kernels as fused
 
     return fused
 

@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from wan.device.placement import in_one_piece
 from wan.errors import UserError
-from wan.modules.quantised import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
 from wan.options import EXPERT_OF_DIT
-from wan.placement import in_one_piece
-from wan.read_ahead import ReadAhead
+from wan.weights.prefetch import ReadAhead
+from wan.weights.quantized import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
 
 Shape = tuple[int, ...]
 

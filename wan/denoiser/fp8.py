@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.modules.quantised import Packed, PackedLinear
+from wan.weights.quantized import Packed, PackedLinear
 
 if TYPE_CHECKING:
-    from wan.modules.model import WanModel
+    from wan.denoiser.model import WanModel
 
 PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
 _LARGEST = 448.0  # of e4m3
@@ -86,7 +86,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Self-attention [B, L, heads, head_dim] in 8 bits; on a CPU the same roundings in plain PyTorch."""
     if query.is_cuda:
-        from wan.modules.attention8 import attention8
+        from wan.denoiser.int8_attention_kernel import attention8
 
         found: Tensor = attention8(query.bfloat16(), key.bfloat16(), value.bfloat16())
         return found.type_as(query)

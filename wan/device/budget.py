@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from wan.denoiser.model import policy_dtype
+from wan.device.placement import SLOTS, layers_that_stay
 from wan.errors import UserError
-from wan.modules import vae_pass
-from wan.modules.checkpoint import Weights
-from wan.modules.model import policy_dtype
-from wan.placement import SLOTS, layers_that_stay
 from wan.types import Geometry
+from wan.vae import chunked as vae_pass
+from wan.weights.checkpoint import Weights
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB  # what CUDA and its libraries take beside tensors

@@ -1,0 +1,70 @@
+"""A clip goes on disk while the next one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from wan.types import Generation
+
+
+@dataclass(frozen=True)
+class _Pending:
+    number: int
+    made: Generation
+    done: Future[None]
+
+
+class ClipWriter:
+    """Writes one clip at a time, in order, on a thread of its own; `save` puts one on disk.
+
+    An error of `save` is raised by the `wait` or `check` that follows.
+    """
+
+    def __init__(self, save: Callable[[Generation], None]) -> None:
+        self._save = save
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._pending: _Pending | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The clip that is being written."""
+        return self._pending.number if self._pending else None
+
+    @property
+    def made(self) -> Generation | None:
+        """What is being written."""
+        return self._pending.made if self._pending else None
+
+    def write(self, number: int, made: Generation, then: Callable[[], None]) -> None:
+        """Begin to write a clip and call `then` when it is done; the one before is waited for."""
+        self.wait()
+
+        def work() -> None:
+            self._save(made)
+            then()
+
+        self._pending = _Pending(number, made, self._thread.submit(work))
+
+    def wait(self) -> None:
+        """Until what is being written is on disk."""
+        if self._pending is not None:
+            try:
+                self._pending.done.result()
+            except Exception:
+                self._pending = None
+                raise
+            self._pending = None
+
+    def check(self) -> None:
+        """Raise the error of a clip that could not be written, without waiting for one that still may be."""
+        if self._pending is not None and self._pending.done.done():
+            self.wait()
+
+    def settle(self) -> str | None:
+        """Wait for what is being written when something else went wrong; an error in it is only said."""
+        pending = self._pending
+        error = pending.done.exception() if pending is not None else None
+        self._pending = None
+        return None if pending is None or error is None else f"clip {pending.number} could not be written: {error}"

@@ -1,0 +1,390 @@
+"""`WanModel`: the denoiser (DiT), loaded from either folder layout, with the official precision policy.
+
+The architecture and the parameters are diffusers' `WanTransformer3DModel`; the forward is our own. In bf16 the official
+code keeps the residual stream, the modulation, the time path and the head in float32, and that is what bounds its error
+over 30 or 40 blocks; the stock class rounds them. In float32 ours differs from it in the timestep sinusoid alone, which
+the official code computes in float64. The text's keys and values can be computed once for all steps, and the time path
+is computed for the timesteps that differ, not for every token.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+
+from wan.denoiser.fp8 import lower
+from wan.errors import UserError
+from wan.weights.checkpoint import Weights, check_fit, fill
+
+log = logging.getLogger(__name__)
+
+SIZES = 64  # of clips that blocks are compiled for in one process; PyTorch would give up after eight
+
+# Parameters that stay float32 whatever the compute dtype is.
+FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
+FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
+
+
+class WanModel(WanTransformer3DModel):  # type: ignore[misc]
+    """The denoiser, with the library class's configuration and parameter names, and its `forward` by name and order."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        sizes = self.config
+        dim = sizes.num_attention_heads * sizes.attention_head_dim
+        self.blocks: Any = nn.ModuleList(
+            WanBlock(dim, sizes.ffn_dim, sizes.num_attention_heads, sizes.qk_norm, sizes.cross_attn_norm, sizes.eps)
+            for _ in range(sizes.num_layers)
+        )
+        self.condition_embedder.timesteps_proj = _Sinusoid64(sizes.freq_dim)
+        self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
+        self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
+        self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.before_layer: Callable[[int], None] | None = None  # see placement.py
+        self.low_precision: str | None = None  # what its blocks were lowered to
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        convert_model_dtype: bool = False,
+        low_precision: str | None = None,
+        rounded_on: torch.device | None = None,
+    ) -> WanModel:
+        """The model with sizes taken from the tensors' shapes.
+
+        `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
+        float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantised
+        in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
+        their weights being rounded on the device `rounded_on`. Raises UserError when the weights do not fit.
+        """
+        model = cls._empty(weights)
+        model.rounding = dtype if convert_model_dtype else None
+        fill(
+            model,
+            weights,
+            key_map(weights),
+            lambda name: policy_dtype(name, dtype),
+            device,
+            rounding=model.rounding,
+            stays_packed=lambda name: not name.startswith(FLOAT32_PARTS),
+            layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
+        )
+        model.to(device).eval()
+        if low_precision is not None:
+            lower(model, low_precision, rounded_on or device)
+        return model
+
+    @classmethod
+    def check(cls, weights: Weights) -> None:
+        """Raise UserError when the weights do not fit; no tensor is read."""
+        check_fit(cls._empty(weights), weights, key_map(weights))
+
+    @classmethod
+    def _empty(cls, weights: Weights) -> WanModel:
+        with init_empty_weights():
+            return cls(**infer_config(weights))
+
+    def text_keys(self, text: Tensor, keep: bool = True) -> TextKeys:
+        """Embedded prompts [B, 512, D] -> what the blocks' cross-attention takes of them, for as many steps as wanted.
+
+        They belong to the prompt and to the weights as they are now. Kept, at 512 rows in bf16, they take 400 MiB of an
+        A14B expert and 180 MiB of the 5B.
+        """
+        embedder = self.condition_embedder.text_embedder
+        return TextKeys(embedder(text.to(embedder.linear_1.bias.dtype)), keep)  # weights may be packed
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """What can come to a GPU one by one."""
+        blocks: nn.ModuleList = self.blocks
+        return blocks
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | TextKeys,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Latents [B, C, F, h, w] -> the predicted flow float32 [B, z, F, h, w], whatever the compute dtype.
+
+        `timestep` [B] or [B, n]: one for each of n equal runs of tokens, so n = F where latent frames differ in it.
+        The text is embedded prompts [B, 512, D] or the `text_keys` of them.
+        """
+        texts = encoder_hidden_states
+        if isinstance(texts, Tensor):
+            texts = self.text_keys(texts, keep=False)
+        embedder = self.condition_embedder
+        steps = timestep if timestep.ndim == 2 else timestep[:, None]
+        time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
+        modulation = embedder.time_proj(embedder.act_fn(time)).unflatten(-1, (6, -1))  # [B, n, 6, D]
+
+        rotary = cos, sin = self.rope(hidden_states)  # new tensors [1, L, 1, head_dim], the same for both of a pair
+        sin[..., 0::2].neg_()
+        grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
+        tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, partial(self._ready, number, block, texts), modulation, rotary)
+
+        shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
+        runs = tokens.unflatten(1, (steps.shape[1], -1))
+        patches = self.proj_out((self.norm_out(runs) * (1 + scale) + shift).flatten(1, 2))
+        sizes = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid.shape[2:])
+        # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
+        flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+    def _ready(self, number: int, block: WanBlock, texts: TextKeys) -> tuple[Tensor, Tensor]:
+        """Called by a block that is computed: its weights come to the device, its text keys are returned."""
+        if self.before_layer is not None:
+            self.before_layer(number)
+        return texts.of(number, block)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
+        if self.blocks[0].compiled is None:
+            compiled = _Compiled(backend)
+            for block in self.blocks:
+                block.compiled = compiled
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks run as a compiler makes them."""
+        compiled: _Compiled | None = self.blocks[0].compiled
+        return compiled is not None and compiled.works
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """What the blocks run on, as JSON values; nothing where that is what they are made with."""
+        kernel = self.blocks[0].attn1.processor.kernel
+        attention = {} if kernel is None else {"attention": kernel}
+        return attention | ({"compiled": True} if self.is_compiled else {})
+
+
+class WanBlock(WanTransformerBlock):  # type: ignore[misc]
+    """A block of the denoiser. The inputs of its matrix products follow their weights, all else is float32."""
+
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
+        self.attn1.set_processor(_SelfAttention())
+        self.attn2.set_processor(_TextAttention())
+        self.ffn.net[0].gelu = _gelu
+        self.compiled: _Compiled | None = None
+
+    def text_keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, 512, D] of the text embedder -> keys and values [B, 512, heads, head_dim]."""
+        attention = self.attn2
+        keys = attention.norm_k(attention.to_k(rows))
+        return keys.unflatten(2, (attention.heads, -1)), attention.to_v(rows).unflatten(2, (attention.heads, -1))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Callable[[], tuple[Tensor, Tensor]],
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Tokens [B, L, D] -> [B, L, D]. The hooks of a cache are around this, so it is not what is compiled.
+
+        `encoder_hidden_states` gives the text keys of `compute`; where a cache leaves the block out nothing asks for
+        them.
+        """
+        compute = self.compute if self.compiled is None else partial(self.compiled, self)
+        return compute(hidden_states, encoder_hidden_states(), temb, rotary_emb)
+
+    def compute(
+        self, hidden_states: Tensor, text: tuple[Tensor, Tensor], temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Tokens [B, L, D], this block's text keys, modulation [B, n, 6, D] of n equal runs of tokens -> [B, L, D].
+
+        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B.
+        """
+        dtype = self.attn1.to_q.bias.dtype  # weights may be packed
+        table = (self.scale_shift_table + temb)[:, :, :, None]  # [B, n, 6, 1, D]
+        shift, scale, gate, feed_shift, feed_scale, feed_gate = table.unbind(2)
+
+        tokens: Tensor = hidden_states.view(*temb.shape[:2], -1, temb.shape[-1])  # [B, n, L / n, D]
+        normed = (self.norm1(tokens) * (1 + scale) + shift).to(dtype).flatten(1, 2)
+        tokens = tokens + self.attn1(normed, None, None, rotary_emb).view_as(tokens) * gate
+        normed = self.norm2(tokens).to(dtype).flatten(1, 2)
+        tokens = tokens + self.attn2(normed, text).view_as(tokens)
+        normed = (self.norm3(tokens) * (1 + feed_scale) + feed_shift).to(dtype)
+        tokens = tokens + self.ffn(normed) * feed_gate
+        return tokens.view_as(hidden_states)
+
+
+class _Compiled:
+    """`WanBlock.compute` as a compiler makes it, for all blocks of a model; as it is once that has failed."""
+
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        # one graph a size of clip: kernels for any size are slower
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, SIZES)
+        self.compute: Any = torch.compile(WanBlock.compute, backend=backend, fullgraph=True, dynamic=False)
+        self.works = True
+
+    def __call__(self, block: WanBlock, *inputs: Any) -> Tensor:
+        if self.works:
+            try:
+                return self.compute(block, *inputs)  # type: ignore[no-any-return]
+            except Exception as error:  # what is not the compiler's fault is raised again below
+                self.works = False
+                reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
+                log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
+        return block.compute(*inputs)
+
+
+class TextKeys:
+    """Rows [B, 512, D] of an expert's text embedder, and what its blocks have made of them.
+
+    A block makes its keys and values [B, 512, heads, head_dim] when it first asks, since its weights may not be on the
+    device before; where they are not kept it makes them in every forward.
+    """
+
+    def __init__(self, rows: Tensor, keep: bool) -> None:
+        self.rows = rows
+        self.keep = keep
+        self.by_block: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, number: int, block: WanBlock) -> tuple[Tensor, Tensor]:
+        """The keys and values of one block."""
+        keys = self.by_block.get(number) or block.text_keys(self.rows)
+        if self.keep:
+            self.by_block[number] = keys
+        return keys
+
+
+class _SelfAttention:
+    """The library's attention processor for self-attention, with rotary positions that compile to one kernel."""
+
+    _attention_backend = None  # `set_attention_backend` of the library writes it
+    _parallel_config = None
+    kernel: str | None = None  # the name of what kernels.py has put in place of `attend`
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        shape = (*hidden_states.shape[:2], attn.heads, -1)
+        query = _turn(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
+        key = _turn(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
+        mixed = self.attend(query, key, attn.to_v(hidden_states).view(shape))
+        return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention [B, L, heads, head_dim]; kernels.py and low_precision.py put others in place of it."""
+        mixed: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        return mixed
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on [B, L, heads, head_dim], neighbouring numbers being a pair (source: the official code).
+
+    `sin` is negative for the first of a pair.
+    """
+    # in place, or three of these in float32 would be there where nothing is compiled
+    return (x * cos).add_(x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape) * sin).type_as(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh(u)) / 2 is sigmoid(2 * u), which takes fewer instructions and rounds as little
+    exact = x.float()
+    doubled = 2 * math.sqrt(2 / math.pi) * exact * (1 + 0.044715 * exact * exact)
+    return (exact * torch.sigmoid(doubled)).type_as(x)
+
+
+class _TextAttention:
+    """The library's attention processor for cross-attention, with keys and values that are there already."""
+
+    _attention_backend = None  # `set_attention_backend` of the library writes it
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor], *_: Any
+    ) -> Tensor:
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        mixed: Tensor = dispatch_attention_fn(query, *encoder_hidden_states, backend=self._attention_backend)
+        return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
+
+
+def key_map(weights: Weights) -> dict[str, str]:
+    """The key in the files of each parameter of `WanModel`."""
+    keys = {key: key for key in weights.shapes}
+    if "blocks.0.self_attn.q.weight" not in keys:
+        return keys
+    # the converter renames the keys of the dict it is given, whatever the values are, and empties that dict
+    renamed: dict[str, str] = convert_wan_transformer_to_diffusers(keys)
+    return renamed
+
+
+def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter by the official precision policy, when matrix products are computed in `dtype`."""
+    kept = name.startswith(FLOAT32_PARTS) or name.endswith(FLOAT32_NAMES)
+    return torch.float32 if kept else dtype
+
+
+def infer_config(weights: Weights) -> dict[str, Any]:
+    """Constructor arguments of `WanModel` from shapes; only what no shape tells comes from config.json."""
+    shapes, config = weights.shapes, weights.config
+    official = "blocks.0.self_attn.q.weight" in shapes
+    if official:
+        text, time, head, ffn = "text_embedding.0", "time_embedding.0", "head.head", "blocks.0.ffn.0"
+        norm = "blocks.0.norm3.weight"
+    else:
+        embedder = "condition_embedder"
+        text, time = f"{embedder}.text_embedder.linear_1", f"{embedder}.time_embedder.linear_1"
+        head, ffn, norm = "proj_out", "blocks.0.ffn.net.0.proj", "blocks.0.norm2.weight"
+    try:
+        dim, in_channels, *patch = shapes["patch_embedding.weight"]
+        sizes = {
+            "patch_size": tuple(patch),
+            "in_channels": in_channels,
+            "out_channels": shapes[f"{head}.weight"][0] // math.prod(patch),
+            "text_dim": shapes[f"{text}.weight"][1],
+            "freq_dim": shapes[f"{time}.weight"][1],
+            "ffn_dim": shapes[f"{ffn}.weight"][0],
+        }
+    except KeyError as error:
+        raise UserError(f"{weights.path} is no Wan2.2 denoiser: it has no {error.args[0]}") from error
+    heads = config.get("num_heads", config.get("num_attention_heads"))
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise UserError(f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {heads!r}")
+    return sizes | {
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "num_layers": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        "cross_attn_norm": norm in shapes,
+        "eps": config.get("eps", 1e-6),
+    }
+
+
+class _Sinusoid64(nn.Module):
+    """Timesteps [N] -> float32 [N, dim], cosines first, computed in float64 (source: the official code)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.frequencies = dim // 2
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        exponents = torch.arange(self.frequencies, dtype=torch.float64, device=timesteps.device) / self.frequencies
+        angles = timesteps.double()[:, None] * torch.pow(10000.0, -exponents)[None]
+        return torch.cat([angles.cos(), angles.sin()], dim=1).float()

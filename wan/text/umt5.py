@@ -1,0 +1,171 @@
+"""Prompts -> embeddings, with the official cleaning, padding and weights."""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from wan.errors import UserError
+from wan.weights.checkpoint import Weights, fill
+
+log = logging.getLogger(__name__)
+
+
+def clean(text: str) -> str:
+    """The official 'whitespace' cleaning: mojibake, HTML entities (twice), runs of whitespace."""
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", repaired.strip()).strip()
+
+
+class PromptTokenizer:
+    """Prompts -> ids of the text encoder."""
+
+    def __init__(self, folder: Path, length: int = 512) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{folder} holds no usable tokenizer: {reason}") from error
+        self.length = length
+
+    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
+        """Ids and mask, int64 [1, length]: cleaned, cut so that the final </s> stays, padded."""
+        found = self._tokenizer(
+            [clean(text)],
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        return found["input_ids"], found["attention_mask"]
+
+    def count(self, text: str) -> int:
+        """Tokens of the cleaned text with its final </s>, however many."""
+        return len(self._tokenizer(clean(text), add_special_tokens=True)["input_ids"])
+
+
+class TextEncoder(nn.Module):
+    """UMT5. Calls keep their results by prompt, because a chain and the negative prompt repeat."""
+
+    def __init__(self, model: Any, tokenizer: PromptTokenizer) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self._kept: dict[str, Tensor] = {}
+        self.before_layer: Callable[[int], None] | None = None  # see placement.py
+        for number, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self._before, number))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """What can come to a GPU one by one."""
+        blocks: nn.ModuleList = self.model.encoder.block
+        return blocks
+
+    def _before(self, number: int, *_: Any) -> None:
+        if self.before_layer is not None:
+            self.before_layer(number)
+
+    @classmethod
+    def from_weights(
+        cls, weights: Weights, tokenizer: PromptTokenizer, *, dtype: torch.dtype, device: torch.device
+    ) -> TextEncoder:
+        """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError."""
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        official = "token_embedding.weight" in weights.shapes
+        source_of = {_library_name(key) if official else key: key for key in weights.shapes}
+        tied = "encoder.embed_tokens.weight"  # one tensor under two names; files hold either or both
+        if "shared.weight" not in source_of and tied in source_of:
+            source_of = {"shared.weight": source_of.pop(tied), **source_of}
+        with init_empty_weights():
+            # eager attention is bit-equal to the official code; sdpa is 1.5e-2 away from it in bf16
+            config = UMT5Config(**_infer_config(weights, {name: weights.shapes[k] for name, k in source_of.items()}))
+            config._attn_implementation = "eager"
+            model = UMT5EncoderModel(config)
+        source_of.setdefault(tied, source_of["shared.weight"])
+        fill(model, weights, source_of, lambda name: dtype, device, layers="encoder.block")
+        model.encoder.embed_tokens.weight = model.shared.weight
+        return cls(model.to(device).eval(), tokenizer)
+
+    def kept(self, text: str) -> Tensor | None:
+        """The embedding of a prompt that has been encoded before, in host memory, else None."""
+        return self._kept.get(text)
+
+    def keep_only(self, texts: Collection[str]) -> None:
+        """Forget all other embeddings."""
+        self._kept = {text: rows for text, rows in self._kept.items() if text in texts}
+
+    def forward(self, text: str) -> Tensor:
+        """A prompt -> [1, 512, D] in host memory: the encoder's rows of its tokens, then zeros.
+
+        The denoiser attends to the zero rows as well, so there are always 512 (source: the official code).
+        """
+        length, limit = self.tokenizer.count(text), self.tokenizer.length
+        if length > limit:
+            log.warning("the prompt has %d tokens and the text encoder takes %d: its end is cut off", length, limit)
+        device = self.model.shared.weight.device
+        ids, mask = (value.to(device) for value in self.tokenizer(text))
+        with torch.no_grad():
+            rows = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        self._kept[text] = (rows * mask[..., None].to(rows.dtype)).cpu()
+        return self._kept[text]
+
+
+_RENAMES = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+def _library_name(key: str) -> str:
+    for pattern, replacement in _RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _infer_config(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    try:
+        vocab, d_model = shapes["shared.weight"]
+        buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+        inner, d_ff = shapes[f"{attention}.q.weight"][0], shapes[f"{feed}.wi_1.weight"][0]
+    except KeyError as error:
+        raise UserError(f"{weights.path} is no UMT5 encoder: it has no {error.args[0]}") from error
+    return {
+        "vocab_size": vocab,
+        "d_model": d_model,
+        "d_kv": inner // heads,
+        "d_ff": d_ff,
+        "num_heads": heads,
+        "num_layers": 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block.")),
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "dropout_rate": 0.0,
+        "tie_word_embeddings": True,
+    }

@@ -1,0 +1,1 @@
+"""Files of weights -> tensors: which are there, what they hold, and in what form they stay in memory."""
