@@ -3,7 +3,7 @@
 
     python -m benchmarks.attention [--shapes 32760x40 75600x40 27280x24] [--variants N]
 
-TFLOP/s with quantising included. Errors of 64 queries against float64: relative L2, and how much of itself the result
+TFLOP/s with quantizing included. Errors of 64 queries against float64: relative L2, and how much of itself the result
 keeps (1: no bias), on Gaussian numbers and on keys with a large common part and rows that stand out.
 """
 

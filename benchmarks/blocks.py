@@ -26,10 +26,10 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
 from wan.denoiser.attention_backends import fastest_attention, use_attention
-from wan.denoiser.fp8 import PRECISIONS, lower
+from wan.denoiser.fp8 import PRECISIONS, quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
 
-PACKED = {f"packed_{kind}": kind for kind in ("fp8", *HALFS)}  # weights that stay as in a quantised file
+PACKED = {f"packed_{kind}": kind for kind in ("fp8", *HALFS)}  # weights that stay as in a quantized file
 KINDS = ("stock", "stock compiled", "ours", "ours compiled", *(f"{name} compiled" for name in (*PRECISIONS, *PACKED)))
 LINEAR, ATTENTION = ("gemm", "nvjet", "cutlass", "xmma", "cublas"), ("_attend", "fmha", "flash", "sdpa", "attn")
 
@@ -74,7 +74,7 @@ class Bench:
         elif name != "fp8_attention":
             use_attention(model, self.attention)
         if name in PRECISIONS:
-            lower(model, name, self.device)
+            quantize_model(model, name, self.device)
         if name in PACKED:
             pack(model, PACKED[name], self.device)
         return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.real_size import materialise
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
-from wan.device.placement import peak_gib, reset_peak, synchronize
+from wan.device.hardware import peak_gib, reset_peak, synchronize
 from wan.types import UInt8Array
 
 FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448

@@ -33,20 +33,22 @@ from PIL import Image
 from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
+from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import PRESETS
-from wan.continuation import VideoContinuation, chain
+from wan.continuation import VideoContinuation
 from wan.denoiser.attention_backends import fastest_attention, use_attention
 from wan.denoiser.conditioning import KnownLatents
 from wan.denoiser.fp8 import PRECISIONS
 from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Stage
 from wan.device.budget import CONTEXT, for_tensors
-from wan.device.placement import Placement, grow_segments, host_peak_gib, peak_gib, reset_peak
+from wan.device.hardware import grow_segments, host_peak_gib, peak_gib, reset_peak
+from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.media import write_video
 from wan.pipeline import Pipeline, Stopwatch
-from wan.types import Clip, Footage, Generation, Known, Request, Step, TextContext, to_uint8
+from wan.types import Clip, Footage, Generation, KnownFrames, Request, Step, TextContext, to_uint8
 from wan.vae.vae import lay_out
 
 
@@ -55,7 +57,7 @@ def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps
     return Request(
         "p",
         "n",
-        Known(tuple(known)),
+        KnownFrames(tuple(known)),
         pipeline.geometry(width, height, frames),
         pipeline.sampling(steps),
         seed=1,
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("--chain", type=int, default=0, metavar="N", help="also a chain of N clips with its captions")
     parser.add_argument("--caption", action="store_true", help="also the time of a caption of an 8B VLM")
     parser.add_argument("--stock", action="store_true", help="also time diffusers' own transformer class")
-    parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantised file")
+    parser.add_argument("--packed", choices=("fp8", *HALFS), help="denoisers as from a quantized file")
     parser.add_argument("--vram", type=float, nargs="*", default=[], help="also within so many GiB, for each of them")
     parser.add_argument("--precision", choices=PRECISIONS, help="denoisers in 8 bits")
     parser.add_argument("--vae_dtype", choices=("float32", "float16"), default="float32")

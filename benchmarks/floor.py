@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wan.denoiser.model import WanModel
 from wan.pipeline import Pipeline
 from wan.types import Request
-from wan.vae import chunked as vae_pass
+from wan.vae import chunked
 
 # Reached in practice by one kernel alone: a bf16 matrix product, reading memory, a copy from locked host memory.
 FLOPS, BYTES, COPIED = 798e12, 4.19e12, 55e9
@@ -33,10 +33,10 @@ def floors(pipeline: Pipeline, request: Request) -> dict[str, dict[str, float]]:
     forwards = 2 if request.sampling.guidance[1] != 1 else 1
     return {
         "text": _row(2 * text_flops(encoder, config.text_len), size(encoder), FLOPS),
-        "encode": _row(counted(lambda: vae_pass.encode(vae, pixels, 1)), size(pipeline.vae), rate),
+        "encode": _row(counted(lambda: chunked.encode(vae, pixels, 1)), size(pipeline.vae), rate),
         "move": _row(0, sum(map(size, experts)), FLOPS, COPIED),
         "step": _row(forwards * denoiser_flops(experts[0], geometry.tokens, config.text_len), size(experts[0]), FLOPS),
-        "decode": _row(counted(lambda: vae_pass.decode(vae, latents, 1)), size(pipeline.vae), rate),
+        "decode": _row(counted(lambda: chunked.decode(vae, latents, 1)), size(pipeline.vae), rate),
     }
 
 

@@ -29,9 +29,10 @@ from training.reading import Seen, shapes_in
 from training.scenes import Scenes
 from training.vae import HELD_OUT, psnr
 from wan import WanV2V, WanV2V5B
+from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import config_for
-from wan.continuation import VideoContinuation, chain
+from wan.continuation import VideoContinuation
 from wan.settings import Context
 from wan.types import Clip, Generation
 

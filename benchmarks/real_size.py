@@ -13,13 +13,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from wan.configs import WAN_CONFIGS
 from wan.continuation import VideoContinuation
-from wan.denoiser.fp8 import lower
+from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import FLOAT32_PARTS, WanModel, policy_dtype
 from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
 from wan.weights.checkpoint import Weights
-from wan.weights.quantized import Packed, PackedLinear
+from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),
@@ -79,25 +79,27 @@ class Words:
 HALFS = {"Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
 
 
-def random_packed(shape: torch.Size, kind: str, device: str) -> Packed:
-    """A random weight as a quantised file holds it, of about the scale of a real one."""
+def random_packed(shape: torch.Size, kind: str, device: str) -> QuantizedTensor:
+    """A random weight as a quantized file holds it, of about the scale of a real one."""
     if kind == "fp8":
-        return Packed(torch.randn(shape, device=device).to(torch.float8_e4m3fn), torch.tensor(0.02, device=device))
+        return QuantizedTensor(
+            torch.randn(shape, device=device).to(torch.float8_e4m3fn), torch.tensor(0.02, device=device)
+        )
     import gguf
 
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     blocks = torch.randint(0, 256, (shape[0], shape[1] // elements, size), dtype=torch.uint8, device=device)
     for start in HALFS[kind]:
         blocks[..., start], blocks[..., start + 1] = 0, 4  # 2**-14
-    return Packed(blocks.flatten(1), gguf_type=kind)
+    return QuantizedTensor(blocks.flatten(1), gguf_type=kind)
 
 
 def pack(model: WanModel, kind: str, home: torch.device, device: str = "cuda") -> WanModel:
-    """The model with its linear layers as a quantised file would fill them, made on a GPU and put on `home`."""
+    """The model with its linear layers as a quantized file would fill them, made on a GPU and put on `home`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and not name.startswith(FLOAT32_PARTS):
             packed = random_packed(module.weight.shape, kind, device)
-            model.set_submodule(name, PackedLinear(module, packed, module.weight.dtype, home))
+            model.set_submodule(name, QuantizedLinear(module, packed, module.weight.dtype, home))
     return model
 
 
@@ -118,7 +120,7 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
         if packed:
             pack(model, packed, cpu)
         if precision:
-            lower(model, precision, pipeline.device)
+            quantize_model(model, precision, pipeline.device)
         return model
 
     for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.real_size import SCENARIOS, VAE, commit, materialise
-from wan.device.placement import peak_gib, reset_peak, synchronize
-from wan.vae import chunked as vae_pass
+from wan.device.hardware import peak_gib, reset_peak, synchronize
+from wan.vae import chunked
 from wan.vae.vae import lay_out
 
 TINY: dict[str, Any] = {"base_dim": 16, "num_res_blocks": 1}
@@ -109,14 +109,14 @@ def main() -> None:
 
     model = build(task, device, args.tiny)
     meta = torch.device("meta")
-    work = {"encode": teraflops(lambda: vae_pass.encode(model.to(meta), pixels.to(meta), frames))}
+    work = {"encode": teraflops(lambda: chunked.encode(model.to(meta), pixels.to(meta), frames))}
     size = (
         1,
         model.config.z_dim,
         (frames + 3) // 4,
         *(side // model.config.scale_factor_spatial for side in (height, width)),
     )
-    work["decode"] = teraflops(lambda: vae_pass.decode(model, torch.empty(size, device=meta), frames))
+    work["decode"] = teraflops(lambda: chunked.decode(model, torch.empty(size, device=meta), frames))
     model = build(task, device, args.tiny)
 
     rows: list[dict[str, Any]] = []
@@ -135,8 +135,8 @@ def main() -> None:
     with torch.no_grad():
         with tf32(False):
             lay_out(model)
-            latents = vae_pass.encode(model, pixels, 1)
-            decoded = vae_pass.decode(model, latents, 1).cpu()
+            latents = chunked.encode(model, pixels, 1)
+            decoded = chunked.decode(model, latents, 1).cpu()
         exact = latents.cpu()
         if not args.no_library:
             peer = build(task, device, args.tiny)
@@ -146,11 +146,11 @@ def main() -> None:
         for name in args.dtypes:
             model.to(DTYPES[name])
             for chunk in args.chunks:
-                add(f"{name}, chunk {chunk}", "encode", partial(vae_pass.encode, model, pixels, chunk), exact, None)
-                add(f"{name}, chunk {chunk}", "decode", partial(vae_pass.decode, model, latents, chunk), decoded, 4.0)
+                add(f"{name}, chunk {chunk}", "encode", partial(chunked.encode, model, pixels, chunk), exact, None)
+                add(f"{name}, chunk {chunk}", "decode", partial(chunked.decode, model, latents, chunk), decoded, 4.0)
         if args.profile:
             with torch.profiler.profile() as profile:
-                vae_pass.decode(model, latents, args.chunks[-1])
+                chunked.decode(model, latents, args.chunks[-1])
                 synchronize(device)
             by = f"self_{device.type}_time_total"
             print(profile.key_averages().table(sort_by=by, row_limit=14, max_name_column_width=70))

@@ -16,7 +16,7 @@ LAYERS = [
     ("wan.options",),
     ("wan.settings",),
     ("wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
-    ("wan.device.placement",),
+    ("wan.device.hardware", "wan.device.streaming", "wan.device.placement"),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
     ("wan.modules", "wan.device.budget", "wan.footage"),
@@ -77,7 +77,7 @@ def test_imports_point_one_way() -> None:
 def test_policy_has_an_address() -> None:
     homes = {
         r"\bprint\(": {"wan/cli.py", "wan/commands/"},
-        r"empty_cache|\.cuda\(\)|cuda\.synchronize": {"wan/device/placement.py"},
+        r"empty_cache|\.cuda\(\)|cuda\.synchronize": {"wan/device/hardware.py"},
         r"\bimport av\b|from av\b": {"wan/media/"},
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {"wan/commands/job.py", "wan/captioner/endpoint.py"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan.captioner import Beat, InternVLCaptioner, Memory, next_beat
+from wan.captioner import InternVLCaptioner, Memory, NextPrompt, next_prompt
 from wan.captioner.next_prompt import KEEP
 from wan.errors import UserError
 from wan.types import UInt8Array
@@ -50,9 +51,9 @@ def description() -> str:
     return "The video shows a woman who walked along a beach. She wears red."
 
 
-def beat(vlm: Any, memory: Memory = KNOWN, **options: Any) -> Beat:
+def beat(vlm: Any, memory: Memory = KNOWN, **options: Any) -> NextPrompt:
     known: dict[str, Any] = {"motion": "the main motion goes left", "clip": 2, "clips": 5, "seconds": 81 / 16}
-    return next_beat(vlm, FRAMES, TIMES, memory=memory, **known | {"describe": description} | options)
+    return next_prompt(vlm, FRAMES, TIMES, memory=memory, **known | {"describe": description} | options)
 
 
 def reply(prompt: str, camera: str = "slow pan left", end_state: str = "standing at the water") -> str:
@@ -246,7 +247,7 @@ def test_a_description_says_what_stays_the_same_if_the_vlm_does_not(caplog: pyte
     assert len(caplog.records) == 2
 
 
-def chain(vlm: Scripted, memory: Memory, clips: range) -> list[Beat]:
+def chain(vlm: Scripted, memory: Memory, clips: range) -> list[NextPrompt]:
     made = []
     for clip in clips:
         made.append(beat(vlm, memory, clip=clip))
@@ -289,10 +290,11 @@ def test_a_broken_memory_is_refused_by_name(content: object, message: str) -> No
 
 def test_a_model_that_babbles_leaves_the_description(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real InternVL code with random weights: its answers are garbage."""
-    for tokens in ("IDENTITY_TOKENS", "BEAT_TOKENS"):
-        monkeypatch.setattr(f"wan.captioner.next_prompt.{tokens}", 24)
+    for tokens in ("IDENTITY_TOKENS", "PROMPT_TOKENS"):
+        # the package has the function under the name of its module
+        monkeypatch.setattr(sys.modules["wan.captioner.next_prompt"], tokens, 24)
     frames = np.load(GOLDEN / "frames.npy")
-    made = next_beat(
+    made = next_prompt(
         InternVLCaptioner(GOLDEN / "hf", "cpu", torch.float32),
         frames,
         np.linspace(-2, 0, len(frames)).tolist(),

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from benchmarks import clip
-from wan.types import Known, Request
+from wan.types import KnownFrames, Request
 
 
 @pytest.fixture
 def request_5b(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> Request:
     monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
-    image = Known((Image.effect_noise((64, 64), 60).convert("RGB"),))
+    image = KnownFrames((Image.effect_noise((64, 64), 60).convert("RGB"),))
     return Request("a cat", "", image, ti2v.geometry(64, 64, 5), ti2v.sampling(8, guide_scale=3.0), 1)
 
 

@@ -21,7 +21,7 @@ from wan.continuation import default_vlm
 from wan.errors import UserError
 from wan.footage import VideoFile
 from wan.settings import Sampling
-from wan.types import Clip, Generation, Geometry, Known, Request, frame_indices, from_uint8, to_uint8
+from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
 from wan.weights.prefetch import ReadAhead
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -47,7 +47,9 @@ def grey(level: int, frames: int = 3) -> Clip:
 
 
 def one_level_brighter(clip: Any, seed: int) -> Generation:
-    request = Request("", "", Known((clip.last,)), Geometry(1, 16, 16, (4, 8, 8)), Sampling(1, 5.0, (1.0, 1.0)), seed)
+    request = Request(
+        "", "", KnownFrames((clip.last,)), Geometry(1, 16, 16, (4, 8, 8)), Sampling(1, 5.0, (1.0, 1.0)), seed
+    )
     level = int(to_uint8(clip.last).max())
     return Generation(grey(level + 1), torch.zeros(1), request)
 
@@ -178,7 +180,7 @@ def test_a_long_description_is_cut_to_the_text_encoder(v2v: Any, monkeypatch: py
     sentence = "The boat goes over the water slowly. "
     monkeypatch.setattr(v2v.captioner, "describe", lambda *_, **__: sentence * 200)
     plan = dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video")
-    prompt = v2v.words(VideoFile(VIDEO), plan).prompt
+    prompt = v2v.build_prompt(VideoFile(VIDEO), plan).prompt
     assert prompt.startswith("continue video The boat") and prompt.endswith("slowly.")
     assert 512 - v2v.tokenizer.count(sentence) < v2v.tokenizer.count(prompt) <= 512
 

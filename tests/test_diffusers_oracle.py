@@ -14,7 +14,7 @@ from tests.conftest import GOLDEN
 from wan.image2video import preprocess as preprocess_14b
 from wan.settings import Sampling
 from wan.textimage2video import preprocess as preprocess_5b
-from wan.types import Generation, Known, Request
+from wan.types import Generation, KnownFrames, Request
 
 STEPS, SHIFT = 4, 5.0
 
@@ -41,7 +41,7 @@ def test_the_library_pipeline_makes_the_same_latents(family: str, i2v: Any, ti2v
     image = Image.open(GOLDEN / family / "image.png").convert("RGB")
     low, high = (2.0, 4.0) if family == "14b" else (3.0, 3.0)
     geometry = ours.geometry(64, 32, 5)
-    request = Request("a boat", "blurry", Known((image,)), geometry, Sampling(STEPS, SHIFT, (low, high)), seed=11)
+    request = Request("a boat", "blurry", KnownFrames((image,)), geometry, Sampling(STEPS, SHIFT, (low, high)), seed=11)
     made: Generation = ours.run(request)
 
     common = {"tokenizer": None, "text_encoder": None, "image_encoder": None, "image_processor": None}

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan.denoiser import attention_backends as kernels
+from wan.denoiser import attention_backends
 from wan.denoiser import model as model_module
 from wan.denoiser.attention_backends import compile_where_it_pays, fastest, use_attention, use_fastest_attention
 from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, KnownLatents, TextOnly
@@ -32,8 +32,8 @@ from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.device.placement import Placement
 from wan.settings import Sampling, StepCache
-from wan.types import Known, Request, TextContext
-from wan.vae import chunked as vae_pass
+from wan.types import KnownFrames, Request, TextContext
+from wan.vae import chunked
 
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")
@@ -342,7 +342,7 @@ def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch:
     assert half.kernels == {"attention": "_native_cudnn"} and whole.kernels == {}
     assert asked == [(cuda, 48, 2, 24, torch.bfloat16, False)]
     for block in half.blocks:
-        assert block.attn1.processor.attend is kernels.kernels_there()["_native_cudnn"]
+        assert block.attn1.processor.attend is attention_backends.kernels_there()["_native_cudnn"]
         assert not hasattr(block.attn2.processor, "attend")
 
 
@@ -385,7 +385,11 @@ def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         module.__spec__ = ModuleSpec(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     package.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
-    caches = (kernels.kernels_there, kernels._flash_attn_func, kernels.fastest_attention)
+    caches = (
+        attention_backends.kernels_there,
+        attention_backends._flash_attn_func,
+        attention_backends.fastest_attention,
+    )
     for cached in caches:
         cached.cache_clear()
     yield calls
@@ -395,19 +399,19 @@ def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_flash_attention_4_is_probed_where_it_is_installed(flash_4: list[str]) -> None:
     probe: Any = (torch.device("cpu"), 64, 2, 64, torch.bfloat16)
-    assert list(kernels.kernels_there())[-1] == "flash_4"
-    kernels.fastest_attention(*probe, False)
+    assert list(attention_backends.kernels_there())[-1] == "flash_4"
+    attention_backends.fastest_attention(*probe, False)
     assert flash_4 == []
-    kernels.fastest_attention(*probe, True)
+    attention_backends.fastest_attention(*probe, True)
     assert len(flash_4) == 3  # once for its numbers, twice for its time
 
 
 def test_flash_attention_4_that_is_not_there_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.kernels_there.cache_clear()
+    attention_backends.kernels_there.cache_clear()
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed, or broken
-    assert list(kernels.kernels_there())[:2] == ["native", "_native_cudnn"]
-    assert "flash_4" not in kernels.kernels_there()
-    kernels.kernels_there.cache_clear()
+    assert list(attention_backends.kernels_there())[:2] == ["native", "_native_cudnn"]
+    assert "flash_4" not in attention_backends.kernels_there()
+    attention_backends.kernels_there.cache_clear()
 
 
 @torch.no_grad()
@@ -533,7 +537,7 @@ def test_all_forwards_of_a_run_count_for_its_kernels(i2v: Any, monkeypatch: pyte
     geometry = i2v.geometry(96, 64, 9)
     for cache, steps in ((None, 2 * 12), ("taylorseer:2", 2 * (4 + 5))):  # 5 and 7 steps
         asked.clear()
-        image = Known((Image.new("RGB", (96, 64)),))
+        image = KnownFrames((Image.new("RGB", (96, 64)),))
         sampling = i2v.sampling(12, cache=cache, guide_scale=3.0)
         with pytest.raises(StopError):
             i2v.run(Request("x", "", image, geometry, sampling, 1), clips=3)
@@ -589,8 +593,8 @@ def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest,
             modes = vae.encode(clip[:, :, :frames]).latent_dist.mode()
             pixels = vae.decode(modes).sample
             for chunk in (0, 1, 2, 3, 8):
-                assert (vae_pass.encode(vae, clip[:, :, :frames], chunk) - modes).abs().max() < 1e-5
-                decoded = vae_pass.decode(vae, modes, chunk)
+                assert (chunked.encode(vae, clip[:, :, :frames], chunk) - modes).abs().max() < 1e-5
+                decoded = chunked.decode(vae, modes, chunk)
                 assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
                 assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
         assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing
@@ -623,10 +627,10 @@ def test_pixels_that_arrive_late_land_where_they_belong(monkeypatch: pytest.Monk
         made.append(torch.full(like.shape, torch.nan).as_subclass(Buffer))
         return made[-1]
 
-    monkeypatch.setattr(vae_pass, "_locked", locked)
+    monkeypatch.setattr(chunked, "_locked", locked)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(record_event=Event))
     pixels = torch.randn(1, 3, 1 + 4 * 6, 2, 2)
-    landing = vae_pass._Landing(torch.empty_like(pixels))
+    landing = chunked.HostCopy(torch.empty_like(pixels))
     for chunk in torch.split(pixels, [1, *[4] * 6], dim=2):
         landing.put(chunk.clone().as_subclass(Far))
     assert torch.equal(landing.done(), pixels) and len(made) == 3
@@ -637,17 +641,17 @@ def test_pixels_that_arrive_late_land_where_they_belong(monkeypatch: pytest.Monk
 def test_our_kernels_have_the_library_s_results(
     request: pytest.FixtureRequest, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wan.vae import kernels as fused
+    from wan.vae import kernels
 
     vae = request.getfixturevalue(family).vae.model
     clip = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    monkeypatch.setattr(vae_pass, "_fused", lambda x: fused)
+    monkeypatch.setattr(chunked, "_kernels", lambda x: kernels)
     with torch.no_grad():
         modes = vae.encode(clip).latent_dist.mode()
         pixels = vae.decode(modes).sample
         for chunk in (0, 2):
-            assert (vae_pass.encode(vae, clip, chunk) - modes).abs().max() < 1e-5
-            assert (vae_pass.decode(vae, modes, chunk) - pixels).abs().max() < 1e-4
+            assert (chunked.encode(vae, clip, chunk) - modes).abs().max() < 1e-5
+            assert (chunked.decode(vae, modes, chunk) - pixels).abs().max() < 1e-4
 
 
 def test_our_kernels_run_in_triton_s_interpreter() -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN
 from wan import WanTI2V, cli
-from wan.denoiser import fp8 as low_precision
-from wan.denoiser.fp8 import attend, check_precision, lower, multiply, quantise
+from wan.denoiser import fp8
+from wan.denoiser.fp8 import attend, check_precision, multiply, quantize, quantize_model
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
-from wan.weights.quantized import Addition, PackedLinear
+from wan.weights.quantized import Addition, QuantizedLinear
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -39,21 +39,21 @@ def exact_attention(*inputs: Tensor) -> Tensor:
 
 def test_rows_keep_their_largest_numbers_and_round_the_others_to_four_bits() -> None:
     x = random(40, 96) * torch.logspace(-3, 3, 40)[:, None]
-    rows, scale = quantise(x)
+    rows, scale = quantize(x)
     back = rows.float() * scale
     assert rows.dtype == torch.float8_e4m3fn and scale.shape == (40, 1)
     assert torch.allclose(back.abs().amax(1), x.abs().amax(1), rtol=1e-6)
     assert (back - x).abs().max(1).values.le(x.abs().amax(1) / 28).all()  # half a step of the largest binade
-    assert quantise(torch.zeros(2, 8))[0].float().eq(0).all()
+    assert quantize(torch.zeros(2, 8))[0].float().eq(0).all()
 
 
 def test_a_product_has_the_error_of_its_roundings() -> None:
     x, weight, bias = random(2, 50, 256), random(64, 256, seed=1), random(64, seed=2)
-    found = multiply(x, *quantise(weight), bias)
+    found = multiply(x, *quantize(weight), bias)
     assert found.shape == (2, 50, 64)
     assert 1e-2 < relative(found, F.linear(x.double(), weight.double(), bias.double())) < 5e-2
     powers = torch.tensor([448.0, 2.0, -1.0, 0.5]).repeat(1, 8)  # of which none is rounded
-    assert torch.equal(multiply(powers, *quantise(powers), torch.zeros(1)), powers @ powers.T)
+    assert torch.equal(multiply(powers, *quantize(powers), torch.zeros(1)), powers @ powers.T)
 
 
 @pytest.mark.parametrize("common", [0.0, 6.0])
@@ -67,15 +67,15 @@ def test_attention_is_5_per_cent_from_exact_whatever_the_keys_have_in_common(com
 @pytest.mark.parametrize("length", [256, 300])
 @pytest.mark.parametrize("columns", [64, 128])
 def test_the_kernel_is_attention(length: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wan.denoiser import int8_attention_kernel as attention8
+    from wan.denoiser import int8_attention_kernel
 
     # the interpreter cuts 8-bit floats off where a GPU rounds; in 16 bits only mistakes are left
-    monkeypatch.setattr(attention8, "FORMAT", torch.float16)
+    monkeypatch.setattr(int8_attention_kernel, "FORMAT", torch.float16)
     query, key, value = random(3, 2, length, 3, 32).bfloat16()
     key = key + 4
     for integers, bar in ((False, 5e-3), (True, 2e-2)):
-        tiles = attention8.Tiles(64, columns, by_descriptor=False, integers=integers)
-        found = attention8.attend(query, key, value, tiles)
+        tiles = int8_attention_kernel.Tiles(64, columns, by_descriptor=False, integers=integers)
+        found = int8_attention_kernel.attend(query, key, value, tiles)
         assert relative(found, exact_attention(query, key, value)) < bar
 
 
@@ -90,7 +90,7 @@ def test_the_kernel_runs_in_triton_s_interpreter() -> None:
 def test_a_gpu_rounds_as_a_cpu_does() -> None:
     x, weight, bias = random(2, 48, 256), random(64, 256, seed=1), random(64, seed=2)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    rows, scale = quantise(weight)
+    rows, scale = quantize(weight)
     found = multiply(x.cuda(), rows.cuda(), scale.cuda(), bias.cuda())
     assert abs(relative(found.cpu(), exact) - relative(multiply(x, rows, scale, bias), exact)) < 4e-3
     inputs = random(3, 2, 700, 3, 128)
@@ -100,10 +100,10 @@ def test_a_gpu_rounds_as_a_cpu_does() -> None:
     assert abs(relative(found, exact) - relative(attend(*inputs), exact)) < 1.5e-2
 
 
-@pytest.mark.parametrize("precision", low_precision.PRECISIONS)
+@pytest.mark.parametrize("precision", fp8.PRECISIONS)
 def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: Any) -> None:
     model = type(ti2v)(dataclasses.replace(ti2v.config, low_precision=precision), ti2v.checkpoint.folder).model
-    packed = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    packed = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     blocks = len(model.blocks)
     assert len(packed) == 8 * blocks and all(name.startswith("blocks.") for name in packed)
     assert not any("attn2.to_k" in name or "attn2.to_v" in name for name in packed)
@@ -113,11 +113,11 @@ def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: A
     assert 1e-3 < relative(found, exact) < 0.15
 
 
-@pytest.mark.parametrize("precision", low_precision.PRECISIONS)
+@pytest.mark.parametrize("precision", fp8.PRECISIONS)
 def test_one_graph_serves_all_lowered_blocks(precision: str) -> None:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 32}
     model = WanModel(**sizes, freq_dim=64, ffn_dim=96, num_layers=10).eval()  # more than a compiler's limit of graphs
-    lower(model, precision, torch.device("cpu"))
+    quantize_model(model, precision, torch.device("cpu"))
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -138,9 +138,9 @@ def test_what_a_lora_adds_is_added_beside_the_weight(ti2v: Any) -> None:
     left, right = random(linear.out_features, 2, seed=1), random(2, linear.in_features, seed=2)
     with torch.no_grad():
         without = low(x)
-        low.hold([Addition(left, right, 0.5), Addition(left @ right, None, -0.25)])
+        low.set_loras([Addition(left, right, 0.5), Addition(left @ right, None, -0.25)])
         assert torch.allclose(low(x) - without, 0.25 * F.linear(x, left @ right), atol=1e-4)
-        low.hold([])
+        low.set_loras([])
         assert torch.equal(low(x), without)
 
 
@@ -189,7 +189,7 @@ def cli_config() -> Any:
 
 def test_weights_of_another_quantisation_are_refused(ti2v: Any) -> None:
     model = type(ti2v)(ti2v.config, ti2v.checkpoint.folder).model
-    lower(model, "fp8", torch.device("cpu"))
+    quantize_model(model, "fp8", torch.device("cpu"))
     model.blocks[0].attn1.to_q.weight.data = model.blocks[0].attn1.to_q.weight.data.to(torch.float8_e5m2)
     with pytest.raises(UserError, match="bf16 and fp8"):
-        lower(model, "fp8", torch.device("cpu"))
+        quantize_model(model, "fp8", torch.device("cpu"))

@@ -18,16 +18,18 @@ from transformers import UMT5Config, UMT5EncoderModel
 from benchmarks.floor import counted, denoiser_flops
 from benchmarks.real_size import DIT, VAE, headers
 from tests.test_exact_speed import build, noise, prompt
-from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B, placement
+from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
 from wan.captioner import weight_bytes
 from wan.denoiser.model import WanModel
-from wan.device.budget import CONTEXT, GIB, Part, for_tensors
-from wan.device.placement import Placement, _Feed, layers_that_stay
+from wan.device import streaming
+from wan.device.budget import CONTEXT, GIB, StageMemory, for_tensors
+from wan.device.placement import Placement
+from wan.device.streaming import LayerStreamer, layers_that_stay
 from wan.image2video import WanI2V
 from wan.pipeline import Pipeline
 from wan.text.umt5 import TextEncoder
 from wan.textimage2video import WanTI2V
-from wan.vae import chunked as vae_pass
+from wan.vae import chunked
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -54,7 +56,7 @@ def room_for(model: WanModel, staying: int) -> int:
 def test_layers_that_come_one_by_one_change_no_bit(staying: int) -> None:
     model = build(num_layers=6)
     expected = forward(model)
-    placement = Placement(CPU, room=room_for(model, staying))
+    placement = Placement(CPU, weight_budget=room_for(model, staying))
     assert placement.streams(model) == (staying < 4)
     for _ in range(2):  # what a first use has put into one piece of memory, a second one finds there
         with placement.on_device(model):
@@ -67,7 +69,7 @@ def test_layers_that_come_one_by_one_change_no_bit(staying: int) -> None:
 
 def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
     model = build(num_layers=6)
-    placement = Placement(CPU, room=room_for(model, 0))
+    placement = Placement(CPU, weight_budget=room_for(model, 0))
     with placement.on_device(model):
         forward(model)
     before, seen = places(model), set[int]()
@@ -91,14 +93,14 @@ def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
 def test_layers_that_stay_come_once_and_then_text_keys_are_kept(
     staying: int, times: list[int], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, fetched, fetch = build(num_layers=6), list[int](), _Feed._fetch
+    model, fetched, fetch = build(num_layers=6), list[int](), LayerStreamer._fetch
 
-    def counting(feed: _Feed, number: int, used: int | None = None) -> None:
+    def counting(feed: LayerStreamer, number: int, used: int | None = None) -> None:
         fetched.append(number)
         fetch(feed, number, used)
 
-    monkeypatch.setattr(_Feed, "_fetch", counting)
-    placement = Placement(CPU, room=room_for(model, staying))
+    monkeypatch.setattr(LayerStreamer, "_fetch", counting)
+    placement = Placement(CPU, weight_budget=room_for(model, staying))
     with torch.no_grad(), placement.on_device(model):
         text = model.text_keys(prompt(1), keep=not placement.streams(model))
         for _ in range(3):
@@ -111,7 +113,7 @@ def test_a_layer_that_was_left_out_does_not_confuse_those_after_it() -> None:
     """Caches leave layers out, in some forwards and not in others."""
     model = build(num_layers=6)
     whole = list(model.blocks)
-    with Placement(CPU, room=room_for(model, 1)).on_device(model):
+    with Placement(CPU, weight_budget=room_for(model, 1)).on_device(model):
         expected = forward(model)
         skipped = _Skipped(whole[3])
         model.blocks[3] = skipped
@@ -141,7 +143,7 @@ def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() ->
         convolution.weight.data = convolution.weight.data.contiguous(memory_format=layout)
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
     for _ in range(2):
-        with Placement(CPU, room=2**30).on_device(model):
+        with Placement(CPU, weight_budget=2**30).on_device(model):
             there = model.state_dict()
             assert all(torch.equal(there[name], value) for name, (value, _) in before.items())
             assert {name: there[name].stride() for name in there} == {
@@ -166,7 +168,7 @@ def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureReq
     for model in models:
         there = [places(layer) for layer in model.layers]
         expected = {name: value.clone() for name, value in model.state_dict().items()}
-        with Placement(CPU, room=2**40).on_device(model):
+        with Placement(CPU, weight_budget=2**40).on_device(model):
             for number in range(len(there)):
                 model.before_layer(number)
                 assert not set(there[number]) & set(places(model.layers[number]))
@@ -191,18 +193,18 @@ def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 2560, "SC_PAGE_SIZE": 4096}[name])  # 10 MiB
-    monkeypatch.setattr(placement, "_locked", {"bytes": 0, "said": 0})
+    monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
     pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 2)]
     # 8 of 10 MiB would be too much; the driver refuses the third
-    assert [placement._lock(piece) for piece in pieces] == [True, False, False, True]
-    assert placement._locked == {"bytes": 6 << 20, "said": 1}
-    placement._unlock(pieces[0])
-    assert placement._locked["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
+    assert [streaming._pin(piece) for piece in pieces] == [True, False, False, True]
+    assert streaming._pinned == {"bytes": 6 << 20, "said": 1}
+    streaming._unpin(pieces[0])
+    assert streaming._pinned["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
 
 
 def test_changed_weights_are_those_that_come() -> None:
     model = build(num_layers=6)
-    placement = Placement(CPU, room=room_for(model, 0))
+    placement = Placement(CPU, weight_budget=room_for(model, 0))
     with placement.on_device(model):
         before = forward(model)
     model.blocks[2].attn1.to_q.weight.data.mul_(2)  # as a LoRA does
@@ -216,7 +218,7 @@ def test_changed_weights_are_those_that_come() -> None:
 def test_a_failure_leaves_the_weights_in_host_memory() -> None:
     model = build(num_layers=6)
     expected = forward(model)
-    with pytest.raises(ZeroDivisionError), Placement(CPU, room=room_for(model, 0)).on_device(model):
+    with pytest.raises(ZeroDivisionError), Placement(CPU, weight_budget=room_for(model, 0)).on_device(model):
         forward(model)
         raise ZeroDivisionError
     assert model.before_layer is None
@@ -232,21 +234,22 @@ def test_a_text_encoder_comes_layer_by_layer_too() -> None:
     with torch.no_grad():
         expected = encoder.model(ids, mask)[0]
         size = sum(tensor.nbytes for tensor in encoder.parameters())
-        with Placement(CPU, room=size - 2 * 30000).on_device(encoder):
+        with Placement(CPU, weight_budget=size - 2 * 30000).on_device(encoder):
             assert encoder.before_layer is not None
             assert torch.equal(encoder.model(ids, mask)[0], expected)
 
 
 @pytest.mark.parametrize(
-    ("room", "stay"), [(None, 10), (1000, 10), (999, 7), (905, 7), (904, 6), (335, 1), (334, 0), (240, 0), (239, -1)]
+    ("weight_budget", "stay"),
+    [(None, 10), (1000, 10), (999, 7), (905, 7), (904, 6), (335, 1), (334, 0), (240, 0), (239, -1)],
 )
-def test_as_many_layers_stay_as_there_is_room_for(room: int | None, stay: int) -> None:
+def test_as_many_layers_stay_as_there_is_room_for(weight_budget: int | None, stay: int) -> None:
     """Ten layers of 95 bytes and 50 bytes more; room for two layers is for those that come."""
-    assert layers_that_stay(1000, 95, 10, room) == stay
+    assert layers_that_stay(1000, 95, 10, weight_budget) == stay
 
 
 def test_what_is_told_is_what_a_placement_takes() -> None:
-    part = Part(weights=1000, working=200, layer=90, count=10, beside=40)
+    part = StageMemory(weights=1000, working=200, layer=90, count=10, beside=40)
     assert part.peak(None) == part.peak(1240) == 1240
     assert part.peak(1200) <= 1200 and part.peak(part.least) <= part.least
     assert part.least == 1000 - 8 * 90 + 200 + 40
@@ -386,11 +389,11 @@ def test_all_models_stay_where_a_budget_holds_them_all() -> None:
     assert pipeline.gpu_bytes(geometry, True) / GIB == pytest.approx(31.4, abs=0.5)
     assert pipeline.gpu_bytes(geometry, False) / GIB == pytest.approx(2 * 26.6 + 10.6 + 0.24 + 4.8, abs=1)
     waiting = []
-    for vram, offload, room in ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some")):
+    for vram, offload, weight_budget in ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some")):
         pipeline.vram = None if vram is None else vram * GIB
         pipeline.__dict__["vae"] = SimpleNamespace(to=waiting.append)
         placement = pipeline._placements(geometry, True)("sampling")
-        assert placement.offload is offload and (placement.room is not None) == (room is not None)
+        assert placement.offload is offload and (placement.weight_budget is not None) == (weight_budget is not None)
     assert waiting == ["cpu", "cpu"]  # where not all of them fit
     with pytest.raises(UserError, match="vram needs offload_model True"):
         pipeline.run(SimpleNamespace(geometry=geometry), offload=False)
@@ -443,5 +446,5 @@ def test_floors_are_the_arithmetic_of_the_released_models(task: str, decoding: f
     with init_empty_weights():
         vae, denoiser = AutoencoderKLWan(**VAE[task]).to("meta"), WanModel(**DIT[task])
     latents = torch.empty(1, VAE[task].get("z_dim", 16), *geometry.latent, device="meta")
-    assert counted(lambda: vae_pass.decode(vae, latents, 1)) / 1e12 == pytest.approx(decoding, rel=0.01)
+    assert counted(lambda: chunked.decode(vae, latents, 1)) / 1e12 == pytest.approx(decoding, rel=0.01)
     assert denoiser_flops(denoiser, geometry.tokens, 512) / 1e12 == pytest.approx(forward, rel=0.01)

@@ -24,7 +24,7 @@ from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Known, Request, from_uint8
+from wan.types import Clip, KnownFrames, Request, from_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 AREA = 96 * 64
@@ -92,7 +92,7 @@ def test_the_last_frame_is_conditioned_on_bit_for_bit_as_image_to_video_does(
         image = image.crop((0, 0, *image.size)).resize((192, 128))  # an aspect that needs no crop
         request, plan = request_of(ours, Still(image))
         width, height = plan.geometry.width, plan.geometry.height
-    literal = Request("it goes on", "n", Known((image,)), plan.geometry, plan.sampling, 7)
+    literal = Request("it goes on", "n", KnownFrames((image,)), plan.geometry, plan.sampling, 7)
     noise = stock.noise(literal)
     assert torch.equal(noise, ours.noise(request)) and (width, height) == (96, 64)
     one, other = ours.condition(request, noise, CPU), stock.condition(literal, noise, CPU)
@@ -328,7 +328,7 @@ def test_a_cut_starts_from_its_picture_and_repeats_nothing(a14b: Any, b5: Any) -
     assert made.notes["dropped"] == 0 and made.seam is None
     assert torch.equal(made.request.known.leading[0], stretched(picture, 96, 64))
     plan = b5.plan(moving(fps=24), cut=True, **OPTIONS)
-    assert b5.extend(moving(fps=24), 1, plan).request.known == Known()
+    assert b5.extend(moving(fps=24), 1, plan).request.known == KnownFrames()
 
 
 # Candidates

@@ -22,7 +22,7 @@ from wan.configs import PRESETS, WAN_CONFIGS, config_for
 from wan.denoiser.schedule import build_scheduler
 from wan.errors import UserError
 from wan.settings import Sampling, StepCache
-from wan.types import Known, Request
+from wan.types import KnownFrames, Request
 from wan.weights.checkpoint import open_safetensors
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -33,7 +33,7 @@ NAMES = ("high_noise_model", "low_noise_model", "model")
 
 def request_of(pipeline: Any, seed: int = 1, **sampling: Any) -> Request:
     values = {"steps": 12, "shift": 5.0, "guide_scale": 3.0} | sampling
-    return Request("a cat", "", Known((IMAGE,)), pipeline.geometry(64, 64, 5), pipeline.sampling(**values), seed)
+    return Request("a cat", "", KnownFrames((IMAGE,)), pipeline.geometry(64, 64, 5), pipeline.sampling(**values), seed)
 
 
 @contextmanager

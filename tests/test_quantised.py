@@ -23,7 +23,7 @@ from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
-from wan.weights.quantized import GGUF_TYPES, PackedLinear, _expand
+from wan.weights.quantized import GGUF_TYPES, QuantizedLinear, _expand
 
 gguf = pytest.importorskip("gguf")  # the dev extra has it
 
@@ -171,8 +171,8 @@ def load(weights: Weights, dtype: torch.dtype, convert: bool = False) -> WanMode
     return WanModel.from_weights(weights, dtype=dtype, device=CPU, convert_model_dtype=convert)
 
 
-def packed(model: WanModel) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def packed(model: WanModel) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_memory_is_that_of_the_file(states: dict[str, State], beside: Path) -> N
     assert size(beside / "y.gguf") == linear * 18 // 32
 
 
-def _packed_of(state: State, folder: Path) -> dict[str, PackedLinear]:
+def _packed_of(state: State, folder: Path) -> dict[str, QuantizedLinear]:
     comfyui(state, folder / "x.safetensors")
     return packed(load(open_denoiser(folder / "x.safetensors", folder), torch.bfloat16))
 
@@ -286,7 +286,7 @@ def test_offloading_takes_all_of_a_packed_model_along(name: str, states: dict[st
     model = load(weights, torch.bfloat16)
     merge_loras(model, weights, [lora(states["wide"], beside)])
     before = forward(model)
-    placement = Placement(torch.device("cpu"), room=2**40)  # the GPU is played by other pieces of host memory
+    placement = Placement(torch.device("cpu"), weight_budget=2**40)  # the GPU is played by other pieces of host memory
     with placement.on_device(model):
         assert torch.equal(forward(model), before)
     there = places(model)

@@ -161,9 +161,13 @@ def test_redo_can_keep_what_follows(checkpoint: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        (["--sample_steps", "3"], {}, "holds a run with other settings (steps 2, now 3)"),
-        (["--sample_guide_scale", "2"], {}, "holds a run with other settings (guidance [5.0, 5.0], now [2.0, 2.0])"),
-        ([], {"seed": 9}, "holds a run with other settings (seed 3, now 9)"),
+        (["--sample_steps", "3"], {}, "holds a run with other settings (--sample_steps 2, now 3)"),
+        (
+            ["--sample_guide_scale", "2"],
+            {},
+            "holds a run with other settings (--sample_guide_scale [5.0, 5.0], now [2.0, 2.0])",
+        ),
+        ([], {"seed": 9}, "holds a run with other settings (--base_seed 3, now 9)"),
         ([], {"video": DATA / "corpus" / "fps_2997.mkv"}, "holds a run with other settings (another video)"),
         (["--redo", "7"], {}, "--redo 7: {folder} holds clips 1 to 3"),
         (["--redo", "3"], {"count": 2}, "--redo 3 is beyond --num_videos 2"),

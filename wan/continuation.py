@@ -21,27 +21,28 @@ from torch import Tensor
 
 from wan import media
 from wan.captioner import (
-    Beat,
     Captioner,
     Memory,
+    NextPrompt,
     build_transform,
     compose_prompt,
     dynamic_preprocess,
-    next_beat,
+    next_prompt,
     open_captioner,
     weight_bytes,
 )
 from wan.chain.plan import Plan
 from wan.configs import ModelConfig
 from wan.device.budget import GIB, for_tensors
-from wan.device.placement import bytes_on, drop_cache, free_bytes, parse_device, same_device
+from wan.device.hardware import drop_cache, free_bytes, parse_device, same_device
+from wan.device.placement import bytes_on
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.options import LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
 from wan.quality import correct_drift, measure_motion, score_seam
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Footage, Frame, Generation, Known, OnStep, Request, Step, UInt8Array, frame_size
+from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Step, UInt8Array, frame_size
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,10 @@ VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class ClipPrompt:
     """The prompt of a clip, how it came about (as JSON values), and the seconds that took."""
 
-    prompt: str
+    text: str
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
@@ -268,7 +269,7 @@ class VideoContinuation(Pipeline):
         """Frames per second of what the model makes."""
         return Fraction(self.config.sample_fps)
 
-    def settled(self, footage: Footage, plan: Plan) -> Plan:
+    def with_available_context(self, footage: Footage, plan: Plan) -> Plan:
         """The plan with no more known frames than the footage has at the model's rate."""
         if plan.context.mode != "tail" or plan.is_cut:
             return plan
@@ -287,31 +288,33 @@ class VideoContinuation(Pipeline):
         memory: Mapping[str, Any] = MappingProxyType({}),
     ) -> Generation:
         """One clip that goes on from the footage. `memory` is what the clip before noted under that name."""
-        plan = self.settled(footage, plan)
+        plan = self.with_available_context(footage, plan)
         if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
         # a VLM that is not on the CPU leaves the disk and memory to the other models
         ahead = plan.described and (self.vlm_url or self.vlm_device.type != "cpu")
         with self._reading_ahead() if ahead else nullcontext():
-            words = self.words(footage, plan, memory)
-        made = self._candidate(footage, words, seed, plan, on_step)
+            prompt = self.build_prompt(footage, plan, memory)
+        made = self._candidate(footage, prompt, seed, plan, on_step)
         seconds, candidates = Counter(made.seconds), []
         if plan.best_of > 1 and not plan.is_cut:  # a cut has no seam to choose by
             candidates.append({"seed": seed, "score": _seam_score(made)})
             for index in range(1, plan.best_of):
-                other = self._candidate(footage, words, seed + index * CANDIDATE_STEP, plan, on_step)
+                other = self._candidate(footage, prompt, seed + index * CANDIDATE_STEP, plan, on_step)
                 candidates.append({"seed": other.request.seed, "score": _seam_score(other)})
                 seconds.update(other.seconds)
                 made = min(made, other, key=_seam_score)
-        notes = {"dropped": plan.dropped, "context_frames": plan.context.frames} | dict(words.notes) | dict(made.notes)
+        notes = {"dropped": plan.dropped, "context_frames": plan.context.frames} | dict(prompt.notes) | dict(made.notes)
         if candidates:
             notes["candidates"] = candidates
-        caption = {"caption": words.seconds} if plan.described else {}
+        caption = {"caption": prompt.seconds} if plan.described else {}
         return dataclasses.replace(made, seconds=caption | dict(seconds), notes=notes)
 
-    def _candidate(self, footage: Footage, words: Words, seed: int, plan: Plan, on_step: OnStep | None) -> Generation:
+    def _candidate(
+        self, footage: Footage, prompt: ClipPrompt, seed: int, plan: Plan, on_step: OnStep | None
+    ) -> Generation:
         request = Request(
-            words.prompt, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
+            prompt.text, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
         )
         # of the whole chain, so that a run that goes on with it computes with the same kernels
         made = self.run(request, offload=plan.offload, on_step=on_step, clips=plan.count * plan.best_of)
@@ -319,35 +322,37 @@ class VideoContinuation(Pipeline):
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
-        return dataclasses.replace(made, judge=self.judge(footage, made, plan))
+        return dataclasses.replace(made, score_seam=self.score_seam_later(footage, made, plan))
 
-    def known(self, footage: Footage, plan: Plan) -> Known:
+    def known(self, footage: Footage, plan: Plan) -> KnownFrames:
         """What the clip is conditioned on."""
         size = plan.geometry.width, plan.geometry.height
         end = None if plan.end is None else self.frame_for(plan.end, *size)
         if plan.cut is True:
-            return Known()
+            return KnownFrames()
         if plan.cut is not None and plan.cut is not False:
             picture = self.frame_for(plan.cut, *size)
             # the first clip of a shot has an anchor and no motion yet (source: Stable Video Infinity 2.0 Pro)
-            return Known(anchor=picture) if plan.context.mode == "svi2pro" else Known((picture,), end)
+            return KnownFrames(anchor=picture) if plan.context.mode == "svi2pro" else KnownFrames((picture,), end)
         if plan.context.mode == "svi2pro":
             assert plan.anchor is not None
             anchor = self.frame_for(plan.anchor, *size)
             if footage.motion is not None:
-                return Known(anchor=anchor, motion=footage.motion)
+                return KnownFrames(anchor=anchor, motion=footage.motion)
             tail = self.pictures(footage, LONGEST_CONTEXT, plan)
-            return Known(tail[(len(tail) - 1) % 4 :], anchor=anchor)
+            return KnownFrames(tail[(len(tail) - 1) % 4 :], anchor=anchor)
         if plan.context.frames == 1:
-            return Known((self.frame_for(footage.last, *size),), end)
-        return Known(self.pictures(footage, plan.context.frames, plan), end)
+            return KnownFrames((self.frame_for(footage.last, *size),), end)
+        return KnownFrames(self.pictures(footage, plan.context.frames, plan), end)
 
     def pictures(self, footage: Footage, count: int, plan: Plan) -> tuple[Tensor, ...]:
         """The footage's last frames at the model's rate, up to `count`, float32 [3, H, W] of the clip's size."""
         width, height = plan.geometry.width, plan.geometry.height
         return tuple(self.frame_for(frame.permute(2, 0, 1), width, height) for frame in footage.tail(count, self.fps))
 
-    def judge(self, footage: Footage, made: Generation, plan: Plan) -> Callable[[], Mapping[str, Any] | None]:
+    def score_seam_later(
+        self, footage: Footage, made: Generation, plan: Plan
+    ) -> Callable[[], Mapping[str, Any] | None]:
         """How well the clip goes on from the footage, `SeamScore` as JSON values; None for one that begins a new shot.
 
         It is computed when it is first asked for, so that a chain need not wait for it.
@@ -368,11 +373,13 @@ class VideoContinuation(Pipeline):
             ).as_json()
         )
 
-    def words(self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})) -> Words:
+    def build_prompt(
+        self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})
+    ) -> ClipPrompt:
         """The plan's prompt, or what the VLM says cut to what the text encoder takes; prefix first."""
         start = time.perf_counter()
         if not plan.described:
-            return Words(f"{plan.prefix} {plan.prompt}".strip())
+            return ClipPrompt(f"{plan.prefix} {plan.prompt}".strip())
         if plan.cut is not None and not isinstance(plan.cut, bool):  # the picture is what is continued
             footage = Clip(
                 self.frame_for(plan.cut, plan.geometry.width, plan.geometry.height)[None].permute(0, 2, 3, 1), self.fps
@@ -380,22 +387,26 @@ class VideoContinuation(Pipeline):
         notes: dict[str, Any] = {}
         if plan.prompt_mode == "continue":
             # after a cut nothing of the old shot is to be kept up
-            beat = self._next_beat(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
-            notes = {"memory": beat.memory.as_json(), "answers": list(beat.answers), "fallback": beat.fallback}
-            summary = beat.prompt
+            following = self._next_prompt(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
+            notes = {
+                "memory": following.memory.as_json(),
+                "answers": list(following.answers),
+                "fallback": following.fallback,
+            }
+            summary = following.prompt
         else:
             summary = self._describe(footage.samples(plan.num_segments), plan=plan)
             notes = {"answers": [summary]}
         prompt = compose_prompt(plan.prefix, summary, self.tokenizer.count, self.config.text_len)
-        return Words(prompt, notes, time.perf_counter() - start)
+        return ClipPrompt(prompt, notes, time.perf_counter() - start)
 
-    def _next_beat(self, footage: Footage, plan: Plan, memory: Memory) -> Beat:
+    def _next_prompt(self, footage: Footage, plan: Plan, memory: Memory) -> NextPrompt:
         frames = footage.samples(plan.num_segments, RECENT_SECONDS)
         apart = RECENT_SECONDS / max(plan.num_segments - 1, 1)
         tail = footage.tail(LONGEST_CONTEXT, self.fps)
         motion = measure_motion(tail, self.fps) if len(tail) > 1 else None  # a picture has none
         try:
-            return next_beat(
+            return next_prompt(
                 self.captioner,
                 frames,
                 [apart * (index + 1 - len(frames)) for index in range(len(frames))],

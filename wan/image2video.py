@@ -13,7 +13,7 @@ from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannel
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.pipeline import TwoExperts, draw_seed, fills
-from wan.types import Frame, Known, OnStep, Request, frame_size, image_to_frame
+from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
 
 def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
@@ -98,7 +98,7 @@ class WanI2V(TwoExperts):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            Known((img,), end=last_image),
+            KnownFrames((img,), end=last_image),
             self.geometry(width, height, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),

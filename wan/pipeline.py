@@ -26,19 +26,18 @@ from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Expert, Stage, plan_stages, sample
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
-from wan.device import budget as memory
-from wan.device.placement import (
-    Placement,
+from wan.device.budget import CONTEXT, FITTING, GIB, StageMemory, denoiser_memory, for_tensors, text_memory, vae_memory
+from wan.device.hardware import (
     free_bytes,
     generator_on,
     grow_segments,
     host_bytes,
     main_device,
-    move_home,
     peak_gib,
     reset_peak,
     synchronize,
 )
+from wan.device.placement import Placement, move_home
 from wan.errors import UserError
 from wan.options import EXPERT_OF_LORA, LONGEST_CONTEXT
 from wan.settings import LoraFile, Sampling, StepCache
@@ -122,7 +121,7 @@ class Pipeline(ABC):
             raise UserError("`vram` is for a GPU, and there is none; leave it out")
         self.load_device = torch.device("cpu")
         grow_segments()
-        return free_bytes(self.device) if vram == "auto" else int(vram * memory.GIB)
+        return free_bytes(self.device) if vram == "auto" else int(vram * GIB)
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -201,30 +200,30 @@ class Pipeline(ABC):
         geometry = Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
         if self.vram is not None:
             stage, part = max(self.parts(geometry).items(), key=lambda item: item[1].least)
-            least = part.least / memory.FITTING + memory.CONTEXT
+            least = part.least / FITTING + CONTEXT
             if least > self.vram:
                 raise UserError(
-                    f"`vram` {self.vram / memory.GIB:.3g}: {stage} of {frames} frames of {width}x{height} needs "
-                    f"{least / memory.GIB:.1f} GiB; {_ADVICE[stage]}"
+                    f"`vram` {self.vram / GIB:.3g}: {stage} of {frames} frames of {width}x{height} needs "
+                    f"{least / GIB:.1f} GiB; {_ADVICE[stage]}"
                 )
         return geometry
 
-    def parts(self, geometry: Geometry, known: int | None = None) -> dict[str, memory.Part]:
+    def parts(self, geometry: Geometry, known: int | None = None) -> dict[str, StageMemory]:
         """What each stage of making a clip takes of the GPU, beside a VLM; `known` frames, or the most there may be."""
         config, checkpoint = self.config, self.checkpoint
         if known is None:
             known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
-        encoding, decoding = memory.vae_parts(checkpoint.vae, config.vae_dtype, geometry, known)
+        encoding, decoding = vae_memory(checkpoint.vae, config.vae_dtype, geometry, known)
         denoising = max(self._denoisers(geometry), key=lambda part: part.least)
         found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
-            found["text"] = memory.text_part(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+            found["text"] = text_memory(checkpoint.text_encoder, config.t5_dtype, config.text_len)
         return found
 
-    def _denoisers(self, geometry: Geometry) -> list[memory.Part]:
+    def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
         config, in_8_bits = self.config, self.config.low_precision is not None
         return [
-            memory.denoiser_part(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            denoiser_memory(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
             for weights in self.checkpoint.experts.values()
         ]
 
@@ -232,7 +231,7 @@ class Pipeline(ABC):
         """The most that the tensors of a clip take of the GPU, beside a VLM."""
         parts = self.parts(geometry)
         if offload and not self._all_fit(geometry):
-            budget = None if self.vram is None else memory.for_tensors(self.vram)
+            budget = None if self.vram is None else for_tensors(self.vram)
             return max(part.peak(budget) for part in parts.values())
         weights = [part.weights for stage, part in parts.items() if stage in ("text", "decoding")]
         weights += [part.weights for part in self._denoisers(geometry)]
@@ -244,7 +243,7 @@ class Pipeline(ABC):
         ]
 
     def _reading_ahead(self) -> ReadAhead:
-        """Reads the files of models that are not loaded yet, in the order of their use, up to half of the memory."""
+        """Reads the files of models that are not loaded yet, in the order of their use, up to half of the budget."""
         parts = {"text_encoder": self.checkpoint.text_encoder, "vae": self.checkpoint.vae}
         parts |= dict(sorted(self.checkpoint.experts.items()))  # high noise first
         files = [file for name, weights in parts.items() if name not in self.__dict__ for file in weights.files]
@@ -254,18 +253,20 @@ class Pipeline(ABC):
 
     def _all_fit(self, geometry: Geometry) -> bool:
         """Whether a budget of memory is enough for all models at once, so that none needs to wait elsewhere."""
-        return self.vram is not None and self.gpu_bytes(geometry, False) <= memory.for_tensors(self.vram)
+        return self.vram is not None and self.gpu_bytes(geometry, False) <= for_tensors(self.vram)
 
     def _placements(self, geometry: Geometry, offload: bool) -> Callable[[str], Placement]:
-        """Where the model of each stage lives, with the room that the budget of memory leaves it."""
+        """Where the model of each stage lives, with what the budget of memory leaves for its weights."""
         if self.vram is None:
             return lambda stage: Placement(self.device, offload)
         if self._all_fit(geometry):
             return lambda stage: Placement(self.device, offload=False)
         for model in self._loaded():  # a smaller clip before this one may have left them there
             move_home(model)
-        budget, parts = memory.for_tensors(self.vram), self.parts(geometry)
-        return lambda stage: Placement(self.device, True, parts[stage].room(budget) if stage in parts else None)
+        budget, parts = for_tensors(self.vram), self.parts(geometry)
+        return lambda stage: Placement(
+            self.device, True, parts[stage].weight_budget(budget) if stage in parts else None
+        )
 
     def sampling(
         self,

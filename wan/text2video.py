@@ -7,7 +7,7 @@ from torch import Tensor
 from wan.denoiser.conditioning import Condition, TextOnly
 from wan.device.placement import Placement
 from wan.pipeline import TwoExperts, draw_seed
-from wan.types import Known, OnStep, Request
+from wan.types import KnownFrames, OnStep, Request
 
 
 class WanT2V(TwoExperts):
@@ -32,7 +32,7 @@ class WanT2V(TwoExperts):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            Known(),
+            KnownFrames(),
             self.geometry(*size, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),

@@ -11,7 +11,7 @@ from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.pipeline import OneExpert, draw_seed, fills
-from wan.types import Frame, Known, OnStep, Request, image_to_frame
+from wan.types import Frame, KnownFrames, OnStep, Request, image_to_frame
 
 
 def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class WanTI2V(OneExpert):
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,
-            Known() if img is None else Known((img,)),
+            KnownFrames() if img is None else KnownFrames((img,)),
             self.geometry(*size, frame_num),
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),

@@ -61,7 +61,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFrames:
     """What is known of a clip before it is made; nothing at all for text alone.
 
     `leading`: its first frames, oldest first, 1 or 4n+1. `end`: its last frame. With an `anchor` picture the clip is
@@ -141,7 +141,7 @@ class Request:
 
     prompt: str
     negative: str
-    known: Known
+    known: KnownFrames
     geometry: Geometry
     sampling: Sampling
     seed: int
@@ -180,8 +180,8 @@ class Generation:
     """One finished clip and what made it.
 
     `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
-    a CPU; `notes` what else is to be written down, as JSON values; `judge` computes `seam`. It is the `Footage` that
-    the next clip goes on from.
+    a CPU; `notes` what else is to be written down, as JSON values; `score_seam` computes `seam`. It is the `Footage`
+    that the next clip goes on from.
     """
 
     clip: Clip
@@ -190,12 +190,12 @@ class Generation:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_gib: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
-    judge: Callable[[], Mapping[str, Any] | None] = lambda: None
+    score_seam: Callable[[], Mapping[str, Any] | None] = lambda: None
 
     @property
     def seam(self) -> Mapping[str, Any] | None:
         """How well the clip goes on from the footage before it, as JSON values; None where nothing goes on."""
-        return self.judge()
+        return self.score_seam()
 
     @property
     def last(self) -> Tensor:

@@ -6,13 +6,13 @@ from wan.captioner.factory import open_captioner, weight_bytes
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
-from wan.captioner.next_prompt import Beat, Memory, next_beat
+from wan.captioner.next_prompt import Memory, NextPrompt, next_prompt
 from wan.captioner.text import clean_caption, compose_prompt
 from wan.compat import hide_broken_torchvision
 from wan.types import frame_indices
 
 __all__ = [
-    "Beat",
+    "NextPrompt",
     "Captioner",
     "EndpointCaptioner",
     "GenericCaptioner",
@@ -25,7 +25,7 @@ __all__ = [
     "dynamic_preprocess",
     "frame_indices",
     "hide_broken_torchvision",
-    "next_beat",
+    "next_prompt",
     "open_captioner",
     "weight_bytes",
 ]

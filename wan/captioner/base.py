@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from wan.compat import hide_broken_torchvision
-from wan.device.placement import release_memory
+from wan.device.hardware import release_memory
 from wan.errors import UserError
 from wan.types import UInt8Array
 

@@ -18,11 +18,11 @@ from wan.types import UInt8Array
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-IDENTITY_TOKENS, BEAT_TOKENS = 192, 384  # what may be answered; about twice what is asked for
+IDENTITY_TOKENS, PROMPT_TOKENS = 192, 384  # what may be answered; about twice what is asked for
 IDENTITY_WORDS, SUBJECT_WORDS, CAMERA_WORDS, END_WORDS = 60, 8, 20, 40
 PROMPT_WORDS = range(5, 101)
 REMEMBERED = 3  # prompts
-OVERLAP = 0.6  # share of words in common with the prompt before at which a beat says the same again
+OVERLAP = 0.6  # share of words in common with the prompt before at which a prompt says the same again
 KEEP = "Same look, place, light and colours."  # ends a prompt without a goal, which may change any of them
 
 IDENTITY_QUESTION = f"""\
@@ -32,7 +32,7 @@ These frames are samples of one video, in order. Reply with JSON only, in Englis
 then the place, the light and the visual style.
 Say only what is visible. No movement, no action, no camera, no mention of frames or of a video."""
 
-BEAT_QUESTION = """\
+PROMPT_QUESTION = """\
 These frames end a video. They were taken this many seconds before its end: {times}.
 {facts}
 Write the prompt from which a video generator makes the next {seconds:g} seconds. It starts at the last frame.
@@ -136,7 +136,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Beat:
+class NextPrompt:
     """The prompt for the next clip and how it came about."""
 
     prompt: str
@@ -149,7 +149,7 @@ class Rejected(Exception):
     """An answer is of no use; the message says why, in words for the VLM."""
 
 
-def next_beat(
+def next_prompt(
     captioner: Captioner,
     frames: UInt8Array,
     times: Sequence[float],
@@ -163,7 +163,7 @@ def next_beat(
     describe: Callable[[], str],
     still: bool = False,
     attempts: int = 2,
-) -> Beat:
+) -> NextPrompt:
     """The prompt for clip `clip` of `clips`, counted from 1, that goes on for `seconds` from where the frames end.
 
     Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
@@ -198,15 +198,15 @@ def next_beat(
             )
             memory = replace(memory, identity=first_words(describe(), IDENTITY_WORDS))
     try:
-        question = beat_question(times, motion, memory, goal, clip, clips, seconds, still)
-        prompt, memory = ask(question, functools.partial(read_beat, memory=memory, goal=goal), BEAT_TOKENS)
+        question = next_prompt_question(times, motion, memory, goal, clip, clips, seconds, still)
+        prompt, memory = ask(question, functools.partial(read_next_prompt, memory=memory, goal=goal), PROMPT_TOKENS)
     except (Rejected, UserError) as error:
         logger.warning("clip %d of %d is prompted with a description, because %s", clip, clips, error)
-        return Beat(f"{goal} {describe()}".strip(), replace(memory, end_state=""), tuple(answers), str(error))
-    return Beat(prompt, memory, tuple(answers), None)
+        return NextPrompt(f"{goal} {describe()}".strip(), replace(memory, end_state=""), tuple(answers), str(error))
+    return NextPrompt(prompt, memory, tuple(answers), None)
 
 
-def beat_question(
+def next_prompt_question(
     times: Sequence[float],
     motion: str,
     memory: Memory,
@@ -224,7 +224,7 @@ def beat_question(
         "Earlier prompts, oldest first": " / ".join(memory.prompts),
         f"What is wanted; this is part {clip} of {clips}, go only as far as it allows": goal,
     }
-    return BEAT_QUESTION.format(
+    return PROMPT_QUESTION.format(
         times=", ".join(f"Frame{number} {abs(time):.1f}" for number, time in enumerate(times, 1)),
         facts="\n".join(f"{name}: {text}" for name, text in facts.items() if text),
         seconds=round(seconds, 1),
@@ -249,7 +249,7 @@ def read_identity(answer: str) -> tuple[str, str]:
     return identity, subject
 
 
-def read_beat(answer: str, memory: Memory, goal: str) -> tuple[str, Memory]:
+def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memory]:
     """The prompt in an answer, and the memory after it. Raises Rejected."""
     said = fields_of(answer, ("prompt", "camera", "end_state"))
     prompt, camera = clean_caption(said["prompt"]), first_words(said["camera"], CAMERA_WORDS).rstrip(".")

@@ -118,7 +118,7 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[
                 raise UserError(f"{settings.storyboard}, line {scene.line}: {error.marked}") from error
             if isinstance(scene.said.get("cut"), str) and anchor is not None and not settings.anchor_image:
                 anchor = picture(scene.said["cut"])  # what is held on to is the new shot
-        plans.append(continuation.settled(footage, plan) if number == 1 else plan)
+        plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
     return plans
 
 

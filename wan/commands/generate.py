@@ -14,7 +14,7 @@ from wan.commands.job import Job, lora_files
 from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.files import write_json
-from wan.types import Known, Request, to_uint8
+from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
     from wan.pipeline import Pipeline
@@ -69,12 +69,12 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
     from wan.pipeline import draw_seed
     from wan.textimage2video import best_size
 
-    settings, size, config, known = job.settings, job.size, pipeline.config, Known()
+    settings, size, config, known = job.settings, job.size, pipeline.config, KnownFrames()
     if settings.image is not None:
         image = media.read_image(settings.image)
         rule = official_size if config.model_type == "i2v" else best_size
         size = rule(image.width, image.height, size[0] * size[1])
-        known = Known((image,))
+        known = KnownFrames((image,))
     if settings.end_image is not None:
         if config.model_type != "i2v":
             raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from wan.denoiser.model import WanModel
-from wan.device.placement import synchronize
+from wan.device.hardware import synchronize
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.weights.quantized import Packed, PackedLinear
+from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
 if TYPE_CHECKING:
     from wan.denoiser.model import WanModel
@@ -35,7 +35,7 @@ def check_precision(precision: str | None, device: torch.device) -> None:
         raise UserError("`precision` fp8_attention needs the triton package; use `precision` fp8")
 
 
-def lower(model: WanModel, precision: str, device: torch.device) -> None:
+def quantize_model(model: WanModel, precision: str, device: torch.device) -> None:
     """Turn a model's blocks to a precision of `PRECISIONS`. Weights are rounded on `device` and stay where they are.
 
     Weights that are fp8 in the file are used as they are. Raises UserError for those of another quantisation.
@@ -44,10 +44,10 @@ def lower(model: WanModel, precision: str, device: torch.device) -> None:
         for name, layer in list(block.named_modules()):
             if not isinstance(layer, nn.Linear) or name in ("attn2.to_k", "attn2.to_v"):
                 continue
-            if not isinstance(layer, PackedLinear):
+            if not isinstance(layer, QuantizedLinear):
                 home, dtype = layer.weight.device, layer.weight.dtype
-                rows, scale = quantise(layer.weight.detach().to(device))
-                layer = PackedLinear(layer, Packed(rows.to(home), scale.to(home)), dtype, home)
+                rows, scale = quantize(layer.weight.detach().to(device))
+                layer = QuantizedLinear(layer, QuantizedTensor(rows.to(home), scale.to(home)), dtype, home)
                 block.set_submodule(name, layer)
             if layer.weight.dtype != torch.float8_e4m3fn:
                 raise UserError(f"precision {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}")
@@ -57,14 +57,14 @@ def lower(model: WanModel, precision: str, device: torch.device) -> None:
     model.low_precision = precision
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [..., K] -> e4m3 of that shape and float32 scales [..., 1], such that each row's largest number is 448."""
     if x.dim() == 2 and x.numel() > _PIECE and not torch.compiler.is_compiling():  # a compiler makes one pass of it
         rows, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty_like(x[:, :1], dtype=torch.float32)
         step = max(1, _PIECE // x.shape[1])
         for start in range(0, len(x), step):
             piece = slice(start, start + step)
-            rows[piece], scale[piece] = quantise(x[piece])
+            rows[piece], scale[piece] = quantize(x[piece])
         return rows, scale
     scale = (x.abs().amax(-1, keepdim=True).float() / _LARGEST).clamp_min(1e-12)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
@@ -72,7 +72,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """x [..., K] times a weight e4m3 [N, K] with scales [N, 1] or [1, 1], plus bias [N] -> [..., N] in bias's dtype."""
-    rows, row_scale = quantise(x.flatten(0, -2))
+    rows, row_scale = quantize(x.flatten(0, -2))
     if x.is_cuda:
         scales = scale.expand(len(weight), 1).t().contiguous()
         found: Tensor = torch._scaled_mm(  # in bf16, the only dtype that it sums scaled rows in
@@ -96,7 +96,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     keys = torch.cat([_integers(part.flatten(2)).view_as(part) for part in by_head[1].split(128, dim=2)], dim=2)
     scores = queries @ keys.mT * query.shape[-1] ** -0.5
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    values, scale = quantise(by_head[2].mT)
+    values, scale = quantize(by_head[2].mT)
     mixed = (weights * 256).to(torch.float8_e4m3fn).float() / 256 @ (values.float() * scale).mT
     return (mixed / weights.sum(-1, keepdim=True)).transpose(1, 2).type_as(query)
 

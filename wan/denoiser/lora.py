@@ -2,7 +2,7 @@
 
 Strength and sum are applied in float32 to the checkpoint's own values and rounded once, so that what is merged depends
 on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again. A layer
-whose weight stays quantised holds the LoRA beside it and does the same sum whenever it is used.
+whose weight stays quantized holds the LoRA beside it and does the same sum whenever it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Shape, Weights, check_expert, open_file, read_json
-from wan.weights.quantized import Addition, PackedLinear, plain
+from wan.weights.quantized import Addition, QuantizedLinear, dequantize
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -105,10 +105,10 @@ def merge_loras(model: WanModel, weights: Weights, loras: Sequence[LoraFile]) ->
     model.loras, model.altered = None, changed | model.altered  # until all is done
     packed = {name: module for name in name_of.values() if (module := _packed(model, name))}
     for name, linear in packed.items():
-        linear.hold([addition for file in opened for addition in file.additions(name, linear.weight.device)])
+        linear.set_loras([addition for file in opened for addition in file.additions(name, linear.weight.device)])
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
-        value = plain(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
+        value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
         for file in opened:
             file.add(name_of[key], value)
         parameter.copy_(value if model.rounding is None else value.to(model.rounding))
@@ -117,15 +117,15 @@ def merge_loras(model: WanModel, weights: Weights, loras: Sequence[LoraFile]) ->
         _LOGGER.info("merged %s", file.match)
 
 
-def _packed(model: WanModel, name: str) -> PackedLinear | None:
+def _packed(model: WanModel, name: str) -> QuantizedLinear | None:
     """The layer that holds this parameter packed, and so takes what is added to it as it is."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    return module if leaf == "weight" and isinstance(module, PackedLinear) else None
+    return module if leaf == "weight" and isinstance(module, QuantizedLinear) else None
 
 
 @dataclass(frozen=True)
-class _Part:
+class _LayerKeys:
     """What a file holds for one parameter: keys by role (down, up, bias, diff), and alpha / rank."""
 
     keys: Mapping[str, str]
@@ -137,7 +137,7 @@ class _Opened:
     """A LoRA file that fits: its parts by the name of the parameter in the model."""
 
     file: Weights
-    parts: Mapping[str, _Part]
+    parts: Mapping[str, _LayerKeys]
     match: LoraMatch
 
     def add(self, name: str, value: Tensor) -> None:
@@ -153,7 +153,7 @@ class _Opened:
         part = self.parts.get(name)
         if part is None:
             return []
-        read = {key: plain(tensor).to(device, copy=True) for key, tensor in self.file.read(part.keys.values())}
+        read = {key: dequantize(tensor).to(device, copy=True) for key, tensor in self.file.read(part.keys.values())}
         tensors = {role: read[key] for role, key in part.keys.items()}
         if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
             raise self._not_finite(name)
@@ -191,12 +191,12 @@ def _open(lora: LoraFile, weights: Weights) -> _Opened:
             f"not {_listing(unmatched)}"
         )
     scales = _scales(file, layers)
-    parts: dict[str, _Part] = {}
+    parts: dict[str, _LayerKeys] = {}
     for layer, stem in known.items():
         for name, keys in _by_parameter(layers[layer], stem, shapes).items():
             if name in parts:
                 raise UserError(f"{file.path} holds {layer} twice, under two names; merge each once, from its own file")
-            parts[name] = _Part(keys, scales[layer])
+            parts[name] = _LayerKeys(keys, scales[layer])
     ranks = {file.shapes[layers[layer]["down"]][0] for layer in known if "down" in layers[layer]}
     match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
     return _Opened(file, parts, match)
@@ -291,7 +291,7 @@ def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str
 def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
     """alpha / rank by layer. Where the file says nothing of alpha it is the rank."""
     read = file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys})
-    alphas = {key: plain(value) for key, value in read}
+    alphas = {key: dequantize(value) for key, value in read}
     adapter = _adapter(file)
     patterns = adapter.get("alpha_pattern") or {}
     scales = {}

@@ -25,9 +25,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from wan.denoiser.fp8 import lower
+from wan.denoiser.fp8 import quantize_model
 from wan.errors import UserError
-from wan.weights.checkpoint import Weights, check_fit, fill
+from wan.weights.checkpoint import Weights, check_fit, load_into
 
 log = logging.getLogger(__name__)
 
@@ -70,25 +70,25 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
-        float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantised
+        float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
         their weights being rounded on the device `rounded_on`. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
         model.rounding = dtype if convert_model_dtype else None
-        fill(
+        load_into(
             model,
             weights,
             key_map(weights),
             lambda name: policy_dtype(name, dtype),
             device,
             rounding=model.rounding,
-            stays_packed=lambda name: not name.startswith(FLOAT32_PARTS),
+            stays_quantized=lambda name: not name.startswith(FLOAT32_PARTS),
             layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
         )
         model.to(device).eval()
         if low_precision is not None:
-            lower(model, low_precision, rounded_on or device)
+            quantize_model(model, low_precision, rounded_on or device)
         return model
 
     @classmethod

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from wan.denoiser.model import policy_dtype
-from wan.device.placement import SLOTS, layers_that_stay
+from wan.device.streaming import SLOTS, layers_that_stay
 from wan.errors import UserError
 from wan.types import Geometry
-from wan.vae import chunked as vae_pass
+from wan.vae import chunked
 from wan.weights.checkpoint import Weights
 
 GIB = 2**30
@@ -26,12 +26,12 @@ DECODING, DECODING_A_FRAME, DECODING_BY_FRAME, ENCODING = (3.1, 4.6), (2.8, 2.8)
 
 
 def for_tensors(vram: int) -> int:
-    """What of the memory that a process may take is there for weights and activations, in bytes."""
+    """Bytes of the `vram` budget left for tensors."""
     return int(FITTING * (vram - CONTEXT))
 
 
 @dataclass(frozen=True)
-class Part:
+class StageMemory:
     """What one stage takes, in bytes: weights, of which `count` layers of `layer` bytes may come one by one."""
 
     weights: int
@@ -40,14 +40,14 @@ class Part:
     count: int = 0
     beside: int = 0  # what is kept as well where all layers stay
 
-    def room(self, budget: int) -> int:
+    def weight_budget(self, budget: int) -> int:
         """What is left of a budget for weights."""
         return budget - self.working - self.beside
 
     def peak(self, budget: int | None) -> int:
         """The most that is taken at once, as `Placement` keeps a budget."""
-        room = None if budget is None else self.room(budget)
-        stay = layers_that_stay(self.weights, self.layer, self.count, room)
+        left = None if budget is None else self.weight_budget(budget)
+        stay = layers_that_stay(self.weights, self.layer, self.count, left)
         if stay == self.count:
             return self.weights + self.working + self.beside
         return self.weights - (self.count - max(0, stay) - SLOTS) * self.layer + self.working
@@ -59,13 +59,13 @@ class Part:
         return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
 
 
-def text_part(weights: Weights, dtype: torch.dtype, length: int) -> Part:
+def text_memory(weights: Weights, dtype: torch.dtype, length: int) -> StageMemory:
     """The text encoder on a prompt of `length` tokens."""
     sizes = _sizes(weights, lambda name: dtype)
     return _layered(sizes, int(TEXT + length * 1e5))
 
 
-def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens: int, text: int) -> Part:
+def denoiser_memory(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens: int, text: int) -> StageMemory:
     """One expert on a clip of so many tokens; `text`: rows of the prompt.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
@@ -78,10 +78,10 @@ def denoiser_part(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens:
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
     part = _layered(_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
-    return Part(part.weights, part.working, part.layer, part.count, beside)
+    return StageMemory(part.weights, part.working, part.layer, part.count, beside)
 
 
-def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[Part, Part]:
+def vae_memory(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[StageMemory, StageMemory]:
     """Encoding `known` frames, and decoding a clip, whose pixels go to host memory."""
     size = sum(_sizes(weights, lambda name: dtype).values())
     frames, height, width = geometry.size
@@ -89,13 +89,13 @@ def vae_parts(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: i
     channels = _shape(weights, official if official in weights.shapes else "decoder.norm_out.gamma")[0]
     first = "encoder.conv1.weight" if official in weights.shapes else "encoder.conv_in.weight"
     patch = 2 if _shape(weights, first)[1] == 12 else 1
-    widest = vae_pass.widest(channels, patch, height, width) * dtype.itemsize
-    chunk = min(vae_pass.chunk_for(widest), geometry.latent[0])
+    widest = chunked.widest(channels, patch, height, width) * dtype.itemsize
+    chunk = min(chunked.chunk_for(widest), geometry.latent[0])
     decoding = DECODING[patch - 1] + DECODING_A_FRAME[patch - 1] * chunk if chunk else DECODING_BY_FRAME[patch - 1]
-    at_once = min(known, vae_pass.PER_LATENT * max(1, chunk)) / vae_pass.PER_LATENT
+    at_once = min(known, chunked.PER_LATENT * max(1, chunk)) / chunked.PER_LATENT
     return (
-        Part(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),
-        Part(size, int(ALWAYS + decoding * widest)),
+        StageMemory(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),
+        StageMemory(size, int(ALWAYS + decoding * widest)),
     )
 
 
@@ -106,7 +106,7 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
 
 
 def _sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
-    """Bytes of each tensor in memory. Weights that a file holds quantised stay as large as there."""
+    """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
     smaller = 1.0 if in_8_bits else math.inf
     if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
         smaller = min(smaller, weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values())))
@@ -122,9 +122,9 @@ def _sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: 
 _LAYER = re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
 
 
-def _layered(sizes: dict[str, int], working: int) -> Part:
+def _layered(sizes: dict[str, int], working: int) -> StageMemory:
     by_layer: dict[int, int] = {}
     for name, size in sizes.items():
         if match := _LAYER.search(name):
             by_layer[int(match[1])] = by_layer.get(int(match[1]), 0) + size
-    return Part(sum(sizes.values()), working, max(by_layer.values(), default=0), len(by_layer))
+    return StageMemory(sum(sizes.values()), working, max(by_layer.values(), default=0), len(by_layer))

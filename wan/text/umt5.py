@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.weights.checkpoint import Weights, fill
+from wan.weights.checkpoint import Weights, load_into
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
             config._attn_implementation = "eager"
             model = UMT5EncoderModel(config)
         source_of.setdefault(tied, source_of["shared.weight"])
-        fill(model, weights, source_of, lambda name: dtype, device, layers="encoder.block")
+        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block")
         model.encoder.embed_tokens.weight = model.shared.weight
         return cls(model.to(device).eval(), tokenizer)
 

@@ -37,7 +37,7 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
     `chunk` is how many latent frames are computed at a time, at least one. All is computed in the weights' dtype, norms
     in float32. Raises OverflowError for numbers that are too large for that dtype.
     """
-    through, chunk = _Pass(), max(1, chunk)
+    through, chunk = ChunkedVae(), max(1, chunk)
     pixels = patchify(pixels.to(_dtype(vae)), vae.config.patch_size or 1)
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
     parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
@@ -52,11 +52,11 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.devic
     `chunk` as above; 0 is 1 with what comes after the last doubling of frames, the widest part, by single frames.
     Pixels are put on `home`, by default where the latents are. Raises OverflowError as above.
     """
-    through = _Pass(by_frame=chunk == 0)
+    through = ChunkedVae(by_frame=chunk == 0)
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
     frames, scale = 1 + PER_LATENT * (latents.shape[2] - 1), vae.config.scale_factor_spatial
     size = (1, 3, frames, *(side * scale for side in latents.shape[3:]))
-    pixels, finite = _Landing(torch.empty(size, dtype=torch.float32, device=home or latents.device)), []
+    pixels, finite = HostCopy(torch.empty(size, dtype=torch.float32, device=home or latents.device)), []
     for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
         made = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
         finite.append(_finite(made))
@@ -65,7 +65,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.devic
     return pixels.done()
 
 
-class _Landing:
+class HostCopy:
     """Takes the pixels of one chunk after the other to where they are wanted.
 
     From a GPU to host memory they go while the next chunk is computed, through two locked buffers.
@@ -135,7 +135,7 @@ def chunk_for(size: int) -> int:
     return _WIDEST // size
 
 
-class _Pass:
+class ChunkedVae:
     """What one pass remembers from chunk to chunk: the last frames that went into each convolution over time."""
 
     def __init__(self, by_frame: bool = False) -> None:
@@ -189,9 +189,9 @@ class _Pass:
             return x
         if not isinstance(around, DupUp3D):
             return x.add_(around(whole.contiguous()))
-        if fused := _fused(x):
+        if kernels := _kernels(x):
             x = x.contiguous(memory_format=LAYOUT)
-            fused.add_upsampled(x, whole, around.factor_t, around.factor_s)
+            kernels.add_upsampled(x, whole, around.factor_t, around.factor_s)
             return x
         return x.add_(around(whole.contiguous(), first_chunk=self.is_first))
 
@@ -204,11 +204,11 @@ class _Pass:
 
     def residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
         short = x if isinstance(block.conv_shortcut, nn.Identity) else self.conv(block.conv_shortcut, x)
-        if fused := _fused(x):  # they add the biases where a number is read anyway
+        if kernels := _kernels(x):  # they add the biases where a number is read anyway
             inner = self.conv(block.conv1, x, block.norm1, add_bias=False)
             inner = self.conv(block.conv2, inner, block.norm2, block.conv1.bias, add_bias=False)
             inner = inner.contiguous(memory_format=LAYOUT)
-            fused.add(inner, short, block.conv2.bias)
+            kernels.add(inner, short, block.conv2.bias)
             return inner
         return self.conv(block.conv2, self.conv(block.conv1, x, block.norm1), block.norm2).add_(short)
 
@@ -263,28 +263,28 @@ class _Pass:
 
 def _normalise_and_activate(out: Tensor, x: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
     """RMS norm over the channels of [1, C, T, H, W] and a scale, in float32, then SiLU (source: the official code)."""
-    if fused := _fused(x):
-        fused.norm_silu(out, x, bias, gamma.flatten())
+    if kernels := _kernels(x):
+        kernels.norm_silu(out, x, bias, gamma.flatten())
         return
     assert bias is None
     out.copy_(F.silu(F.normalize(x.float(), dim=1) * (x.shape[1] ** 0.5 * gamma.float())))
 
 
-def _fused(x: Tensor) -> ModuleType | None:
+def _kernels(x: Tensor) -> ModuleType | None:
     """Our kernels, where they run: Triton comes with PyTorch for CUDA, on Linux."""
     if not (x.is_cuda and importlib.util.find_spec("triton")):
         return None
-    from wan.vae import kernels as fused
+    from wan.vae import kernels
 
-    return fused
+    return kernels
 
 
 def _by_frame(x: Tensor, change: nn.Sequential) -> Tensor:
     """The two-dimensional layers of a change of size, on each frame of [1, C, T, H, W]."""
     before, conv = change
-    fused = _fused(x)
-    if fused and isinstance(before, nn.Upsample):
-        return conv(fused.double_sides(x).transpose(1, 2).flatten(0, 1))[None].transpose(1, 2)  # type: ignore[no-any-return]
+    kernels = _kernels(x)
+    if kernels and isinstance(before, nn.Upsample):
+        return conv(kernels.double_sides(x).transpose(1, 2).flatten(0, 1))[None].transpose(1, 2)  # type: ignore[no-any-return]
     frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
     if isinstance(before, nn.Upsample):  # its own forward goes through float32
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")

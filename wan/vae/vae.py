@@ -14,8 +14,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.vae import chunked as vae_pass
-from wan.weights.checkpoint import Weights, fill
+from wan.vae import chunked
+from wan.weights.checkpoint import Weights, load_into
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class WanVAE(nn.Module):
             raise UserError(f"{weights.path}: the VAE has {config['z_dim']} latent channels, expected {len(mean)}")
         with init_empty_weights():
             model = AutoencoderKLWan(**config)
-        fill(model, weights, source_of, lambda name: dtype, device)
+        load_into(model, weights, source_of, lambda name: dtype, device)
         lay_out(model)
         return cls(model.eval(), mean, std).to(device)
 
     def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior."""
-        modes = [self._run(vae_pass.encode, video, video.shape[2:]) for video in videos]
+        modes = [self._run(chunked.encode, video, video.shape[2:]) for video in videos]
         # multiplied by the inverse, not divided: that is the official arithmetic to the last bit
         return [(mode - self.mean) * (1.0 / self.std) for mode in modes]
 
@@ -71,7 +71,7 @@ class WanVAE(nn.Module):
 
         Pixels go to `home` as they are made, by default to where the latents are.
         """
-        scale, through = self.model.config.scale_factor_spatial, partial(vae_pass.decode, home=home)
+        scale, through = self.model.config.scale_factor_spatial, partial(chunked.decode, home=home)
         latents = [z.float() / (1.0 / self.std) + self.mean for z in zs]
         return [self._run(through, one, [side * scale for side in one.shape[2:]]) for one in latents]
 
@@ -90,14 +90,14 @@ class WanVAE(nn.Module):
     def _chunk(self, height: int, width: int) -> int:
         """How many latent frames of a clip of that size are computed at a time."""
         channels, patch = len(self.model.decoder.norm_out.gamma), self.model.config.patch_size or 1
-        return vae_pass.chunk_for(vae_pass.widest(channels, patch, height, width) * self.model.dtype.itemsize)
+        return chunked.chunk_for(chunked.widest(channels, patch, height, width) * self.model.dtype.itemsize)
 
 
 def lay_out(model: AutoencoderKLWan) -> None:
     """Lay the weights of convolutions out channels last, as the kernels of a GPU want them."""
     for parameter in model.parameters():
         if parameter.dim() > 3:
-            flat = torch.channels_last if parameter.dim() == 4 else vae_pass.LAYOUT
+            flat = torch.channels_last if parameter.dim() == 4 else chunked.LAYOUT
             parameter.data = parameter.data.contiguous(memory_format=flat)
 
 

@@ -1,6 +1,6 @@
 """A checkpoint folder -> weights by part. Official or diffusers layout, told apart by their files; strict keys.
 
-A denoiser may also come from one file by itself, as quantised ones are published: safetensors with scaled fp8, GGUF.
+A denoiser may also come from one file by itself, as quantized ones are published: safetensors with scaled fp8, GGUF.
 
 Nothing here reads a tensor until a model is filled: opening a folder looks at file lists and headers only, so that a
 wrong folder, a missing shard or a truncated file is said in one line before any loading starts.
@@ -23,11 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from wan.device.placement import in_one_piece
+from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
 from wan.options import EXPERT_OF_DIT
 from wan.weights.prefetch import ReadAhead
-from wan.weights.quantized import FLOAT8, GGUF_TYPES, PLAIN_TYPES, Packed, PackedLinear, open_gguf, plain, read_gguf
+from wan.weights.quantized import (
+    FLOAT8,
+    GGUF_TYPES,
+    PLAIN_TYPES,
+    QuantizedLinear,
+    QuantizedTensor,
+    dequantize,
+    open_gguf,
+    read_gguf,
+)
 
 Shape = tuple[int, ...]
 
@@ -53,23 +62,25 @@ class Weights:
     prefix: str = ""  # what stands before the keys in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | Packed]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
         with ReadAhead(self.files) as ahead:
             yield from self.read(self.shapes, ahead)
 
-    def read(self, keys: Container[str], ahead: ReadAhead | None = None) -> Iterator[tuple[str, Tensor | Packed]]:
-        """Those of the tensors that are named, in the order of the files; what is quantised there stays so."""
+    def read(
+        self, keys: Container[str], ahead: ReadAhead | None = None
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+        """Those of the tensors that are named, in the order of the files; what is quantized there stays so."""
         key_of = {self.prefix + key: key for key in self.shapes if key in keys}
         scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
         beside = self.files if scale_of else ()
-        scales = {name: plain(value) for file in beside for name, value in _read(file, set(scale_of.values()))}
+        scales = {name: dequantize(value) for file in beside for name, value in _read(file, set(scale_of.values()))}
         for number, file in enumerate(self.files):
             if ahead is not None:
                 ahead.begin(number)
             for name, value in _read(file, key_of):
                 if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
-                    value = Packed(value, scales[scale_of[name]] if name in scale_of else None)
+                    value = QuantizedTensor(value, scales[scale_of[name]] if name in scale_of else None)
                 yield key_of[name], value
 
 
@@ -207,7 +218,7 @@ def identify_files(files: Mapping[str, Path]) -> tuple[int, int]:
     return (1 if "model" in files else 2), channels.pop()
 
 
-def fill(
+def load_into(
     model: nn.Module,
     weights: Weights,
     source_of: Mapping[str, str],
@@ -215,14 +226,14 @@ def fill(
     device: torch.device,
     *,
     rounding: torch.dtype | None = None,
-    stays_packed: Callable[[str], bool] = lambda name: False,
+    stays_quantized: Callable[[str], bool] = lambda name: False,
     layers: str = "",
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
 
     `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
-    every value through that dtype first. What is quantised in the file is expanded, but for the weights of
-    linear layers that `stays_packed` names. Each of the modules in the list `layers` gets one piece of host memory, as
+    every value through that dtype first. What is quantized in the file is expanded, but for the weights of
+    linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
     offloading wants it. Host memory never holds more than the model and one file.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
@@ -235,10 +246,15 @@ def fill(
         name = name_of[key]
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if isinstance(tensor, Packed) and isinstance(module, nn.Linear) and leaf == "weight" and stays_packed(name):
-            model.set_submodule(owner, PackedLinear(module, tensor, dtype_of(name), device))
+        if (
+            isinstance(tensor, QuantizedTensor)
+            and isinstance(module, nn.Linear)
+            and leaf == "weight"
+            and stays_quantized(name)
+        ):
+            model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
             continue
-        tensor = plain(tensor)
+        tensor = dequantize(tensor)
         value = places.pop(name, None)
         if value is None:
             value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
@@ -255,7 +271,7 @@ def _places(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype
     for number, layer in model.get_submodule(layers).named_children():
         names = {f"{layers}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
         like = [torch.empty(parameter.shape, dtype=dtype_of(name), device="meta") for name, parameter in names.items()]
-        places |= dict(zip(names, in_one_piece(like), strict=True))
+        places |= dict(zip(names, in_one_buffer(like), strict=True))
     return places
 
 
@@ -478,7 +494,7 @@ def _safetensors_dtypes(file: Path) -> dict[str, str]:
         return {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
 
 
-def _read(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+def _read(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """The named tensors of a file of any kind."""
     if file.suffix == ".pth":
         return ((name, tensor) for name, tensor in _read_pth(file).items() if name in names)

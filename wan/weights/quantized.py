@@ -28,7 +28,7 @@ _PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedTensor:
     """A tensor as a file holds it: `data * scale`, or the blocks of a GGUF type along the last dimension."""
 
     data: Tensor  # fp8 (or any float) in the tensor's own shape; uint8 [..., bytes] of blocks
@@ -50,9 +50,9 @@ class Packed:
         return value.mul_(self.scale if rows is None or len(self.scale) == 1 else self.scale[rows])
 
 
-def plain(value: Tensor | Packed) -> Tensor:
+def dequantize(value: Tensor | QuantizedTensor) -> Tensor:
     """A tensor as numbers, whichever way it is held."""
-    return value.rows() if isinstance(value, Packed) else value
+    return value.rows() if isinstance(value, QuantizedTensor) else value
 
 
 # Inputs [..., in], a weight [out, in], its scales and the bias -> outputs [..., out]
@@ -76,10 +76,10 @@ class Addition:
             value.view(len(value), -1).addmm_(left, self.right.float() * self.strength)
 
 
-class PackedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer with a packed weight; `dtype` is that of its inputs, its bias and its outputs."""
 
-    def __init__(self, linear: nn.Linear, packed: Packed, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, linear: nn.Linear, packed: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.bias = linear.bias
         self.dtype = dtype
@@ -90,7 +90,7 @@ class PackedLinear(nn.Linear):
         self.held = 0  # additions, in buffers
         self.multiply: Multiply | None = None  # with the weight as it is, and what is held beside it
 
-    def hold(self, additions: Sequence[Addition]) -> None:
+    def set_loras(self, additions: Sequence[Addition]) -> None:
         """Add these, and no others, to the weight whenever it is used."""
         for index in range(self.held):
             del self._buffers[f"left_{index}"], self._buffers[f"right_{index}"], self._buffers[f"strength_{index}"]
@@ -114,7 +114,7 @@ class PackedLinear(nn.Linear):
 
     def dense(self) -> Tensor:
         """The weight [out, in] in the compute dtype, with what is held added."""
-        packed = Packed(self.weight.data, self.scale, self.gguf_type)
+        packed = QuantizedTensor(self.weight.data, self.scale, self.gguf_type)
         held = self.additions
         whole = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.weight.device)
         step = max(1, _PIECE // self.in_features)
@@ -160,7 +160,7 @@ def open_gguf(file: Path) -> GgufHeader:
     return GgufHeader("unnamed" if architecture is None else str(architecture.contents()), shapes, types)
 
 
-def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | Packed]]:
+def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """The named tensors of a GGUF file, each copied from it; the types F32, F16 and BF16 as plain tensors."""
     gguf, reader = _reader(file)
     for tensor in reader.tensors:
@@ -170,7 +170,7 @@ def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | 
         if name in PLAIN_TYPES:
             yield tensor.name, stored.view(PLAIN_TYPES[name])
         else:
-            yield tensor.name, Packed(stored, gguf_type=name)
+            yield tensor.name, QuantizedTensor(stored, gguf_type=name)
 
 
 def _reader(file: Path) -> tuple[ModuleType, Any]:

@@ -1,0 +1,221 @@
+"""Weights in pinned host memory, and layers that come to a GPU one by one, each while the one before computes."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wan.device.hardware import host_bytes, synchronize
+
+log = logging.getLogger(__name__)
+
+SLOTS = 2  # layers that are on the GPU while layers come one by one: one is used, one arrives
+
+
+def layers_that_stay(weights: int, layer: int, count: int, weight_budget: int | None) -> int:
+    """How many of a model's `count` layers can stay on a GPU with so much room; below 0: it is too small for any."""
+    if weight_budget is None or weights <= weight_budget or not count:
+        return count
+    return (weight_budget - (weights - count * layer)) // layer - SLOTS
+
+
+class LayerStreamer:
+    """Brings a model's layers to a GPU: called before one is used, it has it there and fetches what is next.
+
+    Layers that stay come once, each while the one before computes; the others take turns in a few slots.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], staying: Collection[int], device: torch.device) -> None:
+        self.layers, self.device = layers, device
+        self.coming = [number for number in layers if number not in staying]
+        sizes = {number: PinnedBuffer.size(tensors_of(layer)) for number, layer in layers.items()}
+        self.own = {number: _empty(sizes[number], device) for number in staying}
+        largest = max((sizes[number] for number in self.coming), default=0)
+        self.slots = [_empty(largest, device) for _ in range(SLOTS if self.coming else 0)]
+        self.held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
+        self.here: dict[int, PinnedBuffer] = {}
+        self.arriving: dict[int, torch.cuda.Event] = {}
+        self.copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.copies.wait_stream(torch.cuda.current_stream(device))  # what had this memory before may still compute
+        for number in sorted({0, *self.coming[:1]}):
+            self._fetch(number)
+
+    def __call__(self, number: int) -> None:
+        if number not in self.here:  # a cache has left layers out
+            self._fetch(number)
+        arrived = self.arriving.pop(number, None)
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
+        if number + 1 in self.own and number + 1 not in self.here:
+            self._fetch(number + 1)
+        if number in self.held:
+            following = self.coming[(self.coming.index(number) + 1) % len(self.coming)]
+            if following not in self.here:
+                self._fetch(following, used=number)
+
+    def close(self) -> None:
+        """Leave all layers in host memory."""
+        synchronize(self.device)  # copies that nothing waited for
+        for layer in self.here.values():
+            layer.use(layer.host)
+
+    def _fetch(self, number: int, used: int | None = None) -> None:
+        """Copy a layer to its own place, or to a slot other than that of the layer which is used next."""
+        layer = PinnedBuffer.of(self.layers[number], tensors_of(self.layers[number]))
+        there = self.own.get(number)
+        if there is None:
+            slot = next(slot for slot, held in enumerate(self.held) if held is None or held != used)
+            there, before = self.slots[slot], self.held[slot]
+            if before is not None:
+                self.here[before].use(self.here.pop(before).host)
+                self.arriving.pop(before, None)
+            self.held[slot] = number
+            if self.copies is not None:  # what computes with that slot has to be done
+                self.copies.wait_stream(torch.cuda.current_stream(self.device))
+        there = there[: len(layer.host)]
+        if self.copies is None:
+            there.copy_(layer.host)
+        else:
+            with torch.cuda.stream(self.copies):
+                there.copy_(layer.host, non_blocking=True)
+                self.arriving[number] = self.copies.record_event()
+        layer.use(there)
+        self.here[number] = layer
+
+
+def _empty(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+class PinnedBuffer:
+    """A module's tensors in one pinned host buffer, for asynchronous copies."""
+
+    ALIGNED, PAGE = 256, 4096
+    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, PinnedBuffer]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.starts = self.starts_of(tensors)
+        self.layouts = [_layout(tensor) for tensor in tensors]
+        there = self._found()
+        self.host = self._gathered() if there is None else there
+        self.places = [tensor.data_ptr() for tensor in tensors]
+        if _pin(self.host):
+            weakref.finalize(self, _unpin, self.host).atexit = False  # it keeps the memory until then
+
+    def _gathered(self) -> Tensor:
+        host = self.memory(self.tensors)
+        for tensor, view in zip(self.tensors, self.views(host), strict=True):
+            view.copy_(tensor.data)
+        self.use(host)
+        return host
+
+    def _found(self) -> Tensor | None:
+        """The buffer that the tensors lie in already, see `in_one_buffer`."""
+        if not self.tensors:
+            return None
+        storage, first = self.tensors[0].untyped_storage(), self.tensors[0].data_ptr()
+        begin, size = first - storage.data_ptr(), self.size(self.tensors)
+        if first % self.PAGE or begin + size > storage.nbytes() or self.tensors[0].device.type != "cpu":
+            return None
+        for tensor, start, layout in zip(self.tensors, self.starts, self.layouts, strict=False):
+            if tensor.data_ptr() != first + start or tuple(tensor.stride()) != tuple(layout):
+                return None
+        return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,))  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def memory(cls, tensors: Sequence[Tensor]) -> Tensor:
+        """Host memory for such a buffer: a pinned page has nothing else in it."""
+        memory = torch.empty(cls.size(tensors) + cls.PAGE, dtype=torch.uint8)
+        return memory[-memory.data_ptr() % cls.PAGE :][: cls.size(tensors)]
+
+    @classmethod
+    def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> PinnedBuffer:
+        """The buffer of a module's tensors, made when they lie elsewhere; a LoRA may have replaced some."""
+        there = cls.known.get(module)
+        if there is None or [(id(t), t.data_ptr()) for t in tensors] != [
+            (id(t), place) for t, place in zip(there.tensors, there.places, strict=True)
+        ]:
+            cls.known[module] = there = cls(tensors)
+        return there
+
+    @classmethod
+    def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
+        """Where each tensor begins in the buffer, and where the last one ends."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.nbytes // cls.ALIGNED) * cls.ALIGNED)
+        return starts
+
+    @classmethod
+    def size(cls, tensors: Sequence[Tensor]) -> int:
+        """Bytes of such a buffer: whole pages."""
+        return -(-cls.starts_of(tensors)[-1] // cls.PAGE) * cls.PAGE
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors in a buffer of this layout."""
+        return _views(memory, self.tensors, self.starts, self.layouts)
+
+    def use(self, memory: Tensor) -> None:
+        """Let the tensors be those in a buffer."""
+        for tensor, view in zip(self.tensors, self.views(memory), strict=True):
+            tensor.data = view
+
+
+def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Empty tensors like these (on any device) in one host buffer, so that `Placement` need not copy them."""
+    layouts = [_layout(tensor) for tensor in tensors]
+    return _views(PinnedBuffer.memory(tensors), tensors, PinnedBuffer.starts_of(tensors), layouts)
+
+
+def _views(
+    memory: Tensor, like: Sequence[Tensor], starts: Sequence[int], layouts: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    return [
+        memory[start : start + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, layout)
+        for start, tensor, layout in zip(starts, like, layouts, strict=False)
+    ]
+
+
+def _layout(tensor: Tensor) -> Sequence[int]:
+    """The strides of a tensor with no gaps: weights of convolutions lie channels last."""
+    return torch.empty_like(tensor, device="meta").stride()  # it has those of a tensor that has no gaps
+
+
+# Pinned memory cannot be swapped out. Where models fill the host's memory, the rest of them stays as it is.
+PINNED_SHARE = 0.7
+_pinned = {"bytes": 0, "said": 0}
+
+
+def _pin(host: Tensor) -> bool:
+    """Pin whole pages of host memory for a GPU, if there is one and memory to spare."""
+    if not torch.cuda.is_available():
+        return False
+    if _pinned["bytes"] + host.nbytes > PINNED_SHARE * host_bytes():
+        return False
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
+        if not _pinned["said"]:
+            log.warning("host memory cannot be pinned, so weights come to the GPU slowly; see ulimit -l")
+        _pinned["said"] = 1
+        return False
+    _pinned["bytes"] += host.nbytes
+    return True
+
+
+def _unpin(host: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(host.data_ptr())
+    _pinned["bytes"] -= host.nbytes
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
