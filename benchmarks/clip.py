@@ -42,7 +42,7 @@ from wan.denoiser.conditioning import KnownLatents
 from wan.denoiser.fp8 import PRECISIONS
 from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Stage
-from wan.device.budget import CONTEXT, for_tensors
+from wan.device.budget import CONTEXT
 from wan.device.hardware import grow_segments, host_peak_gib, peak_gib, reset_peak
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -84,13 +84,14 @@ def within(pipeline: Pipeline, vram: float, request: Request, clips: int) -> dic
     gc.collect()
     torch.cuda.empty_cache()
     grow_segments()
-    pipeline.vram = int(vram * 2**30)
-    torch.cuda.set_per_process_memory_fraction((pipeline.vram - CONTEXT) / torch.cuda.mem_get_info()[1])
+    limit = int(vram * 2**30)
+    pipeline.budget = dataclasses.replace(pipeline.budget, vram=limit)
+    torch.cuda.set_per_process_memory_fraction((limit - CONTEXT) / torch.cuda.mem_get_info()[1])
     pipeline.text_encoder._kept.clear()
-    parts = pipeline.parts(request.geometry).items()
+    stages = pipeline.budget.stages(request.geometry).items()
     result: dict[str, Any] = {
         "vram": vram,
-        "estimated_gib": {stage: round(part.peak(for_tensors(pipeline.vram)) / 2**30, 2) for stage, part in parts},
+        "estimated_gib": {name: round(stage.peak(pipeline.budget.tensors) / 2**30, 2) for name, stage in stages},
     }
     try:
         return result | timed_run(pipeline, request, True, clips)
@@ -108,7 +109,7 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
     peaks: dict[str, float] = {}
     with patch("wan.pipeline.Stopwatch", partial(PeakWatch, peaks)):
         made = pipeline.run(request, offload=offload, on_step=on_step, clips=clips)
-    print(f"{(pipeline.vram or 0) / 2**30:g} GiB: {made.seconds} {peaks}", flush=True)  # a later run may fail
+    print(f"{(pipeline.budget.vram or 0) / 2**30:g} GiB: {made.seconds} {peaks}", flush=True)  # a later run may fail
     condition = pipeline.condition(request, pipeline.noise(request), Placement(pipeline.device, offload))
     held = getattr(condition, "known", None)
     # the first step of a stage also moves the expert
@@ -132,7 +133,7 @@ def chained(pipeline: VideoContinuation, request: Request, count: int, folder: P
     `busy`: the share of their time in which a kernel or a copy runs on the GPU, by the profiler.
     """
     captioner = RandomCaptioner(DEVICE)
-    pipeline.__dict__["captioner"] = captioner
+    pipeline.vlm.use(captioner)
     geometry, fps = request.geometry, Fraction(pipeline.config.sample_fps)
     plan = Plan(geometry, request.sampling, request.negative, count=count)
     numbers = iter(range(1, count + 1))
@@ -319,7 +320,7 @@ def main() -> None:
     whole = runs[1]["latents"]
     for run in (*runs, *presets, *lacking, *capped):
         run["same_latents"] = torch.equal(run.pop("latents", torch.empty(0)), whole)
-    parts = pipeline.parts(request.geometry).items()
+    stages = pipeline.budget.stages(request.geometry).items()
     floor = floors(pipeline, request)
     times = runs[1]["seconds"] | {"text": runs[0]["seconds"]["text"], "step": runs[1]["step_median"]}  # text is kept
     result: dict[str, Any] = {
@@ -332,7 +333,7 @@ def main() -> None:
         "packed": args.packed,
         "precision": args.precision,
         "vae_dtype": args.vae_dtype,
-        "estimated_gib": {stage: round(part.peak(None) / 2**30, 2) for stage, part in parts},
+        "estimated_gib": {name: round(stage.peak(None) / 2**30, 2) for name, stage in stages},
         "compile": not args.no_compile,
         "build_seconds": round(built, 1),
         "first": runs[0],
@@ -347,14 +348,14 @@ def main() -> None:
     if args.caption:
         result["caption"] = captions(DEVICE)
     if args.chain:
-        pipeline.vram = None
+        pipeline.budget = dataclasses.replace(pipeline.budget, vram=None)
         torch.cuda.set_per_process_memory_fraction(1.0)
         with TemporaryDirectory() as folder:
             result["chain"] = chained(pipeline, request, args.chain, Path(folder))
     if args.stock:
-        pipeline.__dict__.pop("captioner", None)
+        pipeline.vlm.forget()
         for name in ("model", "low_noise_model", "high_noise_model"):
-            pipeline.__dict__.pop(name, None)
+            pipeline.models.forget(name)
         gc.collect()
         torch.cuda.empty_cache()
         result["stock_step"] = round(stock_step(task, request, 2), 3)

@@ -44,7 +44,7 @@ def check(name: str, passed: bool, found: str) -> None:
 def resident(pipeline: Any) -> list[str]:
     """The models that have tensors on the GPU."""
     names = ("model", "low_noise_model", "high_noise_model", "vae", "text_encoder")
-    loaded = {name: pipeline.__dict__[name] for name in names if name in pipeline.__dict__}
+    loaded = {name: pipeline.models[name] for name in names if pipeline.models.is_loaded(name)}
     return [name for name, model in loaded.items() if any(value.is_cuda for value in model.parameters())]
 
 
@@ -118,7 +118,7 @@ def captioner(layers: int, folder: Path) -> None:
     vlm.close()
 
     continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt")
-    continuation.__dict__["captioner"] = vlm
+    continuation.vlm.use(vlm)
     allocated: list[int] = []
 
     def on_step(step: Step) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,10 +14,13 @@ from wan.configs import WAN_CONFIGS
 from wan.continuation import VideoContinuation
 from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import FLOAT32_PARTS, WanModel, policy_dtype
+from wan.device.budget import MemoryBudget
+from wan.models import Models
+from wan.prompting import CaptionerOwner, PromptBuilder
 from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
-from wan.weights.checkpoint import Weights
+from wan.weights.checkpoint import Checkpoint, Weights
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
@@ -106,12 +108,12 @@ def pack(model: WanModel, kind: str, home: torch.device, device: str = "cuda") -
 def build(task: str, packed: str | None = None, precision: str | None = None) -> VideoContinuation:
     """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
     cpu = torch.device("cpu")
+    config = WAN_CONFIGS[task]
+    experts = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
     pipeline: Any = object.__new__({"i2v-A14B": WanV2V, "ti2v-5B": WanV2V5B}[task])
-    pipeline.config = config = WAN_CONFIGS[task]
-    pipeline.rank, pipeline.convert_model_dtype, pipeline.compile_blocks = 0, False, True
+    pipeline.config, pipeline.tokenizer = config, Words()
+    pipeline.convert_model_dtype, pipeline.compile_blocks, pipeline.video_reader = False, True, "auto"
     pipeline.device = pipeline.text_device = DEVICE
-    pipeline.vram, pipeline.tokenizer = None, Words()
-    pipeline.vlm_device, pipeline.vlm_question, pipeline.vlm_url = DEVICE, "?", None
 
     def denoiser() -> WanModel:
         with init_empty_weights():
@@ -123,12 +125,11 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
             quantize_model(model, precision, pipeline.device)
         return model
 
-    for name in ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model"):
-        pipeline.__dict__[name] = denoiser()
+    made: dict[str, Any] = {name: denoiser() for name in experts}
     with init_empty_weights():
         vae = AutoencoderKLWan(**VAE[task])
     vae = materialise(vae, lambda name: torch.float32, cpu)
-    pipeline.__dict__["vae"] = type(pipeline).vae_class(vae, config.vae_mean, config.vae_std)
+    made["vae"] = type(pipeline).vae_class(vae, config.vae_mean, config.vae_std)
     with init_empty_weights():
         text = UMT5Config(
             vocab_size=256384,
@@ -143,13 +144,15 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
         encoder = UMT5EncoderModel(text)
     encoder = materialise(encoder, lambda name: config.t5_dtype, cpu)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    pipeline.__dict__["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
-    names = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
-    pipeline.checkpoint = SimpleNamespace(
-        experts={name: headers(pipeline.__dict__[name]) for name in names},
-        vae=headers(vae),
-        text_encoder=headers(encoder),
-    )
+    made["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
+    shapes = {name: headers(made[name]) for name in experts}
+    pipeline.checkpoint = Checkpoint(Path("."), shapes, headers(vae), headers(encoder), Path("."))
+    pipeline.models = Models(task, pipeline.checkpoint, {})
+    for name, model in made.items():
+        pipeline.models.put(name, model)
+    pipeline.budget = MemoryBudget(pipeline.checkpoint, config, DEVICE, DEVICE)
+    pipeline.vlm = CaptionerOwner(None, url=None, question="?", trust_remote_code=False, main=DEVICE, device=DEVICE)
+    pipeline.prompts = PromptBuilder(pipeline.vlm, pipeline.tokenizer.count, config.text_len, pipeline.fps)
     return pipeline
 
 

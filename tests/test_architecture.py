@@ -20,7 +20,8 @@ LAYERS = [
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
     ("wan.modules", "wan.device.budget", "wan.footage"),
-    ("wan.pipeline", "wan.chain.plan"),
+    ("wan.models", "wan.prompting", "wan.chain.plan"),
+    ("wan.pipeline",),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),
     ("wan.video2video", "wan.wan22video2video5B"),
     ("wan.chain",),
@@ -92,3 +93,22 @@ def test_policy_has_an_address() -> None:
             ):
                 wrong.append(f"{pattern} in {path}")
     assert wrong == []
+
+
+def modules_imported_by(file: Path) -> set[str]:
+    """The modules of the project that a file imports, for type checkers and inside functions too."""
+    known = {name_of(other) for other in FILES}
+    return {
+        name if name in known else name.rpartition(".")[0]
+        for name in imports_of(file)
+        if name in known or name.rpartition(".")[0] in known
+    } - {name_of(file)}
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    left = {name_of(file): modules_imported_by(file) for file in FILES}
+    while leaves := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in leaves}
+    while roots := left.keys() - {needed for all_needed in left.values() for needed in all_needed}:
+        left = {name: needed for name, needed in left.items() if name not in roots}
+    assert {name: sorted(needed & left.keys()) for name, needed in left.items()} == {}

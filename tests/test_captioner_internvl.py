@@ -83,13 +83,13 @@ def test_text_is_the_official_one_and_again_after_close(captioner: InternVLCapti
     for _ in range(2):
         texts.append(captioner.describe(FRAMES, QUESTION, max_new_tokens=40))
         captioner.close()
-        assert "model" not in captioner.__dict__
+        assert not captioner.is_loaded
     assert texts == [EXPECTED["chat_text"]] * 2
 
 
 def test_default_dtype_loads_bfloat16_and_nothing_before_the_first_use() -> None:
     captioner = InternVLCaptioner(GOLDEN / "orig", "cpu")
-    assert "model" not in captioner.__dict__
+    assert not captioner.is_loaded
     assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
 
 

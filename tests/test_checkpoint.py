@@ -65,7 +65,7 @@ def test_the_diffusers_layout_makes_the_same_video(family: str, i2v: Any, ti2v: 
     folder = to_diffusers_layout(official, tmp_path / "diffusers", parts)
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
     library = type(official)(float32("i2v-A14B" if family == "14b" else "ti2v-5B"), folder)
-    assert library.checkpoint.layout == "diffusers"
+    assert library.checkpoint.tokenizer.name == "tokenizer"  # as in that layout
     assert torch.equal(library.generate("a boat", image, **call), official.generate("a boat", image, **call))
 
 

@@ -70,7 +70,7 @@ def test_generate_continues_a_video_with_its_description(
 
 
 def test_with_a_prompt_no_vlm_is_loaded(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan.continuation.open_captioner", lambda *_, **__: pytest.fail("a VLM was opened"))
+    monkeypatch.setattr("wan.prompting.open_captioner", lambda *_, **__: pytest.fail("a VLM was opened"))
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt_dir", str(checkpoints / "ti2v"), "--video", str(VIDEO), "--prompt", "A cat playing"]
     assert cli.generate_main([*flags, "--no_video_metadata", "--vae_dtype", "float16"]) == 0

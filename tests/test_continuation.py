@@ -17,9 +17,9 @@ import wan
 from tests.conftest import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
-from wan.continuation import default_vlm
 from wan.errors import UserError
 from wan.footage import VideoFile
+from wan.prompting import CaptionerOwner, default_vlm
 from wan.settings import Sampling
 from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
 from wan.weights.prefetch import ReadAhead
@@ -87,7 +87,7 @@ def test_frames_for_the_captioner_are_chosen_as_officially() -> None:
 @pytest.fixture
 def v2v() -> Any:
     continuation = WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt")
-    continuation.__dict__["captioner"] = FakeCaptioner()
+    continuation.vlm.use(FakeCaptioner())
     return continuation
 
 
@@ -116,21 +116,21 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
             read.append([file.name for file in files])
             super().__init__(files, distance)
 
-    monkeypatch.setattr("wan.pipeline.ReadAhead", Watched)
+    monkeypatch.setattr("wan.models.ReadAhead", Watched)
     v2v.v2v(VIDEO, **CALL)  # the VLM is on the CPU and wants the memory itself
     assert not read
-    v2v.vlm_url = "http://localhost:1"
+    v2v.vlm.url = "http://localhost:1"
     v2v.v2v(VIDEO, prompt="A cat", **CALL)
     assert not read
     v2v.v2v(VIDEO, **CALL)
     assert read == [[]]  # all are loaded
     for name in ("text_encoder", "vae", "model"):
-        v2v.__dict__.pop(name)
+        v2v.models.forget(name)
     v2v.v2v(VIDEO, **CALL)
     parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
     assert read[1] == [file.name for part in parts for file in part.files]
-    monkeypatch.setattr("wan.pipeline.host_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
-    v2v.__dict__.pop("text_encoder")
+    monkeypatch.setattr("wan.models.host_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
+    v2v.models.forget("text_encoder")
     v2v.v2v(VIDEO, **CALL)
     assert read[2] == [parts[0].files[0].name]
 
@@ -155,13 +155,26 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
 
 
+def owner(main: str, device: str, captioner: Any) -> CaptionerOwner:
+    one = CaptionerOwner(
+        "vlm",
+        url=None,
+        question="?",
+        trust_remote_code=False,
+        main=torch.device(main),
+        device=torch.device(device),
+    )
+    one.use(captioner)
+    return one
+
+
 def test_the_captioner_is_freed_only_where_it_shares_the_device(v2v: Any) -> None:
     v2v._summarize_video(VIDEO)
     assert v2v.captioner.closed == 0  # on the CPU nothing is short
-    v2v.device = v2v.vlm_device = torch.device("cuda:0")
+    v2v.vlm = owner("cuda:0", "cuda:0", v2v.captioner)
     v2v._summarize_video(VIDEO)
     assert v2v.captioner.closed == 1
-    v2v.vlm_device = torch.device("cuda:1")
+    v2v.vlm = owner("cuda:0", "cuda:1", v2v.captioner)
     v2v._summarize_video(VIDEO, num_segments=2, question="What?")
     assert v2v.captioner.closed == 1 and v2v.captioner.asked[-1] == ((2, 180, 320, 3), "What?")
 
@@ -180,7 +193,7 @@ def test_a_long_description_is_cut_to_the_text_encoder(v2v: Any, monkeypatch: py
     sentence = "The boat goes over the water slowly. "
     monkeypatch.setattr(v2v.captioner, "describe", lambda *_, **__: sentence * 200)
     plan = dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video")
-    prompt = v2v.build_prompt(VideoFile(VIDEO), plan).prompt
+    prompt = v2v.build_prompt(VideoFile(VIDEO), plan).text
     assert prompt.startswith("continue video The boat") and prompt.endswith("slowly.")
     assert 512 - v2v.tokenizer.count(sentence) < v2v.tokenizer.count(prompt) <= 512
 

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import GOLDEN
-from wan.denoiser.lora import check_loras, merge_loras
+from wan.denoiser import lora as lora_module
+from wan.denoiser.lora import LoraMatch, merge_loras, open_loras
 from wan.denoiser.model import WanModel, infer_config, key_map
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.files import sampled_digest
+from wan.models import Models
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_safetensors
 
@@ -158,6 +161,14 @@ def diffusers_layout(weights: Weights, folder: Path) -> Weights:
     return open_safetensors(folder, "diffusion_pytorch_model")
 
 
+def matches(files: Sequence[LoraFile], weights: Weights) -> list[LoraMatch]:
+    return [one.match for one in open_loras(files, weights)]
+
+
+def merge(model: WanModel, weights: Weights, files: Sequence[LoraFile]) -> None:
+    merge_loras(model, weights, open_loras(files, weights))
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     a14b = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names()).experts
@@ -214,9 +225,9 @@ def test_every_style_makes_the_same_weights(weights: Weights, checkpoints: Any, 
     for style in STYLES:
         style(lora, tmp_path / f"{style.__name__}.safetensors")
         asked = [LoraFile(tmp_path / f"{style.__name__}.safetensors", 0.5)]
-        (match,) = check_loras(asked, weights)
+        (match,) = matches(asked, weights)
         assert (match.matched, match.total, match.ranks, match.unmatched) == (total, total, (2, 4, 8), ())
-        merge_loras(model, weights, asked)
+        merge(model, weights, asked)
         merged.append(values(model))
     assert all(same(merged[0], other) for other in merged[1:])
     for name, value in expected(weights, (lora, 0.5)).items():
@@ -228,14 +239,14 @@ def test_a_merged_model_is_the_model_of_a_merged_checkpoint(a14b: Weights, tmp_p
     lora = pairs(a14b.shapes, EVERYWHERE)
     lightx2v(lora, tmp_path / "lora.safetensors")
     exact = load(a14b)
-    merge_loras(exact, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
+    merge(exact, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
     (tmp_path / "merged").mkdir()
     save_file(values(exact), tmp_path / "merged" / "m.safetensors")
     (tmp_path / "merged" / "config.json").write_text(json.dumps(dict(a14b.config)))
     merged = open_safetensors(tmp_path / "merged", "m")
     for dtype, convert in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)):
         model = load(a14b, dtype, convert)
-        merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
+        merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
         assert same(values(model), values(load(merged, dtype, convert)))
 
 
@@ -247,16 +258,16 @@ def test_what_is_taken_out_leaves_no_trace(weights: Weights, checkpoints: Any, c
     kohya(pairs(shapes, EVERYWHERE[::3], seed=1), other.path)
     model = load(weights, torch.bfloat16, convert)
     before = values(model)
-    merge_loras(model, weights, [other])
+    merge(model, weights, [other])
     alone = values(model)
     assert not same(alone, before)
-    merge_loras(model, weights, [one, other])
+    merge(model, weights, [one, other])
     both = values(model)
-    merge_loras(model, weights, [])
+    merge(model, weights, [])
     assert same(values(model), before)
-    merge_loras(model, weights, [one, other])
+    merge(model, weights, [one, other])
     assert same(values(model), both)
-    merge_loras(model, weights, [other])
+    merge(model, weights, [other])
     assert same(values(model), alone)
 
 
@@ -265,7 +276,7 @@ def test_several_loras_add_up(a14b: Weights, tmp_path: Path) -> None:
     svi(one, tmp_path / "one.safetensors")
     diffusers(other, tmp_path / "other.safetensors")
     model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "one.safetensors", 0.5), LoraFile(tmp_path / "other.safetensors")])
+    merge(model, a14b, [LoraFile(tmp_path / "one.safetensors", 0.5), LoraFile(tmp_path / "other.safetensors")])
     merged = values(model)
     for name, value in expected(a14b, (one, 0.5), (other, 1.0)).items():
         torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-7)
@@ -273,10 +284,28 @@ def test_several_loras_add_up(a14b: Weights, tmp_path: Path) -> None:
 
 def test_the_same_set_is_merged_once(a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
-    model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
+    model, opened = load(a14b), open_loras([LoraFile(tmp_path / "lora.safetensors")], a14b)
+    merge_loras(model, a14b, opened)
     monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("read again"))
-    merge_loras(model, a14b, (LoraFile(tmp_path / "lora.safetensors"),))
+    merge_loras(model, a14b, opened)
+
+
+def test_the_headers_of_a_lora_are_read_once_for_each_expert(
+    a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    read: list[Path] = []
+    original = lora_module.open_file
+    monkeypatch.setattr(lora_module, "open_file", lambda file: (read.append(file), original(file))[1])
+    checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b})
+    models = Models("x", checkpoint, {name: lambda: load(a14b) for name in checkpoint.experts})
+    for strength in (1.0, 0.5, 1.0):  # clips that differ
+        files = (LoraFile(tmp_path / "lora.safetensors", strength),)
+        wanted = {"high_noise_model": files, "low_noise_model": files}
+        models.check_loras(wanted)
+        models.merge_loras(wanted)
+    assert len(read) == 2 * 2  # an expert and a strength
+    assert models.merged["high_noise_model"][0].lora.strength == 1.0
 
 
 def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:
@@ -300,7 +329,7 @@ def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) ->
         wanted[name] += 0.5 * scale * state[key]
     save_file(state, tmp_path / "lora.safetensors")
     model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
     for name, value in values(model).items():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-6, atol=1e-7)
 
@@ -312,7 +341,7 @@ def test_a_bias_of_peft_is_scaled_like_the_product(a14b: Weights, tmp_path: Path
     save_file(state, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "alpha_pattern": {}}))
     model, before = load(a14b), expected(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "adapter_model.safetensors", 0.5)])
+    merge(model, a14b, [LoraFile(tmp_path / "adapter_model.safetensors", 0.5)])
     change = values(model)["blocks.0.attn1.to_q.bias"].double() - before["blocks.0.attn1.to_q.bias"]
     torch.testing.assert_close(change, 0.5 * 6 / 2 * bias.double(), rtol=1e-6, atol=1e-6)
 
@@ -324,7 +353,7 @@ def test_rank_stabilised_alpha_is_divided_by_the_root_of_the_rank(a14b: Weights,
     state = named(plain, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B")
     save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": said})
     model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
     rooted = {layer: dataclasses.replace(pair, alpha=3 * math.sqrt(len(pair.down))) for layer, pair in lora.items()}
     for name, value in expected(a14b, (rooted, 1.0)).items():
         torch.testing.assert_close(values(model)[name].double(), value, rtol=1e-6, atol=1e-7)
@@ -344,7 +373,7 @@ def test_diffusers_fuses_to_the_same_weights(style: Any, a14b: Weights, tmp_path
     pipeline.fuse_lora(lora_scale=0.5)
     pipeline.unload_lora_weights()
     model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
     fused = theirs.state_dict()
     # it scales the matrices in the file's bfloat16 before it multiplies them
     for name, value in values(model).items():
@@ -357,7 +386,7 @@ def test_parameters_keep_their_memory(a14b: Weights, tmp_path: Path) -> None:
     model = load(a14b)
     parameter = model.get_parameter("blocks.0.attn1.to_q.weight")
     host, before = parameter.data, parameter.detach().clone()
-    merge_loras(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
     assert parameter is model.get_parameter("blocks.0.attn1.to_q.weight")
     assert parameter.data_ptr() == host.data_ptr()
     assert not torch.equal(host, before)
@@ -370,11 +399,11 @@ def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp
     placement, lora = Placement(torch.device("cuda"), offload), LoraFile(tmp_path / "lora.safetensors")
     model, wanted = load(a14b), load(a14b)
     before = values(model)
-    merge_loras(wanted, a14b, [lora])
+    merge(wanted, a14b, [lora])
     with placement.on_device(model):
         pass
     for loras, there in (([lora], values(wanted)), ([], before)):
-        merge_loras(model, a14b, loras)
+        merge(model, a14b, loras)
         with placement.on_device(model):
             for number in range(len(model.layers) if offload else 0):
                 model.before_layer(number)  # it comes when it is used
@@ -395,7 +424,7 @@ def test_leftovers_of_wan21_are_not_counted(a14b: Weights, tmp_path: Path, caplo
     ):
         state[f"diffusion_model.{key}"] = torch.ones(7, 7)
     save_file(state, tmp_path / "lora.safetensors")
-    (match,) = check_loras([LoraFile(tmp_path / "lora.safetensors")], a14b)
+    (match,) = matches([LoraFile(tmp_path / "lora.safetensors")], a14b)
     assert (match.matched, match.total, match.unmatched) == (len(BLOCKS), len(BLOCKS), ())
     assert caplog.records == []
 
@@ -407,13 +436,13 @@ def test_a_text_to_video_lora_fits_but_for_its_input_channels(
     lora = pairs(shapes, ["patch_embedding", *BLOCKS])
     svi(lora, tmp_path / "t2v.safetensors")
     with caplog.at_level(logging.WARNING):
-        (match,) = check_loras([LoraFile(tmp_path / "t2v.safetensors")], a14b)
+        (match,) = matches([LoraFile(tmp_path / "t2v.safetensors")], a14b)
     assert (match.matched, match.total, match.unmatched) == (len(BLOCKS), len(BLOCKS) + 1, ("patch_embedding",))
     assert caplog.messages == [
         "t2v.safetensors: 20 of 21 layers, rank 2/4/8, strength 1.0; left out: patch_embedding",
     ]
     model = load(a14b)
-    merge_loras(model, a14b, [LoraFile(tmp_path / "t2v.safetensors")])
+    merge(model, a14b, [LoraFile(tmp_path / "t2v.safetensors")])
     del lora["patch_embedding"]
     for name, value in expected(a14b, (lora, 1.0)).items():
         torch.testing.assert_close(values(model)[name].double(), value, rtol=1e-6, atol=1e-7)
@@ -421,10 +450,10 @@ def test_a_text_to_video_lora_fits_but_for_its_input_channels(
 
 def refused(lora: Path, weights: Weights, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        check_loras([LoraFile(lora)], weights)
+        matches([LoraFile(lora)], weights)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=message):
-        merge_loras(load(weights), weights, [LoraFile(lora)])
+        merge(load(weights), weights, [LoraFile(lora)])
 
 
 def test_a_lora_of_another_width_is_refused_by_both_widths(a14b: Weights, tmp_path: Path) -> None:
@@ -535,10 +564,10 @@ def test_a_file_is_for_the_expert_that_its_name_says(
     svi(pairs(checkpoints["A14B"].shapes), file)
     for expert, weights in (("high", checkpoints["A14B"]), ("low", checkpoints["low noise"])):
         if said in (None, expert):
-            assert check_loras([LoraFile(file)], weights)[0].matched == len(BLOCKS)
+            assert matches([LoraFile(file)], weights)[0].matched == len(BLOCKS)
         else:
             refused(file, weights, f"is for the {said}-noise expert by its name.* lora_{said}")
-    assert check_loras([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
+    assert matches([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
 
 
 def test_an_error_half_way_is_put_right_by_the_next_merge(a14b: Weights, tmp_path: Path) -> None:
@@ -549,9 +578,9 @@ def test_an_error_half_way_is_put_right_by_the_next_merge(a14b: Weights, tmp_pat
     model = load(a14b)
     before = values(model)
     with pytest.raises(UserError, match="makes blocks.1.ffn.net.2.weight infinite or NaN"):
-        merge_loras(model, a14b, [LoraFile(tmp_path / "nan.safetensors")])
+        merge(model, a14b, [LoraFile(tmp_path / "nan.safetensors")])
     assert not same(values(model), before)
-    merge_loras(model, a14b, [])
+    merge(model, a14b, [])
     assert same(values(model), before)
 
 
@@ -595,8 +624,8 @@ def test_the_record_is_of_the_file_that_was_merged(a14b: Weights, tmp_path: Path
     lora = LoraFile(tmp_path / "lora.safetensors")
     svi(pairs(a14b.shapes), lora.path)
     digest = sampled_digest(lora.path)
-    (match,) = check_loras([lora], a14b)
-    merge_loras(load(a14b), a14b, [lora])
+    (match,) = matches([lora], a14b)
+    merge(load(a14b), a14b, [lora])
     lora.path.unlink()
     assert match.as_json() == lora.as_json() | {"matched": len(BLOCKS), "total": len(BLOCKS)}
     assert lora.as_json()["digest"] == digest

@@ -18,18 +18,19 @@ from transformers import UMT5Config, UMT5EncoderModel
 from benchmarks.floor import counted, denoiser_flops
 from benchmarks.real_size import DIT, VAE, headers
 from tests.test_exact_speed import build, noise, prompt
-from wan import WAN_CONFIGS, UserError, WanV2V, WanV2V5B
+from wan import WAN_CONFIGS, UserError, WanV2V5B
 from wan.captioner import weight_bytes
 from wan.denoiser.model import WanModel
 from wan.device import streaming
-from wan.device.budget import CONTEXT, GIB, StageMemory, for_tensors
+from wan.device.budget import CONTEXT, GIB, MemoryBudget, StageMemory, gpu_limit
 from wan.device.placement import Placement
 from wan.device.streaming import LayerStreamer, layers_that_stay
-from wan.image2video import WanI2V
-from wan.pipeline import Pipeline
+from wan.models import Models
+from wan.prompting import CaptionerOwner
 from wan.text.umt5 import TextEncoder
-from wan.textimage2video import WanTI2V
+from wan.types import Clip, Geometry
 from wan.vae import chunked
+from wan.weights.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -262,55 +263,57 @@ MEASURED: dict[str, tuple[tuple[int, int, int], int, dict[str, float]]] = {
 }
 
 
-def at_real_size(task: str) -> Any:
-    """A pipeline that has the sizes of a released checkpoint and nothing else of it."""
-    pipeline: Any = object.__new__({"i2v-A14B": WanI2V, "ti2v-5B": WanTI2V}[task])
-    pipeline.config = dataclasses.replace(WAN_CONFIGS[task], vae_dtype=torch.float16)
-    pipeline.device = pipeline.text_device = torch.device("cuda")
-    pipeline.vram = None
+def at_real_size(task: str, vram: float | None = None) -> MemoryBudget:
+    """The budget of a released checkpoint, of which only the sizes are there."""
     text = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
     with init_empty_weights():
         denoiser, vae, encoder = WanModel(**DIT[task]), AutoencoderKLWan(**VAE[task]), UMT5EncoderModel(text)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight
     experts = ("model",) if task == "ti2v-5B" else ("low_noise_model", "high_noise_model")
-    pipeline.checkpoint = SimpleNamespace(
-        experts={name: headers(denoiser) for name in experts}, vae=headers(vae), text_encoder=headers(encoder)
+    checkpoint = Checkpoint(
+        Path("."), {name: headers(denoiser) for name in experts}, headers(vae), headers(encoder), Path(".")
     )
-    return pipeline
+    config = dataclasses.replace(WAN_CONFIGS[task], vae_dtype=torch.float16)
+    gpu = torch.device("cuda")
+    return MemoryBudget(checkpoint, config, gpu, gpu, None if vram is None else int(vram * GIB))
+
+
+def clip_of(budget: MemoryBudget, width: int, height: int, frames: int) -> Geometry:
+    return Geometry(frames, height, width, budget.config.vae_stride, budget.config.patch_size)
 
 
 @pytest.mark.parametrize("task", MEASURED)
 def test_estimates_are_within_a_tenth_of_what_was_measured(task: str) -> None:
     size, known, measured = MEASURED[task]
-    pipeline = at_real_size(task)
-    parts = pipeline.parts(pipeline.geometry(*size), known)
-    for stage, peak in measured.items():
-        assert parts[stage].peak(None) / GIB == pytest.approx(peak, rel=0.1), stage
+    budget = at_real_size(task)
+    stages = budget.stages(clip_of(budget, *size), known)
+    for name, peak in measured.items():
+        assert stages[name].peak(None) / GIB == pytest.approx(peak, rel=0.1), name
 
 
 @pytest.mark.parametrize(("task", "vram"), [("ti2v-5B", 8), ("ti2v-5B", 12), ("i2v-A14B", 16), ("i2v-A14B", 24)])
 def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
-    size, _, _ = MEASURED[task]
-    pipeline = at_real_size(task)
-    pipeline.vram = vram * GIB
-    parts = pipeline.parts(pipeline.geometry(*size))
-    budget = for_tensors(pipeline.vram)
-    assert max(part.peak(budget) for part in parts.values()) <= budget < vram * GIB - CONTEXT
-    pipeline.vram = 4 * GIB
+    budget = at_real_size(task, vram)
+    geometry = clip_of(budget, *MEASURED[task][0])
+    budget.check(geometry)
+    assert budget.tensors is not None
+    peak = max(stage.peak(budget.tensors) for stage in budget.stages(geometry).values())
+    assert peak <= budget.tensors < vram * GIB - CONTEXT
     with pytest.raises(UserError, match=r"vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
-        pipeline.geometry(*size)
+        dataclasses.replace(budget, vram=4 * GIB).check(geometry)
 
 
 def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
-    pipeline = at_real_size("ti2v-5B")
-    for part, name in (
-        (pipeline.checkpoint.vae, "decoder.norm_out.gamma"),
-        (pipeline.checkpoint.experts["model"], "patch_embedding.weight"),
+    budget = at_real_size("ti2v-5B")
+    for weights, name in (
+        (budget.checkpoint.vae, "decoder.norm_out.gamma"),
+        (budget.checkpoint.experts["model"], "patch_embedding.weight"),
     ):
-        shape = part.shapes.pop(name)
+        shapes: Any = weights.shapes
+        shape = shapes.pop(name)
         with pytest.raises(UserError, match=f"lacks {name}: download it again"):
-            pipeline.parts(pipeline.geometry(1280, 704, 121))
-        part.shapes[name] = shape
+            budget.stages(clip_of(budget, 1280, 704, 121))
+        shapes[name] = shape
 
 
 def test_a_budget_is_for_a_gpu() -> None:
@@ -319,35 +322,33 @@ def test_a_budget_is_for_a_gpu() -> None:
 
 
 def test_auto_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline: Any = object.__new__(WanTI2V)
-    pipeline.device = torch.device("cuda")
+    gpu = torch.device("cuda")
     asked: list[str] = []
-    monkeypatch.setattr("wan.pipeline.grow_segments", lambda: asked.append("segments"))
-    monkeypatch.setattr("wan.pipeline.free_bytes", lambda device: 11 * GIB)
-    assert Pipeline._budget(pipeline, "auto") == 11 * GIB
-    assert Pipeline._budget(pipeline, 7.5) == 7.5 * GIB
-    assert asked == ["segments"] * 2 and pipeline.load_device == CPU
+    monkeypatch.setattr("wan.device.budget.grow_segments", lambda: asked.append("segments"))
+    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device: 11 * GIB)
+    assert gpu_limit("auto", gpu) == 11 * GIB
+    assert gpu_limit(7.5, gpu) == 7.5 * GIB
+    assert asked == ["segments"] * 2
+
+
+def vlm(path: Any, vram: int | None = None, url: str | None = None) -> CaptionerOwner:
+    gpu = torch.device("cuda")
+    return CaptionerOwner(path, url=url, question="?", trust_remote_code=False, main=gpu, vram=vram)
 
 
 def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline: Any = object.__new__(WanV2V5B)
-    pipeline.device, pipeline.vlm_path = torch.device("cuda"), tmp_path
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(3 * GIB)  # a hole, which takes no disk
-    monkeypatch.setattr("wan.continuation.open_captioner", lambda *_, **more: more["device"])
-    pipeline.vlm_url, pipeline.vlm_trust_remote_code = None, False
+    monkeypatch.setattr("wan.prompting.open_captioner", lambda *_, **more: more["device"])
     for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
+        owner: Any = vlm(tmp_path, vram)
         assert not caplog.text  # and a run with prompts of its own does not ask
-        pipeline.vram = vram
-        assert pipeline.captioner.type == pipeline.vlm_device.type == home
-        del pipeline.vlm_device, pipeline.captioner
+        assert owner.captioner.type == owner.device.type == home
     assert "does not fit into `vram` and describes on the CPU" in caplog.text
-    for url, path in (("http://localhost:1", "a name"), (None, None)):
-        pipeline.vlm_url, pipeline.vlm_path = url, path
-        assert pipeline.vlm_device.type == "cuda"
-        del pipeline.vlm_device
+    assert vlm("a name", 4 * GIB, url="http://localhost:1").device.type == "cuda"
+    assert vlm(None, 4 * GIB).device.type == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -356,10 +357,6 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
 def test_a_vlm_of_the_hub_has_the_size_that_it_has_there(
     listed: int | None, vram: int, home: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline: Any = object.__new__(WanV2V5B)
-    pipeline.device, pipeline.vlm_path, pipeline.vlm_url = torch.device("cuda"), "a/vlm", None
-    pipeline.vram = vram * GIB
-
     def nothing(hub_id: str, local_files_only: bool) -> str:
         raise LocalEntryNotFoundError("not in the cache")
 
@@ -371,7 +368,7 @@ def test_a_vlm_of_the_hub_has_the_size_that_it_has_there(
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
-    assert pipeline.vlm_device.type == home
+    assert vlm("a/vlm", vram * GIB).device.type == home
 
 
 def test_a_vlm_in_the_hub_s_cache_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,46 +380,74 @@ def test_a_vlm_in_the_hub_s_cache_is_not_asked_about(tmp_path: Path, monkeypatch
 
 
 def test_all_models_stay_where_a_budget_holds_them_all() -> None:
-    size, _, _ = MEASURED["i2v-A14B"]
-    pipeline = at_real_size("i2v-A14B")
-    geometry = pipeline.geometry(*size)
-    assert pipeline.gpu_bytes(geometry, True) / GIB == pytest.approx(31.4, abs=0.5)
-    assert pipeline.gpu_bytes(geometry, False) / GIB == pytest.approx(2 * 26.6 + 10.6 + 0.24 + 4.8, abs=1)
-    waiting = []
-    for vram, offload, weight_budget in ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some")):
-        pipeline.vram = None if vram is None else vram * GIB
-        pipeline.__dict__["vae"] = SimpleNamespace(to=waiting.append)
-        placement = pipeline._placements(geometry, True)("sampling")
+    budget = at_real_size("i2v-A14B")
+    geometry = clip_of(budget, *MEASURED["i2v-A14B"][0])
+    assert budget.gpu_bytes(geometry, True) / GIB == pytest.approx(31.4, abs=0.5)
+    assert budget.gpu_bytes(geometry, False) / GIB == pytest.approx(2 * 26.6 + 10.6 + 0.24 + 4.8, abs=1)
+    cases = ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some"))
+    for vram, offload, weight_budget in cases:
+        limited = dataclasses.replace(budget, vram=None if vram is None else vram * GIB)
+        placement = limited.placements(geometry, True)("sampling")
         assert placement.offload is offload and (placement.weight_budget is not None) == (weight_budget is not None)
-    assert waiting == ["cpu", "cpu"]  # where not all of them fit
+        assert limited.holds_all(geometry) == (vram == 80)
+
+
+def test_a_budget_needs_offloading(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ti2v, "budget", dataclasses.replace(ti2v.budget, vram=80 * GIB))
     with pytest.raises(UserError, match="vram needs offload_model True"):
-        pipeline.run(SimpleNamespace(geometry=geometry), offload=False)
+        ti2v.run(SimpleNamespace(geometry=None), offload=False)
+
+
+def test_models_that_wait_are_in_host_memory() -> None:
+    waiting: list[str] = []
+    models = Models("x", at_real_size("ti2v-5B").checkpoint, {})
+    assert not models.is_loaded("vae") and models.loaded == []
+    models.put("vae", SimpleNamespace(to=waiting.append))
+    models.wait_at_home()
+    assert models.is_loaded("vae") and waiting == ["cpu"]
+    models.forget("vae")
+    assert not models.is_loaded("vae")
 
 
 @pytest.mark.parametrize(
-    ("free", "number", "offload", "stays"),
-    [(120, 1, True, True), (120, 3, True, False), (37, 1, True, True), (34, 1, True, False), (60, 1, False, False)],
+    ("free", "offload", "fits"), [(120, True, True), (37, True, True), (34, True, False), (60, False, False)]
 )
-def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follows(
-    free: int, number: int, offload: bool, stays: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_clip_fits_beside_a_vlm_with_a_tenth_to_spare(
+    free: int, offload: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = at_real_size("i2v-A14B")
-    pipeline.vlm_device, closed = pipeline.device, []
-    pipeline.__dict__["captioner"] = SimpleNamespace(close=lambda: closed.append(True))
-    monkeypatch.setattr("wan.continuation.free_bytes", lambda device, budget: free * GIB)
-    monkeypatch.setattr("wan.continuation.drop_cache", lambda device: None)
-    geometry = pipeline.geometry(*MEASURED["i2v-A14B"][0])
-    plan: Any = SimpleNamespace(number=number, count=3, geometry=geometry, offload=offload)
-    WanV2V._make_room(_continuing(pipeline), plan)
+    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device, budget: free * GIB)
+    monkeypatch.setattr("wan.device.budget.drop_cache", lambda device: None)
+    budget = at_real_size("i2v-A14B")
+    assert budget.fits_now(clip_of(budget, *MEASURED["i2v-A14B"][0]), offload, []) == fits
+
+
+@pytest.mark.parametrize(("fits", "number", "stays"), [(True, 1, True), (True, 3, False), (False, 1, False)])
+def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follows(
+    fits: bool, number: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt")
+    continuation.vlm = vlm("a/vlm")
+    continuation.vlm.use(Speaking(closed))
+    continuation.prompts.owner = continuation.vlm
+    monkeypatch.setattr(MemoryBudget, "fits_now", lambda *_: fits)
+    clip = Clip(torch.zeros(5, 64, 64, 3), continuation.fps)
+    plan = continuation.plan(clip, max_area=4096, frame_num=5, number=number, count=3)
+    assert continuation.build_prompt(clip, plan).text == "It moves."
     assert closed == ([] if stays else [True])
-    WanV2V._make_room(_continuing(pipeline))  # a description that no clip follows
-    assert closed[-1:] == [True]
 
 
-def _continuing(pipeline: Any) -> Any:
-    continuing: Any = object.__new__(WanV2V)
-    continuing.__dict__.update(pipeline.__dict__)
-    return continuing
+class Speaking:
+    """A captioner that notes when it is closed."""
+
+    def __init__(self, closed: list[bool]) -> None:
+        self.closed = closed
+
+    def describe(self, *_: Any, **__: Any) -> str:
+        return "It moves."
+
+    def close(self) -> None:
+        self.closed.append(True)
 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,7 +467,8 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("task", "decoding", "forward"), [("i2v-A14B", 275, 1676), ("ti2v-5B", 2011, 516)])
 def test_floors_are_the_arithmetic_of_the_released_models(task: str, decoding: float, forward: float) -> None:
     """VAEs: as counted on the official code; denoisers: by hand from their published sizes."""
-    geometry = at_real_size(task).geometry(*MEASURED[task][0])
+    budget = at_real_size(task)
+    geometry = clip_of(budget, *MEASURED[task][0])
     with init_empty_weights():
         vae, denoiser = AutoencoderKLWan(**VAE[task]).to("meta"), WanModel(**DIT[task])
     latents = torch.empty(1, VAE[task].get("z_dim", 16), *geometry.latent, device="meta")

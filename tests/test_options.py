@@ -327,7 +327,7 @@ CASES: dict[str, Case] = {
     "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
     "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
     "offload_model": Case("--offload_model False", lambda s: s.run["offload"], False),
-    "vram": Case("--vram 8", lambda s: s.pipeline.vram, 8.0),
+    "vram": Case("--vram 8", lambda s: s.pipeline.budget.vram, 8.0),
     "precision": Case("--precision fp8", lambda s: s.pipeline.config.low_precision, "fp8"),
     "vae_dtype": Case("--vae_dtype float16", lambda s: s.pipeline.config.vae_dtype, torch.float16),
     "convert_model_dtype": Case("--convert_model_dtype", lambda s: s.pipeline.convert_model_dtype, True),
@@ -413,13 +413,13 @@ def command(
         return sample_frames(path, count)
 
     monkeypatch.setattr(Pipeline, "run", sampled)
-    monkeypatch.setattr(Pipeline, "_budget", lambda self, vram: vram)  # needs a GPU
+    monkeypatch.setattr("wan.pipeline.gpu_limit", lambda vram, device: vram)  # needs a GPU
     monkeypatch.setattr(Pipeline, "geometry", _geometry)  # a budget that is refused is no news
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
     monkeypatch.setattr("wan.pipeline.main_device", lambda *_: torch.device("meta"))  # so that "cpu" is another
-    monkeypatch.setattr("wan.continuation.open_captioner", opened)
+    monkeypatch.setattr("wan.prompting.open_captioner", opened)
     monkeypatch.setattr("wan.continuation.correct_drift", corrected)
-    monkeypatch.setattr("wan.continuation.weight_bytes", lambda *_: 0)
+    monkeypatch.setattr("wan.prompting.weight_bytes", lambda *_: 0)
     monkeypatch.setattr("wan.media.sample_frames", samples)
     monkeypatch.syspath_prepend(str(world))
     monkeypatch.chdir(world)

@@ -145,7 +145,7 @@ def test_outside_the_interval_there_is_one_forward(interval: tuple[float, float]
     assert guided == sum(interval[0] <= t / 1000 <= interval[1] for t in timesteps)
     _, blocks = blocks_of(i2v, request)
     assert sum(blocks.values()) == 12 + guided
-    assert sum(steps + second for steps, second in i2v.steps_of(request.sampling)) == 12 + guided
+    assert sum(steps + second for steps, second in i2v.shares(request.sampling)) == 12 + guided
 
 
 def test_an_interval_of_everything_is_no_interval(ti2v: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.conftest import DATA, GOLDEN
 from wan.cli import continuous_main, generate_main
-from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora import merge_loras, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -284,7 +284,7 @@ def test_offloading_takes_all_of_a_packed_model_along(name: str, states: dict[st
     write(states["wide"], beside / file)
     weights = open_denoiser(beside / file, beside)
     model = load(weights, torch.bfloat16)
-    merge_loras(model, weights, [lora(states["wide"], beside)])
+    merge_loras(model, weights, open_loras([lora(states["wide"], beside)], weights))
     before = forward(model)
     placement = Placement(torch.device("cpu"), weight_budget=2**40)  # the GPU is played by other pieces of host memory
     with placement.on_device(model):
@@ -305,7 +305,7 @@ def test_packed_blocks_compile_as_they_are(name: str, states: dict[str, State], 
     write(states["wide"], beside / file)
     weights = open_denoiser(beside / file, beside)
     model, graphs = load(weights, torch.float32), []
-    merge_loras(model, weights, [lora(states["wide"], beside)])
+    merge_loras(model, weights, open_loras([lora(states["wide"], beside)], weights))
     before = forward(model)
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -314,7 +314,8 @@ def test_packed_blocks_compile_as_they_are(name: str, states: dict[str, State], 
 
     model.compile_blocks(backend)
     torch.testing.assert_close(forward(model), before, atol=1e-5, rtol=1e-4)
-    merge_loras(model, weights, [lora(states["wide"], beside, -0.2)])  # a clip with another strength
+    stronger = open_loras([lora(states["wide"], beside, -0.2)], weights)  # a clip with another strength
+    merge_loras(model, weights, stronger)
     assert (forward(model) - before).abs().max() > 0.01
     assert len(graphs) == 2 and model.is_compiled  # the LoRA leaves one layer of one block as it is
 
@@ -373,11 +374,11 @@ def test_a_lora_does_what_it_does_to_weights_that_were_expanded_beforehand(
     before, files = forward(model), [lora(states[size], beside)]
     for strengths in ([0.7], [0.7, -1.5]):
         files = [LoraFile(beside / "lora.safetensors", strength) for strength in strengths]
-        merge_loras(model, weights, files)
-        merge_loras(other, reference, files)
+        merge_loras(model, weights, open_loras(files, weights))
+        merge_loras(other, reference, open_loras(files, reference))
         assert not torch.equal(forward(model), before)
         assert torch.equal(forward(model), forward(other))
-    merge_loras(model, weights, ())
+    merge_loras(model, weights, open_loras((), weights))
     assert torch.equal(forward(model), before)
     assert all(layer.held == 0 and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
 
@@ -390,7 +391,7 @@ def test_a_weight_of_many_pieces_is_the_weight_of_one(
         write(states["wide"], beside / file)
         weights = open_denoiser(beside / file, beside)
         model = load(weights, torch.float32)
-        merge_loras(model, weights, [lora(states["wide"], beside)])
+        merge_loras(model, weights, open_loras([lora(states["wide"], beside)], weights))
         whole = {key: layer.dense() for key, layer in packed(model).items()}
         monkeypatch.setattr("wan.weights.quantized._PIECE", 1000)
         for key, layer in packed(model).items():
@@ -407,7 +408,7 @@ def test_a_lora_that_is_not_finite_is_refused(states: dict[str, State], beside: 
     tensors["diffusion_model.blocks.1.self_attn.q.lora_up.weight"][0, 0] = torch.nan
     save_file(tensors, asked.path)
     with pytest.raises(UserError, match=r"lora.safetensors makes blocks.1.attn1.to_q.weight infinite or NaN"):
-        merge_loras(model, weights, [asked])
+        merge_loras(model, weights, open_loras([asked], weights))
 
 
 # --- from the command line --------------------------------------------------------------------------------------------

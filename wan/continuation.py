@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -20,47 +18,22 @@ from PIL import Image
 from torch import Tensor
 
 from wan import media
-from wan.captioner import (
-    Captioner,
-    Memory,
-    NextPrompt,
-    build_transform,
-    compose_prompt,
-    dynamic_preprocess,
-    next_prompt,
-    open_captioner,
-    weight_bytes,
-)
+from wan.captioner import Captioner, build_transform, dynamic_preprocess
 from wan.chain.plan import Plan
 from wan.configs import ModelConfig
-from wan.device.budget import GIB, for_tensors
-from wan.device.hardware import drop_cache, free_bytes, parse_device, same_device
-from wan.device.placement import bytes_on
+from wan.device.hardware import parse_device
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.options import LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
-from wan.quality import correct_drift, measure_motion, score_seam
+from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
+from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Step, UInt8Array, frame_size
+from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Step, frame_size
 
 log = logging.getLogger(__name__)
 
-RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
-VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
-VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
-VLM_NAME = "InternVL3_5-8B"
-VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipPrompt:
-    """The prompt of a clip, how it came about (as JSON values), and the seconds that took."""
-
-    text: str
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class _Once:
@@ -128,13 +101,17 @@ class VideoContinuation(Pipeline):
             compile_blocks=compile_blocks,
             vram=vram,
         )
-        # an endpoint serves what it serves; a name is sent only when it is given
-        self.vlm_path = vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder))
-        self.vlm_url = vlm_url
-        if vlm_device is not None:
-            self.vlm_device = parse_device(str(vlm_device))
-        self.vlm_question = vlm_question
-        self.vlm_trust_remote_code = vlm_trust_remote_code
+        self.vlm = CaptionerOwner(
+            # an endpoint serves what it serves; a name is sent only when it is given
+            vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder)),
+            url=vlm_url,
+            question=vlm_question,
+            trust_remote_code=vlm_trust_remote_code,
+            main=self.device,
+            device=None if vlm_device is None else parse_device(str(vlm_device)),
+            vram=self.budget.vram,
+        )
+        self.prompts = PromptBuilder(self.vlm, self.tokenizer.count, config.text_len, self.fps)
         self.video_reader = video_reader
 
     def v2v(
@@ -247,7 +224,7 @@ class VideoContinuation(Pipeline):
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
         if plan.cut is True and plan.prompt is None:
             raise UserError("cut: true makes a clip of text alone: give it a prompt")
-        self.check_loras(plan.loras)
+        self.models.check_loras(plan.loras)
         self.check_distilled(plan.preset, plan.loras)
         self._check_pairing(plan)
 
@@ -291,9 +268,7 @@ class VideoContinuation(Pipeline):
         plan = self.with_available_context(footage, plan)
         if on_step is not None and plan.described:
             on_step(Step(0, plan.sampling.steps, "caption"))
-        # a VLM that is not on the CPU leaves the disk and memory to the other models
-        ahead = plan.described and (self.vlm_url or self.vlm_device.type != "cpu")
-        with self._reading_ahead() if ahead else nullcontext():
+        with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
             prompt = self.build_prompt(footage, plan, memory)
         made = self._candidate(footage, prompt, seed, plan, on_step)
         seconds, candidates = Counter(made.seconds), []
@@ -376,87 +351,21 @@ class VideoContinuation(Pipeline):
     def build_prompt(
         self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})
     ) -> ClipPrompt:
-        """The plan's prompt, or what the VLM says cut to what the text encoder takes; prefix first."""
-        start = time.perf_counter()
-        if not plan.described:
-            return ClipPrompt(f"{plan.prefix} {plan.prompt}".strip())
-        if plan.cut is not None and not isinstance(plan.cut, bool):  # the picture is what is continued
-            footage = Clip(
-                self.frame_for(plan.cut, plan.geometry.width, plan.geometry.height)[None].permute(0, 2, 3, 1), self.fps
-            )
-        notes: dict[str, Any] = {}
-        if plan.prompt_mode == "continue":
-            # after a cut nothing of the old shot is to be kept up
-            following = self._next_prompt(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
-            notes = {
-                "memory": following.memory.as_json(),
-                "answers": list(following.answers),
-                "fallback": following.fallback,
-            }
-            summary = following.prompt
-        else:
-            summary = self._describe(footage.samples(plan.num_segments), plan=plan)
-            notes = {"answers": [summary]}
-        prompt = compose_prompt(plan.prefix, summary, self.tokenizer.count, self.config.text_len)
-        return ClipPrompt(prompt, notes, time.perf_counter() - start)
+        """The clip's prompt, see `PromptBuilder.build`; after a cut to a picture that picture is described."""
+        if plan.cut is not None and not isinstance(plan.cut, bool):
+            picture = self.frame_for(plan.cut, plan.geometry.width, plan.geometry.height)
+            footage = Clip(picture[None].permute(0, 2, 3, 1), self.fps)
 
-    def _next_prompt(self, footage: Footage, plan: Plan, memory: Memory) -> NextPrompt:
-        frames = footage.samples(plan.num_segments, RECENT_SECONDS)
-        apart = RECENT_SECONDS / max(plan.num_segments - 1, 1)
-        tail = footage.tail(LONGEST_CONTEXT, self.fps)
-        motion = measure_motion(tail, self.fps) if len(tail) > 1 else None  # a picture has none
-        try:
-            return next_prompt(
-                self.captioner,
-                frames,
-                [apart * (index + 1 - len(frames)) for index in range(len(frames))],
-                motion=motion.sentence() if motion else "",
-                still=motion is None or motion.still,
-                memory=memory,
-                goal=plan.prompt or "",
-                clip=plan.number,
-                clips=plan.count,
-                seconds=float(plan.geometry.frames / self.fps),
-                describe=lambda: self.captioner.describe(frames, self.vlm_question),  # those that a finished clip keeps
-            )
-        finally:
-            self._make_room(plan)
+        def stays() -> bool:
+            """The captioner describes again after this clip, which fits beside it."""
+            return plan.number < plan.count and self.budget.fits_now(plan.geometry, plan.offload, self.models.loaded)
 
-    @cached_property
-    def vlm_device(self) -> torch.device:
-        """Where the VLM lives: with the model, or in host memory where it is larger than the budget of memory."""
-        if self.vram is None or self.vlm_path is None or self.vlm_url:
-            return self.device
-        if (weight_bytes(self.vlm_path) or VLM_BYTES) + VLM_WORKING <= self.vram:
-            return self.device
-        log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.vlm_path)
-        return torch.device("cpu")
+        return self.prompts.build(footage, plan, stays, memory)
 
-    @cached_property
+    @property
     def captioner(self) -> Captioner:
         """The VLM behind the descriptions; it loads at its first use."""
-        return open_captioner(
-            self.vlm_path, url=self.vlm_url, device=self.vlm_device, trust_remote_code=self.vlm_trust_remote_code
-        )
-
-    def _describe(self, frames: UInt8Array, question: str | None = None, plan: Plan | None = None) -> str:
-        summary = self.captioner.describe(frames, question or self.vlm_question)
-        self._make_room(plan)
-        return summary
-
-    def _make_room(self, plan: Plan | None = None) -> None:
-        """Free a VLM that shares the GPU, unless it describes again after this clip and the clip fits beside it."""
-        if self.device.type != "cuda" or not same_device(self.vlm_device, self.device):
-            return
-        if plan is None or plan.number >= plan.count or not self._fits_beside_vlm(plan):
-            self.captioner.close()
-
-    def _fits_beside_vlm(self, plan: Plan) -> bool:
-        """Whether the GPU has room for a clip now, with some to spare: an estimate may be wrong by a tenth."""
-        drop_cache(self.device)
-        room = free_bytes(self.device, None if self.vram is None else for_tensors(self.vram))
-        there = sum(bytes_on(model, self.device) for model in self._loaded())
-        return 1.1 * self.gpu_bytes(plan.geometry, plan.offload) + GIB <= room + there
+        return self.vlm.captioner
 
     # The helpers that scripts may call by these names.
 
@@ -487,15 +396,9 @@ class VideoContinuation(Pipeline):
 
     def _summarize_video(self, video_path: str | Path, num_segments: int = 8, question: str | None = None) -> str:
         """What the VLM says about a file. Raises UserError."""
-        return self._describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
-
-
-def default_vlm(checkpoint: Path) -> str:
-    """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
-    for folder in (checkpoint / VLM_NAME, checkpoint.resolve().parent / VLM_NAME):
-        if folder.is_dir():
-            return str(folder)
-    return VLM_HUB_ID
+        summary = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
+        self.vlm.make_room(stays=lambda: False)
+        return summary
 
 
 def _seam_score(made: Generation) -> float:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from wan.configs import ModelConfig, preset_named
 from wan.errors import UserError
 from wan.files import sampled_digest
 from wan.options import CACHES, check
@@ -118,6 +119,51 @@ class Sampling:
         if self.guidance_interval is not None:
             said["guidance_interval"] = list(self.guidance_interval)
         return said | ({} if self.cache is None else {"cache": str(self.cache)})
+
+
+def merge_sampling(
+    config: ModelConfig,
+    steps: int | None = None,
+    shift: float | None = None,
+    solver: str | None = None,
+    guide_scale: float | tuple[float, float] | list[float] | None = None,
+    *,
+    guidance_interval: tuple[float, float] | None = None,
+    cache: str | None = None,
+    preset: str = "quality",
+) -> Sampling:
+    """Wan's sampling arguments as one value; one guidance number is for both experts.
+
+    What is None is the preset's, and what that leaves open the model's. An interval of (0, 1) and the cache "off"
+    take out what the preset has. Raises UserError.
+    """
+    row = preset_named(preset)
+    if guide_scale is None:
+        guide_scale = config.guidance if row.guidance is None else row.guidance
+    if guidance_interval is None:
+        guidance_interval = row.guidance_interval
+    if isinstance(guide_scale, int | float):
+        guide_scale = (guide_scale, guide_scale)
+    try:
+        low, high = guide_scale
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`sample_guide_scale` must be a number or (low noise, high noise), {guide_scale!r} is not"
+        ) from error
+    if low != high and config.boundary is None:
+        raise UserError(f"`sample_guide_scale` {low}, {high}: this model has one expert and takes one number")
+    return Sampling(
+        _first(steps, row.steps, config.sample_steps),
+        _first(shift, row.shift, config.sample_shift),
+        (float(low), float(high)),
+        _first(solver, row.solver),
+        None if guidance_interval == (0, 1) else guidance_interval,
+        StepCache.parse(_first(cache, row.cache)),
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 @dataclass(frozen=True)

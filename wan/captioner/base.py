@@ -6,7 +6,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -74,12 +73,20 @@ class LocalModel(BackEnd):
         self.source = str(path)
         self.device = torch.device(device)
         self.dtype = dtype
+        self._model: Any = None
         hide_broken_torchvision()
 
-    @cached_property
+    @property
     def model(self) -> Any:
         """The model in evaluation mode, on the device."""
-        return self.load()
+        if self._model is None:
+            self._model = self.load()
+        return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its weights are in memory."""
+        return self._model is not None
 
     @abstractmethod
     def load(self) -> Any:
@@ -87,7 +94,8 @@ class LocalModel(BackEnd):
 
     def close(self) -> None:
         """Free the weights and hand GPU memory back; a later `describe` loads again."""
-        if self.__dict__.pop("model", None) is not None:
+        if self._model is not None:
+            self._model = None
             release_memory(self.device)
 
     def from_pretrained(self, model_class: Any, source: Path | None, **options: Any) -> Any:

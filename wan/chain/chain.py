@@ -178,7 +178,7 @@ class ChainRun:
 
     def save(self, made: Generation) -> None:
         """Put the next clip on disk, with what was measured of it."""
-        from wan.continuation import RECENT_SECONDS
+        from wan.prompting import RECENT_SECONDS
         from wan.quality import measure_look
 
         number, settings = self.first_missing, self.settings

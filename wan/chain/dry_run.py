@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from wan.chain.chain import ChainRun
-from wan.device.budget import CONTEXT, GIB, for_tensors
+from wan.denoiser.sampling import forwards
+from wan.device.budget import CONTEXT, GIB
 from wan.options import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
+    budget = continuation.budget
     kinds = {(plan.geometry, plan.offload) for plan in missing}
-    whole, geometry = max(((continuation.gpu_bytes(*kind), kind[0]) for kind in kinds), key=lambda pair: pair[0])
-    budget = None if continuation.vram is None else for_tensors(continuation.vram)
-    peaks = {stage: part.peak(budget) for stage, part in continuation.parts(geometry).items()}
+    whole, geometry = max(((budget.gpu_bytes(*kind), kind[0]) for kind in kinds), key=lambda pair: pair[0])
+    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(geometry).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     said = by_stage if max(peaks.values()) == whole else "all models at once"
     return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}), beside the VLM"
@@ -80,7 +81,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = 1 + max(int(name.split(".")[1]) for name in weights.shapes if name.startswith("blocks."))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    return forward * plan.best_of * continuation.forwards(plan.sampling)
+    return forward * plan.best_of * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

@@ -71,9 +71,9 @@ class _Models:
     @functools.cached_property
     def vlm(self) -> str:
         """A local VLM by its weights, any other by its name."""
-        name = str(self.continuation.vlm_path or "")
-        if self.continuation.vlm_url:
-            return readable(f"{self.continuation.vlm_url} {name}".strip())
+        name = str(self.continuation.vlm.path or "")
+        if self.continuation.vlm.url:
+            return readable(f"{self.continuation.vlm.url} {name}".strip())
         weights = sorted(Path(name).glob("*.safetensors"))
         return _digest_of(weights) if weights else readable(name)
 
@@ -103,7 +103,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "custom_prompt": lambda models, plan: plan.prefix,
     "num_segments": lambda models, plan: plan.num_segments if plan.described else None,
     "vlm": lambda models, plan: models.vlm if plan.described else None,
-    "vlm_question": lambda models, plan: models.continuation.vlm_question if plan.described else None,
+    "vlm_question": lambda models, plan: models.continuation.vlm.question if plan.described else None,
     "continuation": lambda models, plan: plan.context.mode if plan.context.mode != "last_frame" else None,
     "context_frames": lambda models, plan: plan.context.frames if plan.context.mode == "tail" else None,
     "anchor": lambda models, plan: _digest(plan.anchor),
@@ -120,7 +120,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
         "decord" if plan.described and models.continuation.video_reader == "decord" else None
     ),
     "vlm_trust_remote_code": lambda models, plan: (
-        (plan.described and models.continuation.vlm_trust_remote_code) or None
+        (plan.described and models.continuation.vlm.trust_remote_code) or None
     ),
 }
 _ALWAYS_SAID = {"prompt", "num_segments", "vlm", "vlm_question"}  # 0.1.0 did

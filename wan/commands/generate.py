@@ -80,7 +80,7 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
             raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
         known = dataclasses.replace(known, end=media.read_image(settings.end_image))
     loras = lora_files(settings)
-    pipeline.check_loras(loras)
+    pipeline.models.check_loras(loras)
     pipeline.check_distilled(settings.preset, loras)
     assert settings.prompt is not None  # seen to by the job
     return Request(

@@ -153,6 +153,11 @@ class ModelConfig:
         return 2 * self.z_dim + 4 if self.model_type == "i2v" else self.z_dim
 
     @property
+    def lowest_timesteps(self) -> tuple[float, ...]:
+        """The lowest timestep that each expert works at, from high noise to low."""
+        return (0,) if self.boundary is None else (self.boundary * self.num_train_timesteps, 0)
+
+    @property
     def guidance(self) -> tuple[float, float]:
         """Guidance as (low noise, high noise)."""
         scale = self.sample_guide_scale

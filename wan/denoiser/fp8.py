@@ -7,7 +7,7 @@ them are cross-attention's keys and values, which are computed once a clip, and 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from wan.errors import UserError
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
-if TYPE_CHECKING:
-    from wan.denoiser.model import WanModel
-
 PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
 _LARGEST = 448.0  # of e4m3
 _PIECE = 1 << 25  # numbers that are rounded in one piece, so that their float32 copies stay small
+
+
+class Denoiser(Protocol):
+    """What is asked of a model: blocks of layers, and a place to say their precision."""
+
+    blocks: Any
+    low_precision: str | None
 
 
 def check_precision(precision: str | None, device: torch.device) -> None:
@@ -35,7 +39,7 @@ def check_precision(precision: str | None, device: torch.device) -> None:
         raise UserError("`precision` fp8_attention needs the triton package; use `precision` fp8")
 
 
-def quantize_model(model: WanModel, precision: str, device: torch.device) -> None:
+def quantize_model(model: Denoiser, precision: str, device: torch.device) -> None:
     """Turn a model's blocks to a precision of `PRECISIONS`. Weights are rounded on `device` and stay where they are.
 
     Weights that are fp8 in the file are used as they are. Raises UserError for those of another quantisation.

@@ -76,29 +76,28 @@ class LoraMatch:
         )
 
 
-def check_loras(loras: Sequence[LoraFile], weights: Weights) -> list[LoraMatch]:
-    """How these LoRAs fit the model; reads headers and alphas only. Layers that do not are warned of.
+def open_loras(loras: Sequence[LoraFile], weights: Weights) -> list[OpenedLora]:
+    """These LoRAs as they fit the model; reads headers and alphas only. Layers that do not fit are warned of.
 
     Raises UserError for a file that is none or broken, is for another expert, or does not fit by half or in width.
     """
-    matches = [_open(lora, weights).match for lora in loras]
-    for match in matches:
+    opened = [_open(lora, weights) for lora in loras]
+    for match in (one.match for one in opened):
         if match.unmatched:
             _LOGGER.warning("%s; left out: %s", match, _listing(match.unmatched))
-    return matches
+    return opened
 
 
 @torch.no_grad()
-def merge_loras(model: WanModel, weights: Weights, loras: Sequence[LoraFile]) -> None:
+def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora]) -> None:
     """Put these LoRAs, and no others, into the model that was loaded from `weights`; `()` takes all of them out.
 
-    Parameters are changed in place, on the device that they are on, one at a time. Raises UserError as `check_loras`
-    does, and for values that are not finite; the next merge puts right what such an error left half done.
+    Parameters are changed in place, on the device that they are on, one at a time. Raises UserError for values that
+    are not finite; the next merge puts right what such an error left half done.
     """
-    loras = tuple(loras)
+    loras = tuple(one.match.lora for one in opened)
     if loras == model.loras:
         return
-    opened = [_open(lora, weights) for lora in loras]
     changed = frozenset(name for file in opened for name in file.parts)
     source_of = key_map(weights)
     name_of = {source_of[name]: name for name in changed | model.altered}
@@ -133,7 +132,7 @@ class _LayerKeys:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedLora:
     """A LoRA file that fits: its parts by the name of the parameter in the model."""
 
     file: Weights
@@ -170,7 +169,7 @@ class _Opened:
         return UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
 
 
-def _open(lora: LoraFile, weights: Weights) -> _Opened:
+def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
     """The file, checked against the model and its expert. Raises UserError."""
     _check_path(lora.path)
     check_expert("LoRA ", lora.path, weights.expert, "lora")
@@ -199,7 +198,7 @@ def _open(lora: LoraFile, weights: Weights) -> _Opened:
             parts[name] = _LayerKeys(keys, scales[layer])
     ranks = {file.shapes[layers[layer]["down"]][0] for layer in known if "down" in layers[layer]}
     match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
-    return _Opened(file, parts, match)
+    return OpenedLora(file, parts, match)
 
 
 def _check_path(path: Path) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.model import TextKeys, WanModel
-from wan.denoiser.schedule import Scheduler
+from wan.denoiser.schedule import Scheduler, timesteps_of
 from wan.denoiser.step_cache import NO_CACHE, Branch, Caching
 from wan.device.placement import Placement
+from wan.settings import Sampling, StepCache
 from wan.types import OnStep, Step, TextContext
 
 
@@ -35,21 +36,51 @@ class Stage:
     guidance: tuple[float, ...]
 
 
+def share_out(timesteps: Sequence[float], lowest: Sequence[float]) -> list[list[float]]:
+    """The timesteps of each expert, out of falling ones; `lowest` are those that the experts still work at.
+
+    Experts go from high noise to low, and a timestep is for the first that works at it. A14B: the high-noise expert
+    works from boundary * 1000 up.
+    """
+    shares, rest = [], list(timesteps)
+    for limit in lowest:
+        mine = [t for t in rest if t >= limit]
+        shares.append(mine)
+        rest = rest[len(mine) :]
+    return shares
+
+
+def step_shares(sampling: Sampling, lowest: Sequence[float], train_timesteps: int) -> list[tuple[int, int]]:
+    """The steps of each expert, from high noise to low, and how many of them have guidance's second forward."""
+    low, high = sampling.guidance
+    scales = [high, low] if len(lowest) > 1 else [low]
+    shares = share_out(timesteps_of(sampling, train_timesteps), lowest)
+    return [
+        (len(share), 0 if scale == 1 else sum(sampling.guides(t / train_timesteps) for t in share))
+        for share, scale in zip(shares, scales, strict=True)
+    ]
+
+
+def forwards(shares: Sequence[tuple[int, int]], cache: StepCache | None) -> float:
+    """How many forwards of all experts together a clip takes, with a cache about."""
+    return sum(
+        (1 + guided / steps) * (steps if cache is None else cache.computed(steps)) for steps, guided in shares if steps
+    )
+
+
 def plan_stages(
     timesteps: Tensor, experts: Sequence[Expert], guides: Callable[[float], bool] = lambda t: True
 ) -> list[Stage]:
-    """Give every timestep to the first expert that works at it; experts without a timestep get no stage.
+    """The stages of a clip; experts without a timestep get none.
 
-    `experts` go from high noise to low. A14B: the high-noise expert works from boundary * 1000 up. Where a timestep is
-    not one that `guides`, its guidance is 1.
+    `experts` go from high noise to low. Where a timestep is not one that `guides`, its guidance is 1.
     """
-    stages, rest = [], timesteps
-    for expert in experts:
-        mine = rest >= expert.lowest
-        if mine.any():
-            guidance = tuple(expert.guidance if guides(t) else 1.0 for t in rest[mine].tolist())
-            stages.append(Stage(expert, rest[mine], guidance))
-        rest = rest[~mine]
+    stages, begin = [], 0
+    for expert, share in zip(experts, share_out(timesteps.tolist(), [one.lowest for one in experts]), strict=True):
+        if share:
+            guidance = tuple(expert.guidance if guides(t) else 1.0 for t in share)
+            stages.append(Stage(expert, timesteps[begin : begin + len(share)], guidance))
+        begin += len(share)
     return stages
 
 

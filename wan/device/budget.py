@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import nn
 
+from wan.configs import ModelConfig
 from wan.denoiser.model import policy_dtype
+from wan.device.hardware import drop_cache, free_bytes, grow_segments
+from wan.device.placement import Placement, bytes_on
 from wan.device.streaming import SLOTS, layers_that_stay
 from wan.errors import UserError
+from wan.options import LONGEST_CONTEXT
 from wan.types import Geometry
 from wan.vae import chunked
-from wan.weights.checkpoint import Weights
+from wan.weights.checkpoint import Checkpoint, Weights
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB  # what CUDA and its libraries take beside tensors
@@ -57,6 +63,105 @@ class StageMemory:
         """What it takes with all layers coming one by one."""
         coming = max(0, self.count - SLOTS)
         return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
+
+
+def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
+    """Bytes that a process may take of a GPU, given GiB or "auto" for what is free now. Raises UserError.
+
+    The GPU's allocator then gives back pages that it does not need.
+    """
+    if device.type != "cuda":
+        raise UserError("`vram` is for a GPU, and there is none; leave it out")
+    grow_segments()
+    return free_bytes(device) if vram == "auto" else int(vram * GIB)
+
+
+_ADVICE = {
+    "text": "give `t5_cpu`",
+    "sampling": "make smaller or shorter clips",
+    "encoding": "give `vae_dtype` float16, or smaller clips",
+    "decoding": "give `vae_dtype` float16, or smaller clips",
+}
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a checkpoint's models take of a GPU, and what of them fits within `vram` bytes (None: no limit)."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    device: torch.device
+    text_device: torch.device
+    vram: int | None = None
+
+    @property
+    def tensors(self) -> int | None:
+        """Bytes of the budget left for tensors."""
+        return None if self.vram is None else for_tensors(self.vram)
+
+    def stages(self, geometry: Geometry, known: int | None = None) -> dict[str, StageMemory]:
+        """What each stage of making a clip takes, beside a VLM; `known` frames, or the most there may be."""
+        config, checkpoint = self.config, self.checkpoint
+        if known is None:
+            known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
+        encoding, decoding = vae_memory(checkpoint.vae, config.vae_dtype, geometry, known)
+        denoising = max(self._denoisers(geometry), key=lambda stage: stage.least)
+        found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
+        if self.text_device == self.device:
+            found["text"] = text_memory(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+        return found
+
+    def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
+        config, in_8_bits = self.config, self.config.low_precision is not None
+        return [
+            denoiser_memory(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            for weights in self.checkpoint.experts.values()
+        ]
+
+    def gpu_bytes(self, geometry: Geometry, offload: bool) -> int:
+        """The most that the tensors of a clip take of the GPU, beside a VLM."""
+        stages = self.stages(geometry)
+        if offload and not self.holds_all(geometry):
+            return max(stage.peak(self.tensors) for stage in stages.values())
+        weights = [stage.weights for name, stage in stages.items() if name in ("text", "decoding")]
+        weights += [stage.weights for stage in self._denoisers(geometry)]
+        return sum(weights) + max(stage.working + stage.beside for stage in stages.values())
+
+    def holds_all(self, geometry: Geometry) -> bool:
+        """Whether the budget is enough for all models at once, so that none needs to wait elsewhere."""
+        return self.tensors is not None and self.gpu_bytes(geometry, False) <= self.tensors
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise UserError for a clip that needs more, however its layers come."""
+        if self.vram is None:
+            return
+        name, stage = max(self.stages(geometry).items(), key=lambda item: item[1].least)
+        least = stage.least / FITTING + CONTEXT
+        if least > self.vram:
+            frames, height, width = geometry.size
+            raise UserError(
+                f"`vram` {self.vram / GIB:.3g}: {name} of {frames} frames of {width}x{height} needs "
+                f"{least / GIB:.1f} GiB; {_ADVICE[name]}"
+            )
+
+    def placements(self, geometry: Geometry, offload: bool) -> Callable[[str], Placement]:
+        """Where the model of each stage lives, with what the budget leaves for its weights."""
+        if self.tensors is None:
+            return lambda name: Placement(self.device, offload)
+        if self.holds_all(geometry):
+            return lambda name: Placement(self.device, offload=False)
+        left = {name: stage.weight_budget(self.tensors) for name, stage in self.stages(geometry).items()}
+        return lambda name: Placement(self.device, True, left.get(name))
+
+    def fits_now(self, geometry: Geometry, offload: bool, loaded: Iterable[nn.Module]) -> bool:
+        """Whether the GPU has room for a clip beside what else is there, with a tenth to spare: estimates err so much.
+
+        `loaded` are the clip's own models, wherever they are.
+        """
+        drop_cache(self.device)
+        room = free_bytes(self.device, self.tensors)
+        there = sum(bytes_on(model, self.device) for model in loaded)
+        return 1.1 * self.gpu_bytes(geometry, offload) + GIB <= room + there
 
 
 def text_memory(weights: Weights, dtype: torch.dtype, length: int) -> StageMemory:

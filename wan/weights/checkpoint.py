@@ -89,7 +89,6 @@ class Checkpoint:
     """One checkpoint folder. `experts` is {"model": …} or {"low_noise_model": …, "high_noise_model": …}."""
 
     folder: Path
-    layout: str  # "official" or "diffusers"
     experts: Mapping[str, Weights]
     vae: Weights
     text_encoder: Weights
@@ -313,7 +312,6 @@ def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str,
         raise UserError(f"{folder}: expected the tokenizer folder {names.tokenizer}, found none")
     return Checkpoint(
         folder,
-        "official",
         _open_experts(folder, parts, files),
         _open_pth(folder / names.vae),
         _open_pth(folder / names.text_encoder),
@@ -338,7 +336,6 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
         raise UserError(f"{folder}: expected one expert, found two (transformer and transformer_2)")
     return Checkpoint(
         folder,
-        "diffusers",
         _open_experts(folder, parts, files),
         open_safetensors(folder / "vae", "diffusion_pytorch_model"),
         open_safetensors(folder / "text_encoder", "model"),

@@ -1,0 +1,143 @@
+"""The models of one checkpoint: each is loaded when it is first used and kept, with the LoRAs in its weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from wan.configs import ModelConfig
+from wan.denoiser.lora import LoraMatch, OpenedLora, merge_loras, open_loras
+from wan.denoiser.model import WanModel
+from wan.device.hardware import host_bytes
+from wan.device.placement import move_home
+from wan.errors import UserError
+from wan.options import EXPERT_OF_LORA
+from wan.settings import LoraFile
+from wan.text.umt5 import PromptTokenizer, TextEncoder
+from wan.vae.vae import WanVAE
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.prefetch import ReadAhead
+
+LORA_SETTING: Mapping[str, str] = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
+
+
+class Models:
+    """Models by name: "text_encoder", "vae", and the experts under their attribute names.
+
+    `loaders` make them, in host memory unless they say otherwise; `name` is the model's in messages.
+    """
+
+    def __init__(self, name: str, checkpoint: Checkpoint, loaders: Mapping[str, Callable[[], Any]]) -> None:
+        self.name = name
+        self.checkpoint = checkpoint
+        self._loaders = loaders
+        self._loaded: dict[str, Any] = {}
+        self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
+        self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._loaders[name]()
+        return self._loaded[name]
+
+    def put(self, name: str, model: Any) -> None:
+        """Use a model that is there already."""
+        self._loaded[name] = model
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether a model is in memory."""
+        return name in self._loaded
+
+    def forget(self, name: str) -> None:
+        """Let a model go; it is loaded again when it is next used."""
+        self._loaded.pop(name, None)
+        self.merged.pop(name, None)
+
+    @property
+    def loaded(self) -> list[nn.Module]:
+        """The models that are in memory."""
+        return list(self._loaded.values())
+
+    def wait_at_home(self) -> None:
+        """Let all models wait in host memory."""
+        for model in self.loaded:
+            move_home(model)
+
+    def read_ahead(self) -> ReadAhead:
+        """Reads the files of models that are not loaded yet, in the order of their use, up to half of the memory."""
+        parts = {"text_encoder": self.checkpoint.text_encoder, "vae": self.checkpoint.vae}
+        parts |= dict(sorted(self.checkpoint.experts.items()))  # high noise first
+        files = [file for name, weights in parts.items() if not self.is_loaded(name) for file in weights.files]
+        sizes = itertools.accumulate(file.stat().st_size for file in files)
+        few = sum(size <= host_bytes() / 2 for size in sizes)
+        return ReadAhead(files[:few], few)
+
+    def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
+        for expert, files in loras.items():
+            if expert not in self.checkpoint.experts:
+                takes = " and ".join(LORA_SETTING[one] for one in sorted(self.checkpoint.experts))
+                raise UserError(f"{LORA_SETTING.get(expert, expert)} is not for {self.name}, which takes {takes}")
+            self._open(expert, files)
+
+    def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
+        for expert in wanted.keys() | self.merged.keys():
+            files = wanted.get(expert, ())
+            if files == tuple(match.lora for match in self.merged.get(expert, [])):
+                continue
+            opened = self._open(expert, files)
+            try:
+                merge_loras(self[expert], self.checkpoint.experts[expert], opened)
+            except BaseException:
+                self.forget(expert)  # half merged
+                raise
+            self.merged[expert] = [one.match for one in opened]
+
+    def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
+        """The files' headers, read once for each expert."""
+        new = [file for file in files if (expert, file) not in self._opened]
+        for file, opened in zip(new, open_loras(new, self.checkpoint.experts[expert]), strict=True):
+            self._opened[expert, file] = opened
+        return [self._opened[expert, file] for file in files]
+
+
+def loaders(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    tokenizer: PromptTokenizer,
+    vae_class: type[WanVAE],
+    *,
+    device: torch.device,
+    load_device: torch.device,
+    convert_model_dtype: bool,
+) -> dict[str, Callable[[], Any]]:
+    """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
+
+    Weights that `config` wants in 8 bits are rounded on `device`.
+    """
+    cpu = torch.device("cpu")
+
+    def text_encoder() -> TextEncoder:
+        return TextEncoder.from_weights(checkpoint.text_encoder, tokenizer, dtype=config.t5_dtype, device=cpu)
+
+    def vae() -> WanVAE:
+        mean, std = config.vae_mean, config.vae_std
+        return vae_class.from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
+
+    def expert(name: str) -> WanModel:
+        return WanModel.from_weights(
+            checkpoint.experts[name],
+            dtype=config.param_dtype,
+            device=load_device,
+            convert_model_dtype=convert_model_dtype,
+            low_precision=config.low_precision,
+            rounded_on=device,
+        )
+
+    experts = {name: (lambda name=name: expert(name)) for name in checkpoint.experts}
+    return {"text_encoder": text_encoder, "vae": vae, **experts}

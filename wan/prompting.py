@@ -1,0 +1,192 @@
+"""The captioner's device and life, and the prompt of a clip."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wan.captioner import (
+    Captioner,
+    Memory,
+    NextPrompt,
+    compose_prompt,
+    next_prompt,
+    open_captioner,
+    weight_bytes,
+)
+from wan.captioner.base import Pictures
+from wan.device.budget import GIB
+from wan.device.hardware import same_device
+from wan.options import LONGEST_CONTEXT
+from wan.quality import measure_motion
+from wan.types import Footage
+
+if TYPE_CHECKING:
+    from wan.chain.plan import Plan
+
+log = logging.getLogger(__name__)
+
+RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
+VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
+VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
+VLM_NAME = "InternVL3_5-8B"
+VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
+
+
+@dataclass(frozen=True)
+class ClipPrompt:
+    """The prompt of a clip, how it came about (as JSON values), and the seconds that took."""
+
+    text: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class CaptionerOwner:
+    """Opens the captioner when it is first used, on the device where it has room, and lets it go.
+
+    `path` is a folder or a hub id, with `url` the endpoint's name for its model. `main` is the device of the other
+    models and `vram` the bytes that all may take there, None for no limit. `device` places the captioner elsewhere.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        url: str | None,
+        question: str,
+        trust_remote_code: bool,
+        main: torch.device,
+        device: torch.device | None = None,
+        vram: int | None = None,
+    ) -> None:
+        self.path, self.url, self.question, self.trust_remote_code = path, url, question, trust_remote_code
+        self._main, self._vram = main, vram
+        self._device = device
+        self._captioner: Captioner | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives: as given, with the other models, or in host memory where it is larger than their budget."""
+        if self._device is None:
+            self._device = self._main if self._fits() else torch.device("cpu")
+        return self._device
+
+    def _fits(self) -> bool:
+        if self._vram is None or self.path is None or self.url:
+            return True
+        fits = (weight_bytes(self.path) or VLM_BYTES) + VLM_WORKING <= self._vram
+        if not fits:
+            log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.path)
+        return fits
+
+    @property
+    def captioner(self) -> Captioner:
+        """The captioner; a wrong path is said when it is opened, its weights load at the first description."""
+        if self._captioner is None:
+            self._captioner = open_captioner(
+                self.path, url=self.url, device=self.device, trust_remote_code=self.trust_remote_code
+            )
+        return self._captioner
+
+    def use(self, captioner: Captioner) -> None:
+        """Use a captioner that is there already."""
+        self._captioner = captioner
+
+    def forget(self) -> None:
+        """Let the captioner go; it is opened again when it is next used."""
+        if self._captioner is not None:
+            self._captioner.close()
+            self._captioner = None
+
+    @property
+    def leaves_the_disk_alone(self) -> bool:
+        """Whether the host's disk and memory are the other models' while it describes."""
+        return self.url is not None or self.device.type != "cpu"
+
+    def describe(self, frames: Pictures, question: str | None = None) -> str:
+        """What it says about frames."""
+        return self.captioner.describe(frames, question or self.question)
+
+    def make_room(self, stays: Callable[[], bool]) -> None:
+        """Free a model that shares the GPU with the others, unless it `stays`."""
+        if self._main.type == "cuda" and same_device(self.device, self._main) and not stays():
+            self.captioner.close()
+
+
+class PromptBuilder:
+    """Makes the prompt of a clip: the plan's, or what the captioner says of the footage before it.
+
+    `count_tokens` counts as the text encoder does, which takes `limit` of them; `fps` is the model's rate.
+    """
+
+    def __init__(self, owner: CaptionerOwner, count_tokens: Callable[[str], int], limit: int, fps: Fraction) -> None:
+        self.owner, self.fps = owner, fps
+        self._count_tokens, self._limit = count_tokens, limit
+
+    def build(
+        self,
+        footage: Footage,
+        plan: Plan,
+        stays: Callable[[], bool],
+        memory: Mapping[str, Any] = MappingProxyType({}),
+    ) -> ClipPrompt:
+        """The plan's prompt, or what the captioner says, cut to what the text encoder takes; prefix first.
+
+        `memory` is what the clip before noted under that name; `stays` whether the captioner may stay on the GPU.
+        """
+        start = time.perf_counter()
+        if not plan.described:
+            return ClipPrompt(f"{plan.prefix} {plan.prompt}".strip())
+        try:
+            if plan.prompt_mode == "continue":
+                # after a cut nothing of the old shot is to be kept up
+                following = self._next_prompt(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
+                summary = following.prompt
+                notes: dict[str, Any] = {
+                    "memory": following.memory.as_json(),
+                    "answers": list(following.answers),
+                    "fallback": following.fallback,
+                }
+            else:
+                summary = self.owner.describe(footage.samples(plan.num_segments))
+                notes = {"answers": [summary]}
+        finally:
+            self.owner.make_room(stays)
+        prompt = compose_prompt(plan.prefix, summary, self._count_tokens, self._limit)
+        return ClipPrompt(prompt, notes, time.perf_counter() - start)
+
+    def _next_prompt(self, footage: Footage, plan: Plan, memory: Memory) -> NextPrompt:
+        frames = footage.samples(plan.num_segments, RECENT_SECONDS)
+        apart = RECENT_SECONDS / max(plan.num_segments - 1, 1)
+        tail = footage.tail(LONGEST_CONTEXT, self.fps)
+        motion = measure_motion(tail, self.fps) if len(tail) > 1 else None  # a picture has none
+        return next_prompt(
+            self.owner.captioner,
+            frames,
+            [apart * (index + 1 - len(frames)) for index in range(len(frames))],
+            motion=motion.sentence() if motion else "",
+            still=motion is None or motion.still,
+            memory=memory,
+            goal=plan.prompt or "",
+            clip=plan.number,
+            clips=plan.count,
+            seconds=float(plan.geometry.frames / self.fps),
+            describe=lambda: self.owner.describe(frames),  # those that a finished clip keeps
+        )
+
+
+def default_vlm(checkpoint: Path) -> str:
+    """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
+    for folder in (checkpoint / VLM_NAME, checkpoint.resolve().parent / VLM_NAME):
+        if folder.is_dir():
+            return str(folder)
+    return VLM_HUB_ID
