@@ -98,8 +98,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = config_for(args.task, args.ckpt_dir)
-    classes = {"v2v-14B": wan.WanV2V, "v2v-5B": wan.WanV2V5B}
-    pipeline = classes[args.task](config, Path(args.ckpt_dir))
+    pipeline = wan.pipeline_class(args.task)(config, Path(args.ckpt_dir))
     footage = VideoFile(args.video)
 
     def clip(sampling: Sampling, seed: int) -> tuple[Generation, int]:

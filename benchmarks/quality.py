@@ -126,7 +126,7 @@ def measure_clips(world: Sequence[Scene], make: Make) -> dict[str, float]:
         made = make(scene.source, number)
         frames = made.clip.frames.permute(0, 3, 1, 2)
         last = scene.source.frames[-1].permute(2, 0, 1)
-        now = made.notes["context_frames"] - 1
+        now = (made.context_frames or 1) - 1
         first.append(float(psnr(frames[None, now], last[None])))
         if made.seam is not None:
             seams.append(made.seam["score"])

@@ -219,7 +219,7 @@ def test_generic_asks_with_numbered_small_frames() -> None:
 
     captioner = GenericCaptioner(GOLDEN / "hf", "cpu")
     processor = Processor()
-    vars(captioner).update(model=Model(), processor=processor)
+    vars(captioner).update(_model=Model(), processor=processor)
     assert captioner.describe(np.zeros((1, 900, 1600, 3), np.uint8), "What is it?", "Be brief.") == "[[8, 9]]"
     system, user = processor.messages
     assert system["content"][0]["text"] == "Be brief."

@@ -171,8 +171,8 @@ def write(name: str, content: str) -> Callable[[Path], None]:
     ("kind", "damage", "message"),
     [
         ("orig", delete("config.json"), "is not a VLM folder, it has no config.json"),
-        ("orig", write("config.json", "{"), "cannot read .*config.json"),
-        ("orig", write("config.json", "[]"), "does not hold a JSON object"),
+        ("orig", write("config.json", "{"), "config.json cannot be read as JSON"),
+        ("orig", write("config.json", "[]"), "must be a JSON object"),
         ("orig", set_config(model_type="llava"), "holds a llava model, not InternVL"),
         ("orig", set_config(ps_version="v1"), "ps_version v1, only v2 works"),
         ("orig", set_config(vision_config={}), "config.json lacks 'patch_size'"),

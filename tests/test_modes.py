@@ -124,7 +124,7 @@ def test_a_tail_of_one_frame_is_the_baseline(task: str, a14b: Any, b5: Any) -> N
     footage = moving(fps=int(pipeline.fps))
     one = pipeline.extend(footage, 7, pipeline.plan(footage, **OPTIONS))
     other = pipeline.extend(footage, 7, pipeline.plan(footage, context=Context("tail", 1), **OPTIONS))
-    assert torch.equal(one.latents, other.latents) and one.notes["dropped"] == other.notes["dropped"] == 1
+    assert torch.equal(one.latents, other.latents) and one.dropped == other.dropped == 1
 
 
 # Motion context
@@ -188,13 +188,13 @@ def test_a_tail_chain_goes_on_from_the_last_frames_of_each_clip(b5: Any, monkeyp
     made = list(chain(footage, count=2, extend=lambda clip, seed: b5.extend(clip, seed, plan), seed=1))
     for index, frame in enumerate(seen[1].known.leading):
         assert torch.equal(frame, made[0].clip.frames[-5 + index].permute(2, 0, 1))
-    assert [clip.notes["dropped"] for clip in made] == [5, 5]
+    assert [clip.dropped for clip in made] == [5, 5]
 
 
 def test_shorter_footage_is_known_as_far_as_it_goes(b5: Any) -> None:
     footage = moving(frames=7, fps=24)
     made = b5.extend(footage, 1, b5.plan(footage, context=Context("tail", 9), **OPTIONS))
-    assert made.notes["dropped"] == 5 and len(made.request.known.leading) == 5
+    assert made.dropped == 5 and len(made.request.known.leading) == 5
 
 
 def test_a_tail_is_taken_at_the_rate_of_the_model(b5: Any) -> None:
@@ -263,7 +263,7 @@ def test_an_svi_chain_hands_its_latents_on(a14b: Any, svi: dict[str, tuple[LoraF
     made = list(chain(footage, count=2, extend=lambda clip, seed: a14b.extend(clip, seed, plan), seed=1))
     motion = made[1].request.known.motion
     assert motion is not None and torch.equal(motion, made[0].latents[:, -1:])
-    assert [clip.notes["dropped"] for clip in made] == [5, 5]
+    assert [clip.dropped for clip in made] == [5, 5]
 
 
 def test_svi_and_its_loras_are_used_together_or_refused(
@@ -325,7 +325,7 @@ def test_an_end_image_is_the_last_known_frame(a14b: Any, i2v: Any) -> None:
 def test_a_cut_starts_from_its_picture_and_repeats_nothing(a14b: Any, b5: Any) -> None:
     footage, picture = moving(), Image.fromarray(np.full((64, 96, 3), 77, np.uint8))
     made = a14b.extend(footage, 1, a14b.plan(footage, cut=picture, **OPTIONS))
-    assert made.notes["dropped"] == 0 and made.seam is None
+    assert made.dropped == 0 and made.seam is None
     assert torch.equal(made.request.known.leading[0], stretched(picture, 96, 64))
     plan = b5.plan(moving(fps=24), cut=True, **OPTIONS)
     assert b5.extend(moving(fps=24), 1, plan).request.known == KnownFrames()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.quality_footage import Scene, pan, still, to_and_fro, to_frames, unit
 from wan.errors import UserError
-from wan.quality import SeamScore, drift_curve, measure_look, score_seam
+from wan.quality import SeamScore, measure_look, score_seam
 
 OLD, NEW = 9, 12  # frames before and after the seam
 AFTER = range(OLD, OLD + NEW)
@@ -129,16 +129,6 @@ def test_fidelity_is_the_psnr_of_the_known_frames() -> None:
     assert exact.fidelity_db == 100
     assert off.fidelity_db == pytest.approx(20, abs=0.01)
     assert "start differs" in off.warnings
-
-
-def test_the_drift_curve_adds_up_steps_with_their_direction() -> None:
-    frames = scene("pan", 0).clip(range(8))
-    warmer = score_seam(frames[:4], frames[4:] + torch.tensor([0.03, 0.0, -0.03]))
-    cooler = score_seam(frames[:4], frames[4:] - torch.tensor([0.03, 0.0, -0.03]))
-    there, further, back = drift_curve([warmer, warmer, cooler])
-    assert further == pytest.approx(2 * there)
-    assert back == pytest.approx(there, rel=0.2)
-    assert drift_curve([]) == []
 
 
 def test_scores_and_looks_are_json() -> None:

@@ -279,11 +279,18 @@ class VideoContinuation(Pipeline):
                 candidates.append({"seed": other.request.seed, "score": _seam_score(other)})
                 seconds.update(other.seconds)
                 made = min(made, other, key=_seam_score)
-        notes = {"dropped": plan.dropped, "context_frames": plan.context.frames} | dict(prompt.notes) | dict(made.notes)
+        notes = dict(prompt.notes) | dict(made.notes)
         if candidates:
             notes["candidates"] = candidates
         caption = {"caption": prompt.seconds} if plan.described else {}
-        return dataclasses.replace(made, seconds=caption | dict(seconds), notes=notes)
+        return dataclasses.replace(
+            made,
+            seconds=caption | dict(seconds),
+            dropped=plan.dropped,
+            context_frames=plan.context.frames,
+            prompt_memory=prompt.memory,
+            notes=notes,
+        )
 
     def _candidate(
         self, footage: Footage, prompt: ClipPrompt, seed: int, plan: Plan, on_step: OnStep | None

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan.errors import UserError
+
 
 def file_digest(path: Path) -> str:
     """A short digest of a file's bytes."""
@@ -28,6 +30,17 @@ def sampled_digest(path: Path) -> str:
             opened.seek(start)
             digest.update(opened.read(block))
     return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -553,7 +553,7 @@ class Settings:
     offload_model: bool = option(
         SPEED, YesNo("BOOL"), "keep only the model in use on the GPU", True, record=True, same=_FASTER,
     )
-    vram: float | str | None = option(
+    vram: float | Literal["auto"] | None = option(
         SPEED, Gib("GIB"), "keep to so much GPU memory; auto: to what is free now", unset="no limit",
         record=True, same=_FASTER,
     )

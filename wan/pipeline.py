@@ -239,7 +239,7 @@ class Pipeline(ABC):
             name: [match.as_json() for match in matches] for name, matches in self.models.merged.items() if matches
         }
         notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
-        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes)
+        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes=notes)
 
     def _choose_kernels(self, stages: Sequence[Stage], tokens: int, forwards: float) -> None:
         """Let the stages' models run on what is fastest for so many forwards, with the same results."""

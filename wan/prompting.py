@@ -43,9 +43,13 @@ VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
 @dataclass(frozen=True)
 class ClipPrompt:
-    """The prompt of a clip, how it came about (as JSON values), and the seconds that took."""
+    """The prompt of a clip, what the next one is to remember, how it came about, and the seconds that took.
+
+    `memory` and `notes` are JSON values.
+    """
 
     text: str
+    memory: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -141,7 +145,7 @@ class PromptBuilder:
     ) -> ClipPrompt:
         """The plan's prompt, or what the captioner says, cut to what the text encoder takes; prefix first.
 
-        `memory` is what the clip before noted under that name; `stays` whether the captioner may stay on the GPU.
+        `memory` is what the clip before noted for this one; `stays` whether the captioner may stay on the GPU.
         """
         start = time.perf_counter()
         if not plan.described:
@@ -151,18 +155,15 @@ class PromptBuilder:
                 # after a cut nothing of the old shot is to be kept up
                 following = self._next_prompt(footage, plan, Memory() if plan.is_cut else Memory.from_json(memory))
                 summary = following.prompt
-                notes: dict[str, Any] = {
-                    "memory": following.memory.as_json(),
-                    "answers": list(following.answers),
-                    "fallback": following.fallback,
-                }
+                remembered: Mapping[str, Any] = following.memory.as_json()
+                notes: dict[str, Any] = {"answers": list(following.answers), "fallback": following.fallback}
             else:
                 summary = self.owner.describe(footage.samples(plan.num_segments))
-                notes = {"answers": [summary]}
+                remembered, notes = {}, {"answers": [summary]}
         finally:
             self.owner.make_room(stays)
         prompt = compose_prompt(plan.prefix, summary, self._count_tokens, self._limit)
-        return ClipPrompt(prompt, notes, time.perf_counter() - start)
+        return ClipPrompt(prompt, remembered, notes, time.perf_counter() - start)
 
     def _next_prompt(self, footage: Footage, plan: Plan, memory: Memory) -> NextPrompt:
         frames = footage.samples(plan.num_segments, RECENT_SECONDS)

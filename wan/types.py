@@ -180,8 +180,9 @@ class Generation:
     """One finished clip and what made it.
 
     `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
-    a CPU; `notes` what else is to be written down, as JSON values; `score_seam` computes `seam`. It is the `Footage`
-    that the next clip goes on from.
+    a CPU. `context_frames` of the clip before were known, of which `dropped` leading frames repeat that clip.
+    `prompt_memory` is for the next clip's prompt, `notes` what else is to be written down; both are JSON values.
+    `score_seam` computes `seam`. It is the `Footage` that the next clip goes on from.
     """
 
     clip: Clip
@@ -189,6 +190,9 @@ class Generation:
     request: Request
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_gib: float | None = None
+    dropped: int = 0
+    context_frames: int | None = None
+    prompt_memory: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     score_seam: Callable[[], Mapping[str, Any] | None] = lambda: None
 

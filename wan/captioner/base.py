@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
 from wan.errors import UserError
+from wan.files import read_json
 from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
@@ -159,14 +159,11 @@ def number_frames(slots: list[str], question: str) -> str:
     return "".join(f"Frame{number}: {slot}\n" for number, slot in enumerate(slots, 1)) + question
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of a VLM folder. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} is not a VLM folder, it has no {path.name}: check `vlm_path`")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is not a VLM folder, it has no {path.name}: check `vlm_path`") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({one_line(error)}): download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: download it again")
-    return content
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{error.marked}: download it again") from error

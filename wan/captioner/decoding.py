@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from wan.device.hardware import runs_triton
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,6 @@ def fuse_norms(model: Any) -> Any:
             norm.weight = module.weight
             model.set_submodule(name, norm)
     return model
-
-
-def runs_triton(device: torch.device) -> bool:
-    """Whether our kernels can run there: Triton comes with PyTorch for CUDA, on Linux."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def use_own_attention(model: Any) -> None:

@@ -6,15 +6,15 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from wan.captioner.base import BackEnd, Captioner, Pictures, foreseen_failures, one_line, read_json
+from wan.captioner.base import BackEnd, Captioner, Pictures, foreseen_failures, one_line, read_config
 from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.errors import UserError
+from wan.weights.hub import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def open_captioner(
         return EndpointCaptioner(url, None if path is None else str(path))
 
     def open_folder(folder: Path) -> BackEnd:
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         own_code = trust_remote_code and "auto_map" in config
         if config.get("model_type") == "internvl_chat" and own_code:
             return RemoteCodeCaptioner(folder, device, dtype)
@@ -69,11 +69,11 @@ def weight_bytes(path: str | Path) -> int | None:
     try:
         if found := _weights_in(Path(snapshot_download(str(path), local_files_only=True))):
             return found
-    except _unreachable():
+    except unreachable():
         log.debug("%s is not in the hub's cache", path)
     try:
         listed = HfApi().model_info(str(path), files_metadata=True, timeout=10).siblings or []
-    except _unreachable() as error:
+    except unreachable() as error:
         log.info("nobody can say how large %s is: %s", path, one_line(error))
         return None
     return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
@@ -81,15 +81,6 @@ def weight_bytes(path: str | Path) -> int | None:
 
 def _weights_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _unreachable() -> tuple[type[Exception], ...]:
-    """What the hub's client raises for what is not there and for a connection that breaks."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
-    transport: Any = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-    return OSError, transport, HFValidationError
 
 
 class HubCaptioner(BackEnd):
@@ -112,7 +103,7 @@ class HubCaptioner(BackEnd):
 
         try:
             return Path(snapshot_download(self.source, allow_patterns=self.patterns))
-        except _unreachable() as error:
+        except unreachable() as error:
             raise UserError(
                 f"cannot download {self.source} ({one_line(error)}): check `vlm_path` and the connection"
             ) from error

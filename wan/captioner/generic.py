@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
 
@@ -31,7 +31,7 @@ class GenericCaptioner(LocalModel):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(path, device, dtype)
-        read_json(self.folder / "config.json")
+        read_config(self.folder / "config.json")
         self.trust_remote_code = trust_remote_code
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class RemoteCodeCaptioner(LocalModel):
 
     def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(path, device, dtype)
-        config = read_json(self.folder / "config.json")
+        config = read_config(self.folder / "config.json")
         self.image_size = config.get("force_image_size") or config.get("vision_config", {}).get("image_size", 448)
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:

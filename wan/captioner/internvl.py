@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_json, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
@@ -67,7 +67,7 @@ class InternVLCaptioner(LocalModel):
 
     def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(path, device, dtype)
-        config = read_json(self.folder / "config.json")
+        config = read_config(self.folder / "config.json")
         if config.get("model_type") not in ("internvl", "internvl_chat"):
             raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check `vlm_path`")
         self.original = config["model_type"] == "internvl_chat"
@@ -199,7 +199,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_config(index).get("weight_map", {}).values()))
         if not names:
             raise UserError(f"{index} names no weights: download it again")
     if missing := [name for name in names if not (folder / name).is_file()]:

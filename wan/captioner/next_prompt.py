@@ -22,6 +22,7 @@ IDENTITY_TOKENS, PROMPT_TOKENS = 192, 384  # what may be answered; about twice w
 IDENTITY_WORDS, SUBJECT_WORDS, CAMERA_WORDS, END_WORDS = 60, 8, 20, 40
 PROMPT_WORDS = range(5, 101)
 REMEMBERED = 3  # prompts
+ATTEMPTS = 2  # answers that are asked for before the description takes their place
 OVERLAP = 0.6  # share of words in common with the prompt before at which a prompt says the same again
 KEEP = "Same look, place, light and colours."  # ends a prompt without a goal, which may change any of them
 
@@ -162,13 +163,12 @@ def next_prompt(
     seconds: float,
     describe: Callable[[], str],
     still: bool = False,
-    attempts: int = 2,
 ) -> NextPrompt:
     """The prompt for clip `clip` of `clips`, counted from 1, that goes on for `seconds` from where the frames end.
 
     Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
     measured, in words; `still` says that nothing moves at the end. `goal` is what the user wants of the chain or of
-    this clip. Where the VLM gives nothing useful in `attempts` (at least 1) answers, the prompt is the goal and what
+    this clip. Where the VLM gives nothing useful in two answers, the prompt is the goal and what
     `describe()` returns, with a warning. Raises what `describe` raises, UserError for a VLM that cannot be reached.
     """
     describe = functools.cache(describe)
@@ -177,7 +177,7 @@ def next_prompt(
     def ask(question: str, read: Callable[[str], T], max_new_tokens: int) -> T:
         """What `read` makes of the first answer that it does not reject. Raises Rejected, and UserError."""
         reasons: list[str] = []
-        for _ in range(attempts):
+        for _ in range(ATTEMPTS):
             # greedy decoding: only another question gets another answer
             again = AGAIN.format(reasons="; ".join(reasons)) if reasons else ""
             answers.append(captioner.describe(frames, question + again, max_new_tokens=max_new_tokens))

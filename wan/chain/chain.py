@@ -142,7 +142,7 @@ class ChainRun:
         """What the clip before the one to make noted for the prompts to come."""
         before = self.to_make - 1
         if self.writer.made is not None and self.writer.number == before:
-            return self.writer.made.notes.get("memory") or {}
+            return self.writer.made.prompt_memory
         return self.clips[before].record.get("memory") or {} if before in self.clips else {}
 
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
@@ -188,7 +188,6 @@ class ChainRun:
         record = self.describe(made, str(before.video) if before else settings.video, plan)
         record["look"] = measure_look(made.clip.frames).as_json()
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
-        dropped = int(made.notes["dropped"])
         self.clips[number] = self.folder.save(
             number,
             max(2, len(str(self.count))),
@@ -196,7 +195,7 @@ class ChainRun:
             self.wanted[number],
             record,
             samples=(following.num_segments, recent),
-            sheet=seam_thumbnails(tail, made.clip.frames[dropped : dropped + SHEET_FRAMES]),
+            sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
             metadata=not settings.no_video_metadata,
         )
         self.report("running")

@@ -35,7 +35,8 @@ from wan.settings import Context, LoraFile
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
-    from wan.types import Footage, Frame, Generation, Request
+    from wan.pipeline import Pipeline
+    from wan.types import Footage, Frame, Generation
 
 log = logging.getLogger(__name__)
 
@@ -85,22 +86,15 @@ class Job:
         assert self.settings.video is not None  # `check_task`
         return Path(self.settings.video)
 
-    def open(self, **continuing: Any) -> Any:
+    def open(self, **continuing: Any) -> Pipeline:
         """The pipeline of the task; its models load when they are used."""
         import transformers
 
-        import wan
+        from wan import pipeline_class
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
-        classes = {
-            "t2v-A14B": "WanT2V",
-            "i2v-A14B": "WanI2V",
-            "ti2v-5B": "WanTI2V",
-            "v2v-14B": "WanV2V",
-            "v2v-5B": "WanV2V5B",
-        }
         settings = self.settings
-        return getattr(wan, classes[self.config.name])(
+        return pipeline_class(self.config.name)(
             self.config,
             self.folder,
             t5_cpu=settings.t5_cpu,
@@ -114,7 +108,9 @@ class Job:
     def open_continuation(self) -> VideoContinuation:
         """The pipeline of a v2v task."""
         settings = self.settings
-        continuation: VideoContinuation = self.open(
+        from wan.continuation import VideoContinuation
+
+        continuation = self.open(
             vlm_path=settings.vlm_path,
             vlm_device=settings.vlm_device,
             vlm_url=settings.vlm_url,
@@ -122,6 +118,7 @@ class Job:
             vlm_trust_remote_code=settings.vlm_trust_remote_code,
             video_reader=settings.video_reader,
         )
+        assert isinstance(continuation, VideoContinuation)  # its task is one of V2V_TASKS
         return continuation
 
     def plan(
@@ -174,7 +171,7 @@ class Job:
         from wan.device.hardware import host_peak_gib
 
         request, config = made.request, self.config
-        used = self._used(request, plan)
+        used = self._used(made, plan)
         return {
             "source": None if source is None else readable(source),
             "prompt": request.prompt,
@@ -190,7 +187,8 @@ class Job:
                 for one in options_of(self.command)
                 if one.record and (plan is not None or not one.continues)
             },
-            **({} if plan is None else {"seam": made.seam}),
+            **({} if plan is None else {"seam": made.seam, "dropped": made.dropped}),
+            **({"memory": made.prompt_memory} if made.prompt_memory else {}),
             **made.notes,
             "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},
             "peak_gpu_gib": None if made.peak_gib is None else round(made.peak_gib, 3),
@@ -198,9 +196,10 @@ class Job:
             "versions": versions(),
         }
 
-    def _used(self, request: Request, plan: Plan | None) -> dict[str, Any]:
+    def _used(self, made: Generation, plan: Plan | None) -> dict[str, Any]:
         """The settings of a clip as it was made, as JSON values: what was open is what the preset or model chose."""
-        settings, config, sampling = self.settings, self.config, request.sampling
+        settings, config, request = self.settings, self.config, made.request
+        sampling = request.sampling
         used = {one.name: getattr(settings, one.name) for one in options_of(self.command)} | {
             "task": config.name,
             "ckpt_dir": readable(self.folder),
@@ -225,7 +224,7 @@ class Job:
                 "vlm_url": settings.vlm_url if plan.described else None,
                 "num_segments": plan.num_segments,
                 "continuation": plan.context.mode,
-                "context_frames": plan.context.frames,
+                "context_frames": made.context_frames,
                 "cut": plan.is_cut,
                 "drift_correction": plan.drift_correction,
             }

@@ -11,6 +11,7 @@ from typing import Any
 from wan.configs.presets import PRESETS, Preset, preset_named
 from wan.configs.rows import DTYPES, ModelConfig, i2v_A14B, t2v_A14B, ti2v_5B, v2v_5B, v2v_14B
 from wan.errors import UserError
+from wan.files import read_json
 
 __all__ = [
     "MAX_AREA_CONFIGS",
@@ -67,12 +68,7 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
     path = Path(checkpoint_dir) / DECLARATION
     if not path.is_file():
         return row
-    try:
-        declared = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(declared, dict):
-        raise UserError(f"{path} must be a JSON object, it is a {type(declared).__name__}")
+    declared = read_json(path)
     if {"vae_mean", "vae_std"} & declared.keys():  # other latents are another model, of which no magnitudes are known
         row = row.variant(mag_ratios=())
     return row.variant(**{key: _parse(path, key, value) for key, value in declared.items()})

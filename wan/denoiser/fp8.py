@@ -6,13 +6,13 @@ them are cross-attention's keys and values, which are computed once a clip, and 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.device.hardware import runs_triton
 from wan.errors import UserError
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
@@ -35,7 +35,7 @@ def check_precision(precision: str | None, device: torch.device) -> None:
     if torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"precision {precision} needs a GPU with 8-bit floats (Ada, Hopper or newer), {name} has none")
-    if precision == "fp8_attention" and importlib.util.find_spec("triton") is None:
+    if precision == "fp8_attention" and not runs_triton(device):
         raise UserError("`precision` fp8_attention needs the triton package; use `precision` fp8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import resource
 import sys
@@ -89,6 +90,11 @@ def host_peak_gib() -> float:
     """The most host memory this process has had resident, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether our kernels can run there: Triton comes with PyTorch for CUDA, on Linux."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def generator_on(device: torch.device, seed: int) -> torch.Generator:

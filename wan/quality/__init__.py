@@ -1,7 +1,7 @@
 """What a viewer would notice: scores of a seam, the look and the motion of a clip, and drift taken out again."""
 
 from wan.quality.correction import correct_drift
-from wan.quality.metrics import Look, LookPart, SeamScore, drift_curve, measure_look, score_seam
+from wan.quality.metrics import Look, LookPart, SeamScore, measure_look, score_seam
 from wan.quality.motion import Motion, measure_motion
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Motion",
     "SeamScore",
     "correct_drift",
-    "drift_curve",
     "measure_look",
     "measure_motion",
     "score_seam",

@@ -201,15 +201,6 @@ def score_seam(
     return replace(score, warnings=tuple(word for word, true in seen.items() if true))
 
 
-def drift_curve(seams: Sequence[SeamScore]) -> list[float]:
-    """How far the colours have gone from the first clip's after each seam, in Lab units: length of the summed shifts.
-
-    What comes into the picture or leaves it does not count, only pixels followed over the seams.
-    """
-    shifts = np.array([seam.colour_shift for seam in seams], dtype=float).reshape(-1, 3)
-    return [float(length) for length in np.linalg.norm(np.cumsum(shifts, axis=0), axis=1)]
-
-
 def measure_look(frames: Tensor) -> Look:
     """Look of a clip float32 [T, H, W, 3] in [-1, 1], of at most 32 of its frames. Raises UserError."""
     checked(frames, "frames")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -40,11 +39,6 @@ class Motion:
         """Nothing moves: neither the camera nor anything in the picture."""
         return self.pixels < _STILL
 
-    @property
-    def camera_still(self) -> bool:
-        """The camera neither turns nor travels."""
-        return self.pan == (0.0, 0.0) and self.zoom == 0.0
-
     def sentence(self) -> str:
         """The facts in words for a prompt."""
         if self.still:
@@ -64,10 +58,6 @@ class Motion:
         if self.zoom:
             moves.append("comes nearer" if self.zoom > 0 else "draws back")
         return f"{subject}; the camera {' and '.join(moves) or 'is still'}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields and the sentence, as JSON values."""
-        return {**asdict(self), "direction": list(self.direction), "pan": list(self.pan), "sentence": self.sentence()}
 
 
 def measure_motion(frames: Tensor, fps: Fraction | float) -> Motion:

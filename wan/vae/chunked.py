@@ -8,7 +8,6 @@ at. The modules and their weights are the library's.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     unpatchify,
 )
 from torch import Tensor, nn
+
+from wan.device.hardware import runs_triton
 
 LAYOUT = torch.channels_last_3d
 _WIDEST = 640 << 20  # what the widest activation of a chunk may take, a fifth of all that it takes
@@ -272,7 +273,7 @@ def _normalise_and_activate(out: Tensor, x: Tensor, bias: Tensor | None, gamma: 
 
 def _kernels(x: Tensor) -> ModuleType | None:
     """Our kernels, where they run: Triton comes with PyTorch for CUDA, on Linux."""
-    if not (x.is_cuda and importlib.util.find_spec("triton")):
+    if not runs_triton(x.device):
         return None
     from wan.vae import kernels
 

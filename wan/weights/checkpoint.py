@@ -8,7 +8,6 @@ wrong folder, a missing shard or a truncated file is said in one line before any
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -25,7 +24,9 @@ from torch import Tensor, nn
 
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
+from wan.files import read_json
 from wan.options import EXPERT_OF_DIT
+from wan.weights.hub import unreachable
 from wan.weights.prefetch import ReadAhead
 from wan.weights.quantized import (
     FLOAT8,
@@ -120,10 +121,7 @@ def resolve_folder(name: str | Path, denoisers: Container[str] = ()) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
         raise UserError(f"checkpoint folder {name} does not exist")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # a connection that breaks is an error of the HTTP library, whose name depends on the hub library's version
-    transport: Any = next((base for base in HfHubHTTPError.__bases__ if base is not OSError), OSError)
     places = {
         "model": ("diffusion_pytorch_model*", "transformer/*.safetensors"),
         "high_noise_model": ("high_noise_model/*.safetensors", "transformer/*.safetensors"),
@@ -132,7 +130,7 @@ def resolve_folder(name: str | Path, denoisers: Container[str] = ()) -> Path:
     spared = [pattern for expert, patterns in places.items() if expert in denoisers for pattern in patterns]
     try:
         return Path(snapshot_download(str(name), ignore_patterns=spared or None))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, transport) as error:
+    except unreachable() as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is no folder here, and as a hub id it cannot be downloaded: {reason}") from error
 
@@ -503,17 +501,6 @@ def _read_safetensors(file: Path, keys: Container[str]) -> Iterator[tuple[str, T
         for key in opened.keys():  # noqa: SIM118
             if key in keys:
                 yield key, opened.get_tensor(key)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must be a JSON object")
-    return value
 
 
 def _patch_embedding(weights: Weights) -> Shape:
