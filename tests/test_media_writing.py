@@ -181,6 +181,24 @@ def test_an_error_while_frames_are_made_keeps_the_file_that_was_there(tmp_path: 
     assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
 
 
+def test_a_video_that_another_program_holds_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows does it, which also flushes no file that was opened for reading."""
+
+    def refuse(source: str, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", os.fspath(target))
+
+    def flush(file: int) -> None:
+        os.ftruncate(file, os.fstat(file).st_size)  # an error for a file that cannot be written to
+
+    monkeypatch.setattr(os, "fsync", flush)
+    media.write_video(tmp_path / "clip.mp4", numbered([7]), 16)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="close it where it is open"):
+        media.write_video(tmp_path / "clip.mp4", numbered([8]), 16)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
+
+
 @pytest.mark.parametrize(
     "name", ["clip.avi", "clip", "none/clip.mp4", "folder.mp4", "x" * 252 + ".mp4", "file/clip.mp4"]
 )

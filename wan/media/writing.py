@@ -227,9 +227,9 @@ def _published(path: str | os.PathLike[str]) -> Iterator[str]:
     temporary = _reserve(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what may be written to
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path)
     except (OSError, av.FFmpegError) as error:
         if error.errno in _FULL_DISK:
             raise UserError(f"cannot write {os.fspath(path)!r}: {error.strerror}; free some space") from error
@@ -237,6 +237,16 @@ def _published(path: str | os.PathLike[str]) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):  # it has its final name
             os.unlink(temporary)
+
+
+def _rename(temporary: str, path: str | os.PathLike[str]) -> None:
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:  # Windows does not replace a file that is open
+        name = os.fspath(path)
+        raise UserError(
+            f"cannot write {name!r}: {error.strerror}; close it where it is open, or give another name"
+        ) from error
 
 
 def _reserve(path: str | os.PathLike[str]) -> str:
