@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import av
 import numpy as np
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
@@ -56,3 +58,18 @@ def natural(width: int = 1280, height: int = 720, seed: int = 0) -> np.ndarray:
 def bias(got: Any, expected: np.ndarray) -> float:
     """The largest mean error of the three channels, in levels."""
     return float(np.abs((np.asarray(got, np.float64) - expected).mean((0, 1))).max())
+
+
+def encode(
+    path: Path, numbers: Sequence[int], size: tuple[int, int], *, codec: str = "libx264", kind: str | None = None
+) -> None:
+    """Numbered frames at 24 frames per second, the first of which appears at its number."""
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=24)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for count, picture in zip(numbers, numbered(numbers, *size), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = count, Fraction(1, 24)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

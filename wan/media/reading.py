@@ -143,13 +143,13 @@ def _without_pictures(source: Source) -> VideoError:
 def find_ending(source: Source, span: float = 0.0) -> Ending:
     """The end of a file, at least `span` seconds of it if it has them; infinity is the whole file. Raises VideoError.
 
-    Frame threads lose pictures next to an error, so anything wrong is read again without them; what is still wrong then
-    is read a third time without concealment.
+    Frame threads lose pictures next to an error, so anything wrong is read again without them; where the end is still
+    wrong then, it is read a third time without concealment.
     """
     found = _pass(source, span)
     if found.pictures.errors:
         found = _pass(source, span, threads="SLICE")
-    if found.pictures.errors:
+    if found.pictures.late_errors:
         clean = _pass(source, span, threads="SLICE", careful=True)
         used = "its last clean picture is used" if clean.last else "the last picture may show it"
         say_once(source.path, f"the video is damaged near its end; {used}")

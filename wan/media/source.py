@@ -134,20 +134,22 @@ class Pictures:
     """One pass over the displayed pictures of a file, from the keyframe before `start` (None: the first) to the end.
 
     Every pass opens the file anew, because some demuxers are not the same after a seek. `errors` counts what the
-    demuxer and the decoder complained about in the last one. `careful` leaves out what may be damaged.
+    demuxer and the decoder complained about in the last one, `late_errors` those since the last keyframe: what is wrong
+    before that does not touch the end, such as the seam of two files that were put together. `careful` leaves out what
+    may be damaged.
     """
 
     def __init__(
         self, source: Source, start: float | None = None, *, threads: str = "AUTO", careful: bool = False
     ) -> None:
-        self.errors = 0
+        self.errors = self.late_errors = 0
         self._source = source
         self._start = start
         self._threads = threads
         self._careful = careful
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        self.errors = 0
+        self.errors = self.late_errors = 0
         return self._webp() if self._source.format == "webp" else self._decode()
 
     def _decode(self) -> Iterator[VideoFrame]:
@@ -165,22 +167,28 @@ class Pictures:
                 try:
                     packet = next(packets, None)
                 except av.FFmpegError:
-                    self.errors += 1
+                    self._complain()
                     packet = None  # what the decoder still holds is shown all the same
                 at_end = packet is None or packet.size == 0
                 if packet is not None and packet.is_corrupt:
-                    self.errors += 1
+                    self._complain()
                     if self._careful:
                         continue
+                elif packet is not None and packet.is_keyframe:
+                    self.late_errors = 0
                 try:
                     frames = stream.decode(None if at_end else packet)
                 except av.FFmpegError:
-                    self.errors += 1
+                    self._complain()
                     continue
                 for frame in frames:
                     if not frame.is_corrupt:
                         frame.time_base = tick  # PyAV leaves it out of what the flush at the end gives
                         yield frame
+
+    def _complain(self) -> None:
+        self.errors += 1
+        self.late_errors += 1
 
     @staticmethod
     def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
@@ -198,7 +206,7 @@ class Pictures:
                     image.seek(number)
                     pixels = np.asarray(image.convert("RGBA"))
                 except (OSError, EOFError):
-                    self.errors += 1
+                    self._complain()
                     return
                 frame = VideoFrame.from_ndarray(pixels, "rgba")
                 frame.pts, frame.time_base = image.info.get("timestamp", 0), Fraction(1, 1000)
