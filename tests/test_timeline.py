@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from tests.media_samples import CORPUS, number, numbered
+from tests.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
 from wan import media
 from wan.errors import UserError
+from wan.media import source
 from wan.timeline import Part, Timeline, shared_rate
 
 RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50)]
@@ -36,6 +38,15 @@ def test_counts_are_those_of_every_mode() -> None:
 def test_more_cannot_be_left_out_than_is_there() -> None:
     with pytest.raises(ValueError, match="17 of 17"):
         Part(17, Fraction(16), 17)
+
+
+@pytest.mark.parametrize("drop", [0, 1, 5])
+def test_a_last_frame_that_is_held_stays_that_long(drop: int) -> None:
+    timeline = Timeline([Part(31, Fraction(30), stay=Fraction(4)), Part(17, Fraction(16), drop)], Fraction(30))
+    shown = list(timeline.frames())
+    assert timeline.starts == [0, 5] and shown.count((0, 30)) == 120 and shown[150] == (1, drop)
+    still = Timeline([Part(1, Fraction(16), stay=Fraction(3))], Fraction(16))
+    assert list(still.frames()) == [(0, 0)] * 48
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -166,14 +177,6 @@ def with_sound(path: Path, codec: str, delay: float = 0.0, rate: int = 48000, si
             container.mux(packet)
 
 
-def samples(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        resampler = av.AudioResampler("flt", "mono", 48000)
-        return np.concatenate(
-            [part.to_ndarray().ravel() for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-        )
-
-
 def tone_begins(path: Path) -> tuple[str, float, float]:
     """Codec, the second at which the sound gets loud, and its end."""
     with av.open(str(path)) as container:
@@ -255,3 +258,78 @@ def test_a_damaged_source_ends_with_the_picture_that_was_continued(tmp_path: Pat
     media.assemble(CORPUS / "trunc_moov_front.mp4", [tmp_path / "clip.mp4"], tmp_path / "joined.mp4", drops=[1])
     own = [frame for frame in numbers_in(tmp_path / "joined.mp4") if frame < 1000]
     assert own[-1] == number(media.read_last_frame(CORPUS / "trunc_moov_front.mp4"))
+
+
+def assembled(source: Path, folder: Path) -> tuple[list[int], Fraction]:
+    """The source with one clip whose pictures count from 1001: the numbers shown, and the rate."""
+    clip(folder / "clip.mp4", range(1000, 1009), Fraction(16), 1)
+    media.assemble(source, [folder / "clip.mp4"], folder / "joined.mp4", drops=[1])
+    return numbers_in(folder / "joined.mp4"), media.probe(folder / "joined.mp4").fps
+
+
+HELD = [frame / 30 for frame in range(31)]  # pictures of a screen that stands still from one second on
+
+
+@pytest.mark.parametrize(
+    ("name", "video", "audio"),
+    [
+        ("a.mp4", "libx264", "aac"),
+        ("a.mov", "libx264", "pcm_s16le"),
+        ("a.mkv", "libx264", "flac"),
+        ("a.webm", "libvpx-vp9", "libopus"),
+        ("a.ts", "libx264", "aac"),
+        ("a.flv", "libx264", "aac"),
+    ],
+)
+@pytest.mark.parametrize("stated", [4.0, 0.0], ids=["the packet says it", "only the sound says it"])
+def test_a_picture_that_is_held_stays_on_screen_with_its_sound(
+    stated: float, name: str, video: str, audio: str, tmp_path: Path
+) -> None:
+    recording(tmp_path / name, HELD, last=stated, sound=beeps(5, [0.5, 4.0]), video=video, audio=audio)
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    begins = next(at for at, number in enumerate(shown) if number > 1000) / rate
+    assert Fraction(499, 100) <= begins <= Fraction(51, 10)
+    assert list(dict.fromkeys(shown)) == [*range(31), *range(1001, 1009)]
+    assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 4.0], abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv"])
+def test_a_silent_picture_is_held_as_its_file_says(name: str, tmp_path: Path) -> None:
+    recording(tmp_path / name, HELD, last=4.0)
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(5, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_the_last_picture_of_an_animation_is_held(kind: str, tmp_path: Path) -> None:
+    pictures = [Image.fromarray(picture) for picture in numbered(range(8), 64, 36)]
+    lengths = [100] * 7 + [2500]
+    path = tmp_path / f"a.{kind}"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=lengths, loop=0, lossless=True)
+    shown, rate = assembled(path, tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(3.2, abs=0.07)
+
+
+@pytest.mark.parametrize(("name", "last"), [("a.mp4", 0.0), ("a.mkv", 0.0), ("a.mp4", 3.0), ("a.mkv", 3.0)])
+def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, tmp_path: Path) -> None:
+    recording(tmp_path / name, [0.0], last=last, sound=beeps(3, [0.5, 2.5]))
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    assert set(shown) == {0, *range(1001, 1009)} and shown.index(1001) / rate == pytest.approx(3, abs=0.05)
+    assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 2.5], abs=0.03)
+
+
+@pytest.mark.parametrize(("longer", "words"), [(0.5, "the last 0.5 s of its sound"), (2.0, "goes on for 2.0 s")])
+def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
+    longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source._say.cache_clear()
+    recording(tmp_path / "a.mp4", HELD, sound=beeps(1 + longer, [0.5]))
+    shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(1 + (longer if longer > 1 else 1 / 16), abs=0.05)
+    assert len([record for record in caplog.records if words in record.message]) == 1
+
+
+def test_what_a_truncated_file_has_lost_is_not_held(tmp_path: Path) -> None:
+    """Its header speaks of ten more pictures, a third of a second."""
+    shown, rate = assembled(CORPUS / "trunc_moov_front.mp4", tmp_path)
+    assert next(at for at, number in enumerate(shown) if number > 1000) <= 51 and rate == 30

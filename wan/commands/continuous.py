@@ -43,6 +43,7 @@ def continue_video(argv: Sequence[str] | None) -> None:
     from wan.footage import VideoFile
 
     footage = VideoFile(args.video, args.video_reader)
+    sound = media.find_sound(args.video) if args.include_source else None  # what is lost of it is said now
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage, scenes)
     common = common_settings(job, continuation)
@@ -50,6 +51,8 @@ def continue_video(argv: Sequence[str] | None) -> None:
     if args.dry_run:
         run = ChainRun(job, RunFolder(output), plans, settings, scenes, footage)
         print(*outline(continuation, plans, run), sep="\n")
+        if args.include_source:
+            print(f"sound of the source: {sound or 'none'}")
         return
     with RunFolder(output) as folder:
         run = ChainRun(job, folder, plans, settings, scenes, footage)

@@ -16,10 +16,14 @@ from PIL import Image
 from wan.errors import UserError
 from wan.media.colour import deinterlace, to_rgb, upright_size
 from wan.media.reading import FIELDS, find_ending, first_frame
-from wan.media.sound import Sound
-from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
+from wan.media.sound import Hearing, Sound, SoundError, choose_track, listen
+from wan.media.source import Picture, Pictures, Source, exact_rate, inspect, say_once
 from wan.media.writing import write_video
 from wan.timeline import Part, Timeline, shared_rate
+
+_FRAME = 0.15  # seconds; a last picture that stays no longer is one of a film, and the clip takes over at its own pace
+_LOOSE_END = 1.0  # seconds of sound after the pictures that are an untidy end; more of it goes with a held picture
+_AUDIBLE = 0.3
 
 
 def assemble(
@@ -33,8 +37,9 @@ def assemble(
     """Encode the source's own pictures, then the clips without their first `drops` frames; returns the frame count.
 
     The rate is `shared_rate`; nothing changes speed, and every picture of the source is shown as long as it was. The
-    source is scaled to cover the clips' size and cropped around its centre; its sound is kept where its pictures are.
-    One picture is in memory at a time. Raises UserError.
+    last one is held for as long as the file says, or until the sound ends where that is a second later or more. The
+    source is scaled to cover the clips' size and cropped around its centre; its sound (`find_sound`) is kept where its
+    pictures are. One picture is in memory at a time. Raises UserError.
     """
     begin, following = inspect(source), [inspect(clip) for clip in clips]
     sizes = [upright_size(first_frame(clip), clip) for clip in following]
@@ -42,29 +47,62 @@ def assemble(
         if size != sizes[0]:
             raise UserError(f"cannot join {clip.path!r}: its size differs from that of the first clip; make it again")
     whole = find_ending(begin, math.inf)
-    parts = [_part(begin, [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock])]
+    first = first_frame(begin).time
+    start = begin.start if first is None else first
+    last = start - whole.clock[0]
+    track = choose_track(begin)
+    hearing = listen(track) if track is not None else None
+    stay = _stay(begin, last, whole.stay, hearing)
+    moments = [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock]
+    parts = [_part(begin, moments, Fraction(stay).limit_denominator(10**6))]
     for clip, drop in zip(following, drops, strict=True):
         parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
     timeline = Timeline(parts, shared_rate(parts[0].fps, parts[1].fps))
-    shown = _shown(timeline, [(begin, whole.pictures), *((clip, Pictures(clip)) for clip in following)], sizes[0])
+    end = start + float(timeline.starts[1])
     sound = None
-    if begin.has_audio:
-        time = first_frame(begin).time
-        start = begin.start if time is None else time
-        sound = Sound(begin.path, start, start + float(timeline.starts[1]))
-    return write_video(path, shown, timeline.rate, metadata=metadata, sound=sound)
+    if track is not None and hearing is not None and hearing.start < end and hearing.end > start:
+        sound = Sound(track, hearing, start, end)
+        _say_lost(begin, hearing.end - end)
+
+    def write(sound: Sound | None) -> int:
+        files = [(begin, whole.pictures), *((clip, Pictures(clip)) for clip in following)]
+        return write_video(path, _shown(timeline, files, sizes[0]), timeline.rate, metadata=metadata, sound=sound)
+
+    try:
+        return write(sound)
+    except SoundError as error:
+        say_once(
+            begin.path, f"its sound is left out: it does not fit into an mp4 ({error}); convert it to AAC to keep it"
+        )
+        return write(None)
 
 
-def _part(source: Source, moments: Sequence[Fraction]) -> Part:
+def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -> float:
+    """For how long the last picture is held, 0 for no longer than any other."""
+    heard = hearing.end - last if hearing is not None and hearing.start < last + max(stated, _FRAME) else 0.0
+    if heard > stated + _LOOSE_END:
+        say_once(
+            source.path, f"its sound goes on for {heard:.1f} s after its last picture appeared, which is held as long"
+        )
+        return heard
+    return stated if stated > _FRAME else 0.0
+
+
+def _say_lost(source: Source, seconds: float) -> None:
+    if seconds > _AUDIBLE:
+        say_once(source.path, f"the last {seconds:.1f} s of its sound, after its last picture, are left out")
+
+
+def _part(source: Source, moments: Sequence[Fraction], stay: Fraction) -> Part:
     """The source on a timeline: at an even rate if its pictures are where that rate puts them, to half a frame."""
     span = moments[-1] or 1 / source.fps
     for rate in (source.fps, exact_rate((len(moments) - 1) / span) if len(moments) > 1 else source.fps):
         if all(abs(moment * rate - number) < Fraction(1, 2) for number, moment in enumerate(moments)):
-            return Part(len(moments), rate)
+            return Part(len(moments), rate, stay=stay)
     # Uneven, as a phone's or a recording of a screen: the rate of its quick stretches, so that they lose nothing.
     steps = sorted(after - here for here, after in zip(moments, moments[1:], strict=False))
     quick = round(1 / steps[len(steps) // 20])
-    return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments)
+    return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments, stay)
 
 
 def _shown(timeline: Timeline, files: Sequence[tuple[Source, Pictures]], size: tuple[int, int]) -> Iterator[Picture]:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from wan.errors import UserError
 from wan.media import decord_reader
 from wan.media.colour import deinterlace, is_hdr, orientation, to_rgb, upright_size
-from wan.media.source import Picture, Pictures, Source, VideoError, inspect, keyframes_before, say_once
+from wan.media.source import Picture, Pictures, Source, VideoError, fraction, inspect, keyframes_before, say_once
 
 READERS = ("auto", "pyav", "decord")
 
@@ -31,12 +31,14 @@ _SHORT_SECONDS = 20.0  # up to here decoding everything costs less than searchin
 class Ending:
     """The end of a file: the pass that shows it, when each of its pictures appears, and the last few of them.
 
-    `clock` is in seconds, ascending, 0 for the last picture; `pictures` may be gone through again.
+    `clock` is in seconds, ascending, 0 for the last picture; `pictures` may be gone through again. `stay` is for how
+    long the file says that the last picture is shown, 0 where it says nothing.
     """
 
     pictures: Pictures
     clock: list[float]
     last: list[VideoFrame]
+    stay: float
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _pass(source: Source, span: float, *, threads: str = "AUTO", careful: bool =
         for frame in pictures:
             times.append(frame.time)
             last.append(frame)
-        ending = Ending(pictures, _clock(times, source.fps), list(last))
+        ending = Ending(pictures, _clock(times, source.fps), list(last), _stay(source, pictures, list(last)))
         if last and ending.clock[0] <= -span:
             break
     return ending
@@ -181,6 +183,21 @@ def _clock(times: Sequence[float | None], fps: Fraction) -> list[float]:
         step = after - here if after is not None and here is not None else 0.0
         clock.append(clock[-1] - (step if step > 0 else float(1 / fps)))
     return clock[::-1]
+
+
+def _stay(source: Source, pictures: Pictures, last: Sequence[VideoFrame]) -> float:
+    """How long the last picture is shown: as its packet says, or the file's header where no packet says anything.
+
+    The header of a file that is cut short still speaks of all of it, so it counts only where nothing is wrong. Where
+    there is sound, it may be the sound's length.
+    """
+    if not last:
+        return 0.0
+    if last[-1].duration:
+        return float(last[-1].duration * fraction(last[-1].time_base))
+    if source.duration is None or last[-1].time is None or source.has_audio or pictures.errors:
+        return 0.0
+    return max(source.start + source.duration - last[-1].time, 0.0)
 
 
 def _starts(source: Source, span: float) -> Iterator[float | None]:

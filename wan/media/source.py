@@ -210,6 +210,7 @@ class Pictures:
                     return
                 frame = VideoFrame.from_ndarray(pixels, "rgba")
                 frame.pts, frame.time_base = image.info.get("timestamp", 0), Fraction(1, 1000)
+                frame.duration = image.info.get("duration", 0)
                 yield frame
 
 
