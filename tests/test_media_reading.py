@@ -243,18 +243,6 @@ def test_reading_a_video_does_not_load_the_model_libraries() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_images_are_read_upright_or_refused_in_one_line(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "photo.jpg", exif=exif)
-    picture = media.read_image(tmp_path / "photo.jpg")
-    assert (picture.mode, picture.size) == ("RGB", (20, 40))
-    for bad in (tmp_path, tmp_path / "none.png", CORPUS / "text.mp4", CORPUS / "zero_length.mp4"):
-        with pytest.raises(UserError) as caught:
-            media.read_image(bad)
-        assert "\n" not in str(caught.value)
-
-
 def test_a_missing_decord_names_the_extra_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decord_reader, "find_spec", lambda name: None)
     path = CORPUS / "h264_faststart.mp4"

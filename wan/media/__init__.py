@@ -2,7 +2,8 @@
 
 from wan.media.assembly import assemble
 from wan.media.decord_reader import check_last_frame_with_decord
-from wan.media.reading import READERS, VideoInfo, probe, read_image, read_last_frame, read_tail, sample_frames
+from wan.media.image import read_image
+from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
 from wan.media.sound import SoundTrack, find_sound
 from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 from av.video.frame import VideoFrame
-from PIL import Image, ImageOps
+from PIL import Image
 
 from wan.errors import UserError
 from wan.media import decord_reader
@@ -93,19 +92,6 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
             shown[number] = to_rgb(deinterlace(recent), source)
     height, width = shown[wanted[-1]].shape[:2]
     return np.stack([_resize(shown[number], width, height) for number in wanted])
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture file as an RGB image, turned as its EXIF says. Raises UserError."""
-    name = os.fspath(path)
-    try:
-        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"cannot read image {name!r}: it is not a file; give the name of a picture file")
-        with Image.open(name) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
-        raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
 
 
 def sample_frames(

@@ -16,8 +16,10 @@ from typing import Any, TypeAlias, cast
 import av
 import numpy as np
 import numpy.typing as npt
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
@@ -41,6 +43,10 @@ _REFUSED = frozenset({"tty", "concat", "hls", "dash", "sdp", "rtsp"})
 _OPEN: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
+# FFmpeg's own decoders of these two ignore transparency.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
 class VideoError(UserError):
     """A video file that cannot be read. One line: the file, what was found, what to do."""
 
@@ -61,7 +67,7 @@ class Source:
     fps: Fraction
     sample_aspect_ratio: Fraction  # width of one stored pixel over its height
     has_audio: bool
-    has_alpha_stream: bool  # WebM keeps transparency in a second picture that FFmpeg's own decoder ignores
+    has_alpha_stream: bool  # WebM keeps transparency in a second picture
     codec_tag: str
 
 
@@ -156,9 +162,10 @@ class Pictures:
         with closing(open_video(self._source.path)) as container:
             stream = cast(VideoStream, container.streams[self._source.index])
             tick = fraction(stream.time_base, _MICROSECOND)
-            stream.thread_type = self._threads
+            decoder = self._decoder(stream)
+            decoder.thread_type = self._threads
             if self._careful:
-                stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+                decoder.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             if self._start is not None and not self._seek(container, stream, self._start):
                 return
             packets = container.demux(stream)
@@ -177,7 +184,7 @@ class Pictures:
                 elif packet is not None and packet.is_keyframe:
                     self.late_errors = 0
                 try:
-                    frames = stream.decode(None if at_end else packet)
+                    frames = decoder.decode(None if at_end else packet)
                 except av.FFmpegError:
                     self._complain()
                     continue
@@ -185,6 +192,17 @@ class Pictures:
                     if not frame.is_corrupt:
                         frame.time_base = tick  # PyAV leaves it out of what the flush at the end gives
                         yield frame
+
+    def _decoder(self, stream: VideoStream) -> VideoCodecContext:
+        """FFmpeg's usual decoder, or the one that knows transparency."""
+        other = _ALPHA_DECODERS.get(stream.codec_context.name) if self._source.has_alpha_stream else None
+        if other is None:
+            return stream.codec_context
+        try:
+            return cast(VideoCodecContext, CodecContext.create(other, "r"))
+        except av.codec.codec.UnknownCodecError:  # another build of FFmpeg
+            say_once(self._source.path, "the video is transparent in places; transparency is ignored")
+            return stream.codec_context
 
     def _complain(self) -> None:
         self.errors += 1

@@ -22,7 +22,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from wan.errors import UserError
-from wan.media.colour import BT709, FULL, LIMITED, SWS_FLAGS, to_rgb
+from wan.media.colour import FULL, LIMITED, SWS_FLAGS, to_rgb
+from wan.media.light import BT709
 from wan.media.reading import read_last_frame
 from wan.media.sound import Sound
 from wan.media.source import Picture, Pictures, exact_rate, fraction, inspect, open_video
