@@ -318,7 +318,7 @@ def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, t
     assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 2.5], abs=0.03)
 
 
-@pytest.mark.parametrize(("longer", "words"), [(0.5, "the last 0.5 s of its sound"), (2.0, "goes on for 2.0 s")])
+@pytest.mark.parametrize(("longer", "words"), [(0.5, "the last 0.5 s of its sound"), (2.0, "held for 2.0 s")])
 def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
     longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from wan.media.assembly import assemble
 from wan.media.decord_reader import check_last_frame_with_decord
+from wan.media.dull_end import DullEnd, find_dull_end
 from wan.media.image import read_image
 from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
 from wan.media.sound import SoundTrack, find_sound
@@ -10,12 +11,14 @@ from wan.media.writing import check_output, join_videos, write_video
 
 __all__ = [
     "READERS",
+    "DullEnd",
     "SoundTrack",
     "VideoError",
     "VideoInfo",
     "assemble",
     "check_last_frame_with_decord",
     "check_output",
+    "find_dull_end",
     "find_sound",
     "join_videos",
     "probe",

@@ -33,15 +33,16 @@ def assemble(
     *,
     drops: Sequence[int],
     metadata: Mapping[str, Any] | None = None,
+    until: float | None = None,
 ) -> int:
     """Encode the source's own pictures, then the clips without their first `drops` frames; returns the frame count.
 
     The rate is `shared_rate`; nothing changes speed, and every picture of the source is shown as long as it was. The
     last one is held for as long as the file says, or until the sound ends where that is a second later or more. The
     source is scaled to cover the clips' size and cropped around its centre; its sound (`find_sound`) is kept where its
-    pictures are. One picture is in memory at a time. Raises UserError.
+    pictures are. With `until` the source ends at that moment. One picture is in memory at a time. Raises UserError.
     """
-    begin, following = inspect(source), [inspect(clip) for clip in clips]
+    begin, following = inspect(source, until), [inspect(clip) for clip in clips]
     sizes = [upright_size(first_frame(clip), clip) for clip in following]
     for clip, size in zip(following, sizes, strict=True):
         if size != sizes[0]:
@@ -62,7 +63,10 @@ def assemble(
     sound = None
     if track is not None and hearing is not None and hearing.start < end and hearing.end > start:
         sound = Sound(track, hearing, start, end)
-        _say_lost(begin, hearing.end - end)
+        if until is None and hearing.end - end > _AUDIBLE:
+            say_once(
+                begin.path, f"the last {hearing.end - end:.1f} s of its sound, after its last picture, are left out"
+            )
 
     def write(sound: Sound | None) -> int:
         files = [(begin, whole.pictures), *((clip, Pictures(clip)) for clip in following)]
@@ -79,18 +83,12 @@ def assemble(
 
 def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -> float:
     """For how long the last picture is held, 0 for no longer than any other."""
+    most = math.inf if source.until is None else max(source.until - last, 0.0)
     heard = hearing.end - last if hearing is not None and hearing.start < last + max(stated, _FRAME) else 0.0
-    if heard > stated + _LOOSE_END:
-        say_once(
-            source.path, f"its sound goes on for {heard:.1f} s after its last picture appeared, which is held as long"
-        )
-        return heard
-    return stated if stated > _FRAME else 0.0
-
-
-def _say_lost(source: Source, seconds: float) -> None:
-    if seconds > _AUDIBLE:
-        say_once(source.path, f"the last {seconds:.1f} s of its sound, after its last picture, are left out")
+    if min(heard, most) > stated + _LOOSE_END:
+        say_once(source.path, f"its last picture is held for {heard:.1f} s, as long as its sound goes on")
+        return min(heard, most)
+    return min(stated, most) if min(stated, most) > _FRAME else 0.0
 
 
 def _part(source: Source, moments: Sequence[Fraction], stay: Fraction) -> Part:

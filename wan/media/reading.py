@@ -61,17 +61,18 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     return VideoInfo(width, height, source.fps, source.duration, source.has_audio)
 
 
-def read_last_frame(path: str | os.PathLike[str]) -> Image.Image:
+def read_last_frame(path: str | os.PathLike[str], until: float | None = None) -> Image.Image:
     """The last displayed frame of a video as an RGB image, upright, with square pixels. Raises VideoError.
 
+    `until`, here and in all that follows, is the last moment of the file that is used, in seconds as a player counts.
     Only the end of the file is decoded where it can be searched. A damaged end gives its last clean picture, with a
     warning.
     """
-    source = inspect(path)
+    source = inspect(path, until)
     return Image.fromarray(to_rgb(deinterlace(find_ending(source).last), source))
 
 
-def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -> Picture:
+def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float, until: float | None = None) -> Picture:
     """The last frames of a video at another rate, uint8 [n, H, W, 3], oldest first; the last is `read_last_frame`'s.
 
     The frame before it is what is on screen 1/fps seconds before the last one appears, and so on, up to `count`; fewer
@@ -79,7 +80,7 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
     """
     if count < 1 or fps <= 0:
         raise ValueError(f"count and fps must be positive: {count}, {fps}")
-    source = inspect(path)
+    source = inspect(path, until)
     moments = [-step / float(fps) for step in range(count - 1, -1, -1)]
     ending = find_ending(source, -moments[0])
     numbers = [bisect_right(ending.clock, moment + _SOON) - 1 for moment in moments]
@@ -95,7 +96,12 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
 
 
 def sample_frames(
-    path: str | os.PathLike[str], n: int = 8, *, reader: str = "auto", max_side: int | None = None
+    path: str | os.PathLike[str],
+    n: int = 8,
+    *,
+    reader: str = "auto",
+    max_side: int | None = None,
+    until: float | None = None,
 ) -> Picture:
     """uint8 [n, H, W, 3]: what is on screen in the middle of each of `n` equal slices of time, like the last frame.
 
@@ -107,7 +113,7 @@ def sample_frames(
         raise UserError(f"video_reader must be one of {', '.join(READERS)}; {reader!r} is not")
     if n < 1 or (max_side is not None and max_side < 1):
         raise ValueError(f"n and max_side must be at least 1: {n}, {max_side}")
-    source = inspect(path)
+    source = inspect(path, until)
     if reader == "decord":
         frames = _sample_with_decord(source, n, max_side)
         if frames is not None:
@@ -125,6 +131,9 @@ def first_frame(source: Source) -> VideoFrame:
 
 
 def _without_pictures(source: Source) -> VideoError:
+    if source.until is not None:
+        found = f"it shows no picture up to {source.until - source.zero:g} s"
+        return VideoError(source.path, found, "give a later moment")
     return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
@@ -144,7 +153,19 @@ def find_ending(source: Source, span: float = 0.0) -> Ending:
         found = clean if clean.last else found
     if not found.last:
         raise _without_pictures(source)
+    _check_moment(source, found)
     return found
+
+
+def _check_moment(source: Source, found: Ending) -> None:
+    """Raise VideoError where the file ends before the moment up to which it is to be used."""
+    if source.until is None or found.pictures.was_cut:
+        return
+    last = found.last[-1].time
+    shown = source.start - found.clock[0] if last is None else last
+    end = max(source.length or 0.0, shown - source.zero + max(found.stay, float(1 / source.fps)))
+    if source.until - source.zero > end + _SOON:
+        raise VideoError(source.path, f"it ends at {end:.2f} s", "give an earlier moment")
 
 
 def _pass(source: Source, span: float, *, threads: str = "AUTO", careful: bool = False) -> Ending:
@@ -261,6 +282,7 @@ def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture
     first = first_frame(source)
     transpose, mirror, flip = orientation(first)
     beyond = {
+        "a part of a file": source.until is not None,
         "MPEG-TS": "mpegts" in source.format,
         "HDR": is_hdr(first),
         "stretched pixels": source.sample_aspect_ratio != 1,

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeAlias, cast
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 Picture: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3] RGB, or [n, H, W, 3]
 
 FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
+_ROUNDED = 1e-3  # seconds: moments are given in thousandths
 _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
 _NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # These demuxers cannot seek, or only pretend to: reading starts at the first picture.
@@ -56,7 +57,10 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class Source:
-    """What the header of a readable video file says. Times are in seconds on the file's own clock."""
+    """What the header of a readable video file says. Times are in seconds on the file's own clock.
+
+    With `until`, the file is taken to end there: pictures that appear later are never shown.
+    """
 
     path: str
     format: str  # FFmpeg's demuxer name
@@ -69,6 +73,9 @@ class Source:
     has_audio: bool
     has_alpha_stream: bool  # WebM keeps transparency in a second picture
     codec_tag: str
+    zero: float = 0.0  # where a player starts to count
+    length: float | None = None  # of the whole file, as a player counts; None: unknown
+    until: float | None = None
 
 
 def fraction(value: Any, missing: Fraction = Fraction(0)) -> Fraction:
@@ -93,15 +100,30 @@ def say_once(path: str, message: str, level: int = logging.WARNING) -> None:
     _say(level, f"{_show(path)}: {message}")
 
 
-def inspect(path: str | os.PathLike[str]) -> Source:
-    """Check that `path` is a video file and read its header. Raises VideoError; never blocks on a pipe or a network."""
+def inspect(path: str | os.PathLike[str], until: float | None = None) -> Source:
+    """Check that `path` is a video file and read its header. Raises VideoError; never blocks on a pipe or a network.
+
+    `until`, in seconds as a player counts, is the last moment of it that is used.
+    """
     name = _checked_path(path)
-    if _is_webp(name):
-        return _inspect_webp(name)
+    source = _inspect_webp(name) if _is_webp(name) else _inspect(name)
+    if until is None:
+        return source
+    if not (math.isfinite(until) and until >= 0):
+        raise VideoError(path, f"{until} is no moment of it", "give seconds from its beginning")
+    limit = source.zero + until
+    # the clock of a transport stream may jump where two were put together, so only counting from the beginning is sure
+    end = None if source.end is None or "mpegts" in source.format else min(source.end, limit)
+    duration = None if source.duration is None else max(min(source.duration, limit - source.start), 0.0)
+    return replace(source, until=limit, end=end, duration=duration)
+
+
+def _inspect(name: str) -> Source:
     with closing(open_video(name)) as container:
         stream = _picture_stream(name, container)
         tick = fraction(stream.time_base, _MICROSECOND)
         start = float((stream.start_time or 0) * tick)
+        zero = float((container.start_time or 0) * _MICROSECOND)
         ends, lengths = [], []
         if stream.duration:
             lengths.append(float(stream.duration * tick))
@@ -123,6 +145,8 @@ def inspect(path: str | os.PathLike[str]) -> Source:
             has_audio=bool(container.streams.audio),
             has_alpha_stream=stream.metadata.get("alpha_mode") == "1",
             codec_tag=stream.codec_tag,
+            zero=zero,
+            length=max(ends) - zero if ends else None,
         )
 
 
@@ -142,13 +166,14 @@ class Pictures:
     Every pass opens the file anew, because some demuxers are not the same after a seek. `errors` counts what the
     demuxer and the decoder complained about in the last one, `late_errors` those since the last keyframe: what is wrong
     before that does not touch the end, such as the seam of two files that were put together. `careful` leaves out what
-    may be damaged.
+    may be damaged. `was_cut` tells whether pictures were left out because of the source's `until`.
     """
 
     def __init__(
         self, source: Source, start: float | None = None, *, threads: str = "AUTO", careful: bool = False
     ) -> None:
         self.errors = self.late_errors = 0
+        self.was_cut = False
         self._source = source
         self._start = start
         self._threads = threads
@@ -156,9 +181,28 @@ class Pictures:
 
     def __iter__(self) -> Iterator[VideoFrame]:
         self.errors = self.late_errors = 0
-        return self._webp() if self._source.format == "webp" else self._decode()
+        self.was_cut = False
+        pictures = self._webp() if self._source.format == "webp" else self._decode()
+        return pictures if self._source.until is None else self._up_to(pictures, self._source.until)
 
-    def _decode(self) -> Iterator[VideoFrame]:
+    def _up_to(self, pictures: Generator[VideoFrame], limit: float) -> Iterator[VideoFrame]:
+        """The pictures that appear until then, by a clock that runs on where the file's jumps back or says nothing."""
+        now: float | None = None
+        before: float | None = None
+        with closing(pictures):
+            for frame in pictures:
+                step = None if before is None or frame.time is None else frame.time - before
+                if now is None:
+                    now = self._source.start if frame.time is None else frame.time
+                else:
+                    now += step if step is not None and step > 0 else float(1 / self._source.fps)
+                if now > limit + _ROUNDED:
+                    self.was_cut = True
+                    return
+                before = frame.time
+                yield frame
+
+    def _decode(self) -> Generator[VideoFrame]:
         with closing(open_video(self._source.path)) as container:
             stream = cast(VideoStream, container.streams[self._source.index])
             tick = fraction(stream.time_base, _MICROSECOND)
@@ -216,7 +260,7 @@ class Pictures:
             return False  # as good as a seek behind the last keyframe: the caller starts earlier
         return True
 
-    def _webp(self) -> Iterator[VideoFrame]:
+    def _webp(self) -> Generator[VideoFrame]:
         # FFmpeg reads animated WebP only since version 9.
         with Image.open(self._source.path) as image:
             for number in range(getattr(image, "n_frames", 1)):
@@ -332,4 +376,5 @@ def _inspect_webp(path: str) -> Source:
         has_audio=False,
         has_alpha_stream=False,
         codec_tag="",
+        length=milliseconds / 1000 or None,
     )
