@@ -50,12 +50,29 @@ def film(path: Path, picture: np.ndarray, given: str, codec: str, pixels: str, t
         context = stream.codec_context
         context.color_primaries, context.color_trc, context.colorspace = primaries, transfer, matrix
         for at in range(4):
-            frame = av.VideoFrame.from_ndarray(picture, given)
-            frame = frame.reformat(format=pixels, dst_colorspace=matrix or 1, interpolation=colour.SWS_FLAGS)
+            if pixels == "yuv444p10le":
+                frame = in_yuv(picture, matrix)
+            else:
+                frame = av.VideoFrame.from_ndarray(picture, given)
+                frame = frame.reformat(format=pixels, dst_colorspace=1, interpolation=colour.SWS_FLAGS)
             frame.pts, frame.time_base = at, Fraction(1, 10)
             frame.color_primaries, frame.color_trc = primaries, transfer
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def in_yuv(picture: np.ndarray, matrix: int) -> av.VideoFrame:
+    """RGB as yuv444p10le of limited range, by the definition of its H.273 matrix."""
+    red, blue = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
+    r, g, b = picture.transpose(2, 0, 1) / 255.0
+    luma = red * r + (1 - red - blue) * g + blue * b
+    planes = luma * 876 + 64, (b - luma) / (1 - blue) * 448 + 512, (r - luma) / (1 - red) * 448 + 512
+    frame = av.VideoFrame(picture.shape[1], picture.shape[0], "yuv444p10le")
+    for plane, values in zip(frame.planes, planes, strict=True):
+        rows = np.zeros((picture.shape[0], plane.line_size // 2), "<u2")
+        rows[:, : picture.shape[1]] = np.rint(values)
+        plane.update(rows.tobytes())
+    return frame
 
 
 COLOURS = np.array(

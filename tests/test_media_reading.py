@@ -300,7 +300,7 @@ def test_another_last_frame_from_decord_is_reported(monkeypatch: pytest.MonkeyPa
     assert media.check_last_frame_with_decord(path, Image.new("RGB", (320, 180), (236, 236, 236))) is None
 
 
-@pytest.mark.parametrize("file", ["mpegts.ts", "flip_v.mp4", "sar_4_3.mp4", "hdr_pq.mp4"])
+@pytest.mark.parametrize("file", ["mpegts.ts", "flip_v.mp4", "sar_4_3.mp4", "hdr_pq.mp4", "vp9_alpha.webm"])
 def test_decord_is_not_asked_about_what_it_gets_wrong(
     file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -293,9 +293,9 @@ def test_a_picture_that_is_held_stays_on_screen_with_its_sound(
     assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 4.0], abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv", "a.avi"])
 def test_a_silent_picture_is_held_as_its_file_says(name: str, tmp_path: Path) -> None:
-    recording(tmp_path / name, HELD, last=4.0)
+    recording(tmp_path / name, HELD, last=4.0, video="mpeg4" if name == "a.avi" else "libx264")
     shown, rate = assembled(tmp_path / name, tmp_path)
     assert shown.index(1001) / rate == pytest.approx(5, abs=0.05)
 
@@ -333,3 +333,12 @@ def test_what_a_truncated_file_has_lost_is_not_held(tmp_path: Path) -> None:
     """Its header speaks of ten more pictures, a third of a second."""
     shown, rate = assembled(CORPUS / "trunc_moov_front.mp4", tmp_path)
     assert next(at for at, number in enumerate(shown) if number > 1000) <= 51 and rate == 30
+
+
+def test_the_same_source_and_clips_give_the_same_file(tmp_path: Path) -> None:
+    recording(tmp_path / "a.mkv", HELD, sound=beeps(1, [0.5]), audio="flac")
+    seen = set()
+    for _ in range(3):
+        assembled(tmp_path / "a.mkv", tmp_path)
+        seen.add((tmp_path / "joined.mp4").read_bytes())
+    assert len(seen) == 1

@@ -42,6 +42,11 @@ def is_hdr(frame: VideoFrame) -> bool:
     return frame.color_trc in (PQ, HLG)
 
 
+def has_alpha(frame: VideoFrame) -> bool:
+    """Whether the picture may be transparent in places."""
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
+
+
 def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) -> Picture:
     """A decoded picture -> uint8 [H, W, 3] sRGB, upright, square pixels, the longer side at most `max_side` pixels.
 
@@ -49,12 +54,11 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
     """
     size = _displayed_size(frame, source, max_side)
     _refuse_dolby_vision(frame, source)
-    name = frame.format.name
-    if name.startswith("grayf32"):  # swscale takes these for limited range
+    if frame.format.name.startswith("grayf32"):  # swscale takes these for limited range
         frame = VideoFrame.from_ndarray(levels(frame.to_ndarray()).repeat(3, axis=-1), "rgb24")
-    wide = _wide(frame, source)
+    wide = wide_primaries(frame, source)
     deep = is_hdr(frame) or wide is not None
-    clear = name == "pal8" or any(component.is_alpha for component in frame.format.components)
+    clear = has_alpha(frame)
     pixels = _convert(frame, source, _FORMATS[deep, clear], None if clear else size)
     pixels, opacity = pixels[..., :3], pixels[..., 3:]
     if is_hdr(frame):
@@ -216,8 +220,8 @@ def _refuse_dolby_vision(frame: VideoFrame, source: Source) -> None:
         raise VideoError(source.path, "it is Dolby Vision without a standard picture", "export it as SDR or HDR10")
 
 
-def _wide(frame: VideoFrame, source: Source) -> int | None:
-    """The primaries of a picture, where BT.709's would show other colours."""
+def wide_primaries(frame: VideoFrame, source: Source) -> int | None:
+    """The H.273 number of a picture's primaries, where BT.709's would show other colours."""
     primaries = frame.color_primaries
     if primaries in WIDE:
         return int(primaries)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from wan.errors import UserError
 from wan.media import decord_reader
-from wan.media.colour import deinterlace, is_hdr, orientation, to_rgb, upright_size
+from wan.media.colour import deinterlace, has_alpha, is_hdr, orientation, to_rgb, upright_size, wide_primaries
 from wan.media.source import Picture, Pictures, Source, VideoError, fraction, inspect, keyframes_before, say_once
 
 READERS = ("auto", "pyav", "decord")
@@ -285,6 +285,8 @@ def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture
         "a part of a file": source.until is not None,
         "MPEG-TS": "mpegts" in source.format,
         "HDR": is_hdr(first),
+        "wide colour": wide_primaries(first, source) is not None,
+        "transparency": has_alpha(first),
         "stretched pixels": source.sample_aspect_ratio != 1,
         "a mirrored picture": transpose ^ mirror ^ flip,
     }
