@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,7 +18,7 @@ from PIL import Image
 from tests.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
 from wan import media
 from wan.errors import UserError
-from wan.media import source
+from wan.media import assembly, source
 from wan.timeline import Part, Timeline, shared_rate
 
 RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50)]
@@ -300,6 +302,17 @@ def test_a_silent_picture_is_held_as_its_file_says(name: str, tmp_path: Path) ->
     assert shown.index(1001) / rate == pytest.approx(5, abs=0.05)
 
 
+def test_a_picture_is_held_no_longer_than_its_edit_list_says(tmp_path: Path) -> None:
+    recording(tmp_path / "a.mp4", HELD, last=4.0)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"elst") + 12
+    assert int.from_bytes(data[at : at + 4], "big") == 5000
+    data[at : at + 4] = (3000).to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(data)
+    shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(3, abs=0.05)
+
+
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
 def test_the_last_picture_of_an_animation_is_held(kind: str, tmp_path: Path) -> None:
     pictures = [Image.fromarray(picture) for picture in numbered(range(8), 64, 36)]
@@ -342,3 +355,20 @@ def test_the_same_source_and_clips_give_the_same_file(tmp_path: Path) -> None:
         assembled(tmp_path / "a.mkv", tmp_path)
         seen.add((tmp_path / "joined.mp4").read_bytes())
     assert len(seen) == 1
+
+
+def test_a_picture_that_a_later_pass_loses_is_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damage does it: every pass decodes anew."""
+
+    class Forgetful(source.Pictures):
+        passes = 0
+
+        def __iter__(self) -> Iterator[VideoFrame]:
+            Forgetful.passes += 1
+            frames = list(super().__iter__())
+            return iter(frames[:-1] if Forgetful.passes == 2 else frames)  # after that of the clip's count
+
+    monkeypatch.setattr(assembly, "Pictures", Forgetful)
+    media.write_video(tmp_path / "a.mp4", numbered(range(4), 64, 36), 16)
+    shown, _ = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown == [0, 1, 2, 3, *range(1001, 1008), 1007]

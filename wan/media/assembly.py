@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def _shown(timeline: Timeline, files: Sequence[tuple[Source, Pictures]], size: t
             frames, here, recent = iter(pictures), (index, -1), deque[VideoFrame](maxlen=FIELDS)
         if here[1] < wanted:
             while here[1] < wanted:
-                recent.append(next(frames))
+                recent.extend(islice(frames, 1))  # damage may cost a picture in one pass only: the last one stays then
                 here = (index, here[1] + 1)
             picture = _fit(to_rgb(deinterlace(recent), source), size)
         yield picture

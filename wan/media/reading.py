@@ -196,15 +196,17 @@ def _stay(source: Source, pictures: Pictures, last: Sequence[VideoFrame]) -> flo
     """How long the last picture is shown: as its packet says, or the file's header where no packet says anything.
 
     The header of a file that is cut short still speaks of all of it, so it counts only where nothing is wrong. Where
-    there is sound, it may be the sound's length.
+    there is sound, it may be the sound's length. An mp4's edit list may end before the packet does.
     """
     if not last:
         return 0.0
-    if last[-1].duration:
-        return float(last[-1].duration * fraction(last[-1].time_base))
-    if source.duration is None or last[-1].time is None or source.has_audio or pictures.errors:
-        return 0.0
-    return max(source.start + source.duration - last[-1].time, 0.0)
+    stated = float((last[-1].duration or 0) * fraction(last[-1].time_base))
+    if source.duration is None or last[-1].time is None:
+        return stated
+    left = source.start + source.duration - last[-1].time
+    if stated:
+        return min(stated, left) if left > 0 and "mp4" in source.format.split(",") else stated
+    return 0.0 if source.has_audio or pictures.errors else max(left, 0.0)
 
 
 def _starts(source: Source, span: float) -> Iterator[float | None]:
