@@ -125,6 +125,12 @@ def test_a_video_that_is_dull_throughout_has_no_lively_frame(
     assert found.seconds == pytest.approx(2.5, abs=0.05)
 
 
+def test_a_show_of_stills_has_no_lively_frame(tmp_path: Path) -> None:
+    stills = [picture for seed in range(8) for picture in [natural(*SIZE, seed=seed)] * 36]
+    found = find_dull_end(write(tmp_path / "a.mp4", stills))
+    assert found is not None and (found.kind, found.last_lively) == ("still", None)
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
 def test_a_last_picture_that_is_held_is_a_standstill(name: str, tmp_path: Path) -> None:
     video = "libvpx-vp9" if name == "a.webm" else "libx264"

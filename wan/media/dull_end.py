@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -52,12 +52,12 @@ def find_dull_end(path: str | os.PathLike[str], until: float | None = None) -> D
     found = _find(inspect(path, until))
     for _ in range(_LAYERS):
         if found is None or found.last_lively is None:
-            break
+            return found
         before = _find(inspect(path, found.last_lively))
         if before is None:
-            break
+            return found
         found = DullEnd(found.kind, found.seconds + before.seconds, before.last_lively)
-    return found
+    return None if found is None else replace(found, last_lively=None)  # a show of stills, say
 
 
 @dataclass(frozen=True)
