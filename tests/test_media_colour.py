@@ -11,7 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from tests.media_samples import CORPUS
 from wan import media
@@ -188,6 +188,11 @@ def by_pillow(mode: str, **options: Any) -> Callable[[Path], None]:
         ("a.avi", by_pyav("utvideo", "gbrap")),
         ("a.png", by_pillow("RGBA")),
         ("a.webp", by_pillow("RGBA", lossless=True)),
+        pytest.param(
+            "a.avif",
+            by_pillow("RGBA", quality=100),
+            marks=pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -66,13 +66,14 @@ def test_the_shared_rate_shows_source_frames_equally_often(source: Fraction, mod
     model=st.sampled_from(MODELS),
     source_frames=st.integers(1, 90),
     clips=st.lists(st.tuples(st.integers(5, 31), st.sampled_from(DROPS)), min_size=1, max_size=6),
+    stay=st.sampled_from([Fraction(0), Fraction(1), Fraction(10, 3)]),
 )
 def test_every_new_frame_is_shown_once_in_order_and_at_its_own_time(
-    source: Fraction | None, model: Fraction, source_frames: int, clips: list[tuple[int, int]]
+    source: Fraction | None, model: Fraction, source_frames: int, clips: list[tuple[int, int]], stay: Fraction
 ) -> None:
     parts = [Part(4 * length + 1, model, drop) for length, drop in clips]
     if source is not None:
-        parts.insert(0, Part(source_frames, source))
+        parts.insert(0, Part(source_frames, source, stay=stay))
     rate = model if source is None else shared_rate(source, model)
     timeline = Timeline(parts, rate)
     shown = list(timeline.frames())
@@ -87,10 +88,12 @@ def test_every_new_frame_is_shown_once_in_order_and_at_its_own_time(
     for output, (index, frame) in enumerate(shown):
         moment = starts[index] + parts[index].moment(frame) - parts[index].moment(parts[index].drop)
         assert moment <= Fraction(output) / rate + Fraction(1, 2) / rate  # never early by more than half a frame
-        assert Fraction(output) / rate - moment <= 1 / min(parts[index].fps, model) + Fraction(1, 2) / rate
+        held = max(1 / min(parts[index].fps, model), parts[index].stay)
+        assert Fraction(output) / rate - moment <= held + Fraction(1, 2) / rate
     seconds = sum((part.new / part.fps for part in parts), Fraction(0))
-    if source is not None and parts[1].drop:
-        seconds += 1 / model - 1 / source  # the source's last frame is the model's first
+    if source is not None:
+        # the source's last frame is the model's first, unless it is held
+        seconds += max(1 / model if parts[1].drop else 1 / parts[0].fps, stay) - 1 / parts[0].fps
     assert abs(Fraction(timeline.count) / rate - seconds) <= Fraction(1, 2) / rate
 
 

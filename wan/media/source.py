@@ -35,9 +35,8 @@ _ROUNDED = 1e-3  # seconds: moments are given in thousandths
 _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
 _NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # These demuxers cannot seek, or only pretend to: reading starts at the first picture.
-_SEQUENTIAL = frozenset(
-    {"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2", "webp"}
-)
+_SEQUENTIAL = frozenset({"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2"})
+_BY_PILLOW = frozenset({"webp", "avif"})
 # Without these two FFmpeg would play a text as coloured letters, and open whatever else a playlist names.
 _REFUSED = frozenset({"tty", "concat", "hls", "dash", "sdp", "rtsp"})
 # Until PyAV 18 a title that is not UTF-8 is an exception at open; PyAV 19 replaces it and has no such argument.
@@ -106,7 +105,7 @@ def inspect(path: str | os.PathLike[str], until: float | None = None) -> Source:
     `until`, in seconds as a player counts, is the last moment of it that is used.
     """
     name = _checked_path(path)
-    source = _inspect_webp(name) if _is_webp(name) else _inspect(name)
+    source = _inspect_by_pillow(name) if _is_for_pillow(name) else _inspect(name)
     if until is None:
         return source
     if not (math.isfinite(until) and until >= 0):
@@ -182,7 +181,7 @@ class Pictures:
     def __iter__(self) -> Iterator[VideoFrame]:
         self.errors = self.late_errors = 0
         self.was_cut = False
-        pictures = self._webp() if self._source.format == "webp" else self._decode()
+        pictures = self._by_pillow() if self._source.format in _BY_PILLOW else self._decode()
         return pictures if self._source.until is None else self._up_to(pictures, self._source.until)
 
     def _up_to(self, pictures: Generator[VideoFrame], limit: float) -> Iterator[VideoFrame]:
@@ -260,8 +259,7 @@ class Pictures:
             return False  # as good as a seek behind the last keyframe: the caller starts earlier
         return True
 
-    def _webp(self) -> Generator[VideoFrame]:
-        # FFmpeg reads animated WebP only since version 9.
+    def _by_pillow(self) -> Generator[VideoFrame]:
         with Image.open(self._source.path) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 try:
@@ -346,27 +344,37 @@ def _believable_aspect(ratio: Fraction) -> Fraction:
     return ratio if Fraction(1, 10) <= ratio <= 10 else Fraction(1)
 
 
-def _is_webp(path: str) -> bool:
+def _is_for_pillow(path: str) -> bool:
+    """FFmpeg reads animated WebP only since version 9, and AVIF without its transparency."""
     with open(path, "rb") as file:
         head = file.read(12)
-    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
+    if head[:4] == b"RIFF":
+        return head[8:] == b"WEBP"
+    if head[4:] not in (b"ftypavif", b"ftypavis"):
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.mode == "RGBA"
+    except OSError:  # a Pillow that does not know AVIF: FFmpeg shows what it can
+        return False
 
 
-def _inspect_webp(path: str) -> Source:
+def _inspect_by_pillow(path: str) -> Source:
     milliseconds = 0
     try:
         with Image.open(path) as image:
+            kind = str(image.format).lower()
             count = getattr(image, "n_frames", 1)
             for number in range(count):
                 image.seek(number)
                 image.load()
                 milliseconds += image.info.get("duration", 0)
     except (OSError, EOFError) as error:
-        raise VideoError(path, f"the WebP is damaged ({error})", "export it again") from error
+        raise VideoError(path, f"the animation is damaged ({error})", "export it again") from error
     rate = Fraction(count * 1000, milliseconds) if milliseconds else FALLBACK_FPS
     return Source(
         path=path,
-        format="webp",
+        format=kind,
         index=0,
         start=0.0,
         end=None,
