@@ -275,6 +275,9 @@ def assembled(source: Path, folder: Path) -> tuple[list[int], Fraction]:
 HELD = [frame / 30 for frame in range(31)]  # pictures of a screen that stands still from one second on
 
 
+UNEVEN = [*(frame / 30 for frame in range(24)), 0.8, 0.9, 0.95, 1.0]  # as a phone records its screen
+
+
 @pytest.mark.parametrize(
     ("name", "video", "audio"),
     [
@@ -286,15 +289,17 @@ HELD = [frame / 30 for frame in range(31)]  # pictures of a screen that stands s
         ("a.flv", "libx264", "aac"),
     ],
 )
-@pytest.mark.parametrize("stated", [4.0, 0.0], ids=["the packet says it", "only the sound says it"])
+@pytest.mark.parametrize(
+    ("moments", "stated"), [(HELD, 4.0), (UNEVEN, 0.0)], ids=["the packet says it", "the sound says it"]
+)
 def test_a_picture_that_is_held_stays_on_screen_with_its_sound(
-    stated: float, name: str, video: str, audio: str, tmp_path: Path
+    moments: list[float], stated: float, name: str, video: str, audio: str, tmp_path: Path
 ) -> None:
-    recording(tmp_path / name, HELD, last=stated, sound=beeps(5, [0.5, 4.0]), video=video, audio=audio)
+    recording(tmp_path / name, moments, last=stated, sound=beeps(5, [0.5, 4.0]), video=video, audio=audio)
     shown, rate = assembled(tmp_path / name, tmp_path)
     begins = next(at for at, number in enumerate(shown) if number > 1000) / rate
     assert Fraction(499, 100) <= begins <= Fraction(51, 10)
-    assert list(dict.fromkeys(shown)) == [*range(31), *range(1001, 1009)]
+    assert list(dict.fromkeys(shown)) == [*range(len(moments)), *range(1001, 1009)]
     assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 4.0], abs=0.03)
 
 
@@ -334,14 +339,22 @@ def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, t
     assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 2.5], abs=0.03)
 
 
-@pytest.mark.parametrize(("longer", "words"), [(0.5, "the last 0.5 s of its sound"), (2.0, "held for 2.0 s")])
+@pytest.mark.parametrize(
+    ("moments", "longer", "words"),
+    [
+        (HELD, 0.5, "the last 0.5 s of its sound"),
+        (HELD, 2.0, "the last 1.9 s of its sound"),
+        (UNEVEN, 2.0, "held for 2.0 s"),
+    ],
+    ids=["a film, half a second", "a film, two seconds", "a recording of a screen"],
+)
 def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
-    longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    moments: list[float], longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source._say.cache_clear()
-    recording(tmp_path / "a.mp4", HELD, sound=beeps(1 + longer, [0.5]))
+    recording(tmp_path / "a.mp4", moments, sound=beeps(1 + longer, [0.5]))
     shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
-    assert shown.index(1001) / rate == pytest.approx(1 + (longer if longer > 1 else 1 / 16), abs=0.05)
+    assert shown.index(1001) / rate == pytest.approx(1 + (longer if "held" in words else 1 / 16), abs=0.05)
     assert len([record for record in caplog.records if words in record.message]) == 1
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -39,9 +40,10 @@ def assemble(
     """Encode the source's own pictures, then the clips without their first `drops` frames; returns the frame count.
 
     The rate is `shared_rate`; nothing changes speed, and every picture of the source is shown as long as it was. The
-    last one is held for as long as the file says, or until the sound ends where that is a second later or more. The
-    source is scaled to cover the clips' size and cropped around its centre; its sound (`find_sound`) is kept where its
-    pictures are. With `until` the source ends at that moment. One picture is in memory at a time. Raises UserError.
+    last one is held for as long as the file says; a still, one of a recording that shows a picture when something
+    changes, and one of which the file says nothing are held until the sound ends. The source is scaled to cover the
+    clips' size and cropped around its centre; its sound (`find_sound`) is kept where its pictures are. With `until` the
+    source ends at that moment. One picture is in memory at a time. Raises UserError.
     """
     begin, following = inspect(source, until), [inspect(clip) for clip in clips]
     sizes = [upright_size(first_frame(clip), clip) for clip in following]
@@ -54,9 +56,10 @@ def assemble(
     last = start - whole.clock[0]
     track = choose_track(begin)
     hearing = listen(track) if track is not None else None
-    stay = _stay(begin, last, whole.stay, hearing)
-    moments = [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock]
-    parts = [_part(begin, moments, Fraction(stay).limit_denominator(10**6))]
+    part = _part(begin, [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock])
+    is_open = not whole.stay or part.frames == 1 or part.moments is not None
+    stay = _stay(begin, last, whole.stay, hearing if is_open else None)
+    parts = [replace(part, stay=Fraction(stay).limit_denominator(10**6))]
     for clip, drop in zip(following, drops, strict=True):
         parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
     timeline = Timeline(parts, shared_rate(parts[0].fps, parts[1].fps))
@@ -83,7 +86,10 @@ def assemble(
 
 
 def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -> float:
-    """For how long the last picture is held, 0 for no longer than any other."""
+    """For how long the last picture is held, 0 for no longer than any other.
+
+    `hearing` is of a sound that may say so where the file says less.
+    """
     most = math.inf if source.until is None else max(source.until - last, 0.0)
     heard = hearing.end - last if hearing is not None and hearing.start < last + max(stated, _FRAME) else 0.0
     if min(heard, most) > stated + _LOOSE_END:
@@ -92,16 +98,16 @@ def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -
     return min(stated, most) if min(stated, most) > _FRAME else 0.0
 
 
-def _part(source: Source, moments: Sequence[Fraction], stay: Fraction) -> Part:
+def _part(source: Source, moments: Sequence[Fraction]) -> Part:
     """The source on a timeline: at an even rate if its pictures are where that rate puts them, to half a frame."""
     span = moments[-1] or 1 / source.fps
     for rate in (source.fps, exact_rate((len(moments) - 1) / span) if len(moments) > 1 else source.fps):
         if all(abs(moment * rate - number) < Fraction(1, 2) for number, moment in enumerate(moments)):
-            return Part(len(moments), rate, stay=stay)
+            return Part(len(moments), rate)
     # Uneven, as a phone's or a recording of a screen: the rate of its quick stretches, so that they lose nothing.
     steps = sorted(after - here for here, after in zip(moments, moments[1:], strict=False))
     quick = round(1 / steps[len(steps) // 20])
-    return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments, stay)
+    return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments)
 
 
 def _shown(timeline: Timeline, files: Sequence[tuple[Source, Pictures]], size: tuple[int, int]) -> Iterator[Picture]:
