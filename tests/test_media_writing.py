@@ -102,6 +102,48 @@ def test_metadata_survives_in_the_comment(tmp_path: Path) -> None:
         assert json.loads(container.metadata["comment"]) == told
 
 
+def restless(width: int, height: int, count: int = 33) -> Iterator[np.ndarray]:
+    """A pan over a cloud with noise: x264 has to weigh every macroblock."""
+    wide, rng = natural(width + 2 * count, height + count), np.random.default_rng(0)
+    for step in range(count):
+        view = wide[step : step + height, 2 * step : 2 * step + width]
+        yield np.rint(view + 1.5 * rng.standard_normal(view.shape)).clip(0, 255).astype(np.uint8)
+
+
+def psnr(path: Path, frames: list[np.ndarray]) -> float:
+    with av.open(str(path)) as container:
+        errors = [
+            np.mean((picture.to_ndarray(format="rgb24").astype(float) - frame) ** 2)
+            for picture, frame in zip(container.decode(video=0), frames, strict=True)
+        ]
+    return float(10 * np.log10(255**2 / np.mean(errors)))
+
+
+@pytest.mark.parametrize("size", [(832, 480), (480, 832), (160, 96), (320, 192)])
+def test_the_same_frames_give_the_same_file(size: tuple[int, int], tmp_path: Path) -> None:
+    """Without x264's cpu-independent, eight files of 160x96 are five different ones."""
+    frames, seen = list(restless(*size)), set()
+    for _ in range(8):
+        media.write_video(tmp_path / "clip.mp4", frames, 16, keyframes=CUT, metadata={"seed": 1})
+        seen.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(seen) == 1
+    assert psnr(tmp_path / "clip.mp4", frames) > 39  # of RGB with noise, whose colour is kept at half the size
+    assert len(seen.pop()) < 0.045 * 33 * size[0] * size[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps a process to one core")
+def test_a_machine_with_fewer_cores_gives_the_same_file(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[2])])\n"
+        "from tests.test_media_writing import restless; from wan.media import write_video\n"
+        "write_video(sys.argv[1], restless(320, 192), 16)"
+    )
+    for cores in (1, len(os.sched_getaffinity(0))):
+        command = [sys.executable, "-c", code, str(tmp_path / f"{cores}.mp4"), str(cores)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_odd_sides_lose_one_row_and_column(tmp_path: Path) -> None:
     picture = natural(161, 91)
     media.write_video(tmp_path / "clip.mp4", [picture] * 2, 16)
@@ -135,6 +177,24 @@ def test_an_error_while_frames_are_made_keeps_the_file_that_was_there(tmp_path: 
     media.write_video(tmp_path / "clip.mp4", numbered([7]), 16)
     with pytest.raises(KeyboardInterrupt):
         media.write_video(tmp_path / "clip.mp4", failing(), 16)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
+
+
+def test_a_video_that_another_program_holds_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows does it, which also flushes no file that was opened for reading."""
+
+    def refuse(source: str, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", os.fspath(target))
+
+    def flush(file: int) -> None:
+        os.ftruncate(file, os.fstat(file).st_size)  # an error for a file that cannot be written to
+
+    monkeypatch.setattr(os, "fsync", flush)
+    media.write_video(tmp_path / "clip.mp4", numbered([7]), 16)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="close it where it is open"):
+        media.write_video(tmp_path / "clip.mp4", numbered([8]), 16)
     assert os.listdir(tmp_path) == ["clip.mp4"]
     assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.frame import VideoFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from tests.media_samples import CORPUS, number, numbered
+from tests.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
 from wan import media
 from wan.errors import UserError
+from wan.media import assembly, source
 from wan.timeline import Part, Timeline, shared_rate
 
 RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50)]
@@ -38,6 +42,15 @@ def test_more_cannot_be_left_out_than_is_there() -> None:
         Part(17, Fraction(16), 17)
 
 
+@pytest.mark.parametrize("drop", [0, 1, 5])
+def test_a_last_frame_that_is_held_stays_that_long(drop: int) -> None:
+    timeline = Timeline([Part(31, Fraction(30), stay=Fraction(4)), Part(17, Fraction(16), drop)], Fraction(30))
+    shown = list(timeline.frames())
+    assert timeline.starts == [0, 5] and shown.count((0, 30)) == 120 and shown[150] == (1, drop)
+    still = Timeline([Part(1, Fraction(16), stay=Fraction(3))], Fraction(16))
+    assert list(still.frames()) == [(0, 0)] * 48
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("source", RATES)
 def test_the_shared_rate_shows_source_frames_equally_often(source: Fraction, model: Fraction) -> None:
@@ -53,13 +66,14 @@ def test_the_shared_rate_shows_source_frames_equally_often(source: Fraction, mod
     model=st.sampled_from(MODELS),
     source_frames=st.integers(1, 90),
     clips=st.lists(st.tuples(st.integers(5, 31), st.sampled_from(DROPS)), min_size=1, max_size=6),
+    stay=st.sampled_from([Fraction(0), Fraction(1), Fraction(10, 3)]),
 )
 def test_every_new_frame_is_shown_once_in_order_and_at_its_own_time(
-    source: Fraction | None, model: Fraction, source_frames: int, clips: list[tuple[int, int]]
+    source: Fraction | None, model: Fraction, source_frames: int, clips: list[tuple[int, int]], stay: Fraction
 ) -> None:
     parts = [Part(4 * length + 1, model, drop) for length, drop in clips]
     if source is not None:
-        parts.insert(0, Part(source_frames, source))
+        parts.insert(0, Part(source_frames, source, stay=stay))
     rate = model if source is None else shared_rate(source, model)
     timeline = Timeline(parts, rate)
     shown = list(timeline.frames())
@@ -74,10 +88,12 @@ def test_every_new_frame_is_shown_once_in_order_and_at_its_own_time(
     for output, (index, frame) in enumerate(shown):
         moment = starts[index] + parts[index].moment(frame) - parts[index].moment(parts[index].drop)
         assert moment <= Fraction(output) / rate + Fraction(1, 2) / rate  # never early by more than half a frame
-        assert Fraction(output) / rate - moment <= 1 / min(parts[index].fps, model) + Fraction(1, 2) / rate
+        held = max(1 / min(parts[index].fps, model), parts[index].stay)
+        assert Fraction(output) / rate - moment <= held + Fraction(1, 2) / rate
     seconds = sum((part.new / part.fps for part in parts), Fraction(0))
-    if source is not None and parts[1].drop:
-        seconds += 1 / model - 1 / source  # the source's last frame is the model's first
+    if source is not None:
+        # the source's last frame is the model's first, unless it is held
+        seconds += max(1 / model if parts[1].drop else 1 / parts[0].fps, stay) - 1 / parts[0].fps
     assert abs(Fraction(timeline.count) / rate - seconds) <= Fraction(1, 2) / rate
 
 
@@ -166,14 +182,6 @@ def with_sound(path: Path, codec: str, delay: float = 0.0, rate: int = 48000, si
             container.mux(packet)
 
 
-def samples(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        resampler = av.AudioResampler("flt", "mono", 48000)
-        return np.concatenate(
-            [part.to_ndarray().ravel() for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-        )
-
-
 def tone_begins(path: Path) -> tuple[str, float, float]:
     """Codec, the second at which the sound gets loud, and its end."""
     with av.open(str(path)) as container:
@@ -255,3 +263,128 @@ def test_a_damaged_source_ends_with_the_picture_that_was_continued(tmp_path: Pat
     media.assemble(CORPUS / "trunc_moov_front.mp4", [tmp_path / "clip.mp4"], tmp_path / "joined.mp4", drops=[1])
     own = [frame for frame in numbers_in(tmp_path / "joined.mp4") if frame < 1000]
     assert own[-1] == number(media.read_last_frame(CORPUS / "trunc_moov_front.mp4"))
+
+
+def assembled(source: Path, folder: Path) -> tuple[list[int], Fraction]:
+    """The source with one clip whose pictures count from 1001: the numbers shown, and the rate."""
+    clip(folder / "clip.mp4", range(1000, 1009), Fraction(16), 1)
+    media.assemble(source, [folder / "clip.mp4"], folder / "joined.mp4", drops=[1])
+    return numbers_in(folder / "joined.mp4"), media.probe(folder / "joined.mp4").fps
+
+
+HELD = [frame / 30 for frame in range(31)]  # pictures of a screen that stands still from one second on
+
+
+UNEVEN = [*(frame / 30 for frame in range(24)), 0.8, 0.9, 0.95, 1.0]  # as a phone records its screen
+
+
+@pytest.mark.parametrize(
+    ("name", "video", "audio"),
+    [
+        ("a.mp4", "libx264", "aac"),
+        ("a.mov", "libx264", "pcm_s16le"),
+        ("a.mkv", "libx264", "flac"),
+        ("a.webm", "libvpx-vp9", "libopus"),
+        ("a.ts", "libx264", "aac"),
+        ("a.flv", "libx264", "aac"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("moments", "stated"), [(HELD, 4.0), (UNEVEN, 0.0)], ids=["the packet says it", "the sound says it"]
+)
+def test_a_picture_that_is_held_stays_on_screen_with_its_sound(
+    moments: list[float], stated: float, name: str, video: str, audio: str, tmp_path: Path
+) -> None:
+    recording(tmp_path / name, moments, last=stated, sound=beeps(5, [0.5, 4.0]), video=video, audio=audio)
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    begins = next(at for at, number in enumerate(shown) if number > 1000) / rate
+    assert Fraction(499, 100) <= begins <= Fraction(51, 10)
+    assert list(dict.fromkeys(shown)) == [*range(len(moments)), *range(1001, 1009)]
+    assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 4.0], abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.flv", "a.avi"])
+def test_a_silent_picture_is_held_as_its_file_says(name: str, tmp_path: Path) -> None:
+    recording(tmp_path / name, HELD, last=4.0, video="mpeg4" if name == "a.avi" else "libx264")
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(5, abs=0.05)
+
+
+def test_a_picture_is_held_no_longer_than_its_edit_list_says(tmp_path: Path) -> None:
+    recording(tmp_path / "a.mp4", HELD, last=4.0)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"elst") + 12
+    assert int.from_bytes(data[at : at + 4], "big") == 5000
+    data[at : at + 4] = (3000).to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(data)
+    shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_the_last_picture_of_an_animation_is_held(kind: str, tmp_path: Path) -> None:
+    pictures = [Image.fromarray(picture) for picture in numbered(range(8), 64, 36)]
+    lengths = [100] * 7 + [2500]
+    path = tmp_path / f"a.{kind}"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=lengths, loop=0, lossless=True)
+    shown, rate = assembled(path, tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(3.2, abs=0.07)
+
+
+@pytest.mark.parametrize(("name", "last"), [("a.mp4", 0.0), ("a.mkv", 0.0), ("a.mp4", 3.0), ("a.mkv", 3.0)])
+def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, tmp_path: Path) -> None:
+    recording(tmp_path / name, [0.0], last=last, sound=beeps(3, [0.5, 2.5]))
+    shown, rate = assembled(tmp_path / name, tmp_path)
+    assert set(shown) == {0, *range(1001, 1009)} and shown.index(1001) / rate == pytest.approx(3, abs=0.05)
+    assert beeps_in(tmp_path / "joined.mp4") == pytest.approx([0.5, 2.5], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("moments", "longer", "words"),
+    [
+        (HELD, 0.5, "the last 0.5 s of its sound"),
+        (HELD, 2.0, "the last 1.9 s of its sound"),
+        (UNEVEN, 2.0, "held for 2.0 s"),
+    ],
+    ids=["a film, half a second", "a film, two seconds", "a recording of a screen"],
+)
+def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
+    moments: list[float], longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source._say.cache_clear()
+    recording(tmp_path / "a.mp4", moments, sound=beeps(1 + longer, [0.5]))
+    shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown.index(1001) / rate == pytest.approx(1 + (longer if "held" in words else 1 / 16), abs=0.05)
+    assert len([record for record in caplog.records if words in record.message]) == 1
+
+
+def test_what_a_truncated_file_has_lost_is_not_held(tmp_path: Path) -> None:
+    """Its header speaks of ten more pictures, a third of a second."""
+    shown, rate = assembled(CORPUS / "trunc_moov_front.mp4", tmp_path)
+    assert next(at for at, number in enumerate(shown) if number > 1000) <= 51 and rate == 30
+
+
+def test_the_same_source_and_clips_give_the_same_file(tmp_path: Path) -> None:
+    recording(tmp_path / "a.mkv", HELD, sound=beeps(1, [0.5]), audio="flac")
+    seen = set()
+    for _ in range(3):
+        assembled(tmp_path / "a.mkv", tmp_path)
+        seen.add((tmp_path / "joined.mp4").read_bytes())
+    assert len(seen) == 1
+
+
+def test_a_picture_that_a_later_pass_loses_is_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damage does it: every pass decodes anew."""
+
+    class Forgetful(source.Pictures):
+        passes = 0
+
+        def __iter__(self) -> Iterator[VideoFrame]:
+            Forgetful.passes += 1
+            frames = list(super().__iter__())
+            return iter(frames[:-1] if Forgetful.passes == 2 else frames)  # after that of the clip's count
+
+    monkeypatch.setattr(assembly, "Pictures", Forgetful)
+    media.write_video(tmp_path / "a.mp4", numbered(range(4), 64, 36), 16)
+    shown, _ = assembled(tmp_path / "a.mp4", tmp_path)
+    assert shown == [0, 1, 2, 3, *range(1001, 1008), 1007]

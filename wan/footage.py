@@ -14,13 +14,17 @@ from wan.types import Footage, Frame, UInt8Array, from_uint8
 
 
 class VideoFile:
-    """A video file as `Footage`. Opening it reads its last frame; raises UserError when it has none."""
+    """A video file as `Footage`. Opening it reads its last frame; raises UserError when it has none.
 
-    def __init__(self, path: str | Path, reader: str = "auto") -> None:
+    With `until`, in seconds as a player counts, the file is taken to end at that moment.
+    """
+
+    def __init__(self, path: str | Path, reader: str = "auto", until: float | None = None) -> None:
         self.path = Path(path)
         self.reader = reader
-        image = media.read_last_frame(self.path)
-        if reader == "decord":
+        self.until = until
+        image = media.read_last_frame(self.path, until)
+        if reader == "decord" and until is None:  # which knows no more than the end
             media.check_last_frame_with_decord(self.path, image)
         self.last: Frame = image
         self.motion: Tensor | None = None  # the latents of a file are not known
@@ -28,12 +32,12 @@ class VideoFile:
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
         """Frames spread over the file, or over its last `seconds`, as `Footage.samples`."""
         if seconds is None:
-            return media.sample_frames(self.path, count, reader=self.reader)
-        return media.read_tail(self.path, count, Fraction(max(count - 1, 1)) / Fraction(seconds))
+            return media.sample_frames(self.path, count, reader=self.reader, until=self.until)
+        return media.read_tail(self.path, count, Fraction(max(count - 1, 1)) / Fraction(seconds), self.until)
 
     def tail(self, count: int, fps: Fraction) -> Tensor:
         """The file's last frames at `fps`, whatever its own rate is, as `Footage.tail`."""
-        return from_uint8(media.read_tail(self.path, count, fps))
+        return from_uint8(media.read_tail(self.path, count, fps, self.until))
 
 
 def choose_anchor(footage: Footage) -> Frame:

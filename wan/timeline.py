@@ -15,13 +15,15 @@ SAME = Fraction(1, 500)  # 23.976 and 24 count as one rate, as they always have 
 class Part:
     """A video file on the timeline: `frames` at `fps`, of which the first `drop` repeat the part before.
 
-    `moments`: when each of its frames appears, in seconds from the first, where they are not evenly spaced.
+    `moments`: when each of its frames appears, in seconds from the first, where they are not evenly spaced. `stay`: for
+    how many seconds its last frame is held, where that is longer than a frame's usual time.
     """
 
     frames: int
     fps: Fraction
     drop: int = 0
     moments: Sequence[Fraction] | None = None
+    stay: Fraction = Fraction(0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < self.frames:
@@ -46,7 +48,8 @@ class Timeline:
 
     The first new frame of a part that goes on from another appears one of its own frame times after the last frame of
     that one: its known frames are that one's last at its own rate. After a cut (`drop` 0) the last frame stays for its
-    own frame time. A frame is shown from the output frame nearest to its moment until the next one is.
+    own frame time. A last frame that is held stays that long in either case. A frame is shown from the output frame
+    nearest to its moment until the next one is.
     """
 
     parts: Sequence[Part]
@@ -64,7 +67,7 @@ class Timeline:
             if index:
                 before = self.parts[index - 1]
                 now += before.moment(before.frames - 1) - before.moment(before.drop)
-                now += 1 / (part.fps if part.drop else before.fps)
+                now += max(1 / (part.fps if part.drop else before.fps), before.stay)
             found.append(now)
         return found
 
@@ -72,7 +75,7 @@ class Timeline:
     def ends(self) -> list[int]:
         """The output frame after the last of each part."""
         last = self.parts[-1]
-        over = self.starts[-1] + last.moment(last.frames - 1) - last.moment(last.drop) + 1 / last.fps
+        over = self.starts[-1] + last.moment(last.frames - 1) - last.moment(last.drop) + max(1 / last.fps, last.stay)
         return [_nearest(start * self.rate) for start in [*self.starts[1:], over]]
 
     @property

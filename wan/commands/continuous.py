@@ -36,12 +36,15 @@ def continue_video(job: Job) -> None:
     from wan.footage import VideoFile
 
     footage = VideoFile(job.video, settings.video_reader)
+    sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage)
     wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
         run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
         print(*outline(continuation, plans, run), sep="\n")
+        if settings.include_source:
+            print(f"sound of the source: {sound or 'none'}")
         return
     with RunFolder(output) as folder:
         run = ChainRun(settings, job.scenes, folder, plans, wanted, footage, job.describe)

@@ -2,17 +2,24 @@
 
 from wan.media.assembly import assemble
 from wan.media.decord_reader import check_last_frame_with_decord
-from wan.media.reading import READERS, VideoInfo, probe, read_image, read_last_frame, read_tail, sample_frames
+from wan.media.dull_end import DullEnd, find_dull_end
+from wan.media.image import read_image
+from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
+from wan.media.sound import SoundTrack, find_sound
 from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video
 
 __all__ = [
     "READERS",
+    "DullEnd",
+    "SoundTrack",
     "VideoError",
     "VideoInfo",
     "assemble",
     "check_last_frame_with_decord",
     "check_output",
+    "find_dull_end",
+    "find_sound",
     "join_videos",
     "probe",
     "read_image",

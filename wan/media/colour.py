@@ -12,44 +12,84 @@ import numpy.typing as npt
 from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
+from wan.media.light import BT709, HLG, PQ, WIDE, narrow, tone_map
 from wan.media.source import Picture, Source, VideoError, say_once
 
 # swscale: bicubic, full chroma in and out, accurate rounding. Its faster default darkens every picture by a level, and
 # a chain of clips adds that up. Plain numbers, because PyAV's names for them differ between versions.
 SWS_FLAGS = 4 | 0x2000 | 0x4000 | 0x40000
 _POINT = 0x10  # no interpolation at all
-BT709 = 1
+_FORMATS = {  # of 16 bits a channel, with transparency
+    (False, False): "rgb24",
+    (False, True): "rgba",
+    (True, False): "rgb48le",
+    (True, True): "rgba64le",
+}
+_HIGHLIGHTS = 16.0  # floats up to here are light, of which 1 is white
 LIMITED, FULL = 1, 2
 
 _SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coefficients -> swscale's numbers
 _UNSPECIFIED = frozenset({2, 3})
 _RGB = 0
-_PQ, _HLG = 16, 18
 _DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})
-_REFERENCE_WHITE_NITS = 203.0  # BT.2408: where HDR puts the white of a standard screen
-_BT2020_TO_709 = np.array(
-    [[1.6604910, -0.5876411, -0.0728499], [-0.1245505, 1.1328999, -0.0083494], [-0.0181508, -0.1005789, 1.1187297]],
-    np.float32,
-)
+_NEAR_BT709 = frozenset({0, 1, 2, 3, 5, 6, 7, 22})  # or not said
 
 
 def is_hdr(frame: VideoFrame) -> bool:
     """Whether the picture is PQ or HLG coded and is tone mapped on the way to RGB."""
-    return frame.color_trc in (_PQ, _HLG)
+    return frame.color_trc in (PQ, HLG)
+
+
+def has_alpha(frame: VideoFrame) -> bool:
+    """Whether the picture may be transparent in places."""
+    return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
 
 def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) -> Picture:
-    """A decoded picture -> uint8 [H, W, 3] sRGB, upright, square pixels, the longer side at most `max_side` pixels."""
-    width, height = _displayed_size(frame, source, max_side)
+    """A decoded picture -> uint8 [H, W, 3] sRGB, upright, square pixels, the longer side at most `max_side` pixels.
+
+    What is transparent becomes white.
+    """
+    size = _displayed_size(frame, source, max_side)
     _refuse_dolby_vision(frame, source)
-    _warn_about_alpha(frame, source)
-    deep = is_hdr(frame)
+    if frame.format.name.startswith("grayf32"):  # swscale takes these for limited range
+        frame = VideoFrame.from_ndarray(levels(frame.to_ndarray()).repeat(3, axis=-1), "rgb24")
+    wide = wide_primaries(frame, source)
+    deep = is_hdr(frame) or wide is not None
+    clear = has_alpha(frame)
+    pixels = _convert(frame, source, _FORMATS[deep, clear], None if clear else size)
+    pixels, opacity = pixels[..., :3], pixels[..., 3:]
+    if is_hdr(frame):
+        said = "PQ" if frame.color_trc == PQ else "HLG"
+        say_once(source.path, f"HDR ({said}) video is tone mapped; convert it to SDR yourself for full control")
+        pixels = tone_map(pixels, frame.color_trc, frame.color_primaries)
+    elif wide is not None:
+        say_once(source.path, f"its {WIDE[wide][0]} colours are converted to BT.709")
+        pixels = narrow(pixels, wide, frame.color_trc)
+    if clear:
+        pixels = over_white(pixels, opacity, source.path)
+        if size != (frame.width, frame.height):  # after that, or colours that nobody sees bleed into what is seen
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(_turn(pixels, orientation(_tiny(frame))))
+
+
+def _tiny(frame: VideoFrame) -> VideoFrame:
+    """A frame of the same side data: PyAV keeps one whose side data was looked at until the next garbage collection."""
+    try:
+        return VideoReformatter().reformat(frame, width=16, height=16, interpolation=_POINT, threads=1)
+    except av.FFmpegError:  # a few formats can be converted but not scaled
+        return frame
+
+
+def _convert(frame: VideoFrame, source: Source, form: str, size: tuple[int, int] | None) -> npt.NDArray[Any]:
+    width, height = size or (frame.width, frame.height)
     converted = VideoReformatter().reformat(
         frame,
         width=width,
         height=height,
-        format="rgb48le" if deep else "rgb24",
+        format=form,
         interpolation=SWS_FLAGS,
         src_colorspace=_matrix(frame, source),
         src_color_range=_range(frame),
@@ -57,13 +97,34 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
         threads=1,  # swscale's thread pool would dead-lock a process forked later
     )
     pixels: npt.NDArray[Any] = np.asarray(converted.to_ndarray())
-    if deep:
-        name = "PQ" if frame.color_trc == _PQ else "HLG"
-        say_once(source.path, f"HDR ({name}) video is tone mapped; convert it to SDR yourself for full control")
-        pixels = tone_map(pixels, frame.color_trc)
-    # PyAV keeps a frame whose side data was looked at until the next garbage collection: hundreds of MB of them
-    tiny = VideoReformatter().reformat(frame, width=16, height=16, interpolation=_POINT, threads=1)
-    return np.ascontiguousarray(_turn(pixels, orientation(tiny)))
+    return pixels
+
+
+def levels(values: npt.NDArray[Any]) -> Picture:
+    """Grey values of any depth -> uint8 [H, W, 1].
+
+    Integers span 16 bits, or the 8, 16 or 32 bits that hold them all where their type is wider. Of floats 1 is white,
+    unless they go far beyond it: then 255 or 65535 is.
+    """
+    found = np.nan_to_num(values.astype(np.float64))
+    most = float(found.max())
+    if values.dtype.kind == "f":
+        top = 1.0 if most <= _HIGHLIGHTS else 255.0 if most <= 255 else 65535.0
+    elif values.dtype.itemsize == 2:
+        top = 65535.0
+    else:
+        top = next(top for top in (255.0, 65535.0, 2.0**32 - 1) if most <= top)
+    return np.rint(found / top * 255).clip(0, 255).astype(np.uint8)[..., None]
+
+
+def over_white(pixels: Picture, opacity: npt.NDArray[Any], path: str) -> Picture:
+    """RGB over white where it is transparent, which is said once; `opacity` is [H, W, 1], opaque at its type's most."""
+    top = np.iinfo(opacity.dtype).max
+    if opacity.min() == top:
+        return pixels
+    say_once(path, "the picture is transparent in places; white is put behind it")
+    share = opacity.astype(np.float32) / top
+    return cast(Picture, np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8))
 
 
 def upright_size(frame: VideoFrame, source: Source) -> tuple[int, int]:
@@ -111,40 +172,6 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def tone_map(signal: npt.NDArray[np.uint16], transfer: int) -> Picture:
-    """BT.2020 PQ (16) or HLG (18) signal uint16 [H, W, 3] -> sRGB uint8; the white of a standard screen stays white."""
-    light = (_PQ_LIGHT if transfer == _PQ else _HLG_LIGHT)[signal]  # float32
-    if transfer == _HLG:  # the display of a 1000 nit mastering room: system gamma 1.2 on luminance
-        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
-        light *= (np.maximum(luminance, 1e-6) ** np.float32(0.2))[..., None] * (1000 / _REFERENCE_WHITE_NITS)
-    light = np.maximum(light @ _BT2020_TO_709.T, 0)
-    # Highlights bend towards 1 by the largest channel, so that their hue stays.
-    knee = np.float32(0.8)
-    peak = np.maximum(light.max(-1, keepdims=True), 1e-6)
-    bent = knee + (1 - knee) * -np.expm1(-(np.maximum(peak, knee) - knee) / (1 - knee))
-    light *= np.where(peak > knee, bent / peak, 1)
-    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 1e-6) ** np.float32(1 / 2.4) - 0.055)
-    return cast(Picture, np.rint(srgb * 255).clip(0, 255).astype(np.uint8))
-
-
-def _pq_light() -> npt.NDArray[np.float32]:
-    """PQ code value of 16 bits -> light, 1 = reference white (SMPTE ST 2084)."""
-    m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
-    power = np.linspace(0, 1, 65536) ** (1 / m2)
-    nits = 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
-    return np.asarray(nits / _REFERENCE_WHITE_NITS, np.float32)
-
-
-def _hlg_light() -> npt.NDArray[np.float32]:
-    """HLG code value of 16 bits -> scene light in [0, 1] (ARIB STD-B67)."""
-    a, b, c = 0.17883277, 0.28466892, 0.55991073
-    signal = np.linspace(0, 1, 65536)
-    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(np.float32)
-
-
-_PQ_LIGHT, _HLG_LIGHT = _pq_light(), _hlg_light()
-
-
 def _turn(pixels: Picture, steps: tuple[bool, bool, bool]) -> Picture:
     transpose, mirror, flip = steps
     pixels = pixels.transpose(1, 0, 2) if transpose else pixels
@@ -183,7 +210,7 @@ def _range(frame: VideoFrame) -> int:
         return FULL
     if frame.color_range in (LIMITED, FULL):
         return frame.color_range
-    return FULL if frame.format.is_rgb or name.startswith(("gray", "pal", "mono")) else LIMITED
+    return FULL if frame.format.is_rgb or name.startswith(("gray", "ya8", "ya16", "pal", "mono")) else LIMITED
 
 
 def _refuse_dolby_vision(frame: VideoFrame, source: Source) -> None:
@@ -193,10 +220,11 @@ def _refuse_dolby_vision(frame: VideoFrame, source: Source) -> None:
         raise VideoError(source.path, "it is Dolby Vision without a standard picture", "export it as SDR or HDR10")
 
 
-def _warn_about_alpha(frame: VideoFrame, source: Source) -> None:
-    transparent = source.has_alpha_stream
-    if not transparent and any(component.is_alpha for component in frame.format.components):
-        pixels = VideoReformatter().reformat(frame, format="rgba", threads=1).to_ndarray()
-        transparent = bool(pixels[..., 3].min() < 255)
-    if transparent:
-        say_once(source.path, "the video is transparent in places; transparency is ignored")
+def wide_primaries(frame: VideoFrame, source: Source) -> int | None:
+    """The H.273 number of a picture's primaries, where BT.709's would show other colours."""
+    primaries = frame.color_primaries
+    if primaries in WIDE:
+        return int(primaries)
+    if primaries not in _NEAR_BT709:
+        say_once(source.path, f"its colour primaries (H.273 number {primaries}) are taken for BT.709's")
+    return None

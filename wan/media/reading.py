@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,12 @@ from itertools import pairwise
 
 import numpy as np
 from av.video.frame import VideoFrame
-from PIL import Image, ImageOps
+from PIL import Image
 
 from wan.errors import UserError
 from wan.media import decord_reader
-from wan.media.colour import deinterlace, is_hdr, orientation, to_rgb, upright_size
-from wan.media.source import Picture, Pictures, Source, VideoError, inspect, keyframes_before, say_once
+from wan.media.colour import deinterlace, has_alpha, is_hdr, orientation, to_rgb, upright_size, wide_primaries
+from wan.media.source import Picture, Pictures, Source, VideoError, fraction, inspect, keyframes_before, say_once
 
 READERS = ("auto", "pyav", "decord")
 
@@ -31,12 +30,14 @@ _SHORT_SECONDS = 20.0  # up to here decoding everything costs less than searchin
 class Ending:
     """The end of a file: the pass that shows it, when each of its pictures appears, and the last few of them.
 
-    `clock` is in seconds, ascending, 0 for the last picture; `pictures` may be gone through again.
+    `clock` is in seconds, ascending, 0 for the last picture; `pictures` may be gone through again. `stay` is for how
+    long the file says that the last picture is shown, 0 where it says nothing.
     """
 
     pictures: Pictures
     clock: list[float]
     last: list[VideoFrame]
+    stay: float
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,18 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     return VideoInfo(width, height, source.fps, source.duration, source.has_audio)
 
 
-def read_last_frame(path: str | os.PathLike[str]) -> Image.Image:
+def read_last_frame(path: str | os.PathLike[str], until: float | None = None) -> Image.Image:
     """The last displayed frame of a video as an RGB image, upright, with square pixels. Raises VideoError.
 
+    `until`, here and in all that follows, is the last moment of the file that is used, in seconds as a player counts.
     Only the end of the file is decoded where it can be searched. A damaged end gives its last clean picture, with a
     warning.
     """
-    source = inspect(path)
+    source = inspect(path, until)
     return Image.fromarray(to_rgb(deinterlace(find_ending(source).last), source))
 
 
-def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -> Picture:
+def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float, until: float | None = None) -> Picture:
     """The last frames of a video at another rate, uint8 [n, H, W, 3], oldest first; the last is `read_last_frame`'s.
 
     The frame before it is what is on screen 1/fps seconds before the last one appears, and so on, up to `count`; fewer
@@ -78,7 +80,7 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
     """
     if count < 1 or fps <= 0:
         raise ValueError(f"count and fps must be positive: {count}, {fps}")
-    source = inspect(path)
+    source = inspect(path, until)
     moments = [-step / float(fps) for step in range(count - 1, -1, -1)]
     ending = find_ending(source, -moments[0])
     numbers = [bisect_right(ending.clock, moment + _SOON) - 1 for moment in moments]
@@ -93,21 +95,13 @@ def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float) -
     return np.stack([_resize(shown[number], width, height) for number in wanted])
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture file as an RGB image, turned as its EXIF says. Raises UserError."""
-    name = os.fspath(path)
-    try:
-        if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"cannot read image {name!r}: it is not a file; give the name of a picture file")
-        with Image.open(name) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
-        raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
-
-
 def sample_frames(
-    path: str | os.PathLike[str], n: int = 8, *, reader: str = "auto", max_side: int | None = None
+    path: str | os.PathLike[str],
+    n: int = 8,
+    *,
+    reader: str = "auto",
+    max_side: int | None = None,
+    until: float | None = None,
 ) -> Picture:
     """uint8 [n, H, W, 3]: what is on screen in the middle of each of `n` equal slices of time, like the last frame.
 
@@ -119,7 +113,7 @@ def sample_frames(
         raise UserError(f"video_reader must be one of {', '.join(READERS)}; {reader!r} is not")
     if n < 1 or (max_side is not None and max_side < 1):
         raise ValueError(f"n and max_side must be at least 1: {n}, {max_side}")
-    source = inspect(path)
+    source = inspect(path, until)
     if reader == "decord":
         frames = _sample_with_decord(source, n, max_side)
         if frames is not None:
@@ -137,26 +131,41 @@ def first_frame(source: Source) -> VideoFrame:
 
 
 def _without_pictures(source: Source) -> VideoError:
+    if source.until is not None:
+        found = f"it shows no picture up to {source.until - source.zero:g} s"
+        return VideoError(source.path, found, "give a later moment")
     return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
 def find_ending(source: Source, span: float = 0.0) -> Ending:
     """The end of a file, at least `span` seconds of it if it has them; infinity is the whole file. Raises VideoError.
 
-    Frame threads lose pictures next to an error, so anything wrong is read again without them; what is still wrong then
-    is read a third time without concealment.
+    Frame threads lose pictures next to an error, so anything wrong is read again without them; where the end is still
+    wrong then, it is read a third time without concealment.
     """
     found = _pass(source, span)
     if found.pictures.errors:
         found = _pass(source, span, threads="SLICE")
-    if found.pictures.errors:
+    if found.pictures.late_errors:
         clean = _pass(source, span, threads="SLICE", careful=True)
         used = "its last clean picture is used" if clean.last else "the last picture may show it"
         say_once(source.path, f"the video is damaged near its end; {used}")
         found = clean if clean.last else found
     if not found.last:
         raise _without_pictures(source)
+    _check_moment(source, found)
     return found
+
+
+def _check_moment(source: Source, found: Ending) -> None:
+    """Raise VideoError where the file ends before the moment up to which it is to be used."""
+    if source.until is None or found.pictures.was_cut:
+        return
+    last = found.last[-1].time
+    shown = source.start - found.clock[0] if last is None else last
+    end = max(source.length or 0.0, shown - source.zero + max(found.stay, float(1 / source.fps)))
+    if source.until - source.zero > end + _SOON:
+        raise VideoError(source.path, f"it ends at {end:.2f} s", "give an earlier moment")
 
 
 def _pass(source: Source, span: float, *, threads: str = "AUTO", careful: bool = False) -> Ending:
@@ -168,7 +177,7 @@ def _pass(source: Source, span: float, *, threads: str = "AUTO", careful: bool =
         for frame in pictures:
             times.append(frame.time)
             last.append(frame)
-        ending = Ending(pictures, _clock(times, source.fps), list(last))
+        ending = Ending(pictures, _clock(times, source.fps), list(last), _stay(source, pictures, list(last)))
         if last and ending.clock[0] <= -span:
             break
     return ending
@@ -181,6 +190,23 @@ def _clock(times: Sequence[float | None], fps: Fraction) -> list[float]:
         step = after - here if after is not None and here is not None else 0.0
         clock.append(clock[-1] - (step if step > 0 else float(1 / fps)))
     return clock[::-1]
+
+
+def _stay(source: Source, pictures: Pictures, last: Sequence[VideoFrame]) -> float:
+    """How long the last picture is shown: as its packet says, or the file's header where no packet says anything.
+
+    The header of a file that is cut short still speaks of all of it, so it counts only where nothing is wrong. Where
+    there is sound, it may be the sound's length. An mp4's edit list may end before the packet does.
+    """
+    if not last:
+        return 0.0
+    stated = float((last[-1].duration or 0) * fraction(last[-1].time_base))
+    if source.duration is None or last[-1].time is None:
+        return stated
+    left = source.start + source.duration - last[-1].time
+    if stated:
+        return min(stated, left) if left > 0 and "mp4" in source.format.split(",") else stated
+    return 0.0 if source.has_audio or pictures.errors else max(left, 0.0)
 
 
 def _starts(source: Source, span: float) -> Iterator[float | None]:
@@ -258,8 +284,11 @@ def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture
     first = first_frame(source)
     transpose, mirror, flip = orientation(first)
     beyond = {
+        "a part of a file": source.until is not None,
         "MPEG-TS": "mpegts" in source.format,
         "HDR": is_hdr(first),
+        "wide colour": wide_primaries(first, source) is not None,
+        "transparency": has_alpha(first),
         "stretched pixels": source.sample_aspect_ratio != 1,
         "a mirrored picture": transpose ^ mirror ^ flip,
     }

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeAlias, cast
@@ -16,8 +16,10 @@ from typing import Any, TypeAlias, cast
 import av
 import numpy as np
 import numpy.typing as npt
+from av.codec.context import CodecContext
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
@@ -29,16 +31,20 @@ _log = logging.getLogger(__name__)
 Picture: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3] RGB, or [n, H, W, 3]
 
 FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
+_ROUNDED = 1e-3  # seconds: moments are given in thousandths
 _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
 _NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # These demuxers cannot seek, or only pretend to: reading starts at the first picture.
-_SEQUENTIAL = frozenset(
-    {"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2", "webp"}
-)
+_SEQUENTIAL = frozenset({"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2"})
+_BY_PILLOW = frozenset({"webp", "avif"})
 # Without these two FFmpeg would play a text as coloured letters, and open whatever else a playlist names.
 _REFUSED = frozenset({"tty", "concat", "hls", "dash", "sdp", "rtsp"})
 # Until PyAV 18 a title that is not UTF-8 is an exception at open; PyAV 19 replaces it and has no such argument.
 _OPEN: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+# FFmpeg's own decoders of these two ignore transparency.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class VideoError(UserError):
@@ -50,7 +56,10 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class Source:
-    """What the header of a readable video file says. Times are in seconds on the file's own clock."""
+    """What the header of a readable video file says. Times are in seconds on the file's own clock.
+
+    With `until`, the file is taken to end there: pictures that appear later are never shown.
+    """
 
     path: str
     format: str  # FFmpeg's demuxer name
@@ -61,8 +70,11 @@ class Source:
     fps: Fraction
     sample_aspect_ratio: Fraction  # width of one stored pixel over its height
     has_audio: bool
-    has_alpha_stream: bool  # WebM keeps transparency in a second picture that FFmpeg's own decoder ignores
+    has_alpha_stream: bool  # WebM keeps transparency in a second picture
     codec_tag: str
+    zero: float = 0.0  # where a player starts to count
+    length: float | None = None  # of the whole file, as a player counts; None: unknown
+    until: float | None = None
 
 
 def fraction(value: Any, missing: Fraction = Fraction(0)) -> Fraction:
@@ -87,15 +99,30 @@ def say_once(path: str, message: str, level: int = logging.WARNING) -> None:
     _say(level, f"{_show(path)}: {message}")
 
 
-def inspect(path: str | os.PathLike[str]) -> Source:
-    """Check that `path` is a video file and read its header. Raises VideoError; never blocks on a pipe or a network."""
+def inspect(path: str | os.PathLike[str], until: float | None = None) -> Source:
+    """Check that `path` is a video file and read its header. Raises VideoError; never blocks on a pipe or a network.
+
+    `until`, in seconds as a player counts, is the last moment of it that is used.
+    """
     name = _checked_path(path)
-    if _is_webp(name):
-        return _inspect_webp(name)
+    source = _inspect_by_pillow(name) if _is_for_pillow(name) else _inspect(name)
+    if until is None:
+        return source
+    if not (math.isfinite(until) and until >= 0):
+        raise VideoError(path, f"{until} is no moment of it", "give seconds from its beginning")
+    limit = source.zero + until
+    # the clock of a transport stream may jump where two were put together, so only counting from the beginning is sure
+    end = None if source.end is None or "mpegts" in source.format else min(source.end, limit)
+    duration = None if source.duration is None else max(min(source.duration, limit - source.start), 0.0)
+    return replace(source, until=limit, end=end, duration=duration)
+
+
+def _inspect(name: str) -> Source:
     with closing(open_video(name)) as container:
         stream = _picture_stream(name, container)
         tick = fraction(stream.time_base, _MICROSECOND)
         start = float((stream.start_time or 0) * tick)
+        zero = float((container.start_time or 0) * _MICROSECOND)
         ends, lengths = [], []
         if stream.duration:
             lengths.append(float(stream.duration * tick))
@@ -117,6 +144,8 @@ def inspect(path: str | os.PathLike[str]) -> Source:
             has_audio=bool(container.streams.audio),
             has_alpha_stream=stream.metadata.get("alpha_mode") == "1",
             codec_tag=stream.codec_tag,
+            zero=zero,
+            length=max(ends) - zero if ends else None,
         )
 
 
@@ -134,29 +163,52 @@ class Pictures:
     """One pass over the displayed pictures of a file, from the keyframe before `start` (None: the first) to the end.
 
     Every pass opens the file anew, because some demuxers are not the same after a seek. `errors` counts what the
-    demuxer and the decoder complained about in the last one. `careful` leaves out what may be damaged.
+    demuxer and the decoder complained about in the last one, `late_errors` those since the last keyframe: what is wrong
+    before that does not touch the end, such as the seam of two files that were put together. `careful` leaves out what
+    may be damaged. `was_cut` tells whether pictures were left out because of the source's `until`.
     """
 
     def __init__(
         self, source: Source, start: float | None = None, *, threads: str = "AUTO", careful: bool = False
     ) -> None:
-        self.errors = 0
+        self.errors = self.late_errors = 0
+        self.was_cut = False
         self._source = source
         self._start = start
         self._threads = threads
         self._careful = careful
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        self.errors = 0
-        return self._webp() if self._source.format == "webp" else self._decode()
+        self.errors = self.late_errors = 0
+        self.was_cut = False
+        pictures = self._by_pillow() if self._source.format in _BY_PILLOW else self._decode()
+        return pictures if self._source.until is None else self._up_to(pictures, self._source.until)
 
-    def _decode(self) -> Iterator[VideoFrame]:
+    def _up_to(self, pictures: Generator[VideoFrame], limit: float) -> Iterator[VideoFrame]:
+        """The pictures that appear until then, by a clock that runs on where the file's jumps back or says nothing."""
+        now: float | None = None
+        before: float | None = None
+        with closing(pictures):
+            for frame in pictures:
+                step = None if before is None or frame.time is None else frame.time - before
+                if now is None:
+                    now = self._source.start if frame.time is None else frame.time
+                else:
+                    now += step if step is not None and step > 0 else float(1 / self._source.fps)
+                if now > limit + _ROUNDED:
+                    self.was_cut = True
+                    return
+                before = frame.time
+                yield frame
+
+    def _decode(self) -> Generator[VideoFrame]:
         with closing(open_video(self._source.path)) as container:
             stream = cast(VideoStream, container.streams[self._source.index])
             tick = fraction(stream.time_base, _MICROSECOND)
-            stream.thread_type = self._threads
+            decoder = self._decoder(stream)
+            decoder.thread_type = self._threads
             if self._careful:
-                stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+                decoder.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
             if self._start is not None and not self._seek(container, stream, self._start):
                 return
             packets = container.demux(stream)
@@ -165,22 +217,39 @@ class Pictures:
                 try:
                     packet = next(packets, None)
                 except av.FFmpegError:
-                    self.errors += 1
+                    self._complain()
                     packet = None  # what the decoder still holds is shown all the same
                 at_end = packet is None or packet.size == 0
                 if packet is not None and packet.is_corrupt:
-                    self.errors += 1
+                    self._complain()
                     if self._careful:
                         continue
+                elif packet is not None and packet.is_keyframe:
+                    self.late_errors = 0
                 try:
-                    frames = stream.decode(None if at_end else packet)
+                    frames = decoder.decode(None if at_end else packet)
                 except av.FFmpegError:
-                    self.errors += 1
+                    self._complain()
                     continue
                 for frame in frames:
                     if not frame.is_corrupt:
                         frame.time_base = tick  # PyAV leaves it out of what the flush at the end gives
                         yield frame
+
+    def _decoder(self, stream: VideoStream) -> VideoCodecContext:
+        """FFmpeg's usual decoder, or the one that knows transparency."""
+        other = _ALPHA_DECODERS.get(stream.codec_context.name) if self._source.has_alpha_stream else None
+        if other is None:
+            return stream.codec_context
+        try:
+            return cast(VideoCodecContext, CodecContext.create(other, "r"))
+        except av.codec.codec.UnknownCodecError:  # another build of FFmpeg
+            say_once(self._source.path, "the video is transparent in places; transparency is ignored")
+            return stream.codec_context
+
+    def _complain(self) -> None:
+        self.errors += 1
+        self.late_errors += 1
 
     @staticmethod
     def _seek(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
@@ -190,18 +259,18 @@ class Pictures:
             return False  # as good as a seek behind the last keyframe: the caller starts earlier
         return True
 
-    def _webp(self) -> Iterator[VideoFrame]:
-        # FFmpeg reads animated WebP only since version 9.
+    def _by_pillow(self) -> Generator[VideoFrame]:
         with Image.open(self._source.path) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 try:
                     image.seek(number)
                     pixels = np.asarray(image.convert("RGBA"))
                 except (OSError, EOFError):
-                    self.errors += 1
+                    self._complain()
                     return
                 frame = VideoFrame.from_ndarray(pixels, "rgba")
                 frame.pts, frame.time_base = image.info.get("timestamp", 0), Fraction(1, 1000)
+                frame.duration = image.info.get("duration", 0)
                 yield frame
 
 
@@ -275,27 +344,37 @@ def _believable_aspect(ratio: Fraction) -> Fraction:
     return ratio if Fraction(1, 10) <= ratio <= 10 else Fraction(1)
 
 
-def _is_webp(path: str) -> bool:
+def _is_for_pillow(path: str) -> bool:
+    """FFmpeg reads animated WebP only since version 9, and AVIF without its transparency."""
     with open(path, "rb") as file:
         head = file.read(12)
-    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
+    if head[:4] == b"RIFF":
+        return head[8:] == b"WEBP"
+    if head[4:] not in (b"ftypavif", b"ftypavis"):
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.mode == "RGBA"
+    except OSError:  # a Pillow that does not know AVIF: FFmpeg shows what it can
+        return False
 
 
-def _inspect_webp(path: str) -> Source:
+def _inspect_by_pillow(path: str) -> Source:
     milliseconds = 0
     try:
         with Image.open(path) as image:
+            kind = str(image.format).lower()
             count = getattr(image, "n_frames", 1)
             for number in range(count):
                 image.seek(number)
                 image.load()
                 milliseconds += image.info.get("duration", 0)
     except (OSError, EOFError) as error:
-        raise VideoError(path, f"the WebP is damaged ({error})", "export it again") from error
+        raise VideoError(path, f"the animation is damaged ({error})", "export it again") from error
     rate = Fraction(count * 1000, milliseconds) if milliseconds else FALLBACK_FPS
     return Source(
         path=path,
-        format="webp",
+        format=kind,
         index=0,
         start=0.0,
         end=None,
@@ -305,4 +384,5 @@ def _inspect_webp(path: str) -> Source:
         has_audio=False,
         has_alpha_stream=False,
         codec_tag="",
+        length=milliseconds / 1000 or None,
     )
