@@ -22,6 +22,7 @@ from generate import EXAMPLE_PROMPT
 from tests.conftest import DATA, GOLDEN
 from wan import cli, media
 from wan.commands.progress import Progress
+from wan.options import settings_of
 from wan.types import Step, to_uint8
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def test_generate_continues_a_video_with_its_description(
     assert output.out == f"{target}\n" and output.err == ""
     assert len(frames_of(target)) == 9
     record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
-    assert comment_of(target) == record
+    assert comment_of(target) == settings_of(record)
     assert record["task"] == {"i2v": "v2v-14B", "ti2v": "v2v-5B"}[name]
     assert record["seed"] == 3 and record["frame_num"] == 9 and record["sample_steps"] == 2
     assert record["prompt"] and record["negative_prompt"].startswith("色调")
@@ -135,7 +136,7 @@ def test_a_chain_writes_clips_joined_video_prompts_and_records(checkpoints: Path
     assert [clip["source"] for clip in run["clips"]] == [str(VIDEO), str(clips[0]), str(clips[1])]
     for clip, record in zip(clips, run["clips"], strict=True):
         written = json.loads(clip.with_suffix(".json").read_text(encoding="utf-8"))
-        assert {"file": clip.name} | written == record and comment_of(clip) == written
+        assert {"file": clip.name} | written == record and comment_of(clip) == settings_of(written)
 
 
 def test_clips_of_a_chain_are_no_longer_than_the_checkpoint_declares(checkpoints: Path, tmp_path: Path) -> None:
@@ -315,3 +316,16 @@ def test_a_task_without_prompt_and_input_makes_its_example(
     file = example.get("video") or example.get("image")
     assert record["source"] == (str(ROOT / file) if file else None)
     assert f"this runs the example of {task or 'ti2v-5B'}" in caplog.text
+
+
+def test_equal_runs_write_equal_files(checkpoints: Path, tmp_path: Path) -> None:
+    """Also in other folders, from a checkpoint in another place."""
+    other = Path(shutil.copytree(checkpoints, tmp_path / "elsewhere"))
+    for name, home in (("one", checkpoints), ("two", other)):
+        assert run_chain(home, tmp_path / name, "--prompt", "it goes on", count=2) == 0
+    files = [path.name for path in sorted((tmp_path / "one").glob("*.mp4"))]
+    assert files == ["joined.mp4", "video_01_seed10.mp4", "video_02_seed11.mp4"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    comment = json.dumps(comment_of(tmp_path / "one" / "video_01_seed10.mp4"))
+    assert str(tmp_path) not in comment and str(checkpoints) not in comment and "seconds" not in comment

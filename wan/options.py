@@ -679,6 +679,18 @@ def by_fingerprint_key() -> dict[str, list[Option]]:
     return {key: [one for one in OPTIONS.values() if key in one.fingerprint] for key in keys}
 
 
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a clip's record made its pictures: settings and prompts, and nothing that names a place.
+
+    Equal runs have it equal, whatever machine they ran on and however long they took.
+    """
+    shown = {one.record for one in OPTIONS.values() if not one.kind.local or isinstance(one.kind, Picture)}
+    return {key: value for key, value in record.items() if key in _OF_EVERY_CLIP or key in shown}
+
+
+_OF_EVERY_CLIP = ("prompt", "negative_prompt", "seed", "width", "height", "fps")
+
+
 def words_of(arguments: Mapping[str, Any]) -> list[str]:
     """The words of a chain's command line that give settings these values, as JSON has them, without defaults."""
     words = []

@@ -29,7 +29,7 @@ from wan import media
 from wan.chain.fingerprint import fingerprint
 from wan.errors import UserError
 from wan.files import publish, write_json, write_text
-from wan.options import LONGEST_CONTEXT, current
+from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, to_uint8
 
 REDONE = "redone"
@@ -182,7 +182,7 @@ class RunFolder:
             (to_uint8(frame) for frame in frames),
             made.clip.fps,
             keyframes=frozenset({0, record.get("dropped", 1)}),
-            metadata=record if metadata else None,
+            metadata=settings_of(record) if metadata else None,
         )
         tensors = {
             "latents": made.latents.float().contiguous(),

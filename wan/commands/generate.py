@@ -14,6 +14,7 @@ from wan.commands.job import Job, lora_files
 from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.files import write_json
+from wan.options import settings_of
 from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def generate(job: Job) -> None:
             made = pipeline.run(request, offload=settings.offload_model, on_step=progress)
     record = job.describe(made, settings.video or settings.image, plan)
     frames = (to_uint8(frame) for frame in made.clip.frames)
-    media.write_video(target, frames, made.clip.fps, metadata=None if settings.no_video_metadata else record)
+    metadata = None if settings.no_video_metadata else settings_of(record)
+    media.write_video(target, frames, made.clip.fps, metadata=metadata)
     write_json(target.with_suffix(".json"), record)
     print(target)
 
