@@ -107,7 +107,7 @@ def measure_captioner(pipeline: VideoContinuation, world: Sequence[Scene]) -> di
     right, exact = {"colour": 0, "shape": 0, "direction": 0}, 0
     total = 0
     for scene in world:
-        answer = pipeline.captioner.describe(scene.source.samples(8), pipeline.vlm_question)
+        answer = pipeline.captioner.describe(scene.source.samples(8), pipeline.vlm.question)
         said, true = told_in(answer), told_in(scene.caption)
         exact += answer.strip() == scene.caption
         total += len(true)

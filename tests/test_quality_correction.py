@@ -201,7 +201,7 @@ def test_a_chain_of_twelve_clips_keeps_its_tones(camera: Path, growth: str, monk
 
 def test_arguments_out_of_range_are_refused_in_one_line() -> None:
     frames = torch.zeros(5, 64, 64, 3)
-    with pytest.raises(UserError, match="strength"):
+    with pytest.raises(UserError, match="drift_correction"):
         correct_drift(frames, frames, known=1, strength=1.5)
     with pytest.raises(UserError, match="known must be from 0 to 4"):
         correct_drift(frames, frames, known=5)

@@ -24,16 +24,14 @@ from wan.configs import ModelConfig
 from wan.device.hardware import parse_device
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
-from wan.options import LONGEST_CONTEXT, QUESTION
+from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
 from wan.quality import correct_drift, score_seam
-from wan.settings import Context, LoraFile
+from wan.settings import Context, LoraFile, check_end_image
 from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Step, frame_size
 
 log = logging.getLogger(__name__)
-
-CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
 
 class _Once:
@@ -218,8 +216,8 @@ class VideoContinuation(Pipeline):
         two_experts = self.config.model_type == "i2v"
         if plan.context.mode == "svi2pro" and not two_experts:
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
-        if plan.end is not None and not two_experts:
-            raise UserError(f"`end_image` is for I2V-A14B; {self.config.name} knows no last frame")
+        if plan.end is not None:
+            check_end_image(self.config)
         if plan.cut is True and two_experts:
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
         if plan.cut is True and plan.prompt is None:

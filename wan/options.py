@@ -35,6 +35,8 @@ READERS = ("auto", "pyav", "decord")
 V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
 LARGEST_SEED = 2**63 - 1
+MOST_CLIPS = 10_000
+CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
 Command = Literal["generate", "continuous"]
 BOTH: tuple[Command, ...] = ("generate", "continuous")
@@ -144,7 +146,7 @@ class Whole(Kind):
     """A whole number from `low` to `high`, of which `reason` says why there are no more."""
 
     low: int = 1
-    high: int = 10_000
+    high: int = MOST_CLIPS
     reason: str = ""
 
     def read(self, text: str) -> int:

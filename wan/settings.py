@@ -166,6 +166,12 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
+def check_end_image(config: ModelConfig) -> None:
+    """Raise UserError for a model that cannot end on a given frame."""
+    if config.model_type != "i2v":
+        raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
+
+
 @dataclass(frozen=True)
 class Context:
     """How a clip goes on from the one before it, and how many of its leading frames repeat that one.

@@ -60,7 +60,7 @@ from wan.options import (
     Whole,
     by_scene_key,
 )
-from wan.settings import LoraFile
+from wan.settings import LoraFile, check_end_image
 
 MOST_BYTES = 2**20
 SHOWN_PROBLEMS = 3
@@ -121,9 +121,6 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
     problems = []
     for scene in scenes:
         rules = {
-            f"end_image is for I2V-A14B; {name} knows no last frame": (
-                "end_image" in scene.said and config.model_type != "i2v"
-            ),
             f"cut: true makes a clip of text alone, which {name} cannot; give a picture to cut to": (
                 scene.said.get("cut") is True and config.model_type == "i2v"
             ),
@@ -138,6 +135,11 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
+        if "end_image" in scene.said:
+            try:
+                check_end_image(config)
+            except UserError as error:
+                problems.append((scene.line, str(error)))
     _refuse(path, problems)
 
 

@@ -90,14 +90,10 @@ def continue_video(job: Job) -> None:
 
 def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[Plan]:
     """The plan of every clip: the command line's, with what the storyboard says. Raises UserError."""
-    from wan.continuation import CANDIDATE_STEP
-
     settings, scenes = job.settings, job.scenes
     count = settings.num_videos or len(scenes) or 12
     if count < len(scenes):
         log.warning("the storyboard has %d clips, `num_videos` makes the first %d of them", len(scenes), count)
-    if settings.base_seed + count + settings.best_of * CANDIDATE_STEP > 2**63:
-        raise UserError(f"`base_seed` {settings.base_seed} is too large; the largest seed is 2**63-1")
     common = job.plan(continuation, footage)
 
     @functools.cache

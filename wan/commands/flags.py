@@ -12,7 +12,10 @@ from wan import __version__
 from wan.errors import UserError, spell
 from wan.options import (
     BOTH,
+    CANDIDATE_STEP,
     GROUPS,
+    LARGEST_SEED,
+    MOST_CLIPS,
     OPTIONS,
     V2V_TASKS,
     Choice,
@@ -139,7 +142,9 @@ def _check_together(command: Command, settings: Settings) -> None:
     chain = command == "continuous"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
-    if settings.base_seed + (settings.num_videos or 1) > 2**63:
+    # the seeds of all clips and of their candidates
+    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + settings.best_of * CANDIDATE_STEP
+    if chain and last > LARGEST_SEED:
         raise UserError(f"`base_seed` {settings.base_seed} is too large; the largest seed is 2**63-1")
     fewest = Frames().fewest_in_chain
     if chain and settings.frame_num is not None and settings.frame_num < fewest:

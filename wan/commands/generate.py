@@ -15,6 +15,7 @@ from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.files import write_json
 from wan.options import settings_of
+from wan.settings import check_end_image
 from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         size = rule(image.width, image.height, size[0] * size[1])
         known = KnownFrames((image,))
     if settings.end_image is not None:
-        if config.model_type != "i2v":
-            raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
+        check_end_image(config)
         known = dataclasses.replace(known, end=media.read_image(settings.end_image))
     loras = lora_files(settings)
     pipeline.models.check_loras(loras)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wan.errors import UserError
+from wan.options import check
 from wan.quality.vision import LUMA, Array, Picture, checked, flow, follow, luma, opencv, same_size, spread
 
 # The size of a tone change is the root mean square of what it does to the picture; 0.01 of the range is about 1 L*.
@@ -54,8 +55,7 @@ def correct_drift(frames: Tensor, condition: Tensor, *, known: int, strength: fl
     Raises UserError.
     """
     same_size(checked(frames, "frames"), checked(condition, "condition"))
-    if not 0 <= strength <= 1:
-        raise UserError(f"the strength of the drift correction must be from 0 to 1; {strength} is not")
+    check("drift_correction", strength)
     if not 0 <= known < len(frames):
         raise UserError(f"known must be from 0 to {len(frames) - 1} with {len(frames)} frames; {known} is not")
     if strength == 0:
