@@ -129,7 +129,7 @@ def test_after_a_merge_that_failed_the_loras_before_it_are_in_the_weights_again(
     merged = weights()
     assert any(not torch.equal(plain[key], merged[key]) for key in plain)
     with pytest.raises(UserError, match="infinite or NaN"):
-        models.merge_loras({name: (LoraFile(world / "nan_high.safetensors"),)})
+        models.merge_loras({name: (LoraFile(world / "nan_high.safetensors", 2.0),)})
     models.merge_loras(good)
     again = weights()
     assert all(torch.equal(merged[key], again[key]) for key in merged)
