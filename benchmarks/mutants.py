@@ -96,8 +96,10 @@ def mutants_of(file: str) -> Iterator[tuple[str, Any, int]]:
     nodes = list(ast_nodes(get_ast((ROOT / file).read_text("utf-8"))))
     operators = [(name, get_operator(f"core/{name}")()) for name in OPERATORS]
     for name, operator in [*operators, ("LeaveOutCall", _leave_out_call())]:
-        count = sum(1 for node in nodes for _ in operator.mutation_positions(node))
-        yield from ((name, operator, number) for number in range(count))
+        places = [node for node in nodes for _ in operator.mutation_positions(node)]
+        for number, node in enumerate(places):
+            if node.parent is None or node.parent.type not in ("parameters", "param"):  # a `*` there is no product
+                yield name, operator, number
 
 
 def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.mutants import PACKAGES, ROOT, TESTS, package_of, covering_tests
+from benchmarks.mutants import PACKAGES, ROOT, TESTS, covering_tests, package_of
 
 
 def test_every_file_that_gets_faults_has_tests_of_its_own() -> None:
