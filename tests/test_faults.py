@@ -356,3 +356,30 @@ def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], wo
 
     finished = command(f"--num_videos 4 {board} --dry_run")
     assert finished.said.splitlines()[6:] == [f"{start:.2f} s of new video; 0 of 4 clips are still to be made"]
+
+
+def test_a_dry_run_tells_the_disk_that_clips_take(
+    command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.chain.dry_run.MP4_BYTES", 0.0)  # how far footage can be compressed is a guess
+    words = "--num_videos 5 --frame_num 33 --size 128*64"
+    (told,) = re.findall(r"about (\d+) MiB of disk", command(f"{words} --dry_run").said)
+    written = sum(clip.state.stat().st_size for clip in command(words).clips.values())
+    assert written / 2**20 > 8 and abs(int(told) - written / 2**20) < 1
+
+
+def test_a_dry_run_counts_the_steps_of_every_candidate(
+    command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.chain.dry_run.H200_FLOPS", 1.0)
+
+    def hours(words: str) -> float:
+        (told,) = re.findall(r"about ([\d.]+) h of sampling on an H200", command(f"{words} --dry_run").said)
+        return float(told)
+
+    once = hours("--sample_steps 4")
+    assert hours("--sample_steps 8") == pytest.approx(2 * once, rel=1e-3)
+    assert hours("--sample_steps 4 --best_of 3") == pytest.approx(3 * once, rel=1e-3)
+    assert hours("--sample_steps 4 --num_videos 6") == pytest.approx(3 * once, rel=1e-3)
+    cut = story(world, {}, {"cut": "red.png"})  # which has no seam to choose by
+    assert hours(f"--sample_steps 4 --best_of 3 {cut}") == pytest.approx(2 * once, rel=1e-3)
