@@ -138,6 +138,21 @@ def test_after_a_merge_that_failed_the_weights_hold_the_loras_that_are_wanted_ne
         assert tuple(match.lora for match in models.merged.get(name, [])) == wanted.get(name, ())
 
 
+def test_each_expert_gets_its_own_loras_when_only_those_of_the_other_stay(world: Path) -> None:
+    from wan import WanI2V
+    from wan.configs import config_for
+    from wan.settings import LoraFile
+
+    models = WanI2V(config_for("i2v-A14B", world / "i2v"), world / "i2v").models
+    wanted = {f"{noise}_noise_model": (LoraFile(world / f"light_{noise}.safetensors"),) for noise in ("high", "low")}
+    for changed in wanted:
+        models.merge_loras(wanted)
+        stronger = {changed: (LoraFile(wanted[changed][0].path, 0.5),)}
+        models.merge_loras(wanted | stronger)
+        for name, files in (wanted | stronger).items():
+            assert tuple(match.lora for match in models.merged[name]) == files
+
+
 # --- files
 
 
