@@ -5,7 +5,7 @@ WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
 
-.PHONY: demo test lint format lock reference clean
+.PHONY: demo test lint format lock reference mutants clean
 
 demo: .venv/.ready
 	rm -rf $(DEMO)
@@ -41,6 +41,11 @@ format: .venv/.ready
 # The page of all flags, from wan/options.py.
 reference: .venv/.ready
 	$(BIN)/python -m wan.commands.flags > docs/commands.md
+
+# The share of small faults that the tests see, by package: hours. For less: make mutants MUTANTS="--count 5 wan/chain"
+mutants: .venv/.ready
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[mutants]"
+	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
 # Keeps the versions in the file wherever they still fit pyproject.toml; remove a line to let that package move.
 lock:

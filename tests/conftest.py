@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.commands import command, world
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden"
+
+__all__ = ["DATA", "GOLDEN", "command", "float32", "world"]  # the fixtures of whole commands are for all tests
 
 
 @pytest.fixture(scope="session")

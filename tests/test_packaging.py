@@ -52,7 +52,8 @@ def test_requirements_txt_has_the_whole_list() -> None:
 
 
 def test_requirements_txt_and_pyproject_ask_for_the_same_versions() -> None:
-    development = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["dev"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    development = {Requirement(text).name for extra in ("dev", "mutants") for text in extras[extra]}
     assert {str(item) for item in requirements("requirements.txt")} == {
         str(item) for item in declared() if item.name not in development
     }

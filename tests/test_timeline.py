@@ -161,10 +161,15 @@ def test_the_source_is_cropped_to_the_size_of_the_clips_and_keeps_its_colours(tm
     assert media.probe(tmp_path / "joined.mp4").fps == 16
 
 
-def with_sound(path: Path, codec: str, delay: float = 0.0, rate: int = 48000, silent: float = 1.0) -> None:
-    """Two seconds of 25 frames each, with two seconds of sound that begin after `delay`: a tone from `silent` on."""
+def with_sound(
+    path: Path, codec: str, delay: float = 0.0, rate: int = 48000, silent: float = 1.0, *, whole: bool = True
+) -> None:
+    """Two seconds of 25 frames each, with two seconds of sound that begin after `delay`: a tone from `silent` on.
+
+    Not `whole`, the first keyframe is missing, and nothing is shown before the next one, 12 frames later.
+    """
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        video = container.add_stream("libx264", rate=25, options={"bf": "0", "g": "12", "x264-params": "scenecut=0"})
         video.width, video.height, video.pix_fmt = 64, 36, "yuv420p"
         audio = container.add_stream(codec, rate=rate)
         audio.layout = "mono"
@@ -179,7 +184,8 @@ def with_sound(path: Path, codec: str, delay: float = 0.0, rate: int = 48000, si
             packets += audio.encode(frame)
         packets += [*video.encode(None), *audio.encode(None)]
         for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-            container.mux(packet)
+            if whole or packet.stream is not video or packet.pts > 0:
+                container.mux(packet)
 
 
 def tone_begins(path: Path) -> tuple[str, float, float]:
@@ -208,6 +214,17 @@ def test_the_sound_of_the_source_stays_with_its_pictures(name: str, codec: str, 
     assert "mp3" in copied if codec == "mp3" else copied == "aac"
     assert abs(begins - 1.0) < 0.06 and abs(ends - 2.0) < 0.15  # of seven seconds of pictures
     assert media.probe(tmp_path / "joined.mp4").duration == pytest.approx(7, abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "aac"), ("b.mkv", "flac"), ("c.mov", "pcm_s16le")])
+def test_sound_stays_with_pictures_that_are_shown_later_than_their_stream_begins(
+    name: str, codec: str, tmp_path: Path
+) -> None:
+    with_sound(tmp_path / name, codec, whole=False)
+    clip(tmp_path / "clip.mp4", range(81), Fraction(16), 1)
+    media.assemble(tmp_path / name, [tmp_path / "clip.mp4"], tmp_path / "joined.mp4", drops=[1])
+    _, begins, _ = tone_begins(tmp_path / "joined.mp4")
+    assert abs(begins - (1.0 - 12 / 25)) < 0.06
 
 
 def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:

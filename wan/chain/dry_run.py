@@ -81,7 +81,8 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = 1 + max(int(name.split(".")[1]) for name in weights.shapes if name.startswith("blocks."))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    return forward * plan.best_of * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    candidates = 1 if plan.is_cut else plan.best_of  # a cut has no seam to choose by
+    return forward * candidates * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

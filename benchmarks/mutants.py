@@ -1,0 +1,225 @@
+"""How many small faults the tests see: `make mutants`, or `python -m benchmarks.mutants --help`.
+
+Cosmic Ray makes the faults, a seeded sample of them for each package. Each is put into a copy of the project, where the
+tests run that are for its file (`TESTS`). A fault is seen when a test fails, or takes far longer than without it. Some
+faults change nothing that can be seen, so that no package gets all of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+# The files of tests for each package or file, the quickest first; the longest name counts.
+TESTS: dict[str, tuple[str, ...]] = {
+    "wan/commands": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_cli"),
+    "wan/chain": ("test_continuation_pairs", "test_faults", "test_options", "test_resume", "test_long_video"),
+    "wan/chain/plan.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
+    "wan/chain/report.py": ("test_report",),
+    "wan/chain/storyboard.py": ("test_storyboard", "test_faults", "test_options"),
+    "wan/chain/dry_run.py": ("test_faults", "test_options", "test_long_video"),
+    "wan/continuation.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
+    "wan/pipeline.py": ("test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
+    "wan/models.py": ("test_continuation_pairs", "test_faults", "test_lora", "test_continuation"),
+    "wan/prompting.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_memory", "test_options"),
+    "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options"),
+    "wan/options.py": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_storyboard"),
+    "wan/media": ("test_faults", "test_timeline", "test_media_writing", "test_media_reading"),
+    "wan/quality": ("test_quality_motion", "test_quality_metrics", "test_quality_correction"),
+}
+PACKAGES = tuple(name for name in TESTS if name.count("/") == 1)
+
+# One or two of each kind: a test that sees `<` become `>=` hardly ever misses `<` becoming `!=`. Not among them are the
+# operator `|`, which is mostly a type, `/`, which is mostly a path and not seen by luck, and decorators.
+OPERATORS = (
+    "AddNot",
+    "NumberReplacer",
+    "ReplaceAndWithOr",
+    "ReplaceOrWithAnd",
+    "ReplaceTrueWithFalse",
+    "ReplaceFalseWithTrue",
+    "ReplaceBreakWithContinue",
+    "ReplaceContinueWithBreak",
+    "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceUnaryOperator_Delete_USub",
+    "ZeroIterationForLoop",
+    *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "FloorDiv_Mul", "Mod_Mul")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "Lt_GtE", "LtE_Lt", "LtE_Gt")),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in ("Gt_GtE", "Gt_LtE", "GtE_Gt", "GtE_Lt")),
+)
+
+
+def covering_tests(file: str) -> tuple[str, ...]:
+    """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
+    names = TESTS[max((name for name in TESTS if file.startswith(name)), key=len)]
+    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return tuple(found[name] for name in names)
+
+
+def package_of(file: str) -> str:
+    return next(name for name in PACKAGES if file.startswith(name))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One small fault: a file, and its text with the fault in it."""
+
+    file: str
+    operator: str
+    text: str
+
+    @property
+    def change(self) -> str:
+        """The lines that differ, as one."""
+        lines = difflib.unified_diff((ROOT / self.file).read_text("utf-8").splitlines(), self.text.splitlines(), n=0)
+        return "  ".join(line.strip() for line in list(lines)[2:])
+
+
+def mutants_of(file: str) -> Iterator[tuple[str, Any, int]]:
+    """Name, operator and number of each fault that can be put into a file."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
+    nodes = list(ast_nodes(get_ast((ROOT / file).read_text("utf-8"))))
+    operators = [(name, get_operator(f"core/{name}")()) for name in OPERATORS]
+    for name, operator in [*operators, ("LeaveOutCall", _leave_out_call())]:
+        places = [node for node in nodes for _ in operator.mutation_positions(node)]
+        for number, node in enumerate(places):
+            if node.parent is None or node.parent.type not in ("parameters", "param"):  # a `*` there is no product
+                yield name, operator, number
+
+
+def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
+    """`count` faults for each package, the same for the same seed and code."""
+    from cosmic_ray.mutating import mutate_code
+
+    found = []
+    for package in packages:
+        path, chance = ROOT / package, random.Random(f"{seed} {package}")
+        places: dict[str, list[Any]] = {}  # by kind, so that what is most frequent, numbers, is not most of the sample
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            name = file.relative_to(ROOT).as_posix()
+            for kind, operator, number in mutants_of(name):
+                places.setdefault(kind, []).append((name, operator, number))
+        while places and count > sum(one.file.startswith(package) for one in found):
+            kind = chance.choice(sorted(places))
+            name, operator, number = places[kind].pop(chance.randrange(len(places[kind])))
+            if not places[kind]:
+                del places[kind]
+            found.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
+    return found
+
+
+def _leave_out_call() -> Any:
+    """Cosmic Ray has no operator for it: a call whose result nobody takes becomes `pass`."""
+    from cosmic_ray.operators.operator import Example, Operator
+    from parso.python.tree import Name
+
+    class LeaveOutCall(Operator):  # type: ignore[misc]  # its package has no types
+        def mutation_positions(self, node: Any) -> Iterator[Any]:
+            is_statement = node.parent is not None and node.parent.type == "simple_stmt"
+            if node.type == "atom_expr" and is_statement and node.children[-1].get_first_leaf().value == "(":
+                yield node.start_pos, node.end_pos
+
+        def mutate(self, node: Any, index: int) -> Any:
+            return Name("pass", node.start_pos, prefix=node.get_first_leaf().prefix)
+
+        @classmethod
+        def examples(cls) -> tuple[Any, ...]:
+            return (Example("publish(part)\n", "pass\n"),)
+
+    return LeaveOutCall()
+
+
+class Copy:
+    """A copy of the project in which the tests of one fault at a time run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+        for name in listed.stdout.split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+
+    def seconds(self, tests: Sequence[str]) -> float:
+        """How long the tests take without a fault. Raises SystemExit where they fail."""
+        start = time.monotonic()
+        if self._run(tests, None) != 0:
+            raise SystemExit(f"without any fault the tests fail: {' '.join(tests)}")
+        return time.monotonic() - start
+
+    def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
+        """Whether a test fails with the fault in, or takes longer than `limit` seconds."""
+        file = self.folder / mutant.file
+        whole = file.read_text("utf-8")
+        file.write_text(mutant.text, "utf-8")
+        try:
+            code = self._run(tests, limit)
+        except subprocess.TimeoutExpired:
+            return True
+        finally:
+            file.write_text(whole, "utf-8")
+        if code not in (0, 1, 2, 3, 4):  # 2 to 4: the fault is in what an import or a fixture runs
+            raise SystemExit(f"pytest ended with {code} for {mutant.file}: {mutant.change}")
+        return code != 0
+
+    def _run(self, tests: Sequence[str], limit: float | None) -> int:
+        words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(
+            words, cwd=self.folder, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        return done.returncode
+
+
+def measure(mutants: Sequence[Mutant], copy: Copy) -> Iterator[tuple[Mutant, bool]]:
+    """Each fault, and whether it is seen."""
+    whole: dict[tuple[str, ...], float] = {}
+    for mutant in mutants:
+        tests = covering_tests(mutant.file)
+        if tests not in whole:
+            whole[tests] = copy.seconds(tests)
+        yield mutant, copy.sees(mutant, tests, 3 * whole[tests] + 30)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the faults that no test saw, and how many were seen of each package."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all by default")
+    parser.add_argument("--count", type=int, default=20, help="faults for each package (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
+    given = parser.parse_args(argv)
+    packages = given.packages or PACKAGES
+    if unknown := sorted(set(packages) - set(PACKAGES)):
+        parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(PACKAGES)}")
+    mutants = sample(given.count, given.seed, packages)
+    if given.list:
+        print(*(f"{mutant.file}  {mutant.operator}  {mutant.change}" for mutant in mutants), sep="\n")
+        return
+    seen: dict[str, list[bool]] = {}
+    with tempfile.TemporaryDirectory(prefix="mutants") as folder:
+        for mutant, is_seen in measure(mutants, Copy(Path(folder))):
+            seen.setdefault(package_of(mutant.file), []).append(is_seen)
+            print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
+    print(f"\n{'package':<22} seen  all")
+    seen["all"] = [one for results in seen.values() for one in results]
+    for package, results in seen.items():
+        print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
+
+
+if __name__ == "__main__":
+    main()

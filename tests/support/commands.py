@@ -1,0 +1,187 @@
+"""Whole commands in half a second: sampling and captioning are stand-ins, and everything else is what users run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from wan import cli
+from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.pipeline import Pipeline
+from wan.types import Clip, Generation, Request, UInt8Array
+
+DATA = Path(__file__).parent.parent / "data"
+MADE = DATA / "run_0_1_0"
+
+
+@dataclass
+class Seen:
+    """What one command did."""
+
+    code: int = -1
+    pipeline: Any = None
+    requests: list[Request] = field(default_factory=list)
+    made: list[Generation] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    opened: dict[str, Any] = field(default_factory=dict)
+    asked: list[tuple[int, str]] = field(default_factory=list)  # frames and question of each description
+    shown: list[UInt8Array] = field(default_factory=list)  # the frames themselves
+    readers: list[str] = field(default_factory=list)
+    corrected: list[float] = field(default_factory=list)
+    folder: Path = Path()
+    said: str = ""
+
+    @property
+    def first(self) -> Request:
+        return self.requests[0]
+
+    @property
+    def clips(self) -> dict[int, FinishedClip]:
+        return RunFolder(self.folder).clips()
+
+    @property
+    def fingerprinted(self) -> dict[int, Mapping[str, Any]]:
+        return {number: clip.settings for number, clip in self.clips.items()}
+
+    def loras(self, expert: str) -> list[tuple[str, float]]:
+        return [(file.path.name, file.strength) for file in self.first.loras.get(expert, ())]
+
+    def mean(self, frame: Any) -> float:
+        return float(frame.float().mean())
+
+
+class Speaking:
+    """A captioner that says the same of everything, and what it was asked."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+
+    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        self.seen.asked.append((len(frames), question))
+        self.seen.shown.append(frames)
+        return "A red square slides to the right."
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small checkpoints, and for each setting something else to choose."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("ti2v", "i2v", "vlm"):
+        shutil.copytree(MADE / name, world / name)
+    for file in MADE.glob("*.*"):
+        shutil.copy(file, world)
+    declared = json.loads((world / "ti2v/wan_config.json").read_text()) | {"sizes": ["64*32", "128*64"]}
+    (world / "ti2v/wan_config.json").write_text(json.dumps(declared))
+    shutil.copytree(world / "ti2v", world / "ti2v_2")
+    weights = load_file(world / "ti2v/diffusion_pytorch_model.safetensors")
+    weights["head.head.bias"] += 1
+    save_file(weights, world / "ti2v_2/diffusion_pytorch_model.safetensors")
+    save_file(weights, world / "dit.safetensors")
+    for noise in ("high", "low"):
+        folder = world / "i2v" / f"{noise}_noise_model"
+        parts = {
+            key: value for shard in sorted(folder.glob("*.safetensors")) for key, value in load_file(shard).items()
+        }
+        save_file(parts | {"head.head.bias": parts["head.head.bias"] + 1}, world / f"dit_{noise}.safetensors")
+    shutil.copytree(world / "vlm", world / "vlm_2")
+    for shard in (world / "vlm_2").glob("*.safetensors"):
+        save_file({key: value + 1 for key, value in load_file(shard).items()}, shard)
+    shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / "other.mp4")
+    Image.new("RGB", (64, 32), "red").save(world / "red.png")
+    (world / "story.yaml").write_text("- the boat sinks\n")
+    (world / "cut.yaml").write_text("- {cut: red.png}\n")
+    (world / "seed.yaml").write_text("- {seed: 77}\n")
+    (world / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot
+    return world
+
+
+def frames_in(video: Path) -> int:
+    with av.open(str(video)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def metadata(video: Path) -> Mapping[str, str]:
+    with av.open(str(video)) as container:
+        return dict(container.metadata)
+
+
+@pytest.fixture
+def command(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Seen]:
+    """Runs a command with what else it needs, and says what it did."""
+    now = Seen()
+
+    def sampled(self: Any, request: Request, **options: Any) -> Generation:
+        now.pipeline, now.run = self, options
+        now.requests.append(request)
+        generator = torch.Generator().manual_seed(request.seed)
+        frames = torch.rand(*request.geometry.size, 3, generator=generator) * 2 - 1
+        latents = torch.zeros(self.config.z_dim, *request.geometry.latent)
+        now.made.append(Generation(Clip(frames, Fraction(self.config.sample_fps)), latents, request))
+        return now.made[-1]
+
+    def opened(path: Any, **options: Any) -> Speaking:
+        now.opened = options | {"path": path}
+        return Speaking(now)
+
+    def corrected(frames: torch.Tensor, *_: Any, strength: float, **__: Any) -> torch.Tensor:
+        now.corrected.append(strength)
+        return frames / 2  # so that what is handed on tells
+
+    import wan.media
+
+    sample_frames = wan.media.sample_frames
+
+    def samples(path: Any, count: int, reader: str = "auto") -> UInt8Array:
+        now.readers.append(reader)
+        return sample_frames(path, count)
+
+    monkeypatch.setattr(Pipeline, "run", sampled)
+    monkeypatch.setattr("wan.pipeline.gpu_limit", lambda vram, device: vram)  # needs a GPU
+    monkeypatch.setattr(Pipeline, "geometry", _geometry)  # a budget that is refused is no news
+    monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
+    monkeypatch.setattr("wan.pipeline.main_device", lambda *_: torch.device("meta"))  # so that "cpu" is another
+    monkeypatch.setattr("wan.prompting.open_captioner", opened)
+    monkeypatch.setattr("wan.continuation.correct_drift", corrected)
+    monkeypatch.setattr("wan.prompting.weight_bytes", lambda *_: 0)
+    monkeypatch.setattr("wan.media.sample_frames", samples)
+    monkeypatch.syspath_prepend(str(world))
+    monkeypatch.chdir(world)
+
+    def run(words: str, *, generate: bool = False) -> Seen:
+        nonlocal now
+        now = Seen(folder=tmp_path / "out")
+        capsys.readouterr()
+        if generate:
+            common = ["--ckpt_dir", "ti2v", "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
+            now.code = cli.generate_main([*common, *words.split()])
+        else:
+            common = ["--ckpt_dir", "ti2v", "--video", "source.mp4", "--vlm_path", "vlm", "--num_videos", "2"]
+            common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
+            now.code = cli.continuous_main([*common, *words.split()])
+        output = capsys.readouterr()
+        now.said = output.out or output.err
+        return now
+
+    return run
+
+
+def _geometry(self: Any, width: int, height: int, frames: int) -> Any:
+    from wan.types import Geometry
+
+    return Geometry(frames, height, width, self.config.vae_stride, self.config.patch_size)
