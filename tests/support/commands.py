@@ -147,9 +147,9 @@ def command(
 
     sample_frames = wan.media.sample_frames
 
-    def samples(path: Any, count: int, reader: str = "auto") -> UInt8Array:
+    def samples(path: Any, count: int, reader: str = "auto", until: float | None = None) -> UInt8Array:
         now.readers.append(reader)
-        return sample_frames(path, count)
+        return sample_frames(path, count, until=until)
 
     monkeypatch.setattr(Pipeline, "run", sampled)
     monkeypatch.setattr("wan.pipeline.gpu_limit", lambda vram, device: vram)  # needs a GPU
