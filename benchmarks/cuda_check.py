@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.make_tiny_checkpoint import InternVL, write_internvl
+from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B, cli
 from wan.captioner import InternVLCaptioner
 from wan.media import sample_frames

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "golden"
+from tests.support.golden import GOLDEN, float32
 
 
 @pytest.fixture(scope="session")
@@ -19,13 +15,6 @@ def golden() -> dict[str, Any]:
     """Meta data and prompts of the golden runs."""
     prompts = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]
     return json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8")) | {"prompts": prompts}
-
-
-def float32(task: str) -> Any:
-    """A config row that computes in float32, as the golden runs did."""
-    from wan.configs import WAN_CONFIGS
-
-    return dataclasses.replace(WAN_CONFIGS[task], param_dtype=torch.float32, t5_dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

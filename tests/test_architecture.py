@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.support.golden import ROOT
+
 FILES = sorted((ROOT / "wan").rglob("*.py"))
 
 # A module may import its own layer and those above it in this list.

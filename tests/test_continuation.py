@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import wan
-from tests.conftest import DATA, GOLDEN, float32
+from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import GOLDEN
+from tests.support.golden import GOLDEN
 from wan.denoiser.schedule import build_scheduler
 from wan.image2video import exact_size, official_size
 from wan.image2video import preprocess as preprocess_14b

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.conftest import DATA, GOLDEN, float32
+from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.denoiser.conditioning import HeldImageChannels, ImageChannels

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import DATA
+from tests.support.golden import DATA, ROOT
 from wan import cli
 from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
@@ -34,7 +34,6 @@ from wan.options import OPTIONS, Kind, Local, Option, Settings, check, current, 
 from wan.pipeline import Pipeline
 from wan.types import Clip, Generation, Request, UInt8Array
 
-ROOT = Path(__file__).parent.parent
 MADE = DATA / "run_0_1_0"
 HEAVY = ("torch", "transformers", "diffusers")
 

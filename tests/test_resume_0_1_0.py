@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DATA
+from tests.support.golden import DATA
 from wan import cli
 from wan.captioner import EndpointCaptioner
 from wan.chain.report import render_report

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
+from tests.support.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
 from wan import media
 from wan.errors import UserError
 from wan.media import assembly, source
