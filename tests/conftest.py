@@ -13,8 +13,8 @@ from tests.support.golden import GOLDEN, float32
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """Meta data and prompts of the golden runs."""
-    prompts = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]
-    return json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8")) | {"prompts": prompts}
+    meta: dict[str, Any] = json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8"))
+    return meta | {"prompts": json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]}
 
 
 @pytest.fixture(scope="session")

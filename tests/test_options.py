@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -274,8 +275,8 @@ CASES: dict[str, Case] = {
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
     "image": Case(
         "--image red.png",
-        lambda s: s.first.known.leading[0].getpixel((0, 0)),
-        (255, 0, 0),
+        lambda s: np.asarray(s.first.known.leading[0])[0, 0].tolist(),
+        [255, 0, 0],
         "--image picture.png --task ti2v-5B --prompt x",
         generate=True,
     ),

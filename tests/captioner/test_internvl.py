@@ -295,10 +295,16 @@ def test_pictures_may_come_as_a_list(captioner: InternVLCaptioner) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
 def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wan.captioner import one_query
+    from wan.captioner import decode_attention_kernel
 
-    calls, attend = [], one_query.attend
-    monkeypatch.setattr(one_query, "attend", lambda *given: (calls.append(given), attend(*given))[1])
+    calls: list[Any] = []
+    attend = decode_attention_kernel.attend
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return attend(*given)
+
+    monkeypatch.setattr(decode_attention_kernel, "attend", counted)
     monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()

@@ -25,6 +25,7 @@ from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
 from wan.chain.chain import ChainRun
 from wan.chain.run_folder import RunFolder
+from wan.types import Generation, Request
 from wan.weights.checkpoint import open_safetensors
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -109,11 +110,13 @@ def test_after_a_cut_svi_holds_on_to_the_new_shot(
 
     anchors: list[torch.Tensor] = []
     run = WanV2V.run
-    monkeypatch.setattr(
-        WanV2V,
-        "run",
-        lambda self, request, **more: (anchors.append(request.known.anchor), run(self, request, **more))[1],
-    )
+
+    def watched(self: WanV2V, request: Request, **more: Any) -> Generation:
+        assert isinstance(request.known.anchor, torch.Tensor)
+        anchors.append(request.known.anchor)
+        return run(self, request, **more)
+
+    monkeypatch.setattr(WanV2V, "run", watched)
     Image.fromarray(np.full((64, 96, 3), 99, np.uint8)).save(tmp_path / "night.png")
     story = board(tmp_path / "story.json", "one", {"prompt": "two", "cut": "night.png"}, "three")
     flags = ["--storyboard", story, "--continuation", "svi2pro"]

@@ -240,7 +240,7 @@ def test_a_full_disk_is_an_error_and_never_finished(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bug(_: Any) -> int:
+    def bug(_: Any) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

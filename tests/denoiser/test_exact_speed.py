@@ -146,7 +146,7 @@ def test_the_forward_is_the_librarys_but_for_the_sinusoid(timestep: Tensor) -> N
     assert torch.equal(ours, theirs)
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The elements of the largest tensor that an operation makes in the 5B's width of 3072."""
 
     elements = 0
@@ -166,7 +166,7 @@ def test_modulation_is_never_a_row_for_every_token(rows: int) -> None:
     with init_empty_weights():
         model = WanModel(in_channels=48, **SIZES | sizes | {"out_channels": 48})
     model.to(META)
-    with Largest() as seen:
+    with Largest() as seen:  # type: ignore[no-untyped-call]
         model(torch.empty(1, 48, 31, 44, 80, device=META), torch.empty(1, rows, device=META), prompt(1).to(META))
     assert seen.elements == 27280 * 3072 * (1 if rows == 31 else 6)
 
@@ -174,11 +174,11 @@ def test_modulation_is_never_a_row_for_every_token(rows: int) -> None:
 # Waiting for the GPU
 
 
-class Waits(TorchDispatchMode):
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations that would wait for a GPU: values read by the host, copies between devices, checks of a solve."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -252,8 +252,8 @@ def test_the_solver_gives_the_librarys_bits(steps: int, shift: float) -> None:
 
 
 def right(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    parts = (part.transpose(1, 2) for part in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def slow(*inputs: Tensor) -> Tensor:
@@ -300,7 +300,12 @@ def test_on_a_cpu_kernels_stay_what_they_are() -> None:
 
 def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", lambda *what: asked.append(what) or "_native_cudnn")
+
+    def probe(*what: Any) -> str:
+        asked.append(what)
+        return "_native_cudnn"
+
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", probe)
     half, whole = build(dtype=torch.bfloat16), build()
     cuda = torch.device("cuda:0")
     for model in (half, whole):
@@ -331,7 +336,12 @@ def test_flash_attention_4_starts_where_the_time_comes_back(
     model.blocks.to(torch.bfloat16)
     model.register_to_config(num_layers=layers, num_attention_heads=heads, attention_head_dim=128)
     asked: list[Any] = []
-    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", lambda *what: asked.append(what) or "native")
+
+    def probe(*what: Any) -> str:
+        asked.append(what)
+        return "native"
+
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", probe)
     use_fastest_attention(model, tokens, forwards, torch.device("cuda"))
     assert asked == [(torch.device("cuda"), tokens, heads, 128, torch.bfloat16, pays)]
 
@@ -539,8 +549,8 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
         stage = Stage(Expert("e", model, 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps)
         scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
         context = TextContext(prompt(1), prompt(2))
-        args = [noise(), [stage], scheduler, TextOnly(), context, Counting(CPU.device)]
-        found.append(sample(*args, caching=caching))  # type: ignore[arg-type]
+        placement = Counting(CPU.device)
+        found.append(sample(noise(), [stage], scheduler, TextOnly(), context, placement, caching=caching))
     assert torch.equal(found[0], found[2])
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1 and one.is_compiled

@@ -34,7 +34,8 @@ def relative(value: Tensor, exact: Tensor) -> float:
 
 
 def exact_attention(*inputs: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(part.double().transpose(1, 2) for part in inputs)).transpose(1, 2)
+    query, key, value = (part.double().transpose(1, 2) for part in inputs)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def test_rows_keep_their_largest_numbers_and_round_the_others_to_four_bits() -> None:

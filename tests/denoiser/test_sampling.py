@@ -41,6 +41,11 @@ class Adds:
         return (latents + output,)
 
 
+def expert(name: str, model: Any, guidance: float, lowest: float) -> Expert:
+    """An expert with a fake for its model."""
+    return Expert(name, model, guidance, lowest)
+
+
 def stages_of(*experts: Expert) -> Any:
     return plan_stages(torch.tensor([999, 950, 900, 899, 10]), experts)
 
@@ -48,7 +53,7 @@ def stages_of(*experts: Expert) -> Any:
 def test_each_expert_gets_its_share_of_the_schedule_and_its_guidance() -> None:
     high, low = Fake(), Fake()
     steps: list[Step] = []
-    stages = stages_of(Expert("high", high, 3.0, 900), Expert("low", low, 2.0, 0))
+    stages = stages_of(expert("high", high, 3.0, 900), expert("low", low, 2.0, 0))
     made = sample(torch.zeros(1, 1, 1, 1), stages, Adds(), TextOnly(), CONTEXT, CPU, steps.append)  # type: ignore[arg-type]
     assert [t for t, _ in high.asked[::2]] == [999, 950, 900] and [t for t, _ in low.asked[::2]] == [899, 10]
     # flow = 0 + guidance * (1 - 0)
@@ -61,14 +66,14 @@ def test_each_expert_gets_its_share_of_the_schedule_and_its_guidance() -> None:
 
 def test_guidance_1_needs_no_second_forward() -> None:
     model = Fake()
-    sample(torch.zeros(1, 1, 1, 1), stages_of(Expert("", model, 1.0, 0)), Adds(), TextOnly(), CONTEXT, CPU)  # type: ignore[arg-type]
+    sample(torch.zeros(1, 1, 1, 1), stages_of(expert("", model, 1.0, 0)), Adds(), TextOnly(), CONTEXT, CPU)  # type: ignore[arg-type]
     assert [text for _, text in model.asked] == [1.0] * 5
 
 
 def test_an_expert_without_timesteps_is_never_moved() -> None:
-    low = Expert("low", Fake(), 1.0, 0)
+    low = expert("low", Fake(), 1.0, 0)
     assert [
-        stage.expert for stage in plan_stages(torch.tensor([500, 100]), [Expert("high", Fake(), 1.0, 900), low])
+        stage.expert for stage in plan_stages(torch.tensor([500, 100]), [expert("high", Fake(), 1.0, 900), low])
     ] == [low]
 
 

@@ -49,7 +49,7 @@ def places(model: nn.Module) -> list[int]:
 
 def room_for(model: WanModel, staying: int) -> int:
     """Room in which so many layers can stay, and two more pass through."""
-    layer, whole = (sum(x.nbytes for x in (*of.parameters(), *of.buffers())) for of in (model.layers[0], model))
+    layer, whole = (sum(int(x.nbytes) for x in (*of.parameters(), *of.buffers())) for of in (model.layers[0], model))
     return whole - (len(model.layers) - staying - 2) * layer
 
 
@@ -80,7 +80,8 @@ def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
 
         def watch(number: int) -> None:
             fetch(number)
-            seen.add(model.layers[number].attn1.to_q.weight.data_ptr())
+            block: Any = model.layers[number]
+            seen.add(block.attn1.to_q.weight.data_ptr())
 
         model.before_layer = watch
         forward(model)
@@ -140,7 +141,11 @@ def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() ->
         nn.Conv3d(3, 5, (1, 3, 3)), nn.Conv2d(5, 4, 3), nn.Linear(7, 2, bias=False), nn.BatchNorm1d(3)
     )
     model.extra = model[2]
-    for convolution, layout in ((model[0], torch.channels_last_3d), (model[1], torch.channels_last)):
+    layouts: list[tuple[Any, torch.memory_format]] = [
+        (model[0], torch.channels_last_3d),
+        (model[1], torch.channels_last),
+    ]
+    for convolution, layout in layouts:
         convolution.weight.data = convolution.weight.data.contiguous(memory_format=layout)
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
     for _ in range(2):
@@ -187,8 +192,13 @@ def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureReq
 
 def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
+
+    def register(place: int, size: int, flags: int) -> bool:
+        calls.append(("lock", size))
+        return size == 3 << 20
+
     runtime = SimpleNamespace(
-        cudaHostRegister=lambda place, size, flags: calls.append(("lock", size)) or (size == 3 << 20),
+        cudaHostRegister=register,
         cudaHostUnregister=lambda place: calls.append(("unlock", 0)),
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def gradient(width: int = 832, height: int = 480) -> np.ndarray:
     """Dark to bright, and saturated colours into each other."""
     x, y = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
     red, green, blue = 20 + 215 * x + 0 * y, 30 + 190 * y + 0 * x, 40 + 150 * (1 - x) * (1 - y) + 50 * y
-    return np.rint(np.stack(np.broadcast_arrays(red, green, blue), -1)).astype(np.uint8)
+    picture: np.ndarray = np.rint(np.stack(np.broadcast_arrays(red, green, blue), -1)).astype(np.uint8)
+    return picture
 
 
 def dark(width: int = 832, height: int = 480) -> np.ndarray:
@@ -28,7 +30,7 @@ def dark(width: int = 832, height: int = 480) -> np.ndarray:
     return (natural(width, height, seed=5).astype(np.float64) * 0.25 + 5).astype(np.uint8)
 
 
-PICTURES = {
+PICTURES: dict[str, Callable[[], np.ndarray]] = {
     "cloud": lambda: natural(832, 480),
     "warm": lambda: natural(832, 480, seed=7),
     "gradient": gradient,
@@ -44,7 +46,8 @@ def through_a_file(picture: np.ndarray, path: Path) -> np.ndarray:
     media.write_video(path, [picture] * 2, 16)
     tail = media.read_tail(path, 1, Fraction(16))
     assert np.array_equal(tail[0], np.asarray(media.read_last_frame(path)))
-    return tail[0]
+    frame: np.ndarray = tail[0]
+    return frame
 
 
 def through_the_state(picture: np.ndarray, path: Path) -> np.ndarray:

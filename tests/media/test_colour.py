@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from tests.support.media_samples import CORPUS
+from tests.support.media_samples import CORPUS, add_video
 from wan import media
 from wan.errors import UserError
 from wan.media import colour, light, source
@@ -44,9 +44,8 @@ def film(path: Path, picture: np.ndarray, given: str, codec: str, pixels: str, t
     """Four pictures with these H.273 numbers for primaries, transfer and matrix."""
     primaries, transfer, matrix = tags
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.height, stream.width = picture.shape[:2]
-        stream.pix_fmt = pixels
+        height, width = picture.shape[:2]
+        stream = add_video(container, codec, rate=10, size=(width, height), pixels=pixels)
         context = stream.codec_context
         context.color_primaries, context.color_trc, context.colorspace = primaries, transfer, matrix
         for at in range(4):
@@ -86,7 +85,8 @@ FROM_P3 = [[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.
 
 def converted(colours: np.ndarray, matrix: list[list[float]], gamma: float = 2.4) -> np.ndarray:
     screen = (colours / 255.0) ** gamma @ np.array(matrix).T
-    return np.rint(screen.clip(0, 1) ** (1 / gamma) * 255).astype(int)
+    levels: np.ndarray = np.rint(screen.clip(0, 1) ** (1 / gamma) * 255).astype(int)
+    return levels
 
 
 @pytest.mark.parametrize(
@@ -297,8 +297,7 @@ def test_floats_that_are_no_numbers_are_black(tmp_path: Path) -> None:
 )
 def test_grey_films_of_any_depth_keep_their_levels(name: str, codec: str, pixels: str, tmp_path: Path) -> None:
     with av.open(str(tmp_path / name), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 80, 16, pixels
+        stream = add_video(container, codec, rate=10, size=(80, 16), pixels=pixels)
         frame = av.VideoFrame.from_ndarray(stripes(RAMP.astype(np.uint16) * 257), "gray16le")
         for packet in [*stream.encode(frame.reformat(format=pixels)), *stream.encode(None)]:
             container.mux(packet)

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.support.media_samples import CORPUS, beeps, beeps_in, number, numbered
+from tests.support.media_samples import CORPUS, add_audio, beeps, beeps_in, moment_of, number, numbered
 from wan import media
 from wan.media import assembly, sound, source
 
@@ -38,8 +38,7 @@ def film(
         video.width, video.height, video.pix_fmt = 64, 36, "yuv420p"
         heard = []
         for codec, _, rate, layout in tracks:
-            stream = container.add_stream(codec, rate=rate)
-            stream.layout = layout
+            stream = add_audio(container, codec, rate, layout)
             stream.disposition = av.stream.Disposition.default
             heard.append(stream)
         packets = []
@@ -52,13 +51,13 @@ def film(
             for start in range(0, len(levels), 1024):
                 part = levels[start : start + 1024]
                 many = part.repeat(av.AudioLayout(layout).nb_channels)[None]
-                frame = av.AudioFrame.from_ndarray(many, "s16", layout)
-                frame.sample_rate, frame.pts = rate, start + round(first / 24 * rate)
-                frame.time_base = Fraction(1, rate)
-                packets += stream.encode(frame)
+                sound = av.AudioFrame.from_ndarray(many, "s16", layout)
+                sound.sample_rate, sound.pts = rate, start + round(first / 24 * rate)
+                sound.time_base = Fraction(1, rate)
+                packets += stream.encode(sound)
             packets += stream.encode(None)
-        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-            if packet.stream is video or not gap[0] <= packet.pts * packet.time_base < gap[1]:
+        for packet in sorted(packets, key=lambda packet: moment_of(packet.dts, packet.time_base)):
+            if packet.stream is video or not gap[0] <= moment_of(packet.pts, packet.time_base) < gap[1]:
                 container.mux(packet)
 
 
@@ -95,6 +94,7 @@ def scrambled(path: Path) -> None:
         spans = [(packet.pos, packet.size) for packet in container.demux(container.streams[2]) if packet.size]
     data, rng = bytearray(path.read_bytes()), np.random.default_rng(0)
     for at, size in spans:
+        assert at is not None
         data[at : at + size] = rng.bytes(size)
     path.write_bytes(data)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.support.quality_footage import Scene, pan, still, to_and_fro, to_frames, unit
 from wan.errors import UserError
-from wan.quality import SeamScore, measure_look, score_seam
+from wan.quality import LookPart, SeamScore, measure_look, score_seam
 
 OLD, NEW = 9, 12  # frames before and after the seam
 AFTER = range(OLD, OLD + NEW)
@@ -141,7 +141,7 @@ def test_the_look_follows_what_was_done_to_a_clip() -> None:
     frames = scene("pan", 0).clip(range(8))
     plain = measure_look(frames).whole
 
-    def changed(change: Callable[[np.ndarray], np.ndarray]) -> object:
+    def changed(change: Callable[[np.ndarray], np.ndarray]) -> LookPart:
         return measure_look(to_frames(change(picture) for picture in unit(frames))).whole
 
     noise = np.random.default_rng(0).normal(0, 5 / 255, frames.shape[1:])
@@ -168,6 +168,7 @@ def test_drift_inside_a_clip_shows_between_its_quarters() -> None:
 
 def test_standing_still_shows_next_to_the_look() -> None:
     moving, frozen = (measure_look(Scene(0, path).clip(range(5))) for path in (to_and_fro(20, 20), still))
+    assert moving.moving is not None and moving.speed is not None
     assert moving.moving > 0.9 and moving.speed > 3
     assert frozen.moving == frozen.speed == 0
     assert measure_look(Scene(0).clip([0])).moving is None

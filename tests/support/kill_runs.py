@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from wan import cli
-from wan.commands import continuous
+from wan.commands.progress import Progress
 from wan.wan22video2video5B import WanV2V5B
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def chain(checkpoint: str, video: str, folder: Path, kill_at: int | None = None)
         return extend(self, footage, seed, plan, event, **more)
 
     WanV2V5B.extend = watched  # type: ignore[method-assign]
-    continuous.Progress.begin = lambda *_: event()  # type: ignore[method-assign]
+    Progress.begin = lambda *_: event()  # type: ignore[method-assign]
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     flags = ["--ckpt_dir", checkpoint, "--video", video, "--output_dir", str(folder), "--prompt", "it goes on"]
     code = cli.continuous_main([*flags, "--num_videos", str(CLIPS), "--frame_num", "5", "--base_seed", "3"])

@@ -32,7 +32,8 @@ def build(channels: int = 4, dtype: torch.dtype = torch.float32, **sizes: Any) -
     for block in model.blocks:
         block.scale_shift_table.data = block.scale_shift_table.float()
         block.norm2.float()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def prompt(seed: int) -> Tensor:

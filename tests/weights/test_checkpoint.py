@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: next(f.glob("*.index.json")).write_text("{}"), r"has no weight_map"),
     (lambda f: (f / "config.json").write_text("[]"), r"config.json must be a JSON object"),
     (
-        lambda f: [file.unlink() for file in f.glob("diffusion*")],
+        lambda f: deque(map(Path.unlink, f.glob("diffusion*"))),
         r"expected diffusion_pytorch_model\*.safetensors in the folder",
     ),
 ]
@@ -178,7 +179,7 @@ def test_a_missing_expert_is_named(a14b: Path, part: str) -> None:
 def test_the_wrong_task_for_a_folder_says_what_it_is(task: str, folder: Path, message: str) -> None:
     import wan
 
-    classes = {"i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V, "t2v-A14B": wan.WanT2V}
+    classes: dict[str, Any] = {"i2v-A14B": wan.WanI2V, "ti2v-5B": wan.WanTI2V, "t2v-A14B": wan.WanT2V}
     with pytest.raises(UserError, match=message):
         classes[task](WAN_CONFIGS[task], folder)
 
@@ -220,7 +221,12 @@ def test_names_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         resolve_folder(file)
 
     asked: list[str] = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(FIVE_B))
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(FIVE_B)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_folder("Wan-AI/Wan2.2-TI2V-5B") == FIVE_B
     assert asked == ["Wan-AI/Wan2.2-TI2V-5B"]
 

@@ -134,7 +134,7 @@ def test_a_packed_model_is_the_model_of_the_numbers_it_stands_for(
 def test_memory_is_that_of_the_file(states: dict[str, State], beside: Path) -> None:
     def size(file: Path) -> int:
         model = load(open_denoiser(file, beside), torch.bfloat16)
-        return sum(value.nbytes for value in packed(model).values() for value in (value.weight,))
+        return sum(layer.weight.nbytes for layer in packed(model).values())
 
     linear = sum(layer.weight.numel() for layer in _packed_of(states["wide"], beside).values())
     gguf_file("Q8_0")(states["wide"], beside / "x.gguf")
@@ -268,7 +268,7 @@ def test_a_gpu_expands_to_the_same_numbers(name: str, states: dict[str, State], 
 def lora(state: State, folder: Path, strength: float = 0.7) -> LoraFile:
     """A LoRA of every linear layer, with differences of biases, a norm and one whole weight."""
     generator = torch.Generator().manual_seed(5)
-    tensors = {}
+    tensors: State = {}
     for key, value in state.items():
         stem = f"diffusion_model.{key.removesuffix('.weight')}"
         if is_linear(key, value):
@@ -471,10 +471,12 @@ def test_denoisers_that_come_from_files_are_not_downloaded(monkeypatch: pytest.M
     from fnmatch import fnmatch
 
     asked: list[list[str] | None] = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, ignore_patterns: asked.append(ignore_patterns) or str(tmp_path),
-    )
+
+    def download(name: str, ignore_patterns: list[str] | None) -> str:
+        asked.append(ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     resolve_folder("Wan-AI/Wan2.2-I2V-A14B", ("high_noise_model",))
     resolve_folder("Wan-AI/Wan2.2-I2V-A14B")
     (patterns, none) = asked
