@@ -6,8 +6,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.golden import GOLDEN, float32
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

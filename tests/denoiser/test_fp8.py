@@ -87,7 +87,7 @@ def test_the_kernel_runs_in_triton_s_interpreter() -> None:
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_rounds_as_a_cpu_does() -> None:
     x, weight, bias = random(2, 48, 256), random(64, 256, seed=1), random(64, seed=2)
     exact = F.linear(x.double(), weight.double(), bias.double())

@@ -396,7 +396,7 @@ def test_parameters_keep_their_memory(a14b: Weights, tmp_path: Path) -> None:
     assert not torch.equal(host, before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", [True, False])
 def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp_path: Path) -> None:
     svi(pairs(a14b.shapes, EVERYWHERE), tmp_path / "lora.safetensors")

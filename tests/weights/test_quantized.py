@@ -245,7 +245,7 @@ def places(model: WanModel) -> set[int]:
     return {value.data_ptr() for value in (*model.parameters(), *model.buffers())}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ComfyUI", "lightx2v", "Q8_0", "Q4_0, prefix"])
 def test_a_gpu_expands_to_the_same_numbers(name: str, states: dict[str, State], beside: Path) -> None:
     write, file = FILES[name]
