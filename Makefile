@@ -5,9 +5,12 @@ WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
 
-.PHONY: demo test lint format lock reference mutants clean
+.PHONY: help demo quick test test-all lint format lock reference mutants clean
 
-demo: .venv/.ready
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.ready  ## continue a clip and make a chain of three with the tiny model
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
 	$(BIN)/python generate.py $(WEIGHTS) --video $(CLIP) --base_seed 0 --save_file $(DEMO)/continued.mp4
@@ -20,15 +23,21 @@ demo: .venv/.ready
 	@echo "  a chain of three    $(CURDIR)/$(DEMO)/chain/joined.mp4"
 	@echo "  all at a glance     $(CURDIR)/$(DEMO)/contact_sheet.png"
 
-test: lint
+quick: .venv/.ready  ## the tests that are not marked slow: under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test: lint  ## lint, format, types and all tests, as CI runs them
 	$(BIN)/python -m pytest
 
-lint: .venv/.ready
+test-all: lint demo  ## the same with the demo, and the share of wan/ that the tests run
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: .venv/.ready
+format: .venv/.ready  ## lay out the code, and mend what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -38,22 +47,21 @@ format: .venv/.ready
 	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[dev]"
 	touch $@
 
-# The page of all flags, from wan/options.py.
-reference: .venv/.ready
+reference: .venv/.ready  ## docs/commands.md, the page of all flags, from wan/options.py
 	$(BIN)/python -m wan.commands.flags > docs/commands.md
 
-# The share of small faults that the tests see, by package: hours. For less: make mutants MUTANTS="--count 5 wan/chain"
-mutants: .venv/.ready
+# For a few of them: make mutants MUTANTS="--count 5 wan/chain"
+mutants: .venv/.ready  ## the share of small faults that the tests see, by package; takes hours
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[mutants]"
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
 # Keeps the versions in the file wherever they still fit pyproject.toml; remove a line to let that package move.
-lock:
+lock:  ## move requirements.lock to what pyproject.toml asks for
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --quiet "uv>=0.13,<0.14"
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
-clean:
-	rm -rf .venv build outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## remove .venv, outputs and caches
+	rm -rf .venv build outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

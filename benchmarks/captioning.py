@@ -10,9 +10,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from benchmarks.real_size import materialise
+from wan.captioner.base import Pictures
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.device.hardware import peak_gib, reset_peak, synchronize
-from wan.types import UInt8Array
 
 FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
 WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
@@ -78,7 +78,7 @@ class RandomCaptioner:
             self.decoder = GreedyDecoder(self.model, ids.shape[1] + 512)
         return self.decoder(ids, pixels, count, None)
 
-    def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+    def describe(self, frames: Pictures, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         """Other words every time, after the time that a caption takes."""
         start = time.perf_counter()
         self.tokens(ANSWER)

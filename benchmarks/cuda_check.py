@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.make_tiny_checkpoint import InternVL, write_internvl
+from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B, cli
 from wan.captioner import InternVLCaptioner
 from wan.media import sample_frames
@@ -56,7 +56,7 @@ def golden_runs() -> None:
     for family, cls, task in (("5b", WanTI2V, "ti2v-5B"), ("14b", WanI2V, "i2v-A14B")):
         float32 = dataclasses.replace(WAN_CONFIGS[task], param_dtype=torch.float32, t5_dtype=torch.float32)
         for config, limit in ((float32, 1e-4), (WAN_CONFIGS[task], 0.15)):
-            pipeline = cls(config, GOLDEN / family / "ckpt")
+            pipeline: Any = cls(config, GOLDEN / family / "ckpt")
             for run, spec in meta["families"][family]["runs"].items():
                 wanted = load_file(GOLDEN / family / "expected" / f"pipeline_{run}.safetensors")
                 call = {key: tuple(value) if isinstance(value, list) else value for key, value in spec["call"].items()}

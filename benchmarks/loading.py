@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from examples.make_tiny_checkpoint import Denoiser, write_denoiser
+from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.model import WanModel
 from wan.device.hardware import host_peak_gib
 from wan.weights.checkpoint import open_safetensors

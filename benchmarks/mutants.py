@@ -106,7 +106,7 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
     """`count` faults for each package, the same for the same seed and code."""
     from cosmic_ray.mutating import mutate_code
 
-    found = []
+    found: list[Mutant] = []
     for package in packages:
         path, chance = ROOT / package, random.Random(f"{seed} {package}")
         places: dict[str, list[Any]] = {}  # by kind, so that what is most frequent, numbers, is not most of the sample

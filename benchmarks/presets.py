@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers.hooks import MagCacheConfig
@@ -99,6 +100,7 @@ def main() -> None:
 
     config = config_for(args.task, args.ckpt_dir)
     pipeline = wan.pipeline_class(args.task)(config, Path(args.ckpt_dir))
+    assert isinstance(pipeline, VideoContinuation)
     footage = VideoFile(args.video)
 
     def clip(sampling: Sampling, seed: int) -> tuple[Generation, int]:
@@ -135,13 +137,8 @@ def fewer_than(steps: int) -> list[int]:
 
 def calibrate(pipeline: VideoContinuation, clip: Any, plain: Sampling) -> None:
     """Give the pipeline's config the magnitudes of its model, measured with a seed that no row has."""
-    import wan.pipeline
-
-    stock, wan.pipeline.Caching = wan.pipeline.Caching, Calibration  # type: ignore[misc]
-    try:
+    with mock.patch("wan.pipeline.Caching", Calibration):
         clip(plain, 1000)
-    finally:
-        wan.pipeline.Caching = stock  # type: ignore[misc]
     ratios = tuple(Calibration.measured.values())
     if len(ratios) != len(pipeline.checkpoint.experts):
         raise UserError(f"{plain.steps} steps do not reach every expert; calibrate with more")

@@ -110,7 +110,7 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     cpu = torch.device("cpu")
     config = WAN_CONFIGS[task]
     experts = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
-    pipeline: Any = object.__new__({"i2v-A14B": WanV2V, "ti2v-5B": WanV2V5B}[task])
+    pipeline: Any = object.__new__(WanV2V if task == "i2v-A14B" else WanV2V5B)
     pipeline.config, pipeline.tokenizer = config, Words()
     pipeline.convert_model_dtype, pipeline.compile_blocks, pipeline.video_reader = False, True, "auto"
     pipeline.device = pipeline.text_device = DEVICE
@@ -118,7 +118,7 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     def denoiser() -> WanModel:
         with init_empty_weights():
             model = WanModel(**DIT[task])
-        model = materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
+        materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
         if packed:
             pack(model, packed, cpu)
         if precision:
@@ -153,7 +153,8 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     pipeline.budget = MemoryBudget(pipeline.checkpoint, config, DEVICE, DEVICE)
     pipeline.vlm = CaptionerOwner(None, url=None, question="?", trust_remote_code=False, main=DEVICE, device=DEVICE)
     pipeline.prompts = PromptBuilder(pipeline.vlm, pipeline.tokenizer.count, config.text_len, pipeline.fps)
-    return pipeline
+    built: VideoContinuation = pipeline
+    return built
 
 
 def headers(model: torch.nn.Module) -> Weights:

@@ -81,7 +81,7 @@ def decibels(value: Tensor, exact: Tensor, signal: float | None = None) -> float
 def teraflops(call: Callable[[], Tensor]) -> float:
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops() / 1e12
+    return float(counter.get_total_flops()) / 1e12
 
 
 def main() -> None:

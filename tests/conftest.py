@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.commands import command, world
+from tests.support.golden import GOLDEN, float32
 
-DATA = Path(__file__).parent / "data"
-GOLDEN = DATA / "golden"
 
-__all__ = ["DATA", "GOLDEN", "command", "float32", "world"]  # the fixtures of whole commands are for all tests
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+__all__ = ["command", "world"]  # the fixtures of whole commands are for all tests
 
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """Meta data and prompts of the golden runs."""
-    prompts = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]
-    return json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8")) | {"prompts": prompts}
-
-
-def float32(task: str) -> Any:
-    """A config row that computes in float32, as the golden runs did."""
-    from wan.configs import WAN_CONFIGS
-
-    return dataclasses.replace(WAN_CONFIGS[task], param_dtype=torch.float32, t5_dtype=torch.float32)
+    meta: dict[str, Any] = json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8"))
+    return meta | {"prompts": json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))["prompts"]}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import wan
-from tests.conftest import DATA, GOLDEN, float32
+from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError
@@ -151,7 +151,8 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     assert v2v.captioner.asked[1][0][1:3] == (plan.geometry.height, plan.geometry.width)
     assert all(clip.request.prompt.startswith("go on A picture of level") for clip in made)
     assert made[0].clip.frames.shape == made[1].clip.frames.shape
-    assert torch.equal(made[1].request.known.leading[0], made[0].clip.last)
+    (leading,) = made[1].request.known.leading
+    assert isinstance(leading, torch.Tensor) and torch.equal(leading, made[0].clip.last)
     assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
 
 
@@ -210,8 +211,9 @@ def test_the_default_vlm_is_in_or_beside_the_checkpoint_folder(tmp_path: Path) -
 
 def test_several_gpus_are_refused_for_now() -> None:
     for name in ("t5_fsdp", "dit_fsdp", "use_sp"):
+        asked: dict[str, Any] = {name: True}
         with pytest.raises(UserError, match="several GPUs"):
-            WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt", **{name: True})
+            WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt", **asked)
 
 
 def test_helpers_keep_their_names(v2v: Any) -> None:

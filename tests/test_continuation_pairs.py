@@ -73,8 +73,12 @@ class Chosen(NamedTuple):
 
     @property
     def board(self) -> list[dict[str, Any]]:
-        cut = {"": {}, "picture": {"cut": "red.png"}, "text": {"cut": True, "prompt": "a new scene"}}[self.cut]
-        return [{}, cut, {}]
+        cuts: dict[str, dict[str, Any]] = {
+            "": {},
+            "picture": {"cut": "red.png"},
+            "text": {"cut": True, "prompt": "a new scene"},
+        }
+        return [{}, cuts[self.cut], {}]
 
     @property
     def repeated(self) -> int:
@@ -150,7 +154,8 @@ def test_every_pair_of_options_keeps_the_promises_of_both(
         corrected = chosen.drift and not new_shot and not end
         corrections += corrected * candidates
         for request, _ in ours:
-            known, frames = request.known, known_frames(request.known)
+            known: Any = request.known
+            frames = known_frames(request.known)
             assert (known.end is not None) == end
             if end:
                 assert torch.allclose(known.end.mean((1, 2)), RED)

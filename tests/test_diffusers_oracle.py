@@ -10,7 +10,7 @@ from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTrans
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from tests.conftest import GOLDEN
+from tests.support.golden import GOLDEN
 from wan.image2video import preprocess as preprocess_14b
 from wan.settings import Sampling
 from wan.textimage2video import preprocess as preprocess_5b

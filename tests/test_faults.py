@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.media_samples import numbered
 from tests.support.commands import Seen, Speaking, frames_in
+from tests.support.media_samples import numbered
 from wan import cli, media
 from wan.captioner import EndpointCaptioner, open_captioner
 from wan.captioner.next_prompt import IDENTITY_QUESTION

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.conftest import GOLDEN
+from tests.support.golden import GOLDEN
 from wan.denoiser.schedule import build_scheduler
 from wan.image2video import exact_size, official_size
 from wan.image2video import preprocess as preprocess_14b
@@ -134,8 +134,9 @@ def test_sigma_tables_are_exact_and_trajectories_follow(name: str) -> None:
 
 def test_sizes_are_exact() -> None:
     for case in json.loads((GOLDEN / "sizes.json").read_text(encoding="utf-8")):
-        assert list(official_size(*case["image_wh"], case["max_area"])) == case["i2v_a14b_wh"]
-        assert list(best_size(*case["image_wh"], case["max_area"])) == case["ti2v_5b_wh"]
+        width, height = case["image_wh"]
+        assert list(official_size(width, height, case["max_area"])) == case["i2v_a14b_wh"]
+        assert list(best_size(width, height, case["max_area"])) == case["ti2v_5b_wh"]
 
 
 def test_a_continuation_keeps_a_size_that_the_official_float_arithmetic_loses() -> None:

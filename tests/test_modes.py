@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.conftest import DATA, GOLDEN, float32
+from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.denoiser.conditioning import HeldImageChannels, ImageChannels
@@ -24,7 +24,7 @@ from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
 from wan.settings import Context, LoraFile
-from wan.types import Clip, KnownFrames, Request, from_uint8
+from wan.types import Clip, Generation, KnownFrames, Request, from_uint8
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 AREA = 96 * 64
@@ -60,7 +60,8 @@ def request_of(pipeline: Any, footage: Any, **more: Any) -> tuple[Request, Any]:
 @pytest.fixture(scope="module")
 def svi(tmp_path_factory: pytest.TempPathFactory, a14b: Any) -> dict[str, tuple[LoraFile, ...]]:
     """A pair of small LoRAs with the names and keys of the published ones."""
-    folder, pair = tmp_path_factory.mktemp("svi"), {}
+    folder = tmp_path_factory.mktemp("svi")
+    pair: dict[str, tuple[LoraFile, ...]] = {}
     for seed, (side, expert) in enumerate((("high", "high_noise_model"), ("low", "low_noise_model"))):
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
@@ -169,9 +170,12 @@ def test_5b_knows_the_tail_as_clean_latent_frames_and_keeps_them(known: int, b5:
 def test_a_clip_of_a_chain_says_how_many_there_are(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     run = WanV2V5B.run
-    monkeypatch.setattr(
-        WanV2V5B, "run", lambda self, request, **more: seen.append(more["clips"]) or run(self, request, **more)
-    )
+
+    def counting(self: WanV2V5B, request: Request, **more: Any) -> Generation:
+        seen.append(more["clips"])
+        return run(self, request, **more)
+
+    monkeypatch.setattr(WanV2V5B, "run", counting)
     footage = moving(fps=24)
     b5.extend(footage, 7, dataclasses.replace(b5.plan(footage, **OPTIONS), number=2, count=4))
     assert seen == [4]
@@ -180,14 +184,17 @@ def test_a_clip_of_a_chain_says_how_many_there_are(b5: Any, monkeypatch: pytest.
 def test_a_tail_chain_goes_on_from_the_last_frames_of_each_clip(b5: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Request] = []
     run = WanV2V5B.run
-    monkeypatch.setattr(
-        WanV2V5B, "run", lambda self, request, **more: seen.append(request) or run(self, request, **more)
-    )
+
+    def watched(self: WanV2V5B, request: Request, **more: Any) -> Generation:
+        seen.append(request)
+        return run(self, request, **more)
+
+    monkeypatch.setattr(WanV2V5B, "run", watched)
     footage = moving(fps=24)
     plan = b5.plan(footage, context=Context("tail", 5), **OPTIONS)
     made = list(chain(footage, count=2, extend=lambda clip, seed: b5.extend(clip, seed, plan), seed=1))
     for index, frame in enumerate(seen[1].known.leading):
-        assert torch.equal(frame, made[0].clip.frames[-5 + index].permute(2, 0, 1))
+        assert isinstance(frame, torch.Tensor) and torch.equal(frame, made[0].clip.frames[-5 + index].permute(2, 0, 1))
     assert [clip.dropped for clip in made] == [5, 5]
 
 
@@ -352,7 +359,8 @@ def test_a_picture_is_cropped_to_the_aspect_and_never_stretched() -> None:
     cropped = np.asarray(crop_to_aspect(Image.fromarray(np.ascontiguousarray(ramp)), 96, 64))
     assert cropped.shape == (100, 150, 3) and cropped[0, 0, 0] == 25
     frame = from_uint8(np.ascontiguousarray(ramp)).permute(2, 0, 1)
-    assert crop_to_aspect(frame, 96, 64).shape == (3, 100, 150)
+    smaller = crop_to_aspect(frame, 96, 64)
+    assert isinstance(smaller, torch.Tensor) and smaller.shape == (3, 100, 150)
     image = Image.new("RGB", (192, 128))
     assert crop_to_aspect(image, 96, 64) is image
 

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.commands import MADE, Seen, frames_in, metadata
+from tests.support.golden import ROOT
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.options import OPTIONS, Kind, Local, Option, Settings, check, current, options_of, words_of
 
-ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "diffusers")
 
 
@@ -189,8 +190,8 @@ CASES: dict[str, Case] = {
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
     "image": Case(
         "--image red.png",
-        lambda s: s.first.known.leading[0].getpixel((0, 0)),
-        (255, 0, 0),
+        lambda s: np.asarray(s.first.known.leading[0])[0, 0].tolist(),
+        [255, 0, 0],
         "--image picture.png --task ti2v-5B --prompt x",
         generate=True,
     ),

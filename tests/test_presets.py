@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples.make_tiny_checkpoint import InternVL, write_internvl
-from tests.conftest import DATA, GOLDEN, float32
+from tests.support.golden import DATA, GOLDEN, float32
+from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli
 from wan.configs import PRESETS, WAN_CONFIGS, config_for
 from wan.denoiser.schedule import build_scheduler

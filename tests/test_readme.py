@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from examples.make_tiny_checkpoint import write_all
-from tests.test_quantised import comfyui, gguf_file, official
+from tests.support.golden import GOLDEN, ROOT
+from tests.support.quantized_files import comfyui, gguf_file, official
+from tests.support.tiny_checkpoint import write_all
 from wan import cli
 from wan.options import OPTIONS
 from wan.weights.checkpoint import open_safetensors
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("python ")]
@@ -59,8 +59,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         gguf_file("Q8_0")(official(shards), folder / f"Wan2.2-I2V-A14B-{side}Noise-Q4_K_M.gguf")
     comfyui(official(folder / "Wan2.2-TI2V-5B"), folder / "wan2.2_ti2v_5B_fp8_scaled.safetensors")
     for name in ("harbour.png", "night.png"):
-        (folder / name).symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
-    (folder / "first.png").symlink_to(ROOT / "tests" / "data" / "golden" / "14b" / "image.png")
+        (folder / name).symlink_to(GOLDEN / "14b" / "image.png")
+    (folder / "first.png").symlink_to(GOLDEN / "14b" / "image.png")
     return folder
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import DATA
+from tests.support.golden import DATA
 from wan import cli
 from wan.captioner import EndpointCaptioner
+from wan.chain.fingerprint import fingerprint
 from wan.chain.report import render_report
-from wan.chain.run_folder import FinishedClip, RunFolder, fingerprint
+from wan.chain.run_folder import FinishedClip, RunFolder
 
 MADE = DATA / "run_0_1_0"
 

@@ -15,7 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.media_samples import CORPUS, beeps, beeps_in, number, numbered, recording, samples
+from tests.support.media_samples import (
+    CORPUS,
+    add_audio,
+    beeps,
+    beeps_in,
+    moment_of,
+    number,
+    numbered,
+    recording,
+    samples,
+)
 from wan import media
 from wan.errors import UserError
 from wan.media import assembly, source
@@ -84,16 +94,16 @@ def test_every_new_frame_is_shown_once_in_order_and_at_its_own_time(
     if source is not None:  # every source frame equally long, but the last, which stays for a frame of the model
         lengths = [shown.count((0, frame)) for frame in range(source_frames)]
         assert set(lengths[:-1]) <= {int(rate / source)}
-    starts, parts, model = timeline.starts, timeline.parts, timeline.parts[-1].fps
+    starts, placed, model = timeline.starts, timeline.parts, timeline.parts[-1].fps
     for output, (index, frame) in enumerate(shown):
-        moment = starts[index] + parts[index].moment(frame) - parts[index].moment(parts[index].drop)
+        moment = starts[index] + placed[index].moment(frame) - placed[index].moment(placed[index].drop)
         assert moment <= Fraction(output) / rate + Fraction(1, 2) / rate  # never early by more than half a frame
-        held = max(1 / min(parts[index].fps, model), parts[index].stay)
+        held = max(1 / min(placed[index].fps, model), placed[index].stay)
         assert Fraction(output) / rate - moment <= held + Fraction(1, 2) / rate
-    seconds = sum((part.new / part.fps for part in parts), Fraction(0))
+    seconds = sum((part.new / part.fps for part in placed), Fraction(0))
     if source is not None:
         # the source's last frame is the model's first, unless it is held
-        seconds += max(1 / model if parts[1].drop else 1 / parts[0].fps, stay) - 1 / parts[0].fps
+        seconds += max(1 / model if placed[1].drop else 1 / placed[0].fps, stay) - 1 / placed[0].fps
     assert abs(Fraction(timeline.count) / rate - seconds) <= Fraction(1, 2) / rate
 
 
@@ -171,8 +181,7 @@ def with_sound(
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25, options={"bf": "0", "g": "12", "x264-params": "scenecut=0"})
         video.width, video.height, video.pix_fmt = 64, 36, "yuv420p"
-        audio = container.add_stream(codec, rate=rate)
-        audio.layout = "mono"
+        audio = add_audio(container, codec, rate)
         moments = np.arange(2 * rate) / rate + delay
         levels = (np.sin(2 * np.pi * 440 * moments) * 20000 * (moments >= silent)).astype(np.int16)
         packets = []
@@ -183,8 +192,8 @@ def with_sound(
             frame.sample_rate, frame.pts, frame.time_base = rate, start + round(rate * delay), Fraction(1, rate)
             packets += audio.encode(frame)
         packets += [*video.encode(None), *audio.encode(None)]
-        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
-            if whole or packet.stream is not video or packet.pts > 0:
+        for packet in sorted(packets, key=lambda packet: moment_of(packet.dts, packet.time_base)):
+            if whole or packet.stream is not video or moment_of(packet.pts, packet.time_base) > 0:
                 container.mux(packet)
 
 
@@ -194,11 +203,13 @@ def tone_begins(path: Path) -> tuple[str, float, float]:
         stream = container.streams.audio[0]
         found, end = -1.0, 0.0
         for frame in container.decode(stream):
+            begin = frame.time
+            assert begin is not None
             levels = frame.to_ndarray().astype(np.float64).ravel()
             loud = np.flatnonzero(np.abs(levels) > (2000 if levels.max() > 2 else 0.1))
             if found < 0 and len(loud):
-                found = frame.time + loud[0] / frame.sample_rate
-            end = frame.time + frame.samples / frame.sample_rate
+                found = begin + loud[0] / frame.sample_rate
+            end = begin + frame.samples / frame.sample_rate
         return stream.codec_context.name, found, end
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from examples.make_example_video import frames
-from examples.make_tiny_checkpoint import (
+from tests.support.golden import GOLDEN, GOLDEN_VLM, ROOT
+from tests.support.tiny_checkpoint import (
     CHECKPOINTS,
     Denoiser,
     InternVL,
@@ -35,8 +37,7 @@ from wan.text.umt5 import TextEncoder as WanTextEncoder
 from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint
 
-DATA = Path(__file__).parent / "data"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "shapes.mp4"
+EXAMPLE = ROOT / "examples" / "shapes.mp4"
 CPU = torch.device("cpu")
 TASKS = {"TI2V-5B": "v2v-5B", "I2V-A14B": "v2v-14B", "T2V-A14B": "t2v-A14B"}
 
@@ -49,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def safetensors_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
@@ -70,7 +71,7 @@ def digests(folder: Path) -> dict[str, str]:
     [("TI2V-5B", "5b", "."), ("I2V-A14B", "14b", "low_noise_model"), ("I2V-A14B", "14b", "high_noise_model")],
 )
 def test_the_denoiser_has_the_official_tensors_and_config(name: str, family: str, expert: str) -> None:
-    golden = DATA / "golden" / family / "ckpt" / expert
+    golden = GOLDEN / family / "ckpt" / expert
     model = CHECKPOINTS[name].denoiser
     assert model.shapes() == safetensors_shapes(golden)
     official = json.loads((golden / "config.json").read_text())
@@ -80,14 +81,14 @@ def test_the_denoiser_has_the_official_tensors_and_config(name: str, family: str
 
 @pytest.mark.parametrize(("name", "family"), [("TI2V-5B", "5b"), ("I2V-A14B", "14b")])
 def test_the_vae_and_the_text_encoder_have_the_official_tensors(name: str, family: str) -> None:
-    golden = DATA / "golden" / family / "ckpt"
+    golden = GOLDEN / family / "ckpt"
     checkpoint = CHECKPOINTS[name]
     assert checkpoint.vae.shapes() == pth_shapes(golden / checkpoint.vae_file)
     assert checkpoint.text_encoder.shapes() == pth_shapes(golden / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
 def test_the_vision_language_model_has_the_original_tensors_and_config_keys() -> None:
-    golden = DATA / "golden_vlm" / "orig"
+    golden = GOLDEN_VLM / "orig"
     official = json.loads((golden / "config.json").read_text())
     vocab_size = official["llm_config"]["vocab_size"]
     assert InternVL().shapes(vocab_size) == safetensors_shapes(golden)
@@ -187,7 +188,7 @@ def test_the_example_clip_is_what_its_script_draws() -> None:
     stored = sample_frames(EXAMPLE, 8)
     drawn = frames()
     info = probe(EXAMPLE)
-    assert (info.width, info.height, info.fps) == (160, 96, 8)
+    assert (info.width, info.height, info.fps) == (160, 96, Fraction(8))
     chosen = drawn[frame_indices(len(drawn), 8)]
     assert np.abs(stored.astype(int) - chosen).mean() < 3
 

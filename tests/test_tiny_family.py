@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import pytest
 
@@ -19,9 +18,10 @@ from benchmarks.quality import (
     open_pipeline,
     told_in,
 )
+from tests.support.golden import ROOT
 from wan.continuation import VideoContinuation
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = ROOT / "models"
 DEFAULTS = argparse.Namespace(sample_steps=None, sample_guide_scale=None, drift_correction=0.0)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from examples.make_tiny_checkpoint import write_prompt_tokenizer
-from tests.media_samples import CORPUS
+from tests.support.golden import ROOT
+from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from training import scenes
 from training.captioner import IGNORED, Conversations, answer_logits
 from training.denoiser import TEXT_ROWS, _forward, _new
@@ -31,8 +31,6 @@ from training.family import (
 from training.loop import Settings, save
 from wan import WanV2V5B
 from wan.configs import config_for
-
-ROOT = CORPUS.parents[2]
 
 
 def train(stage: str, folder: Path) -> None:

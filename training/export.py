@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.make_tiny_checkpoint import (
+from tests.support.tiny_checkpoint import (
     CHECKPOINTS,
     Denoiser,
     new_folder,

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
-from examples.make_tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, write_caption_tokenizer
+from tests.support.tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, write_caption_tokenizer
 from training import scenes
 from wan.captioner.internvl import SYSTEM, native_config, native_tensors
 from wan.denoiser import model as denoiser

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.make_tiny_checkpoint import write_prompt_tokenizer
+from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from training import scenes
 from training.family import PROMPT_WORDS, TEXT, build_text_encoder
 from training.loop import Batch, Settings, load, resume, train

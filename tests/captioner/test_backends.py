@@ -1,0 +1,309 @@
+"""Which back end a path gets, and the ones beside native InternVL: endpoint, hub, generic, remote code."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.golden import GOLDEN_VLM
+from wan.captioner import (
+    EndpointCaptioner,
+    GenericCaptioner,
+    InternVLCaptioner,
+    RemoteCodeCaptioner,
+    hide_broken_torchvision,
+    open_captioner,
+)
+from wan.errors import UserError
+
+FRAMES = np.arange(2 * 30 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 30, 50, 3)
+
+
+def folder_with(path: Path, **config: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def test_config_json_picks_the_back_end(tmp_path: Path) -> None:
+    assert isinstance(open_captioner(GOLDEN_VLM / "orig", device="cpu"), InternVLCaptioner)
+    assert isinstance(open_captioner(GOLDEN_VLM / "hf", device="cpu"), InternVLCaptioner)
+    assert isinstance(open_captioner(GOLDEN_VLM / "hf", device="cpu", trust_remote_code=True), InternVLCaptioner)
+    assert isinstance(open_captioner(GOLDEN_VLM / "orig", device="cpu", trust_remote_code=True), RemoteCodeCaptioner)
+    assert isinstance(open_captioner(folder_with(tmp_path, model_type="qwen3_vl"), device="cpu"), GenericCaptioner)
+    assert isinstance(open_captioner(None, url="http://127.0.0.1:1/v1", device="cpu"), EndpointCaptioner)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (None, "give vlm_path or vlm_url"),
+        ("/no/such/folder", "there is no VLM folder /no/such/folder"),
+        (f"{GOLDEN_VLM.name}/missing", f"there is no VLM folder {GOLDEN_VLM.name}/missing"),
+        (GOLDEN_VLM, "has no config.json"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(
+    path: Path | str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(GOLDEN_VLM.parent)  # there the third is the path of a missing folder, not a hub id
+    with pytest.raises(UserError, match=f"{message}.*or give prompt"):
+        open_captioner(path, device="cpu")
+
+
+def test_a_hub_id_is_fetched_at_the_first_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, allow_patterns))
+        return str(GOLDEN_VLM / "hf")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    captioner = open_captioner("OpenGVLab/InternVL3_5-8B", device="cpu")
+    assert asked == []
+    for _ in range(2):
+        assert captioner.describe(FRAMES, "What is it?", max_new_tokens=4)
+        captioner.close()
+    assert [hub_id for hub_id, _ in asked] == ["OpenGVLab/InternVL3_5-8B"]
+    assert "*.py" not in asked[0][1]
+
+
+def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"^cannot download some/model \(no route to host\).*or give prompt") as caught:
+        open_captioner("some/model", device="cpu").describe(FRAMES, "What is it?")
+    assert "\n" not in str(caught.value)
+
+
+class Server(HTTPServer):
+    """An endpoint that keeps what it was asked and answers what it was told."""
+
+    asked: list[tuple[str, str | None, Any]]
+    status = 200
+    reply: bytes = json.dumps({"choices": [{"message": {"content": " A cat. "}}]}).encode()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers["Authorization"], None))
+        self.say(200, json.dumps({"data": [{"id": "the-model"}]}).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers["Authorization"], body))
+        self.say(self.server.status, self.server.reply)
+
+    def say(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Not in the test output."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server(("127.0.0.1", 0), Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_endpoint_is_asked_with_squashed_numbered_frames(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    captioner = open_captioner(None, url=f"{server.url}/chat/completions", device="cpu")
+    assert captioner.describe(FRAMES, "What is it?", "Be brief.", max_new_tokens=7) == "A cat."
+
+    (models, *_), (path, key, body) = server.asked
+    assert (models, path, key) == ("/v1/models", "/v1/chat/completions", "Bearer secret")
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("the-model", 7, 0)
+    system, user = body["messages"]
+    assert system == {"role": "system", "content": "Be brief."}
+    assert [part.get("text") for part in user["content"]] == ["Frame1: ", None, "Frame2: ", None, "What is it?"]
+    data = user["content"][1]["image_url"]["url"].removeprefix("data:image/jpeg;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (448, 448)
+
+
+def test_endpoint_takes_the_model_that_is_named(server: Server) -> None:
+    open_captioner("my/vlm", url=server.url, device="cpu").describe(FRAMES, "What is it?")
+    [(_, key, body)] = server.asked
+    assert (key, body["model"], len(body["messages"])) == (None, "my/vlm", 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "message"),
+    [
+        (503, b"loading\nthe model", r"refused with HTTP 503 \(loading the model\)"),
+        (200, b"<html>", "did not answer in JSON"),
+        (200, b'{"error": "no"}', "answered without choices"),
+        (200, b'{"choices": [{"message": {"content": null}}]}', "gave an empty answer"),
+    ],
+)
+def test_endpoint_errors_are_one_line(server: Server, status: int, reply: bytes, message: str) -> None:
+    server.status, server.reply = status, reply
+    with pytest.raises(UserError, match=f"{message}.*or give prompt") as caught:
+        EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_down_is_one_line(server: Server) -> None:
+    url = server.url.replace(str(server.server_port), "1")
+    with pytest.raises(UserError, match=f"captioning with {url} failed .*refused.*or give prompt"):
+        EndpointCaptioner(url, "m").describe(FRAMES, "What is it?")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "file:///etc/passwd", "http://"])
+def test_what_is_not_an_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="is not an address: give one such as"):
+        EndpointCaptioner(url)
+
+
+def test_generic_says_what_transformers_cannot_open(tmp_path: Path) -> None:
+    captioner = GenericCaptioner(folder_with(tmp_path, model_type="no_such_type"), "cpu")
+    with pytest.raises(UserError, match="transformers cannot open .*vlm_trust_remote_code.*or give prompt"):
+        captioner.describe(FRAMES, "What is it?")
+
+
+def test_generic_never_runs_code_that_was_not_trusted(tmp_path: Path) -> None:
+    folder_with(tmp_path, model_type="own", auto_map={"AutoConfig": "trap.C", "AutoModelForImageTextToText": "trap.M"})
+    (tmp_path / "trap.py").write_text("raise RuntimeError('ran')", encoding="utf-8")
+    with pytest.raises(UserError, match="transformers cannot open .*if you trust the code"):
+        open_captioner(tmp_path, device="cpu").describe(FRAMES, "What is it?")
+
+
+def test_generic_asks_with_numbered_small_frames() -> None:
+    class Inputs(dict[str, torch.Tensor]):
+        def to(self, *_: Any) -> Inputs:
+            return self
+
+    class Processor:
+        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> Inputs:
+            self.messages = messages
+            return Inputs(input_ids=torch.tensor([[1, 2, 3]]))
+
+        def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
+            return [str(ids.tolist())]
+
+    class Model:
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.cat([input_ids, torch.tensor([[8, 9]])], 1)
+
+    captioner = GenericCaptioner(GOLDEN_VLM / "hf", "cpu")
+    processor = Processor()
+    vars(captioner).update(_model=Model(), processor=processor)
+    assert captioner.describe(np.zeros((1, 900, 1600, 3), np.uint8), "What is it?", "Be brief.") == "[[8, 9]]"
+    system, user = processor.messages
+    assert system["content"][0]["text"] == "Be brief."
+    assert [part.get("text") for part in user["content"]] == ["Frame1: ", None, "What is it?"]
+    assert user["content"][1]["image"].size == (448, 252)
+
+
+REMOTE_CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class Config(PreTrainedConfig):
+    model_type = "internvl_chat"
+
+class Model(PreTrainedModel):  # as published: no post_init()
+    config_class = Config
+
+    def __init__(self, config, use_flash_attn=True):
+        super().__init__(config)
+        assert use_flash_attn is False
+        self.scale = torch.nn.Linear(1, 1)
+        self.system_message = "own"
+
+    def chat(self, tokenizer, pixel_values, question, generation_config, num_patches_list=None):
+        assert tokenizer("a").input_ids
+        asked = (list(pixel_values.shape), question, generation_config, num_patches_list)
+        return "|".join(map(str, (self.system_message, *asked)))
+"""
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with code of its own, in the shape of the published InternVL ones."""
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    path = folder_with(tmp_path / "remote", model_type="internvl_chat", force_image_size=56, auto_map=own)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((GOLDEN_VLM / "orig" / name).read_bytes())
+    (path / "own.py").write_text(REMOTE_CODE, encoding="utf-8")
+    save_file({"scale.weight": torch.ones(1, 1), "scale.bias": torch.ones(1)}, path / "model.safetensors")
+    return path
+
+
+def test_trusted_code_gets_the_official_chat_call(remote: Path) -> None:
+    captioner = open_captioner(remote, device="cpu", dtype=torch.float32, trust_remote_code=True)
+    asked = (
+        "[2, 3, 56, 56]|Frame1: <image>\nFrame2: <image>\nWhat is it?|{'max_new_tokens': 5, 'do_sample': False}|[1, 1]"
+    )
+    assert captioner.describe(FRAMES, "What is it?", max_new_tokens=5) == f"own|{asked}"
+    assert captioner.describe(FRAMES, "What is it?", "mine", max_new_tokens=5) == f"mine|{asked}"
+    captioner.close()
+    assert captioner.describe(FRAMES, "What is it?", max_new_tokens=5) == f"own|{asked}"
+
+
+def test_trusted_code_that_needs_a_package_says_which(remote: Path) -> None:
+    (remote / "own.py").write_text(f"import no_such_timm\n{REMOTE_CODE}", encoding="utf-8")
+    with pytest.raises(UserError, match="needs a package that is not installed .*no_such_timm.*or give prompt"):
+        open_captioner(remote, device="cpu", trust_remote_code=True).describe(FRAMES, "What is it?")
+
+
+def test_code_runs_only_when_trusted() -> None:
+    with pytest.raises(RuntimeError, match="TRAP"):  # the trap works, and the golden tests never spring it
+        open_captioner(GOLDEN_VLM / "orig", device="cpu", trust_remote_code=True).describe(FRAMES, "What is it?")
+
+
+def test_a_broken_torchvision_counts_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "part.py").touch()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "from torchvision import part\nraise RuntimeError('operator torchvision::nms does not exist')", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        for _ in range(2):
+            hide_broken_torchvision()
+        assert sys.modules["torchvision"] is None
+        assert "torchvision.part" not in sys.modules
+        assert caplog.text.count("nms does not exist") == 1
+    finally:
+        sys.modules.pop("torchvision", None)

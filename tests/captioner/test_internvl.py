@@ -1,0 +1,358 @@
+"""InternVL folders of both formats give what the official code gives, and bad folders are refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.golden import GOLDEN_VLM
+from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
+from wan.captioner.decoding import GreedyDecoder
+from wan.errors import UserError
+
+EXPECTED = json.loads((GOLDEN_VLM / "expected.json").read_text(encoding="utf-8"))
+ARRAYS = np.load(GOLDEN_VLM / "expected.npz")
+FRAMES = np.load(GOLDEN_VLM / "frames.npy")
+QUESTION = EXPECTED["question"]
+
+
+@pytest.fixture(scope="module", params=["orig", "hf"])
+def captioner(request: pytest.FixtureRequest) -> InternVLCaptioner:
+    return InternVLCaptioner(GOLDEN_VLM / request.param, "cpu", torch.float32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a golden folder that a test may damage."""
+
+    def copy(kind: str) -> Path:
+        target = tmp_path / kind
+        target.mkdir()
+        for path in (GOLDEN_VLM / kind).iterdir():
+            shutil.copyfile(path, target / path.name)  # not the mode: the originals may be read-only
+        return target
+
+    return copy
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_ids_and_pixels_are_the_official_ones(captioner: InternVLCaptioner) -> None:
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    assert ids.tolist() == [ARRAYS["input_ids"].tolist()]
+    assert np.array_equal(pixels.numpy(), ARRAYS["pixel_values"])
+
+
+@torch.inference_mode()
+def test_features_and_logits_are_the_official_ones(captioner: InternVLCaptioner) -> None:
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    features = captioner.model.get_image_features(pixels).pooler_output
+    logits = captioner.model(input_ids=ids, pixel_values=pixels).logits[0]
+    np.testing.assert_allclose(features, ARRAYS["vision_features"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(logits[-1], ARRAYS["prefill_logits_last"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[::8], ARRAYS["prefill_logits_every8"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("system", "prefix", "count"), [(None, "", 40), ("", "nosys_", 12)])
+def test_new_tokens_are_the_official_ones(
+    captioner: InternVLCaptioner, system: str | None, prefix: str, count: int
+) -> None:
+    ids, pixels = captioner.prepare(FRAMES, QUESTION, system)
+    assert ids.tolist() == [ARRAYS[f"{prefix}input_ids"].tolist()]
+    assert captioner.generate(ids, pixels, count).tolist() == EXPECTED[f"{prefix}greedy_ids"]
+
+
+def test_text_is_the_official_one_and_again_after_close(captioner: InternVLCaptioner) -> None:
+    texts = []
+    for _ in range(2):
+        texts.append(captioner.describe(FRAMES, QUESTION, max_new_tokens=40))
+        captioner.close()
+        assert not captioner.is_loaded
+    assert texts == [EXPECTED["chat_text"]] * 2
+
+
+def test_default_dtype_loads_bfloat16_and_nothing_before_the_first_use() -> None:
+    captioner = InternVLCaptioner(GOLDEN_VLM / "orig", "cpu")
+    assert not captioner.is_loaded
+    assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
+
+
+def test_settings_in_the_folder_do_not_change_the_answer(folder: Callable[[str], Path]) -> None:
+    path = folder("hf")
+    edit(path / "generation_config.json", lambda c: c.update(do_sample=True, temperature=5.0, repetition_penalty=9.0))
+    captioner = open_captioner(path, device="cpu", dtype=torch.float32)
+    assert captioner.describe(FRAMES, QUESTION, max_new_tokens=40) == EXPECTED["chat_text"]
+
+
+def test_vocab_and_merges_do_without_tokenizer_json(folder: Callable[[str], Path]) -> None:
+    path = folder("orig")
+    (path / "tokenizer.json").unlink()
+    ids, _ = InternVLCaptioner(path, "cpu").prepare(FRAMES, QUESTION)
+    assert ids.tolist() == [ARRAYS["input_ids"].tolist()]
+
+
+def test_a_folder_saved_by_transformers_5_reads_the_same(captioner: InternVLCaptioner, tmp_path: Path) -> None:
+    captioner.model.save_pretrained(tmp_path)
+    captioner.tokenizer.save_pretrained(tmp_path)
+    again = InternVLCaptioner(tmp_path, "cpu", torch.float32)
+    assert again.describe(FRAMES, QUESTION, max_new_tokens=40) == EXPECTED["chat_text"]
+
+
+def test_frames_are_sampled_as_officially() -> None:
+    for name, indices in EXPECTED["sampling"].items():
+        count, segments = map(int, name.split("x"))
+        assert frame_indices(count, segments) == indices, name
+
+
+def test_image_is_cut_into_the_nearest_grid() -> None:
+    def sizes(width: int, height: int, **options: Any) -> int:
+        tiles = dynamic_preprocess(Image.new("RGB", (width, height)), image_size=56, **options)
+        assert {tile.size for tile in tiles} == {(56, 56)}
+        return len(tiles)
+
+    assert sizes(560, 280) == 8  # 4x2 and not 2x1: the image fills it
+    assert sizes(60, 30) == 2
+    assert sizes(560, 280, use_thumbnail=True) == 9
+    assert sizes(560, 280, max_num=1, use_thumbnail=True) == 1
+    assert sizes(1000, 100, max_num=6) == 6
+
+
+def test_tiles_come_row_by_row() -> None:
+    levels = np.zeros((112, 112, 3), np.uint8)
+    levels[:56, 56:] = 80
+    levels[56:, :56] = 160
+    levels[56:, 56:] = 240
+    tiles = dynamic_preprocess(Image.fromarray(levels), min_num=4, max_num=4, image_size=56)
+    assert [tile.getpixel((28, 28))[0] for tile in tiles] == [0, 80, 160, 240]  # type: ignore[index]
+
+
+def test_transform_squashes_and_normalises() -> None:
+    pixels = build_transform(28)(Image.new("L", (10, 90), 255))
+    assert pixels.shape == (3, 28, 28)
+    assert pixels[:, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+
+
+def set_config(**values: Any) -> Callable[[Path], None]:
+    return lambda path: edit(path / "config.json", lambda config: config.update(values))
+
+
+def internlm2(path: Path) -> None:
+    edit(path / "config.json", lambda config: config["llm_config"].update(model_type="internlm2"))
+
+
+def delete(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).write_text(content, encoding="utf-8")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        ("orig", delete("config.json"), "is not a VLM folder, it has no config.json"),
+        ("orig", write("config.json", "{"), "config.json cannot be read as JSON"),
+        ("orig", write("config.json", "[]"), "must be a JSON object"),
+        ("orig", set_config(model_type="llava"), "holds a llava model, not InternVL"),
+        ("orig", set_config(ps_version="v1"), "ps_version v1, only v2 works"),
+        ("orig", set_config(vision_config={}), "config.json lacks 'patch_size'"),
+        ("orig", internlm2, "language model of type internlm2; only InternVL with qwen2 or qwen3"),
+        ("orig", delete("model-00002-of-00002.safetensors"), "lacks model-00002-of-00002.safetensors"),
+        ("hf", delete("model.safetensors"), "lacks model.safetensors"),
+        ("hf", write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+        ("orig", write("model.safetensors.index.json", "{}"), "names no weights"),
+    ],
+)
+def test_a_bad_folder_is_refused_before_anything_loads(
+    kind: str, damage: Callable[[Path], None], message: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(kind)
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        InternVLCaptioner(path, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Callable[[str], Path]) -> None:
+    path = folder("hf")
+    (path / "tokenizer.json").unlink()
+    (path / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"lacks tokenizer.json \(or vocab.json and merges.txt\)"):
+        InternVLCaptioner(path, "cpu")
+
+
+def lose_weight(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = next(path.glob("model*1-of-*.safetensors"), path / "model.safetensors")
+    weights = load_file(file)
+    del weights[next(name for name in weights if name.endswith(("layers.0.ls1", "layer.0.lambda_1")))]
+    save_file(weights, file, {"format": "pt"})
+
+
+def add_weight(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = next(path.glob("model*1-of-*.safetensors"), path / "model.safetensors")
+    save_file(load_file(file) | {"extra.weight": torch.zeros(1)}, file, {"format": "pt"})
+
+
+def widen(path: Path) -> None:
+    edit(path / "config.json", lambda config: config["vision_config"].update(intermediate_size=72))
+
+
+def truncate(path: Path) -> None:
+    file = next(path.glob("model*1-of-*.safetensors"), path / "model.safetensors")
+    file.write_bytes(file.read_bytes()[:50_000])
+
+
+@pytest.mark.parametrize("kind", ["orig", "hf"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_weight, r"has 1 missing weights \(model.vision_tower.encoder.layer.0.lambda_1\)"),
+        (add_weight, r"has 1 unexpected weights \(extra.weight\)"),
+        (widen, "has 9 mismatched weights"),
+        (truncate, "failed .*"),
+        (write("tokenizer.json", '{"model": {}}'), "cannot read the tokenizer"),
+        (write("tokenizer.json", "not json"), "cannot read the tokenizer"),
+    ],
+)
+def test_bad_contents_stop_with_one_line_that_offers_prompt(
+    kind: str, damage: Callable[[Path], None], message: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(kind)
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        InternVLCaptioner(path, "cpu").describe(FRAMES, QUESTION, max_new_tokens=2)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).endswith("or give prompt to go on without captioning")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "ran out of memory: use vlm_device cpu"),
+        (None, "empty answer"),
+    ],
+)
+def test_a_failed_description_says_why(
+    failure: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: Any) -> str:
+        if failure is not None:
+            raise failure
+        return " \n"
+
+    captioner = InternVLCaptioner(GOLDEN_VLM / "hf", "cpu")
+    monkeypatch.setattr(captioner, "answer", answer)
+    with pytest.raises(UserError, match=f"{message}.*or give prompt"):
+        captioner.describe(FRAMES, QUESTION)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = InternVLCaptioner(GOLDEN_VLM / "hf", "cpu")
+    monkeypatch.setattr(captioner, "answer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        captioner.describe(FRAMES, QUESTION)
+
+
+@pytest.mark.parametrize("frames", [FRAMES.astype(np.float32), FRAMES[0], FRAMES[:0]])
+def test_other_than_rgb_bytes_are_refused(captioner: InternVLCaptioner, frames: Any) -> None:
+    with pytest.raises(UserError, match="a captioner needs RGB uint8"):
+        captioner.describe(frames, QUESTION)
+
+
+def test_pictures_may_come_as_a_list(captioner: InternVLCaptioner) -> None:
+    as_array = captioner.describe(FRAMES, QUESTION, max_new_tokens=6)
+    images = [Image.fromarray(frame) for frame in FRAMES]
+    assert captioner.describe(images, QUESTION, max_new_tokens=6) == as_array
+    assert captioner.describe(list(FRAMES), QUESTION, max_new_tokens=6) == as_array
+    wider = [images[0].resize((images[0].width * 2, images[0].height)).convert("RGBA"), *images[1:]]
+    assert captioner.describe(wider, QUESTION, max_new_tokens=6)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
+def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan.captioner import decode_attention_kernel
+
+    calls: list[Any] = []
+    attend = decode_attention_kernel.attend
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return attend(*given)
+
+    monkeypatch.setattr(decode_attention_kernel, "attend", counted)
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
+    captioner.close()
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    assert captioner.generate(ids, pixels, 12).tolist() == EXPECTED["greedy_ids"][:12]
+    layers = captioner.config["text_config"]["num_hidden_layers"]
+    assert len(calls) >= 1 + 11 * layers  # and a trial; the prompt is not among them
+    length = 300  # no multiple of what a program looks at, and parts in which nothing is seen
+    query, key, value = (torch.randn(1, heads, rows, 64) for heads, rows in ((12, 1), (4, length), (4, length)))
+    seen = (torch.arange(length) < 20)[None, None, None]
+    wide = [part.repeat_interleave(3, 1) for part in (key, value)]
+    exact = torch.nn.functional.scaled_dot_product_attention(query, wide[0], wide[1], attn_mask=seen)
+    torch.testing.assert_close(attend(query, key, value, seen, 0.125), exact.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_our_attention_runs_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "our_attention_gives"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong"])
+def test_an_attention_that_does_not_work_here_is_left_out(
+    captioner: InternVLCaptioner, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+
+    def attend(query: torch.Tensor, *_: Any) -> torch.Tensor:
+        if broken == "raises":
+            raise RuntimeError("no such machine")
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend", attend)
+    monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
+    captioner.close()
+    with caplog.at_level("INFO", logger="wan"):
+        ids, pixels = captioner.prepare(FRAMES, QUESTION)
+        assert captioner.generate(ids, pixels, 5).tolist() == EXPECTED["greedy_ids"][:5]
+    assert ("no such machine" if broken == "raises" else "is wrong on this machine") in caplog.text
+    captioner.close()
+
+
+def test_tokens_after_the_end_mark_are_thrown_away(captioner: InternVLCaptioner) -> None:
+    ids, pixels = captioner.prepare(FRAMES, QUESTION)
+    wanted = EXPECTED["greedy_ids"]
+    decoder = GreedyDecoder(captioner.model, ids.shape[1] + 40)
+    for count in (1, 2, 11):
+        assert decoder(ids, pixels, count, None).tolist() == wanted[:count]
+    end = wanted[10]
+    assert decoder(ids, pixels, 40, end).tolist() == wanted[: wanted.index(end) + 1]

@@ -1,0 +1,196 @@
+"""Products and attention in 8 bits: the errors that the format has, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.support.golden import DATA, GOLDEN
+from wan import WanTI2V, cli
+from wan.denoiser import fp8
+from wan.denoiser.fp8 import attend, check_precision, multiply, quantize, quantize_model
+from wan.denoiser.model import WanModel
+from wan.errors import UserError
+from wan.weights.quantized import Addition, QuantizedLinear
+
+VIDEO = DATA / "corpus" / "h264_faststart.mp4"
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact.double()).norm() / exact.double().norm())
+
+
+def exact_attention(*inputs: Tensor) -> Tensor:
+    query, key, value = (part.double().transpose(1, 2) for part in inputs)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def test_rows_keep_their_largest_numbers_and_round_the_others_to_four_bits() -> None:
+    x = random(40, 96) * torch.logspace(-3, 3, 40)[:, None]
+    rows, scale = quantize(x)
+    back = rows.float() * scale
+    assert rows.dtype == torch.float8_e4m3fn and scale.shape == (40, 1)
+    assert torch.allclose(back.abs().amax(1), x.abs().amax(1), rtol=1e-6)
+    assert (back - x).abs().max(1).values.le(x.abs().amax(1) / 28).all()  # half a step of the largest binade
+    assert quantize(torch.zeros(2, 8))[0].float().eq(0).all()
+
+
+def test_a_product_has_the_error_of_its_roundings() -> None:
+    x, weight, bias = random(2, 50, 256), random(64, 256, seed=1), random(64, seed=2)
+    found = multiply(x, *quantize(weight), bias)
+    assert found.shape == (2, 50, 64)
+    assert 1e-2 < relative(found, F.linear(x.double(), weight.double(), bias.double())) < 5e-2
+    powers = torch.tensor([448.0, 2.0, -1.0, 0.5]).repeat(1, 8)  # of which none is rounded
+    assert torch.equal(multiply(powers, *quantize(powers), torch.zeros(1)), powers @ powers.T)
+
+
+@pytest.mark.parametrize("common", [0.0, 6.0])
+def test_attention_is_5_per_cent_from_exact_whatever_the_keys_have_in_common(common: float) -> None:
+    query, key, value = random(3, 1, 500, 2, 64)
+    key = key + common * random(1, 1, 2, 64, seed=1)
+    assert 1e-2 < relative(attend(query, key, value), exact_attention(query, key, value)) < 7e-2
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
+@pytest.mark.parametrize("length", [256, 300])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_the_kernel_is_attention(length: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan.denoiser import int8_attention_kernel
+
+    # the interpreter cuts 8-bit floats off where a GPU rounds; in 16 bits only mistakes are left
+    monkeypatch.setattr(int8_attention_kernel, "FORMAT", torch.float16)
+    query, key, value = random(3, 2, length, 3, 32).bfloat16()
+    key = key + 4
+    for integers, bar in ((False, 5e-3), (True, 2e-2)):
+        tiles = int8_attention_kernel.Tiles(64, columns, by_descriptor=False, integers=integers)
+        found = int8_attention_kernel.attend(query, key, value, tiles)
+        assert relative(found, exact_attention(query, key, value)) < bar
+
+
+def test_the_kernel_runs_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "kernel_is"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_as_a_cpu_does() -> None:
+    x, weight, bias = random(2, 48, 256), random(64, 256, seed=1), random(64, seed=2)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    rows, scale = quantize(weight)
+    found = multiply(x.cuda(), rows.cuda(), scale.cuda(), bias.cuda())
+    assert abs(relative(found.cpu(), exact) - relative(multiply(x, rows, scale, bias), exact)) < 4e-3
+    inputs = random(3, 2, 700, 3, 128)
+    inputs[1] += 4
+    exact = exact_attention(*inputs)
+    found = attend(*inputs.cuda().bfloat16()).cpu()
+    assert abs(relative(found, exact) - relative(attend(*inputs), exact)) < 1.5e-2
+
+
+@pytest.mark.parametrize("precision", fp8.PRECISIONS)
+def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: Any) -> None:
+    model = type(ti2v)(dataclasses.replace(ti2v.config, low_precision=precision), ti2v.checkpoint.folder).model
+    packed = {name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    blocks = len(model.blocks)
+    assert len(packed) == 8 * blocks and all(name.startswith("blocks.") for name in packed)
+    assert not any("attn2.to_k" in name or "attn2.to_v" in name for name in packed)
+    latents, text, t = random(1, 48, 3, 4, 6), random(1, 512, ti2v.model.config.text_dim), torch.tensor([600.0])
+    with torch.no_grad():
+        found, exact = (one(latents, t, text, return_dict=False)[0] for one in (model, ti2v.model))
+    assert 1e-3 < relative(found, exact) < 0.15
+
+
+@pytest.mark.parametrize("precision", fp8.PRECISIONS)
+def test_one_graph_serves_all_lowered_blocks(precision: str) -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 32}
+    model = WanModel(**sizes, freq_dim=64, ffn_dim=96, num_layers=10).eval()  # more than a compiler's limit of graphs
+    quantize_model(model, precision, torch.device("cpu"))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model.compile_blocks(backend)
+    with torch.no_grad():
+        model(random(1, 4, 3, 8, 8), torch.tensor([600.0]), random(1, 512, 32))
+    assert len(graphs) == 1 and model.is_compiled
+
+
+def test_what_a_lora_adds_is_added_beside_the_weight(ti2v: Any) -> None:
+    linear = ti2v.model.blocks[0].attn1.to_q
+    model = type(ti2v)(dataclasses.replace(ti2v.config, low_precision="fp8"), ti2v.checkpoint.folder).model
+    low = model.blocks[0].attn1.to_q
+    x = random(1, 10, linear.in_features)
+    left, right = random(linear.out_features, 2, seed=1), random(2, linear.in_features, seed=2)
+    with torch.no_grad():
+        without = low(x)
+        low.set_loras([Addition(left, right, 0.5), Addition(left @ right, None, -0.25)])
+        assert torch.allclose(low(x) - without, 0.25 * F.linear(x, left @ right), atol=1e-4)
+        low.set_loras([])
+        assert torch.equal(low(x), without)
+
+
+def test_the_command_line_says_what_it_computed_in(tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(GOLDEN / "5b" / "ckpt", tmp_path / "ckpt")
+    declared = {"sizes": ["96*64"], "frame_num": 5, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
+    (tmp_path / "ckpt" / "wan_config.json").write_text(json.dumps(declared))
+    flags = ["--ckpt_dir", str(tmp_path / "ckpt"), "--video", str(VIDEO), "--prompt", "A cat", "--base_seed", "1"]
+    made = {}
+    for precision in ("", "fp8", "fp8_attention"):
+        target = tmp_path / f"{precision}.mp4"
+        more = ["--precision", precision] if precision else []
+        assert cli.generate_main([*flags, "--save_file", str(target), *more]) == 0
+        record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+        assert record["precision"] == (precision or None)
+        made[precision] = target.read_bytes()
+    assert len(set(made.values())) == 3
+
+
+def test_what_cannot_compute_in_8_bits_says_so_before_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
+    check_precision(None, gpu)
+    check_precision("fp8", torch.device("cpu"))
+    with pytest.raises(UserError, match="RTX 3090 has none"):
+        check_precision("fp8", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_precision("fp8", gpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the triton package"):
+        check_precision("fp8_attention", gpu)
+    config = dataclasses.replace(cli_config(), low_precision="fp8")
+    with pytest.raises(UserError, match=r"x\.gguf: precision fp8 is for bf16"):
+        WanTI2V(config, GOLDEN / "5b" / "ckpt", dit_files={"model": tmp_path / "x.gguf"})
+
+
+def cli_config() -> Any:
+    from wan import WAN_CONFIGS
+
+    return WAN_CONFIGS["ti2v-5B"]
+
+
+def test_weights_of_another_quantisation_are_refused(ti2v: Any) -> None:
+    model = type(ti2v)(ti2v.config, ti2v.checkpoint.folder).model
+    quantize_model(model, "fp8", torch.device("cpu"))
+    model.blocks[0].attn1.to_q.weight.data = model.blocks[0].attn1.to_q.weight.data.to(torch.float8_e5m2)
+    with pytest.raises(UserError, match="bf16 and fp8"):
+        quantize_model(model, "fp8", torch.device("cpu"))

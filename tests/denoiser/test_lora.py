@@ -1,0 +1,636 @@
+"""A LoRA adds strength * alpha / rank * B @ A to the checkpoint's weights, whatever its layers are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.support.golden import GOLDEN
+from wan.denoiser import lora as lora_module
+from wan.denoiser.lora import LoraMatch, merge_loras, open_loras
+from wan.denoiser.model import WanModel, infer_config, key_map
+from wan.device.placement import Placement
+from wan.errors import UserError
+from wan.files import sampled_digest
+from wan.models import Models
+from wan.settings import LoraFile
+from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_file, open_safetensors
+
+CPU = torch.device("cpu")
+ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
+BLOCKS = [f"blocks.{n}.{layer}" for n in (0, 1) for layer in [*ATTENTION, "ffn.0", "ffn.2"]]
+OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
+EVERYWHERE = [*BLOCKS, *OUTSIDE, "time_projection.1", "head.head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """B @ A of one layer, and its alpha."""
+
+    up: Tensor
+    down: Tensor
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / len(self.down)
+
+    @property
+    def baked(self) -> Pair:
+        """The same with a scale of 1; exact, because all scales here are powers of two."""
+        return Pair(self.up, self.down * self.scale, len(self.down))
+
+
+Layers = Mapping[str, Pair]
+
+
+def pairs(shapes: Mapping[str, tuple[int, ...]], layers: list[str] = BLOCKS, seed: int = 0) -> dict[str, Pair]:
+    """Ranks 2, 4 and 8 in turn, and scales from 1/8 to 4; bfloat16, as published files are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).div(16).bfloat16()
+
+    found = {}
+    for index, layer in enumerate(layers):
+        out, *inner = shapes[f"{layer}.weight"]
+        rank = (2, 4, 8)[index % 3]
+        found[layer] = Pair(random(out, rank, *(1 for _ in inner[1:])), random(rank, *inner), 2.0 ** (index % 4))
+    return found
+
+
+def diffusers_name(layer: str) -> str:
+    (name,) = convert_wan_transformer_to_diffusers({f"{layer}.weight": layer})
+    return str(name).removesuffix(".weight")
+
+
+# --- one LoRA in every style ------------------------------------------------------------------------------------------
+
+
+def named(
+    layers: Layers, name: Callable[[str], str], down: str, up: str, alpha: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A state dict; with `alpha` None the scale is baked into the matrices."""
+    state: dict[str, Tensor] = {}
+    for layer, pair in layers.items():
+        stored = pair if alpha else pair.baked
+        state |= {f"{name(layer)}.{down}.weight": stored.down, f"{name(layer)}.{up}.weight": stored.up}
+        if alpha:
+            state[f"{name(layer)}.alpha"] = torch.tensor(pair.alpha, dtype=alpha)
+    return state
+
+
+def svi(layers: Layers, file: Path) -> None:
+    save_file(named(layers, str, "lora_A.default", "lora_B.default"), file)
+
+
+def comfyui(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"diffusion_model.{layer}", "lora_A", "lora_B"), file)
+
+
+def lightx2v(layers: Layers, file: Path) -> None:
+    name = "diffusion_model.{}".format
+    save_file(named(layers, name, "lora_down", "lora_up", torch.bfloat16), file)
+
+
+def kohya(layers: Layers, file: Path) -> None:
+    name = "lora_unet_{}".format
+    save_file(named(layers, lambda layer: name(layer.replace(".", "_")), "lora_down", "lora_up", torch.float16), file)
+
+
+def videox_fun(layers: Layers, file: Path) -> None:
+    name = "lora_unet__{}".format
+    save_file(named(layers, lambda layer: name(layer.replace(".", "_")), "lora_down", "lora_up", torch.bfloat16), file)
+
+
+def kohya_of_diffusers_names(layers: Layers, file: Path) -> None:
+    def name(layer: str) -> str:
+        return "lora_transformer_" + diffusers_name(layer).replace(".", "_")
+
+    save_file(named(layers, name, "lora_down", "lora_up", torch.float32), file)
+
+
+def diffusers(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B"), file)
+
+
+def diffusers_with_header(layers: Layers, file: Path) -> None:
+    """What save_lora_weights writes since it keeps the configuration: the alphas are in the header."""
+    plain = {layer: dataclasses.replace(pair, alpha=len(pair.down)) for layer, pair in layers.items()}
+    alphas = {diffusers_name(layer): pair.alpha for layer, pair in layers.items() if pair.alpha != 1}
+    said = {"transformer.r": 4, "transformer.lora_alpha": 1, "transformer.alpha_pattern": alphas}
+    state = named(plain, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B")
+    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)})
+
+
+def peft(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"base_model.model.{layer}", "lora_A", "lora_B"), file)
+
+
+def diffsynth(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"pipe.dit.{layer}", "lora_A.default", "lora_B.default"), file)
+
+
+STYLES = [
+    *(svi, comfyui, lightx2v, kohya, videox_fun, kohya_of_diffusers_names),
+    *(diffusers, diffusers_with_header, peft, diffsynth),
+]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def diffusers_layout(weights: Weights, folder: Path) -> Weights:
+    """The same weights as the library's own save_pretrained writes them, in shards."""
+    model = WanTransformer3DModel(**infer_config(weights))
+    model.load_state_dict(convert_wan_transformer_to_diffusers(dict(weights.tensors())))
+    model.save_pretrained(folder, max_shard_size="150KB")
+    return open_safetensors(folder, "diffusion_pytorch_model")
+
+
+def matches(files: Sequence[LoraFile], weights: Weights) -> list[LoraMatch]:
+    return [one.match for one in open_loras(files, weights)]
+
+
+def merge(model: WanModel, weights: Weights, files: Sequence[LoraFile]) -> None:
+    merge_loras(model, weights, open_loras(files, weights))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+    a14b = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names()).experts
+    names = Names(vae="Wan2.2_VAE.pth")
+    five_b = open_checkpoint(GOLDEN / "5b" / "ckpt", in_channels=48, experts=1, names=names).experts["model"]
+    opened = {"A14B": a14b["high_noise_model"], "low noise": a14b["low_noise_model"], "5B": five_b}
+    return opened | {"diffusers": diffusers_layout(opened["A14B"], tmp_path_factory.mktemp("diffusers") / "model")}
+
+
+@pytest.fixture(params=["A14B", "5B", "diffusers"])
+def weights(checkpoints: dict[str, Weights], request: pytest.FixtureRequest) -> Weights:
+    return checkpoints[request.param]
+
+
+@pytest.fixture
+def a14b(checkpoints: dict[str, Weights]) -> Weights:
+    return checkpoints["A14B"]
+
+
+def official_shapes(weights: Weights, checkpoints: dict[str, Weights]) -> Mapping[str, tuple[int, ...]]:
+    return checkpoints["A14B"].shapes if weights is checkpoints["diffusers"] else weights.shapes
+
+
+def load(weights: Weights, dtype: torch.dtype = torch.float32, convert: bool = False) -> WanModel:
+    return WanModel.from_weights(weights, dtype=dtype, device=CPU, convert_model_dtype=convert)
+
+
+def values(model: WanModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def expected(weights: Weights, *loras: tuple[Layers, float]) -> dict[str, Tensor]:
+    """W + strength * alpha / rank * B @ A in float64."""
+    by_key = {key: value for key, value in weights.tensors() if isinstance(value, Tensor)}
+    wanted = {name: by_key[key].double() for name, key in key_map(weights).items()}
+    for layers, strength in loras:
+        for layer, pair in layers.items():
+            name = f"{diffusers_name(layer)}.weight"
+            product = pair.up.double().flatten(1) @ pair.down.double().flatten(1)
+            wanted[name] += strength * pair.scale * product.view_as(wanted[name])
+    return wanted
+
+
+# --- what is merged ---------------------------------------------------------------------------------------------------
+
+
+def test_every_style_makes_the_same_weights(weights: Weights, checkpoints: Any, tmp_path: Path) -> None:
+    lora = pairs(official_shapes(weights, checkpoints), EVERYWHERE)
+    model, merged, total = load(weights), [], len(EVERYWHERE)
+    for style in STYLES:
+        style(lora, tmp_path / f"{style.__name__}.safetensors")
+        asked = [LoraFile(tmp_path / f"{style.__name__}.safetensors", 0.5)]
+        (match,) = matches(asked, weights)
+        assert (match.matched, match.total, match.ranks, match.unmatched) == (total, total, (2, 4, 8), ())
+        merge(model, weights, asked)
+        merged.append(values(model))
+    assert all(same(merged[0], other) for other in merged[1:])
+    for name, value in expected(weights, (lora, 0.5)).items():
+        torch.testing.assert_close(merged[0][name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_merged_model_is_the_model_of_a_merged_checkpoint(a14b: Weights, tmp_path: Path) -> None:
+    """Rounded once, to each parameter's own dtype."""
+    lora = pairs(a14b.shapes, EVERYWHERE)
+    lightx2v(lora, tmp_path / "lora.safetensors")
+    exact = load(a14b)
+    merge(exact, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
+    (tmp_path / "merged").mkdir()
+    save_file(values(exact), tmp_path / "merged" / "m.safetensors")
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(dict(a14b.config)))
+    merged = open_safetensors(tmp_path / "merged", "m")
+    for dtype, convert in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)):
+        model = load(a14b, dtype, convert)
+        merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.7)])
+        assert same(values(model), values(load(merged, dtype, convert)))
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_what_is_taken_out_leaves_no_trace(weights: Weights, checkpoints: Any, convert: bool, tmp_path: Path) -> None:
+    shapes = official_shapes(weights, checkpoints)
+    one, other = LoraFile(tmp_path / "one.safetensors"), LoraFile(tmp_path / "other.safetensors", -1.5)
+    comfyui(pairs(shapes, EVERYWHERE[::2]), one.path)
+    kohya(pairs(shapes, EVERYWHERE[::3], seed=1), other.path)
+    model = load(weights, torch.bfloat16, convert)
+    before = values(model)
+    merge(model, weights, [other])
+    alone = values(model)
+    assert not same(alone, before)
+    merge(model, weights, [one, other])
+    both = values(model)
+    merge(model, weights, [])
+    assert same(values(model), before)
+    merge(model, weights, [one, other])
+    assert same(values(model), both)
+    merge(model, weights, [other])
+    assert same(values(model), alone)
+
+
+def test_several_loras_add_up(a14b: Weights, tmp_path: Path) -> None:
+    one, other = pairs(a14b.shapes), pairs(a14b.shapes, EVERYWHERE, seed=1)
+    svi(one, tmp_path / "one.safetensors")
+    diffusers(other, tmp_path / "other.safetensors")
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "one.safetensors", 0.5), LoraFile(tmp_path / "other.safetensors")])
+    merged = values(model)
+    for name, value in expected(a14b, (one, 0.5), (other, 1.0)).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+def test_the_same_set_is_merged_once(a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    model, opened = load(a14b), open_loras([LoraFile(tmp_path / "lora.safetensors")], a14b)
+    merge_loras(model, a14b, opened)
+    monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("read again"))
+    merge_loras(model, a14b, opened)
+
+
+def test_the_headers_of_a_lora_are_read_once_for_each_expert(
+    a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    read: list[Path] = []
+
+    def counted(file: Path) -> Any:
+        read.append(file)
+        return open_file(file)
+
+    monkeypatch.setattr(lora_module, "open_file", counted)
+    checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b})
+    models = Models("x", checkpoint, {name: lambda: load(a14b) for name in checkpoint.experts})
+    for strength in (1.0, 0.5, 1.0):  # clips that differ
+        files = (LoraFile(tmp_path / "lora.safetensors", strength),)
+        wanted = {"high_noise_model": files, "low_noise_model": files}
+        models.check_loras(wanted)
+        models.merge_loras(wanted)
+    assert len(read) == 2 * 2  # an expert and a strength
+    assert models.merged["high_noise_model"][0].lora.strength == 1.0
+
+
+def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:
+    q, head = "blocks.1.cross_attn.q", "head.head"
+    lora = pairs(a14b.shapes, [q])
+    differences = {
+        f"diffusion_model.{q}.diff_b": ("blocks.1.attn2.to_q.bias", 1.0),
+        f"diffusion_model.{head}.diff": ("proj_out.weight", 1.0),
+        f"diffusion_model.{head}.diff_b": ("proj_out.bias", 1.0),
+        "diffusion_model.blocks.0.norm3.diff": ("blocks.0.norm2.weight", 1.0),
+        "diffusion_model.blocks.0.norm3.diff_b": ("blocks.0.norm2.bias", 1.0),
+        "diffusion_model.blocks.0.self_attn.norm_k.diff": ("blocks.0.attn1.norm_k.weight", 1.0),
+        "diffusion_model.blocks.0.diff_m": ("blocks.0.scale_shift_table", 1.0),
+        "diffusion_model.head.modulation.diff": ("scale_shift_table", 1.0),
+        "diffusion_model.patch_embedding.diff": ("patch_embedding.weight", 1.0),
+    }
+    state = named(lora, "diffusion_model.{}".format, "lora_down", "lora_up", torch.float32)
+    wanted = expected(a14b, (lora, 0.5))
+    for seed, (key, (name, scale)) in enumerate(differences.items()):
+        state[key] = torch.randn(wanted[name].shape, generator=torch.Generator().manual_seed(seed))
+        wanted[name] += 0.5 * scale * state[key]
+    save_file(state, tmp_path / "lora.safetensors")
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
+    for name, value in values(model).items():
+        torch.testing.assert_close(value.double(), wanted[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_bias_of_peft_is_scaled_like_the_product(a14b: Weights, tmp_path: Path) -> None:
+    lora = pairs(a14b.shapes, ["blocks.0.self_attn.q"])
+    state = named(lora, "base_model.model.{}".format, "lora_A", "lora_B")
+    state["base_model.model.blocks.0.self_attn.q.lora_B.bias"] = bias = torch.ones(48)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "alpha_pattern": {}}))
+    model, before = load(a14b), expected(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "adapter_model.safetensors", 0.5)])
+    change = values(model)["blocks.0.attn1.to_q.bias"].double() - before["blocks.0.attn1.to_q.bias"]
+    torch.testing.assert_close(change, 0.5 * 6 / 2 * bias.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_rank_stabilised_alpha_is_divided_by_the_root_of_the_rank(a14b: Weights, tmp_path: Path) -> None:
+    lora = pairs(a14b.shapes)
+    plain = {layer: dataclasses.replace(pair, alpha=len(pair.down)) for layer, pair in lora.items()}
+    said = json.dumps({"transformer.lora_alpha": 3, "transformer.use_rslora": True})
+    state = named(plain, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B")
+    save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": said})
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
+    rooted = {layer: dataclasses.replace(pair, alpha=3 * math.sqrt(len(pair.down))) for layer, pair in lora.items()}
+    for name, value in expected(a14b, (rooted, 1.0)).items():
+        torch.testing.assert_close(values(model)[name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("style", [comfyui, lightx2v, kohya, diffusers])
+def test_diffusers_fuses_to_the_same_weights(style: Any, a14b: Weights, tmp_path: Path) -> None:
+    """Oracle, for the styles that it reads without loss (it silently ignores SVI's own)."""
+    lora = pairs(a14b.shapes)
+    if style is kohya:  # that converter needs every alpha; peft then reads ranks that differ from layer to layer
+        lora = {layer: dataclasses.replace(pair, alpha=1.0) for layer, pair in lora.items()}
+    style(lora, tmp_path / "lora.safetensors")
+    theirs = WanTransformer3DModel(**infer_config(a14b))
+    theirs.load_state_dict(convert_wan_transformer_to_diffusers(dict(a14b.tensors())))
+    pipeline = WanPipeline(None, None, None, None, theirs)
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    pipeline.fuse_lora(lora_scale=0.5)
+    pipeline.unload_lora_weights()
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors", 0.5)])
+    fused = theirs.state_dict()
+    # it scales the matrices in the file's bfloat16 before it multiplies them
+    for name, value in values(model).items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_keep_their_memory(a14b: Weights, tmp_path: Path) -> None:
+    """What offloading puts back after use is this memory."""
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    model = load(a14b)
+    parameter = model.get_parameter("blocks.0.attn1.to_q.weight")
+    host, before = parameter.data, parameter.detach().clone()
+    merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
+    assert parameter is model.get_parameter("blocks.0.attn1.to_q.weight")
+    assert parameter.data_ptr() == host.data_ptr()
+    assert not torch.equal(host, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [True, False])
+def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp_path: Path) -> None:
+    svi(pairs(a14b.shapes, EVERYWHERE), tmp_path / "lora.safetensors")
+    placement, lora = Placement(torch.device("cuda"), offload), LoraFile(tmp_path / "lora.safetensors")
+    model, wanted = load(a14b), load(a14b)
+    before = values(model)
+    merge(wanted, a14b, [lora])
+    with placement.on_device(model):
+        pass
+    for loras, there in (([lora], values(wanted)), ([], before)):
+        merge(model, a14b, loras)
+        with placement.on_device(model):
+            for number in range(len(model.layers) if offload else 0):
+                assert model.before_layer is not None
+                model.before_layer(number)  # it comes when it is used
+            torch.cuda.synchronize()
+            for name, value in values(model).items():
+                assert value.is_cuda
+                torch.testing.assert_close(value.cpu(), there[name], rtol=1e-6, atol=1e-7)
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def test_leftovers_of_wan21_are_not_counted(a14b: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = named(pairs(a14b.shapes), "diffusion_model.{}".format, "lora_down", "lora_up")
+    for key in (
+        *("blocks.0.cross_attn.k_img.lora_down.weight", "blocks.0.cross_attn.k_img.lora_up.weight"),
+        *("blocks.0.cross_attn.v_img.diff_b", "blocks.0.cross_attn.norm_k_img.diff", "img_emb.proj.0.diff"),
+    ):
+        state[f"diffusion_model.{key}"] = torch.ones(7, 7)
+    save_file(state, tmp_path / "lora.safetensors")
+    (match,) = matches([LoraFile(tmp_path / "lora.safetensors")], a14b)
+    assert (match.matched, match.total, match.unmatched) == (len(BLOCKS), len(BLOCKS), ())
+    assert caplog.records == []
+
+
+def test_a_text_to_video_lora_fits_but_for_its_input_channels(
+    a14b: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shapes = {**a14b.shapes, "patch_embedding.weight": (48, 16, 1, 2, 2)}
+    lora = pairs(shapes, ["patch_embedding", *BLOCKS])
+    svi(lora, tmp_path / "t2v.safetensors")
+    with caplog.at_level(logging.WARNING):
+        (match,) = matches([LoraFile(tmp_path / "t2v.safetensors")], a14b)
+    assert (match.matched, match.total, match.unmatched) == (len(BLOCKS), len(BLOCKS) + 1, ("patch_embedding",))
+    assert caplog.messages == [
+        "t2v.safetensors: 20 of 21 layers, rank 2/4/8, strength 1.0; left out: patch_embedding",
+    ]
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "t2v.safetensors")])
+    del lora["patch_embedding"]
+    for name, value in expected(a14b, (lora, 1.0)).items():
+        torch.testing.assert_close(values(model)[name].double(), value, rtol=1e-6, atol=1e-7)
+
+
+def refused(lora: Path, weights: Weights, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        matches([LoraFile(lora)], weights)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        merge(load(weights), weights, [LoraFile(lora)])
+
+
+def test_a_lora_of_another_width_is_refused_by_both_widths(a14b: Weights, tmp_path: Path) -> None:
+    lora = pairs({f"{layer}.weight": (64, 64) for layer in BLOCKS})
+    for style in (svi, kohya):
+        style(lora, tmp_path / "wide.safetensors")
+        refused(tmp_path / "wide.safetensors", a14b, "is for a model of width 64, this one is 48")
+    state = named(lora, "diffusion_model.{}".format, "lora_down", "lora_up")
+    save_file({"diffusion_model.blocks.0.diff_m": torch.zeros(1, 6, 64), **state}, tmp_path / "wide.safetensors")
+    refused(tmp_path / "wide.safetensors", a14b, "is for a model of width 64, this one is 48")
+
+
+def test_a_lora_of_other_sizes_inside_is_refused(a14b: Weights, tmp_path: Path) -> None:
+    shapes = {**a14b.shapes, "blocks.0.ffn.0.weight": (128, 48)}
+    svi(pairs(shapes), tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", a14b, r"blocks.0.ffn.net.0.proj is \(128, 48\), here it is \(96, 48\)")
+
+
+def test_a_lora_that_fits_by_less_than_half_is_refused(a14b: Weights, tmp_path: Path) -> None:
+    deep = {f"blocks.{n}.self_attn.q.weight": (48, 48) for n in range(5)}
+    svi(pairs(deep, [key.removesuffix(".weight") for key in deep]), tmp_path / "deep.safetensors")
+    refused(tmp_path / "deep.safetensors", a14b, "only 2 of its 5 layers are in this one, not blocks.2.self_attn.q, ")
+
+
+def write(**tensors: Tensor) -> Callable[[Path], None]:
+    return lambda file: save_file({key.replace("__", "."): value.clone() for key, value in tensors.items()}, file)
+
+
+Q = "blocks__0__self_attn__q"
+A, B = torch.zeros(2, 48), torch.zeros(48, 2)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (write(double_blocks__0__qkv__lora_A__weight=A, double_blocks__0__qkv__lora_B__weight=B), "no layer of this"),
+        (write(), "holds no LoRA for any layer"),
+        (write(blocks__0__cross_attn__k_img__diff_b=A[0]), "holds no LoRA for any layer"),
+        (write(**{f"{Q}__weight": A}), "is no plain LoRA, it holds blocks.0.self_attn.q.weight;"),
+        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_w2": A}), "it holds .*lokr_w1 and 1 more like it; LoKr"),
+        (write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__dora_scale": B}), "holds .*dora_scale;"),
+        (write(**{f"{Q}__lora_A__weight": A}), "holds one half of blocks.0.self_attn.q only"),
+        (write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B[:, :1]}), "two halves of blocks.0.self_attn.q"),
+        (
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_down__weight": A, f"{Q}__lora_B__weight": B}),
+            "holds blocks.0.self_attn.q twice, as blocks.0.self_attn.q.lora_A.weight and",
+        ),
+        (
+            write(
+                **{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B},
+                lora_unet_blocks_0_self_attn_q__lora_up__weight=B,
+                lora_unet_blocks_0_self_attn_q__lora_down__weight=A,
+            ),
+            "holds blocks_0_self_attn_q twice, under two names",
+        ),
+        (
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__alpha": A}),
+            "no alpha that can be read",
+        ),
+        (lambda file: file.write_bytes(b""), "cannot be read, it may be truncated"),
+        (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "cannot be read, it may be truncated"),
+        (lambda file: file.mkdir(), "is a folder; name the .safetensors file in it"),
+        (lambda file: None, "does not exist"),
+    ],
+)
+def test_a_file_that_is_no_lora_for_this_model_is_refused(
+    contents: Callable[[Path], None], message: str, a14b: Weights, tmp_path: Path
+) -> None:
+    contents(tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", a14b, message)
+
+
+def test_a_truncated_file_is_refused(a14b: Weights, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    svi(pairs(a14b.shapes), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(file, a14b, "cannot be read, it may be truncated; download it again")
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "lora.ckpt", "lora.bin"])
+def test_a_pickle_is_refused_unopened_with_advice(name: str, a14b: Weights, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / name)
+    refused(tmp_path / name, a14b, r"is no \.safetensors file; .* convert it")
+
+
+def test_a_header_that_is_damaged_is_refused(a14b: Weights, tmp_path: Path) -> None:
+    state = named(pairs(a14b.shapes), str, "lora_A", "lora_B")
+    for said in ("{", "[]", '{"transformer.lora_alpha": "much"}', '{"transformer.alpha_pattern": {"(": 1}}'):
+        save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": said})
+        refused(tmp_path / "lora.safetensors", a14b, "(header|alpha) that can")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("SVI_v2_PRO_Wan2.2-I2V-A14B_HIGH_lora_rank_128_fp16", "high"),
+        ("SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0_pro", "low"),
+        ("wan22-style-lownoise", "low"),
+        ("Wan2.2-HighNoise", "high"),
+        ("low-high-both", None),
+        ("slow_flow_highway", None),
+    ],
+)
+def test_a_file_is_for_the_expert_that_its_name_says(
+    name: str, said: str | None, checkpoints: dict[str, Weights], tmp_path: Path
+) -> None:
+    file = tmp_path / f"{name}.safetensors"
+    svi(pairs(checkpoints["A14B"].shapes), file)
+    for expert, weights in (("high", checkpoints["A14B"]), ("low", checkpoints["low noise"])):
+        if said in (None, expert):
+            assert matches([LoraFile(file)], weights)[0].matched == len(BLOCKS)
+        else:
+            refused(file, weights, f"is for the {said}-noise expert by its name.* lora_{said}")
+    assert matches([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
+
+
+def test_an_error_half_way_is_put_right_by_the_next_merge(a14b: Weights, tmp_path: Path) -> None:
+    lora = pairs(a14b.shapes)
+    svi(lora, tmp_path / "good.safetensors")
+    broken = dataclasses.replace(lora[BLOCKS[-1]], up=lora[BLOCKS[-1]].up * math.nan)
+    svi({**lora, BLOCKS[-1]: broken}, tmp_path / "nan.safetensors")
+    model = load(a14b)
+    before = values(model)
+    with pytest.raises(UserError, match="makes blocks.1.ffn.net.2.weight infinite or NaN"):
+        merge(model, a14b, [LoraFile(tmp_path / "nan.safetensors")])
+    assert not same(values(model), before)
+    merge(model, a14b, [])
+    assert same(values(model), before)
+
+
+# --- what the user types ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("dir:1/a.safetensors:-.5", "dir:1/a.safetensors", -0.5),
+        ("c:\\a.safetensors", "c:\\a.safetensors", 1.0),
+        ("a:2:1e-1", "a:2", 0.1),
+        ("a.safetensors:", "a.safetensors:", 1.0),
+        ("a:1_0", "a:1_0", 1.0),
+        ("~/a.safetensors:2", str(Path.home() / "a.safetensors"), 2.0),
+    ],
+)
+def test_only_a_number_after_the_last_colon_is_a_strength(text: str, path: str, strength: float) -> None:
+    assert LoraFile.parse(text) == LoraFile(Path(path), strength)
+
+
+@pytest.mark.parametrize("text", ["", ":1", "a:nan", "a:-inf", "a:Infinity", "a:1e999"])
+def test_a_strength_without_a_file_or_without_a_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="names no LoRA file|must be a finite number"):
+        LoraFile.parse(text)
+
+
+def test_the_record_of_a_lora_changes_with_its_contents(a14b: Weights, tmp_path: Path) -> None:
+    lora = LoraFile(tmp_path / "lora.safetensors", 0.5)
+    svi(pairs(a14b.shapes), lora.path)
+    before = lora.as_json()
+    assert before == {"file": lora.path.name, "digest": sampled_digest(lora.path), "strength": 0.5}
+    svi(pairs(a14b.shapes, seed=1), lora.path)
+    assert LoraFile(lora.path, 0.5).as_json()["digest"] != before["digest"]
+
+
+def test_the_record_is_of_the_file_that_was_merged(a14b: Weights, tmp_path: Path) -> None:
+    """Also when it is gone before the clip is done."""
+    lora = LoraFile(tmp_path / "lora.safetensors")
+    svi(pairs(a14b.shapes), lora.path)
+    digest = sampled_digest(lora.path)
+    (match,) = matches([lora], a14b)
+    merge(load(a14b), a14b, [lora])
+    lora.path.unlink()
+    assert match.as_json() == lora.as_json() | {"matched": len(BLOCKS), "total": len(BLOCKS)}
+    assert lora.as_json()["digest"] == digest

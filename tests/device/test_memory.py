@@ -1,0 +1,486 @@
+"""A budget of GPU memory: what it is told to hold, and layers that come one by one without changing a result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from benchmarks.floor import counted, denoiser_flops
+from benchmarks.real_size import DIT, VAE, headers
+from tests.support.golden import GOLDEN
+from tests.support.tiny_denoiser import build, noise, prompt
+from wan import WAN_CONFIGS, UserError, WanV2V5B
+from wan.captioner import weight_bytes
+from wan.denoiser.model import WanModel
+from wan.device import streaming
+from wan.device.budget import CONTEXT, GIB, MemoryBudget, StageMemory, gpu_limit
+from wan.device.placement import Placement
+from wan.device.streaming import LayerStreamer, layers_that_stay
+from wan.models import Models
+from wan.prompting import CaptionerOwner
+from wan.text.umt5 import TextEncoder
+from wan.types import Clip, Geometry
+from wan.vae import chunked
+from wan.weights.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+def forward(model: WanModel) -> Tensor:
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output: Tensor = model(latents, torch.tensor([600.0]), prompt(1), return_dict=False)[0]
+    return output
+
+
+def places(model: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in model.parameters()]
+
+
+def room_for(model: WanModel, staying: int) -> int:
+    """Room in which so many layers can stay, and two more pass through."""
+    layer, whole = (sum(int(x.nbytes) for x in (*of.parameters(), *of.buffers())) for of in (model.layers[0], model))
+    return whole - (len(model.layers) - staying - 2) * layer
+
+
+@pytest.mark.parametrize("staying", [0, 1, 3, 4, 6])  # 4: the two others have a slot each; 6: none comes again
+def test_layers_that_come_one_by_one_change_no_bit(staying: int) -> None:
+    model = build(num_layers=6)
+    expected = forward(model)
+    placement = Placement(CPU, weight_budget=room_for(model, staying))
+    assert placement.streams(model) == (staying < 4)
+    for _ in range(2):  # what a first use has put into one piece of memory, a second one finds there
+        with placement.on_device(model):
+            assert model.before_layer is not None
+            assert torch.equal(forward(model), expected)
+            assert torch.equal(forward(model), expected)  # the first layers come again after the last ones
+        assert model.before_layer is None
+    assert torch.equal(forward(model), expected)
+
+
+def test_weights_pass_through_two_slots_and_are_back_where_they_were() -> None:
+    model = build(num_layers=6)
+    placement = Placement(CPU, weight_budget=room_for(model, 0))
+    with placement.on_device(model):
+        forward(model)
+    before, seen = places(model), set[int]()
+    with placement.on_device(model):
+        fetch = model.before_layer
+        assert fetch is not None
+
+        def watch(number: int) -> None:
+            fetch(number)
+            block: Any = model.layers[number]
+            seen.add(block.attn1.to_q.weight.data_ptr())
+
+        model.before_layer = watch
+        forward(model)
+    assert len(seen) == 2 and not seen & set(before)
+    assert places(model) == before
+
+
+@pytest.mark.parametrize(
+    ("staying", "times", "kept"), [(6, [1] * 6, 6), (0, [4, 3, 3, 3, 3, 3], 0), (2, [4, 3, 1, 3, 3, 1], 0)]
+)
+def test_layers_that_stay_come_once_and_then_text_keys_are_kept(
+    staying: int, times: list[int], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fetched, fetch = build(num_layers=6), list[int](), LayerStreamer._fetch
+
+    def counting(feed: LayerStreamer, number: int, used: int | None = None) -> None:
+        fetched.append(number)
+        fetch(feed, number, used)
+
+    monkeypatch.setattr(LayerStreamer, "_fetch", counting)
+    placement = Placement(CPU, weight_budget=room_for(model, staying))
+    with torch.no_grad(), placement.on_device(model):
+        text = model.text_keys(prompt(1), keep=not placement.streams(model))
+        for _ in range(3):
+            model(noise()[None], torch.tensor([600.0]), text)
+    assert [fetched.count(number) for number in range(6)] == times
+    assert len(text.by_block) == kept
+
+
+def test_a_layer_that_was_left_out_does_not_confuse_those_after_it() -> None:
+    """Caches leave layers out, in some forwards and not in others."""
+    model = build(num_layers=6)
+    whole = list(model.blocks)
+    with Placement(CPU, weight_budget=room_for(model, 1)).on_device(model):
+        expected = forward(model)
+        skipped = _Skipped(whole[3])
+        model.blocks[3] = skipped
+        without = forward(model)
+        model.blocks[3] = skipped.block
+        assert torch.equal(forward(model), expected)
+    model.blocks[3] = skipped
+    assert torch.equal(forward(model), without)
+
+
+class _Skipped(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.text_keys: Any = block.text_keys
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x
+
+
+def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(3, 5, (1, 3, 3)), nn.Conv2d(5, 4, 3), nn.Linear(7, 2, bias=False), nn.BatchNorm1d(3)
+    )
+    model.extra = model[2]
+    layouts: list[tuple[Any, torch.memory_format]] = [
+        (model[0], torch.channels_last_3d),
+        (model[1], torch.channels_last),
+    ]
+    for convolution, layout in layouts:
+        convolution.weight.data = convolution.weight.data.contiguous(memory_format=layout)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        with Placement(CPU, weight_budget=2**30).on_device(model):
+            there = model.state_dict()
+            assert all(torch.equal(there[name], value) for name, (value, _) in before.items())
+            assert {name: there[name].stride() for name in there} == {
+                name: stride for name, (_, stride) in before.items()
+            }
+        after = model.state_dict()
+        assert all(torch.equal(after[name], value) for name, (value, _) in before.items())
+    addresses = {tensor.data_ptr() // 2**20 for tensor in model.parameters()}
+    assert len(addresses) <= 2, "all lie in one piece"
+
+
+@pytest.mark.parametrize("family", ["ti2v", "i2v"])
+def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureRequest, family: str) -> None:
+    loaded = request.getfixturevalue(family)
+    denoiser = "model" if family == "ti2v" else "low_noise_model"
+    dit = WanModel.from_weights(
+        loaded.checkpoint.experts[denoiser], dtype=torch.bfloat16, device=CPU, convert_model_dtype=False
+    )
+    words = loaded.tokenizer
+    text = TextEncoder.from_weights(loaded.checkpoint.text_encoder, words, dtype=torch.bfloat16, device=CPU)
+    models: list[Any] = [dit, text]
+    for model in models:
+        there = [places(layer) for layer in model.layers]
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        with Placement(CPU, weight_budget=2**40).on_device(model):
+            for number in range(len(there)):
+                model.before_layer(number)
+                assert not set(there[number]) & set(places(model.layers[number]))
+            assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+        assert [places(layer) for layer in model.layers] == there
+    model = WanModel.from_weights(  # whose weights give way to others: what is left must not hold their memory
+        loaded.checkpoint.experts[denoiser], dtype=torch.bfloat16, device=CPU, low_precision="fp8"
+    )
+    layer = model.layers[0]
+    size = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert (
+        sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.parameters()}.values()) <= size
+    )
+
+
+def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def register(place: int, size: int, flags: int) -> bool:
+        calls.append(("lock", size))
+        return size == 3 << 20
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=register,
+        cudaHostUnregister=lambda place: calls.append(("unlock", 0)),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 2560, "SC_PAGE_SIZE": 4096}[name])  # 10 MiB
+    monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
+    pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 2)]
+    # 8 of 10 MiB would be too much; the driver refuses the third
+    assert [streaming._pin(piece) for piece in pieces] == [True, False, False, True]
+    assert streaming._pinned == {"bytes": 6 << 20, "said": 1}
+    streaming._unpin(pieces[0])
+    assert streaming._pinned["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
+
+
+def test_changed_weights_are_those_that_come() -> None:
+    model = build(num_layers=6)
+    placement = Placement(CPU, weight_budget=room_for(model, 0))
+    with placement.on_device(model):
+        before = forward(model)
+    model.blocks[2].attn1.to_q.weight.data.mul_(2)  # as a LoRA does
+    model.blocks[4].attn1.to_q.weight.data = model.blocks[4].attn1.to_q.weight.data * 3
+    expected = forward(model)
+    assert not torch.equal(before, expected)
+    with placement.on_device(model):
+        assert torch.equal(forward(model), expected)
+
+
+def test_a_failure_leaves_the_weights_in_host_memory() -> None:
+    model = build(num_layers=6)
+    expected = forward(model)
+    with pytest.raises(ZeroDivisionError), Placement(CPU, weight_budget=room_for(model, 0)).on_device(model):
+        forward(model)
+        raise ZeroDivisionError
+    assert model.before_layer is None
+    assert torch.equal(forward(model), expected)
+
+
+def test_a_text_encoder_comes_layer_by_layer_too() -> None:
+    config = UMT5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=5, num_heads=4)
+    torch.manual_seed(2)
+    words: Any = SimpleNamespace(__call__=None)
+    encoder = TextEncoder(UMT5EncoderModel(config).eval(), words)
+    ids, mask = torch.arange(1, 9)[None], torch.ones(1, 8, dtype=torch.long)
+    with torch.no_grad():
+        expected = encoder.model(ids, mask)[0]
+        size = sum(tensor.nbytes for tensor in encoder.parameters())
+        with Placement(CPU, weight_budget=size - 2 * 30000).on_device(encoder):
+            assert encoder.before_layer is not None
+            assert torch.equal(encoder.model(ids, mask)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("weight_budget", "stay"),
+    [(None, 10), (1000, 10), (999, 7), (905, 7), (904, 6), (335, 1), (334, 0), (240, 0), (239, -1)],
+)
+def test_as_many_layers_stay_as_there_is_room_for(weight_budget: int | None, stay: int) -> None:
+    """Ten layers of 95 bytes and 50 bytes more; room for two layers is for those that come."""
+    assert layers_that_stay(1000, 95, 10, weight_budget) == stay
+
+
+def test_what_is_told_is_what_a_placement_takes() -> None:
+    part = StageMemory(weights=1000, working=200, layer=90, count=10, beside=40)
+    assert part.peak(None) == part.peak(1240) == 1240
+    assert part.peak(1200) == 1000 - 1 * 90 + 200 and part.peak(part.least) == 1000 - 8 * 90 + 200
+    assert part.least == 1000 - 8 * 90 + 200 + 40
+
+
+# Peaks in GiB of one clip on an H200, weights bf16, VAE float16 (benchmarks/LOG.md).
+MEASURED: dict[str, tuple[tuple[int, int, int], int, dict[str, float]]] = {
+    "i2v-A14B": ((832, 480, 81), 81, {"text": 10.73, "encoding": 3.32, "sampling": 31.54, "decoding": 4.0}),
+    "ti2v-5B": ((1280, 704, 121), 1, {"text": 10.73, "encoding": 2.44, "sampling": 12.42, "decoding": 6.46}),
+}
+
+
+def at_real_size(task: str, vram: float | None = None) -> MemoryBudget:
+    """The budget of a released checkpoint, of which only the sizes are there."""
+    text = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    with init_empty_weights():
+        denoiser, vae, encoder = WanModel(**DIT[task]), AutoencoderKLWan(**VAE[task]), UMT5EncoderModel(text)
+    encoder.encoder.embed_tokens.weight = encoder.shared.weight
+    experts = ("model",) if task == "ti2v-5B" else ("low_noise_model", "high_noise_model")
+    checkpoint = Checkpoint(
+        Path("."), {name: headers(denoiser) for name in experts}, headers(vae), headers(encoder), Path(".")
+    )
+    config = dataclasses.replace(WAN_CONFIGS[task], vae_dtype=torch.float16)
+    gpu = torch.device("cuda")
+    return MemoryBudget(checkpoint, config, gpu, gpu, None if vram is None else int(vram * GIB))
+
+
+def clip_of(budget: MemoryBudget, width: int, height: int, frames: int) -> Geometry:
+    return Geometry(frames, height, width, budget.config.vae_stride, budget.config.patch_size)
+
+
+@pytest.mark.parametrize("task", MEASURED)
+def test_estimates_are_within_a_tenth_of_what_was_measured(task: str) -> None:
+    size, known, measured = MEASURED[task]
+    budget = at_real_size(task)
+    stages = budget.stages(clip_of(budget, *size), known)
+    for name, peak in measured.items():
+        assert stages[name].peak(None) / GIB == pytest.approx(peak, rel=0.1), name
+
+
+@pytest.mark.parametrize(("task", "vram"), [("ti2v-5B", 8), ("ti2v-5B", 12), ("i2v-A14B", 16), ("i2v-A14B", 24)])
+def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
+    budget = at_real_size(task, vram)
+    geometry = clip_of(budget, *MEASURED[task][0])
+    budget.check(geometry)
+    assert budget.tensors is not None
+    peak = max(stage.peak(budget.tensors) for stage in budget.stages(geometry).values())
+    assert peak <= budget.tensors < vram * GIB - CONTEXT
+    with pytest.raises(UserError, match=r"vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
+        dataclasses.replace(budget, vram=4 * GIB).check(geometry)
+
+
+def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
+    budget = at_real_size("ti2v-5B")
+    for weights, name in (
+        (budget.checkpoint.vae, "decoder.norm_out.gamma"),
+        (budget.checkpoint.experts["model"], "patch_embedding.weight"),
+    ):
+        shapes: Any = weights.shapes
+        shape = shapes.pop(name)
+        with pytest.raises(UserError, match=f"lacks {name}: download it again"):
+            budget.stages(clip_of(budget, 1280, 704, 121))
+        shapes[name] = shape
+
+
+def test_a_budget_is_for_a_gpu() -> None:
+    with pytest.raises(UserError, match="vram is for a GPU, and there is none"):
+        WanV2V5B(WAN_CONFIGS["ti2v-5B"], GOLDEN / "5b" / "ckpt", vram=12)
+
+
+def test_auto_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    asked: list[str] = []
+    monkeypatch.setattr("wan.device.budget.grow_segments", lambda: asked.append("segments"))
+    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device: 11 * GIB)
+    assert gpu_limit("auto", gpu) == 11 * GIB
+    assert gpu_limit(7.5, gpu) == 7.5 * GIB
+    assert asked == ["segments"] * 2
+
+
+def vlm(path: Any, vram: int | None = None, url: str | None = None) -> CaptionerOwner:
+    gpu = torch.device("cuda")
+    return CaptionerOwner(path, url=url, question="?", trust_remote_code=False, main=gpu, vram=vram)
+
+
+def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(3 * GIB)  # a hole, which takes no disk
+    monkeypatch.setattr("wan.prompting.open_captioner", lambda *_, **more: more["device"])
+    for vram, home in ((None, "cuda"), (6 * GIB, "cuda"), (4 * GIB, "cpu")):
+        owner: Any = vlm(tmp_path, vram)
+        assert not caplog.text  # and a run with prompts of its own does not ask
+        assert owner.captioner.type == owner.device.type == home
+    assert "does not fit into `vram` and describes on the CPU" in caplog.text
+    assert vlm("a name", 4 * GIB, url="http://localhost:1").device.type == "cuda"
+    assert vlm(None, 4 * GIB).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("listed", "vram", "home"), [(2 * GIB, 5, "cuda"), (2 * GIB, 3, "cpu"), (None, 20, "cuda"), (None, 17, "cpu")]
+)
+def test_a_vlm_of_the_hub_has_the_size_that_it_has_there(
+    listed: int | None, vram: int, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(hub_id: str, local_files_only: bool) -> str:
+        raise LocalEntryNotFoundError("not in the cache")
+
+    def model_info(self: Any, hub_id: str, **_: Any) -> Any:
+        if listed is None:
+            raise OSError("no connection")
+        files = {"config.json": 3, "model-1.safetensors": listed // 2, "model-2.safetensors": listed // 2}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in files.items()])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    assert vlm("a/vlm", vram * GIB).device.type == home
+
+
+def test_a_vlm_in_the_hub_s_cache_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, local_files_only: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("it is there"))
+    assert weight_bytes("a/vlm") == 1000
+    assert weight_bytes(tmp_path) == 1000 and weight_bytes(tmp_path / "nowhere") is None
+
+
+def test_all_models_stay_where_a_budget_holds_them_all() -> None:
+    budget = at_real_size("i2v-A14B")
+    geometry = clip_of(budget, *MEASURED["i2v-A14B"][0])
+    assert budget.gpu_bytes(geometry, True) / GIB == pytest.approx(31.4, abs=0.5)
+    assert budget.gpu_bytes(geometry, False) / GIB == pytest.approx(2 * 26.6 + 10.6 + 0.24 + 4.8, abs=1)
+    cases = ((None, True, None), (48, True, "some"), (80, False, None), (16, True, "some"))
+    for vram, offload, weight_budget in cases:
+        limited = dataclasses.replace(budget, vram=None if vram is None else vram * GIB)
+        placement = limited.placements(geometry, True)("sampling")
+        assert placement.offload is offload and (placement.weight_budget is not None) == (weight_budget is not None)
+        assert limited.holds_all(geometry) == (vram == 80)
+
+
+def test_a_budget_needs_offloading(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ti2v, "budget", dataclasses.replace(ti2v.budget, vram=80 * GIB))
+    with pytest.raises(UserError, match="vram needs offload_model True"):
+        ti2v.run(SimpleNamespace(geometry=None), offload=False)
+
+
+def test_models_that_wait_are_in_host_memory() -> None:
+    waiting: list[str] = []
+    models = Models("x", at_real_size("ti2v-5B").checkpoint, {})
+    assert not models.is_loaded("vae") and models.loaded == []
+    models.put("vae", SimpleNamespace(to=waiting.append))
+    models.wait_at_home()
+    assert models.is_loaded("vae") and waiting == ["cpu"]
+    models.forget("vae")
+    assert not models.is_loaded("vae")
+
+
+@pytest.mark.parametrize(
+    ("free", "offload", "fits"), [(120, True, True), (37, True, True), (34, True, False), (60, False, False)]
+)
+def test_a_clip_fits_beside_a_vlm_with_a_tenth_to_spare(
+    free: int, offload: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device, budget: free * GIB)
+    monkeypatch.setattr("wan.device.budget.drop_cache", lambda device: None)
+    budget = at_real_size("i2v-A14B")
+    assert budget.fits_now(clip_of(budget, *MEASURED["i2v-A14B"][0]), offload, []) == fits
+
+
+@pytest.mark.parametrize(("fits", "number", "stays"), [(True, 1, True), (True, 3, False), (False, 1, False)])
+def test_a_vlm_stays_on_the_gpu_where_the_clip_fits_beside_it_and_another_follows(
+    fits: bool, number: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    continuation = WanV2V5B(WAN_CONFIGS["v2v-5B"], GOLDEN / "5b" / "ckpt")
+    continuation.vlm = vlm("a/vlm")
+    continuation.vlm.use(Speaking(closed))
+    continuation.prompts.owner = continuation.vlm
+    monkeypatch.setattr(MemoryBudget, "fits_now", lambda *_: fits)
+    clip = Clip(torch.zeros(5, 64, 64, 3), continuation.fps)
+    plan = continuation.plan(clip, max_area=4096, frame_num=5, number=number, count=3)
+    assert continuation.build_prompt(clip, plan).text == "It moves."
+    assert closed == ([] if stays else [True])
+
+
+class Speaking:
+    """A captioner that notes when it is closed."""
+
+    def __init__(self, closed: list[bool]) -> None:
+        self.closed = closed
+
+    def describe(self, *_: Any, **__: Any) -> str:
+        return "It moves."
+
+    def close(self) -> None:
+        self.closed.append(True)
+
+
+def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    from wan import cli
+
+    checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]
+    for flags, line in (
+        (["--vram", "huge"], "--vram must be auto or a number of GiB from 1, for instance 12; 'huge' is not"),
+        (["--vram", "0.5"], "must be auto or a number of GiB"),
+        (["--vram", "12", "--offload_model", "False"], "--vram needs --offload_model True"),
+        (["--vram", "12"], "--vram is for a GPU, and there is none; leave it out"),
+    ):
+        assert cli.generate_main([*checkpoint, *flags]) == 2
+        assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "decoding", "forward"), [("i2v-A14B", 275, 1676), ("ti2v-5B", 2011, 516)])
+def test_floors_are_the_arithmetic_of_the_released_models(task: str, decoding: float, forward: float) -> None:
+    """VAEs: as counted on the official code; denoisers: by hand from their published sizes."""
+    budget = at_real_size(task)
+    geometry = clip_of(budget, *MEASURED[task][0])
+    with init_empty_weights():
+        vae, denoiser = AutoencoderKLWan(**VAE[task]).to("meta"), WanModel(**DIT[task])
+    latents = torch.empty(1, VAE[task].get("z_dim", 16), *geometry.latent, device="meta")
+    assert counted(lambda: chunked.decode(vae, latents, 1)) / 1e12 == pytest.approx(decoding, rel=0.01)
+    assert denoiser_flops(denoiser, geometry.tokens, 512) / 1e12 == pytest.approx(forward, rel=0.01)

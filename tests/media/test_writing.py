@@ -1,0 +1,365 @@
+"""What is written shows the same colours everywhere, appears whole or not at all, and joins frame by frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.data.corpus import vidmark
+from tests.support.golden import ROOT
+from tests.support.media_samples import CORPUS, bias, moment_of, natural, number, numbered, restless
+from wan import media
+from wan.errors import UserError
+from wan.media.source import exact_rate
+
+CUT = frozenset({0, 1})
+
+
+def decoded(path: Path) -> list[int]:
+    with av.open(str(path)) as container:
+        return [number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+def top_level_boxes(path: Path) -> list[str]:
+    data, at, names = path.read_bytes(), 0, []
+    while at < len(data):
+        size, name = struct.unpack(">I4s", data[at : at + 8])
+        names.append(name.decode())
+        at += size
+    return names
+
+
+def test_a_written_video_is_tagged_and_reads_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    media.write_video(path, numbered(range(9), 1280, 720), 24)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.color_primaries, stream.color_trc, stream.colorspace, stream.color_range) == (1, 1, 1, 1)
+        assert (stream.codec_context.name, stream.profile, stream.pix_fmt) == ("h264", "High", "yuv420p")
+        assert (stream.average_rate, stream.frames) == (Fraction(24), 9)
+        assert "comment" not in container.metadata
+    boxes = top_level_boxes(path)
+    assert boxes.index("moov") < boxes.index("mdat")
+    assert b"colrnclx\x00\x01\x00\x01\x00\x01\x00" in path.read_bytes()
+    mark = vidmark.read(np.asarray(media.read_last_frame(path)))
+    assert mark is not None
+    assert mark["index"] == 8
+    assert max(vidmark.patch_error(mark["patches"], [colour for _, colour in vidmark.PATCHES])) <= 3
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_a_natural_picture_keeps_its_brightness(tmp_path: Path) -> None:
+    picture = natural()
+    media.write_video(tmp_path / "clip.mp4", [picture] * 3, 16)
+    assert bias(media.read_last_frame(tmp_path / "clip.mp4"), picture) < 0.1
+
+
+def test_eight_generations_do_not_drift(tmp_path: Path) -> None:
+    first = picture = natural(640, 368)
+    for generation in range(8):
+        path = tmp_path / f"{generation}.mp4"
+        media.write_video(path, [picture] * 2, 16)
+        picture = np.asarray(media.read_last_frame(path))
+    assert bias(picture, first) < 0.3
+
+
+@pytest.mark.parametrize("fps", [16, 24, 23.976, 29.97, Fraction(25, 2)])
+def test_frame_times_are_exact(fps: Fraction | float, tmp_path: Path) -> None:
+    media.write_video(tmp_path / "clip.mp4", numbered(range(40), 64, 36), fps)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        times = [moment_of(frame.pts, stream.time_base) for frame in container.decode(stream)]
+    assert times == [Fraction(k) / exact_rate(fps) for k in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(23.976, "24000/1001"), (29.97, "30000/1001"), (16.0, "16"), (12.5, "25/2")]
+)
+def test_rates_near_the_television_ones_become_exact(given: float, meant: str) -> None:
+    assert exact_rate(given) == Fraction(meant)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 90000])
+def test_impossible_rates_are_refused(fps: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fps"):
+        media.write_video(tmp_path / "clip.mp4", numbered(range(2)), fps)
+
+
+def test_metadata_survives_in_the_comment(tmp_path: Path) -> None:
+    told = {"prompt": "a cat 🐈\n走 " + "x" * 3000, "seed": 2**63 - 1, "steps": 40}
+    media.write_video(tmp_path / "clip.mp4", numbered(range(2)), 16, metadata=told)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert json.loads(container.metadata["comment"]) == told
+
+
+def psnr(path: Path, frames: list[np.ndarray]) -> float:
+    with av.open(str(path)) as container:
+        errors = [
+            np.mean((picture.to_ndarray(format="rgb24").astype(float) - frame) ** 2)
+            for picture, frame in zip(container.decode(video=0), frames, strict=True)
+        ]
+    return float(10 * np.log10(255**2 / np.mean(errors)))
+
+
+@pytest.mark.parametrize("size", [(832, 480), (480, 832), (160, 96), (320, 192)])
+def test_the_same_frames_give_the_same_file(size: tuple[int, int], tmp_path: Path) -> None:
+    """Without x264's cpu-independent, eight files of 160x96 are five different ones."""
+    frames, seen = list(restless(*size)), set()
+    for _ in range(8):
+        media.write_video(tmp_path / "clip.mp4", frames, 16, keyframes=CUT, metadata={"seed": 1})
+        seen.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(seen) == 1
+    assert psnr(tmp_path / "clip.mp4", frames) > 39  # of RGB with noise, whose colour is kept at half the size
+    assert len(seen.pop()) < 0.045 * 33 * size[0] * size[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps a process to one core")
+def test_a_machine_with_fewer_cores_gives_the_same_file(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[2])])\n"
+        "from tests.support.media_samples import restless; from wan.media import write_video\n"
+        "write_video(sys.argv[1], restless(320, 192), 16)"
+    )
+    for cores in (1, len(os.sched_getaffinity(0))):
+        command = [sys.executable, "-c", code, str(tmp_path / f"{cores}.mp4"), str(cores)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_odd_sides_lose_one_row_and_column(tmp_path: Path) -> None:
+    picture = natural(161, 91)
+    media.write_video(tmp_path / "clip.mp4", [picture] * 2, 16)
+    read = np.asarray(media.read_last_frame(tmp_path / "clip.mp4"))
+    assert read.shape == (90, 160, 3)
+    assert np.abs(read.astype(int) - picture[:90, :160]).mean() < 6
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 10, 3), np.uint8)],
+        [np.zeros((8, 8, 3), np.float32)],
+        [np.zeros((8, 8), np.uint8)],
+        [np.zeros((1, 8, 3), np.uint8)],
+    ],
+    ids=["none", "two sizes", "floats", "grey", "one row"],
+)
+def test_frames_that_are_none_leave_nothing_behind(frames: list[np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frame"):
+        media.write_video(tmp_path / "clip.mp4", frames, 16)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_while_frames_are_made_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    def failing() -> Iterator[np.ndarray]:
+        yield from numbered(range(3))
+        raise KeyboardInterrupt
+
+    media.write_video(tmp_path / "clip.mp4", numbered([7]), 16)
+    with pytest.raises(KeyboardInterrupt):
+        media.write_video(tmp_path / "clip.mp4", failing(), 16)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
+
+
+def test_a_video_that_another_program_holds_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows does it, which also flushes no file that was opened for reading."""
+
+    def refuse(source: str, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", os.fspath(target))
+
+    def flush(file: int) -> None:
+        os.ftruncate(file, os.fstat(file).st_size)  # an error for a file that cannot be written to
+
+    monkeypatch.setattr(os, "fsync", flush)
+    media.write_video(tmp_path / "clip.mp4", numbered([7]), 16)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="close it where it is open"):
+        media.write_video(tmp_path / "clip.mp4", numbered([8]), 16)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    assert number(media.read_last_frame(tmp_path / "clip.mp4")) == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["clip.avi", "clip", "none/clip.mp4", "folder.mp4", "x" * 252 + ".mp4", "file/clip.mp4"]
+)
+def test_names_that_cannot_be_written_are_refused_before_any_frame_is_made(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    made: list[np.ndarray] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for frame in numbered(range(2)):
+            made.append(frame)
+            yield frame
+
+    with pytest.raises(UserError) as caught:
+        media.write_video(tmp_path / name, frames(), 16)
+    assert "\n" not in str(caught.value)
+    assert made == []
+    with pytest.raises(UserError):
+        media.check_output(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize("name", ["видео 你好 🎬.mp4", "a:b.mp4", "http:x.mp4", "100%d.mp4", "-i.MP4", "new\nline.mp4"])
+def test_odd_names_are_written(name: str, tmp_path: Path) -> None:
+    media.check_output(tmp_path / name)
+    media.write_video(tmp_path / name, numbered([3]), 16)
+    assert os.listdir(tmp_path) == [name]
+    assert number(media.read_last_frame(tmp_path / name)) == 3
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = (rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(60))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="free some space"):
+            media.write_video(tmp_path / "clip.mp4", noise, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_writer_leaves_no_video_under_the_name(tmp_path: Path) -> None:
+    code = (
+        "import sys, itertools, numpy as np; from wan.media import write_video\n"
+        "write_video(sys.argv[1], (np.full((64, 64, 3), i % 256, np.uint8) for i in itertools.count()), 16)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "clip.mp4")])
+    deadline = time.monotonic() + 20
+    while not any(part.stat().st_size for part in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_number_of_frames(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np; from wan.media import write_video\n"
+        "write_video(sys.argv[1], (np.full((720, 1280, 3), i, np.uint8) for i in range(150)), 16)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "clip.mp4")]
+    peak_kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak_kib < 300 * 1024  # the frames together are 395 MiB
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> list[Path]:
+    """Three clips, each of which begins with the last frame of the one before, as a chain makes them."""
+    paths = [tmp_path / f"clip_{index}.mp4" for index in range(3)]
+    for index, path in enumerate(paths):
+        media.write_video(path, numbered(range(32 * index, 32 * index + 33)), 23.976, keyframes=CUT)
+    return paths
+
+
+def test_joined_clips_show_every_frame_once_at_equal_distances(clips: list[Path], tmp_path: Path) -> None:
+    assert media.join_videos(clips, tmp_path / "joined.mp4", metadata={"clips": 3}) == 97
+    assert decoded(tmp_path / "joined.mp4") == list(range(97))
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == Fraction(24000, 1001)
+        assert (stream.color_primaries, stream.color_trc, stream.colorspace, stream.color_range) == (1, 1, 1, 1)
+        assert json.loads(container.metadata["comment"]) == {"clips": 3}
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        tick = stream.time_base
+    shown = [moment_of(packet.pts, tick) for packet in packets]
+    coded = [moment_of(packet.dts, tick) for packet in packets]
+    assert sorted(shown) == [Fraction(1001 * k, 24000) for k in range(97)]
+    assert {after - before for before, after in pairwise(coded)} == {Fraction(1001, 24000)}
+    assert all(decoding <= showing for decoding, showing in zip(coded, shown, strict=True))
+    assert number(media.read_last_frame(tmp_path / "joined.mp4")) == 96
+    boxes = top_level_boxes(tmp_path / "joined.mp4")
+    assert boxes.index("moov") < boxes.index("mdat")
+
+
+def test_joining_changes_no_pixel(clips: list[Path], tmp_path: Path) -> None:
+    media.join_videos(clips, tmp_path / "joined.mp4")
+    together, single = list[np.ndarray](), list[np.ndarray]()
+    for paths, pictures in (([tmp_path / "joined.mp4"], together), (clips, single)):
+        for index, path in enumerate(paths):
+            with av.open(str(path)) as container:
+                frames = [frame.to_ndarray() for frame in container.decode(video=0)]
+            pictures += frames[1 if index else 0 :]
+    assert all((a == b).all() for a, b in zip(together, single, strict=True))
+
+
+def test_clips_without_a_common_frame_are_joined_whole(clips: list[Path], tmp_path: Path) -> None:
+    assert media.join_videos(clips[:2], tmp_path / "joined.mp4", drops=[0, 0]) == 66
+    assert decoded(tmp_path / "joined.mp4") == [*range(33), *range(32, 65)]
+
+
+def test_a_joined_video_can_be_joined_again_and_over_itself(clips: list[Path], tmp_path: Path) -> None:
+    media.join_videos(clips[:2], tmp_path / "joined.mp4")
+    assert media.join_videos([tmp_path / "joined.mp4", clips[2]], tmp_path / "joined.mp4") == 97
+    assert decoded(tmp_path / "joined.mp4") == list(range(97))
+
+
+def test_a_single_clip_is_a_join_too(clips: list[Path], tmp_path: Path) -> None:
+    assert media.join_videos(clips[:1], tmp_path / "joined.mp4") == 33
+
+
+def test_clips_that_cannot_be_cut_where_they_should_are_encoded_once_more(clips: list[Path], tmp_path: Path) -> None:
+    media.write_video(tmp_path / "plain.mp4", numbered(range(28, 61)), 23.976)  # no keyframe at frame 5
+    joined = tmp_path / "joined.mp4"
+    assert media.join_videos([clips[0], tmp_path / "plain.mp4"], joined, drops=[0, 5], metadata={"clips": 2}) == 61
+    assert decoded(joined) == list(range(61))
+    with av.open(str(joined)) as container:
+        assert container.streams.video[0].average_rate == Fraction(24000, 1001)
+        assert json.loads(container.metadata["comment"]) == {"clips": 2}
+
+
+def test_more_frames_than_there_are_cannot_be_left_out(clips: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="without its first 33 frames"):
+        media.join_videos(clips, tmp_path / "joined.mp4", drops=[0, 33, 1])
+
+
+@pytest.mark.parametrize(
+    ("size", "fps", "words"),
+    [((320, 192), 23.976, ["height 192 against 180"]), ((160, 180), 24, ["width 160 against 320", "fps 24 against"])],
+)
+def test_clips_that_differ_are_refused_with_the_differences(
+    size: tuple[int, int], fps: float, words: list[str], clips: list[Path], tmp_path: Path
+) -> None:
+    media.write_video(tmp_path / "other.mp4", numbered(range(5), *size), fps, keyframes=CUT)
+    with pytest.raises(UserError) as caught:
+        media.join_videos([*clips, tmp_path / "other.mp4"], tmp_path / "joined.mp4")
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["vfr.mp4", "vp9.webm", "audio_longer.mp4", "text.mp4", "raw_annexb.h264", "anim.webp"]
+)
+def test_files_of_another_make_are_refused(file: str, clips: list[Path], tmp_path: Path) -> None:
+    for parts in ([clips[0], CORPUS / file], [CORPUS / file, clips[0]]):
+        with pytest.raises(UserError) as caught:
+            media.join_videos(parts, tmp_path / "joined.mp4")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+def test_nothing_to_join_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no videos"):
+        media.join_videos([], tmp_path / "joined.mp4")

@@ -1,0 +1,136 @@
+"""Kills chains with SIGKILL, goes on with them, and compares; run by test_resume.py in a process of its own.
+
+    python -m tests.support.kill_runs CHECKPOINT VIDEO FOLDER RANDOM_KILLS
+
+Every run is a fork of this process, which has imported everything and computed nothing. An event is the beginning of a
+stage, a solver step, or the moment before or after a file gets its name. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from safetensors.torch import load_file
+
+from wan import cli
+from wan.commands.progress import Progress
+from wan.wan22video2video5B import WanV2V5B
+
+torch.set_num_threads(1)
+CLIPS = 3
+
+
+def chain(checkpoint: str, video: str, folder: Path, kill_at: int | None = None) -> int:
+    """Fork a run; returns its exit code, or -9 when it was killed. `kill_at` counts events."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    events = 0
+
+    def event(*_: Any) -> None:
+        nonlocal events
+        events += 1
+        if events == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("replace", "rename"):
+        original = getattr(os, name)
+
+        def counted(source: Any, target: Any, original: Any = original, **options: Any) -> Any:
+            event()
+            done = original(source, target, **options)
+            event()
+            return done
+
+        setattr(os, name, counted)
+    extend = WanV2V5B.extend
+
+    def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any = None, **more: Any) -> Any:
+        return extend(self, footage, seed, plan, event, **more)
+
+    WanV2V5B.extend = watched  # type: ignore[method-assign]
+    Progress.begin = lambda *_: event()  # type: ignore[method-assign]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    flags = ["--ckpt_dir", checkpoint, "--video", video, "--output_dir", str(folder), "--prompt", "it goes on"]
+    code = cli.continuous_main([*flags, "--num_videos", str(CLIPS), "--frame_num", "5", "--base_seed", "3"])
+    if kill_at == 0:
+        (folder.parent / "events").write_text(str(events))
+    os._exit(code)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The exact tensors of every finished clip, the frames of the joined video, and the names of all files."""
+    states = {path.name: load_file(path) for path in sorted(folder.glob("video_*.safetensors"))}
+    with av.open(str(folder / "joined.mp4")) as joined:
+        frames = sum(1 for _ in joined.decode(video=0))
+    return states | {"frames": frames, "names": sorted(path.name for path in folder.iterdir())}
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What is not the same in two folders, nothing if all is."""
+    # x264 does not always make the same bytes of the same frames, so of the joined video only the count is compared
+    found = [f"{key}: {one[key]}, not {other[key]}" for key in ("frames", "names") if one[key] != other[key]]
+    for name in (name for name in sorted(one.keys() & other.keys()) if name.endswith(".safetensors")):
+        found += [f"{key} in {name}" for key in other[name] if not torch.equal(one[name][key], other[name][key])]
+    return "; ".join(found)
+
+
+def finished(folder: Path) -> dict[str, int]:
+    """The clips that were finished, and when."""
+    records = sorted(folder.glob("video_*.json")) if folder.is_dir() else []
+    return {path.name: path.with_suffix(".mp4").stat().st_mtime_ns for path in records}
+
+
+def main() -> None:
+    checkpoint, video, home, random_kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    start = time.perf_counter()
+    assert chain(checkpoint, video, home / "whole", kill_at=0) == 0
+    seconds = time.perf_counter() - start
+    events = int((home / "events").read_text())
+    whole = content(home / "whole")
+    kills, wrong = 0, []
+
+    def check(folder: Path, name: str) -> None:
+        before = finished(folder)
+        code = chain(checkpoint, video, folder)
+        after = finished(folder)
+        different = differences(content(folder), whole)
+        if code or different:
+            wrong.append(f"{name}: exit code {code}; {different}")
+        if any(after.get(clip) != stamp for clip, stamp in before.items()):
+            wrong.append(f"{name}: a finished clip was made again")
+        shutil.rmtree(folder)
+
+    for number in range(1, events + 1):
+        if chain(checkpoint, video, home / "killed", kill_at=number) != -signal.SIGKILL:
+            wrong.append(f"event {number}: not killed")
+        kills += 1
+        check(home / "killed", f"event {number}")
+    moments = random.Random(0)
+    for number in range(random_kills):
+        child = os.fork()
+        if child == 0:
+            os._exit(chain(checkpoint, video, home / "killed") and 1)
+        time.sleep(moments.uniform(0, seconds))
+        # the run is the child of this child: kill both
+        for process in Path(f"/proc/{child}/task/{child}/children").read_text().split():
+            os.kill(int(process), signal.SIGKILL)
+            kills += 1
+        os.waitpid(child, 0)
+        (home / "killed").mkdir(exist_ok=True)
+        check(home / "killed", f"random {number}")
+    print(json.dumps({"events": events, "kills": kills, "seconds": time.perf_counter() - start, "wrong": wrong}))
+
+
+if __name__ == "__main__":
+    main()
