@@ -15,7 +15,7 @@ from examples.make_tiny_checkpoint import write_prompt_tokenizer
 from tests.media_samples import CORPUS
 from training import scenes
 from training.captioner import IGNORED, Conversations, answer_logits
-from training.denoiser import TEXT_ROWS, forward, new_denoiser, train_denoiser
+from training.denoiser import TEXT_ROWS, InChannels, forward, new_denoiser, train_denoiser
 from training.encoding import encode_clips
 from training.export import export, import_models
 from training.family import (
@@ -72,6 +72,12 @@ def test_a_denoiser_goes_on_from_the_exported_one_with_its_own_errors(stage: str
     assert any(not torch.equal(value, before[name]) for name, value in found.items())
     made = load(next((tmp_path / "seen" / clips).glob("*.pt")))  # by the denoiser, for the captioner
     assert len(made["captions"]) == len(made["levels"]) == 1
+
+
+def test_the_a14b_is_taught_to_keep_the_frames_that_it_is_given() -> None:
+    batch = {"latents": torch.zeros(2, 16, 5, 4, 4), "known": torch.ones(2, 16, 5, 4, 4), "count": torch.tensor([1, 3])}
+    made = InChannels().target(batch).mean((1, 3, 4))
+    assert made.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
 
 
 def test_what_was_imported_is_exported_as_it_was(tmp_path: Path) -> None:

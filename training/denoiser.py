@@ -32,6 +32,10 @@ class Conditioning(Protocol):
         """The known frames of a clip, pixels [B, 3, n, H, W], as latents to keep for it."""
         ...
 
+    def target(self, batch: Batch) -> Tensor:
+        """The latents [B, z, F, h, w] that the model should make."""
+        ...
+
     def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The flow [B, z, F, h, w] at sigma [B], and which latent frames [B, F] the model answers for.
 
@@ -47,6 +51,9 @@ class InPlace:
         found = codec.encode(context)
         return F.pad(found, (0, 0, 0, 0, 0, KNOWN - found.shape[2]))
 
+    def target(self, batch: Batch) -> Tensor:
+        return batch["latents"]
+
     def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         free = ~known_frames(batch)
         known = F.pad(batch["known"], (0, 0, 0, 0, 0, LATENT_FRAMES - KNOWN))
@@ -59,6 +66,10 @@ class InChannels:
 
     def encode(self, codec: Codec, context: Tensor) -> Tensor:
         return codec.encode(F.pad(context, (0, 0, 0, 0, 0, scenes.FRAMES - context.shape[2])))
+
+    def target(self, batch: Batch) -> Tensor:
+        # known frames as they are, worn or not: a clip begins with the frame that it is given
+        return torch.where(known_frames(batch)[:, None, :, None, None], batch["known"], batch["latents"])
 
     def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         known = known_frames(batch)
@@ -107,7 +118,8 @@ def train_denoiser(name: str, settings: Settings) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
 
     def loss_of(batch: Batch) -> Tensor:
-        latents, noise, sigma = batch["latents"], batch["noise"], batch["sigma"].view(-1, 1, 1, 1, 1)
+        latents, noise = stage.conditioning.target(batch), batch["noise"]
+        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
         noised = (1 - sigma) * latents + sigma * noise
         flow, counts = stage.conditioning.flow(model, noised, batch["sigma"], batch)
         error = (flow - (noise - latents)).square().mean((1, 3, 4))
