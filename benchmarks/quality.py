@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """How well the trained tiny family continues clips that it was not trained on, against the ground truth.
 
-    python -m benchmarks.quality --task v2v-5B [--clips 200] [--chains 50] [--modes last_frame tail:5] [--output q.json]
+    python -m benchmarks.quality --task v2v-5B [--clips 200] [--chains 50] [--chain_clips 12] [--seed 0]
+        [--modes last_frame tail:5] [--jobs 1] [--output q.json]
 
 Prints a table and, as the last line, JSON. Runs on a CPU as well: a clip takes seconds. `tail:5` knows five frames of
-its footage. Directions, positions and chains are measured with the captioner's descriptions.
+its footage. Directions, positions and chains are measured with the captioner's descriptions. Each `--seed` has scenes
+of its own, none of which was trained on. With several jobs as many processes make the clips, on one thread each.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,9 +72,9 @@ class Scene:
         return sorted(self.colour(index) for index in self.shapes)
 
 
-def held_out(count: int) -> list[Scene]:
-    """The first `count` held-out scenes; they are the same ones whatever the count."""
-    many = scenes.sample(max(count, 200), torch.Generator().manual_seed(HELD_OUT))[:count]
+def held_out(count: int, seed: int = 0) -> list[Scene]:
+    """The first `count` held-out scenes of that seed; they are the same ones whatever the count."""
+    many = scenes.sample(max(count, 200), torch.Generator().manual_seed(HELD_OUT + seed))[:count]
     past = torch.arange(1 - scenes.FRAMES, 1)
     return [
         Scene(one, Clip(one.draw(past)[0].permute(1, 2, 3, 0), Fraction(scenes.FPS)), one.captions(0)[0])
@@ -76,6 +82,7 @@ def held_out(count: int) -> list[Scene]:
     ]
 
 
+@lru_cache(1)
 def open_pipeline(models: Path, task: str) -> VideoContinuation:
     name, pipeline = FOLDERS[task]
     return pipeline(config_for(task, models / name), models / name, vlm_path=models / "tiny-InternVL")
@@ -119,34 +126,55 @@ def measure_captioner(pipeline: VideoContinuation, world: Sequence[Scene]) -> di
     return shares | {"caption_exact": exact / len(world)}
 
 
-def measure_clips(world: Sequence[Scene], make: Make) -> dict[str, float]:
+def measure_clips(world: Sequence[Scene], make: Make, each: Each = map) -> dict[str, float]:
     """One clip each: PSNR of its first frame, directions, positions after a second, the visible seam."""
-    first, seams, errors, directions, lost = [], [], [], [], 0
-    for number, scene in enumerate(world):
-        made = make(scene.source, number)
-        frames = made.clip.frames.permute(0, 3, 1, 2)
-        last = scene.source.frames[-1].permute(2, 0, 1)
-        now = (made.context_frames or 1) - 1
-        first.append(float(psnr(frames[None, now], last[None])))
-        if made.seam is not None:
-            seams.append(made.seam["score"])
-        directions += list(judge_directions(scene, frames[now:]))
-        seen = by_colour(frames[now + SECOND])
-        for index in scene.shapes:
-            x, y = scene.truth.positions(torch.tensor([SECOND]))[0, 0, index].tolist()
-            if shape := seen.get(scene.colour(index)):
-                errors.append(((shape.x - x) ** 2 + (shape.y - y) ** 2) ** 0.5 / scenes.WIDTH)
-            else:
-                lost += 1
-        log.info("%d of %d clips", number + 1, len(world))
+    judged = list(each(partial(_judge_one, make), enumerate(world)))
+    seams = [one.seam for one in judged if one.seam is not None]
+    errors = [error for one in judged for error in one.errors if error is not None]
+    total = sum(len(one.errors) for one in judged)
     return {
-        "first_frame_psnr": statistics.mean(first),
+        "first_frame_psnr": statistics.mean(one.first_frame for one in judged),
         "seam": statistics.mean(seams),
-        "direction": statistics.mean(directions),
+        "direction": statistics.mean(right for one in judged for right in one.directions),
         "position_error": statistics.mean(errors),
-        "position_within_10%": sum(error <= 0.1 for error in errors) / (len(errors) + lost),
-        "lost_after_1s": lost / (len(errors) + lost),
+        "position_within_10%": sum(error <= 0.1 for error in errors) / total,
+        "lost_after_1s": 1 - len(errors) / total,
     }
+
+
+@dataclass(frozen=True)
+class OneClip:
+    """What is measured of the clip that goes on from one scene."""
+
+    first_frame: float  # dB
+    seam: float | None
+    directions: list[bool]
+    errors: list[float | None]  # of the width, of each shape after a second; None: it is lost
+
+
+def _judge_one(make: Make, numbered: tuple[int, Scene]) -> OneClip:
+    number, scene = numbered
+    made = make(scene.source, number)
+    frames = made.clip.frames.permute(0, 3, 1, 2)
+    last = scene.source.frames[-1].permute(2, 0, 1)
+    now = (made.context_frames or 1) - 1
+    log.info("clip %d", number + 1)
+    return OneClip(
+        float(psnr(frames[None, now], last[None])),
+        None if made.seam is None else made.seam["score"],
+        list(judge_directions(scene, frames[now:])),
+        position_errors(scene, by_colour(frames[now + SECOND]), SECOND),
+    )
+
+
+def position_errors(scene: Scene, seen: dict[str, Seen], time: float) -> list[float | None]:
+    """How far each shape is from where it should be at that moment, as a share of the width; None: it is lost."""
+    found: list[float | None] = []
+    for index in scene.shapes:
+        x, y = scene.truth.positions(torch.tensor([time]))[0, 0, index].tolist()
+        shape = seen.get(scene.colour(index))
+        found.append(None if shape is None else ((shape.x - x) ** 2 + (shape.y - y) ** 2) ** 0.5 / scenes.WIDTH)
+    return found
 
 
 def judge_directions(scene: Scene, frames: Tensor) -> Iterator[bool]:
@@ -173,45 +201,111 @@ def judge_directions(scene: Scene, frames: Tensor) -> Iterator[bool]:
         yield along >= 0.25 * float(way.norm()) and across < along
 
 
-def measure_chains(world: Sequence[Scene], make: Make, clips: int) -> dict[str, float]:
-    """Of chains of that many clips, the share whose count of shapes and colours is right in each clip's frames.
+def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = map) -> dict[str, list[float]]:
+    """Of chains of that many clips, clip by clip:
 
-    A clip is right when most of its frames are: for some frames one shape may cover another.
+    colours_right: of the chains, those that show all shapes and no more, by count and colour;
+    kinds_right: of the shapes, those of their colour that are of their kind;
+    all_right: of the chains, those that show all shapes and no more, by count, colour and kind;
+    area_right: of the shapes, those whose area is within 1.5 times of the true one;
+    position_error: the mean over shapes that are not lost of how far one is, a second into the clip, from where the
+    truth is by then, as a share of the width.
+
+    Something is right in a clip when it is in most of its frames: in some frames one shape may cover another.
     """
-    kept = [0.0] * clips
-    for number, scene in enumerate(world):
-        made = chain(scene.source, count=clips, extend=make, seed=1000 * number)
-        for index, clip in enumerate(made):
-            right = [sorted(by_colour(frame)) == scene.colours for frame in clip.clip.frames.permute(0, 3, 1, 2)]
-            kept[index] += sum(right) > len(right) / 2
-        log.info("%d of %d chains", number + 1, len(world))
-    shares = {index: count / len(world) for index, count in enumerate(kept, 1)}
-    return {f"chain_right_at_{index}": share for index, share in shares.items() if index in (1, 2, 3, 6, clips)}
+    judged = list(each(partial(_judge_chain, make, clips), enumerate(world)))
+
+    def mean(name: str, index: int) -> float:
+        values: list[float] = [value for chain in judged for value in getattr(chain[index], name)]
+        return statistics.mean(values or [0.0])
+
+    names = {
+        "colours_right": "colours",
+        "kinds_right": "kinds",
+        "all_right": "all_right",
+        "area_right": "areas",
+        "position_error": "errors",
+    }
+    return {name: [mean(values, index) for index in range(clips)] for name, values in names.items()}
+
+
+@dataclass(frozen=True)
+class ChainClip:
+    """What is right in one clip of one chain: one value a chain, or one a shape."""
+
+    colours: list[bool]
+    kinds: list[bool]
+    all_right: list[bool]
+    areas: list[bool]
+    errors: list[float]
+
+
+def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[ChainClip]:
+    number, scene = numbered
+    judged, begins = [], 0  # the moment of the last frame that is known
+    for made in chain(scene.source, count=clips, extend=make, seed=1000 * number):
+        frames, known = made.clip.frames.permute(0, 3, 1, 2), (made.context_frames or 1) - 1
+        judged.append(judge_clip(scene, frames, begins - known, begins + SECOND))
+        begins += len(frames) - 1 - known
+    log.info("chain %d: all right in %d of %d clips", number + 1, sum(clip.all_right[0] for clip in judged), clips)
+    return judged
+
+
+def judge_clip(scene: Scene, frames: Tensor, first: int, second: int) -> ChainClip:
+    """One clip [T, 3, H, W] whose first frame is the moment `first`; positions are looked at at the moment `second`."""
+    seen = [by_colour(frame) for frame in frames]
+    times = torch.arange(first, first + len(frames))
+    truth = [by_colour(frame) for frame in scene.truth.draw(times)[0].transpose(0, 1)]
+    kind_of = {scene.colour(index): scenes.SHAPES[int(scene.truth.shape[0, index])] for index in scene.shapes}
+
+    def most(right: Iterable[bool]) -> bool:
+        return sum(right) > len(frames) / 2
+
+    def fits(colour: str) -> Iterator[bool]:
+        for now, true in zip(seen, truth, strict=True):
+            areas = [there[colour].area for there in (now, true) if colour in there]
+            yield len(areas) == 2 and max(areas) <= 1.5 * min(areas)
+
+    return ChainClip(
+        [most(sorted(now) == scene.colours for now in seen)],
+        [most(colour in now and now[colour].shape == kind for now in seen) for colour, kind in kind_of.items()],
+        [most({colour: now[colour].shape for colour in now} == kind_of for now in seen)],
+        [most(fits(colour)) for colour in kind_of],
+        [error for error in position_errors(scene, seen[second - first], second) if error is not None],
+    )
 
 
 def by_colour(frame: Tensor) -> dict[str, Seen]:
     return {shape.colour: shape for shape in shapes_in(frame)}
 
 
-Make = Callable[[Any, int], Generation]
+Make: TypeAlias = Callable[[Any, int], Generation]
+Each: TypeAlias = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]  # `map`, or that of several processes
 
 
-def maker(pipeline: VideoContinuation, mode: str, arguments: argparse.Namespace) -> Make:
-    """A function: footage and seed -> the clip that goes on from it."""
-    name, _, frames = mode.partition(":")
-    context = Context.choose(name, int(frames) if frames else None)
+@dataclass(frozen=True)
+class Maker:
+    """Footage and seed -> the clip that goes on from it. It can be sent to another process, which loads the models."""
 
-    def make(footage: Any, seed: int) -> Generation:
+    models: Path
+    task: str
+    mode: str
+    steps: int | None = None
+    guidance: float | None = None
+    drift_correction: float = 0.0
+
+    def __call__(self, footage: Any, seed: int) -> Generation:
+        name, _, frames = self.mode.partition(":")
+        pipeline = open_pipeline(self.models, self.task)
         plan: Plan = pipeline.plan(
             footage,
-            context=context,
-            steps=arguments.sample_steps,
-            guidance=arguments.sample_guide_scale,
-            drift_correction=arguments.drift_correction,
+            context=Context.choose(name, int(frames) if frames else None),
+            steps=self.steps,
+            guidance=self.guidance,
+            drift_correction=self.drift_correction,
         )
-        return pipeline.extend(footage, seed, plan)
-
-    return make
+        with torch.no_grad():
+            return pipeline.extend(footage, seed, plan)
 
 
 def main() -> None:
@@ -222,36 +316,74 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=50)
     parser.add_argument("--chain_clips", type=int, default=12)
     parser.add_argument("--modes", nargs="+", default=["last_frame", "tail:5"])
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out scenes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make clips")
     parser.add_argument("--sample_steps", type=int)
     parser.add_argument("--sample_guide_scale", type=float)
     parser.add_argument("--drift_correction", type=float, default=0.0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    prepare_process(arguments.jobs)
 
-    pipeline = open_pipeline(arguments.models, arguments.task)
-    world = held_out(max(arguments.clips, arguments.chains))
+    world = held_out(max(arguments.clips, arguments.chains), arguments.seed)
     clips, chains = world[: arguments.clips], world[: arguments.chains]
-    result: dict[str, Any] = {"commit": commit(), "device": str(pipeline.device)}
+    result: dict[str, Any] = {"commit": commit(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     result |= {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
     if clips:
-        result |= measure_vae(pipeline, clips) | measure_captioner(pipeline, clips)
-    for mode in arguments.modes:
-        make = maker(pipeline, mode, arguments)
-        found = measure_clips(clips, make) if clips else {}
-        found |= measure_chains(chains, make, arguments.chain_clips) if chains else {}
-        result[mode] = found
-        log.info("%s: %s", mode, found)
+        pipeline = open_pipeline(arguments.models, arguments.task)
+        with torch.no_grad():
+            result |= measure_vae(pipeline, clips) | measure_captioner(pipeline, clips)
+    with several(arguments.jobs) as each:
+        for mode in arguments.modes:
+            make = Maker(
+                arguments.models,
+                arguments.task,
+                mode,
+                arguments.sample_steps,
+                arguments.sample_guide_scale,
+                arguments.drift_correction,
+            )
+            found: dict[str, Any] = dict(measure_clips(clips, make, each)) if clips else {}
+            if chains:
+                found |= measure_chains(chains, make, arguments.chain_clips, each)
+            result[mode] = found
+            log.info("%s: %s", mode, found)
+            if arguments.output:  # what there is, should the time be up before the next mode
+                arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     for key, value in result.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for name, number in rows:
-            print(f"{key:>20} {name:<24} {number if not isinstance(number, float) else round(number, 4)}")
+            print(f"{key:>20} {name:<24} {shown(number)}")
     line = json.dumps(result)
     if arguments.output:
         arguments.output.write_text(line + "\n", encoding="utf-8")
     print(line)
 
 
+def shown(value: Any) -> str:
+    """A number, or one for each clip, short."""
+    if isinstance(value, list):
+        return " ".join(shown(number) for number in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def several(jobs: int) -> Iterator[Each]:
+    """`map`, in as many processes; their pipelines stay open in between."""
+    if jobs == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a process that was forked
+    with ProcessPoolExecutor(jobs, context, prepare_process, (jobs,)) as pool:
+        yield pool.map
+
+
+def prepare_process(jobs: int) -> None:
+    """Logging, and one thread a process where there are several."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if jobs > 1:
+        torch.set_num_threads(1)
+
+
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 
 import pytest
+import torch
 
 from benchmarks.quality import (
     FOLDERS,
+    ChainClip,
+    Maker,
     Scene,
     held_out,
-    maker,
+    judge_clip,
     measure_captioner,
     measure_chains,
     measure_clips,
@@ -19,10 +22,8 @@ from benchmarks.quality import (
     told_in,
 )
 from tests.support.golden import ROOT
-from wan.continuation import VideoContinuation
 
 MODELS = ROOT / "models"
-DEFAULTS = argparse.Namespace(sample_steps=None, sample_guide_scale=None, drift_correction=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +32,70 @@ def world() -> list[Scene]:
 
 
 @pytest.fixture(scope="module", params=tuple(FOLDERS))
-def pipeline(request: pytest.FixtureRequest) -> VideoContinuation:
-    return open_pipeline(MODELS, request.param)
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_the_models_take_24_mb() -> None:
-    assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) <= 24e6
+def test_the_models_take_30_mb() -> None:
+    assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) <= 30e6
 
 
-def test_the_vae_gives_back_what_it_was_given(pipeline: VideoContinuation, world: list[Scene]) -> None:
-    assert measure_vae(pipeline, world[:2])["vae_psnr"] >= 33
+@torch.no_grad()
+def test_the_vae_gives_back_what_it_was_given(task: str, world: list[Scene]) -> None:
+    assert measure_vae(open_pipeline(MODELS, task), world[:2])["vae_psnr"] >= 33
 
 
+@torch.no_grad()
 def test_the_captioner_says_what_moves_where(world: list[Scene]) -> None:
     found = measure_captioner(open_pipeline(MODELS, "v2v-5B"), world)
     assert min(found["caption_colour"], found["caption_shape"], found["caption_direction"]) >= 0.9
 
 
-def test_a_clip_goes_on_where_its_footage_ends(pipeline: VideoContinuation, world: list[Scene]) -> None:
-    found = measure_clips(world[:3], maker(pipeline, "last_frame", DEFAULTS))
-    assert found["first_frame_psnr"] >= 30
+def test_a_clip_goes_on_where_its_footage_ends(task: str, world: list[Scene]) -> None:
+    found = measure_clips(world[:3], Maker(MODELS, task, "last_frame"))
+    # the A14B makes the known frame anew, and was taught to mend it (training/LOG.md); the 5B holds its latents
+    assert found["first_frame_psnr"] >= {"v2v-5B": 30, "v2v-14B": 25}[task]
     assert found["direction"] >= 0.75
-    found = measure_clips(world[:2], maker(pipeline, "tail:5", DEFAULTS))
+    found = measure_clips(world[:2], Maker(MODELS, task, "tail:5"))
     assert found["position_error"] <= 0.07 and found["lost_after_1s"] <= 0.2
 
 
 def test_the_second_clip_of_a_chain_still_has_the_shapes(world: list[Scene]) -> None:
     one_shape = [scene for scene in world if len(scene.shapes) == 1][:2]
-    found = measure_chains(one_shape, maker(open_pipeline(MODELS, "v2v-5B"), "tail:5", DEFAULTS), 2)
-    assert found["chain_right_at_2"] == 1
+    found = measure_chains(one_shape, Maker(MODELS, "v2v-5B", "tail:5"), 2)
+    assert found["colours_right"] == [1, 1]
+
+
+def test_the_truth_is_right_in_all_that_is_counted(world: list[Scene]) -> None:
+    scene = next(scene for scene in world if len(scene.shapes) == 3)
+    frames = scene.truth.draw(torch.arange(-4, 13))[0].transpose(0, 1)
+    found = judge_clip(scene, frames, -4, 8)
+    assert found.colours == found.all_right == [True]
+    assert found.kinds == found.areas == [True] * 3
+    assert max(found.errors) < 0.02
+
+
+def test_a_shape_of_another_kind_or_size_or_one_that_is_gone_is_counted_so(world: list[Scene]) -> None:
+    scene = next(scene for scene in world if len(scene.shapes) == 1)
+    times = torch.arange(17)
+
+    def judged(**changes: torch.Tensor) -> ChainClip:
+        frames = dataclasses.replace(scene.truth, **changes).draw(times)[0].transpose(0, 1)
+        return judge_clip(scene, frames, 0, 8)
+
+    other = judged(shape=(scene.truth.shape + 1) % 3, spin=0 * scene.truth.spin)
+    assert other.colours == other.areas == [True] and other.kinds == other.all_right == [False]
+    assert judged(radius=scene.truth.radius / 1.5, growth=0 * scene.truth.growth).areas == [False]
+    gone = judged(present=torch.zeros_like(scene.truth.present))
+    assert gone == ChainClip([False], [False], [False], [False], [])
+    there = scene.truth.positions(torch.tensor([8]))[:, 0]
+    aside = torch.where(there[..., :1] < 80, 20, -20) * torch.tensor([1, 0])  # pixels, towards the middle
+    [error] = judged(start=there + aside, velocity=0 * scene.truth.velocity).errors
+    assert error == pytest.approx(20 / 160, abs=0.01)
+
+
+def test_each_seed_has_scenes_of_its_own(world: list[Scene]) -> None:
+    assert held_out(2)[1].caption == world[1].caption != held_out(2, seed=1)[1].caption
 
 
 def test_captions_are_read_by_colour() -> None:

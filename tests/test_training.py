@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import pad
 
 from tests.support.golden import ROOT
 from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from training import scenes
 from training.captioner import IGNORED, Conversations, answer_logits
-from training.denoiser import TEXT_ROWS, _forward, _new
-from training.export import export
+from training.denoiser import TEXT_ROWS, InChannels, forward, new_denoiser, train_denoiser
+from training.encoding import encode_clips
+from training.export import export, import_models
 from training.family import (
     CAPTIONER,
     DENOISERS,
@@ -28,7 +30,8 @@ from training.family import (
     build_vae,
     caption_tokenizer,
 )
-from training.loop import Settings, save
+from training.loop import Settings, load, save
+from training.vae import train_vae
 from wan import WanV2V5B
 from wan.configs import config_for
 
@@ -50,6 +53,55 @@ def test_a_stage_goes_on_from_its_own_checkpoint(stage: str, tmp_path: Path) -> 
     assert steps == [2, 4]
 
 
+@pytest.mark.parametrize(("stage", "clips"), [("dit5b", "clips22"), ("dit14b_low", "clips21")])
+def test_a_denoiser_goes_on_from_the_exported_one_with_its_own_errors(stage: str, clips: str, tmp_path: Path) -> None:
+    import_models(ROOT / "models", tmp_path)
+    before = load(tmp_path / f"{stage}.pt")["weights"]
+    settings = Settings(tmp_path, torch.device("cpu"), 5, batch=1, rate=1e-5, seed=5, steps=1, compiler="eager")
+    for steps in (1, 2):
+        encode_clips(clips, settings)
+        chunk = load(tmp_path / clips / f"{steps - 1:08d}.pt")
+        assert all(torch.isfinite(value).all() for value in chunk.values())
+        train_denoiser(stage, settings)
+        assert load(tmp_path / f"{stage}.pt")["steps"] == steps
+    found = load(tmp_path / f"{stage}.pt")["weights"]
+    for name, value in found.items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-3)
+    assert any(not torch.equal(value, before[name]) for name, value in found.items())
+    made = load(next((tmp_path / "seen" / clips).glob("*.pt")))  # by the denoiser, for the captioner
+    assert len(made["captions"]) == len(made["levels"]) == 1
+
+
+def test_the_a14b_is_taught_to_keep_the_frames_that_it_is_given() -> None:
+    batch = {"latents": torch.zeros(2, 16, 5, 4, 4), "known": torch.ones(2, 16, 5, 4, 4), "count": torch.tensor([1, 3])}
+    made = InChannels().target(batch).mean((1, 3, 4))
+    assert made.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
+
+
+def test_what_was_imported_is_exported_as_it_was(tmp_path: Path) -> None:
+    assert len(import_models(ROOT / "models", tmp_path / "runs")) == 7
+    assert import_models(ROOT / "models", tmp_path / "runs") == []  # what is there stays
+    export(tmp_path / "runs", tmp_path / "models")
+    for file in sorted((ROOT / "models").glob("*/**/*.safetensors")):
+        again = load_file(tmp_path / "models" / file.relative_to(ROOT / "models"))
+        for name, value in load_file(file).items():
+            assert again[name].dtype == value.dtype and torch.equal(again[name].float(), value.float()), name
+    for file in sorted((ROOT / "models").glob("*/*.pth")):
+        again = torch.load(tmp_path / "models" / file.relative_to(ROOT / "models"), weights_only=True)
+        for name, value in torch.load(file, weights_only=True).items():
+            assert torch.equal(again[name], value), name
+
+
+def test_a_decoder_trains_without_its_encoder(tmp_path: Path) -> None:
+    import_models(ROOT / "models", tmp_path)
+    before = load(tmp_path / "vae21.pt")["weights"]
+    cpu = torch.device("cpu")
+    train_vae("vae21", Settings(tmp_path, cpu, 5, batch=1, rate=1e-4, steps=1, frames=5, decoder_only=True))
+    after = load(tmp_path / "vae21.pt")["weights"]
+    changed = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 def test_trained_parts_become_a_folder_that_the_pipelines_load(tmp_path: Path) -> None:
     sizes, shapes = TEXT, VAES["vae22"].shapes()
     runs, models = tmp_path / "runs", tmp_path / "models"
@@ -65,14 +117,16 @@ def test_trained_parts_become_a_folder_that_the_pipelines_load(tmp_path: Path) -
     model = WanV2V5B(config, str(folder))
     loaded = model.model.state_dict()
     for name, value in dit.state_dict().items():
-        torch.testing.assert_close(loaded[name].float(), value, rtol=1e-2, atol=1e-3)
+        # matrices of blocks are in fp8, which has three bits after the first
+        rtol, atol = (2**-4, 2**-10) if loaded[name].dtype == torch.float8_e4m3fn else (1e-2, 1e-3)
+        torch.testing.assert_close(loaded[name].float(), value, rtol=rtol, atol=atol)
     written = torch.load(folder / "Wan2.2_VAE.pth", weights_only=True)
     assert {key: tuple(value.shape) for key, value in written.items()} == shapes
 
 
 def test_few_rows_of_zeros_train_the_model_that_sees_all_of_them(tmp_path: Path) -> None:
     settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=2, rate=0.0)
-    model = _new(settings, "dit5b")
+    model = new_denoiser("dit5b", settings)
     torch.nn.init.normal_(model.proj_out.weight, std=0.05)
     plain = build_denoiser(DENOISERS["dit5b"])
     plain.load_state_dict(model.state_dict())
@@ -80,7 +134,7 @@ def test_few_rows_of_zeros_train_the_model_that_sees_all_of_them(tmp_path: Path)
     text[0, 20:] = 0
     latents, steps = torch.randn(2, 48, 2, 6, 10), torch.tensor([[0.0, 700.0], [300.0, 300.0]])
     with torch.no_grad():
-        trained = _forward(model, latents, steps, text)
+        trained = forward(model, latents, steps, text)
         used = plain(latents, steps, pad(text, (0, 0, 0, TEXT_ROWS - 64)), return_dict=False)[0]
     torch.testing.assert_close(trained, used, rtol=1e-4, atol=1e-4)
 

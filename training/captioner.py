@@ -1,4 +1,7 @@
-"""Stage `captioner`: a small InternVL that says what moves where at the end of a clip."""
+"""Stage `captioner`: a small InternVL that says what moves where at the end of a clip.
+
+Where a stage that encodes clips has made some with a denoiser, it learns on these too: chains are made of such.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from training import scenes
 from training.family import CAPTIONER, QUESTION, build_captioner, caption_tokenizer
-from training.loop import Batch, Settings, half_precision, resume, train
+from training.loop import Batch, Settings, half_precision, load, resume, train
 from training.vae import HELD_OUT
 from wan.captioner.base import number_frames
 from wan.captioner.frames import IMAGENET_MEAN, IMAGENET_STD
@@ -20,6 +23,8 @@ from wan.captioner.internvl import SYSTEM, TURN_END
 from wan.types import frame_indices
 
 SEGMENTS = 8
+SEEN = "seen"  # folder of the clips that denoisers made
+NEWEST = 100  # files of these
 LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
 IGNORED = -100
 
@@ -67,13 +72,27 @@ class Conversations:
         while True:
             for frames in LENGTHS:
                 yield self.batch(scenes.sample(self.settings.batch, generator), frames)
+                if made := self._made(generator):
+                    yield made
+
+    def _made(self, generator: torch.Generator) -> Batch | None:
+        """Clips of one file that denoisers made, if there is any."""
+        files = sorted((self.settings.folder / SEEN).glob("*/*.pt"), key=lambda file: file.name)[-NEWEST:]
+        if not files:
+            return None
+        found = load(files[int(torch.randint(len(files), (), generator=generator, device=generator.device))])
+        count = self.settings.batch
+        return self.rows(normalised(found["levels"][:count].to(self.device) / 255), found["captions"][:count])
 
     def batch(self, batch: scenes.Scenes, frames: int) -> Batch:
-        """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
+        """What these scenes look like over that many frames, as `rows`."""
         times = torch.tensor(frame_indices(frames, SEGMENTS), device=self.device) - (frames - 1)
-        pictures = batch.draw(times).transpose(1, 2)
+        return self.rows(as_pictures(batch.draw(times).transpose(1, 2)), batch.captions(0))
+
+    def rows(self, pictures: Tensor, captions: list[str]) -> Batch:
+        """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
         rows, answers = [], []
-        for caption in batch.captions(0):
+        for caption in captions:
             answers.append([*self._encode(caption), self.end])
             rows.append(self._prompt() + answers[-1])
         length, answer = max(map(len, rows)), max(map(len, answers))
@@ -84,7 +103,7 @@ class Conversations:
         first = torch.tensor([len(row) - len(told) - 1 for row, told in zip(rows, answers, strict=True)])
         where = (first[:, None] + torch.arange(answer)).clamp_max(length - 1)
         return {
-            "pictures": as_pictures(pictures),
+            "pictures": pictures,
             "ids": ids.to(self.device),
             "labels": labels.to(self.device),
             "where": where.to(self.device),
@@ -122,11 +141,21 @@ def answer_logits(model: Any, batch: Batch, image_token: int) -> Tensor:
 
 def as_pictures(frames: Tensor) -> Tensor:
     """Frames [..., 3, H, W] in [-1, 1] -> [..., 3, S, S] as the loader's preprocessing makes them of uint8 frames."""
+    return normalised(as_levels(frames) / 255)
+
+
+def as_levels(frames: Tensor) -> Tensor:
+    """Frames [..., 3, H, W] in [-1, 1] -> the pixels [..., 3, S, S] of the captioner's pictures, whole numbers."""
     levels = ((frames.flatten(0, -4) + 1) * 127.5).round()
     size = (CAPTIONER.image_size, CAPTIONER.image_size)
-    squashed = F.interpolate(levels, size=size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(value, device=frames.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((squashed - mean) / std).reshape(*frames.shape[:-2], *size)
+    squashed = F.interpolate(levels, size=size, mode="bicubic", antialias=True).clamp(0, 255).round()
+    return squashed.reshape(*frames.shape[:-2], *size)
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    """Pictures [..., 3, S, S] in [0, 1] as the vision tower takes them."""
+    mean, std = (torch.tensor(value, device=pictures.device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pictures - mean) / std
 
 
 def tokens_per_frame() -> int:

@@ -1,170 +1,96 @@
-"""Stages `dit5b` and `dit14b`: flow matching on cached latents, with the exact conditioning of the two models.
-
-The clip begins with known frames. Most of these have been through the VAE once, as the end of an earlier clip, because
-that is what a chain goes on from. The caption is what goes on at the first frame.
-"""
+"""Stages `dit5b`, `dit14b_high` and `dit14b_low`: flow matching on encoded clips, conditioned as the two models are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training import scenes
+from training.clips import Clips
 from training.family import DENOISERS, build_denoiser
 from training.loop import Batch, Settings, half_precision, resume, train
-from training.text import LENGTH, Prompts, as_prompts
+from training.text import LENGTH, Prompts
 from training.vae import Codec
 from wan.configs.rows import NEGATIVE_PROMPT
 
 LATENT_FRAMES = (scenes.FRAMES - 1) // 4 + 1
-KNOWN = 9  # pixel frames of the longest context
+KNOWN = 3  # latent frames of the longest context
 BOUNDARY = 0.9  # sigma from which the high-noise expert works
-CHUNK = 64  # clips that are drawn and encoded at a time
 TEXT_ROWS = 512  # that the pipelines hand over, most of them zeros
 ZEROS = 8  # rows that stand for all zeros after the longest caption
 
 
-def train_5b(settings: Settings) -> None:
-    """The one denoiser of the 5B: known latent frames stand in the input, and their tokens have timestep 0."""
-    codec, prompts = Codec("vae22", settings), Prompts(settings)
-    model = _new(settings, "dit5b")
-    progress = resume("dit5b", model, settings)
+class Conditioning(Protocol):
+    """How known frames get into a model."""
 
-    def encode(clip: Tensor, context: Tensor, count: Tensor) -> Batch:
-        return {"latents": codec.encode(clip), "known": codec.encode(context)}
+    def encode(self, codec: Codec, context: Tensor) -> Tensor:
+        """The known frames of a clip, pixels [B, 3, n, H, W], as latents to keep for it."""
+        ...
 
-    def loss_of(batch: Batch) -> Tensor:
-        latents, noise, sigma = batch["latents"], batch["noise"], batch["sigma"].view(-1, 1, 1, 1, 1)
-        frames = torch.arange(LATENT_FRAMES, device=latents.device)
-        known = frames < batch["count"][:, None]  # [B, F]
-        context = F.pad(batch["known"], (0, 0, 0, 0, 0, LATENT_FRAMES - batch["known"].shape[2]))
-        noised = (1 - sigma) * latents + sigma * noise
-        placed = torch.where(known[:, None, :, None, None], context, noised)
-        flow = _forward(model, placed, batch["sigma"][:, None] * 1000 * ~known, batch["text"])
-        error = (flow - (noise - latents)).square().mean((1, 3, 4))
-        return (error * ~known).sum() / (~known).sum()
+    def target(self, batch: Batch) -> Tensor:
+        """The latents [B, z, F, h, w] that the model should make."""
+        ...
 
-    pool = Pool(encode, codec, prompts, settings, progress.steps)
-    # now and then nothing is known, so that the model can also begin a video
-    batches = noised_batches(pool, (0.05, 0.45, 0.25, 0.25), lambda u: shifted(u, 3))
-    train("dit5b", model, loss_of, batches, settings, progress)
+    def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The flow [B, z, F, h, w] at sigma [B], and which latent frames [B, F] the model answers for.
+
+        The batch holds the `known` latents, the `count` of known latent frames and the embedded `text`.
+        """
+        ...
 
 
-def train_14b(settings: Settings) -> None:
-    """The two experts of the A14B: mask and latents of the known and then grey frames are further input channels."""
-    codec, prompts = Codec("vae21", settings), Prompts(settings)
-    experts = nn.ModuleDict({name: _new(settings, "dit14b") for name in ("high", "low")})
-    progress = resume("dit14b", experts, settings)
+class InPlace:
+    """The 5B: known latent frames stand in the input, and their tokens have timestep 0."""
 
-    def encode(clip: Tensor, context: Tensor, count: Tensor) -> Batch:
-        shown = torch.arange(KNOWN, device=clip.device) < 4 * count[:, None] - 3
-        grey = torch.zeros_like(clip[:, :, KNOWN:])
-        begun = torch.cat([context * shown[:, None, :, None, None], grey], dim=2)
-        return {"latents": codec.encode(clip), "image": codec.encode(begun)}
+    def encode(self, codec: Codec, context: Tensor) -> Tensor:
+        found = codec.encode(context)
+        return F.pad(found, (0, 0, 0, 0, 0, KNOWN - found.shape[2]))
 
-    def loss_of(batch: Batch) -> Tensor:
-        latents, noise = batch["latents"], batch["noise"]
-        known = torch.arange(LATENT_FRAMES, device=latents.device) < batch["count"][:, None]
-        mask = known[:, None, :, None, None].expand(-1, 4, -1, *latents.shape[3:]).to(latents.dtype)
-        half, loss = len(latents) // 2, torch.zeros((), device=latents.device)
-        sigmas = {"high": BOUNDARY + (1 - BOUNDARY) * batch["sigma"], "low": BOUNDARY * shifted(batch["sigma"], 2)}
-        for name, rows in (("high", slice(0, half)), ("low", slice(half, None))):
-            sigma = sigmas[name][rows].view(-1, 1, 1, 1, 1)
-            noised = (1 - sigma) * latents[rows] + sigma * noise[rows]
-            placed = torch.cat([noised, mask[rows], batch["image"][rows]], dim=1)
-            flow = _forward(experts[name], placed, sigmas[name][rows] * 1000, batch["text"][rows])
-            loss = loss + (flow - (noise[rows] - latents[rows])).square().mean()
-        return loss / 2
+    def target(self, batch: Batch) -> Tensor:
+        return batch["latents"]
 
-    pool = Pool(encode, codec, prompts, settings, progress.steps)
-    train("dit14b", experts, loss_of, noised_batches(pool, None, lambda u: u), settings, progress)
+    def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        free = ~known_frames(batch)
+        known = F.pad(batch["known"], (0, 0, 0, 0, 0, LATENT_FRAMES - KNOWN))
+        placed = torch.where(free[:, None, :, None, None], noised, known)
+        return forward(model, placed, sigma[:, None] * 1000 * free, batch["text"]), free
 
 
-class Pool:
-    """Encoded clips that go round: drawing and encoding takes longer than a step, so each clip is used several times.
+class InChannels:
+    """The A14B: mask and latents of the known and then grey frames are further input channels."""
 
-    A new chunk replaces the oldest one every few batches.
-    """
+    def encode(self, codec: Codec, context: Tensor) -> Tensor:
+        return codec.encode(F.pad(context, (0, 0, 0, 0, 0, scenes.FRAMES - context.shape[2])))
 
-    def __init__(
-        self,
-        encode: Callable[[Tensor, Tensor, Tensor], Batch],
-        codec: Codec,
-        prompts: Prompts,
-        settings: Settings,
-        step: int,
-        size: int = 512,
-        reuse: int = 16,
-    ) -> None:
-        self.encode, self.codec, self.prompts = encode, codec, prompts
-        self.settings, self.size, self.reuse = settings, size, reuse
-        self.generator = settings.generator(step)
-        self.chunks: list[Batch] = []
-        self.null = prompts([NEGATIVE_PROMPT, ""])
+    def target(self, batch: Batch) -> Tensor:
+        # known frames as they are, worn or not: a clip begins with the frame that it is given
+        return torch.where(known_frames(batch)[:, None, :, None, None], batch["known"], batch["latents"])
 
-    def rows(self, count: int) -> Iterator[Batch]:
-        """`count` clips at random, again and again."""
-        start = min(self.size, 32 if self.settings.device.type == "cuda" else 1)
-        self.chunks = [self._chunk() for _ in range(start)]
-        at = 0
-        while True:
-            for _ in range(self.reuse):
-                which = torch.randint(len(self.chunks), (count // 8,)).tolist()
-                first = torch.randint(CHUNK - 8 + 1, (count // 8,)).tolist()
-                yield {
-                    key: torch.cat([self.chunks[i][key][j : j + 8] for i, j in zip(which, first, strict=True)])
-                    for key in self.chunks[0]
-                }
-            if len(self.chunks) < self.size:
-                self.chunks.append(self._chunk())
-            else:
-                self.chunks[at] = self._chunk()
-                at = (at + 1) % self.size
-
-    def _chunk(self) -> Batch:
-        generator, device = self.generator, self.settings.device
-        batch = scenes.sample(CHUNK, generator, tries=2)  # shapes that pass each other, as they do in a long chain
-        before = scenes.FRAMES - KNOWN
-        pixels = batch.draw(torch.arange(-before, scenes.FRAMES, device=device))
-        clip, earlier = pixels[:, :, before:], pixels[:, :, : scenes.FRAMES]
-        latents = self.codec.encode(earlier)
-        # not only what the VAE loses, but also what a denoiser does not get right
-        level = 0.15 * torch.rand(CHUNK, 1, 1, 1, 1, generator=generator, device=device)
-        worn = self.codec.decode(latents + level * torch.randn(latents.shape, generator=generator, device=device))
-        is_worn = torch.rand(CHUNK, 1, 1, 1, 1, generator=generator, device=device) < 0.7
-        context = torch.where(is_worn, worn, earlier)[:, :, -KNOWN:]
-        share = torch.tensor([0.5, 0.25, 0.25], device=device)
-        count = 1 + torch.multinomial(share, CHUNK, replacement=True, generator=generator)
-        return {
-            **self.encode(clip, context, count),
-            "count": count,
-            "text": self.prompts(as_prompts(batch.captions(0), generator)),
-        }
+    def flow(self, model: Any, noised: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        known = known_frames(batch)
+        mask = known[:, None, :, None, None].expand(-1, 4, -1, *noised.shape[3:]).to(noised.dtype)
+        placed = torch.cat([noised, mask, batch["known"]], dim=1)
+        return forward(model, placed, sigma * 1000, batch["text"]), torch.ones_like(known)
 
 
-def noised_batches(
-    pool: Pool, shares: tuple[float, ...] | None, sigma_of: Callable[[Tensor], Tensor]
-) -> Iterator[Batch]:
-    """Batches with noise, sigma in [0, 1] and, for one in ten, no text. `shares` redraws how many slots are known."""
-    generator, device = pool.generator, pool.settings.device
-    for batch in pool.rows(pool.settings.batch):
-        count = len(batch["latents"])
+def known_frames(batch: Batch) -> Tensor:
+    """Which latent frames [B, F] are known."""
+    return torch.arange(LATENT_FRAMES, device=batch["count"].device) < batch["count"][:, None]
 
-        def uniform(count: int = count) -> Tensor:
-            return torch.rand(count, generator=generator, device=device)
 
-        if shares is not None:
-            weights = torch.tensor(shares, device=device)
-            batch["count"] = torch.multinomial(weights, count, replacement=True, generator=generator)
-        drop = uniform()
-        nothing = pool.null[(drop < 0.05).long()]
-        text = torch.where(drop[:, None, None] < 0.1, nothing, batch["text"])
-        noise = torch.randn(batch["latents"].shape, generator=generator, device=device)
-        yield batch | {"text": text, "noise": noise, "sigma": sigma_of(uniform())}
+@dataclass(frozen=True)
+class Stage:
+    """What one denoiser is trained on. `sigma_of` makes noise levels of numbers that are uniform in [0, 1]."""
+
+    sizes: str  # in family.DENOISERS
+    clips: str  # the stage that encodes them
+    conditioning: Conditioning
+    sigma_of: Callable[[Tensor], Tensor]
 
 
 def shifted(uniform: Tensor, shift: float) -> Tensor:
@@ -172,16 +98,57 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def _new(settings: Settings, name: str) -> Any:
-    torch.manual_seed(settings.seed)
-    model = build_denoiser(DENOISERS[name]).to(settings.device)
+STAGES: Mapping[str, Stage] = {
+    "dit5b": Stage("dit5b", "clips22", InPlace(), lambda u: shifted(u, 3)),
+    "dit14b_high": Stage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY + (1 - BOUNDARY) * u),
+    "dit14b_low": Stage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY * shifted(u, 2)),
+}
+
+
+def train_denoiser(name: str, settings: Settings) -> None:
+    """Train one denoiser on the clips of its folder, which may grow meanwhile."""
+    stage = STAGES[name]
+    model = new_denoiser(stage.sizes, settings)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
-    for block in model.blocks:
-        block.attn2.set_processor(_FewRows(settings.device))
+    progress = resume(name, model, settings)
+    if settings.compiler is not None:
+        model.compile_blocks(settings.compiler)
     if settings.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
-        model.compile_repeated_blocks()
+
+    def loss_of(batch: Batch) -> Tensor:
+        latents, noise = stage.conditioning.target(batch), batch["noise"]
+        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
+        noised = (1 - sigma) * latents + sigma * noise
+        flow, counts = stage.conditioning.flow(model, noised, batch["sigma"], batch)
+        error = (flow - (noise - latents)).square().mean((1, 3, 4))
+        return (error * counts).sum() / counts.sum()
+
+    # each stretch draws noise that those before it did not
+    batches = noised_batches(stage, settings, settings.generator(progress.steps))
+    train(name, model, loss_of, batches, replace(settings, save_every=60.0, average=0.999), progress)
+
+
+def noised_batches(stage: Stage, settings: Settings, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches with noise, sigma in [0, 1] and, for one in ten, no text."""
+    null = Prompts(settings)([NEGATIVE_PROMPT, ""])
+    clips = Clips(settings.folder / stage.clips, settings, generator)
+    for batch in clips.batches(settings.batch):
+        count, device = settings.batch, settings.device
+        drop, uniform = torch.rand(2, count, generator=generator, device=device)
+        nothing = null[(drop < 0.05).long()]
+        text = torch.where(drop[:, None, None] < 0.1, nothing, batch["text"])
+        noise = torch.randn(batch["latents"].shape, generator=generator, device=device)
+        yield batch | {"text": text, "noise": noise, "sigma": stage.sigma_of(uniform)}
+
+
+def new_denoiser(sizes: str, settings: Settings) -> Any:
+    """A denoiser with random weights whose cross-attention takes few rows of zeros for all of them."""
+    torch.manual_seed(settings.seed)
+    model = build_denoiser(DENOISERS[sizes]).to(settings.device)
+    for block in model.blocks:
+        block.attn2.set_processor(_FewRows(settings.device))
     return model
 
 
@@ -205,7 +172,7 @@ class _FewRows:
         return heads
 
 
-def _forward(model: Any, latents: Tensor, steps: Tensor, text: Tensor) -> Tensor:
+def forward(model: Any, latents: Tensor, steps: Tensor, text: Tensor) -> Tensor:
     """The flow for embedded captions [B, LENGTH, D], which the pipelines pad to TEXT_ROWS with zeros."""
     with half_precision(latents.device):
         flow: Tensor = model(latents, steps, F.pad(text, (0, 0, 0, ZEROS)), return_dict=False)[0]

@@ -1,19 +1,23 @@
-"""Stage `export`: the trained models into the official folder layouts, weights in bf16.
+"""Stages `export` and `import`: the trained models into the official folder layouts, and back.
 
 tiny-Wan2.2-TI2V-5B   dit5b, vae22, text
-tiny-Wan2.2-I2V-A14B  dit14b, vae21, text
+tiny-Wan2.2-I2V-A14B  dit14b_high, dit14b_low, vae21, text
 tiny-InternVL         captioner
+
+Weights are stored in bf16, but for the matrices of the denoisers' blocks, which are in fp8.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support.tiny_checkpoint import (
@@ -24,8 +28,9 @@ from tests.support.tiny_checkpoint import (
     write_shards,
 )
 from training import family, scenes
-from training.family import CAPTIONER, DENOISERS, TEXT, VAES, official
-from training.loop import load
+from training.denoiser import STAGES
+from training.family import CAPTIONER, DENOISERS, TEXT, VAES, library, official
+from training.loop import load, save
 
 log = logging.getLogger(__name__)
 # What both tiny checkpoints say of themselves. The guidance is low, because the captions leave little to exaggerate.
@@ -39,9 +44,12 @@ DECLARED: Mapping[str, Any] = {
     "param_dtype": "float32",
     "t5_dtype": "float32",
 }
+EXPERTS = {"dit5b": ".", "dit14b_high": "high_noise_model", "dit14b_low": "low_noise_model"}  # where they lie
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+_WAN = "tiny-Wan2.2-TI2V-5B"
 NEEDS = {
     "tiny-Wan2.2-TI2V-5B": ("dit5b", "vae22", "text"),
-    "tiny-Wan2.2-I2V-A14B": ("dit14b", "vae21", "text"),
+    "tiny-Wan2.2-I2V-A14B": ("dit14b_high", "dit14b_low", "vae21", "text"),
     "tiny-InternVL": ("captioner",),
 }
 
@@ -72,12 +80,10 @@ def export(runs: Path, models: Path) -> list[Path]:
 
 def _write_wan(folder: Path, kind: str, trained: Mapping[str, Any], tokenizer: Path) -> None:
     layout = CHECKPOINTS[kind]
-    dit, vae = next(stage for stage in trained if stage in DENOISERS), next(stage for stage in trained if stage in VAES)
-    weights = trained[dit]["weights"]
-    for expert in layout.experts:
-        prefix = "" if expert == "." else f"{expert.partition('_')[0]}."  # `high_noise_model` was trained as `high`
-        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        _write_denoiser(folder / expert, DENOISERS[dit], own)
+    for stage, expert in EXPERTS.items():
+        if stage in trained:
+            _write_denoiser(folder / expert, DENOISERS[STAGES[stage].sizes], trained[stage]["weights"])
+    vae = next(stage for stage in trained if stage in VAES)
     found, sizes = trained[vae], VAES[vae]
     torch.save(official(found["weights"], family.vae_names(sizes), sizes.shapes()), folder / layout.vae_file)
     text = official(trained["text"]["weights"], family.text_names(TEXT), TEXT.shapes())
@@ -91,8 +97,14 @@ def _write_denoiser(folder: Path, model: Denoiser, weights: Mapping[str, Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", model.config())
     shapes = model.shapes()
-    tensors = official(_library_names(weights), family.denoiser_names(model), shapes)
-    write_shards(folder, "diffusion_pytorch_model", shapes, 1, torch.bfloat16, lambda name: tensors[name])
+    tensors = official(weights, family.denoiser_names(model), shapes)
+
+    def stored(name: str) -> Tensor:
+        tensor: Tensor = tensors[name]
+        is_matrix = name.startswith("blocks.") and name.endswith(".weight") and len(shapes[name]) == 2
+        return tensor.to(torch.float8_e4m3fn) if is_matrix else tensor
+
+    write_shards(folder, "diffusion_pytorch_model", shapes, 1, torch.bfloat16, stored)
 
 
 def _write_captioner(folder: Path, weights: Mapping[str, Tensor], tokenizer: Path) -> None:
@@ -106,6 +118,54 @@ def _write_captioner(folder: Path, weights: Mapping[str, Tensor], tokenizer: Pat
     write_shards(folder, "model", shapes, 1, torch.bfloat16, lambda name: tensors[name])
 
 
-def _library_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the mark that compiling a block leaves in its parameters' names."""
-    return {key.replace("._orig_mod", ""): value for key, value in weights.items()}
+def import_models(models: Path, runs: Path) -> list[str]:
+    """Checkpoints of all that is in the folders and of the sizes that are trained here; returns their stages.
+
+    A checkpoint that is there already stays.
+    """
+    made = []
+    for stage, parts in _exported(models):
+        path = runs / f"{stage}.pt"
+        if path.is_file():
+            log.info("%s is there already", path)
+            continue
+        save(path, {"steps": 0, "seconds": 0.0, "losses": [], **parts})
+        made.append(stage)
+    for folder, name in (("tiny-InternVL", "caption_tokenizer"), (f"{_WAN}/google/umt5-xxl", "prompt_tokenizer")):
+        if (models / folder).is_dir() and not (runs / name).is_dir():
+            wanted = [file for file in (models / folder).iterdir() if file.name in TOKENIZER]
+            (runs / name).mkdir(parents=True)
+            for file in wanted:
+                shutil.copy(file, runs / name)
+    log.info("%s: %s from %s", runs, ", ".join(made) or "nothing", models)
+    return made
+
+
+def _exported(models: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stage by stage, what its checkpoint holds of the exported model."""
+    for name, stages in NEEDS.items():
+        folder = models / name
+        if not folder.is_dir():
+            continue
+        if name == "tiny-InternVL":
+            vocabulary = family.caption_vocabulary(family.caption_tokenizer(folder)[1])
+            names = family.captioner_names(CAPTIONER, vocabulary)
+            yield "captioner", {"weights": library(load_file(folder / "model.safetensors"), names)}
+            continue
+        for stage in stages:
+            if stage in VAES:
+                stored = load(folder / CHECKPOINTS[name.removeprefix("tiny-Wan2.2-")].vae_file)
+                told = json.loads((folder / "wan_config.json").read_text(encoding="utf-8"))
+                weights = library(stored, family.vae_names(VAES[stage]), family.build_vae(VAES[stage]))
+                yield stage, {"weights": weights, "mean": told["vae_mean"], "std": told["vae_std"]}
+            elif stage == "text":
+                stored = load(folder / "models_t5_umt5-xxl-enc-bf16.pth")
+                weights = library(stored, family.text_names(TEXT))
+                yield stage, {"weights": weights | {"encoder.embed_tokens.weight": weights["shared.weight"]}}
+            else:
+                sizes = DENOISERS[STAGES[stage].sizes]
+                stored = load_file(folder / EXPERTS[stage] / "diffusion_pytorch_model.safetensors")
+                if {key: tuple(value.shape) for key, value in stored.items()} != sizes.shapes():
+                    log.warning("%s in %s is of other sizes and is not gone on with", stage, folder)
+                    continue
+                yield stage, {"weights": library(stored, family.denoiser_names(sizes))}

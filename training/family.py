@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, write_caption_tokenizer
 from training import scenes
@@ -30,8 +30,8 @@ VAES = {
 TEXT = TextEncoder(vocab_size=192, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 # A token of the 5B holds 48 x 2 x 2 values of noise, which its width must be able to carry.
 DENOISERS = {
-    "dit5b": Denoiser("ti2v", 48, 48, dim=256, num_heads=4, ffn_dim=512, num_layers=4, text_dim=TEXT.dim),
-    "dit14b": Denoiser("i2v", 36, 16, dim=144, num_heads=4, ffn_dim=432, num_layers=4, text_dim=TEXT.dim),
+    "dit5b": Denoiser("ti2v", 48, 48, dim=320, num_heads=8, ffn_dim=960, num_layers=6, text_dim=TEXT.dim),
+    "dit14b": Denoiser("i2v", 36, 16, dim=192, num_heads=4, ffn_dim=768, num_layers=6, text_dim=TEXT.dim),
 }
 CAPTIONER = InternVL(vision_dim=96, vision_layers=3, dim=128, num_layers=4)
 QUESTION = "Describe this video in detail."
@@ -113,6 +113,15 @@ def official(state: Mapping[str, Tensor], names: Mapping[str, list[str]], shapes
         key: torch.cat([state[name] for name in parts]).reshape(shapes[key]).to(torch.bfloat16).contiguous()
         for key, parts in names.items()
     }
+
+
+def library(stored: Mapping[str, Tensor], names: Mapping[str, list[str]], like: nn.Module | None = None) -> Any:
+    """What `official` stored, in float32 under the library's names; in the shapes of that module's, if there is one."""
+    found: dict[str, Tensor] = {}
+    for key, parts in names.items():
+        found |= dict(zip(parts, stored[key].float().chunk(len(parts)), strict=True))
+    shapes = {} if like is None else {name: value.shape for name, value in like.state_dict().items()}
+    return {name: value.reshape(shapes.get(name, value.shape)).contiguous() for name, value in found.items()}
 
 
 def _weights(shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None) -> Weights:

@@ -33,9 +33,12 @@ class Settings:
     seed: int = 0
     steps: int = 1 << 40
     frames: int | None = None  # of the clips that a VAE trains on; None: as many as the models make
+    decoder_only: bool = False  # a VAE keeps its latents
     warm_up: int = 200
     average: float = 0.998
     graph: bool = True  # on a GPU: forward and backward as one CUDA graph
+    compiler: str | None = None  # the back end of torch.compile for a denoiser's blocks
+    save_every: float = math.inf  # seconds; what `finish` adds is for the last checkpoint only
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers that a resumed run does not draw again."""
@@ -102,8 +105,20 @@ def train(
 
     stopped: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    start = said = time.monotonic()
+    start = said = saved = time.monotonic()
     losses, recent, done, batch = progress.losses or [], [], 0, first
+
+    def checkpoint() -> dict[str, Any]:
+        averaged = {id(value): mean for value, mean in zip(parameters, average, strict=True)}
+        state = model.state_dict(keep_vars=True)
+        return {
+            "weights": {key: averaged.get(id(value), value).detach().cpu().clone() for key, value in state.items()},
+            "steps": progress.steps + done,
+            "seconds": progress.seconds + time.monotonic() - start,
+            "losses": [list(pair) for pair in losses],
+            "seed": settings.seed,
+        }
+
     try:
         while not stopped and done < settings.steps:
             spent = (time.monotonic() - start) / (60 * settings.minutes)
@@ -125,20 +140,16 @@ def train(
                     said = time.monotonic()
                     speed = done / (said - start)
                     log.info("%s: step %d loss %.5f, %.1f steps/s", name, *losses[-1], speed)
+            if time.monotonic() - saved > settings.save_every:
+                saved = time.monotonic()
+                save(settings.folder / f"{name}.pt", checkpoint())
             batch = next(batches)
     finally:
         signal.signal(signal.SIGTERM, before)
+    content = checkpoint()
     with torch.no_grad():
         torch._foreach_copy_(list[Tensor](parameters), average)
-    seconds = progress.seconds + time.monotonic() - start
-    content = {
-        "weights": {key: value.detach().cpu() for key, value in model.state_dict().items()},
-        "steps": progress.steps + done,
-        "seconds": seconds,
-        "losses": [list(pair) for pair in losses],
-        "seed": settings.seed,
-        **finish(),
-    }
+    content |= finish()
     save(settings.folder / f"{name}.pt", content)
     last = round(losses[-1][1], 5) if losses else None  # a run of less than 50 steps says nothing
     extra = {key: value for key, value in content.items() if isinstance(value, float)}

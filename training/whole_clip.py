@@ -58,11 +58,11 @@ def normalise_and_activate(x: Tensor, gamma: Tensor) -> Tensor:
 _activate = normalise_and_activate
 
 
-def compile_pointwise() -> None:
-    """From here on the norms of all `WholeClip`s are compiled."""
+def compile_pointwise(dynamic: bool = False) -> None:
+    """From here on the norms of all `WholeClip`s are compiled, for each size or once for any."""
     global _activate
     torch._dynamo.config.recompile_limit = 64  # one for each width and size in the network
-    _activate = torch.compile(normalise_and_activate, dynamic=False)
+    _activate = torch.compile(normalise_and_activate, dynamic=dynamic)
 
 
 def _residual(self: Any, x: Tensor, **_: Any) -> Tensor:
