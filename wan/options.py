@@ -20,7 +20,7 @@ from numbers import Real as Number
 from types import MappingProxyType
 from typing import Any, Literal
 
-from wan.configs import PRESETS, WAN_CONFIGS
+from wan.configs import PRESETS, WAN_CONFIGS, parse_size
 from wan.errors import UserError
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -169,6 +169,8 @@ class Seed(Whole):
     """A seed; a negative one draws another."""
 
     def check(self, value: Any) -> None:
+        if not _is_whole(value):
+            raise Unfit(f"must be a whole number, {value!r} is not")
         if value > LARGEST_SEED:
             raise Unfit(f"{value} is too large; the largest seed is 2**63-1")
 
@@ -260,6 +262,17 @@ class YesNo(Switch):
         if text.lower() in ("no", "false", "f", "n", "0"):
             return False
         raise Unfit(f"must be true or false, {text[:40]!r} is not")
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """width*height in pixels; which sizes there are, the model says."""
+
+    def check(self, value: Any) -> None:
+        try:
+            parse_size(value)
+        except UserError as error:
+            raise Unfit(str(error).removeprefix("size ")) from error
 
 
 @dataclass(frozen=True)
@@ -405,7 +418,7 @@ class Settings:
     # Input
     task: str | None = option(
         INPUT, Choice(None, tuple(WAN_CONFIGS)), "which model, and what to make with it",
-        unset="told from `ckpt_dir` and the inputs", fingerprint="task", record=True,
+        unset="chosen by `ckpt_dir` and the inputs", fingerprint="task", record=True,
     )
     video: str | None = option(
         INPUT, Video("FILE"), "the video to continue", unset="none", required=("continuous",), fingerprint="parent",
@@ -414,7 +427,7 @@ class Settings:
         INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
     )
     size: str | None = option(
-        INPUT, Kind("W*H"), "width*height: the area to fill; the aspect is the input's",
+        INPUT, Size("W*H"), "the area to fill, as width*height; the aspect is the input's",
         unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
     )
     frame_num: int | None = option(
@@ -454,11 +467,11 @@ class Settings:
     )
     vlm_path: str | None = option(
         PROMPT, Local("DIR"), "InternVL folder or hub id, or the endpoint's model",
-        unset="InternVL3_5-8B in or beside `ckpt_dir`, else the hub's",
+        unset="InternVL3_5-8B in `ckpt_dir` or next to it, else from the hub",
         fingerprint="vlm", record=True, was="vlm", continues=True,
     )
     vlm_url: str | None = option(
-        PROMPT, Address("URL"), "an OpenAI-compatible endpoint that describes, instead of a local VLM",
+        PROMPT, Address("URL"), "describe with an OpenAI-compatible endpoint instead of a local VLM",
         unset="none", fingerprint="vlm", record=True, continues=True,
     )
     vlm_question: str = option(
@@ -466,11 +479,11 @@ class Settings:
         client=True, fingerprint="vlm_question", record=True, continues=True,
     )
     num_segments: int = option(
-        PROMPT, Whole("N", 1, 256, "; a VLM has no room for more frames"), "frames that the VLM sees", 8,
+        PROMPT, Whole("N", 1, 256, "; a VLM has no room for more frames"), "how many frames the VLM sees", 8,
         client=True, fingerprint="num_segments", record=True, continues=True,
     )
     video_reader: str = option(
-        PROMPT, Choice(None, READERS), "what reads the VLM's frames", "auto",
+        PROMPT, Choice(None, READERS), "the library that reads the VLM's frames", "auto",
         fingerprint="video_reader", record=True, continues=True,
     )
     vlm_device: str | None = option(
@@ -514,12 +527,14 @@ class Settings:
 
     # Continuity
     continuation: str | None = option(
-        CONTINUITY, Choice(None, CONTINUATIONS), "what a clip knows of the one before", unset="last_frame",
+        CONTINUITY, Choice(None, CONTINUATIONS), "which frames of the clip before a clip starts from",
+        unset="last_frame; tail with more than one of `context_frames`",
         client=True, fingerprint="continuation", record=True, continues=True,
     )
     context_frames: int | None = option(
-        CONTINUITY, Among("K", numbers=CONTEXTS), "frames that are known: 1, or 5, 9, 13, 17 with tail",
-        unset="1; 5 with tail",
+        CONTINUITY, Among("K", numbers=CONTEXTS),
+        "how many frames of the clip before are known: 1, or 5, 9, 13, 17 with tail",
+        unset="1; 5 with tail and svi2pro",
         scene="context", client=True, fingerprint="context_frames", record=True, continues=True,
     )
     anchor_image: str | None = option(
@@ -535,8 +550,9 @@ class Settings:
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
     )
     drift_correction: float = option(
-        CONTINUITY, Strength("S", 0, 1, unsaid=0.9), "take out colour drift, with strength S from 0 to 1; S alone: 0.9",
-        0.0, client=True, fingerprint="drift_correction", record=True, continues=True,
+        CONTINUITY, Strength("S", 0, 1, unsaid=0.9),
+        "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,
+        unset="off", client=True, fingerprint="drift_correction", record=True, continues=True,
     )
     best_of: int = option(
         CONTINUITY, Whole("N", 1, 1000), "of N candidates of each clip keep the one with the best seam", 1,
@@ -556,17 +572,17 @@ class Settings:
         SPEED, YesNo("BOOL"), "keep only the model in use on the GPU", True, record=True, same=_FASTER,
     )
     vram: float | Literal["auto"] | None = option(
-        SPEED, Gib("GIB"), "keep to so much GPU memory; auto: to what is free now", unset="no limit",
+        SPEED, Gib("GIB"), "use at most this much GPU memory; auto: what is free now", unset="no limit",
         record=True, same=_FASTER,
     )
     precision: str | None = option(
         SPEED, Choice(None, PRECISIONS),
-        "of the denoiser's matrix products; fp8_attention: and of its attention",
+        "number format of the denoiser's matrix products; fp8_attention: of its attention too",
         unset="the checkpoint's, or bf16", fingerprint="config", record=True, was="low_precision",
     )
     vae_dtype: str | None = option(
         SPEED, Choice(None, ("float32", "float16")),
-        "of the VAE; float16 takes half of the time and memory, some 60 dB from float32",
+        "number format of the VAE; float16 takes half of the time and memory, at about 60 dB from float32",
         unset="float32", fingerprint="config", record=True,
     )
     convert_model_dtype: bool = option(

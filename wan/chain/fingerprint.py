@@ -31,7 +31,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 def difference(key: str, old: Any, new: Any) -> str:
     """What two fingerprints say differently, in the words of the settings."""
-    plain = {"parent": "another video", "checkpoint": "another checkpoint", "config": "another wan_config.json"}
+    plain = {
+        "parent": "another video",
+        "checkpoint": "another checkpoint",
+        "config": "another wan_config.json, `precision` or `vae_dtype`",
+    }
     if key in plain:
         return plain[key]
     setting = " or ".join(f"`{one.name}`" for one in by_fingerprint_key().get(key, ()) if one.flag) or key

@@ -145,7 +145,9 @@ def _check_together(command: Command, settings: Settings) -> None:
     # the seeds of all clips and of their candidates
     last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + settings.best_of * CANDIDATE_STEP
     if chain and last > LARGEST_SEED:
-        raise UserError(f"`base_seed` {settings.base_seed} is too large; the largest seed is 2**63-1")
+        raise UserError(
+            f"`base_seed` {settings.base_seed} is too large: the seeds of all clips and candidates must be below 2**63"
+        )
     fewest = Frames().fewest_in_chain
     if chain and settings.frame_num is not None and settings.frame_num < fewest:
         raise UserError(f"`frame_num` {settings.frame_num}: a clip of a chain needs at least {fewest} frames")

@@ -58,8 +58,9 @@ class Job:
     def read(cls, command: Command, settings: Settings) -> Job:
         """The settings, checked against the files that they name before PyTorch is imported. Raises UserError."""
         check_world(settings, dict(os.environ))
-        if settings.task is not None:
-            settings = _or_example(settings, settings.task)
+        if (given := settings.task) is not None:
+            settings = _or_example(settings, given)
+            check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
         scenes = read_storyboard(Path(settings.storyboard)) if settings.storyboard else ()
 
