@@ -36,8 +36,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/prompting.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_memory", "test_options"),
     "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options"),
     "wan/options.py": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_storyboard"),
-    "wan/media": ("test_faults", "test_timeline", "test_media_writing", "test_media_reading"),
-    "wan/quality": ("test_quality_motion", "test_quality_metrics", "test_quality_correction"),
+    "wan/media": (
+        *("test_faults", "test_timeline", "test_writing", "test_reading", "test_sound", "test_colour", "test_dull_end"),
+    ),
+    "wan/quality": ("test_motion", "test_metrics", "test_correction"),
 }
 PACKAGES = tuple(name for name in TESTS if name.count("/") == 1)
 
