@@ -23,7 +23,7 @@ demo: .venv/.ready  ## continue a clip and make a chain of three with the tiny m
 	@echo "  a chain of three    $(CURDIR)/$(DEMO)/chain/joined.mp4"
 	@echo "  all at a glance     $(CURDIR)/$(DEMO)/contact_sheet.png"
 
-quick: .venv/.ready  ## the tests that are not marked slow: under two minutes
+quick: .venv/.ready  ## the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
 test: lint  ## lint, format, types and all tests, as CI runs them

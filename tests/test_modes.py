@@ -26,6 +26,8 @@ from wan.image2video import preprocess as stretched
 from wan.settings import Context, LoraFile
 from wan.types import Clip, Generation, KnownFrames, Request, from_uint8
 
+pytestmark = pytest.mark.slow
+
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 AREA = 96 * 64
 FRAMES = 21

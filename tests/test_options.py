@@ -28,6 +28,8 @@ from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.options import OPTIONS, Local, Option, Settings, check, current, options_of, words_of
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "transformers", "diffusers")
 
 

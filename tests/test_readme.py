@@ -18,6 +18,8 @@ from wan import cli
 from wan.options import OPTIONS
 from wan.weights.checkpoint import open_safetensors
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.startswith("python ")]

@@ -20,6 +20,8 @@ from wan.chain.fingerprint import fingerprint
 from wan.chain.report import render_report
 from wan.chain.run_folder import FinishedClip, RunFolder
 
+pytestmark = pytest.mark.slow
+
 MADE = DATA / "run_0_1_0"
 
 

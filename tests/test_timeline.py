@@ -31,6 +31,8 @@ from wan.errors import UserError
 from wan.media import assembly, source
 from wan.timeline import Part, Timeline, shared_rate
 
+pytestmark = pytest.mark.slow
+
 RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50)]
 RATES += [Fraction(60), Fraction(10), Fraction(25, 2), Fraction(15)]
 MODELS = [Fraction(16), Fraction(24)]

@@ -23,6 +23,8 @@ from benchmarks.quality import (
 )
 from tests.support.golden import ROOT
 
+pytestmark = pytest.mark.slow
+
 MODELS = ROOT / "models"
 
 

@@ -35,6 +35,8 @@ from training.vae import train_vae
 from wan import WanV2V5B
 from wan.configs import config_for
 
+pytestmark = pytest.mark.slow
+
 
 def train(stage: str, folder: Path) -> None:
     command = [sys.executable, "-m", "training", stage, "--folder", str(folder), "--steps", "2", "--batch", "1"]

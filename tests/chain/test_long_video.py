@@ -28,6 +28,8 @@ from wan.chain.run_folder import RunFolder
 from wan.types import Generation, Request
 from wan.weights.checkpoint import open_safetensors
 
+pytestmark = pytest.mark.slow
+
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

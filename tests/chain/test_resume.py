@@ -21,6 +21,8 @@ from tests.support.golden import DATA, GOLDEN, ROOT
 from wan import cli
 from wan.chain.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

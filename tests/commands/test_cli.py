@@ -25,6 +25,8 @@ from wan.commands.progress import Progress
 from wan.options import settings_of
 from wan.types import Step, to_uint8
 
+pytestmark = pytest.mark.slow
+
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

@@ -33,6 +33,8 @@ from wan.device.placement import Placement
 from wan.settings import Sampling, StepCache
 from wan.types import KnownFrames, Request, TextContext
 
+pytestmark = pytest.mark.slow
+
 CPU = Placement(torch.device("cpu"))
 META = torch.device("meta")
 BACKENDS = "wan.denoiser.attention_backends"

@@ -14,6 +14,8 @@ from tests.support.media_samples import bias, natural
 from wan import media
 from wan.types import from_uint8, to_uint8
 
+pytestmark = pytest.mark.slow
+
 HOPS = 12
 
 

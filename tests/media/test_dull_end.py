@@ -17,6 +17,8 @@ from wan import media
 from wan.footage import VideoFile, choose_anchor
 from wan.media import VideoError, find_dull_end
 
+pytestmark = pytest.mark.slow
+
 RATE = 24
 SIZE = (160, 96)
 

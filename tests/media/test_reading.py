@@ -25,6 +25,8 @@ from wan.errors import UserError
 from wan.media import VideoError, colour, decord_reader, reading, source
 from wan.media.light import tone_map
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:

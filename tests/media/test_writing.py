@@ -26,6 +26,8 @@ from wan import media
 from wan.errors import UserError
 from wan.media.source import exact_rate
 
+pytestmark = pytest.mark.slow
+
 CUT = frozenset({0, 1})
 
 

@@ -15,6 +15,8 @@ from tests.support.quality_footage import Path, Scene, lab, pan, to_and_fro, to_
 from wan.errors import UserError
 from wan.quality import correct_drift, correction, score_seam
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = 17, 25
 RAMP = np.arange(NEW) / (NEW - 1)
 GROWTH = {"step": np.r_[0, np.ones(NEW - 1)], "ramp": RAMP, "soon over": 1 - np.exp(-np.arange(NEW) / 5)}

@@ -18,6 +18,8 @@ from tests.support.quality_footage import Scene, pan, still, to_and_fro, to_fram
 from wan.errors import UserError
 from wan.quality import LookPart, SeamScore, measure_look, score_seam
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = 9, 12  # frames before and after the seam
 AFTER = range(OLD, OLD + NEW)
 SCENES = {

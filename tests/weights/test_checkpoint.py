@@ -23,6 +23,8 @@ from wan.errors import UserError
 from wan.weights.checkpoint import Names, identify, resolve_folder
 from wan.weights.prefetch import ReadAhead
 
+pytestmark = pytest.mark.slow
+
 A14B, FIVE_B = GOLDEN / "14b" / "ckpt", GOLDEN / "5b" / "ckpt"
 
 

@@ -36,6 +36,8 @@ from wan.settings import LoraFile
 from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
 from wan.weights.quantized import GGUF_TYPES, QuantizedLinear, _expand
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf")  # the dev extra has it
 
 CPU = torch.device("cpu")
