@@ -24,8 +24,6 @@ from wan.settings import Sampling
 from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
 from wan.weights.prefetch import ReadAhead
 
-pytestmark = pytest.mark.slow
-
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

@@ -16,8 +16,6 @@ from wan.settings import Sampling
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation, KnownFrames, Request
 
-pytestmark = pytest.mark.slow
-
 STEPS, SHIFT = 4, 5.0
 
 

@@ -31,8 +31,6 @@ from wan.errors import UserError
 from wan.files import file_digest, publish, write_json, write_text
 from wan.media import writing
 
-pytestmark = pytest.mark.slow
-
 A14B = "--ckpt_dir i2v --num_videos 3"
 
 

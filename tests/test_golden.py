@@ -22,8 +22,6 @@ from wan.textimage2video import best_size
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation
 
-pytestmark = pytest.mark.slow
-
 RUNS = [
     ("5b", "main"),
     ("5b", "dpmpp"),

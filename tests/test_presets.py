@@ -25,8 +25,6 @@ from wan.settings import Sampling, StepCache
 from wan.types import KnownFrames, Request
 from wan.weights.checkpoint import open_safetensors
 
-pytestmark = pytest.mark.slow
-
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 IMAGE = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")
 BLOCKS = 2  # of each golden denoiser

@@ -37,8 +37,6 @@ from wan.text.umt5 import TextEncoder as WanTextEncoder
 from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint
 
-pytestmark = pytest.mark.slow
-
 EXAMPLE = ROOT / "examples" / "shapes.mp4"
 CPU = torch.device("cpu")
 TASKS = {"TI2V-5B": "v2v-5B", "I2V-A14B": "v2v-14B", "T2V-A14B": "t2v-A14B"}

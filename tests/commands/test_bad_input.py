@@ -12,8 +12,6 @@ import pytest
 from tests.support.golden import DATA, GOLDEN
 from wan.cli import continuous_main, generate_main
 
-pytestmark = pytest.mark.slow
-
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

@@ -29,8 +29,6 @@ from wan.models import Models
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_file, open_safetensors
 
-pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
 BLOCKS = [f"blocks.{n}.{layer}" for n in (0, 1) for layer in [*ATTENTION, "ffn.0", "ffn.2"]]

@@ -18,8 +18,6 @@ from wan import media
 from wan.errors import UserError
 from wan.media import colour, light, source
 
-pytestmark = pytest.mark.slow
-
 RAMP = np.array([0, 64, 128, 191, 255])
 
 

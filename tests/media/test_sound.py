@@ -14,8 +14,6 @@ from tests.support.media_samples import CORPUS, add_audio, beeps, beeps_in, mome
 from wan import media
 from wan.media import assembly, sound, source
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
