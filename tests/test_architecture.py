@@ -14,6 +14,7 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 LAYERS = [
     ("wan.errors", "wan.files"),
     ("wan.configs",),
+    ("wan.kinds",),
     ("wan.options",),
     ("wan.settings",),
     ("wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),

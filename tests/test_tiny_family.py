@@ -53,11 +53,17 @@ def test_the_captioner_says_what_moves_where(world: list[Scene]) -> None:
     assert min(found["caption_colour"], found["caption_shape"], found["caption_direction"]) >= 0.9
 
 
+def test_a_clip_begins_with_the_frame_that_it_was_given(
+    task: str, world: list[Scene], request: pytest.FixtureRequest
+) -> None:
+    if task == "v2v-14B":
+        reason = "27.7 dB: these weights were taught to mend the frame that they are given (training/LOG.md)"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+    assert measure_clips(world[:3], Maker(MODELS, task, "last_frame"))["first_frame_psnr"] >= 30
+
+
 def test_a_clip_goes_on_where_its_footage_ends(task: str, world: list[Scene]) -> None:
-    found = measure_clips(world[:3], Maker(MODELS, task, "last_frame"))
-    # the A14B makes the known frame anew, and was taught to mend it (training/LOG.md); the 5B holds its latents
-    assert found["first_frame_psnr"] >= {"v2v-5B": 30, "v2v-14B": 25}[task]
-    assert found["direction"] >= 0.75
+    assert measure_clips(world[:3], Maker(MODELS, task, "last_frame"))["direction"] >= 0.75
     found = measure_clips(world[:2], Maker(MODELS, task, "tail:5"))
     assert found["position_error"] <= 0.07 and found["lost_after_1s"] <= 0.2
 

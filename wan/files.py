@@ -56,10 +56,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(part: Path, path: Path) -> None:
-    """Give a complete file its name; it is on the disk before that, so that no crash leaves an empty one."""
-    with part.open("rb") as opened:
+    """Give a complete file its name; it is on the disk before that, so that no crash leaves an empty one.
+
+    Raises UserError where the system does not replace a file that is open.
+    """
+    with part.open("r+b") as opened:  # Windows flushes only what may be written to
         os.fsync(opened.fileno())
-    os.replace(part, path)
+    try:
+        os.replace(part, path)
+    except PermissionError as error:
+        raise UserError(
+            f"cannot write {os.fspath(path)!r}: {error.strerror}; close it where it is open, or give another name"
+        ) from error
 
 
 def readable(path: str | Path) -> str:

@@ -11,17 +11,37 @@ option. Fingerprint keys never change, since they decide whether a finished clip
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
-from numbers import Real as Number
 from types import MappingProxyType
 from typing import Any, Literal
 
-from wan.configs import PRESETS, WAN_CONFIGS, parse_size
+from wan.configs import PRESETS, WAN_CONFIGS
 from wan.errors import UserError
+from wan.kinds import (
+    Address,
+    Among,
+    Choice,
+    Cut,
+    Files,
+    Frames,
+    Gib,
+    Guidance,
+    Interval,
+    Kind,
+    Local,
+    Picture,
+    Real,
+    Seed,
+    SeedOfClip,
+    Size,
+    Strength,
+    Switch,
+    Unfit,
+    Video,
+    Whole,
+    YesNo,
+)
 
 SOLVERS = ("unipc", "dpm++", "euler")
 # The step caches, and the strength of each unless it is given.
@@ -34,8 +54,6 @@ PRECISIONS = ("bf16", "fp8", "fp8_attention")
 READERS = ("auto", "pyav", "decord")
 V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
-LARGEST_SEED = 2**63 - 1
-MOST_CLIPS = 10_000
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
 Command = Literal["generate", "continuous"]
@@ -50,295 +68,6 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
     "Weights and LoRAs",
     "Output",
 )
-
-
-# --- kinds of values
-
-
-class Unfit(Exception):
-    """A value that a kind does not take. The message follows the setting's name."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Text, the plainest kind: how a word of the command line becomes a value, and which values there are."""
-
-    metavar: str | None = None
-
-    @property
-    def local(self) -> bool:
-        """Whether a value names something of this machine, so that no remote client may choose it."""
-        return False
-
-    def read(self, text: str) -> Any:
-        """The value that a word means. Raises Unfit."""
-        return text
-
-    def check(self, value: Any) -> None:
-        """Raise Unfit for a value that is not in range."""
-        if any("\ud800" <= char <= "\udfff" for char in str(value)):
-            raise Unfit("is not valid UTF-8; set the terminal to UTF-8 or type it again")
-
-    def write(self, value: Any) -> list[str]:
-        """The words that mean a value."""
-        return [str(value)]
-
-
-@dataclass(frozen=True)
-class Local(Kind):
-    """A path, an address, a device or a command: something that only the owner of the machine may choose."""
-
-    @property
-    def local(self) -> bool:
-        return True
-
-    def check(self, value: Any) -> None:
-        """Paths may hold any bytes."""
-
-
-@dataclass(frozen=True)
-class Picture(Local):
-    """A picture file."""
-
-
-@dataclass(frozen=True)
-class Cut(Picture):
-    """A picture file, or True for a shot of text alone."""
-
-
-@dataclass(frozen=True)
-class Video(Local):
-    """A video file."""
-
-
-@dataclass(frozen=True)
-class Address(Local):
-    """An http or https address."""
-
-    def check(self, value: Any) -> None:
-        if not str(value).startswith(("http://", "https://")):
-            raise Unfit(f"must begin with http:// or https://, {value!r} does not")
-
-
-@dataclass(frozen=True)
-class Choice(Kind):
-    """One of some names."""
-
-    names: tuple[str, ...] = ()
-
-    def check(self, value: Any) -> None:
-        if value not in self.names:
-            close = difflib.get_close_matches(str(value)[:40], self.names, 1, cutoff=0.5)
-            advice = f"; did you mean {close[0]}?" if close else ""
-            raise Unfit(f"must be one of {', '.join(self.names)}; {value!r} is not{advice}")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Whole(Kind):
-    """A whole number from `low` to `high`, of which `reason` says why there are no more."""
-
-    low: int = 1
-    high: int = MOST_CLIPS
-    reason: str = ""
-
-    def read(self, text: str) -> int:
-        try:
-            return int(text)
-        except ValueError as error:
-            raise Unfit(f"must be a whole number, {text[:40]!r} is not") from error
-
-    def check(self, value: Any) -> None:
-        if not _is_whole(value):
-            raise Unfit(f"must be a whole number, {value!r} is not")
-        if value < self.low:
-            raise Unfit(f"must be at least {self.low}, {value} is not")
-        if value > self.high:
-            raise Unfit(f"must be at most {self.high}, {value} is not{self.reason}")
-
-
-@dataclass(frozen=True)
-class Seed(Whole):
-    """A seed; a negative one draws another."""
-
-    def check(self, value: Any) -> None:
-        if not _is_whole(value):
-            raise Unfit(f"must be a whole number, {value!r} is not")
-        if value > LARGEST_SEED:
-            raise Unfit(f"{value} is too large; the largest seed is 2**63-1")
-
-
-@dataclass(frozen=True)
-class SeedOfClip(Seed):
-    """A seed that is no draw."""
-
-    low: int = 0
-    high: int = LARGEST_SEED
-
-    def check(self, value: Any) -> None:
-        super().check(value)
-        if value < 0:
-            raise Unfit(f"must be a whole number from 0 to 2**63-1, {value} is not")
-
-
-@dataclass(frozen=True)
-class Frames(Whole):
-    """Frames of a clip: 4n+1."""
-
-    fewest_in_chain: int = 5  # with one frame a clip would only repeat the one before
-
-    def check(self, value: Any) -> None:
-        super().check(value)
-        if (value - 1) % 4:
-            low = (value - 1) // 4 * 4 + 1
-            raise Unfit(f"must be 4n+1: {value} is not, {low} and {low + 4} are")
-
-
-@dataclass(frozen=True)
-class Among(Whole):
-    """One of some whole numbers."""
-
-    numbers: tuple[int, ...] = ()
-
-    def check(self, value: Any) -> None:
-        if value not in self.numbers:
-            *most, last = map(str, self.numbers)
-            raise Unfit(f"must be {', '.join(most)} or {last}; {value} is not")
-
-
-@dataclass(frozen=True)
-class Real(Kind):
-    """A finite number from `low` to `high`; `above` leaves `low` itself out."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-
-    def read(self, text: str) -> float:
-        try:
-            return float(text)
-        except ValueError as error:
-            raise Unfit(f"must be a number, {text[:40]!r} is not") from error
-
-    def check(self, value: Any) -> None:
-        number = _is_number(value) and math.isfinite(value)
-        if number and self.low <= value <= self.high and not (self.above and value == self.low):
-            return
-        if self.high < math.inf:
-            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not")
-        raise Unfit(f"must be a {'positive' if self.above else 'finite'} number, {value} is not")
-
-
-@dataclass(frozen=True)
-class Strength(Real):
-    """A number that may be left out on the command line."""
-
-    unsaid: float = 1.0
-
-
-@dataclass(frozen=True)
-class Switch(Kind):
-    """On when its flag is there."""
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, bool):
-            raise Unfit(f"must be true or false, {value!r} is not")
-
-
-@dataclass(frozen=True)
-class YesNo(Switch):
-    """Wan2.2's str2bool."""
-
-    def read(self, text: str) -> bool:
-        if text.lower() in ("yes", "true", "t", "y", "1"):
-            return True
-        if text.lower() in ("no", "false", "f", "n", "0"):
-            return False
-        raise Unfit(f"must be true or false, {text[:40]!r} is not")
-
-
-@dataclass(frozen=True)
-class Size(Kind):
-    """width*height in pixels; which sizes there are, the model says."""
-
-    def check(self, value: Any) -> None:
-        try:
-            parse_size(value)
-        except UserError as error:
-            raise Unfit(str(error).removeprefix("size ")) from error
-
-
-@dataclass(frozen=True)
-class Gib(Kind):
-    """GiB of memory, or "auto"."""
-
-    def read(self, text: str) -> float | str:
-        try:
-            return text if text == "auto" else float(text)
-        except ValueError as error:
-            raise self._unfit(text) from error
-
-    def check(self, value: Any) -> None:
-        if value != "auto" and not (_is_number(value) and 1 <= value < 4096):
-            raise self._unfit(value)
-
-    def _unfit(self, value: Any) -> Unfit:
-        return Unfit(f"must be auto or a number of GiB from 1, for instance 12; {str(value)[:40]!r} is not")
-
-    def write(self, value: Any) -> list[str]:
-        return [value if isinstance(value, str) else f"{value:g}"]
-
-
-@dataclass(frozen=True)
-class Guidance(Kind):
-    """(low noise, high noise), written LOW,HIGH or as one number for both."""
-
-    def read(self, text: str) -> tuple[float, float]:
-        try:
-            scales = [float(part) for part in text.split(",")]
-        except ValueError:
-            scales = []
-        if len(scales) not in (1, 2):
-            raise Unfit(f"must be one number or LOW,HIGH, {text[:40]!r} is not")
-        return scales[0], scales[-1]
-
-    def check(self, value: Any) -> None:
-        if not all(math.isfinite(scale) for scale in value):
-            raise Unfit(f"must be finite, {','.join(f'{scale:g}' for scale in value)} is not")
-
-    def write(self, value: Any) -> list[str]:
-        return [",".join(repr(scale) for scale in value)]
-
-
-@dataclass(frozen=True)
-class Interval(Kind):
-    """The lowest and the highest sigma."""
-
-    def check(self, value: Any) -> None:
-        low, high = value
-        if not 0 <= low < high <= 1:
-            raise Unfit(f"must be two sigmas 0 <= LOW < HIGH <= 1, {low:g} {high:g} are not")
-
-    def write(self, value: Any) -> list[str]:
-        return [repr(sigma) for sigma in value]
-
-
-@dataclass(frozen=True)
-class Files(Local):
-    """Files, each PATH or PATH:STRENGTH."""
-
-    def write(self, value: Any) -> list[str]:
-        return list(value)
-
-
-# --- options
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import shutil
 import threading
 import time
 from fractions import Fraction
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.support.golden import DATA, GOLDEN
+from tests.support.golden import DATA, small_checkpoints
 from tests.support.media_samples import number, numbered
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
@@ -36,10 +35,7 @@ VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    declared = {"sizes": ["96*64"], "frame_num": 13, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
-    for name, source in (("i2v", "14b"), ("ti2v", "5b")):
-        shutil.copytree(GOLDEN / source / "ckpt", folder / name)
-        (folder / name / "wan_config.json").write_text(json.dumps(declared))
+    small_checkpoints(folder, frame_num=13)
     write_internvl(folder / "InternVL3_5-8B", InternVL())
     for side in ("high", "low"):
         weights = open_safetensors(folder / "i2v" / f"{side}_noise_model", "diffusion_pytorch_model")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.golden import DATA, GOLDEN
+from tests.support.golden import DATA, GOLDEN, small_checkpoints
 from wan.cli import continuous_main, generate_main
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -19,10 +18,8 @@ VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with checkpoints of each kind, videos and non-videos."""
     folder = tmp_path_factory.mktemp("world")
-    declared = {"sizes": ["96*64", "64*96"], "frame_num": 5, "sample_steps": 2, "param_dtype": "float32"}
+    small_checkpoints(folder, ("96*64", "64*96"))
     for name, source in (("i2v", "14b"), ("ti2v", "5b")):
-        shutil.copytree(GOLDEN / source / "ckpt", folder / name)
-        (folder / name / "wan_config.json").write_text(json.dumps(declared))
         shutil.copy(GOLDEN / source / "image.png", folder / f"{name}.png")
     shutil.copytree(GOLDEN / "5b" / "ckpt", folder / "released")
     shutil.copytree(GOLDEN / "5b" / "ckpt", folder / "declares_nonsense")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from generate import EXAMPLE_PROMPT
-from tests.support.golden import DATA, GOLDEN, ROOT
+from tests.support.golden import DATA, GOLDEN, ROOT, small_checkpoints
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli, media
 from wan.commands.progress import Progress
@@ -34,10 +34,8 @@ VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden checkpoints as folders that declare small sizes."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    declared = {"sizes": ["96*64"], "frame_num": 5, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
-    for name, source in (("i2v", "14b"), ("ti2v", "5b")):
-        shutil.copytree(GOLDEN / source / "ckpt", folder / name)
-        (folder / name / "wan_config.json").write_text(json.dumps(declared))
+    small_checkpoints(folder)
+    for name in ("i2v", "ti2v"):
         write_internvl(folder / name / "InternVL3_5-8B", InternVL())
     return folder
 

@@ -230,7 +230,7 @@ class ChainRun:
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
-        clips = [self.clips[number] for number in sorted(self.clips) if number < self.first_missing]
+        clips = [self.clips[number] for number in range(1, self.first_missing)]
         joined = self.folder.path / "joined.mp4" if clips else None
         if joined is not None:
             self._join(clips, joined)

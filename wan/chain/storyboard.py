@@ -43,23 +43,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from wan import media
 from wan.configs import ModelConfig
 from wan.errors import UserError
-from wan.options import (
-    LARGEST_SEED,
-    Among,
-    Cut,
-    Files,
-    Frames,
-    Guidance,
-    Kind,
-    Option,
-    Picture,
-    Real,
-    SeedOfClip,
-    Settings,
-    Unfit,
-    Whole,
-    by_scene_key,
-)
+from wan.kinds import LARGEST_SEED, Among, Cut, Files, Frames, Guidance, Kind, Picture, Real, SeedOfClip, Unfit, Whole
+from wan.options import Option, Settings, by_scene_key
 from wan.settings import LoraFile, check_end_image
 
 MOST_BYTES = 2**20

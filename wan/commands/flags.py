@@ -5,33 +5,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from wan import __version__
 from wan.errors import UserError, spell
-from wan.options import (
-    BOTH,
-    CANDIDATE_STEP,
-    GROUPS,
-    LARGEST_SEED,
-    MOST_CLIPS,
-    OPTIONS,
-    V2V_TASKS,
-    Choice,
-    Command,
-    Files,
-    Frames,
-    Interval,
-    Option,
-    Real,
-    Settings,
-    Strength,
-    Switch,
-    Unfit,
-    YesNo,
-    options_of,
-)
+from wan.kinds import LARGEST_SEED, MOST_CLIPS, Choice, Files, Frames, Interval, Real, Strength, Switch, Unfit, YesNo
+from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
 
 PROGRAMS: Mapping[Command, str] = {"generate": "generate.py", "continuous": "generate_continuous.py"}
@@ -113,8 +94,6 @@ def _help(one: Option, required: bool) -> str:
 
 def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     """The settings that the words of a command mean, each in range, and together. Raises UserError."""
-    import sys
-
     words = sys.argv[1:] if argv is None else list(argv)
     parser = parser_of(command)
     if not {"-h", "--help", "--version"} & set(words):

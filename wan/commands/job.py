@@ -19,17 +19,8 @@ from wan.commands.flags import check_video_settings
 from wan.configs import ModelConfig, config_for, parse_size
 from wan.errors import UserError
 from wan.files import readable
-from wan.options import (
-    EXPERT_OF_DIT,
-    EXPERT_OF_LORA,
-    OPTIONS,
-    V2V_TASKS,
-    Command,
-    Picture,
-    Settings,
-    Video,
-    options_of,
-)
+from wan.kinds import Picture, Video
+from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, V2V_TASKS, Command, Settings, options_of
 from wan.settings import Context, LoraFile
 
 if TYPE_CHECKING:

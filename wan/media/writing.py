@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import av
@@ -22,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from wan.errors import UserError
+from wan.files import publish
 from wan.media.colour import FULL, LIMITED, SWS_FLAGS, to_rgb
 from wan.media.light import BT709
 from wan.media.reading import read_last_frame
@@ -228,9 +230,7 @@ def _published(path: str | os.PathLike[str]) -> Iterator[str]:
     temporary = _reserve(path)
     try:
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows flushes only what may be written to
-            os.fsync(file.fileno())
-        _rename(temporary, path)
+        publish(Path(temporary), Path(path))
     except (OSError, av.FFmpegError) as error:
         if error.errno in _FULL_DISK:
             raise UserError(f"cannot write {os.fspath(path)!r}: {error.strerror}; free some space") from error
@@ -238,16 +238,6 @@ def _published(path: str | os.PathLike[str]) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):  # it has its final name
             os.unlink(temporary)
-
-
-def _rename(temporary: str, path: str | os.PathLike[str]) -> None:
-    try:
-        os.replace(temporary, path)
-    except PermissionError as error:  # Windows does not replace a file that is open
-        name = os.fspath(path)
-        raise UserError(
-            f"cannot write {name!r}: {error.strerror}; close it where it is open, or give another name"
-        ) from error
 
 
 def _reserve(path: str | os.PathLike[str]) -> str:
