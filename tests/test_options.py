@@ -289,6 +289,7 @@ CASES: dict[str, Case] = {
         [("light_low.safetensors", 2.0)],
         A14B,
     ),
+    "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.said, "theirs.mp4\n", generate=True),
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),

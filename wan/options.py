@@ -361,6 +361,9 @@ class Settings:
         OUTPUT, Local("FILE"), "the .mp4 to write", unset="a name made of task, size, input and time",
         only=("generate",), same=_SHOWN,
     )
+    overwrite: bool = option(
+        OUTPUT, Switch(), "replace `save_file` also where it was not made here", False, only=("generate",), same=_SHOWN,
+    )
     output_dir: str = option(
         OUTPUT, Local("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
         only=("continuous",), same=_SHOWN,

@@ -131,7 +131,7 @@ GENERATE: list[tuple[str, str]] = [
     # output
     ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {out.avi}", "out.avi"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {nowhere}/out.mp4", "nowhere"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {clip.mp4}", "is the input video"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --save_file {clip.mp4}", "which --video needs; give another name"),
 ]
 
 CONTINUOUS: list[tuple[str, str]] = [

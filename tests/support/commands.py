@@ -100,7 +100,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(world / "vlm", world / "vlm_2")
     for shard in (world / "vlm_2").glob("*.safetensors"):
         save_file({key: value + 1 for key, value in load_file(shard).items()}, shard)
-    shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / "other.mp4")
+    for name in ("other.mp4", "theirs.mp4"):
+        shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / name)
     Image.new("RGB", (64, 32), "red").save(world / "red.png")
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")

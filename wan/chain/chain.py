@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from wan import media
 from wan.chain.fingerprint import difference, fingerprint
 from wan.chain.report import render_report, seam_thumbnails
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
@@ -74,6 +74,7 @@ class ChainRun:
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(settings.base_seed, before)
+        self.joined_of = _joined_of(before, self.video)
         self.drawn = settings.base_seed < 0 and "base_seed" not in before
         by_number = enumerate(scenes, 1)
         self.scripted = {number: scene.said["seed"] for number, scene in by_number if "seed" in scene.said}
@@ -203,7 +204,6 @@ class ChainRun:
     def report(self, status: str, joined: Path | None = None) -> None:
         """`prompts_log.txt`, `run.json` and the report as things stand."""
         clips = [self.clips[number] for number in sorted(self.clips)]
-        self.folder.write_prompts(clips)
         records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
         run = {
             "status": status,
@@ -214,14 +214,16 @@ class ChainRun:
             "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
             "accepted": dict(sorted(self.accepted.items())),
             "joined": joined.name if joined else None,
+            "joined_of": self.joined_of,
             "seconds": round(time.perf_counter() - self.started, 3),
             "arguments": self._arguments(),
             "clips": records,
         }
-        self.folder.write_run(run)
+        self.folder.write_run(run)  # first: it tells that the other files are ours
+        self.folder.write_prompts(clips)
         page, data = render_report(run, records, [clip.sheet for clip in clips])
-        write_json(self.folder.path / "report.json", data)
-        write_text(self.folder.path / "report.html", page)
+        write_json(self.folder.path / DATA, data)
+        write_text(self.folder.path / PAGE, page)
 
     def _arguments(self) -> dict[str, Any]:
         """What the command was told, as JSON values."""
@@ -231,8 +233,14 @@ class ChainRun:
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
         clips = [self.clips[number] for number in range(1, self.first_missing)]
-        joined = self.folder.path / "joined.mp4" if clips else None
+        joined = self.folder.path / JOINED if clips else None
         if joined is not None:
+            parts = [clip.fingerprint for clip in clips]
+            parts = [file_digest(self.video), *parts] if self.settings.include_source else parts
+            if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
+                self.folder.set_joined_aside()
+            self.joined_of = parts
+            self.report("running")  # what a killed run leaves is no more than this says
             self._join(clips, joined)
         self.report(status, joined)
         return joined
@@ -247,6 +255,19 @@ class ChainRun:
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)
+
+
+def _joined_of(before: Mapping[str, Any], video: Path) -> list[str]:
+    """What the joined video is made of: digests of the source, if it is in there, and of its clips.
+
+    Empty where nobody knows. 0.1.0 did not write it down, but joined every clip of a run that it joined at all.
+    """
+    if "joined_of" in before:
+        return list(before["joined_of"])
+    if not before.get("joined"):
+        return []
+    source = [file_digest(video)] if (before.get("arguments") or {}).get("include_source") else []
+    return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
 
 
 def _base_seed(given: int, before: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,13 @@ from wan.files import publish, write_json, write_text
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, to_uint8
 
+log = logging.getLogger(__name__)
+
 REDONE = "redone"
 SHEET = "sheet."
+JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+_OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
+_SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
 _NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
 
 
@@ -128,7 +134,7 @@ class RunFolder:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
             raise UserError(f"{self.path} {reason}, or give another folder") from error
-        for name in ("video_", "joined.mp4", "run.json", "prompts_log.txt", "report."):
+        for name in ("video_", *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
         return self
@@ -137,6 +143,20 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)  # which unlocks
+
+    def writes(self, name: str) -> bool:
+        """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
+        file = Path(name.casefold())
+        return file.name in _OF_THE_RUN or (file.suffix in _SUFFIXES and _number(file) is not None)
+
+    def foreign(self) -> Path | None:
+        """A file that a run would replace and that none of ours has made."""
+        there = [path for name in _OF_THE_RUN if (path := self.path / name).exists()]
+        if self.path / RUN in there:
+            run = self.run
+            return None if isinstance(run.get("clips"), list) and "base_seed" in run else self.path / RUN
+        # a run writes its record first; clips without one are of a run whose record was removed
+        return there[0] if there and not self.clips() else None
 
     def clips(self) -> dict[int, FinishedClip]:
         """The finished clips by number, counted from 1. One with a file missing or damaged is not finished."""
@@ -147,10 +167,9 @@ class RunFolder:
         number = _number(path)
         try:
             record = current(json.loads(path.read_text(encoding="utf-8")))
-            with safe_open(path.with_suffix(".safetensors"), framework="pt") as state:
-                settings = json.loads(state.metadata()["settings"])
+            settings = _settings(path.with_suffix(".safetensors"))
             whole = record["fingerprint"] == fingerprint(settings)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         clip = None if number is None else FinishedClip(number, path, record, settings)
         return clip if clip is not None and whole and clip.video.is_file() else None
@@ -174,16 +193,8 @@ class RunFolder:
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
         record = dict(record) | {"fingerprint": fingerprint(settings)}
-        self._make_room(number)
+        self._make_room(number, stem.name)
         frames = made.clip.frames
-        # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
-        media.write_video(
-            stem.with_suffix(".mp4"),
-            (to_uint8(frame) for frame in frames),
-            made.clip.fps,
-            keyframes=frozenset({0, record.get("dropped", 1)}),
-            metadata=settings_of(record) if metadata else None,
-        )
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
@@ -194,25 +205,48 @@ class RunFolder:
         said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
         part.write_bytes(as_bytes(tensors, said))  # the library's own writer would leave a file of its own when killed
         publish(part, stem.with_suffix(".safetensors"))
+        # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
+        media.write_video(
+            stem.with_suffix(".mp4"),
+            (to_uint8(frame) for frame in frames),
+            made.clip.fps,
+            keyframes=frozenset({0, record.get("dropped", 1)}),
+            metadata=settings_of(record) if metadata else None,
+        )
         write_json(stem.with_suffix(".json"), record)
         return FinishedClip(number, stem.with_suffix(".json"), record, settings)
 
-    def _make_room(self, number: int) -> None:
-        """Move a clip that is made again to `redone/`, its record last; what a killed run left is overwritten."""
+    def _make_room(self, number: int, stem: str) -> None:
+        """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.
+
+        What a killed run left of this very clip is overwritten. It has no record yet; its state, which comes first,
+        tells.
+        """
         files = [file for file in self.path.glob("video_*") if _number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
+        left = stem if stem not in recorded and _settings(self.path / f"{stem}.safetensors") else None
         for file in sorted(files, key=lambda file: file.suffix == ".json"):
-            if file.stem not in recorded:
+            if file.stem == left:
                 continue
-            home = self.path / REDONE
-            home.mkdir(exist_ok=True)
-            copies = (home / f"{file.stem}{again}{file.suffix}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
-            file.rename(next(copy for copy in copies if not copy.exists()))
+            if file.stem not in recorded:
+                log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
+            self._set_aside(file)
+
+    def _set_aside(self, file: Path) -> None:
+        home = self.path / REDONE
+        home.mkdir(exist_ok=True)
+        copies = (home / f"{file.stem}{again}{file.suffix}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
+        file.rename(next(copy for copy in copies if not copy.exists()))
+
+    def set_joined_aside(self) -> None:
+        """Move the joined video to `redone/`, if there is one."""
+        if (joined := self.path / JOINED).exists():
+            self._set_aside(joined)
 
     @property
     def run(self) -> dict[str, Any]:
         """The record of the run so far, empty before the first."""
-        path = self.path / "run.json"
+        path = self.path / RUN
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
         except (OSError, ValueError, TypeError) as error:
@@ -220,7 +254,7 @@ class RunFolder:
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace the record of the run."""
-        write_json(self.path / "run.json", record)
+        write_json(self.path / RUN, record)
 
     def write_prompts(self, clips: list[FinishedClip]) -> None:
         """`prompts_log.txt`: one line a clip."""
@@ -228,7 +262,16 @@ class RunFolder:
             f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n"
             for clip in clips
         ]
-        write_text(self.path / "prompts_log.txt", "".join(lines))
+        write_text(self.path / PROMPTS, "".join(lines))
+
+
+def _settings(state: Path) -> dict[str, Any]:
+    """What a clip was made with, as its state says; empty for a file that is no state."""
+    try:
+        with safe_open(state, framework="pt") as opened:
+            return dict(json.loads(opened.metadata()["settings"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return {}
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from wan.chain.dry_run import outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import RunFolder
 from wan.commands.job import Job
+from wan.commands.outputs import check_folder
 from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.types import Footage, Frame, Generation, Step
@@ -31,7 +31,7 @@ def continue_video(job: Job) -> None:
     """A folder of clips; prints the joined video's name. Raises UserError."""
     settings = job.settings
     output = Path(settings.output_dir)
-    _check_folder(output, job.video)
+    check_folder(job, RunFolder(output))
 
     from wan.footage import VideoFile
 
@@ -133,17 +133,3 @@ def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
         run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")
     except (OSError, UserError) as also:  # a full disk, say: what stopped the run is the news, not this
         print(f"they are not joined: {also}", file=sys.stderr)
-
-
-def _check_folder(output: Path, video: Path) -> None:
-    """Raise UserError for a folder that cannot be written to, or in which a file would be lost."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"`output_dir` {output} is a file; give a folder")
-    parent = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not parent.is_dir():
-        raise UserError(f"`output_dir` {output} cannot be made: {parent} is a file")
-    joined = output / "joined.mp4"
-    if joined.exists() and (not (output / "run.json").exists() or (video.exists() and joined.samefile(video))):
-        raise UserError(f"{joined} would be overwritten; give another `output_dir`")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from wan import media
 from wan.commands.job import Job, lora_files
+from wan.commands.outputs import check_file
 from wan.commands.progress import Progress
-from wan.errors import UserError
 from wan.files import write_json
 from wan.options import settings_of
 from wan.settings import check_end_image
@@ -26,9 +26,7 @@ def generate(job: Job) -> None:
     """One mp4, its json beside it, and its name printed. Raises UserError."""
     settings = job.settings
     target = _target(job)
-    media.check_output(target)
-    if settings.video is not None and target.exists() and target.samefile(settings.video):
-        raise UserError(f"`save_file` {target} is the input video; give another name")
+    check_file(job, target)
 
     if settings.video is not None:
         from wan.footage import VideoFile

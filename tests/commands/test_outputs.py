@@ -1,0 +1,172 @@
+"""Nothing of the user's is replaced: not what a command reads, and not what no run of ours has made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import Seen, frames_in
+
+OF_THE_RUN = ("joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what a chain reads
+
+
+@pytest.mark.parametrize("name", ["video_02_seed4.mp4", "VIDEO_7_SEED1.MP4", "joined.mp4"])
+def test_a_source_under_a_name_of_the_run_is_refused(command: Callable[..., Seen], tmp_path: Path, name: str) -> None:
+    source = tmp_path / "out" / name
+    source.parent.mkdir()
+    shutil.copy("source.mp4", source)
+    before = content(source.parent)
+    seen = command(f"--video {source} --include_source")
+    assert seen.code == 2 and not seen.requests
+    assert f"{source} would be overwritten: --video needs it" in seen.said
+    assert content(source.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        ("--ckpt_dir i2v --end_image {}", "red.png"),
+        ("--storyboard {}", "story.yaml"),
+        ("--lora {}:0.5", "light.safetensors"),
+        ("--dit {}", "dit.safetensors"),
+    ],
+)
+def test_so_is_any_other_file_that_it_reads(
+    command: Callable[..., Seen], tmp_path: Path, words: str, file: str
+) -> None:
+    name = "video_01_seed3.safetensors" if file.endswith("safetensors") else "report.html"
+    given = tmp_path / "out" / name
+    given.parent.mkdir()
+    shutil.copy(file, given)
+    seen = command(words.format(given))
+    assert seen.code == 2 and not seen.requests
+    assert f"{given} would be overwritten: --{words.split(' {}')[0].split('--')[-1]} needs it" in seen.said
+    assert given.read_bytes() == Path(file).read_bytes()
+
+
+def test_so_is_a_picture_that_only_the_storyboard_names(command: Callable[..., Seen], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copy("red.png", folder / "video_02_seed4.mp4")  # a picture, whatever it is called
+    (tmp_path / "story.yaml").write_text(f"- {{cut: {folder / 'video_02_seed4.mp4'}}}\n")
+    seen = command(f"--storyboard {tmp_path / 'story.yaml'}")
+    assert seen.code == 2 and "the storyboard needs it" in seen.said and not seen.requests
+
+
+def test_a_link_does_not_hide_it(command: Callable[..., Seen], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copy("source.mp4", folder / "video_01_seed3.mp4")
+    (tmp_path / "link.mp4").symlink_to(folder / "video_01_seed3.mp4")
+    seen = command(f"--video {tmp_path / 'link.mp4'}")
+    assert seen.code == 2 and "would be overwritten" in seen.said
+
+
+def test_a_source_in_the_folder_under_another_name_is_continued(command: Callable[..., Seen], tmp_path: Path) -> None:
+    source = tmp_path / "out" / "holiday.mp4"
+    source.parent.mkdir()
+    shutil.copy("source.mp4", source)
+    assert command(f"--video {source} --include_source").code == 0
+    assert source.read_bytes() == Path("source.mp4").read_bytes()
+
+
+# --- what nobody here made
+
+
+@pytest.mark.parametrize("name", OF_THE_RUN)
+def test_a_file_without_a_run_of_ours_is_refused(command: Callable[..., Seen], tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text('{"clips": 3, "loss": 0.1}')
+    seen = command("")
+    assert seen.code == 2 and not seen.requests
+    assert f"{folder / name} would be overwritten, and no run of ours made it" in seen.said
+    assert content(folder) == {name: b'{"clips": 3, "loss": 0.1}'}
+
+
+def test_clips_whose_run_json_was_removed_are_gone_on_with(command: Callable[..., Seen], tmp_path: Path) -> None:
+    assert command("").code == 0
+    (tmp_path / "out" / "run.json").unlink()
+    seen = command("")
+    assert seen.code == 0 and not seen.requests
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".safetensors", ".json"])
+def test_a_file_under_a_clips_name_moves_away_and_this_is_said(
+    command: Callable[..., Seen], tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "out" / f"video_02_seed4{suffix}"
+    file.parent.mkdir()
+    file.write_bytes(b"theirs")
+    assert command("").code == 0
+    assert (file.parent / "redone" / file.name).read_bytes() == b"theirs"
+    assert len(command("").clips) == 2
+    if suffix != ".json":
+        assert "has no record of a run; it moves to redone/" in caplog.text
+
+
+# --- one clip
+
+
+def test_a_save_file_of_ours_is_replaced_and_another_is_not(command: Callable[..., Seen], tmp_path: Path) -> None:
+    target = tmp_path / "movie.mp4"
+    words = f"--save_file {target}"
+    assert command(words, generate=True).code == 0
+    assert command(f"{words} --base_seed 1", generate=True).code == 0  # made here, as its json says
+    for lost in ("movie.json", "movie.mp4"):  # the mp4 alone; a json of someone else alone
+        shutil.copy("source.mp4", target)
+        target.with_suffix(".json").write_text('{"seed": 1}')
+        (tmp_path / lost).unlink()
+        before = content(tmp_path)
+        seen = command(words, generate=True)
+        assert seen.code == 2 and not seen.requests
+        assert "is there already" in seen.said and "or --overwrite to replace it" in seen.said
+        assert content(tmp_path) == before
+    assert command(f"{words} --overwrite", generate=True).code == 0
+    assert frames_in(target) > 1 and "seed" in json.loads(target.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("flag", ["--video {}", "--ckpt_dir i2v --task i2v-A14B --image {}", "--lora {}"])
+def test_what_one_clip_is_made_from_is_never_replaced(command: Callable[..., Seen], tmp_path: Path, flag: str) -> None:
+    given = tmp_path / "in.mp4"
+    shutil.copy({"--video": "source.mp4", "--lora": "light.safetensors"}.get(flag.split()[0], "red.png"), given)
+    task = " --task v2v-5B" if flag.startswith("--video") else ""
+    before = content(tmp_path)
+    seen = command(flag.format(given) + f"{task} --save_file {given} --overwrite", generate=True)
+    assert (
+        seen.code == 2 and f"would replace {given}, which --{flag.split(' {}')[0].split('--')[-1]} needs" in seen.said
+    )
+    assert content(tmp_path) == before
+
+
+# --- the joined video
+
+
+def test_a_joined_video_that_only_grew_is_replaced(command: Callable[..., Seen], tmp_path: Path) -> None:
+    assert command("").code == 0
+    assert command("--num_videos 3").code == 0
+    assert not (tmp_path / "out" / "redone").exists()
+
+
+@pytest.mark.parametrize("more", ["--redo 2", "--include_source", "--num_videos 1"])
+def test_one_that_lacks_or_remakes_a_clip_leaves_the_old_one(
+    command: Callable[..., Seen], tmp_path: Path, more: str
+) -> None:
+    assert command("").code == 0
+    old = (tmp_path / "out" / "joined.mp4").read_bytes()
+    assert command(more).code == 0
+    assert (tmp_path / "out" / "redone" / "joined.mp4").read_bytes() == old
+    assert (tmp_path / "out" / "joined.mp4").read_bytes() != old
+    assert command(more.replace("--redo 2", "")).code == 0  # the same again: nothing moves
+    assert not (tmp_path / "out" / "redone" / "joined_2.mp4").exists()

@@ -1,0 +1,83 @@
+"""What a command is about to write, and what of the user's must not be lost by it. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan import media
+from wan.errors import UserError
+from wan.kinds import Files
+from wan.options import OPTIONS, OUTPUT
+from wan.settings import LoraFile
+
+if TYPE_CHECKING:
+    from wan.chain.run_folder import RunFolder
+    from wan.commands.job import Job
+
+
+def check_file(job: Job, target: Path) -> None:
+    """Raise UserError for an mp4 that cannot be written, or that would replace what we did not make."""
+    media.check_output(target)
+    files = (target, target.with_suffix(".json"))
+    for said, file in _inputs(job):
+        if any(_same(file, ours) for ours in files):
+            raise UserError(f"`save_file` {target} would replace {file}, which {said} needs; give another name")
+    if job.settings.overwrite:
+        return
+    there = [file for file in files if file.exists()]
+    if there and not _is_record(files[1]):
+        raise UserError(
+            f"{there[0]} is there already, and no record beside it says that it was made here: give another "
+            "`save_file`, or `overwrite` to replace it"
+        )
+
+
+def check_folder(job: Job, folder: RunFolder) -> None:
+    """Raise UserError for a folder that cannot be written to, or in which a file of the user's would be replaced."""
+    output = folder.path
+    if output.exists() and not output.is_dir():
+        raise UserError(f"`output_dir` {output} is a file; give a folder")
+    parent = next(one for one in (output.absolute(), *output.absolute().parents) if one.exists())
+    if not parent.is_dir():
+        raise UserError(f"`output_dir` {output} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")
+    for said, file in _inputs(job):
+        # as it is named, and as what it is: a link in the folder would be replaced as well
+        for there in (file, file.resolve()):
+            if _same(there.parent, output) and folder.writes(there.name):
+                raise UserError(
+                    f"{file} would be overwritten: {said} needs it, and a run in {output} writes a file of that name; "
+                    "give another `output_dir`"
+                )
+    if foreign := folder.foreign():
+        raise UserError(f"{foreign} would be overwritten, and no run of ours made it; give another `output_dir`")
+
+
+def _inputs(job: Job) -> Iterator[tuple[str, Path]]:
+    """The files that the command reads, each with the setting that names it."""
+    said: list[tuple[str, str, Any]] = [(f"`{name}`", name, getattr(job.settings, name)) for name in OPTIONS]
+    said += [("the storyboard", name, value) for scene in job.scenes for name, value in scene.said.items()]
+    for shown, name, value in said:
+        one = OPTIONS[name]
+        if one.group == OUTPUT or not one.kind.local or not value or value is True:
+            continue
+        texts = [LoraFile.parse(text).path for text in value] if isinstance(one.kind, Files) else [value]
+        yield from ((shown, path) for text in texts if (path := Path(text).expanduser()).is_file())
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record of a clip of ours."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return "wan-continue" in record["versions"] and "seed" in record
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
