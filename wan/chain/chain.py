@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class ChainRun:
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(settings.base_seed, before)
-        self.joined_of = _joined_of(before, self.video)
+        self.joined_of = self._joined_of(before)
         self.drawn = settings.base_seed < 0 and "base_seed" not in before
         by_number = enumerate(scenes, 1)
         self.scripted = {number: scene.said["seed"] for number, scene in by_number if "seed" in scene.said}
@@ -92,7 +93,7 @@ class ChainRun:
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
         self.clips: dict[int, FinishedClip] = {}
         self.stale: list[int] = []  # clips that are there and are made again
-        parent = file_digest(self.video)
+        parent = self._source_digest
         for number, own in enumerate(wanted, 1):
             # a new shot depends on nothing before it
             before_it = None if plans[number - 1].is_cut else parent
@@ -145,6 +146,24 @@ class ChainRun:
         if self.writer.made is not None and self.writer.number == before:
             return self.writer.made.prompt_memory
         return self.clips[before].record.get("memory") or {} if before in self.clips else {}
+
+    @functools.cached_property
+    def _source_digest(self) -> str:
+        """Of the video up to where it is continued from."""
+        until = self.settings.from_
+        return file_digest(self.video) + ("" if until is None else f" to {until!r} s")
+
+    def _joined_of(self, before: Mapping[str, Any]) -> list[str]:
+        """What the joined video is made of: digests of the source, if it is in there, and of its clips.
+
+        Empty where nobody knows. 0.1.0 did not write it down, but joined every clip of a run that it joined at all.
+        """
+        if "joined_of" in before:
+            return list(before["joined_of"])
+        if not before.get("joined"):
+            return []
+        source = [self._source_digest] if (before.get("arguments") or {}).get("include_source") else []
+        return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
 
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
         if number not in found:
@@ -236,7 +255,7 @@ class ChainRun:
         joined = self.folder.path / JOINED if clips else None
         if joined is not None:
             parts = [clip.fingerprint for clip in clips]
-            parts = [file_digest(self.video), *parts] if self.settings.include_source else parts
+            parts = [self._source_digest, *parts] if self.settings.include_source else parts
             if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
                 self.folder.set_joined_aside()
             self.joined_of = parts
@@ -251,23 +270,10 @@ class ChainRun:
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
         metadata = None if settings.no_video_metadata else summary
         if settings.include_source:
-            media.assemble(self.video, videos, path, drops=drops, metadata=metadata)
+            media.assemble(self.video, videos, path, drops=drops, metadata=metadata, until=settings.from_)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)
-
-
-def _joined_of(before: Mapping[str, Any], video: Path) -> list[str]:
-    """What the joined video is made of: digests of the source, if it is in there, and of its clips.
-
-    Empty where nobody knows. 0.1.0 did not write it down, but joined every clip of a run that it joined at all.
-    """
-    if "joined_of" in before:
-        return list(before["joined_of"])
-    if not before.get("joined"):
-        return []
-    source = [file_digest(video)] if (before.get("arguments") or {}).get("include_source") else []
-    return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
 
 
 def _base_seed(given: int, before: dict[str, Any]) -> int:

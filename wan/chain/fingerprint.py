@@ -32,7 +32,7 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 def difference(key: str, old: Any, new: Any) -> str:
     """What two fingerprints say differently, in the words of the settings."""
     plain = {
-        "parent": "another video",
+        "parent": "another video or another `from_`",
         "checkpoint": "another checkpoint",
         "config": "another wan_config.json, `precision` or `vae_dtype`",
     }

@@ -33,9 +33,7 @@ def continue_video(job: Job) -> None:
     output = Path(settings.output_dir)
     check_folder(job, RunFolder(output))
 
-    from wan.footage import VideoFile
-
-    footage = VideoFile(job.video, settings.video_reader)
+    footage = job.footage()
     sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage)

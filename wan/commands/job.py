@@ -26,6 +26,7 @@ from wan.settings import Context, LoraFile
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
+    from wan.footage import VideoFile
     from wan.pipeline import Pipeline
     from wan.types import Footage, Frame, Generation
 
@@ -77,6 +78,18 @@ class Job:
         """The video to continue, of a v2v task."""
         assert self.settings.video is not None  # `check_task`
         return Path(self.settings.video)
+
+    def footage(self) -> VideoFile:
+        """The video to continue, up to where it is continued from; what is dull at its end is said."""
+        from wan.footage import VideoFile
+
+        until = self.settings.from_
+        opened = VideoFile(self.video, self.settings.video_reader, until)
+        if (end := media.find_dull_end(self.video, until)) is not None:
+            lively = end.last_lively
+            advice = "" if lively is None else f"; `from_` {lively:.3f} continues from its last lively frame"
+            log.warning("%s: %s%s", readable(self.video), end, advice)
+        return opened
 
     def open(self, **continuing: Any) -> Pipeline:
         """The pipeline of the task; its models load when they are used."""
