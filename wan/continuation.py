@@ -54,8 +54,8 @@ class VideoContinuation(Pipeline):
 
     Constructor arguments beyond Wan2.2's: `vlm_path` (folder or hub id; default: a folder InternVL3_5-8B in or beside
     the checkpoint folder, else that model on the hub), `vlm_device` (default: the model's own), `vlm_url` (an
-    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_trust_remote_code` and `video_reader`;
-    `dit_files` as in `Pipeline`.
+    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_fallback`,
+    `vlm_trust_remote_code` and `video_reader`; `dit_files` as in `Pipeline`.
     """
 
     fit: Callable[[int, int, int], tuple[int, int]]  # width, height, max_area -> width, height
@@ -78,6 +78,7 @@ class VideoContinuation(Pipeline):
         *,
         vlm_url: str | None = None,
         vlm_question: str = QUESTION,
+        vlm_fallback: str | None = None,
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
@@ -104,6 +105,7 @@ class VideoContinuation(Pipeline):
             vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder)),
             url=vlm_url,
             question=vlm_question,
+            fallback=vlm_fallback,
             trust_remote_code=vlm_trust_remote_code,
             main=self.device,
             device=None if vlm_device is None else parse_device(str(vlm_device)),
@@ -401,9 +403,9 @@ class VideoContinuation(Pipeline):
 
     def _summarize_video(self, video_path: str | Path, num_segments: int = 8, question: str | None = None) -> str:
         """What the VLM says about a file. Raises UserError."""
-        summary = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
+        described = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
         self.vlm.make_room(stays=lambda: False)
-        return summary
+        return described.text
 
 
 def _seam_score(made: Generation) -> float:

@@ -46,6 +46,16 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Words(Kind):
+    """Text that says something."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if not str(value).strip():
+            raise Unfit("is empty; write something or leave it out")
+
+
+@dataclass(frozen=True)
 class Local(Kind):
     """A path, an address, a device or a command: something that only the owner of the machine may choose."""
 

@@ -108,6 +108,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "num_segments": lambda models, plan: plan.num_segments if plan.described else None,
     "vlm": lambda models, plan: models.vlm if plan.described else None,
     "vlm_question": lambda models, plan: models.continuation.vlm.question if plan.described else None,
+    "vlm_fallback": lambda models, plan: models.continuation.vlm.fallback if plan.described else None,
     "continuation": lambda models, plan: plan.context.mode if plan.context.mode != "last_frame" else None,
     "context_frames": lambda models, plan: plan.context.frames if plan.context.mode == "tail" else None,
     "anchor": lambda models, plan: _digest(plan.anchor),

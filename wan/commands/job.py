@@ -120,6 +120,7 @@ class Job:
             vlm_device=settings.vlm_device,
             vlm_url=settings.vlm_url,
             vlm_question=settings.vlm_question,
+            vlm_fallback=settings.vlm_fallback,
             vlm_trust_remote_code=settings.vlm_trust_remote_code,
             video_reader=settings.video_reader,
         )
