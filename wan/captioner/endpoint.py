@@ -86,7 +86,10 @@ class EndpointCaptioner(BackEnd):
                 content = response.read()
         except HTTPError as error:
             reason = one_line(ValueError(error.read(2000).decode(errors="replace")))
-            raise UserError(f"{self.url} refused with HTTP {error.code} ({reason}): check `vlm_url`") from error
+            unnamed = "name its model with `vlm_path`, or " if path == "/models" else ""
+            raise UserError(
+                f"{self.url} refused with HTTP {error.code} ({reason}): {unnamed}check `vlm_url`"
+            ) from error
         try:
             return json.loads(content)
         except ValueError as error:
