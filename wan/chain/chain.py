@@ -17,7 +17,7 @@ from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, readable, write_json, write_text
+from wan.files import file_digest, write_json, write_text
 from wan.options import Settings, options_of
 from wan.types import Footage, Generation
 
@@ -263,9 +263,11 @@ class ChainRun:
         write_text(self.folder.path / PAGE, page)
 
     def _arguments(self) -> dict[str, Any]:
-        """What the command was told, as JSON values."""
-        given = {one.name: getattr(self.settings, one.name) for one in options_of("continuous") if one.flag}
-        return {name: _plain(value) for name, value in sorted(given.items())}
+        """What the command was told, as JSON values that may be handed on."""
+        given = {
+            one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("continuous") if one.flag
+        }
+        return dict(sorted(given.items()))
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
@@ -301,10 +303,3 @@ def _base_seed(given: int, before: dict[str, Any]) -> int:
     from wan.pipeline import draw_seed
 
     return int(before["base_seed"]) if given < 0 and "base_seed" in before else draw_seed(given)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as a JSON value; bytes of a file's name that are no UTF-8 become backslashes."""
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return readable(value) if isinstance(value, str) else value

@@ -256,7 +256,8 @@ def _reserve(path: str | os.PathLike[str]) -> str:
 def _mp4(path: str, metadata: Mapping[str, Any] | None) -> Iterator[OutputContainer]:
     with av.open("file:" + path, "w", format="mp4", options=_FASTSTART) as container:
         if metadata is not None:
-            container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False)
+            text = json.dumps(dict(metadata), ensure_ascii=False)
+            container.metadata["comment"] = text.encode("utf-8", "backslashreplace").decode()
         yield container
 
 
