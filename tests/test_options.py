@@ -296,6 +296,8 @@ CASES: dict[str, Case] = {
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
+    "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
+    "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
     "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
 }
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from wan.errors import UserError, spell
+from wan.commands.lines import Lines, hush, in_flags, note, tell
+from wan.errors import UserError
 
 if TYPE_CHECKING:
     from wan.commands.job import Job
@@ -46,6 +47,7 @@ def _job(command: Command, argv: Sequence[str] | None) -> Job:
     from wan.commands.flags import parse
 
     settings = parse(command, argv)
+    tell(settings)
     from wan.commands.job import Job
 
     return Job.read(command, settings)
@@ -56,9 +58,8 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
 
     A bug keeps its traceback, which makes Python exit with 1.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_InFlags("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    lines = Lines()
+    logging.root.addHandler(lines)
     try:
         command(argv)
         return OK
@@ -78,23 +79,15 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
             f"out of GPU memory ({str(error).splitlines()[0]}); "
             "try `offload_model` True, `t5_cpu`, `vlm_device` cpu, a smaller `size` or a smaller `frame_num`"
         )
-
-
-class _InFlags(logging.Formatter):
-    """Log lines with settings spelled as flags."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _in_flags(super().format(record))
-
-
-def _in_flags(message: str) -> str:
-    from wan.commands.flags import spell_flag
-
-    return spell(message, spell_flag)
+    finally:
+        hush()
+        logging.root.removeHandler(lines)
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(_in_flags(message).split())}", file=sys.stderr)
+    line = " ".join(in_flags(message).split())
+    print(f"error: {line}", file=sys.stderr)
+    note(line)
     return USER
 
 

@@ -290,6 +290,8 @@ class VideoContinuation(Pipeline):
                 on_step(Step(0, plan.sampling.steps, "caption"))
             with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
                 prompt = self.build_prompt(footage, plan, memory)
+        if on_step is not None:
+            on_step(Step(0, plan.sampling.steps, "prompt", prompt=prompt.text))
         made = self._candidate(footage, prompt, seed, plan, on_step, draft)
         seconds, candidates = Counter(made.seconds), []
         if plan.best_of > 1 and not plan.is_cut:  # a cut has no seam to choose by

@@ -390,6 +390,12 @@ class Settings:
     no_video_metadata: bool = option(
         OUTPUT, Switch(), "do not write prompt and settings into the mp4", False, client=True, same=_SHOWN,
     )
+    quiet: bool = option(
+        OUTPUT, Switch(), "say nothing but warnings and errors, and the result", False, same=_SHOWN,
+    )
+    log_file: str | None = option(
+        OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
+    )
     dry_run: bool = option(
         OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
     )

@@ -160,13 +160,15 @@ class TextContext:
 class Step:
     """Where a clip stands: `index` of `total` solver steps are done, and `stage` is what goes on.
 
-    After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None.
+    After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None. `prompt` is the
+    clip's, when it is first known.
     """
 
     index: int
     total: int
     stage: str
     latents: Tensor | None = None
+    prompt: str | None = None
 
 
 class OnStep(Protocol):

@@ -40,7 +40,8 @@ class Seen:
     readers: list[str] = field(default_factory=list)
     corrected: list[float] = field(default_factory=list)
     folder: Path = Path()
-    said: str = ""
+    said: str = ""  # on stdout, or else on stderr
+    told: str = ""  # on stderr
 
     @property
     def first(self) -> Request:
@@ -176,7 +177,7 @@ def command(
             common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
             now.code = cli.continuous_main([*common, *words.split()])
         output = capsys.readouterr()
-        now.said = output.out or output.err
+        now.said, now.told = output.out or output.err, output.err
         return now
 
     return run

@@ -73,10 +73,11 @@ class ChainRun:
         self.describe = describe
         self.count = len(plans)
         self.writer = ClipWriter(self.save)
-        self.started = time.perf_counter()
+        self.started, self.writes = time.perf_counter(), False
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(settings.base_seed, before)
         self.joined_of = self._joined_of(before)
+        self.seconds_before = float(before.get("seconds") or 0)
         self.drawn = settings.base_seed < 0 and "base_seed" not in before
         by_number = enumerate(scenes, 1)
         self.scripted = {number: scene.said["seed"] for number, scene in by_number if "seed" in scene.said}
@@ -206,10 +207,12 @@ class ChainRun:
         """The clips that are there and are not what was written, and why, by number."""
         return {number: why for number, why in sorted(self.folder.faults.items()) if number <= self.count}
 
-    def write(self, made: Generation, then: Callable[[], None]) -> None:
+    def write(self, made: Generation, then: Callable[[FinishedClip], None]) -> None:
         """Put the next clip on disk while the one after it is made, and call `then`; the one before is waited for."""
         self.writer.wait()
-        self.writer.write(self.first_missing, made, then)
+        self.writes = True
+        number = self.first_missing
+        self.writer.write(number, made, lambda: then(self.clips[number]))
 
     def save(self, made: Generation) -> None:
         """Put the next clip on disk, with what was measured of it."""
@@ -236,12 +239,16 @@ class ChainRun:
             sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
             metadata=not settings.no_video_metadata,
         )
+        if not settings.include_source:  # all of it would be encoded again
+            self._renew_joined()
         self.report("running")
 
-    def report(self, status: str, joined: Path | None = None) -> None:
+    def report(self, status: str) -> None:
         """`prompts_log.txt`, `run.json` and the report as things stand."""
         clips = [self.clips[number] for number in sorted(self.clips)]
         records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
+        # a run that has nothing to do leaves the time of those that made the clips
+        made_in = time.perf_counter() - self.started if self.writes else 0.0
         run = {
             "status": status,
             "clips_finished": len(clips),
@@ -250,9 +257,9 @@ class ChainRun:
             "seeds": {str(number): seed for number, seed in sorted(self.redone.items())},
             "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
             "accepted": dict(sorted(self.accepted.items())),
-            "joined": joined.name if joined else None,
+            "joined": JOINED if self.joined_of and (self.folder.path / JOINED).exists() else None,
             "joined_of": self.joined_of,
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(self.seconds_before + made_in, 3),
             "arguments": self._arguments(),
             "clips": records,
         }
@@ -271,19 +278,25 @@ class ChainRun:
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
-        clips = [self.clips[number] for number in range(1, self.first_missing)]
-        joined = self.folder.path / JOINED if clips else None
-        if joined is not None:
-            parts = [clip.fingerprint for clip in clips]
-            parts = [self._source_digest, *parts] if self.settings.include_source else parts
-            if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
-                self.folder.set_joined_aside()
-            self.joined_of = parts
-            self.report("running")  # what a killed run leaves is no more than this says
-            self._join(clips, joined)
-        self.report(status, joined)
+        joined = self._renew_joined()
+        self.report(status)
         if status == "finished":
             discard(self.folder.path)
+        return joined
+
+    def _renew_joined(self) -> Path | None:
+        """The joined video of the clips up to the first that is missing; None without a clip."""
+        clips = [self.clips[number] for number in range(1, self.first_missing)]
+        if not clips:
+            return None
+        joined = self.folder.path / JOINED
+        parts = [clip.fingerprint for clip in clips]
+        parts = [self._source_digest, *parts] if self.settings.include_source else parts
+        if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
+            self.folder.set_joined_aside()
+        self.joined_of = parts
+        self.report("running")  # what a killed run leaves is no more than this says
+        self._join(clips, joined)
         return joined
 
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
+from pathlib import PurePath
 from statistics import mode
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -176,7 +177,8 @@ def render_report(
     the page. The facts:
 
     - `schema`: 1. Of the run: `status`, `clips_finished`, `clips_asked`, `base_seed`, `joined` (file), `arguments`.
-    - `run_seconds`: what the last run took. `video_seconds`: new footage, without what repeats the source.
+    - `title`: source and model. `run_seconds`: what the runs took that made clips. `video_seconds`: new footage,
+      without what repeats the source.
     - `command`: goes on with the run. `thresholds`: `seamless` and `visible`, of a seam's score.
     - `attention`: `clip`, `score`, `warnings` of each seam that has a warning or can be seen, the worst first.
     - `common`, `versions`: the settings and packages of most clips.
@@ -221,6 +223,7 @@ def _facts(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]
     return {
         "schema": SCHEMA,
         **{name: run.get(name) for name in ("status", "clips_finished", "clips_asked", "base_seed", "joined")},
+        "title": _title(arguments, common),
         "run_seconds": run.get("seconds"),
         "video_seconds": sum(length or 0.0 for length in lengths),
         "thresholds": {"seamless": SEAMLESS, "visible": VISIBLE},
@@ -232,6 +235,12 @@ def _facts(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]
         "command": _command(arguments),
         "clips": clips,
     }
+
+
+def _title(arguments: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """Of the page: the source and the model, as far as they are known."""
+    source = PurePath(str(arguments.get("video") or "")).name
+    return " with ".join(part for part in (source, str(common.get("task") or "")) if part) or "a chain"
 
 
 def _new_frames(record: Mapping[str, Any]) -> int | None:

@@ -54,11 +54,11 @@ def continue_video(job: Job) -> None:
                 "again; what was there moves to redone/",
                 file=sys.stderr,
             )
-        with Progress("", clips=run.count) as progress:
+        with Progress("", run.count, settings.quiet) as progress:
 
             def extend(source: Footage, seed: int) -> Generation:
                 number = run.to_make
-                progress.begin(f"clip {number}/{run.count}")
+                progress.begin(f"clip {number}/{run.count}", seed)
                 return continuation.extend(
                     source, seed, plans[number - 1], on_step, memory=run.prompt_memory, draft=run.draft(number)
                 )
@@ -80,7 +80,7 @@ def continue_video(job: Job) -> None:
                 run.begin()
                 for made in clips:
                     progress.stage("write")
-                    run.write(made, progress.finish_clips)
+                    run.write(made, progress.finish)
                 run.writer.wait()
             except BaseException as error:
                 if said := run.writer.settle():

@@ -1,23 +1,36 @@
-"""One bar per clip with stage, step and time left."""
+"""What a command says while it works: bars on a terminal, a line a stage off one, and both in a log file."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from wan.commands.lines import CLIP, PROGRESS, STAGE
 from wan.types import Step
+
+if TYPE_CHECKING:
+    from wan.chain.run_folder import FinishedClip
+
+log = logging.getLogger(PROGRESS)
 
 
 class Progress:
-    """One bar per clip with stage, step and time left, and above it the clips of a chain. Silent off a terminal."""
+    """One bar per clip with stage, step and time left, and above it the clips of a chain; and the lines of the log."""
 
-    def __init__(self, title: str, clips: int = 0) -> None:
+    def __init__(self, title: str, clips: int = 0, quiet: bool = False) -> None:
         self.title = title
+        self.quiet = quiet
         self.clips = clips
         self.chain: tqdm[Any] | None = None
         self.bar: tqdm[Any] | None = None
+        self.started = time.perf_counter()
+        self.there = self.done = 0  # clips that were there when the run began, and those of this run
+        self._stage, self._since, self._steps = "", self.started, 0
 
     def __enter__(self) -> Progress:
         if self.clips:
@@ -27,36 +40,83 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_stage()
         for bar in (self.bar, self.chain):
             if bar is not None:
                 bar.close()
 
-    def begin(self, title: str) -> None:
+    def begin(self, title: str, seed: int | None = None) -> None:
         """A new clip."""
+        self._end_stage()
         self.title = title
+        if seed is not None:
+            log.log(CLIP, "%s seed %d", title, seed)
         if self.bar is not None:
             self.bar.close()
         self.bar = self._new(desc=title, unit="step", position=1 if self.clips else 0, leave=not self.clips)
 
     def stage(self, name: str) -> None:
         """What goes on now."""
+        if name != self._stage:
+            self._end_stage()
+            self._stage, self._since, self._steps = name, time.perf_counter(), 0
         if self.bar is not None:
             self.bar.set_description(f"{self.title} {name}")
 
-    def finish_clips(self, count: int = 1) -> None:
-        """So many more clips of the chain are on disk."""
+    def _end_stage(self) -> None:
+        if self._stage:
+            steps = f"{self._steps} steps, " if self._steps else ""
+            log.log(STAGE, "%s %s: %s%.1f s", self.title, self._stage, steps, time.perf_counter() - self._since)
+        self._stage = ""
+
+    def finish_clips(self, count: int) -> None:
+        """So many clips of the chain were on disk before the run."""
+        self.there = count
         if self.chain is not None:
             self.chain.update(count)
+        if count:
+            log.log(CLIP, "%d of %d clips are finished already", count, self.clips)
+
+    def finish(self, clip: FinishedClip) -> None:
+        """A clip of the chain is on disk."""
+        self.done += 1
+        if self.chain is not None:
+            self.chain.update(1)
+        log.log(CLIP, "clip %d/%d finished%s: %s", clip.number, self.clips, _facts(clip.record), clip.video)
+        rest = self.clips - self.there - self.done
+        if rest > 0:
+            each = (time.perf_counter() - self.started) / self.done
+            log.log(CLIP, "clip %d/%d: about %s left", clip.number, self.clips, span(each * rest))
 
     def __call__(self, step: Step) -> None:
+        if step.prompt is not None:
+            log.log(CLIP, "%s prompt: %s", self.title, " ".join(step.prompt.split()))
+            return
         if self.bar is None:
             return
         self.bar.total = step.total
         self.stage(step.stage)
+        self._steps += step.latents is not None
         if step.latents is None and step.index == 0:
             self.bar.reset(step.total)  # time left is counted from here, not from loading
         self.bar.update(step.index - self.bar.n)
 
-    @staticmethod
-    def _new(**options: Any) -> tqdm[Any]:
-        return tqdm(disable=not sys.stderr.isatty(), dynamic_ncols=True, file=sys.stderr, **options)
+    def _new(self, **options: Any) -> tqdm[Any]:
+        bars = sys.stderr.isatty() and not self.quiet
+        return tqdm(disable=not bars, dynamic_ncols=True, file=sys.stderr, **options)
+
+
+def span(seconds: float) -> str:
+    """A length of time in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _facts(record: Mapping[str, Any]) -> str:
+    taken, seam = sum((record.get("seconds") or {}).values()), record.get("seam") or {}
+    facts = [f" in {taken:.1f} s"] if taken else []
+    if "score" in seam:
+        warnings = f" ({', '.join(seam['warnings'])})" if seam.get("warnings") else ""
+        facts.append(f" seam {seam['score']:.2f}{warnings}")
+    return ",".join(facts)

@@ -1,0 +1,96 @@
+"""What a command says while it works: on a terminal, off one, with --quiet and in a log file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import Seen
+from tests.support.golden import DATA, ROOT, small_checkpoints
+
+
+def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., Seen]) -> None:
+    seen = command("")
+    lines = seen.told.splitlines()
+    assert lines[0] == "clip 1/2 seed 3"
+    for number in (1, 2):
+        assert f"clip {number}/2 prompt: continue video A red square slides to the right." in lines
+        assert any(re.fullmatch(rf"clip {number}/2 caption: \d+\.\d s", line) for line in lines)
+        seam = r" seam [\d.]+( \([\w ,]+\))?"
+        done = rf"clip {number}/2 finished( in [\d.]+ s,)?{seam}: {re.escape(str(seen.folder))}/video_0{number}_seed{number + 2}\.mp4"
+        assert any(re.fullmatch(done, line) for line in lines), lines
+    assert any(re.fullmatch(r"clip 1/2: about \d+ (s|min) left", line) for line in lines)
+    assert seen.said == f"{seen.folder}/joined.mp4\n"  # the result alone is on stdout
+    assert "2 of 2 clips are finished already" in command("").told
+
+
+def test_quiet_says_nothing_but_warnings(command: Callable[..., Seen], tmp_path: Path) -> None:
+    assert command("--quiet").told == ""
+    (tmp_path / "story.yaml").write_text("- one\n- two\n- three\n")
+    told = command(f"--quiet --storyboard {tmp_path / 'story.yaml'} --output_dir {tmp_path / 'other'}").told
+    assert told == "WARNING: the storyboard has 3 clips, --num_videos makes the first 2 of them\n"
+
+
+def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[..., Seen], tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert command(f"--quiet --log_file {log}").told == ""
+    first = log.read_text()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} clip \d/2", line) for line in first.splitlines())
+    assert " clip 2/2 finished" in first and " clip 1/2 caption: " in first
+    assert command(f"--quiet --log_file {log} --sample_steps 3").code == 2
+    assert log.read_text().startswith(first) and re.search(r"ERROR: --output_dir .* holds a run", log.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("story.yaml", "is there and is no log"), ("no/where.log", "cannot be written")]
+)
+def test_a_log_file_that_is_none_is_refused(command: Callable[..., Seen], name: str, said: str) -> None:
+    seen = command(f"--log_file {name}")
+    assert seen.code == 2 and said in seen.said and not seen.requests
+
+
+@pytest.mark.slow
+def test_on_a_terminal_lines_do_not_land_in_bars(tmp_path: Path) -> None:
+    small_checkpoints(tmp_path)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    flags = ["--ckpt_dir", "ti2v", "--video", str(DATA / "corpus" / "h264_faststart.mp4"), "--prompt", "a boat turns"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "generate_continuous.py"), *flags, "--num_videos", "2", "--frame_num", "5"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(timeout=60) == 0
+    # what stands on each line of the screen when it is left
+    lines = [
+        line.split("\r")[-1]
+        for line in re.sub(r"\x1b\[[A-Z]|\x1b\[\d*K", "", shown.decode()).replace("\r\n", "\n").split("\n")
+    ]
+    assert "chain" in shown.decode() and "step" in shown.decode()
+    assert any(re.match(r"clip 1/2 prompt: continue video a boat turns\s*$", line) for line in lines), lines
+    assert any(re.match(r"clip 2/2 finished in [\d.]+ s, seam .*video_02_seed\d+\.mp4\s*$", line) for line in lines), (
+        lines
+    )
+    assert not any(re.search(r"load: [\d.]+ s$", line) for line in lines)  # the bars say that
