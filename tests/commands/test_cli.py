@@ -203,7 +203,7 @@ def test_an_interrupted_chain_keeps_what_is_finished_and_the_same_command_goes_o
     assert run_chain(checkpoints, output, "--prompt", "it goes on") == 130
     lines = capsys.readouterr().err.splitlines()
     said = [f"2 of 3 clips are finished in {output}", "the same command goes on from there", "interrupted"]
-    assert lines[-3:] == said and lines[-4].startswith("clip 3/3")
+    assert lines[-3:] == said
     assert len(frames_of(output / "joined.mp4")) == 9
     assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
 
