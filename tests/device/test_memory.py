@@ -203,7 +203,7 @@ def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 2560, "SC_PAGE_SIZE": 4096}[name])  # 10 MiB
+    monkeypatch.setattr("wan.device.streaming.host_bytes", lambda: 10 << 20)
     monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
     pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 2)]
     # 8 of 10 MiB would be too much; the driver refuses the third
