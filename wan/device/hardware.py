@@ -104,6 +104,24 @@ def grow_segments() -> None:
     (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
+def total_bytes(device: torch.device) -> int:
+    """The memory of a GPU."""
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def hold_to(device: torch.device, limit: int) -> None:
+    """Let the allocator take no more bytes of a GPU than this; before it fails, it gives back what it does not use."""
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, limit / total_bytes(device))), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory; libraries beside PyTorch's allocator say so in words."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "cuda" in said and "out of memory" in said
+    )
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement for `peak_gib`."""
     if device.type == "cuda":
