@@ -43,7 +43,8 @@ from wan.denoiser.fp8 import PRECISIONS
 from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Stage
 from wan.device.budget import CONTEXT
-from wan.device.hardware import grow_segments, host_peak_gib, peak_gib, reset_peak
+from wan.device.hardware import grow_segments, peak_gib, reset_peak
+from wan.device.host import host_peak_gib
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.media import write_video

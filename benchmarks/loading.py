@@ -19,7 +19,7 @@ import torch
 
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.model import WanModel
-from wan.device.hardware import host_peak_gib
+from wan.device.host import host_peak_gib
 from wan.weights.checkpoint import open_safetensors
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     ("wan.options",),
     ("wan.settings",),
     ("wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
-    ("wan.device.hardware", "wan.device.streaming", "wan.device.placement"),
+    ("wan.device.hardware", "wan.device.host", "wan.device.streaming", "wan.device.placement"),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
     ("wan.modules", "wan.device.budget", "wan.footage"),
@@ -114,3 +114,49 @@ def test_no_file_imports_itself_through_others() -> None:
     while roots := left.keys() - {needed for all_needed in left.values() for needed in all_needed}:
         left = {name: needed for name, needed in left.items() if name not in roots}
     assert {name: sorted(needed & left.keys()) for name, needed in left.items()} == {}
+
+
+# What CPython has on POSIX systems only. Most people who make videos at home are on Windows.
+POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+POSIX_NAMES = {
+    "os": {
+        *("chown", "chroot", "fchdir", "fchmod", "fchown", "fork", "forkpty", "getegid", "geteuid", "getgid"),
+        *("getgroups", "getloadavg", "getpgid", "getpgrp", "getpriority", "getsid", "getuid", "killpg", "lchown"),
+        *("mkfifo", "mknod", "nice", "openpty", "pathconf", "pread", "pwrite", "posix_fadvise", "posix_fallocate"),
+        *("posix_spawn", "sched_getaffinity", "sched_setaffinity", "sendfile", "setgid", "setpgid", "setpriority"),
+        *("setsid", "setuid", "statvfs", "sync", "sysconf", "uname", "wait3", "wait4", "O_DIRECTORY", "O_NOFOLLOW"),
+        *("O_NONBLOCK", "O_SYNC", "O_CLOEXEC"),
+    },
+    "signal": {"SIGKILL", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "alarm", "setitimer", "pause"},
+    "time": {"tzset"},
+    "socket": {"AF_UNIX"},
+}
+
+
+def posix_only(code: str) -> list[str]:
+    """What code imports, or names of a module, that Windows lacks; and text files in whatever encoding it has there."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in POSIX_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            found += [node.module] if node.module in POSIX_MODULES else []
+            found += [f"{node.module}.{name}" for name in names if name in POSIX_NAMES.get(node.module or "", ())]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [f"{node.value.id}.{node.attr}"] if node.attr in POSIX_NAMES.get(node.value.id, ()) else []
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if called in ("read_text", "write_text") and isinstance(node.func, ast.Attribute):
+                given = {word.arg for word in node.keywords}
+                found += [called] if "encoding" not in given else []
+    return found
+
+
+def test_nothing_is_for_posix_only() -> None:
+    assert {name_of(file): names for file in FILES if (names := posix_only(file.read_text(encoding="utf-8")))} == {}
+
+
+def test_what_is_for_posix_only_is_found() -> None:
+    code = "import fcntl, os\nfrom os import fork\nfrom resource import getrusage\nos.sysconf('x')\npath.read_text()"
+    assert sorted(posix_only(code)) == ["fcntl", "os.fork", "os.sysconf", "read_text", "resource"]

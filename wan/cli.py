@@ -75,10 +75,8 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
-        return _fail(
-            f"out of GPU memory ({str(error).splitlines()[0]}); "
-            "try `offload_model` True, `t5_cpu`, `vlm_device` cpu, a smaller `size` or a smaller `frame_num`"
-        )
+        # outside of a clip, whose own line says what the estimate found
+        return _fail(f"out of GPU memory ({str(error).splitlines()[0]}); free some of it, or give `vram` auto")
     finally:
         hush()
         logging.root.removeHandler(lines)

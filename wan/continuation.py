@@ -230,6 +230,7 @@ class VideoContinuation(Pipeline):
     def check(self, plan: Plan) -> None:
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
         two_experts = self.config.model_type == "i2v"
+        self.budget.for_clip(plan.geometry, plan.offload).check(plan.geometry)
         if plan.context.mode == "svi2pro" and not two_experts:
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None:
@@ -400,7 +401,8 @@ class VideoContinuation(Pipeline):
 
         def stays() -> bool:
             """The captioner describes again after this clip, which fits beside it."""
-            return plan.number < plan.count and self.budget.fits_now(plan.geometry, plan.offload, self.models.loaded)
+            budget = self.budget.for_clip(plan.geometry, plan.offload)
+            return plan.number < plan.count and budget.fits_now(plan.geometry, plan.offload, self.models.loaded)
 
         return self.prompts.build(footage, plan, stays, memory)
 

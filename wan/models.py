@@ -12,7 +12,7 @@ from torch import nn
 from wan.configs import ModelConfig
 from wan.denoiser.lora import LoraMatch, OpenedLora, merge_loras, open_loras
 from wan.denoiser.model import WanModel
-from wan.device.hardware import host_bytes
+from wan.device.host import host_bytes
 from wan.device.placement import move_home
 from wan.errors import UserError
 from wan.options import EXPERT_OF_LORA

@@ -23,13 +23,15 @@ from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Expert, NotFinite, Stage, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
-from wan.device.budget import MemoryBudget, gpu_limit
+from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     generator_on,
+    is_out_of_memory,
     main_device,
     peak_gib,
     reset_peak,
     synchronize,
+    total_bytes,
 )
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -108,7 +110,8 @@ class Pipeline(ABC):
         for name in files:  # anyone makes such files; a folder's shards are said when they load
             WanModel.check(self.checkpoint.experts[name])
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
-        self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit)
+        free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
+        self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
         load = loaders(
             self.checkpoint,
             config,
@@ -116,7 +119,7 @@ class Pipeline(ABC):
             self.vae_class,
             device=self.device,
             # layers that come one by one wait in host memory
-            load_device=torch.device("cpu") if init_on_cpu or limit is not None else self.device,
+            load_device=torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device,
             convert_model_dtype=convert_model_dtype,
         )
         self.models = Models(config.name, self.checkpoint, load)
@@ -224,8 +227,31 @@ class Pipeline(ABC):
         """
         if self.budget.vram is not None and not offload:
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
-        placements = self.budget.placements(request.geometry, offload)
-        if self.budget.vram is not None and not self.budget.holds_all(request.geometry):
+        budget = self.budget.for_clip(request.geometry, offload)
+        budget.check(request.geometry)
+        try:
+            return self._run(request, budget, offload, on_step, clips, sampled, on_sampled)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            there = budget.vram or budget.free or total_bytes(self.device)
+            advice = budget.advice(request.geometry, offload, there)
+        # outside of the handler, whose traceback holds what was on the GPU
+        raise UserError(f"out of GPU memory ({reason}); {advice}")
+
+    def _run(
+        self,
+        request: Request,
+        budget: MemoryBudget,
+        offload: bool,
+        on_step: OnStep | None,
+        clips: int,
+        sampled: Sampled | None,
+        on_sampled: Callable[[Sampled], None] | None,
+    ) -> Generation:
+        placements = budget.placements(request.geometry, offload)
+        if budget.vram is not None and not budget.holds_all(request.geometry):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -215,13 +214,9 @@ def test_a_drawn_seed_is_kept_by_the_run_that_goes_on(checkpoint: Path, tmp_path
 
 
 def test_two_runs_in_one_folder_are_refused(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with RunFolder(folder):
         assert run(checkpoint, folder) == 2
         assert f"{folder} is in use by another run" in capsys.readouterr().err
-    finally:
-        os.close(held)
     assert run(checkpoint, folder) == 0
 
 

@@ -101,6 +101,13 @@ def test_a_gpu_rounds_as_a_cpu_does() -> None:
     assert abs(relative(found, exact) - relative(attend(*inputs), exact)) < 1.5e-2
 
 
+@pytest.fixture
+def lowered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes the same roundings; users are refused it, since nothing is gained."""
+    monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
+
+
+@pytest.mark.usefixtures("lowered_on_a_cpu")
 @pytest.mark.parametrize("precision", fp8.PRECISIONS)
 def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: Any) -> None:
     model = type(ti2v)(dataclasses.replace(ti2v.config, low_precision=precision), ti2v.checkpoint.folder).model
@@ -131,6 +138,7 @@ def test_one_graph_serves_all_lowered_blocks(precision: str) -> None:
     assert len(graphs) == 1 and model.is_compiled
 
 
+@pytest.mark.usefixtures("lowered_on_a_cpu")
 def test_what_a_lora_adds_is_added_beside_the_weight(ti2v: Any) -> None:
     linear = ti2v.model.blocks[0].attn1.to_q
     model = type(ti2v)(dataclasses.replace(ti2v.config, low_precision="fp8"), ti2v.checkpoint.folder).model
@@ -145,6 +153,7 @@ def test_what_a_lora_adds_is_added_beside_the_weight(ti2v: Any) -> None:
         assert torch.equal(low(x), without)
 
 
+@pytest.mark.usefixtures("lowered_on_a_cpu")
 def test_the_command_line_says_what_it_computed_in(tmp_path: Path) -> None:
     import json
     import shutil
@@ -169,7 +178,11 @@ def test_what_cannot_compute_in_8_bits_says_so_before_loading(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 3090")
     check_precision(None, gpu)
-    check_precision("fp8", torch.device("cpu"))
+    for precision in fp8.PRECISIONS:
+        with pytest.raises(
+            UserError, match=f"precision {precision} needs a GPU .* and there is none; give precision bf16"
+        ):
+            check_precision(precision, torch.device("cpu"))
     with pytest.raises(UserError, match="RTX 3090 has none"):
         check_precision("fp8", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -178,8 +191,42 @@ def test_what_cannot_compute_in_8_bits_says_so_before_loading(monkeypatch: pytes
     with pytest.raises(UserError, match="needs the triton package"):
         check_precision("fp8_attention", gpu)
     config = dataclasses.replace(cli_config(), low_precision="fp8")
+    monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
     with pytest.raises(UserError, match=r"x\.gguf: precision fp8 is for bf16"):
         WanTI2V(config, GOLDEN / "5b" / "ckpt", dit_files={"model": tmp_path / "x.gguf"})
+
+
+def test_an_amd_gpu_is_asked_instead_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Radeon RX 7900 XTX")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
+    # the probe runs where the test does
+    monkeypatch.setattr(
+        fp8, "_fault", lambda precision, device, probe=fp8._fault: probe(precision, torch.device("cpu"))
+    )
+    check_precision("fp8", gpu)
+    right = fp8.multiply
+    for wrong, said in (
+        (lambda x, weight, scale, bias: right(x, weight, 2 * scale, bias), "is off by"),
+        (lambda *_: (_ for _ in ()).throw(RuntimeError("e4m3 is not for gfx1100\nat")), r"e4m3 is not for gfx1100\)"),
+    ):
+        results = iter([right, wrong])
+
+        def multiply(*given: Any, results: Any = results) -> Any:
+            return next(results)(*given)
+
+        monkeypatch.setattr(fp8, "multiply", multiply)
+        with pytest.raises(UserError, match=f"precision fp8 does not work on AMD Radeon RX 7900 XTX .*{said}"):
+            check_precision("fp8", gpu)
+
+
+def test_fp8_on_a_cpu_is_refused_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--precision", "fp8_attention"]
+    assert cli.generate_main(flags) == 2
+    assert "--precision fp8_attention needs a GPU with 8-bit floats" in capsys.readouterr().err
 
 
 def cli_config() -> Any:

@@ -47,13 +47,17 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
-    budget = continuation.budget
     kinds = {(plan.geometry, plan.offload) for plan in missing}
-    whole, geometry = max(((budget.gpu_bytes(*kind), kind[0]) for kind in kinds), key=lambda pair: pair[0])
-    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(geometry).items()}
+    budgets = {kind: continuation.budget.for_clip(*kind) for kind in kinds}
+    kind = max(kinds, key=lambda kind: budgets[kind].gpu_bytes(*kind))
+    budget, whole = budgets[kind], budgets[kind].gpu_bytes(*kind)
+    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(kind[0]).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     said = by_stage if max(peaks.values()) == whole else "all models at once"
-    return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}), beside the VLM"
+    limited = (
+        f", within the {budget.vram / GIB:.1f} that are free" if budget.vram and not continuation.budget.vram else ""
+    )
+    return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}){limited}, beside the VLM"
 
 
 def _words(plan: Plan) -> str:

@@ -9,11 +9,8 @@ finds every finished clip, samples no clip again, and takes nothing for finished
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
@@ -42,6 +40,7 @@ log = logging.getLogger(__name__)
 REDONE = "redone"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+LOCK = ".lock"  # an empty file that stays
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
 _SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
 _NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
@@ -135,17 +134,18 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / LOCK, fallback_to_soft=False)
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
-            raise UserError(f"{self.path} {reason}, or give another folder") from error
+            # a lock of the system, which goes with the process; a mark in its place would outlast a kill
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(f"{self.path} is in use by another run; wait for it, or give another folder") from error
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path} cannot be locked ({reason}); give another folder") from error
         for name in ("video_", ".draft_", *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
@@ -154,7 +154,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)  # which unlocks
+        self._lock.release()
 
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""

@@ -174,7 +174,7 @@ class Job:
 
     def describe(self, made: Generation, source: str | None, plan: Plan | None = None) -> dict[str, Any]:
         """The sidecar of a clip: everything that made it, and what it took. `plan` is that of a continuation."""
-        from wan.device.hardware import host_peak_gib
+        from wan.device.host import host_peak_gib
 
         request, config = made.request, self.config
         used = self._used(made, plan)

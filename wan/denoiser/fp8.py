@@ -29,14 +29,39 @@ class Denoiser(Protocol):
 
 
 def check_precision(precision: str | None, device: torch.device) -> None:
-    """Raise UserError where a machine cannot compute in a precision. A CPU can, slowly."""
-    if precision is None or device.type != "cuda":
+    """Raise UserError where a device cannot compute in a precision. What computes on a CPU is for tests."""
+    if precision is None:
         return
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"precision {precision} needs a GPU with 8-bit floats (Ada, Hopper or newer), {name} has none")
+    needs = f"`precision` {precision} needs a GPU with 8-bit floats (RTX 40-series, Hopper or newer)"
+    if device.type != "cuda":
+        raise UserError(f"{needs}, and there is none; give `precision` bf16")
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"{needs}, {name} has none; give `precision` bf16")
     if precision == "fp8_attention" and not runs_triton(device):
         raise UserError("`precision` fp8_attention needs the triton package; use `precision` fp8")
+    if torch.version.hip is not None and (reason := _fault(precision, device)):  # AMD's numbers say nothing of this
+        raise UserError(f"`precision` {precision} does not work on {name} ({reason}); give `precision` bf16")
+
+
+def _fault(precision: str, device: torch.device) -> str:
+    """Why a device does not compute as a CPU does in a precision, by a small probe; "" where it does."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 128, 256, generator=generator).bfloat16()
+    rows, scale = quantize(weight)
+    heads = torch.randn(3, 1, 256, 2, 128, generator=generator).bfloat16()
+    checks: list[tuple[Any, list[Tensor]]] = [(multiply, [x, rows, scale, torch.zeros(128, dtype=torch.bfloat16)])]
+    checks += [(attend, list(heads))] if precision == "fp8_attention" else []
+    for compute, given in checks:
+        expected = compute(*given).float()
+        try:
+            found = compute(*(part.to(device) for part in given)).float().cpu()
+        except Exception as error:  # what a library raises where its kernels do not fit is its own affair
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        off = float((found - expected).norm() / expected.norm())
+        if not off < 0.1:  # also when it is NaN
+            return f"{compute.__name__} is off by {off:.1e}"
+    return ""
 
 
 def quantize_model(model: Denoiser, precision: str, device: torch.device) -> None:
@@ -54,7 +79,9 @@ def quantize_model(model: Denoiser, precision: str, device: torch.device) -> Non
                 layer = QuantizedLinear(layer, QuantizedTensor(rows.to(home), scale.to(home)), dtype, home)
                 block.set_submodule(name, layer)
             if layer.weight.dtype != torch.float8_e4m3fn:
-                raise UserError(f"precision {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}")
+                raise UserError(
+                    f"`precision` {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}"
+                )
             layer.multiply = multiply
         if precision == "fp8_attention":
             block.attn1.processor.attend = attend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from wan.configs import ModelConfig
 from wan.denoiser.model import policy_dtype
-from wan.device.hardware import drop_cache, free_bytes, grow_segments
+from wan.device.hardware import drop_cache, free_bytes, grow_segments, hold_to
 from wan.device.placement import Placement, bytes_on
 from wan.device.streaming import SLOTS, layers_that_stay
 from wan.errors import UserError
@@ -23,8 +23,10 @@ from wan.vae import chunked
 from wan.weights.checkpoint import Checkpoint, Weights
 
 GIB = 2**30
-CONTEXT = 0.75 * GIB  # what CUDA and its libraries take beside tensors
-FITTING = 0.97  # of the rest; some is lost between tensors
+# What CUDA and its libraries take beside tensors, as the driver counts, and what of it is taken as soon as a process
+# has asked what is free: 0.5 to 0.7 GiB were seen (benchmarks/LOG.md).
+CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
+FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
@@ -66,33 +68,47 @@ class StageMemory:
 
 
 def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
-    """Bytes that a process may take of a GPU, given GiB or "auto" for what is free now. Raises UserError.
+    """Bytes that a process may take of a GPU as the driver counts, given GiB or "auto" for what is free now.
 
-    The GPU's allocator then gives back pages that it does not need.
+    The GPU's allocator then gives back pages that it does not need, and gives out no more than the GiB leave beside
+    CUDA. Raises UserError.
     """
     if device.type != "cuda":
         raise UserError("`vram` is for a GPU, and there is none; leave it out")
+    if vram == "auto":
+        return free_limit(device)
     grow_segments()
-    return free_bytes(device) if vram == "auto" else int(vram * GIB)
+    limit = int(vram * GIB)
+    hold_to(device, int(limit - CONTEXT))
+    return limit
 
 
-_ADVICE = {
-    "text": "give `t5_cpu`",
-    "sampling": "make smaller or shorter clips",
-    "encoding": "give `vae_dtype` float16, or smaller clips",
-    "decoding": "give `vae_dtype` float16, or smaller clips",
-}
+def free_limit(device: torch.device) -> int:
+    """What is free of a GPU, with what this process has taken of it by asking."""
+    grow_segments()
+    return int(free_bytes(device) + BARE_CONTEXT)
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a checkpoint's models take of a GPU, and what of them fits within `vram` bytes (None: no limit)."""
+    """What a checkpoint's models take of a GPU, and what of them fits within `vram` bytes (None: no limit).
+
+    `free`: the limit of clips that need more than that with one whole model at a time, where there is no other limit.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
     device: torch.device
     text_device: torch.device
     vram: int | None = None
+    free: int | None = None
+
+    def for_clip(self, geometry: Geometry, offload: bool) -> MemoryBudget:
+        """The budget of a clip: where it was not given one and its models take turns, what is free if that is less."""
+        if self.vram is not None or self.free is None or not offload:
+            return self
+        within = replace(self, vram=self.free)
+        return self if self.gpu_bytes(geometry, True) <= for_tensors(self.free) else within
 
     @property
     def tensors(self) -> int | None:
@@ -127,6 +143,14 @@ class MemoryBudget:
         weights += [stage.weights for stage in self._denoisers(geometry)]
         return sum(weights) + max(stage.working + stage.beside for stage in stages.values())
 
+    @property
+    def holds_whole_experts(self) -> bool:
+        """Whether an expert may be loaded to the GPU at once: nothing may say that its layers come one by one."""
+        if self.vram is not None or self.free is None:
+            return self.vram is None
+        least = [denoiser_memory(one, self.config.param_dtype, False, 0, 0) for one in self.checkpoint.experts.values()]
+        return max(one.weights for one in least) <= for_tensors(self.free)
+
     def holds_all(self, geometry: Geometry) -> bool:
         """Whether the budget is enough for all models at once, so that none needs to wait elsewhere."""
         return self.tensors is not None and self.gpu_bytes(geometry, False) <= self.tensors
@@ -135,14 +159,48 @@ class MemoryBudget:
         """Raise UserError for a clip that needs more, however its layers come."""
         if self.vram is None:
             return
-        name, stage = max(self.stages(geometry).items(), key=lambda item: item[1].least)
-        least = stage.least / FITTING + CONTEXT
+        name, least = self._least(geometry)
         if least > self.vram:
-            frames, height, width = geometry.size
+            given = self.vram != self.free
+            there = "" if given else f", {self.vram / GIB:.1f} are free"
+            said = f"`vram` {self.vram / GIB:.3g}: " if given else ""
             raise UserError(
-                f"`vram` {self.vram / GIB:.3g}: {name} of {frames} frames of {width}x{height} needs "
-                f"{least / GIB:.1f} GiB; {_ADVICE[name]}"
+                f"{said}{name} of {_words(geometry)} needs {least / GIB:.1f} GiB{'' if given else ' of GPU memory'}"
+                f"{there}; {self.advice(geometry, True, self.vram)}"
             )
+
+    def _least(self, geometry: Geometry) -> tuple[str, float]:
+        """The stage that needs the most of a GPU with all layers coming one by one, and how much of it that is."""
+        name, stage = max(self.stages(geometry).items(), key=lambda item: item[1].least)
+        return name, stage.least / FITTING + CONTEXT
+
+    def advice(self, geometry: Geometry, offload: bool, there: int) -> str:
+        """The first of the settings, in words, that by the estimate need no more than the bytes `there` of a GPU.
+
+        Those that leave the result as it is come first.
+        """
+        open_ = replace(self, vram=None, free=None)
+        least, also = open_._least(geometry)[1], "" if offload else "`offload_model` True and "
+        if not offload and open_.gpu_bytes(geometry, True) <= for_tensors(there):
+            return "give `offload_model` True"
+        if self.vram is None and least <= 0.9 * there:  # below it, in case that the estimate was too low
+            return f"give {also}`vram` {_half_gib(0.9 * there)}"
+        changed: dict[str, MemoryBudget] = {}
+        if self.text_device == self.device:
+            changed["`t5_cpu`"] = replace(open_, text_device=torch.device("cpu"))
+        if self.config.vae_dtype.itemsize > 2:
+            half = replace(open_, config=replace(self.config, vae_dtype=torch.float16))
+            changed["`vae_dtype` float16"] = half
+            if "`t5_cpu`" in changed:
+                changed["`t5_cpu` and `vae_dtype` float16"] = replace(half, text_device=torch.device("cpu"))
+        for words, budget in changed.items():
+            if budget._least(geometry)[1] <= min(there, 0.99 * least):
+                return f"give {also}{words}"
+        for words, budget in {"": open_, **changed}.items():
+            for frames in range(geometry.frames - 4, 4, -4):
+                if budget._least(replace(geometry, frames=frames))[1] <= min(there, 0.99 * least):
+                    return f"give {also}{words}{' and ' if words else ''}`frame_num` {frames}"
+        return f"give {also}a smaller `size`"
 
     def placements(self, geometry: Geometry, offload: bool) -> Callable[[str], Placement]:
         """Where the model of each stage lives, with what the budget leaves for its weights."""
@@ -162,6 +220,16 @@ class MemoryBudget:
         room = free_bytes(self.device, self.tensors)
         there = sum(bytes_on(model, self.device) for model in loaded)
         return 1.1 * self.gpu_bytes(geometry, offload) + GIB <= room + there
+
+
+def _words(geometry: Geometry) -> str:
+    frames, height, width = geometry.size
+    return f"{frames} frames of {width}x{height}"
+
+
+def _half_gib(size: float) -> str:
+    """Bytes in GiB, down to a half."""
+    return f"{math.floor(2 * size / GIB) / 2:g}"
 
 
 def text_memory(weights: Weights, dtype: torch.dtype, length: int) -> StageMemory:

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
-import os
-import resource
-import sys
+import logging
 
 import torch
 
 from wan.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 def main_device(device_id: int = 0) -> torch.device:
-    """The GPU `device_id`, or the CPU on a machine without CUDA. Raises UserError for a GPU that is not there."""
+    """The GPU `device_id`, NVIDIA's or AMD's, or the CPU on a machine without. Raises UserError for one not there.
+
+    Where there is another GPU, a warning says that it is not used.
+    """
     if not torch.cuda.is_available():
+        if found := unused_gpu():
+            log.warning("%s is there and not used: the models run on the CPU, which is slow. %s", *found)
         return torch.device("cpu")
     return parse_device(f"cuda:{device_id}")
+
+
+def unused_gpu() -> tuple[str, str] | None:
+    """A GPU that the models do not run on, and why, in words for the user."""
+    if torch.backends.mps.is_available():
+        return "Apple's GPU", "PyTorch has no float64 there, which the models need; `vlm_device` mps is accepted"
+    if torch.version.cuda is None and torch.version.hip is None and _has_driver("nvcuda.dll", "libcuda.so.1"):
+        return "an NVIDIA GPU", "This PyTorch is built for CPUs: install one for CUDA, see pytorch.org"
+    if torch.version.cuda is None and torch.version.hip is None and _has_driver("amdhip64.dll", "libamdhip64.so"):
+        return "an AMD GPU", "This PyTorch is built for CPUs: install one for ROCm, see pytorch.org"
+    return None
+
+
+def _has_driver(*libraries: str) -> bool:
+    for name in libraries:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
 
 
 def parse_device(name: str) -> torch.device:
@@ -25,14 +52,20 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r} is not one; use cpu, cuda or cuda:N") from error
+        raise UserError(f"device {name!r} is not one; use {_DEVICES}") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(f"device {name!r} is not there: {count} CUDA device(s) found")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(f"device {name!r} is not there: this is no Mac with a GPU that PyTorch can use")
     elif device.type != "cpu":
-        raise UserError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+        raise UserError(f"device {name!r} is not supported; use {_DEVICES}")
     return device
+
+
+_DEVICES = "cpu, cuda or cuda:N (also for AMD), or mps for a VLM on a Mac"
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
@@ -51,6 +84,8 @@ def drop_cache(device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def free_bytes(device: torch.device, budget: int | None = None) -> int:
@@ -69,6 +104,24 @@ def grow_segments() -> None:
     (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
+def total_bytes(device: torch.device) -> int:
+    """The memory of a GPU."""
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def hold_to(device: torch.device, limit: int) -> None:
+    """Let the allocator take no more bytes of a GPU than this; before it fails, it gives back what it does not use."""
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, limit / total_bytes(device))), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory; libraries beside PyTorch's allocator say so in words."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "cuda" in said and "out of memory" in said
+    )
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement for `peak_gib`."""
     if device.type == "cuda":
@@ -79,17 +132,6 @@ def reset_peak(device: torch.device) -> None:
 def peak_gib(device: torch.device) -> float | None:
     """The most GPU memory that was allocated since `reset_peak`, in GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def host_bytes() -> int:
-    """The host's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def host_peak_gib() -> float:
-    """The most host memory this process has had resident, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from wan.device.hardware import host_bytes, synchronize
+from wan.device.hardware import synchronize
+from wan.device.host import host_bytes
 
 log = logging.getLogger(__name__)
 

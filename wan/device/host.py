@@ -1,0 +1,68 @@
+"""The host's memory: how much there is, also for a container, and what of it this process has taken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+_PROC, _CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+_UNLIMITED = 2**60  # version 1 writes a number of about 2**63 for no limit
+
+
+def host_bytes() -> int:
+    """The host's memory, or a container's limit."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _groups())])
+
+
+def host_free_bytes() -> int:
+    """What processes may still take of the host's memory, and of a container's. Cached files count as free."""
+    return max(0, min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _groups())]))
+
+
+def host_peak_gib() -> float:
+    """The most host memory this process has had resident, in GiB. macOS tells only what is resident now."""
+    status = _PROC / "status"
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(found[1]) * 1024 / GIB
+    memory = psutil.Process().memory_info()
+    return float(getattr(memory, "peak_wset", memory.rss)) / GIB
+
+
+def _groups() -> list[tuple[int, int]]:
+    """(limit, use without cached files) in bytes of each memory group that this process is in and that has a limit.
+
+    A group is below others, whose limits hold as well. Version 2 has all of them in one tree, version 1 one for memory.
+    """
+    try:
+        lines = (_PROC / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # a system without them
+        return []
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        home, names = (_CGROUPS / "memory", _VERSION_1) if controllers else (_CGROUPS, _VERSION_2)
+        inside = home / path.strip("/")
+        # seen from a container, the path may be that of the host, and then only the root is there
+        for group in (inside, *(above for above in inside.parents if above.is_relative_to(home))):
+            found += _read(group, *names)
+    return found
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)$")
+_VERSION_2 = ("memory.max", "memory.current", r"^(?:in)?active_file (\d+)$")
+
+
+def _read(group: Path, limit: str, usage: str, cached: str) -> list[tuple[int, int]]:
+    try:
+        most = (group / limit).read_text(encoding="ascii").strip()
+        if not most.isdecimal() or int(most) >= _UNLIMITED:
+            return []
+        used = int((group / usage).read_text(encoding="ascii"))
+        files = sum(map(int, re.findall(cached, (group / "memory.stat").read_text(encoding="ascii"), re.MULTILINE)))
+    except (OSError, ValueError):  # not there, or not for us to read
+        return []
+    return [(int(most), max(0, used - files))]
