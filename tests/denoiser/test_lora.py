@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft as peft_library
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import save_file
@@ -27,7 +29,9 @@ from wan.errors import UserError
 from wan.files import sampled_digest
 from wan.models import Models
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_file, open_safetensors
+from wan.weights import quantized
+from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_denoiser, open_file, open_safetensors
+from wan.weights.quantized import QuantizedLinear
 
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
@@ -55,6 +59,7 @@ class Pair:
 
 
 Layers = Mapping[str, Pair]
+State = dict[str, Tensor]
 
 
 def pairs(shapes: Mapping[str, tuple[int, ...]], layers: list[str] = BLOCKS, seed: int = 0) -> dict[str, Pair]:
@@ -144,9 +149,53 @@ def diffsynth(layers: Layers, file: Path) -> None:
     save_file(named(layers, lambda layer: f"pipe.dit.{layer}", "lora_A.default", "lora_B.default"), file)
 
 
+def kohya_with_dots(layers: Layers, file: Path) -> None:
+    name = "lora_unet_{}".format
+    save_file(named(layers, lambda layer: name(layer.replace(".", "_", 1)), "lora_down", "lora_up"), file)
+
+
+def lycoris(layers: Layers, file: Path) -> None:
+    def name(layer: str) -> str:
+        return "lycoris_" + diffusers_name(layer).replace(".", "_")
+
+    save_file(named(layers, name, "lora_down", "lora_up", torch.float32), file)
+
+
+def odd_prefix(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"diffusion.model.{layer}", "lora_A", "lora_B"), file)
+
+
+def compiled(layers: Layers, file: Path) -> None:
+    save_file(named(layers, lambda layer: f"_orig_mod.{layer}", "lora_A", "lora_B"), file)
+
+
+def compiled_blocks(layers: Layers, file: Path) -> None:
+    def name(layer: str) -> str:
+        return "module.diffusion_model." + layer.replace("attn.", "attn._orig_mod.")
+
+    save_file(named(layers, name, "lora_A", "lora_B"), file)
+
+
+def without_weight(layers: Layers, file: Path, down: str = "lora_A", up: str = "lora_B") -> None:
+    state = named(layers, str, down, up, torch.float32)
+    save_file({key.removesuffix(".weight"): value for key, value in state.items()}, file)
+
+
+def kohya_without_weight(layers: Layers, file: Path) -> None:
+    without_weight(layers, file, "lora_down", "lora_up")
+
+
+def lora_linear_layer(layers: Layers, file: Path) -> None:
+    name = "transformer.{}".format
+    state = named(layers, lambda layer: name(diffusers_name(layer)), "lora_linear_layer.down", "lora_linear_layer.up")
+    save_file(state, file)
+
+
 STYLES = [
     *(svi, comfyui, lightx2v, kohya, videox_fun, kohya_of_diffusers_names),
     *(diffusers, diffusers_with_header, peft, diffsynth),
+    *(kohya_with_dots, lycoris, odd_prefix, compiled, compiled_blocks),
+    *(without_weight, kohya_without_weight, lora_linear_layer),
 ]
 
 
@@ -214,6 +263,249 @@ def expected(weights: Weights, *loras: tuple[Layers, float]) -> dict[str, Tensor
             product = pair.up.double().flatten(1) @ pair.down.double().flatten(1)
             wanted[name] += strength * pair.scale * product.view_as(wanted[name])
     return wanted
+
+
+# --- one file for both experts ----------------------------------------------------------------------------------------
+
+
+def ai_toolkit(half: str, layers: Layers) -> dict[str, Tensor]:
+    part = {"high": "transformer_1", "low": "transformer_2"}[half]
+    return named(layers, lambda layer: f"diffusion_model.{part}.{layer}", "lora_A", "lora_B")
+
+
+def diffusers_pair(half: str, layers: Layers) -> dict[str, Tensor]:
+    part = {"high": "transformer", "low": "transformer_2"}[half]
+    return named(layers, lambda layer: f"{part}.{diffusers_name(layer)}", "lora_A", "lora_B")
+
+
+def diffsynth_pair(half: str, layers: Layers) -> dict[str, Tensor]:
+    part = {"high": "pipe.dit", "low": "pipe.dit2"}[half]
+    return named(layers, lambda layer: f"{part}.{layer}", "lora_A.default", "lora_B.default")
+
+
+@pytest.mark.parametrize("style", [ai_toolkit, diffusers_pair, diffsynth_pair])
+def test_each_expert_takes_its_half_of_a_file_for_both(style: Any, checkpoints: Any, tmp_path: Path) -> None:
+    shapes = checkpoints["A14B"].shapes
+    halves = {"high": pairs(shapes, seed=1), "low": pairs(shapes, BLOCKS[:9], seed=2)}
+    file = tmp_path / "both.safetensors"
+    save_file({key: value for half in halves for key, value in style(half, halves[half]).items()}, file)
+    for half, weights in (("high", checkpoints["A14B"]), ("low", checkpoints["low noise"])):
+        both, split = load(weights), load(weights)
+        merge(both, weights, [LoraFile(file)])
+        svi(halves[half], tmp_path / f"{half}.safetensors")
+        merge(split, weights, [LoraFile(tmp_path / f"{half}.safetensors")])
+        assert same(values(both), values(split))
+        assert not same(values(both), values(load(weights)))
+        (match,) = matches([LoraFile(file)], weights)
+        assert match.matched == match.total == len(halves[half])
+    refused(file, checkpoints["5B"], "is for a model of two experts, this one has one")
+
+
+@pytest.mark.parametrize(("half", "other"), [("high", "low noise"), ("low", "A14B")])
+def test_half_a_file_is_refused_for_the_other_expert(half: str, other: str, checkpoints: Any, tmp_path: Path) -> None:
+    save_file(ai_toolkit(half, pairs(checkpoints["A14B"].shapes)), tmp_path / "lora.safetensors")
+    message = f"holds layers of the {half}-noise expert only; give it with lora_{half}"
+    refused(tmp_path / "lora.safetensors", checkpoints[other], message)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_each_expert_has_its_own_alphas_in_a_header(both: bool, checkpoints: Any, tmp_path: Path) -> None:
+    lora = {layer: pair for layer, pair in pairs(checkpoints["A14B"].shapes).items() if len(pair.down) == 2}
+    plain = {layer: dataclasses.replace(pair, alpha=2) for layer, pair in lora.items()}
+    alphas = {"high": 8.0, "low": 4.0}
+    models = {"high": "transformer", "low": "transformer_2"}
+    state: State = {}
+    said: dict[str, Any] = {}
+    for half in alphas if both else ["low"]:
+        state |= {key: value.clone() for key, value in diffusers_pair(half, plain).items()}
+        said |= {f"{models[half]}.r": 2, f"{models[half]}.lora_alpha": alphas[half]}
+    file = tmp_path / "lora.safetensors"
+    save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(said)})
+    for half, name in (("high", "A14B"), ("low", "low noise")):
+        if both or half == "low":
+            model, weights = load(checkpoints[name]), checkpoints[name]
+            merge(model, weights, [LoraFile(file)])
+            wanted = expected(weights, ({k: dataclasses.replace(v, alpha=alphas[half]) for k, v in lora.items()}, 1.0))
+            found = values(model)
+            for key, value in wanted.items():
+                torch.testing.assert_close(found[key].double(), value, rtol=1e-6, atol=1e-7)
+
+
+# --- other forms ------------------------------------------------------------------------------------------------------
+
+Formed = Callable[[Tensor, Callable[..., Tensor]], tuple[State, Tensor]]
+LAYERS_OF_FORMS = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.0.ffn.0", "blocks.1.ffn.2"]
+
+
+def lokr(weight: Tensor, random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    """Both factors whole: alpha says nothing, LyCORIS writes it all the same."""
+    out, inner = weight.shape
+    state = {"lokr_w1": random(4, 2), "lokr_w2": random(out // 4, inner // 2)}
+    return state | {"alpha": torch.tensor(1e10)}, torch.kron(state["lokr_w1"].double(), state["lokr_w2"].double())
+
+
+def lokr_split(weight: Tensor, random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    out, inner = weight.shape
+    state = {
+        "lokr_w1_a": random(4, 2),
+        "lokr_w1_b": random(2, 8),
+        "lokr_w2_a": random(out // 4, 2),
+        "lokr_w2_b": random(2, inner // 8),
+    }
+    a, b, c, d = (value.double() for value in state.values())
+    return state | {"alpha": torch.tensor(3.0)}, 1.5 * torch.kron(a @ b, c @ d)
+
+
+def loha(weight: Tensor, random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    out, inner = weight.shape
+    state = {f"hada_w{n}_{side}": random(*((out, 4), (4, inner))[side == "b"]) for n in (1, 2) for side in "ab"}
+    a, b, c, d = (value.double() for value in state.values())
+    return state | {"alpha": torch.tensor(2.0)}, 0.5 * (a @ b) * (c @ d)
+
+
+def plain(weight: Tensor, random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    out, inner = weight.shape
+    state = {"lora_down.weight": random(4, inner), "lora_up.weight": random(out, 4), "alpha": torch.tensor(2.0)}
+    return state, 0.5 * state["lora_up.weight"].double() @ state["lora_down.weight"].double()
+
+
+def dora(form: Formed, axis: int, name: str = "dora_scale", flat: bool = False) -> Formed:
+    """That form with magnitudes: of rows with axis 1, of columns with axis 0."""
+
+    def formed(weight: Tensor, random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+        state, change = form(weight, random)
+        whole = weight.double() + change
+        norm = whole.norm(dim=axis, keepdim=True)
+        magnitude = (norm * (1 + random(*norm.shape).double())).float()
+        stored = magnitude.flatten() if flat else magnitude
+        return state | {name: stored}, magnitude.double() / norm * whole - weight.double()
+
+    return formed
+
+
+FORMS: dict[str, Formed] = {
+    "LoKr": lokr,
+    "LoKr of products": lokr_split,
+    "LoHa": loha,
+    "DoRA": dora(plain, 1),
+    "DoRA by columns": dora(plain, 0),
+    "LoHa DoRA": dora(loha, 1),
+    "LoKr DoRA": dora(lokr_split, 1),
+    "LoKr DoRA by columns": dora(lokr_split, 0),
+    "peft's DoRA": dora(plain, 1, "lora_magnitude_vector", flat=True),
+}
+
+
+def formed_lora(form: Formed, weights: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Write it; returns what it adds by layer, float64."""
+    generator = torch.Generator().manual_seed(3)
+    state: State = {}
+    changes: State = {}
+    for layer in LAYERS_OF_FORMS:
+        found, changes[layer] = form(
+            weights[f"{layer}.weight"], lambda *shape: torch.randn(shape, generator=generator).div(8).bfloat16()
+        )
+        state |= {f"diffusion_model.{layer}.{name}": value for name, value in found.items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, file)
+    return changes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_add_what_their_formula_says(form: str, a14b: Weights, tmp_path: Path) -> None:
+    original = {key: value for key, value in a14b.tensors() if isinstance(value, Tensor)}
+    changes = formed_lora(FORMS[form], original, tmp_path / "lora.safetensors")
+    svi(pairs(a14b.shapes), tmp_path / "other.safetensors")
+    model = load(a14b)
+    before = values(model)
+    asked = [LoraFile(tmp_path / "other.safetensors", 0.5), LoraFile(tmp_path / "lora.safetensors", 0.75)]
+    (_, match) = matches(asked, a14b)
+    assert match.matched == match.total == len(LAYERS_OF_FORMS)
+    merge(model, a14b, asked)
+    found, wanted = values(model), expected(a14b, (pairs(a14b.shapes), 0.5))
+    for layer, change in changes.items():
+        wanted[f"{diffusers_name(layer)}.weight"] += 0.75 * change
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
+    merge(model, a14b, [])
+    assert same(values(model), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_other_forms_are_added_to_packed_weights(
+    form: str, in_fp8: bool, a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weight expanded in pieces, and with products in the weight's own format."""
+    monkeypatch.setattr(quantized, "_PIECE", 480)
+    original = {key: value for key, value in a14b.tensors() if isinstance(value, Tensor)}
+    state = {key: value.to(torch.float8_e4m3fn if value.ndim == 2 else value.dtype) for key, value in original.items()}
+    expanded = {key: value.float() for key, value in state.items()}
+    save_file(state, tmp_path / "fp8.safetensors")
+    weights = dataclasses.replace(open_denoiser(tmp_path / "fp8.safetensors", a14b.path), expert=a14b.expert)
+    changes = formed_lora(FORMS[form], expanded, tmp_path / "lora.safetensors")
+    model = load(weights)
+    merge(model, weights, [LoraFile(tmp_path / "lora.safetensors", 0.75)])
+    for layer, change in changes.items():
+        linear = model.get_submodule(diffusers_name(layer))
+        assert isinstance(linear, QuantizedLinear)
+        wanted = expanded[f"{layer}.weight"].double() + 0.75 * change
+        inputs = torch.randn(2, 7, linear.in_features, generator=torch.Generator().manual_seed(1))
+        if in_fp8:
+            linear.scale = torch.ones(1)
+            linear.multiply = lambda x, w, scale, bias: F.linear(x, w.float() * scale, bias)
+        found = linear(inputs) if in_fp8 else F.linear(inputs, linear.dense(), linear.bias)
+        reference = F.linear(inputs.double(), wanted, linear.bias.double())
+        torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+class Block(torch.nn.Module):
+    """The layers of one model with official names, as a trainer that uses peft has them."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for layer in LAYERS_OF_FORMS:
+            owner: torch.nn.Module = self
+            *path, leaf = layer.split(".")
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, torch.nn.Module())
+                owner = getattr(owner, part)
+            out, inner = weights[f"{layer}.weight"].shape
+            linear = torch.nn.Linear(inner, out)
+            linear.weight.data = weights[f"{layer}.weight"].float().clone()
+            owner.add_module(leaf, linear)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft_library.LoKrConfig(r=4, alpha=6, rank_pattern={"ffn.0": 2}, init_weights=False),
+        peft_library.LoKrConfig(r=99, alpha=6, init_weights=False),
+        peft_library.LoHaConfig(r=4, alpha=6, alpha_pattern={"ffn.2": 3}, init_weights=False),
+        peft_library.LoraConfig(r=4, lora_alpha=6, use_dora=True, init_lora_weights=False),
+        peft_library.LoraConfig(r=4, lora_alpha=6, use_rslora=True, init_lora_weights=False),
+    ],
+    ids=["LoKr", "LoKr whole", "LoHa", "DoRA", "rsLoRA"],
+)
+def test_what_peft_saves_is_what_peft_merges(config: Any, a14b: Weights, tmp_path: Path) -> None:
+    original = {key: value for key, value in a14b.tensors() if isinstance(value, Tensor)}
+    torch.manual_seed(0)
+    config = dataclasses.replace(config, target_modules=[layer.split(".", 2)[2] for layer in LAYERS_OF_FORMS])
+    theirs = peft_library.get_peft_model(Block(original), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.25)
+            elif "lokr" in name or "hada" in name or "lora" in name:
+                parameter.div_(8)
+    theirs.save_pretrained(tmp_path)
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(tmp_path / "adapter_model.safetensors")])
+    merged = theirs.merge_and_unload()
+    for layer in LAYERS_OF_FORMS:
+        found = model.get_submodule(diffusers_name(layer)).weight
+        assert not torch.equal(found, original[f"{layer}.weight"].float())
+        torch.testing.assert_close(found, merged.get_submodule(layer).weight, rtol=1e-5, atol=1e-6)
 
 
 # --- what is merged ---------------------------------------------------------------------------------------------------
@@ -497,9 +789,24 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
         (write(double_blocks__0__qkv__lora_A__weight=A, double_blocks__0__qkv__lora_B__weight=B), "no layer of this"),
         (write(), "holds no LoRA for any layer"),
         (write(blocks__0__cross_attn__k_img__diff_b=A[0]), "holds no LoRA for any layer"),
-        (write(**{f"{Q}__weight": A}), "is no plain LoRA, it holds blocks.0.self_attn.q.weight;"),
-        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_w2": A}), "it holds .*lokr_w1 and 1 more like it; LoKr"),
-        (write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__dora_scale": B}), "holds .*dora_scale;"),
+        (write(**{f"{Q}__weight": A}), "is no LoRA that can be merged, it holds blocks.0.self_attn.q.weight;"),
+        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_t2": A, f"{Q}__hada_t1": A}), "holds .*hada_t1 and 1 more like it;"),
+        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_w2": torch.zeros(24, 2)}), r"its .*to_q is \(48, 96\), here"),
+        (write(**{f"{Q}__lokr_w1": A}), "holds one half of blocks.0.self_attn.q only"),
+        (write(**{f"{Q}__lokr_w1": A[0], f"{Q}__lokr_w2": A}), "two halves of blocks.0.self_attn.q are"),
+        (write(**{f"{Q}__hada_w1_a": B, f"{Q}__hada_w1_b": A, f"{Q}__hada_w2_a": B}), "holds one half of blocks.0"),
+        (write(**{f"{Q}__dora_scale": B}), "holds one half of blocks.0.self_attn.q only"),
+        (
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__dora_scale": B}),
+            r"the magnitude of blocks.0.attn1.to_q is \(48, 2\)",
+        ),
+        (
+            write(
+                **{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B},
+                **{f"{Q}__lokr_w1": torch.zeros(2, 2), f"{Q}__lokr_w2": torch.zeros(24, 24)},
+            ),
+            "holds blocks.0.self_attn.q in two forms",
+        ),
         (write(**{f"{Q}__lora_A__weight": A}), "holds one half of blocks.0.self_attn.q only"),
         (write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B[:, :1]}), "two halves of blocks.0.self_attn.q"),
         (

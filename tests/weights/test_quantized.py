@@ -303,7 +303,7 @@ def test_a_lora_does_what_it_does_to_weights_that_were_expanded_beforehand(
         assert torch.equal(forward(model), forward(other))
     merge_loras(model, weights, open_loras((), weights))
     assert torch.equal(forward(model), before)
-    assert all(layer.held == 0 and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
+    assert all(layer.held == () and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
 
 
 def test_a_weight_of_many_pieces_is_the_weight_of_one(

@@ -1,5 +1,8 @@
 """LoRA files -> the weights of a denoiser: W + strength * alpha / rank * B @ A, whatever the file calls its layers.
 
+LoKr and LoHa put other products in the place of B @ A, and DoRA scales the rows or columns of the sum; its strength
+says how far the weights go from the checkpoint's to the scaled ones.
+
 Strength and sum are applied in float32 to the checkpoint's own values and rounded once, so that what is merged depends
 on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again. A layer
 whose weight stays quantized holds the LoRA beside it and does the same sum whenever it is used.
@@ -13,7 +16,7 @@ import logging
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +45,29 @@ _BLOCK_LAYERS = (
 # What image-to-video models of Wan2.1 have and Wan2.2 does without.
 _LEFTOVER = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
 _PREFIX = re.compile(
-    r"(?:(?:base_model\.model|model|diffusion_model|transformer|transformer_2|pipe\.dit2?|dit)\."
-    r"|lora_unet__?|lora_transformer_)*"  # VideoX-Fun writes two underscores
+    r"(?:(?:lora_)?(?P<half>transformer_[12]|high_noise_model|low_noise_model|pipe\.dit2|dit2)[._]"
+    r"|(?:base_model\.model|diffusion\.model|diffusion_model|model|module|transformer|pipe\.dit|dit)\."
+    r"|lora_unet__?|lora_transformer_|lycoris_)*"  # VideoX-Fun writes two underscores
 )
+_COMPILED = re.compile(r"_orig_mod[._]")  # torch.compile puts it before the names of what it wraps
+# Which of the two experts a part of a file is for, where one file holds both (ai-toolkit, diffusers, DiffSynth).
+_HALVES = {
+    "transformer_1": "high",
+    "high_noise_model": "high",
+    "transformer_2": "low",
+    "low_noise_model": "low",
+    "pipe.dit2": "low",
+    "dit2": "low",
+}
 # Between role and leaf may stand the name that peft gave the adapter. `diff_m` is the difference of a modulation.
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora[._](?:(?P<role>A|B|down|up)(?:\.[^.]+)?\.weight|(?:B|up)(?:\.[^.]+)?\.(?P<bias>bias))"
-    r"|(?P<other>alpha|diff|diff_b|diff_m))"
+    r"(?P<layer>.+?)\.(?:lora(?:[._]|_linear_layer\.)(?P<role>A|B|down|up)(?:\.(?!bias$)[^.]+)?(?:\.weight)?"
+    r"|lora[._](?:B|up)(?:\.[^.]+)?\.(?P<bias>bias)"
+    r"|(?P<other>alpha|diff|diff_b|diff_m|dora_scale|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])"
+    r"(?:\.[^.]+)?(?:\.weight)?)"
 )
-_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up"}
+_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "lora_magnitude_vector": "dora_scale"}
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,17 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
     model.loras, model.altered = None, changed | model.altered  # until all is done
     packed = {name: module for name in name_of.values() if (module := _packed(model, name))}
     for name, linear in packed.items():
-        linear.set_loras([addition for file in opened for addition in file.additions(name, linear.weight.device)])
+        device, base = linear.weight.device, None
+        if any(file.has_magnitude(name) for file in opened):
+            ((_, original),) = weights.read({source_of[name]})
+            base = dequantize(original).to(device, torch.float32)
+        linear.set_loras([addition for file in opened for addition in file.additions(name, device, base)])
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
         value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
+        base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
-            file.add(name_of[key], value)
+            file.add(name_of[key], value, base)
         parameter.copy_(value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
@@ -140,15 +162,22 @@ class OpenedLora:
     parts: Mapping[str, _LayerKeys]
     match: LoraMatch
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add what this file holds for a parameter to its float32 value; no more of the file is read."""
-        additions = self.additions(name, value.device)
+    def has_magnitude(self, name: str) -> bool:
+        """Whether what this file holds for a parameter depends on the checkpoint's values (DoRA)."""
+        return name in self.parts and "dora_scale" in self.parts[name].keys
+
+    def add(self, name: str, value: Tensor, base: Tensor | None) -> None:
+        """Add what this file holds for a parameter to its float32 value; no more of the file is read.
+
+        `base` are the checkpoint's own values, which only DoRA needs.
+        """
+        additions = self.additions(name, value.device, base)
         for addition in additions:
-            addition.add_to(value)
+            addition.add_to(value, base=base)
         if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
             raise self._not_finite(name)
 
-    def additions(self, name: str, device: torch.device) -> list[Addition]:
+    def additions(self, name: str, device: torch.device, base: Tensor | None) -> list[Addition]:
         """What this file adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
         part = self.parts.get(name)
         if part is None:
@@ -157,17 +186,69 @@ class OpenedLora:
         tensors = {role: read[key] for role, key in part.keys.items()}
         if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
             raise self._not_finite(name)
-        strength, found = self.match.lora.strength, []
-        if "up" in tensors:
-            found.append(Addition(tensors["up"].flatten(1), tensors["down"].flatten(1), strength * part.scale))
+        strength = self.match.lora.strength
+        found = _products(tensors, part.scale)
         if "bias" in tensors:
-            found.append(Addition(tensors["bias"], None, strength * part.scale))
+            found.append(Addition(tensors["bias"], None, part.scale))
         if "diff" in tensors:
-            found.append(Addition(tensors["diff"], None, strength))
-        return found
+            found.append(Addition(tensors["diff"], None, 1.0))
+        if "dora_scale" in tensors:
+            assert base is not None
+            found = _with_magnitude(found, tensors["dora_scale"].float(), base)
+        return [replace(addition, strength=strength * addition.strength) for addition in found]
 
     def _not_finite(self, name: str) -> UserError:
         return UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
+
+
+def _products(tensors: Mapping[str, Tensor], scale: float) -> list[Addition]:
+    """What the factors of a LoRA, a LoKr or a LoHa stand for."""
+    if "up" in tensors:
+        return [Addition(tensors["up"].flatten(1), tensors["down"].flatten(1), scale)]
+    if "hada_w1_a" in tensors:
+        # The elementwise product of two products is one product, of every pair of their columns and rows.
+        a, b, c, d = (tensors[role].float().flatten(1) for role in _LOHA)
+        left = (a[:, :, None] * c[:, None]).flatten(1)
+        return [Addition(left, (b[:, None] * d[None]).flatten(0, 1), scale)]
+    if (one := _factor(tensors, "lokr_w1")) is not None and (two := _factor(tensors, "lokr_w2")) is not None:
+        return [Addition(one, two, scale, "kronecker")]
+    return []
+
+
+def _factor(tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
+    """A factor of a LoKr, which is there whole or as a product of its own; flat."""
+    if role in tensors:
+        return tensors[role].flatten(1)
+    if f"{role}_a" in tensors:
+        return tensors[f"{role}_a"].float() @ tensors[f"{role}_b"].float().flatten(1)
+    return None
+
+
+def _with_magnitude(changes: Sequence[Addition], magnitude: Tensor, base: Tensor) -> list[Addition]:
+    """DoRA: W + changes, with each row (or column) scaled to its magnitude, as additions to W.
+
+    With V = W + changes and g = magnitude / norm(V) that is W + (g - 1) * W + g * changes.
+    """
+    changed = base.clone()
+    for change in changes:
+        change.add_to(changed)
+    out, inner = base.shape[:2]
+    by_row = magnitude.numel() == out and not (out == inner and magnitude.ndim > 1 and len(magnitude) == 1)
+    shape = [out if by_row else 1, 1 if by_row else inner, *(1 for _ in base.shape[2:])]
+    axes = [axis for axis in range(base.ndim) if axis != (0 if by_row else 1)]
+    gain = magnitude.view(shape) / torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
+    found = [Addition(gain - 1, None, 1.0, "gain")]
+    for change in changes:
+        flat = gain.expand(*shape[:2], *base.shape[2:]).flatten(1)
+        if change.form == "product" and change.right is not None and by_row:
+            found.append(replace(change, left=change.left.float() * flat[:, :1]))
+        elif change.form == "product" and change.right is not None:
+            found.append(replace(change, right=change.right.float() * flat))
+        else:  # a Kronecker product that is scaled by rows is none any more
+            whole = torch.zeros_like(base)
+            change.add_to(whole)
+            found.append(Addition(whole * gain, None, 1.0))
+    return found
 
 
 def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
@@ -176,10 +257,11 @@ def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
     check_expert("LoRA ", lora.path, weights.expert, "lora")
     file = open_file(lora.path)
     lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
-    layers = _layers(file)
+    half, chosen = _half(file, weights.expert)
+    layers = _layers(file, chosen)
     shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
     spellings = _spellings(shapes)
-    known = {layer: spellings[layer] for layer in layers if layer in spellings}
+    known = {layer: spellings[flat] for layer in layers if (flat := layer.replace(".", "_")) in spellings}
     if not known:
         raise UserError(f"{file.path} holds no layer of this model (its first is {next(iter(layers))}); is it for Wan?")
     by_telling = sorted(known.items(), key=lambda item: "attn" not in item[1])  # a wrong width is seen there
@@ -190,14 +272,14 @@ def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
             f"{file.path} is for another model: only {len(known)} of its {len(layers)} layers are in this one, "
             f"not {_listing(unmatched)}"
         )
-    scales = _scales(file, layers)
+    scales = _scales(file, layers, half)
     parts: dict[str, _LayerKeys] = {}
     for layer, stem in known.items():
         for name, keys in _by_parameter(layers[layer], stem, shapes).items():
             if name in parts:
                 raise UserError(f"{file.path} holds {layer} twice, under two names; merge each once, from its own file")
             parts[name] = _LayerKeys(keys, scales[layer])
-    ranks = {file.shapes[layers[layer]["down"]][0] for layer in known if "down" in layers[layer]}
+    ranks = {rank for layer in known if (rank := _rank(file, layers[layer]))}
     match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
     return OpenedLora(file, parts, match)
 
@@ -213,18 +295,47 @@ def _check_path(path: Path) -> None:
         )
 
 
-def _layers(file: Weights) -> dict[str, dict[str, str]]:
-    """The keys of each layer by role: down, up, bias, alpha, diff, diff_b. Raises UserError for what is no LoRA."""
+def _half(file: Weights, expert: str) -> tuple[str, list[str]]:
+    """Which keys of a file are for this expert, and the word for it where the file says one: high or low.
+
+    Raises UserError where they are all for another.
+    """
+    by_half: dict[str, list[str]] = {}
+    for key in file.shapes:
+        match = _PREFIX.match(_COMPILED.sub("", key))
+        half = _HALVES.get(match["half"], "") if match is not None and match["half"] else ""
+        by_half.setdefault(half, []).append(key)
+    if by_half.keys() == {"", "low"}:  # diffusers and DiffSynth say nothing of the first expert
+        by_half["high"] = by_half.pop("")
+    if by_half.keys() <= {""}:
+        return "", list(file.shapes)
+    asked, plain = expert.removesuffix("_noise_model"), by_half.pop("", [])
+    if asked in by_half:
+        return asked, by_half[asked] + plain
+    if len(by_half) > 1:
+        raise UserError(f"{file.path} is for a model of two experts, this one has one; give a LoRA of this model")
+    (half,) = by_half
+    if asked in ("high", "low"):
+        raise UserError(f"{file.path} holds layers of the {half}-noise expert only; give it with `lora_{half}`")
+    return half, by_half[half] + plain
+
+
+def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The chosen keys of each layer by role. Raises UserError for what is no LoRA.
+
+    Roles: down, up, bias, alpha, diff, diff_b, dora_scale, and the names of the factors of LoKr and LoHa.
+    """
     layers: dict[str, dict[str, str]] = {}
     odd = []
-    for key in file.shapes:
+    for key in chosen:
         if _LEFTOVER.search(key):
             continue
-        match = _KEY.fullmatch(_PREFIX.sub("", key, count=1))
+        match = _KEY.fullmatch(_PREFIX.sub("", _COMPILED.sub("", key), count=1))
         if match is None:
             odd.append(key)
             continue
-        layer, role = match["layer"], match["other"] or match["bias"] or _ROLES[match["role"]]
+        layer, role = match["layer"], match["other"] or match["bias"] or match["role"]
+        role = _ROLES.get(role, role)
         if role == "diff_m":
             layer, role = f"{layer}.modulation", "diff"
         keys = layers.setdefault(layer, {})
@@ -232,21 +343,71 @@ def _layers(file: Weights) -> dict[str, dict[str, str]]:
             raise UserError(f"{file.path} holds {layer} twice, as {keys[role]} and {key}; give each in its own file")
     if odd:
         more = f" and {len(odd) - 1} more like it" if len(odd) > 1 else ""
-        raise UserError(f"{file.path} is no plain LoRA, it holds {odd[0]}{more}; LoKr, LoHa, DoRA are not supported")
+        raise UserError(
+            f"{file.path} is no LoRA that can be merged, it holds {odd[0]}{more}; plain LoRA, DoRA, LoKr and LoHa "
+            "(without Tucker cores) and full differences can be"
+        )
     layers = {layer: keys for layer, keys in layers.items() if keys.keys() != {"alpha"}}
     if not layers:
         raise UserError(f"{file.path} holds no LoRA for any layer of Wan2.2")
     for layer, keys in layers.items():
-        up, down = (file.shapes[keys[role]] if role in keys else None for role in ("up", "down"))
-        if (up is None) != (down is None) or ("bias" in keys and up is None):
+        roles = keys.keys()
+        lokr = [one for one in ("lokr_w1", "lokr_w2") if one in roles or {f"{one}_a", f"{one}_b"} <= roles]
+        whole = ({"up", "down"} <= roles, roles >= set(_LOHA), len(lokr) == 2)
+        begun = (roles & {"up", "down", "bias"}, roles & set(_LOHA), any(role.startswith("lokr") for role in roles))
+        if any(some and not all_ for some, all_ in zip(begun, whole, strict=True)) or (
+            "dora_scale" in roles and not any(whole)
+        ):
             raise UserError(f"{file.path} holds one half of {layer} only; it is damaged, download it again")
-        if up and down and not (len(up) == len(down) and math.prod(up[1:]) == down[0]):
-            raise UserError(f"{file.path} is damaged: the two halves of {layer} are {up} and {down}; download it again")
+        if sum(whole) > 1:
+            raise UserError(f"{file.path} holds {layer} in two forms; give each in its own file")
+        if not _halves_fit(file, keys):
+            shapes = " and ".join(str(file.shapes[key]) for role, key in keys.items() if role not in _ASIDE)
+            raise UserError(f"{file.path} is damaged: the two halves of {layer} are {shapes}; download it again")
     return layers
 
 
+_ASIDE = ("alpha", "bias", "diff", "diff_b", "dora_scale")
+
+
+def _halves_fit(file: Weights, keys: Mapping[str, str]) -> bool:
+    """Whether the factors of a layer can be multiplied."""
+    pairs = (("up", "down"), _LOHA[:2], _LOHA[2:], ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
+    for left, right in pairs:
+        if left in keys and right in keys:
+            one, other = file.shapes[keys[left]], file.shapes[keys[right]]
+            alike = len(one) == len(other) or left != "up"
+            if not (one and other and alike and math.prod(one[1:]) == other[0]):
+                return False
+    return all(len(file.shapes[key]) > 1 for role, key in keys.items() if role.startswith(("lokr", "hada")))
+
+
+def _rank(file: Weights, keys: Mapping[str, str]) -> int:
+    """The rank by which alpha is divided; 0 where nothing in a layer has one."""
+    roles = ("down", "lokr_w1_b", "lokr_w2_b", "hada_w1_b")
+    return next((file.shapes[keys[role]][0] for role in roles if role in keys), 0)
+
+
+def _change(file: Weights, keys: Mapping[str, str]) -> Shape:
+    """The shape of what the factors of a layer stand for; () without any."""
+
+    def factor(role: str) -> Shape:
+        if role in keys:
+            return file.shapes[keys[role]]
+        return (file.shapes[keys[f"{role}_a"]][0], *file.shapes[keys[f"{role}_b"]][1:])
+
+    if "up" in keys:
+        return (file.shapes[keys["up"]][0], *file.shapes[keys["down"]][1:])
+    if "hada_w1_a" in keys:
+        return factor("hada_w1")
+    if "lokr_w1" in keys or "lokr_w1_a" in keys:
+        (a, b, *_), (c, d, *rest) = factor("lokr_w1"), factor("lokr_w2")
+        return (a * c, b * d, *rest)
+    return ()
+
+
 def _spellings(names: Container[str]) -> dict[str, str]:
-    """Every spelling of a layer -> its name in the model: official and diffusers' names, with dots or underscores."""
+    """Every spelling of a layer, with underscores for dots -> its name in the model: official and diffusers' names."""
     blocks = itertools.takewhile(lambda n: f"blocks.{n}.attn1.to_q.weight" in names, itertools.count())
     official = [*_LAYERS, *(f"blocks.{n}.{layer}" for n in blocks for layer in _BLOCK_LAYERS)]
     renamed = convert_wan_transformer_to_diffusers({f"{layer}.weight": layer for layer in official})
@@ -254,13 +415,13 @@ def _spellings(names: Container[str]) -> dict[str, str]:
     for name, layer in renamed.items():
         stem = name.removesuffix(".weight")
         if stem in names or name in names:
-            spellings |= {spelling: stem for dotted in (layer, stem) for spelling in (dotted, dotted.replace(".", "_"))}
+            spellings |= {dotted.replace(".", "_"): stem for dotted in (layer, stem)}
     return spellings
 
 
 def _by_parameter(keys: Mapping[str, str], stem: str, names: Container[str]) -> dict[str, dict[str, str]]:
-    """The keys of a layer by the parameter of the model that they change, and by role: down, up, bias, diff."""
-    weight = {role: keys[role] for role in ("down", "up", "diff") if role in keys}
+    """The keys of a layer by the parameter of the model that they change, and by role."""
+    weight = {role: key for role, key in keys.items() if role not in ("alpha", "bias", "diff_b")}
     bias = {new: keys[role] for role, new in (("bias", "bias"), ("diff_b", "diff")) if role in keys}
     parts = {stem if stem in names else f"{stem}.weight": weight, f"{stem}.bias": bias}
     return {name: part for name, part in parts.items() if part}
@@ -274,10 +435,13 @@ def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str
     for name, part in _by_parameter(keys, stem, shapes).items():
         here = shapes.get(name, ())
         found = [file.shapes[part[role]] for role in ("diff", "bias") if role in part]
-        if "up" in part:
-            found.append((file.shapes[part["up"]][0], *file.shapes[part["down"]][1:]))
+        if change := _change(file, part):
+            found.append(change)
+        if "dora_scale" in part and math.prod(file.shapes[part["dora_scale"]]) not in here[:2]:
+            magnitude = file.shapes[part["dora_scale"]]
+            raise UserError(f"{file.path} is damaged: the magnitude of {stem} is {magnitude}; download it again")
         for there in found:
-            if there == here:
+            if there[:1] == here[:1] and math.prod(there) == math.prod(here):
                 continue
             width = shapes["patch_embedding.weight"][0]
             if (name, there[:1]) == ("patch_embedding.weight", (width,)) or name.startswith("proj_out"):
@@ -288,25 +452,36 @@ def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str
     return True
 
 
-def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
-    """alpha / rank by layer. Where the file says nothing of alpha it is the rank."""
+def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]], half: str) -> dict[str, float]:
+    """alpha / rank by layer. Where the file says nothing of alpha, or a layer has no rank, it is 1."""
     read = file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys})
     alphas = {key: dequantize(value) for key, value in read}
-    adapter = _adapter(file)
-    patterns = adapter.get("alpha_pattern") or {}
+    adapter = _adapter(file, half)
     scales = {}
     try:
         for layer, keys in layers.items():
-            rank = file.shapes[keys["down"]][0] if "down" in keys else 1
-            said = (alpha for name, alpha in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer))
-            alpha = alphas[keys["alpha"]] if "alpha" in keys else next(said, adapter.get("lora_alpha", rank))
+            # peft's LoKr divides by a rank that its factors may not show
+            rank = _rank(file, keys) or _said(adapter, "rank_pattern", layer) or adapter.get("r") or 0
+            if not rank or ("alpha" in keys and not _rank(file, keys)):
+                scales[layer] = 1.0
+                continue
+            said = _said(adapter, "alpha_pattern", layer)
+            alpha = alphas[keys["alpha"]] if "alpha" in keys else said
+            if alpha is None:
+                alpha = adapter.get("lora_alpha", adapter.get("alpha", rank))
             scales[layer] = float(alpha) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{file.path} says no alpha that can be read ({error}); download it again") from error
     return scales
 
 
-def _adapter(file: Weights) -> dict[str, Any]:
+def _said(adapter: Mapping[str, Any], pattern: str, layer: str) -> Any:
+    """What one of peft's tables of name patterns says about a layer, or None."""
+    table = adapter.get(pattern) or {}
+    return next((value for name, value in table.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer)), None)
+
+
+def _adapter(file: Weights, half: str) -> dict[str, Any]:
     """peft's configuration, as diffusers writes it into the header and peft into a file beside its own."""
     header = file.config.get("lora_adapter_metadata")
     if header is None:
@@ -314,9 +489,13 @@ def _adapter(file: Weights) -> dict[str, Any]:
         return read_json(beside) if file.path.name == "adapter_model.safetensors" and beside.is_file() else {}
     try:
         said = json.loads(header)
-        return {name.removeprefix("transformer."): value for name, value in said.items()}
-    except (ValueError, AttributeError) as error:
+        if not isinstance(said, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
         raise UserError(f"{file.path} has a header that cannot be read ({error}); download it again") from error
+    order = ("transformer_2.", "transformer.") if half == "low" else ("transformer.", "transformer_2.")
+    model = next((one for one in order if any(name.startswith(one) for name in said)), "")
+    return {name.removeprefix(model): value for name, value in said.items() if name.startswith(model)}
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -59,21 +59,47 @@ def dequantize(value: Tensor | QuantizedTensor) -> Tensor:
 Multiply: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+Form: TypeAlias = Literal["product", "kronecker", "gain"]
+
+
 @dataclass(frozen=True)
 class Addition:
-    """`strength * left @ right`, or `strength * left`: what a LoRA adds to a parameter."""
+    """What a LoRA adds to a parameter, times `strength`.
 
-    left: Tensor  # [out, rank]; without `right` in the parameter's shape
+    `form` says what it is made of: "product" is `left @ right`, or `left` in the parameter's shape without a `right`;
+    "kronecker" is their Kronecker product; "gain" is `left` times the checkpoint's own values.
+    """
+
+    left: Tensor  # [out, rank]; of a gain [out, 1] or [1, in], with more ones for a convolution
     right: Tensor | None  # [rank, in]
     strength: float | Tensor
+    form: Form = "product"
 
-    def add_to(self, value: Tensor, rows: slice | None = None) -> None:
-        """Add these rows, or all, to the float32 rows of a parameter."""
-        left = (self.left if rows is None else self.left[rows]).float()
-        if self.right is None:
+    def add_to(self, value: Tensor, rows: slice | None = None, *, base: Tensor | None = None) -> None:
+        """Add these rows, or all, to the float32 rows of a parameter; `base` are the checkpoint's own rows.
+
+        Only a gain needs `base`.
+        """
+        every = rows is None or self.form == "kronecker" or (self.form == "gain" and len(self.left) == 1)
+        left = (self.left if every or rows is None else self.left[rows]).float()
+        flat = value.view(len(value), -1)  # a convolution's weights have five dimensions
+        if self.form == "gain":
+            assert base is not None
+            value.add_(base * left * self.strength)
+        elif self.right is None:
             value.add_(left * self.strength)
-        else:  # flat because a convolution's weights have five dimensions
-            value.view(len(value), -1).addmm_(left, self.right.float() * self.strength)
+        elif self.form == "kronecker":
+            flat.add_(self._kronecker(left, self.right.float(), rows) * self.strength)
+        else:
+            flat.addmm_(left, self.right.float() * self.strength)
+
+    @staticmethod
+    def _kronecker(left: Tensor, right: Tensor, rows: slice | None) -> Tensor:
+        if rows is None:
+            return torch.kron(left, right)
+        height = len(right)
+        first, stop = rows.start // height, min(rows.stop, len(left) * height)
+        return torch.kron(left[first : -(-stop // height)], right)[rows.start - first * height : stop - first * height]
 
 
 class QuantizedLinear(nn.Linear):
@@ -87,12 +113,12 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(packed.data.to(device, copy=True), requires_grad=False)
         self.scale: Tensor | None
         self.register_buffer("scale", None if packed.scale is None else packed.scale.to(device, copy=True))
-        self.held = 0  # additions, in buffers
+        self.held: tuple[Form, ...] = ()  # the forms of the additions, whose tensors are in buffers
         self.multiply: Multiply | None = None  # with the weight as it is, and what is held beside it
 
     def set_loras(self, additions: Sequence[Addition]) -> None:
         """Add these, and no others, to the weight whenever it is used."""
-        for index in range(self.held):
+        for index in range(len(self.held)):
             del self._buffers[f"left_{index}"], self._buffers[f"right_{index}"], self._buffers[f"strength_{index}"]
         for index, addition in enumerate(additions):  # buffers, so that they go where the weight goes
             self.register_buffer(f"left_{index}", addition.left, persistent=False)
@@ -100,16 +126,19 @@ class QuantizedLinear(nn.Linear):
             # a number would be part of a compiled graph, and each other number another graph
             strength = torch.as_tensor(addition.strength, dtype=torch.float32, device=addition.left.device)
             self.register_buffer(f"strength_{index}", strength, persistent=False)
-        self.held = len(additions)
+        self.held = tuple(addition.form for addition in additions)
 
     @property
     def additions(self) -> list[Addition]:
         """What is held."""
         return [
             Addition(
-                self.get_buffer(f"left_{index}"), self._buffers[f"right_{index}"], self.get_buffer(f"strength_{index}")
+                self.get_buffer(f"left_{index}"),
+                self._buffers[f"right_{index}"],
+                self.get_buffer(f"strength_{index}"),
+                form,
             )
-            for index in range(self.held)
+            for index, form in enumerate(self.held)
         ]
 
     def dense(self) -> Tensor:
@@ -121,8 +150,9 @@ class QuantizedLinear(nn.Linear):
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
             value = packed.rows(rows)
+            base = value.clone() if "gain" in self.held else None
             for addition in held:
-                addition.add_to(value, rows)
+                addition.add_to(value, rows, base=base)
             whole[rows] = value
         return whole
 
@@ -130,12 +160,27 @@ class QuantizedLinear(nn.Linear):
         if self.multiply is None:
             return F.linear(input, self.dense(), self.bias)
         assert self.scale is not None
-        found = self.multiply(input, self.weight, self.scale, self.bias)
+        plain = self.multiply(input, self.weight, self.scale, self.bias)
+        found = plain
         for addition in self.additions:
-            right = addition.right
-            inner = input if right is None else F.linear(input, right.to(input.dtype))
-            found = found + addition.strength * F.linear(inner, addition.left.to(input.dtype))
+            found = found + addition.strength * self._added(addition, input, plain)
         return found
+
+    def _added(self, addition: Addition, input: Tensor, plain: Tensor) -> Tensor:
+        """The outputs of an addition's own weight; `plain` are those of the layer without additions."""
+        left, right = addition.left.to(input.dtype), addition.right
+        if addition.form == "gain" and len(left) == 1:
+            assert self.multiply is not None and self.scale is not None
+            return self.multiply(input * left[0], self.weight, self.scale, torch.zeros_like(self.bias))
+        if addition.form == "gain":
+            return (plain - self.bias) * left[:, 0]
+        if right is None:
+            return F.linear(input, left)
+        right = right.to(input.dtype)
+        if addition.form == "kronecker":
+            inner = F.linear(input.reshape(*input.shape[:-1], left.shape[1], right.shape[1]), right)
+            return (left @ inner).flatten(-2)
+        return F.linear(F.linear(input, right), left)
 
 
 @dataclass(frozen=True)
