@@ -482,8 +482,8 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
             found[one.record] = found.pop(one.was)
     if str(found.get("vlm_path") or "").startswith(("http://", "https://")):
         found |= {"vlm_url": found["vlm_path"], "vlm_path": None}
+    files = found.pop("dit_files", None)
     for flag, expert in EXPERT_OF_DIT.items():
-        if file := (found.get("dit_files") or {}).get(expert):
+        if isinstance(files, Mapping) and (file := files.get(expert)):
             found[flag] = file
-    found.pop("dit_files", None)
     return found

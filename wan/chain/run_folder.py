@@ -28,8 +28,10 @@ from torch import Tensor
 
 from wan import media
 from wan.chain.fingerprint import fingerprint
+from wan.chain.records import check_record, read_run
 from wan.errors import UserError
 from wan.files import publish, write_json, write_text
+from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, to_uint8
 
@@ -40,7 +42,7 @@ SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
 _SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
-_NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
+_NAME = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})\.json")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
+        self.check_names()
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,6 +146,13 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)  # which unlocks
+
+    def check_names(self) -> None:
+        """Raise UserError where something else stands under a name that a run needs: said now, not after an hour."""
+        names = ((REDONE, "folder", Path.is_dir), *((name, "file", Path.is_file) for name in _OF_THE_RUN))
+        for name, wanted, fits in names:
+            if os.path.lexists(path := self.path / name) and not fits(path):
+                raise UserError(f"{path} is no {wanted}, and a run needs that name; move it, or give another folder")
 
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
@@ -166,13 +176,16 @@ class RunFolder:
     def _read(self, path: Path) -> FinishedClip | None:
         number = _number(path)
         try:
-            record = current(json.loads(path.read_text(encoding="utf-8")))
+            record = current(read_json(path))
             settings = _settings(path.with_suffix(".safetensors"))
             whole = record["fingerprint"] == fingerprint(settings)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError):
             return None
         clip = None if number is None else FinishedClip(number, path, record, settings)
-        return clip if clip is not None and whole and clip.video.is_file() else None
+        if clip is None or not whole or not clip.video.is_file():
+            return None
+        check_record(path, record)
+        return clip
 
     def save(
         self,
@@ -247,10 +260,7 @@ class RunFolder:
     def run(self) -> dict[str, Any]:
         """The record of the run so far, empty before the first."""
         path = self.path / RUN
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore or remove it, or give another folder") from error
+        return read_run(path) if path.exists() else {}
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace the record of the run."""
@@ -267,10 +277,12 @@ class RunFolder:
 
 def _settings(state: Path) -> dict[str, Any]:
     """What a clip was made with, as its state says; empty for a file that is no state."""
+    if not state.is_file():  # opening a pipe would wait for ever
+        return {}
     try:
         with safe_open(state, framework="pt") as opened:
-            return dict(json.loads(opened.metadata()["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return dict(parse_json(opened.metadata()["settings"], str(state)))
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}
 
 

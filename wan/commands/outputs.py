@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.errors import UserError
+from wan.foreign import read_json
 from wan.kinds import Files
 from wan.options import OPTIONS, OUTPUT
 from wan.settings import LoraFile
@@ -46,6 +46,7 @@ def check_folder(job: Job, folder: RunFolder) -> None:
         raise UserError(f"`output_dir` {output} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")
+    folder.check_names()
     for said, file in _inputs(job):
         # as it is named, and as what it is: a link in the folder would be replaced as well
         for there in (file, file.resolve()):
@@ -77,7 +78,7 @@ def _same(one: Path, other: Path) -> bool:
 def _is_record(path: Path) -> bool:
     """Whether a file is the record of a clip of ours."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return "wan-continue" in record["versions"] and "seed" in record
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         return False

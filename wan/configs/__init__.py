@@ -11,7 +11,7 @@ from typing import Any
 from wan.configs.presets import PRESETS, Preset, preset_named
 from wan.configs.rows import DTYPES, ModelConfig, i2v_A14B, t2v_A14B, ti2v_5B, v2v_5B, v2v_14B
 from wan.errors import UserError
-from wan.files import read_json
+from wan.foreign import read_json
 
 __all__ = [
     "MAX_AREA_CONFIGS",
