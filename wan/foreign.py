@@ -73,7 +73,7 @@ def fit(shape: type[Shape], value: Any, source: str) -> Shape:
     from pydantic import ValidationError
 
     try:
-        return cast(Shape, _adapter(shape).validate_python(value, strict=True))
+        return cast(Shape, _adapter(cast(Any, shape)).validate_python(value, strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "it"

@@ -123,20 +123,13 @@ class FinishedClip:
 class RunFolder:
     """The folder of one chain, locked while it is open, so that two runs cannot mix. Raises UserError."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, lock: bool = True) -> None:
+        self.path, self.lock = path, lock
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.check_names()
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
-            raise UserError(f"{self.path} {reason}, or give another folder") from error
+        self._lock = self._locked() if self.lock else None
         for name in ("video_", *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
@@ -145,7 +138,22 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._lock)  # which unlocks
+        if self._lock is not None:
+            os.close(self._lock)  # which unlocks
+
+    def _locked(self) -> int:
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"{self.path} is in use by another run; wait for it, or give another folder") from error
+            raise UserError(
+                f"{self.path} cannot be locked ({error.strerror}); give another folder, or `no_lock` if no other run "
+                "uses this one"
+            ) from error
+        return lock
 
     def check_names(self) -> None:
         """Raise UserError where something else stands under a name that a run needs: said now, not after an hour."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,7 @@ def check_folder(job: Job, folder: RunFolder) -> None:
         raise UserError(f"`output_dir` {output} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")
+    _try_to_write(output)
     folder.check_names()
     for said, file in _inputs(job):
         # as it is named, and as what it is: a link in the folder would be replaced as well
@@ -57,6 +60,21 @@ def check_folder(job: Job, folder: RunFolder) -> None:
                 )
     if foreign := folder.foreign():
         raise UserError(f"{foreign} would be overwritten, and no run of ours made it; give another `output_dir`")
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise UserError for a folder that cannot be made or written to, for reasons that only trying tells."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"`output_dir` {folder} cannot be written to: {error.strerror}; give another") from error
+    finally:
+        for one in made:
+            with suppress(OSError):  # it was not made
+                one.rmdir()
 
 
 def _inputs(job: Job) -> Iterator[tuple[str, Path]]:

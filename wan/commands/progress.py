@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from wan.types import Step
+
+
+def say(*lines: str) -> None:
+    """Print lines. That nobody reads them, or that the terminal lacks a character, is no error: the work is done."""
+    out = sys.stdout
+    if out is None:  # it was closed before we began
+        return
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        try:
+            out.write(text)
+        except UnicodeEncodeError:
+            out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+        out.flush()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what Python flushes at its end)
 
 
 class Progress:
@@ -59,4 +76,5 @@ class Progress:
 
     @staticmethod
     def _new(**options: Any) -> tqdm[Any]:
-        return tqdm(disable=not sys.stderr.isatty(), dynamic_ncols=True, file=sys.stderr, **options)
+        terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed before we began
+        return tqdm(disable=not terminal, dynamic_ncols=True, file=sys.stderr, **options)

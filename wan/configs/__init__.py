@@ -90,9 +90,9 @@ def _parse(path: Path, key: str, value: Any) -> Any:
             parse_size(size)
         return tuple(value)
     whole = _number(value) and isinstance(value, int)
-    if key in ("sample_fps", "sample_steps") and whole and 0 < value < 10_000:
+    if key in ("sample_fps", "sample_steps") and whole and 0 < value <= 1000:
         return value
-    if key == "frame_num" and whole and 0 < value < 10_000 and value % 4 == 1:
+    if key == "frame_num" and whole and 0 < value <= 4093 and value % 4 == 1:
         return value
     if key == "sample_shift" and _number(value) and value > 0:
         return float(value)
