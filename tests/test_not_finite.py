@@ -26,10 +26,7 @@ def home(tmp_path: Path) -> Path:
 
 def poison(file: Path, part: str, value: float) -> None:
     """Put one value into one tensor whose name has this part."""
-    if file.suffix == ".pth":
-        weights = torch.load(file, weights_only=True)
-    else:
-        weights = load_file(file)
+    weights = torch.load(file, weights_only=True) if file.suffix == ".pth" else load_file(file)
     name = next(name for name in weights if part in name)
     weights[name] = weights[name].clone()
     weights[name].view(-1)[0] = value

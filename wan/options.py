@@ -191,7 +191,8 @@ class Settings:
         only=("continuous",), same="what it says is in the settings of each clip",
     )
     num_videos: int | None = option(
-        INPUT, Whole("N", reason="; start another chain from its end"), "clips to make", unset="the storyboard's, or 12",
+        INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
+        unset="the storyboard's, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -249,7 +250,8 @@ class Settings:
         client=True, same="the settings that it stands for are there", record=True,
     )
     sample_steps: int | None = option(
-        SAMPLING, Whole("N", 1, MOST_STEPS, "; the models tell 1000 noise levels apart"), "solver steps", unset="the preset's, or the model's",
+        SAMPLING, Whole("N", 1, MOST_STEPS, "; the models tell 1000 noise levels apart"), "solver steps",
+        unset="the preset's, or the model's",
         scene="steps", client=True, fingerprint="steps", record=True,
     )
     sample_shift: float | None = option(
