@@ -24,6 +24,7 @@ import torch
 
 from tests.support.commands import MADE, Seen, frames_in, metadata
 from tests.support.golden import ROOT
+from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
@@ -298,6 +299,7 @@ CASES: dict[str, Case] = {
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
     "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
+    "no_lock": Case("--no_lock", lambda s: RunFolder(s.folder).run["arguments"]["no_lock"], True),
     "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
 }
 

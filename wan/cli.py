@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
@@ -15,7 +19,9 @@ if TYPE_CHECKING:
     from wan.commands.job import Job
     from wan.options import Command
 
-OK, USER, INTERRUPTED = 0, 2, 130
+OK, USER = 0, 2
+_STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_LONGEST_LINE = 500  # characters of an error, so that a terminal shows all of it
 
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
@@ -54,24 +60,27 @@ def _job(command: Command, argv: Sequence[str] | None) -> Job:
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
-    """The command's exit code: 2 and one line for what the user can put right, 130 when interrupted.
+    """The command's exit code: 2 and one line for what the user can put right, 128 + N when stopped by the signal N.
 
     A bug keeps its traceback, which makes Python exit with 1.
     """
     lines = Lines()
     logging.root.addHandler(lines)
     try:
-        command(argv)
+        with _stopping():
+            command(argv)
         return OK
     except UserError as error:
         return _fail(error.marked)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno is None:  # no system call's
             raise
-        return _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another folder")
-    except KeyboardInterrupt:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free space or choose another folder" if full else "look at the disk, or choose another folder"
+        return _fail(f"{error.strerror}: {error.filename or 'while writing'}; {advice}")
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
@@ -82,9 +91,31 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         logging.root.removeHandler(lines)
 
 
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop as Ctrl-C does, which joins what is finished; one that is ignored (nohup) stays so."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _STOPS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _fail(message: str) -> int:
     line = " ".join(in_flags(message).split())
-    print(f"error: {line}", file=sys.stderr)
+    shown = f"error: {line}"
+    print(shown if len(shown) <= _LONGEST_LINE else f"{shown[: _LONGEST_LINE - 3]}...", file=sys.stderr)
     note(line)
     return USER
 

@@ -33,17 +33,6 @@ def sampled_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
-    return value
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON file that is there whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ from wan.files import readable
 
 LARGEST_SEED = 2**63 - 1
 MOST_CLIPS = 10_000
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
 
 
 class Unfit(Exception):
@@ -71,10 +72,33 @@ class Local(Kind):
         return True
 
     def check(self, value: Any) -> None:
-        """Paths may hold any bytes."""
+        """Paths may hold any bytes but zeros."""
+        for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            longest = max(text.split("/"), key=_bytes)
+            if _bytes(longest) > LONGEST_NAME or _bytes(text) > LONGEST_PATH:
+                raise Unfit(
+                    f"is too long ({longest[:40]!r}...): file systems take names of {LONGEST_NAME} bytes, in "
+                    f"paths of {LONGEST_PATH}"
+                )
+            if "\0" in text:
+                raise Unfit("holds a zero byte, which no path has")
+            if text.startswith("~") and os.path.expanduser(text) == text:
+                raise Unfit(f"{text!r} is of a user that is not there; write ./{text} for a file of that name")
 
     def public(self, value: Any) -> Any:
         return public_path(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Output(Local):
+    """A file or a folder to write, whose name stands in records, in the list for FFmpeg and on the terminal."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise Unfit(f"{readable(value)} is not valid UTF-8; give another name") from error
 
 
 @dataclass(frozen=True)
@@ -331,6 +355,10 @@ class Files(Local):
 
     def public(self, value: Any) -> Any:
         return [public_path(file) for file in value]
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def public_path(path: str | os.PathLike[str]) -> str:

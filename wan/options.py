@@ -30,6 +30,7 @@ from wan.kinds import (
     Interval,
     Kind,
     Local,
+    Output,
     Picture,
     Real,
     Seed,
@@ -53,6 +54,8 @@ LONGEST_CONTEXT = CONTEXTS[-1]
 PROMPT_MODES = ("describe", "continue")
 PRECISIONS = ("bf16", "fp8", "fp8_attention")
 READERS = ("auto", "pyav", "decord")
+MOST_FRAMES = 4 * (1024 - 1) + 1  # of a clip: the denoisers' positions end at 1024 latent frames
+MOST_STEPS = 1000  # the timesteps that the models were trained with
 V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
@@ -170,7 +173,8 @@ class Settings:
         unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
     )
     frame_num: int | None = option(
-        INPUT, Frames("N", 1, 9997), "frames of each clip, 4n+1",
+        INPUT, Frames("N", 1, MOST_FRAMES, "; the models tell 1024 latent frames apart"),
+        "frames of each clip, 4n+1",
         unset="81 (14B), 121 (5B); in a chain 81; fewer if the checkpoint declares fewer",
         scene="frames", client=True, fingerprint="frames", record=True, was="frames",
     )
@@ -187,7 +191,8 @@ class Settings:
         only=("continuous",), same="what it says is in the settings of each clip",
     )
     num_videos: int | None = option(
-        INPUT, Whole("N"), "clips to make", unset="the storyboard's, or 12",
+        INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
+        unset="the storyboard's, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -245,7 +250,8 @@ class Settings:
         client=True, same="the settings that it stands for are there", record=True,
     )
     sample_steps: int | None = option(
-        SAMPLING, Whole("N", 1, 9999), "solver steps", unset="the preset's, or the model's",
+        SAMPLING, Whole("N", 1, MOST_STEPS, "; the models tell 1000 noise levels apart"), "solver steps",
+        unset="the preset's, or the model's",
         scene="steps", client=True, fingerprint="steps", record=True,
     )
     sample_shift: float | None = option(
@@ -299,7 +305,8 @@ class Settings:
         unset="off", client=True, fingerprint="drift_correction", record=True, continues=True,
     )
     best_of: int = option(
-        CONTINUITY, Whole("N", 1, 1000), "of N candidates of each clip keep the one with the best seam", 1,
+        CONTINUITY, Whole("N", 1, 1000, "; that many are days of work a clip"),
+        "of N candidates of each clip keep the one with the best seam", 1,
         only=("continuous",), client=True, fingerprint="best_of", continues=True,
     )
     redo: int | None = option(
@@ -373,14 +380,14 @@ class Settings:
 
     # Output
     save_file: str | None = option(
-        OUTPUT, Local("FILE"), "the .mp4 to write", unset="a name made of task, size, input and time",
+        OUTPUT, Output("FILE"), "the .mp4 to write", unset="a name made of task, size, input and time",
         only=("generate",), same=_SHOWN,
     )
     overwrite: bool = option(
         OUTPUT, Switch(), "replace `save_file` also where it was not made here", False, only=("generate",), same=_SHOWN,
     )
     output_dir: str = option(
-        OUTPUT, Local("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
+        OUTPUT, Output("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
         only=("continuous",), same=_SHOWN,
     )
     include_source: bool = option(
@@ -395,6 +402,10 @@ class Settings:
     )
     log_file: str | None = option(
         OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
+    )
+    no_lock: bool = option(
+        OUTPUT, Switch(), "do not lock the folder, where the file system has no locks; see to it that one run uses it",
+        False, only=("continuous",), same=_SHOWN,
     )
     dry_run: bool = option(
         OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
@@ -488,8 +499,8 @@ def current(record: Mapping[str, Any]) -> dict[str, Any]:
             found[one.record] = found.pop(one.was)
     if str(found.get("vlm_path") or "").startswith(("http://", "https://")):
         found |= {"vlm_url": found["vlm_path"], "vlm_path": None}
+    files = found.pop("dit_files", None)
     for flag, expert in EXPERT_OF_DIT.items():
-        if file := (found.get("dit_files") or {}).get(expert):
+        if isinstance(files, Mapping) and (file := files.get(expert)):
             found[flag] = file
-    found.pop("dit_files", None)
     return found

@@ -222,22 +222,22 @@ TEXT = "must be text (in quotes if YAML takes it for something else)"
     ("written", "problem"),
     [
         ("frames: 80", "frames must be 4n+1: 80 is not, 77 and 81 are"),
-        ("frames: 1", f"frames {WHOLE} 5 to 9997, 1 is not"),
-        ("frames: 81.0", f"frames {WHOLE} 5 to 9997, 81.0 is not"),
-        ("frames: '81'", f"frames {WHOLE} 5 to 9997, '81' is not"),
-        ("frames: yes", f"frames {WHOLE} 5 to 9997, yes is not"),
-        ("frames: 0x51", f"frames {WHOLE} 5 to 9997, 0x51 is not"),
-        ("frames: 0o15", f"frames {WHOLE} 5 to 9997, '0o15' is not"),
-        ("frames: 015", f"frames {WHOLE} 5 to 9997, 015 is not"),
-        ("frames: 1_3", f"frames {WHOLE} 5 to 9997, 1_3 is not"),
-        ("frames: 1:21", f"frames {WHOLE} 5 to 9997, 1:21 is not"),
-        ("frames: ٨١", f"frames {WHOLE} 5 to 9997, '٨١' is not"),
-        ("frames: [81]", f"frames {WHOLE} 5 to 9997, a list is not"),
-        ("frames: {a: 1}", f"frames {WHOLE} 5 to 9997, a mapping is not"),
-        ("frames: 2024-01-01", f"frames {WHOLE} 5 to 9997, 2024-01-01 is not"),
-        ("frames: " + "9" * 5000, f"frames {WHOLE} 5 to 9997, {'9' * 37}... is not"),
-        ("steps: 0", f"steps {WHOLE} 1 to 9999, 0 is not"),
-        ("steps: many", f"steps {WHOLE} 1 to 9999, 'many' is not"),
+        ("frames: 1", f"frames {WHOLE} 5 to 4093, 1 is not"),
+        ("frames: 81.0", f"frames {WHOLE} 5 to 4093, 81.0 is not"),
+        ("frames: '81'", f"frames {WHOLE} 5 to 4093, '81' is not"),
+        ("frames: yes", f"frames {WHOLE} 5 to 4093, yes is not"),
+        ("frames: 0x51", f"frames {WHOLE} 5 to 4093, 0x51 is not"),
+        ("frames: 0o15", f"frames {WHOLE} 5 to 4093, '0o15' is not"),
+        ("frames: 015", f"frames {WHOLE} 5 to 4093, 015 is not"),
+        ("frames: 1_3", f"frames {WHOLE} 5 to 4093, 1_3 is not"),
+        ("frames: 1:21", f"frames {WHOLE} 5 to 4093, 1:21 is not"),
+        ("frames: ٨١", f"frames {WHOLE} 5 to 4093, '٨١' is not"),
+        ("frames: [81]", f"frames {WHOLE} 5 to 4093, a list is not"),
+        ("frames: {a: 1}", f"frames {WHOLE} 5 to 4093, a mapping is not"),
+        ("frames: 2024-01-01", f"frames {WHOLE} 5 to 4093, 2024-01-01 is not"),
+        ("frames: " + "9" * 5000, f"frames {WHOLE} 5 to 4093, {'9' * 37}... is not"),
+        ("steps: 0", f"steps {WHOLE} 1 to 1000, 0 is not"),
+        ("steps: many", f"steps {WHOLE} 1 to 1000, 'many' is not"),
         ("seed: -1", f"seed {WHOLE} 0 to 2**63-1, -1 is not"),
         (f"seed: {2**63}", f"seed {WHOLE} 0 to 2**63-1, {2**63} is not"),
         ("context: 4", "context must be 1, 5, 9, 13 or 17, 4 is not"),
@@ -330,7 +330,7 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
         ),
         ("clips: [a]\nclips: [b]", "FILE, line 2: clips is there twice, here and in line 1"),
         ("defaults: [a]\nclips: [a]", "FILE, line 1: defaults must be a mapping such as {steps: 30}, a list is not"),
-        ("defaults:\n  steps: x\nclips: [a, b]", f"FILE, line 2: steps {WHOLE} 1 to 9999, 'x' is not"),
+        ("defaults:\n  steps: x\nclips: [a, b]", f"FILE, line 2: steps {WHOLE} 1 to 1000, 'x' is not"),
         ("defaults: {frames: 5}\nclips:\n- a\n- context: 5", "FILE, line 4: context 5 must be fewer than the clip's 5"),
         (
             "- a\n- prompt: the boat: sinks",
@@ -359,7 +359,7 @@ def test_a_wrong_file_is_said_with_its_line(folder: Path, content: str | bytes, 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('[\n\t"a",\n\t{"steps": 0}\n]', f"FILE, line 3: steps {WHOLE} 1 to 9999, 0 is not"),
+        ('[\n\t"a",\n\t{"steps": 0}\n]', f"FILE, line 3: steps {WHOLE} 1 to 1000, 0 is not"),
         ('[\n{"steps": 2,\n"steps": 3}]', "FILE, line 3: steps is there twice, here and in line 2"),
         ('[\n{"shift": NaN}]', "FILE, line 2: shift must be a number, 'NaN' is not"),
         ('[\n{"seed": ' + "9" * 5000 + "}]", f"FILE, line 2: seed {WHOLE} 0 to 2**63-1, {'9' * 37}... is not"),
@@ -392,7 +392,7 @@ def test_three_problems_are_said_at_once_in_the_order_of_the_file(folder: Path) 
     content = "defaults: {shift: 0}\nclips:\n- frames: 80\n  steps: 0\n- seed: x\n- zzz: 1\n"
     assert refusal(folder, content) == (
         "FILE, line 1: shift must be a positive number, 0 is not; line 3: frames must be 4n+1: 80 is not, 77 and 81 "
-        f"are; line 4: steps {WHOLE} 1 to 9999, 0 is not; and 2 more"
+        f"are; line 4: steps {WHOLE} 1 to 1000, 0 is not; and 2 more"
     )
 
 

@@ -54,8 +54,8 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt-dir {ti2v}", "unknown flag --ckpt-dir; did you mean --ckpt_dir? (see --help)"),
     ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --vlm_path {i2v}", "--vlm_path goes with --video"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --num_segments 1000000000", "--num_segments must be at most 256"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_steps 10000", "--sample_steps must be at most 9999"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 10001", "--frame_num must be at most 9997"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --sample_steps 10000", "--sample_steps must be at most 1000"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 10001", "--frame_num must be at most 4093"),
     (
         "--ckpt_dir {ti2v} --video {clip.mp4} --task v2v-1B",
         "'v2v-1B' is not; did you mean v2v-14B?",

@@ -27,7 +27,8 @@ def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., 
         assert f"clip {number}/2 prompt: continue video A red square slides to the right." in lines
         assert any(re.fullmatch(rf"clip {number}/2 caption: \d+\.\d s", line) for line in lines)
         seam = r" seam [\d.]+( \([\w ,]+\))?"
-        done = rf"clip {number}/2 finished( in [\d.]+ s,)?{seam}: {re.escape(str(seen.folder))}/video_0{number}_seed{number + 2}\.mp4"
+        file = re.escape(f"{seen.folder}/video_0{number}_seed{number + 2}.mp4")
+        done = rf"clip {number}/2 finished( in [\d.]+ s,)?{seam}: {file}"
         assert any(re.fullmatch(done, line) for line in lines), lines
     assert any(re.fullmatch(r"clip 1/2: about \d+ (s|min) left", line) for line in lines)
     assert seen.said == f"{seen.folder}/joined.mp4\n"  # the result alone is on stdout

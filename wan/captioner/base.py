@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
 from wan.errors import UserError
-from wan.files import read_json
+from wan.foreign import read_json
 from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,10 @@ from torch import Tensor
 from wan import media
 from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
+from wan.chain.records import check_record, read_run
 from wan.errors import UserError
 from wan.files import file_digest, write_bytes, write_json, write_text
+from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, is_finite, to_uint8
 
@@ -43,7 +46,7 @@ JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", 
 LOCK = ".lock"  # an empty file that stays
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
 _SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
-_NAME = re.compile(r"video_0*(\d+)_seed(\d+)\.json")
+_NAME = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})\.json")
 
 
 @dataclass(frozen=True)
@@ -132,20 +135,24 @@ class _Fault:
 class RunFolder:
     """The folder of one chain, locked while it is open, so that two runs cannot mix. Raises UserError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lock: bool = True) -> None:
         self.path = path
-        self._lock = FileLock(path / LOCK, fallback_to_soft=False)
+        self._lock = FileLock(path / LOCK, fallback_to_soft=False) if lock else None
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
+        self.check_names()
         try:
-            # a lock of the system, which goes with the process; a mark in its place would outlast a kill
-            self._lock.acquire(blocking=False)
+            if self._lock is not None:
+                # a lock of the system, which goes with the process; a mark in its place would outlast a kill
+                self._lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(f"{self.path} is in use by another run; wait for it, or give another folder") from error
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{self.path} cannot be locked ({reason}); give another folder") from error
+            raise UserError(
+                f"{self.path} cannot be locked ({reason}); give another folder, or `no_lock` if no other run uses it"
+            ) from error
         for name in ("video_", ".draft_", *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
@@ -154,7 +161,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def check_names(self) -> None:
+        """Raise UserError where something else stands under a name that a run needs: said now, not after an hour."""
+        names = ((REDONE, "folder", Path.is_dir), *((name, "file", Path.is_file) for name in _OF_THE_RUN))
+        for name, wanted, fits in names:
+            if os.path.lexists(path := self.path / name) and not fits(path):
+                raise UserError(f"{path} is no {wanted}, and a run needs that name; move it, or give another folder")
 
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
@@ -191,9 +206,9 @@ class RunFolder:
         assert number is not None  # such are read
         state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
-            record = current(json.loads(path.read_text(encoding="utf-8")))
+            record = current(read_json(path))
             made_with = record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (UserError, KeyError):
             return _Fault(number, f"its record {path.name} is none")
         for file in (state, video):
             if not file.is_file():
@@ -202,7 +217,10 @@ class RunFolder:
         digests = record.get("digests")
         try:
             if not isinstance(digests, dict):
-                return _check_without_digests(clip) or clip
+                if fault := _check_without_digests(clip):
+                    return fault
+                check_record(path, record)
+                return clip
             changed = [file.name for file in (state, video) if file_digest(file) != digests.get(file.suffix[1:])]
         except OSError as error:
             return _Fault(number, f"{error.filename} cannot be read ({error.strerror})")
@@ -210,13 +228,14 @@ class RunFolder:
             return _Fault(number, f"{' and '.join(changed)} is not what was written")
         if made_with != clip.fingerprint:
             return _Fault(number, f"its record {path.name} is of another clip")
+        check_record(path, record)
         return clip
 
     def seal(self, clip: FinishedClip) -> FinishedClip:
         """Note the digests of a clip of 0.1.0, whose record has none."""
         if "digests" in clip.record:
             return clip
-        said = json.loads(clip.record_path.read_text(encoding="utf-8")) | {"digests": _digests(clip.record_path)}
+        said = read_json(clip.record_path) | {"digests": _digests(clip.record_path)}
         write_json(clip.record_path, said)
         return dataclasses.replace(clip, record=current(said))
 
@@ -296,10 +315,7 @@ class RunFolder:
     def run(self) -> dict[str, Any]:
         """The record of the run so far, empty before the first."""
         path = self.path / RUN
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore or remove it, or give another folder") from error
+        return read_run(path) if path.exists() else {}
 
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace the record of the run."""
@@ -316,10 +332,12 @@ class RunFolder:
 
 def _settings(state: Path) -> dict[str, Any]:
     """What a clip was made with, as its state says; empty for a file that is no state."""
+    if not state.is_file():  # opening a pipe would wait for ever
+        return {}
     try:
         with safe_open(state, framework="pt") as opened:
-            return dict(json.loads(opened.metadata()["settings"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return dict(parse_json(opened.metadata()["settings"], str(state)))
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}
 
 

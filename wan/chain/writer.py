@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from wan.types import Generation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class ClipWriter:
     def settle(self) -> str | None:
         """Wait for what is being written when something else went wrong; an error in it is only said."""
         pending = self._pending
-        error = pending.done.exception() if pending is not None else None
+        while pending is not None:
+            try:
+                error = pending.done.exception()
+                break
+            except KeyboardInterrupt:  # the folder is ours, and locked, until nobody writes to it any more
+                log.warning("clip %d is still being written; the run stops after that", pending.number)
         self._pending = None
         return None if pending is None or error is None else f"clip {pending.number} could not be written: {error}"

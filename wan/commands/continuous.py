@@ -16,7 +16,7 @@ from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import RunFolder
 from wan.commands.job import Job
 from wan.commands.outputs import check_folder
-from wan.commands.progress import Progress
+from wan.commands.progress import Progress, say
 from wan.errors import UserError
 from wan.types import Footage, Frame, Generation, Step
 
@@ -40,11 +40,11 @@ def continue_video(job: Job) -> None:
     wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
         run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
-        print(*outline(continuation, plans, run), *_damaged(run), sep="\n")
+        say(*outline(continuation, plans, run), *_damaged(run))
         if settings.include_source:
-            print(f"sound of the source: {sound or 'none'}")
+            say(f"sound of the source: {sound or 'none'}")
         return
-    with RunFolder(output) as folder:
+    with RunFolder(output, lock=not settings.no_lock) as folder:
         run = ChainRun(settings, job.scenes, folder, plans, wanted, footage, job.describe)
         for line in _damaged(run):
             print(line, file=sys.stderr)
@@ -87,7 +87,7 @@ def continue_video(job: Job) -> None:
                     print(said, file=sys.stderr)
                 _say_what_is_there(run, error)
                 raise
-        print(run.finish("finished"))
+        say(str(run.finish("finished")))
 
 
 def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[Plan]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from wan import media
 from wan.commands.job import Job, lora_files
 from wan.commands.outputs import check_file
-from wan.commands.progress import Progress
+from wan.commands.progress import Progress, say
 from wan.files import write_json
 from wan.options import settings_of
 from wan.settings import check_end_image
@@ -46,7 +46,7 @@ def generate(job: Job) -> None:
     metadata = None if settings.no_video_metadata else settings_of(record)
     media.write_video(target, frames, made.clip.fps, metadata=metadata)
     write_json(target.with_suffix(".json"), record)
-    print(target)
+    say(str(target))
 
 
 def _target(job: Job) -> Path:
@@ -56,7 +56,8 @@ def _target(job: Job) -> Path:
         return Path(settings.save_file)
     source = settings.video or settings.image
     name = Path(source).stem if source else settings.prompt or ""
-    slug = re.sub(r"[^\w-]+", "_", name)[:50].strip("_") or "clip"
+    # a name may have 255 bytes, of which a character takes up to four
+    slug = re.sub(r"[^\w-]+", "_", name)[:50].encode()[:100].decode(errors="ignore").strip("_") or "clip"
     # the process number keeps runs that begin in the same second apart
     name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
     names = (Path(f"{name}{again}.mp4") for again in ("", *(f"_{n}" for n in range(2, 1000))))

@@ -24,6 +24,8 @@ class Lines(logging.StreamHandler[Any]):
         self.setFormatter(InFlags())
 
     def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # it was closed before we began
+            return
         if (tqdm := sys.modules.get("tqdm")) is None:
             super().emit(record)
         else:
@@ -55,7 +57,7 @@ def tell(settings: Settings) -> None:
 
     With `quiet` warnings and errors alone; `log_file` gets everything, with the time. Raises UserError.
     """
-    level = logging.WARNING if settings.quiet else CLIP if sys.stderr.isatty() else STAGE
+    level = logging.WARNING if settings.quiet else CLIP if sys.stderr is not None and sys.stderr.isatty() else STAGE
     for handler in logging.root.handlers:
         if isinstance(handler, Lines):
             handler.setLevel(level)

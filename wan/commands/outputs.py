@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.errors import UserError
+from wan.foreign import read_json
 from wan.kinds import Files
 from wan.options import OPTIONS, OUTPUT
 from wan.settings import LoraFile
@@ -46,6 +48,8 @@ def check_folder(job: Job, folder: RunFolder) -> None:
         raise UserError(f"`output_dir` {output} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")
+    _try_to_write(output)
+    folder.check_names()
     for said, file in _inputs(job):
         # as it is named, and as what it is: a link in the folder would be replaced as well
         for there in (file, file.resolve()):
@@ -56,6 +60,21 @@ def check_folder(job: Job, folder: RunFolder) -> None:
                 )
     if foreign := folder.foreign():
         raise UserError(f"{foreign} would be overwritten, and no run of ours made it; give another `output_dir`")
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise UserError for a folder that cannot be made or written to, for reasons that only trying tells."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"`output_dir` {folder} cannot be written to: {error.strerror}; give another") from error
+    finally:
+        for one in made:
+            with suppress(OSError):  # it was not made
+                one.rmdir()
 
 
 def _inputs(job: Job) -> Iterator[tuple[str, Path]]:
@@ -77,7 +96,7 @@ def _same(one: Path, other: Path) -> bool:
 def _is_record(path: Path) -> bool:
     """Whether a file is the record of a clip of ours."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return "wan-continue" in record["versions"] and "seed" in record
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,22 @@ if TYPE_CHECKING:
     from wan.chain.run_folder import FinishedClip
 
 log = logging.getLogger(PROGRESS)
+
+
+def say(*lines: str) -> None:
+    """Print lines. That nobody reads them, or that the terminal lacks a character, is no error: the work is done."""
+    out = sys.stdout
+    if out is None:  # it was closed before we began
+        return
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        try:
+            out.write(text)
+        except UnicodeEncodeError:
+            out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+        out.flush()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what Python flushes at its end)
 
 
 class Progress:
@@ -102,7 +119,8 @@ class Progress:
         self.bar.update(step.index - self.bar.n)
 
     def _new(self, **options: Any) -> tqdm[Any]:
-        bars = sys.stderr.isatty() and not self.quiet
+        # None where it was closed before we began
+        bars = sys.stderr is not None and sys.stderr.isatty() and not self.quiet
         return tqdm(disable=not bars, dynamic_ncols=True, file=sys.stderr, **options)
 
 

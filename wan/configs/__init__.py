@@ -11,7 +11,7 @@ from typing import Any
 from wan.configs.presets import PRESETS, Preset, preset_named
 from wan.configs.rows import DTYPES, ModelConfig, i2v_A14B, t2v_A14B, ti2v_5B, v2v_5B, v2v_14B
 from wan.errors import UserError
-from wan.files import read_json
+from wan.foreign import read_json
 
 __all__ = [
     "MAX_AREA_CONFIGS",
@@ -90,9 +90,9 @@ def _parse(path: Path, key: str, value: Any) -> Any:
             parse_size(size)
         return tuple(value)
     whole = _number(value) and isinstance(value, int)
-    if key in ("sample_fps", "sample_steps") and whole and 0 < value < 10_000:
+    if key in ("sample_fps", "sample_steps") and whole and 0 < value <= 1000:
         return value
-    if key == "frame_num" and whole and 0 < value < 10_000 and value % 4 == 1:
+    if key == "frame_num" and whole and 0 < value <= 4093 and value % 4 == 1:
         return value
     if key == "sample_shift" and _number(value) and value > 0:
         return float(value)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
-from wan.files import read_json
+from wan.foreign import read_json
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Shape, Weights, check_expert, open_file
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize

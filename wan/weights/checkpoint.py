@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
-from wan.files import read_json
+from wan.foreign import read_json
 from wan.options import EXPERT_OF_DIT
 from wan.weights.hub import unreachable
 from wan.weights.prefetch import ReadAhead

@@ -1,0 +1,88 @@
+"""One way to read what others wrote: of a size, a depth and a shape, or one line that says what is not.
+
+A checkpoint, a folder that was edited by hand and a server are all of unknown origin. JSON is measured before anybody
+looks into it: a list in a list in a list would end in Python's own stack, a number of a thousand digits in an overflow.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from wan.errors import UserError
+
+MOST_BYTES = 16 << 20  # of a file, where its reader says nothing else
+DEEPEST = 40  # lists and objects in one another
+LONGEST_NUMBER = 40  # digits of a whole number; the largest seed has 19
+
+Shape = TypeVar("Shape")
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The value of a JSON text; `source` names it in the message. Raises UserError."""
+    try:
+        value = json.loads(text, parse_int=_whole)
+    except RecursionError as error:
+        raise UserError(f"{source} cannot be read as JSON: it is nested more than {DEEPEST} deep") from error
+    except ValueError as error:
+        raise UserError(f"{source} cannot be read as JSON: {error}") from error
+    level, depth = [value], 0
+    while level := [one for holder in level if isinstance(holder, dict | list) for one in _items(holder)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise UserError(f"{source} cannot be read as JSON: it is nested more than {DEEPEST} deep")
+    return value
+
+
+def _items(holder: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(holder.values()) if isinstance(holder, dict) else holder
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A file's bytes, of which there may be `most`. Raises UserError, also for a pipe, which would never end."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is no file; remove it, or put the file back")
+        if found.st_size > most:
+            raise UserError(f"{path} is larger than {most >> 20} MiB; is it the right file?")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    value = parse_json(read_bytes(path, most), str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
+    return value
+
+
+def fit(shape: type[Shape], value: Any, source: str) -> Shape:
+    """The value as a `shape`, which is anything that pydantic knows. Raises UserError that names the first misfit."""
+    from pydantic import ValidationError
+
+    try:
+        return cast(Shape, _adapter(cast(Any, shape)).validate_python(value, strict=True))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        said = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{source}: {place[:100]} is not as it must be ({said[:200]})") from error
+
+
+@cache
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
