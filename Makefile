@@ -5,7 +5,7 @@ WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
 
-.PHONY: help demo quick test test-all lint format lock reference mutants clean
+.PHONY: help demo quick test test-all lint format lock reference docs mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ format: .venv/.ready  ## lay out the code, and mend what ruff can
 
 reference: .venv/.ready  ## docs/commands.md, the page of all flags, from wan/options.py
 	$(BIN)/python -m wan.commands.flags > docs/commands.md
+
+docs: .venv/.ready reference  ## the site of docs/ in build/site; a broken link or anchor fails
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 # For a few of them: make mutants MUTANTS="--count 5 wan/chain"
 mutants: .venv/.ready  ## the share of small faults that the tests see, by package; takes hours

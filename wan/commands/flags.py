@@ -161,7 +161,7 @@ def reference() -> str:
         "`generate.py` (installed as `wan-generate`) makes one clip, `generate_continuous.py` (`wan-continuous`) a",
         "chain. Both print their flags with `--help`. This page is made from `wan/options.py` by `make reference`.",
         "",
-        "A **key** is how a [storyboard](../README.md#a-storyboard) sets the option for one clip.",
+        "A **key** is how a [storyboard](guide.md#a-storyboard) sets the option for one clip.",
     ]
     for group in GROUPS:
         lines += [
