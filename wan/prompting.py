@@ -91,6 +91,14 @@ class CaptionerOwner:
         self._main, self._vram = main, vram
         self._device = device
         self._captioner: Captioner | None = None
+        self.takes_turns = False  # leaves host memory too after each description
+
+    @property
+    def host_bytes(self) -> int:
+        """What a folder's weights take of host memory where it describes on the CPU."""
+        if self.path is None or self.url or not Path(self.path).expanduser().is_dir() or self.device.type != "cpu":
+            return 0
+        return weight_bytes(self.path) or 0
 
     @property
     def device(self) -> torch.device:
@@ -152,8 +160,8 @@ class CaptionerOwner:
         return Description(self.fallback, tuple(answers), f"the VLM declined: {declined}")
 
     def make_room(self, stays: Callable[[], bool]) -> None:
-        """Free a model that shares the GPU with the others, unless it `stays`."""
-        if self._main.type == "cuda" and same_device(self.device, self._main) and not stays():
+        """Free a model that shares the GPU with the others, unless it `stays`, and one that takes turns with them."""
+        if self.takes_turns or (self._main.type == "cuda" and same_device(self.device, self._main) and not stays()):
             self.captioner.close()
 
 
