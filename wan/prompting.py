@@ -25,7 +25,7 @@ from wan.captioner import (
 )
 from wan.captioner.base import Pictures
 from wan.device.budget import GIB
-from wan.device.hardware import same_device
+from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.quality import measure_motion
@@ -115,12 +115,22 @@ class CaptionerOwner:
             log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.path)
         return fits
 
+    def _room(self) -> int:
+        """What its weights may take of its GPU now."""
+        drop_cache(self.device)
+        return free_bytes(self.device) - VLM_WORKING
+
     @property
     def captioner(self) -> Captioner:
         """The captioner; a wrong path is said when it is opened, its weights load at the first description."""
         if self._captioner is None:
             self._captioner = open_captioner(
-                self.path, url=self.url, device=self.device, trust_remote_code=self.trust_remote_code
+                self.path,
+                url=self.url,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                # a budget that nobody gave never moves it elsewhere: what does not fit comes layer by layer
+                room=self._room if self.device.type == "cuda" else None,
             )
         return self._captioner
 

@@ -103,8 +103,8 @@ class HostBudget:
         frames, height, width = geometry.size
         raise UserError(
             f"{self.config.name} needs {size / GIB:.1f} GiB of host memory for {frames} frames of {width}x{height}, "
-            f"even with one model at a time there, and {where}: close other programs, take weights in fewer bits (`dit`, "
-            "`dit_high`, `dit_low`), or make smaller clips"
+            f"even with one model at a time there, and {where}: close other programs, take weights in fewer bits ("
+            "`dit`, `dit_high`, `dit_low`), or make smaller clips"
         )
 
 
