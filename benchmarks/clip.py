@@ -88,7 +88,7 @@ def within(pipeline: Pipeline, vram: float, request: Request, clips: int) -> dic
     limit = int(vram * 2**30)
     pipeline.budget = dataclasses.replace(pipeline.budget, vram=limit)
     torch.cuda.set_per_process_memory_fraction((limit - CONTEXT) / torch.cuda.mem_get_info()[1])
-    pipeline.text_encoder._kept.clear()
+    pipeline.embeddings.clear()
     stages = pipeline.budget.stages(request.geometry).items()
     result: dict[str, Any] = {
         "vram": vram,

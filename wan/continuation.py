@@ -98,6 +98,7 @@ class VideoContinuation(Pipeline):
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
+        host_memory: float | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(
             config,
@@ -113,6 +114,7 @@ class VideoContinuation(Pipeline):
             dit_files=dit_files,
             compile_blocks=compile_blocks,
             vram=vram,
+            host_memory=host_memory,
         )
         self.vlm = CaptionerOwner(
             # an endpoint serves what it serves; a name is sent only when it is given
@@ -230,7 +232,9 @@ class VideoContinuation(Pipeline):
     def check(self, plan: Plan) -> None:
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
         two_experts = self.config.model_type == "i2v"
-        self.budget.for_clip(plan.geometry, plan.offload).check(plan.geometry)
+        if self.budget.vram is None:  # else `geometry` has seen to it
+            self.budget.for_clip(plan.geometry, plan.offload).check(plan.geometry)
+        self.host_plan(plan.geometry, plan.loras, self.vlm.host_bytes if plan.described else 0)
         if plan.context.mode == "svi2pro" and not two_experts:
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None:
@@ -289,6 +293,11 @@ class VideoContinuation(Pipeline):
         if prompt is None:
             if on_step is not None and plan.described:
                 on_step(Step(0, plan.sampling.steps, "caption"))
+            if plan.described and self.vlm.host_bytes:
+                host = self.host_plan(plan.geometry, plan.loras, self.vlm.host_bytes)
+                self.vlm.takes_turns = host.in_turn
+                if host.in_turn:
+                    self.models.live_by(host)  # they leave before it comes
             with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
                 prompt = self.build_prompt(footage, plan, memory)
         if on_step is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +15,7 @@ from wan.configs import ModelConfig
 from wan.denoiser.lora import LoraMatch, OpenedLora, merge_loras, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.host import host_bytes
+from wan.device.host_budget import HostPlan
 from wan.device.placement import move_home
 from wan.errors import UserError
 from wan.options import EXPERT_OF_LORA
@@ -28,21 +31,44 @@ LORA_SETTING: Mapping[str, str] = {expert: f"`{name}`" for name, expert in EXPER
 class Models:
     """Models by name: "text_encoder", "vae", and the experts under their attribute names.
 
-    `loaders` make them, in host memory unless they say otherwise; `name` is the model's in messages.
+    `loaders` make them, in host memory unless they say otherwise, and are given whether weights may stay mapped from
+    their files; `name` is the model's in messages.
     """
 
-    def __init__(self, name: str, checkpoint: Checkpoint, loaders: Mapping[str, Callable[[], Any]]) -> None:
+    def __init__(self, name: str, checkpoint: Checkpoint, loaders: Mapping[str, Callable[[bool], Any]]) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self._loaders = loaders
         self._loaded: dict[str, Any] = {}
+        self._plan = HostPlan()
+        self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
         self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._loaded:
-            self._loaded[name] = self._loaders[name]()
+            if self._plan.in_turn:
+                self._forget_all()
+            self._loaded[name] = self._loaders[name](self._plan.mapped)
+            if self._wanted.get(name):  # it was there before, with them
+                self._merge(name, self._wanted[name])
         return self._loaded[name]
+
+    def live_by(self, plan: HostPlan) -> None:
+        """Keep to a plan of host memory from now on."""
+        if plan != self._plan and plan.in_turn:
+            self._forget_all()  # they may be mapped, or several
+        self._plan = plan
+
+    @property
+    def take_turns(self) -> bool:
+        """Whether a model leaves host memory when another is needed."""
+        return self._plan.in_turn
+
+    def _forget_all(self) -> None:
+        for name in list(self._loaded):
+            self.forget(name)
+        gc.collect()  # a model is in circles of its own hooks
 
     def put(self, name: str, model: Any) -> None:
         """Use a model that is there already."""
@@ -86,17 +112,28 @@ class Models:
 
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
+        self._wanted = wanted
         for expert in wanted.keys() | self.merged.keys():
-            files = wanted.get(expert, ())
-            if files == tuple(match.lora for match in self.merged.get(expert, [])):
-                continue
-            opened = self._open(expert, files)
-            try:
-                merge_loras(self[expert], self.checkpoint.experts[expert], opened)
-            except BaseException:
-                self.forget(expert)  # half merged
-                raise
-            self.merged[expert] = [one.match for one in opened]
+            # one that is not there gets them when it is read again
+            if not self._plan.in_turn or self.is_loaded(expert):
+                self._merge(expert, wanted.get(expert, ()))
+
+    def _merge(self, expert: str, files: tuple[LoraFile, ...]) -> None:
+        model = self[expert]  # which merges them itself where it is read for this
+        if files == tuple(match.lora for match in self.merged.get(expert, [])):
+            return
+        opened = self._open(expert, files)
+        try:
+            merge_loras(model, self.checkpoint.experts[expert], opened)
+        except BaseException:
+            self.forget(expert)  # half merged
+            raise
+        self.merged[expert] = [one.match for one in opened]
+
+    @property
+    def matches(self) -> dict[str, list[LoraMatch]]:
+        """How the LoRAs that are wanted match, by expert, whether or not that is in memory now."""
+        return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
 
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""
@@ -115,21 +152,24 @@ def loaders(
     device: torch.device,
     load_device: torch.device,
     convert_model_dtype: bool,
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Callable[[bool], Any]]:
     """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
+
+    Each is called with whether weights may stay mapped from their files.
 
     Weights that `config` wants in 8 bits are rounded on `device`.
     """
     cpu = torch.device("cpu")
 
-    def text_encoder() -> TextEncoder:
-        return TextEncoder.from_weights(checkpoint.text_encoder, tokenizer, dtype=config.t5_dtype, device=cpu)
+    def text_encoder(mapped: bool) -> TextEncoder:
+        weights, dtype = checkpoint.text_encoder, config.t5_dtype
+        return TextEncoder.from_weights(weights, tokenizer, dtype=dtype, device=cpu, mapped=mapped)
 
-    def vae() -> WanVAE:
+    def vae(mapped: bool) -> WanVAE:
         mean, std = config.vae_mean, config.vae_std
         return vae_class.from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
 
-    def expert(name: str) -> WanModel:
+    def expert(name: str, mapped: bool) -> WanModel:
         return WanModel.from_weights(
             checkpoint.experts[name],
             dtype=config.param_dtype,
@@ -137,7 +177,8 @@ def loaders(
             convert_model_dtype=convert_model_dtype,
             low_precision=config.low_precision,
             rounded_on=device,
+            mapped=mapped,
         )
 
-    experts = {name: (lambda name=name: expert(name)) for name in checkpoint.experts}
+    experts = {name: functools.partial(expert, name) for name in checkpoint.experts}
     return {"text_encoder": text_encoder, "vae": vae, **experts}

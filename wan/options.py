@@ -326,6 +326,10 @@ class Settings:
         SPEED, Gib("GIB"), "use at most this much GPU memory; auto: what is free now", unset="no limit",
         record=True, same=_FASTER,
     )
+    host_memory: float | Literal["auto"] = option(
+        SPEED, Gib("GIB"), "use at most this much host memory, models then take turns in it; auto: what is free now",
+        "auto", record=True, same=_FASTER,
+    )
     precision: str | None = option(
         SPEED, Choice(None, PRECISIONS),
         "number format of the denoiser's matrix products; fp8_attention: of its attention too",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -20,7 +22,7 @@ from wan.denoiser.attention_backends import compile_where_it_pays, use_fastest_a
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
 from wan.denoiser.model import WanModel
-from wan.denoiser.sampling import Expert, NotFinite, Stage, forwards, plan_stages, sample, step_shares
+from wan.denoiser.sampling import Expert, NotFinite, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
@@ -33,6 +35,7 @@ from wan.device.hardware import (
     synchronize,
     total_bytes,
 )
+from wan.device.host_budget import HostBudget, HostPlan, host_limit
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.models import LORA_SETTING, Models, loaders
@@ -54,7 +57,9 @@ class Pipeline(ABC):
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model`, or `high_noise_model` and `low_noise_model`. `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
-    free now; what of a model does not fit comes to it layer by layer (needs offloading). Raises UserError for a
+    free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
+    clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
+    that is too little for all models, they take turns in it and are read again. Raises UserError for a
     checkpoint that is not whole or not the one that `config` describes.
     """
 
@@ -76,6 +81,7 @@ class Pipeline(ABC):
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
+        host_memory: float | Literal["auto"] = "auto",
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
             raise UserError(
@@ -112,6 +118,8 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
+        self.host = HostBudget(self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto")
+        self.embeddings: dict[str, Tensor] = {}  # of prompts [1, 512, D]; a chain and the negative one repeat
         load = loaders(
             self.checkpoint,
             config,
@@ -229,6 +237,7 @@ class Pipeline(ABC):
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
         budget = self.budget.for_clip(request.geometry, offload)
         budget.check(request.geometry)
+        self.models.live_by(self.host_plan(request.geometry, request.loras))
         try:
             return self._run(request, budget, offload, on_step, clips, sampled, on_sampled)
         except RuntimeError as error:
@@ -240,6 +249,11 @@ class Pipeline(ABC):
         # outside of the handler, whose traceback holds what was on the GPU
         raise UserError(f"out of GPU memory ({reason}); {advice}")
 
+    def host_plan(self, geometry: Geometry, loras: Mapping[str, tuple[LoraFile, ...]], captioner: int = 0) -> HostPlan:
+        """How models live in host memory while a clip is made; `captioner`: bytes of one there. Raises UserError."""
+        merged = {expert for expert, files in loras.items() if files}
+        return self.host.plan(self.budget, geometry, merged, captioner)
+
     def _run(
         self,
         request: Request,
@@ -250,7 +264,8 @@ class Pipeline(ABC):
         sampled: Sampled | None,
         on_sampled: Callable[[Sampled], None] | None,
     ) -> Generation:
-        placements = budget.placements(request.geometry, offload)
+        mapped = self.host_plan(request.geometry, request.loras).mapped
+        placements = budget.placements(request.geometry, offload, mapped)
         if budget.vram is not None and not budget.holds_all(request.geometry):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
@@ -283,13 +298,23 @@ class Pipeline(ABC):
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self.models.merge_loras(request.loras)
+            count = forwards(self.shares(request.sampling), request.sampling.cache)
+
+            def ready(expert: Expert) -> WanModel:
+                """It may have left host memory for another model, and then it is a new one."""
+                model = expert.load()
+                self._choose_kernels(model, request.geometry.tokens, clips * count)
+                return model
+
+            experts = [replace(expert, load=partial(ready, expert)) for expert in experts]
             scheduler = build_scheduler(request.sampling, self.device, self.config.num_train_timesteps)
             train = self.config.num_train_timesteps
             stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
             names = [expert.name for expert in experts]
             caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
-            count = forwards(self.shares(request.sampling), request.sampling.cache)
-            self._choose_kernels(stages, request.geometry.tokens, clips * count)
+            if not self.models.take_turns:
+                for stage in stages:
+                    stage.expert.load()
         try:
             with watch.stage("sample"):
                 placement, on_step = placements("sampling"), watch.on_step
@@ -297,9 +322,9 @@ class Pipeline(ABC):
         except NotFinite as error:
             raise UserError(self._why_not_finite(error, context, condition)) from error
         loras = {
-            name: [match.as_json() for match in matches] for name, matches in self.models.merged.items() if matches
+            name: [match.as_json() for match in matches] for name, matches in self.models.matches.items() if matches
         }
-        notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
+        notes = stages[-1].expert.load().kernels | ({"loras": loras} if loras else {})
         return Sampled(latents.cpu(), dict(watch.seconds), peak_gib(self.device), notes)
 
     def _why_not_finite(self, error: NotFinite, context: TextContext, condition: Condition) -> str:
@@ -308,19 +333,18 @@ class Pipeline(ABC):
             return f"the text encoder in {self.checkpoint.text_encoder.path} gives {NOT_FINITE}{DAMAGED}"
         if not condition.is_finite:
             return f"the VAE in {self.checkpoint.vae.path} encodes what is known to {NOT_FINITE}{DAMAGED}"
-        name = next(name for name in self.checkpoint.experts if self.models[name] is error.expert.model)
+        name = error.expert.part
         which = f"{error.expert.name} expert" if len(self.checkpoint.experts) > 1 else "denoiser"
         return (
             f"the {which} in {self.checkpoint.experts[name].path} gives {NOT_FINITE} in step {error.step}{DAMAGED}, if "
             "`sample_guide_scale`, `sample_shift` and the LoRAs' strengths are usual ones"
         )
 
-    def _choose_kernels(self, stages: Sequence[Stage], tokens: int, forwards: float) -> None:
-        """Let the stages' models run on what is fastest for so many forwards, with the same results."""
-        for stage in stages:
-            use_fastest_attention(stage.expert.model, tokens, forwards, self.device)
-            if self.compile_blocks:
-                compile_where_it_pays(stage.expert.model, tokens, forwards, self.device)
+    def _choose_kernels(self, model: WanModel, tokens: int, forwards: float) -> None:
+        """Let a denoiser run on what is fastest for so many forwards, with the same results."""
+        use_fastest_attention(model, tokens, forwards, self.device)
+        if self.compile_blocks:
+            compile_where_it_pays(model, tokens, forwards, self.device)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
@@ -331,14 +355,11 @@ class Pipeline(ABC):
     def _encode_text(self, request: Request, placement: Placement) -> TextContext:
         """Both prompts, encoded once for as long as they repeat."""
         texts = (request.prompt, request.negative)
-        if any(self.text_encoder.kept(text) is None for text in texts):
+        if new := [text for text in dict.fromkeys(texts) if text not in self.embeddings]:
             with placement.on_device(self.text_encoder, self.text_device) as encode:
-                for text in texts:
-                    if encode.kept(text) is None:
-                        encode(text)
-        positive, negative = (self.text_encoder.kept(text) for text in texts)
-        assert positive is not None and negative is not None
-        self.text_encoder.keep_only(texts)
+                self.embeddings |= {text: encode(text) for text in new}
+        self.embeddings = {text: self.embeddings[text] for text in texts}
+        positive, negative = (self.embeddings[text] for text in texts)
         return TextContext(positive.to(self.device), negative.to(self.device))
 
     def encode_frames(self, frames: Tensor, placement: Placement) -> Tensor:
@@ -359,7 +380,7 @@ class OneExpert(Pipeline):
         return model
 
     def experts(self, guidance: tuple[float, float]) -> list[Expert]:
-        return [Expert("denoise", self.model, guidance[0], 0)]
+        return [Expert("denoise", "model", lambda: self.model, guidance[0], 0)]
 
 
 class TwoExperts(Pipeline):
@@ -381,8 +402,8 @@ class TwoExperts(Pipeline):
         low, high = guidance
         boundary, lowest = self.config.lowest_timesteps
         return [
-            Expert("high noise", self.high_noise_model, high, boundary),
-            Expert("low noise", self.low_noise_model, low, lowest),
+            Expert("high noise", "high_noise_model", lambda: self.high_noise_model, high, boundary),
+            Expert("low noise", "low_noise_model", lambda: self.low_noise_model, low, lowest),
         ]
 
 

@@ -25,7 +25,7 @@ from wan.captioner import (
 )
 from wan.captioner.base import Pictures
 from wan.device.budget import GIB
-from wan.device.hardware import same_device
+from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.quality import measure_motion
@@ -91,6 +91,14 @@ class CaptionerOwner:
         self._main, self._vram = main, vram
         self._device = device
         self._captioner: Captioner | None = None
+        self.takes_turns = False  # leaves host memory too after each description
+
+    @property
+    def host_bytes(self) -> int:
+        """What a folder's weights take of host memory where it describes on the CPU."""
+        if self.path is None or self.url or not Path(self.path).expanduser().is_dir() or self.device.type != "cpu":
+            return 0
+        return weight_bytes(self.path) or 0
 
     @property
     def device(self) -> torch.device:
@@ -107,12 +115,22 @@ class CaptionerOwner:
             log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.path)
         return fits
 
+    def _room(self) -> int:
+        """What its weights may take of its GPU now."""
+        drop_cache(self.device)
+        return free_bytes(self.device) - VLM_WORKING
+
     @property
     def captioner(self) -> Captioner:
         """The captioner; a wrong path is said when it is opened, its weights load at the first description."""
         if self._captioner is None:
             self._captioner = open_captioner(
-                self.path, url=self.url, device=self.device, trust_remote_code=self.trust_remote_code
+                self.path,
+                url=self.url,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                # a budget that nobody gave never moves it elsewhere: what does not fit comes layer by layer
+                room=self._room if self.device.type == "cuda" else None,
             )
         return self._captioner
 
@@ -152,8 +170,8 @@ class CaptionerOwner:
         return Description(self.fallback, tuple(answers), f"the VLM declined: {declined}")
 
     def make_room(self, stays: Callable[[], bool]) -> None:
-        """Free a model that shares the GPU with the others, unless it `stays`."""
-        if self._main.type == "cuda" and same_device(self.device, self._main) and not stays():
+        """Free a model that shares the GPU with the others, unless it `stays`, and one that takes turns with them."""
+        if self.takes_turns or (self._main.type == "cuda" and same_device(self.device, self._main) and not stays()):
             self.captioner.close()
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
 from wan.captioner.decoding import GreedyDecoder
+from wan.device.streaming import LayerStreamer
 from wan.errors import UserError
 
 EXPECTED = json.loads((GOLDEN_VLM / "expected.json").read_text(encoding="utf-8"))
@@ -356,3 +357,32 @@ def test_tokens_after_the_end_mark_are_thrown_away(captioner: InternVLCaptioner)
         assert decoder(ids, pixels, count, None).tolist() == wanted[:count]
     end = wanted[10]
     assert decoder(ids, pixels, 40, end).tolist() == wanted[: wanted.index(end) + 1]
+
+
+@pytest.mark.parametrize("name", ["orig", "hf"])
+@pytest.mark.parametrize("staying", [0, 1])
+def test_a_vlm_whose_layers_come_one_by_one_says_the_same(
+    name: str, staying: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32)
+    words = whole.describe(FRAMES, QUESTION, max_new_tokens=12)
+    tensors = [*whole.model.parameters(), *whole.model.buffers()]
+    layers = whole.model.model.language_model.layers
+    layer = max(sum(value.nbytes for value in one.state_dict().values()) for one in layers)
+    came: list[int] = []
+    monkeypatch.setattr(
+        LayerStreamer,
+        "__call__",
+        lambda self, number, call=LayerStreamer.__call__: (came.append(number), call(self, number)),
+    )
+    monkeypatch.setattr("wan.device.placement.layers_that_stay", lambda *_: staying)
+    streamed = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32, room=lambda: layer)
+    for _ in range(2):
+        assert streamed.describe(FRAMES, QUESTION, max_new_tokens=12) == words
+    assert came[: len(layers)] == list(range(len(layers))) and len(came) > 12
+    assert caplog.text.count("its layers come one by one") == 1
+    roomy = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32, room=lambda: 2 * sum(x.nbytes for x in tensors))
+    came.clear()
+    assert roomy.describe(FRAMES, QUESTION, max_new_tokens=12) == words and not came
+    streamed.close()
+    assert not streamed.is_loaded and streamed._layered is None

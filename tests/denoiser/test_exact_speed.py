@@ -43,7 +43,7 @@ BACKENDS = "wan.denoiser.attention_backends"
 def stages_of(*models: WanModel, guidance: float = 3.0) -> list[Stage]:
     steps = torch.tensor([999, 750, 500, 250])
     return [
-        Stage(Expert(str(index), model, guidance, 0), mine, (guidance,) * len(mine))
+        Stage(Expert(str(index), str(index), lambda model=model: model, guidance, 0), mine, (guidance,) * len(mine))
         for index, (model, mine) in enumerate(zip(models, steps.chunk(len(models)), strict=True))
     ]
 
@@ -556,7 +556,9 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
     caching, steps = Caching(StepCache.parse(cache)), 12
     found = []
     for model in (one, other, one):
-        stage = Stage(Expert("e", model, 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps)
+        stage = Stage(
+            Expert("e", "e", lambda model=model: model, 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps
+        )
         scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
         context = TextContext(prompt(1), prompt(2))
         placement = Counting(CPU.device)

@@ -43,7 +43,7 @@ class Adds:
 
 def expert(name: str, model: Any, guidance: float, lowest: float) -> Expert:
     """An expert with a fake for its model."""
-    return Expert(name, model, guidance, lowest)
+    return Expert(name, name, lambda: model, guidance, lowest)
 
 
 def stages_of(*experts: Expert) -> Any:

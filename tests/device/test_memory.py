@@ -426,7 +426,7 @@ def test_what_is_advised_would_have_worked(task: str, given: dict[str, Any], the
 
 def test_running_out_of_memory_names_what_would_have_worked(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = ti2v.geometry(64, 64, 5)
-    request: Any = SimpleNamespace(geometry=geometry)
+    request: Any = SimpleNamespace(geometry=geometry, loras={})
 
     errors: list[RuntimeError] = []
 

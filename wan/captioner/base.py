@@ -100,12 +100,17 @@ class LocalModel(BackEnd):
             self._model = None
             release_memory(self.device)
 
-    def from_pretrained(self, model_class: Any, source: Path | None, **options: Any) -> Any:
-        """The library's loader, except that weights that are missing or do not fit are a UserError, not a log line."""
+    def from_pretrained(
+        self, model_class: Any, source: Path | None, *, home: torch.device | None = None, **options: Any
+    ) -> Any:
+        """The library's loader, except that weights that are missing or do not fit are a UserError, not a log line.
+
+        The model is put on its device, or on `home`.
+        """
         model, report = model_class.from_pretrained(
             source,
             dtype=self.dtype,
-            device_map={"": str(self.device)},
+            device_map={"": str(home or self.device)},
             ignore_mismatched_sizes=True,  # they come back in the report, with names
             output_loading_info=True,
             **options,

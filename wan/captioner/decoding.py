@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,16 +72,38 @@ def use_own_attention(model: Any) -> None:
     language.set_attn_implementation(name)
 
 
+class LayeredVlm(nn.Module):
+    """An image-text-to-text model whose language layers can come to a GPU one by one, see `Placement`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.before_layer: Callable[[int], None] | None = None
+        for number, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self._before, number))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Those of the language model."""
+        layers: nn.ModuleList = self.model.model.language_model.layers
+        return layers
+
+    def _before(self, number: int, *_: Any) -> None:
+        if self.before_layer is not None:
+            self.before_layer(number)
+
+
 class GreedyDecoder:
     """The likeliest tokens of an image-text-to-text model of transformers, as its `generate` finds them.
 
     Keys and values of up to `capacity` tokens have a fixed place (the library's static cache), so that what a token
     launches, about a thousand kernels, is recorded once and then launched as one CUDA graph. Launching them one by one
     takes four times as long as they run (benchmarks/LOG.md). Nothing is compiled, so the first answer gains as well.
+    A model whose weights move while it runs is not `recorded`.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, needed: int) -> None:
+    def __init__(self, model: Any, needed: int, recorded: bool = True) -> None:
         from transformers import StaticCache
 
         use_own_attention(model)
@@ -90,7 +114,8 @@ class GreedyDecoder:
         self.position = torch.zeros_like(self.token)
         self.places = torch.arange(self.capacity, device=model.device)
         self.made = torch.zeros(self.capacity, dtype=torch.long, device=model.device)  # by position
-        self.graph = self._record() if model.device.type == "cuda" else None
+        # a record would go on reading the memory that weights had
+        self.graph = self._record() if recorded and model.device.type == "cuda" else None
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, pixels: Tensor, max_new_tokens: int, end: int | None) -> Tensor:

@@ -28,12 +28,14 @@ def open_captioner(
     device: str | torch.device,
     dtype: torch.dtype = torch.bfloat16,
     trust_remote_code: bool = False,
+    room: Callable[[], int] | None = None,
 ) -> Captioner:
     """The captioner for a folder, a hub id such as OpenGVLab/InternVL3_5-8B, or an endpoint's `url`.
 
     With `url`, `path` is the name of the model there, None for the first one. Nothing is downloaded or loaded before
     the first description, but a folder is checked. `trust_remote_code` runs the code of a folder that brings some;
-    without it none is run. Raises UserError.
+    without it none is run. `room`: bytes that the weights of an InternVL may take of the device, see there. Raises
+    UserError.
     """
     if url is not None:
         return EndpointCaptioner(url, None if path is None else str(path))
@@ -44,7 +46,7 @@ def open_captioner(
         if config.get("model_type") == "internvl_chat" and own_code:
             return RemoteCodeCaptioner(folder, device, dtype)
         if config.get("model_type") in ("internvl_chat", "internvl"):
-            return InternVLCaptioner(folder, device, dtype)
+            return InternVLCaptioner(folder, device, dtype, room)
         return GenericCaptioner(folder, device, dtype, trust_remote_code=own_code)
 
     with foreseen_failures(str(path)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor
 
 from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
-from wan.captioner.decoding import GreedyDecoder, fuse_norms
+from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
+from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.weights.prefetch import ReadAhead
+
+log = logging.getLogger(__name__)
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 TURN_END = "<|im_end|>"
@@ -63,10 +68,23 @@ VISION_PARTS = {
 
 
 class InternVLCaptioner(LocalModel):
-    """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use."""
+    """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use.
 
-    def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    `room`: bytes that its weights may take of the device, asked when they load. Language layers that do not fit wait in
+    host memory and come one by one in every pass, with the same words.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        room: Callable[[], int] | None = None,
+    ) -> None:
         super().__init__(path, device, dtype)
+        self.room = room
+        self._layered: LayeredVlm | None = None
+        self._placement = Placement(self.device)
         config = read_config(self.folder / "config.json")
         if config.get("model_type") not in ("internvl", "internvl_chat"):
             raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check `vlm_path`")
@@ -111,14 +129,19 @@ class InternVLCaptioner(LocalModel):
     def generate(self, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
         """What `prepare` returned -> the new token ids [L], the end mark among them, always the likeliest ones."""
         needed = ids.shape[1] + max_new_tokens
+        end = self.tokenizer.convert_tokens_to_ids(TURN_END)
+        model = self.model  # which is layered where it does not fit
+        if self._layered is not None:
+            with self._placement.on_device(self._layered):
+                decoder = GreedyDecoder(model, needed, recorded=False)
+                return decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
         if self._decoder is None or self._decoder.capacity < needed:
             self._decoder = None  # its memory first
-            self._decoder = GreedyDecoder(self.model, needed)
-        end = self.tokenizer.convert_tokens_to_ids(TURN_END)
+            self._decoder = GreedyDecoder(model, needed)
         return self._decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
 
     def close(self) -> None:
-        self._decoder = None
+        self._decoder = self._layered = None
         super().close()
 
     @cached_property
@@ -147,9 +170,20 @@ class InternVLCaptioner(LocalModel):
                 "config": InternVLConfig(**self.config, image_token_id=images),
                 "state_dict": native_weights(self.weights),
             }
+        room = None if self.room is None else self.room()
+        streams = room is not None and sum(file.stat().st_size for file in self.weights) > room
         with ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
-            return fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, **options))
+            home = torch.device("cpu") if streams else self.device
+            model = fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, home=home, **options))
+        if streams:
+            log.warning(
+                "%s does not fit into the free memory of its GPU: its layers come one by one, which is slower",
+                self.folder,
+            )
+            self._layered = LayeredVlm(model)
+            self._placement = Placement(self.device, weight_budget=room)
+        return model
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

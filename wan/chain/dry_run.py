@@ -43,6 +43,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         yield f"about {size / 2**30:.1f} GiB of disk" if size > 2**29 else f"about {size / 2**20:.0f} MiB of disk"
         yield _time(continuation, missing, run)
         yield _memory(continuation, missing)
+        yield _host_memory(continuation, missing)
 
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
@@ -58,6 +59,19 @@ def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
         f", within the {budget.vram / GIB:.1f} that are free" if budget.vram and not continuation.budget.vram else ""
     )
     return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}){limited}, beside the VLM"
+
+
+def _host_memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
+    """The most of the host's memory that any clip takes, and how the models live in it."""
+    host, found = continuation.host, []
+    for plan in missing:
+        captioner = continuation.vlm.host_bytes if plan.described else 0
+        merged = {expert for expert, files in plan.loras.items() if files}
+        chosen = host.plan(continuation.budget, plan.geometry, merged, captioner)
+        found.append((host.need(chosen, continuation.budget, plan.geometry, merged, captioner), chosen))
+    size, chosen = max(found, key=lambda one: one[0])
+    there = "given" if host.given else "free"
+    return f"about {size / GIB:.1f} GiB of host memory, of {host.limit / GIB:.1f} that are {there}: {chosen}"
 
 
 def _words(plan: Plan) -> str:

@@ -107,6 +107,7 @@ class Job:
             dit_files=dit_files(settings),
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
+            host_memory=settings.host_memory,
             **continuing,
         )
 

@@ -66,13 +66,15 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         convert_model_dtype: bool = False,
         low_precision: str | None = None,
         rounded_on: torch.device | None = None,
+        mapped: bool = False,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
-        their weights being rounded on the device `rounded_on`. Raises UserError when the weights do not fit.
+        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. Raises UserError when the
+        weights do not fit.
         """
         model = cls._empty(weights)
         model.rounding = dtype if convert_model_dtype else None
@@ -85,6 +87,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             rounding=model.rounding,
             stays_quantized=lambda name: not name.startswith(FLOAT32_PARTS),
             layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
+            mapped=mapped,
         )
         model.to(device).eval()
         if low_precision is not None:

@@ -19,10 +19,11 @@ from wan.types import OnStep, Step, TextContext, is_finite
 
 @dataclass(frozen=True)
 class Expert:
-    """A denoiser, its guidance, and the lowest timestep it works at."""
+    """A denoiser, its guidance, and the lowest timestep it works at. `load` has the model ready when it is called."""
 
     name: str
-    model: WanModel
+    part: str  # its name in a checkpoint
+    load: Callable[[], WanModel]
     guidance: float
     lowest: float
 
@@ -112,8 +113,9 @@ def sample(
     total = sum(len(stage.timesteps) for stage in stages)
     for stage in stages:
         steps = len(stage.timesteps)
-        with placement.on_device(stage.expert.model) as model, caching.of(model, stage.expert.name, steps) as branch:
-            texts = text_keys(stage, context, keep=not placement.streams(model))
+        expert = stage.expert.load()
+        with placement.on_device(expert) as model, caching.of(model, stage.expert.name, steps) as branch:
+            texts = text_keys(model, stage, context, keep=not placement.streams(model))
             for index, (t, guidance) in enumerate(zip(stage.timesteps, stage.guidance, strict=True)):
                 flow = predict(model, guidance, condition, texts, latents, t, branch)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
@@ -123,17 +125,18 @@ def sample(
                 if on_step is not None:
                     on_step(Step(done, total, stage.expert.name, latents))
             del texts  # before the next expert comes; they are of this one's weights
+        del expert, model  # which may have to leave before the next one can come
     return condition.finish(latents)
 
 
-def text_keys(stage: Stage, context: TextContext, keep: bool) -> list[TextKeys]:
+def text_keys(model: WanModel, stage: Stage, context: TextContext, keep: bool) -> list[TextKeys]:
     """What the expert takes of the positive prompt and, where guidance needs it, of the negative one.
 
     They are kept for all steps, but where the expert's weights leave no room for that.
     """
     guided = any(guidance != 1 for guidance in stage.guidance)
     prompts = [context.positive, context.negative] if guided else [context.positive]
-    return [stage.expert.model.text_keys(prompt, keep) for prompt in prompts]
+    return [model.text_keys(prompt, keep) for prompt in prompts]
 
 
 def predict(

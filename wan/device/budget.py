@@ -202,14 +202,17 @@ class MemoryBudget:
                     return f"give {also}{words}{' and ' if words else ''}`frame_num` {frames}"
         return f"give {also}a smaller `size`"
 
-    def placements(self, geometry: Geometry, offload: bool) -> Callable[[str], Placement]:
-        """Where the model of each stage lives, with what the budget leaves for its weights."""
+    def placements(self, geometry: Geometry, offload: bool, mapped: bool = False) -> Callable[[str], Placement]:
+        """Where the model of each stage lives, with what the budget leaves for its weights.
+
+        `mapped`: the weights of experts and of the text encoder may lie in their files.
+        """
         if self.tensors is None:
-            return lambda name: Placement(self.device, offload)
+            return lambda name: Placement(self.device, offload, mapped=mapped)
         if self.holds_all(geometry):
             return lambda name: Placement(self.device, offload=False)
         left = {name: stage.weight_budget(self.tensors) for name, stage in self.stages(geometry).items()}
-        return lambda name: Placement(self.device, True, left.get(name))
+        return lambda name: Placement(self.device, True, left.get(name), mapped)
 
     def fits_now(self, geometry: Geometry, offload: bool, loaded: Iterable[nn.Module]) -> bool:
         """Whether the GPU has room for a clip beside what else is there, with a tenth to spare: estimates err so much.
@@ -234,7 +237,7 @@ def _half_gib(size: float) -> str:
 
 def text_memory(weights: Weights, dtype: torch.dtype, length: int) -> StageMemory:
     """The text encoder on a prompt of `length` tokens."""
-    sizes = _sizes(weights, lambda name: dtype)
+    sizes = weight_sizes(weights, lambda name: dtype)
     return _layered(sizes, int(TEXT + length * 1e5))
 
 
@@ -249,14 +252,14 @@ def denoiser_memory(weights: Weights, dtype: torch.dtype, in_8_bits: bool, token
     width, item = _shape(weights, "patch_embedding.weight")[0], dtype.itemsize
     hidden = _shape(weights, feed)[0]
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
-    part = _layered(_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
+    part = _layered(weight_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     return StageMemory(part.weights, part.working, part.layer, part.count, beside)
 
 
 def vae_memory(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[StageMemory, StageMemory]:
     """Encoding `known` frames, and decoding a clip, whose pixels go to host memory."""
-    size = sum(_sizes(weights, lambda name: dtype).values())
+    size = sum(weight_sizes(weights, lambda name: dtype).values())
     frames, height, width = geometry.size
     official = "decoder.head.0.gamma"
     channels = _shape(weights, official if official in weights.shapes else "decoder.norm_out.gamma")[0]
@@ -278,7 +281,7 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
     return weights.shapes[name]
 
 
-def _sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
+def weight_sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
     """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
     smaller = 1.0 if in_8_bits else math.inf
     if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wan.device.hardware import drop_cache, same_device
-from wan.device.streaming import SLOTS, LayerStreamer, PinnedBuffer, layers_that_stay, tensors_of
+from wan.device.streaming import SLOTS, LayerStreamer, MappedTensors, PinnedBuffer, layers_that_stay, tensors_of
 from wan.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,12 +23,14 @@ class Placement:
 
     `weight_budget`: bytes that the weights of one model may take there. Of a model with more, as many of its `layers`
     (a ModuleList) as fit stay there while it is used; the others come one by one, each while the one before computes.
+    `mapped`: weights come from where they lie, from mapped files for instance, and take no pinned memory.
     For that the model calls its `before_layer`, when that is not None, with a layer's number before it uses the layer.
     """
 
     device: torch.device
     offload: bool = True
     weight_budget: int | None = None
+    mapped: bool = False
 
     @contextmanager
     def on_device(self, model: Model, device: torch.device | None = None) -> Iterator[Model]:
@@ -46,18 +48,19 @@ class Placement:
         layers = dict(enumerate(getattr(model, "layers", ())))
         fed = {id(tensor) for layer in layers.values() for tensor in tensors_of(layer)}
         staying = self._layers_that_stay(layered)
-        rest = PinnedBuffer.of(model, [tensor for tensor in tensors_of(model) if id(tensor) not in fed])
+        hold = MappedTensors if self.mapped else PinnedBuffer.of
+        rest = hold(model, [tensor for tensor in tensors_of(model) if id(tensor) not in fed])
         feed = None
         try:
-            rest.use(rest.host.to(home, copy=True))
+            rest.use(rest.on(home))
             if layers:
-                layered.before_layer = feed = LayerStreamer(layers, staying, home)
+                layered.before_layer = feed = LayerStreamer(layers, staying, home, hold)
             yield model
         finally:  # also when the body raises: what is left behind would take the next model's memory
             if feed is not None:
                 feed.close()
                 layered.before_layer = feed = None
-            rest.use(rest.host)
+            rest.go_home()
             drop_cache(home)
 
     def streams(self, model: nn.Module) -> bool:

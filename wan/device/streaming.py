@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,15 +32,21 @@ class LayerStreamer:
     Layers that stay come once, each while the one before computes; the others take turns in a few slots.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], staying: Collection[int], device: torch.device) -> None:
-        self.layers, self.device = layers, device
+    def __init__(
+        self,
+        layers: Mapping[int, nn.Module],
+        staying: Collection[int],
+        device: torch.device,
+        hold: Callable[[nn.Module, Sequence[Tensor]], HostTensors],
+    ) -> None:
+        self.layers, self.device, self.hold = layers, device, hold
         self.coming = [number for number in layers if number not in staying]
         sizes = {number: PinnedBuffer.size(tensors_of(layer)) for number, layer in layers.items()}
         self.own = {number: _empty(sizes[number], device) for number in staying}
         largest = max((sizes[number] for number in self.coming), default=0)
         self.slots = [_empty(largest, device) for _ in range(SLOTS if self.coming else 0)]
         self.held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
-        self.here: dict[int, PinnedBuffer] = {}
+        self.here: dict[int, HostTensors] = {}
         self.arriving: dict[int, torch.cuda.Event] = {}
         self.copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -65,27 +72,27 @@ class LayerStreamer:
         """Leave all layers in host memory."""
         synchronize(self.device)  # copies that nothing waited for
         for layer in self.here.values():
-            layer.use(layer.host)
+            layer.go_home()
 
     def _fetch(self, number: int, used: int | None = None) -> None:
         """Copy a layer to its own place, or to a slot other than that of the layer which is used next."""
-        layer = PinnedBuffer.of(self.layers[number], tensors_of(self.layers[number]))
+        layer = self.hold(self.layers[number], tensors_of(self.layers[number]))
         there = self.own.get(number)
         if there is None:
             slot = next(slot for slot, held in enumerate(self.held) if held is None or held != used)
             there, before = self.slots[slot], self.held[slot]
             if before is not None:
-                self.here[before].use(self.here.pop(before).host)
+                self.here.pop(before).go_home()
                 self.arriving.pop(before, None)
             self.held[slot] = number
             if self.copies is not None:  # what computes with that slot has to be done
                 self.copies.wait_stream(torch.cuda.current_stream(self.device))
-        there = there[: len(layer.host)]
+        there = there[: layer.size(layer.tensors)]
         if self.copies is None:
-            there.copy_(layer.host)
+            layer.copy_to(there)
         else:
             with torch.cuda.stream(self.copies):
-                there.copy_(layer.host, non_blocking=True)
+                layer.copy_to(there)
                 self.arriving[number] = self.copies.record_event()
         layer.use(there)
         self.here[number] = layer
@@ -95,21 +102,87 @@ def _empty(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-class PinnedBuffer:
-    """A module's tensors in one pinned host buffer, for asynchronous copies."""
+class HostTensors(ABC):
+    """A module's tensors in host memory, which can be used in a buffer of one layout elsewhere."""
 
     ALIGNED, PAGE = 256, 4096
-    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, PinnedBuffer]] = weakref.WeakKeyDictionary()
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.starts = self.starts_of(tensors)
         self.layouts = [_layout(tensor) for tensor in tensors]
+
+    @abstractmethod
+    def copy_to(self, there: Tensor) -> None:
+        """Copy them to a buffer, without waiting where that can be."""
+
+    @abstractmethod
+    def go_home(self) -> None:
+        """Let the tensors be those in host memory."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """A new buffer with them on a device."""
+        there = _empty(self.size(self.tensors), device)
+        self.copy_to(there)
+        return there
+
+    @classmethod
+    def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
+        """Where each tensor begins in the buffer, and where the last one ends."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + -(-tensor.nbytes // cls.ALIGNED) * cls.ALIGNED)
+        return starts
+
+    @classmethod
+    def size(cls, tensors: Sequence[Tensor]) -> int:
+        """Bytes of such a buffer: whole pages."""
+        return -(-cls.starts_of(tensors)[-1] // cls.PAGE) * cls.PAGE
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors in a buffer of this layout."""
+        return _views(memory, self.tensors, self.starts, self.layouts)
+
+    def use(self, memory: Tensor) -> None:
+        """Let the tensors be those in a buffer."""
+        for tensor, view in zip(self.tensors, self.views(memory), strict=True):
+            tensor.data = view
+
+
+class MappedTensors(HostTensors):
+    """A module's tensors as they lie, in mapped files for instance; each copy reads them there."""
+
+    def __init__(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self.home = [tensor.data for tensor in tensors]
+
+    def copy_to(self, there: Tensor) -> None:
+        for view, tensor in zip(self.views(there), self.home, strict=True):
+            view.copy_(tensor, non_blocking=True)
+
+    def go_home(self) -> None:
+        for tensor, home in zip(self.tensors, self.home, strict=True):
+            tensor.data = home
+
+
+class PinnedBuffer(HostTensors):
+    """A module's tensors in one pinned host buffer, for asynchronous copies."""
+
+    known: ClassVar[weakref.WeakKeyDictionary[nn.Module, PinnedBuffer]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
         there = self._found()
         self.host = self._gathered() if there is None else there
         self.places = [tensor.data_ptr() for tensor in tensors]
         if _pin(self.host):
             weakref.finalize(self, _unpin, self.host).atexit = False  # it keeps the memory until then
+
+    def copy_to(self, there: Tensor) -> None:
+        there.copy_(self.host, non_blocking=True)
+
+    def go_home(self) -> None:
+        self.use(self.host)
 
     def _gathered(self) -> Tensor:
         host = self.memory(self.tensors)
@@ -146,28 +219,6 @@ class PinnedBuffer:
         ]:
             cls.known[module] = there = cls(tensors)
         return there
-
-    @classmethod
-    def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
-        """Where each tensor begins in the buffer, and where the last one ends."""
-        starts = [0]
-        for tensor in tensors:
-            starts.append(starts[-1] + -(-tensor.nbytes // cls.ALIGNED) * cls.ALIGNED)
-        return starts
-
-    @classmethod
-    def size(cls, tensors: Sequence[Tensor]) -> int:
-        """Bytes of such a buffer: whole pages."""
-        return -(-cls.starts_of(tensors)[-1] // cls.PAGE) * cls.PAGE
-
-    def views(self, memory: Tensor) -> list[Tensor]:
-        """The tensors in a buffer of this layout."""
-        return _views(memory, self.tensors, self.starts, self.layouts)
-
-    def use(self, memory: Tensor) -> None:
-        """Let the tensors be those in a buffer."""
-        for tensor, view in zip(self.tensors, self.views(memory), strict=True):
-            tensor.data = view
 
 
 def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,12 @@ class PromptTokenizer:
 
 
 class TextEncoder(nn.Module):
-    """UMT5. Calls keep their results by prompt, because a chain and the negative prompt repeat."""
+    """UMT5."""
 
     def __init__(self, model: Any, tokenizer: PromptTokenizer) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self._kept: dict[str, Tensor] = {}
         self.before_layer: Callable[[int], None] | None = None  # see placement.py
         for number, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._before, number))
@@ -81,7 +80,13 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_weights(
-        cls, weights: Weights, tokenizer: PromptTokenizer, *, dtype: torch.dtype, device: torch.device
+        cls,
+        weights: Weights,
+        tokenizer: PromptTokenizer,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        mapped: bool = False,
     ) -> TextEncoder:
         """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError."""
         from transformers import UMT5Config, UMT5EncoderModel
@@ -97,17 +102,9 @@ class TextEncoder(nn.Module):
             config._attn_implementation = "eager"
             model = UMT5EncoderModel(config)
         source_of.setdefault(tied, source_of["shared.weight"])
-        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block")
+        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block", mapped=mapped)
         model.encoder.embed_tokens.weight = model.shared.weight
         return cls(model.to(device).eval(), tokenizer)
-
-    def kept(self, text: str) -> Tensor | None:
-        """The embedding of a prompt that has been encoded before, in host memory, else None."""
-        return self._kept.get(text)
-
-    def keep_only(self, texts: Collection[str]) -> None:
-        """Forget all other embeddings."""
-        self._kept = {text: rows for text, rows in self._kept.items() if text in texts}
 
     def forward(self, text: str) -> Tensor:
         """A prompt -> [1, 512, D] in host memory: the encoder's rows of its tokens, then zeros.
@@ -121,8 +118,8 @@ class TextEncoder(nn.Module):
         ids, mask = (value.to(device) for value in self.tokenizer(text))
         with torch.no_grad():
             rows = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        self._kept[text] = (rows * mask[..., None].to(rows.dtype)).cpu()
-        return self._kept[text]
+        found: Tensor = (rows * mask[..., None].to(rows.dtype)).cpu()
+        return found
 
 
 _RENAMES = (

@@ -63,6 +63,18 @@ class Weights:
     prefix: str = ""  # what stands before the keys in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which the files hold each tensor that is plain there."""
+        found: dict[str, torch.dtype] = {}
+        for file in self.files:
+            if file.suffix == ".pth":
+                found |= {name: tensor.dtype for name, tensor in _read_pth(file).items()}
+            elif file.suffix.lower() == ".safetensors":
+                found |= {
+                    name: PLAIN_TYPES[kind] for name, kind in _safetensors_dtypes(file).items() if kind in PLAIN_TYPES
+                }
+        return {key: found[name] for key in self.shapes if (name := self.prefix + key) in found}
+
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
         with ReadAhead(self.files) as ahead:
@@ -225,20 +237,23 @@ def load_into(
     rounding: torch.dtype | None = None,
     stays_quantized: Callable[[str], bool] = lambda name: False,
     layers: str = "",
+    mapped: bool = False,
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
 
     `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
     every value through that dtype first. What is quantized in the file is expanded, but for the weights of
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
-    offloading wants it. Host memory never holds more than the model and one file.
+    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. Host memory never holds
+    more than the model and one file.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
     name_of: dict[str, str] = {}
     for name, key in source_of.items():
         name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
-    places = _places(model, layers, dtype_of) if layers and device.type == "cpu" else {}
+    mapped = mapped and device.type == "cpu" and rounding is None
+    places = _places(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else {}
     for key, tensor in weights.tensors():
         name = name_of[key]
         owner, _, leaf = name.rpartition(".")
@@ -252,10 +267,13 @@ def load_into(
             model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
             continue
         tensor = dequantize(tensor)
-        value = places.pop(name, None)
-        if value is None:
-            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
-        value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
+        if mapped and tensor.dtype == dtype_of(name):
+            value = tensor.view(weights.shapes[key])
+        else:
+            value = places.pop(name, None)
+            if value is None:
+                value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+            value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:

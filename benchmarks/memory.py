@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""One clip from a checkpoint folder within so much GPU and host memory: does it hold, and with the same frames?
+
+    python -m benchmarks.memory FOLDER --video FILE [--whole] [--vram 24 16] [--host 64 32] [--minutes 9] [-- FLAG ...]
+
+With `--whole` the first run has no limits. Each other one has `--vram` and `--host_memory` of its pair, and is in a
+memory group of that size where groups may be made. What the GPU's driver counts is seen from outside, and so is host
+memory that cannot be reclaimed. `default` in place of a number of `--vram` leaves the flag out. What stands after `--` is
+for generate.py. Prints a line for each run and JSON, and exits with 1 if a run fails, takes more than its limit, or makes
+another mp4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+GROUPS = Path("/sys/fs/cgroup")
+EVERY = 0.2  # seconds between two looks
+
+
+class Group:
+    """A memory group of a size (GiB; None: no limit), where the system lets us make one."""
+
+    def __init__(self, size: float | None) -> None:
+        self.folder: Path | None = None
+        version_1 = (GROUPS / "memory").is_dir()
+        folder = (GROUPS / "memory" if version_1 else GROUPS) / f"benchmark_{os.getpid()}_{time.time_ns()}"
+        try:
+            folder.mkdir()
+            limit = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
+            if size is not None:
+                limit.write_text(str(int(size * GIB)), encoding="ascii")
+            (folder / "memory.stat").read_text(encoding="ascii")
+            self.folder = folder
+        except OSError as error:
+            print(f"     no memory group ({error.strerror}): the limit is the flag's alone", flush=True)
+            if folder.is_dir():
+                folder.rmdir()
+
+    def join(self) -> None:
+        """Called in the new process before it becomes the command."""
+        if self.folder is not None:
+            (self.folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    def taken(self, process: psutil.Process) -> int:
+        """Bytes of host memory that cannot be reclaimed."""
+        if self.folder is not None:
+            rows = (row.split() for row in (self.folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            stat = {name: int(value) for name, value in rows}
+            return stat.get("anon", stat.get("total_rss", 0)) + stat.get("shmem", stat.get("total_shmem", 0))
+        try:
+            family = [process, *process.children(recursive=True)]
+            return sum(one.memory_info().rss - getattr(one.memory_info(), "shared", 0) for one in family)
+        except psutil.Error:  # one of them has ended
+            return 0
+
+    def close(self) -> None:
+        """Remove the group, whose processes have ended."""
+        if self.folder is not None:
+            self.folder.rmdir()
+
+
+def gpu_bytes() -> int:
+    """What the driver counts on the first GPU; 0 without one."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+        return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 2**20
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return 0
+
+
+def run(command: Sequence[str], host: float | None, until: float) -> dict[str, Any]:
+    """The command's exit code, seconds and peaks; it is ended at the time `until`."""
+    group, before, peaks = Group(host), gpu_bytes(), [0, 0]
+    begun = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, preexec_fn=group.join)
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
+            peaks = [max(peaks[0], gpu_bytes() - before), max(peaks[1], group.taken(process))]
+            if time.monotonic() > until:
+                child.terminate()
+                child.wait()
+                break
+            time.sleep(EVERY)
+        said.seek(0)
+        last = [line for line in said.read().replace("\r", "\n").splitlines() if line.strip()][-3:]
+    group.close()
+    return {
+        "code": child.returncode,
+        "seconds": round(time.monotonic() - begun, 1),
+        "gpu_gib": round(peaks[0] / GIB, 2),
+        "host_gib": round(peaks[1] / GIB, 2),
+        "said": last,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a checkpoint folder")
+    parser.add_argument("--video", required=True, help="the clip to continue")
+    parser.add_argument("--vram", nargs="*", default=["24", "16"], metavar="GIB", help="or `default`, or auto")
+    parser.add_argument("--host", nargs="*", type=float, default=[64, 32], metavar="GIB", help="one for each of --vram")
+    parser.add_argument("--whole", action="store_true", help="begin with a run without limits")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--prompt", default="It goes on.", help="empty: a captioner describes")
+    parser.add_argument("--minutes", type=float, default=9, help="of all runs together")
+    parser.add_argument("more", nargs="*", help="flags of generate.py, after --")
+    args = parser.parse_args()
+
+    until, found, failed = time.monotonic() + 60 * args.minutes, [], []
+    wanted: list[tuple[str, float | None]] = list(zip(args.vram, args.host, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        first: bytes | None = None
+        for number, (vram, host) in enumerate([("default", None), *wanted] if args.whole else wanted):
+            target = Path(folder) / f"{number}.mp4"
+            command = [sys.executable, "generate.py", "--ckpt_dir", args.folder, "--video", args.video]
+            command += ["--sample_steps", str(args.steps), "--base_seed", "1", "--save_file", str(target)]
+            command += ["--no_video_metadata", *(["--prompt", args.prompt] if args.prompt else []), *args.more]
+            command += [] if vram == "default" else ["--vram", vram]
+            command += [] if host is None else ["--host_memory", f"{host:g}"]
+            made = {"vram": vram, "host": host} | run(command, host, until)
+            if target.exists():
+                first = first or target.read_bytes()
+                record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+                made |= {"same": target.read_bytes() == first, "stages": record["seconds"]}
+            right = made["code"] == 0 and made.get("same")
+            right = right and (host is None or made["host_gib"] <= host)
+            right = right and (vram in ("default", "auto") or made["gpu_gib"] <= float(vram))
+            print("ok  " if right else "FAIL", made, flush=True)
+            found.append(made)
+            failed += [] if right else [number]
+    print(json.dumps(found))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What a run takes of the host's memory, told from the headers of a checkpoint, and how it keeps to less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+from wan.configs import ModelConfig
+from wan.denoiser.model import policy_dtype
+from wan.device.budget import MemoryBudget, weight_sizes
+from wan.device.host import GIB, host_free_bytes
+from wan.errors import UserError
+from wan.types import Geometry
+from wan.weights.checkpoint import Checkpoint, Weights
+
+# Beside weights and frames. A14B on a GPU was seen with 67.8 GiB that cannot be reclaimed, of which 64.3 were weights
+# and 0.8 frames.
+LIBRARIES, LIBRARIES_WITH_CUDA = 1.0 * GIB, 2.7 * GIB
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """How models live in host memory.
+
+    `in_turn`: a model leaves it when another is needed, and is read again. `mapped`: weights that a file holds in the
+    dtype in which they are used stay in the file, whose pages the system reads again and drops as it likes.
+    """
+
+    in_turn: bool = False
+    mapped: bool = False
+
+    def __str__(self) -> str:
+        said = "models take turns in it and are read again" if self.in_turn else "all models stay in it"
+        return said + (", mapped from their files" if self.mapped else "")
+
+
+PLANS = HostPlan(), HostPlan(in_turn=True), HostPlan(in_turn=True, mapped=True)  # the quickest first
+
+
+def host_limit(host_memory: float | Literal["auto"]) -> int:
+    """Bytes that this process may take of the host's memory, given GiB or "auto" for what is free now."""
+    if host_memory == "auto":
+        return host_free_bytes() + int(psutil.Process().memory_info().rss)
+    return int(host_memory * GIB)
+
+
+@dataclass(frozen=True)
+class HostBudget:
+    """What a checkpoint's models and a clip take of the host's memory that cannot be reclaimed, and what fits `limit`.
+
+    `given`: the limit is the user's, and not what is free.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    limit: int
+    given: bool = False
+
+    def need(
+        self,
+        plan: HostPlan,
+        budget: MemoryBudget,
+        geometry: Geometry,
+        merged: Collection[str] = (),
+        captioner: int = 0,
+    ) -> int:
+        """Bytes with a plan. `merged`: experts that LoRAs are merged into; `captioner`: bytes of one in host memory.
+
+        `budget` is the clip's on its device, whose activations are in host memory too where that is a CPU.
+        """
+        checkpoint, config = self.checkpoint, self.config
+        parts = [
+            captioner,
+            _bytes(checkpoint.text_encoder, lambda name: config.t5_dtype, plan.mapped),
+            # convolutions are laid out anew, so their file is no place for them
+            _bytes(checkpoint.vae, lambda name: config.vae_dtype, False),
+        ]
+        for name, weights in checkpoint.experts.items():
+            # what is changed or rounded is no longer what is in the file
+            stays = plan.mapped and name not in merged and config.low_precision is None
+            parts.append(_bytes(weights, lambda name: policy_dtype(name, config.param_dtype), stays))
+        frames, height, width = geometry.size
+        beside = 2 * 12 * frames * height * width  # float32 pixels, as they are decoded and as they are handed on
+        if budget.device.type == "cpu":
+            beside += int(LIBRARIES) + max(stage.working for stage in budget.stages(geometry).values())
+        else:
+            beside += int(LIBRARIES_WITH_CUDA)
+        return beside + (max(parts) if plan.in_turn else sum(parts))
+
+    def plan(
+        self, budget: MemoryBudget, geometry: Geometry, merged: Collection[str] = (), captioner: int = 0
+    ) -> HostPlan:
+        """The quickest plan that fits. Raises UserError where none does."""
+        for plan in PLANS:
+            size = self.need(plan, budget, geometry, merged, captioner)
+            if size <= self.limit:
+                return plan
+        where = f"`host_memory` is {self.limit / GIB:.3g}" if self.given else f"{self.limit / GIB:.1f} are free"
+        frames, height, width = geometry.size
+        raise UserError(
+            f"{self.config.name} needs {size / GIB:.1f} GiB of host memory for {frames} frames of {width}x{height}, "
+            f"even with one model at a time there, and {where}: close other programs, take weights in fewer bits ("
+            "`dit`, `dit_high`, `dit_low`), or make smaller clips"
+        )
+
+
+def _bytes(weights: Weights, dtype_of: Callable[[str], torch.dtype], mapped: bool) -> int:
+    """A model in host memory; `mapped`: without what its file holds as it is used."""
+    sizes = weight_sizes(weights, dtype_of)
+    stored = weights.stored_dtypes() if mapped else {}
+    return sum(size for name, size in sizes.items() if stored.get(name) != dtype_of(name))
