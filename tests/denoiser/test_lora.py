@@ -826,7 +826,7 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
             "no alpha that can be read",
         ),
         (lambda file: file.write_bytes(b""), "cannot be read, it may be truncated"),
-        (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "cannot be read, it may be truncated"),
+        (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "is a web page that was saved under this name"),
         (lambda file: file.mkdir(), "is a folder; name the .safetensors file in it"),
         (lambda file: None, "does not exist"),
     ],

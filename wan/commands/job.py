@@ -20,7 +20,7 @@ from wan.configs import ModelConfig, config_for, parse_size
 from wan.errors import UserError
 from wan.files import readable
 from wan.kinds import Picture, Video
-from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, V2V_TASKS, Command, Settings, options_of
+from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Command, Settings, options_of
 from wan.settings import Context, LoraFile
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Job:
 
         files = dit_files(settings)
         by_files = identify_files(files) if files else None
-        folder = resolve_folder(settings.ckpt_dir, files)  # which may download it
+        folder = resolve_folder(settings.ckpt_dir, files | part_files(settings))  # which may download it
         found = (0, 0) if settings.task else by_files or identify(folder, Names())
         task = choose_task(settings, found)
         settings = _or_example(settings, task)
@@ -105,6 +105,7 @@ class Job:
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
+            part_files=part_files(settings),
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
             **continuing,
@@ -220,7 +221,7 @@ class Job:
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
         }
-        used |= {name: readable(used[name]) for name in EXPERT_OF_DIT if used[name] is not None}
+        used |= {name: readable(used[name]) for name in (*EXPERT_OF_DIT, *PART_OF_FILE) if used[name] is not None}
         if plan is not None:
             used |= {
                 "custom_prompt": plan.prefix,
@@ -319,6 +320,12 @@ def dit_files(settings: Settings) -> dict[str, Path]:
     """The denoisers that come from a file of their own, by expert."""
     given = {expert: getattr(settings, name) for name, expert in EXPERT_OF_DIT.items()}
     return {expert: Path(file).expanduser() for expert, file in given.items() if file is not None}
+
+
+def part_files(settings: Settings) -> dict[str, Path]:
+    """The VAE and the text encoder that come from a file of their own."""
+    given = {part: getattr(settings, name) for name, part in PART_OF_FILE.items()}
+    return {part: Path(file).expanduser() for part, file in given.items() if file is not None}
 
 
 def lora_files(settings: Settings) -> dict[str, tuple[LoraFile, ...]]:
