@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from numbers import Integral
 from numbers import Real as Number
@@ -52,6 +53,10 @@ class Local(Kind):
     @property
     def local(self) -> bool:
         return True
+
+    def read(self, text: str) -> Any:
+        """A shell expands a ~ only at the beginning of a word, so not in SETTING=~/file."""
+        return os.path.expanduser(text)
 
     def check(self, value: Any) -> None:
         """Paths may hold any bytes."""

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from tests.support.golden import GOLDEN
 from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
+from wan.commands.job import choose_task
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.lora import merge_loras, open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import unreadable
+from wan.options import OPTIONS, Settings
 from wan.settings import LoraFile
 from wan.text.umt5 import _library_name
 from wan.weights.checkpoint import Names, identify, open_denoiser
@@ -315,3 +317,23 @@ def test_a_download_without_one_expert_is_said(part: str, tmp_path: Path) -> Non
         WanI2V(WAN_CONFIGS["i2v-A14B"], folder)
     assert str(caught.value).endswith(f"or give that expert's file with {setting}")
     assert identify(folder, Names()) == (2, 36)
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "message"),
+    [
+        ((2, 16), {"dit_high": "h.gguf", "dit_low": "l.gguf"}, "dit_high h.gguf and dit_low l.gguf is T2V-A14B, which"),
+        ((2, 16), {}, "ckpt_dir there is T2V-A14B, which takes no video; give the files of I2V-A14B or TI2V-5B"),
+        ((1, 20), {"dit": "x.gguf"}, "no task is for 1 denoiser(s) with 20 input channels, which dit x.gguf gives"),
+        ((1, 20), {}, "which ckpt_dir there gives"),
+    ],
+)
+def test_a_denoiser_that_no_task_is_for_is_named(found: tuple[int, int], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose_task(Settings(ckpt_dir="there", video="clip.mp4", **given), found)
+
+
+@pytest.mark.parametrize("name", ["vlm_path", "video", "ckpt_dir", "vae", "storyboard", "output_dir"])
+def test_a_path_may_begin_with_a_tilde_after_an_equals_sign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert OPTIONS[name].kind.read("~/x") == "/home/somebody/x"

@@ -59,7 +59,11 @@ _FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoders", "text_encoder", "
 # is for products in fp8 alone (the scale of the inputs) or repeats what the dtypes say.
 _SCALES = (".scale_weight", ".weight_scale")
 _BESIDE = re.compile(r"(?:.*\.)?(?:scaled_fp8|spiece_model)|.*\.(?:scale_input|input_scale|comfy_quant)")
-_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
+# Other words after high or low, as in low_poly and high-kick, say something else.
+_EXPERT = re.compile(
+    r"(?<![a-z])(high|low)(?=[ _.-]*(?:noise|expert|model|lora|rank|wan|svi|lightx2v|lightning|distill|rapid|scaled"
+    r"|comfy|pro(?![a-z])|steps?(?![a-z])|epoch|[ait]2v|a?14b|fp\d|bf16|i?q\d|[evr]?\d|$))"
+)
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
 
@@ -462,7 +466,7 @@ def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
-    said = set(_EXPERT.findall(path.name.lower()))
+    said = set(_EXPERT.findall(path.stem.lower()))
     if asked in ("high", "low") and len(said) == 1 and asked not in said:
         word = said.pop()
         raise UserError(
