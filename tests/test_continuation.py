@@ -210,6 +210,16 @@ def test_the_default_vlm_is_in_or_beside_the_checkpoint_folder(tmp_path: Path) -
     assert default_vlm(checkpoint) == str(checkpoint / "InternVL3_5-8B")
 
 
+def test_the_default_vlm_is_beside_a_link_to_the_checkpoint_too(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "ckpt").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "ckpt")
+    assert default_vlm(tmp_path / "link") == "OpenGVLab/InternVL3_5-8B"
+    (tmp_path / "disk" / "InternVL3_5-8B").mkdir()
+    assert default_vlm(tmp_path / "link") == str(tmp_path / "disk" / "InternVL3_5-8B")
+    (tmp_path / "InternVL3_5-8B").mkdir()
+    assert default_vlm(tmp_path / "link") == str(tmp_path / "InternVL3_5-8B")
+
+
 def test_several_gpus_are_refused_for_now() -> None:
     for name in ("t5_fsdp", "dit_fsdp", "use_sp"):
         asked: dict[str, Any] = {name: True}

@@ -280,6 +280,8 @@ CASES: dict[str, Case] = {
         "dit_low.safetensors",
         A14B,
     ),
+    "vae": Case("--vae vae.safetensors", lambda s: s.pipeline.checkpoint.vae.path.name, "vae.safetensors"),
+    "t5": Case("--t5 t5.safetensors", lambda s: s.pipeline.checkpoint.text_encoder.path.name, "t5.safetensors"),
     "lora": Case("--lora light.safetensors:0.5", lambda s: s.loras("model"), [("light.safetensors", 0.5)]),
     "lora_high": Case(
         "--lora_high light_high.safetensors",

@@ -69,7 +69,7 @@ class VideoContinuation(Pipeline):
     Constructor arguments beyond Wan2.2's: `vlm_path` (folder or hub id; default: a folder InternVL3_5-8B in or beside
     the checkpoint folder, else that model on the hub), `vlm_device` (default: the model's own), `vlm_url` (an
     OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_fallback`,
-    `vlm_trust_remote_code` and `video_reader`; `dit_files` as in `Pipeline`.
+    `vlm_trust_remote_code` and `video_reader`; `dit_files` and `part_files` as in `Pipeline`.
     """
 
     fit: Callable[[int, int, int], tuple[int, int]]  # width, height, max_area -> width, height
@@ -96,6 +96,7 @@ class VideoContinuation(Pipeline):
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
+        part_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
@@ -112,6 +113,7 @@ class VideoContinuation(Pipeline):
             init_on_cpu,
             convert_model_dtype,
             dit_files=dit_files,
+            part_files=part_files,
             compile_blocks=compile_blocks,
             vram=vram,
             host_memory=host_memory,

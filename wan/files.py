@@ -78,3 +78,24 @@ def publish(part: Path, path: Path) -> None:
 def readable(path: str | Path) -> str:
     """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def unreadable(file: Path, error: Exception) -> UserError:
+    """Why a file of weights cannot be read, told from how it begins."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{file} may not be read by this user; change its permissions")
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512).lstrip().lower()
+    except PermissionError:
+        return UserError(f"{file} may not be read by this user; change its permissions")
+    except OSError:
+        head = b""
+    if head.startswith(b"version https://git-lfs"):
+        return UserError(
+            f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` there or download it again"
+        )
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return UserError(f"{file} is a web page that was saved under this name; download the file itself")
+    reason = " ".join(str(error).split())
+    return UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})")

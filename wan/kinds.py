@@ -71,6 +71,10 @@ class Local(Kind):
     def local(self) -> bool:
         return True
 
+    def read(self, text: str) -> Any:
+        """A shell expands a ~ only at the beginning of a word, so not in SETTING=~/file."""
+        return os.path.expanduser(text)
+
     def check(self, value: Any) -> None:
         """Paths may hold any bytes but zeros."""
         for text in [value] if isinstance(value, str) else value if isinstance(value, tuple) else ():

@@ -369,6 +369,14 @@ class Settings:
     dit_low: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (A14B, low noise)", unset="none", fingerprint="checkpoint", record=True,
     )
+    vae: str | None = option(
+        WEIGHTS, Local("FILE"), "a .safetensors or .pth VAE in place of the folder's", unset="none",
+        fingerprint="checkpoint", record=True,
+    )
+    t5: str | None = option(
+        WEIGHTS, Local("FILE"), "a .safetensors or .pth text encoder in place of the folder's", unset="none",
+        fingerprint="checkpoint", record=True,
+    )
     lora: tuple[str, ...] = option(
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (5B); repeatable", (), unset="none",
         scene="lora", fingerprint="loras",
@@ -436,6 +444,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(_options())
 EXPERT_OF_DIT: Mapping[str, str] = MappingProxyType(
     {"dit": "model", "dit_high": "high_noise_model", "dit_low": "low_noise_model"}
 )
+PART_OF_FILE: Mapping[str, str] = MappingProxyType({"vae": "vae", "t5": "text_encoder"})
 EXPERT_OF_LORA: Mapping[str, str] = MappingProxyType(
     {"lora": "model", "lora_high": "high_noise_model", "lora_low": "low_noise_model"}
 )

@@ -55,7 +55,8 @@ class Pipeline(ABC):
     The checkpoint is checked in the constructor; each model is loaded when it is first used and kept. Constructor
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
-    attribute name: `model`, or `high_noise_model` and `low_noise_model`. `compile_blocks`: compile the denoiser where
+    attribute name: `model`, or `high_noise_model` and `low_noise_model`. `part_files` are "vae" and "text_encoder" from
+    files of their own (.safetensors, .pth). `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
@@ -79,6 +80,7 @@ class Pipeline(ABC):
         convert_model_dtype: bool = False,
         *,
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
+        part_files: Mapping[str, str | Path] = MappingProxyType({}),
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
@@ -93,6 +95,7 @@ class Pipeline(ABC):
         self.convert_model_dtype = convert_model_dtype
         self.compile_blocks = compile_blocks
         files = {name: Path(file).expanduser() for name, file in dit_files.items()}
+        parts = {name: Path(file).expanduser() for name, file in part_files.items()}
         limit = None if vram is None else gpu_limit(vram, self.device)
         check_precision(config.low_precision, self.device)
         packed = [file for file in files.values() if file.suffix == ".gguf"]
@@ -101,7 +104,7 @@ class Pipeline(ABC):
                 f"{packed[0]}: `precision` {config.low_precision} is for bf16 and fp8 weights; leave it out"
             )
         self.checkpoint = open_checkpoint(
-            resolve_folder(checkpoint_dir, files),
+            resolve_folder(checkpoint_dir, files | parts),
             in_channels=config.in_channels,
             experts=1 if config.boundary is None else 2,
             names=Names(
@@ -111,7 +114,7 @@ class Pipeline(ABC):
                 text_encoder=config.t5_checkpoint,
                 tokenizer=config.t5_tokenizer,
             ),
-            files=files,
+            files=files | parts,
         )
         for name in files:  # anyone makes such files; a folder's shards are said when they load
             WanModel.check(self.checkpoint.experts[name])

@@ -238,7 +238,8 @@ class PromptBuilder:
 
 def default_vlm(checkpoint: Path) -> str:
     """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
-    for folder in (checkpoint / VLM_NAME, checkpoint.resolve().parent / VLM_NAME):
-        if folder.is_dir():
-            return str(folder)
+    # beside a link to the checkpoint, and beside the checkpoint itself
+    for folder in (checkpoint, checkpoint.absolute().parent, checkpoint.resolve().parent):
+        if (folder / VLM_NAME).is_dir():
+            return str(folder / VLM_NAME)
     return VLM_HUB_ID

@@ -46,6 +46,34 @@ def test_config_json_picks_the_back_end(tmp_path: Path) -> None:
     assert isinstance(open_captioner(None, url="http://127.0.0.1:1/v1", device="cpu"), EndpointCaptioner)
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_quantised_internvl_is_refused_before_anything_loads(method: str, inside: bool, tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = {"llm_config": said} if inside else said
+    for model_type in ("internvl_chat", "internvl"):
+        folder = folder_with(tmp_path, model_type=model_type, auto_map={}, **config)
+        for own_code in (False, True):
+            with pytest.raises(UserError, match=rf"is quantised \({method}\); InternVL is loaded from bf16") as caught:
+                open_captioner(folder, device="cpu", trust_remote_code=own_code)
+            assert "\n" not in str(caught.value)
+
+
+def test_another_quantised_vlm_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: set[str] = set()
+    monkeypatch.setattr("wan.captioner.factory.find_spec", lambda name: name if name in there else None)
+    for method, package in (("awq", "gptqmodel"), ("gptq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")):
+        folder = folder_with(tmp_path, model_type="qwen3_vl", quantization_config={"quant_method": method})
+        there.clear()
+        with pytest.raises(UserError, match=rf"is quantised \({method}\): install {package}, or give weights in bf16"):
+            open_captioner(folder, device="cpu")
+        there.add(package)
+        assert isinstance(open_captioner(folder, device="cpu"), GenericCaptioner)
+    folder = folder_with(tmp_path, model_type="qwen3_vl", quantization_config={"quant_method": "vptq"})
+    with pytest.raises(UserError, match=r"is quantised \(vptq\), which cannot be loaded"):
+        open_captioner(folder, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -826,7 +826,7 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
             "no alpha that can be read",
         ),
         (lambda file: file.write_bytes(b""), "cannot be read, it may be truncated"),
-        (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "cannot be read, it may be truncated"),
+        (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "is a web page that was saved under this name"),
         (lambda file: file.mkdir(), "is a folder; name the .safetensors file in it"),
         (lambda file: None, "does not exist"),
     ],
@@ -867,6 +867,11 @@ def test_a_header_that_is_damaged_is_refused(a14b: Weights, tmp_path: Path) -> N
         ("Wan2.2-HighNoise", "high"),
         ("low-high-both", None),
         ("slow_flow_highway", None),
+        ("low_poly_style_v2", None),
+        ("high-kick", None),
+        ("Wan_2_2_I2V_A14B_HIGH_lightx2v_4step_lora_260412_rank_64", "high"),
+        ("style_low_000002500", "low"),
+        ("wan-high", "high"),
     ],
 )
 def test_a_file_is_for_the_expert_that_its_name_says(

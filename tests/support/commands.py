@@ -92,6 +92,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["head.head.bias"] += 1
     save_file(weights, world / "ti2v_2/diffusion_pytorch_model.safetensors")
     save_file(weights, world / "dit.safetensors")
+    for name, pth in (("vae", "Wan2.2_VAE.pth"), ("t5", "models_t5_umt5-xxl-enc-bf16.pth")):
+        state = torch.load(world / "ti2v" / pth, weights_only=True)
+        biased = next(key for key in state if key.endswith("norm.weight" if name == "t5" else "bias"))
+        state[biased] = state[biased] + 1
+        save_file({key: value.contiguous() for key, value in state.items()}, world / f"{name}.safetensors")
     for noise in ("high", "low"):
         folder = world / "i2v" / f"{noise}_noise_model"
         parts = {

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.golden import GOLDEN, ROOT, float32
-from wan import WanI2V, WanTI2V
+from wan import WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
 from wan.weights.checkpoint import Names, identify, resolve_folder
@@ -118,7 +118,7 @@ BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: truncate(f / "Wan2.2_VAE.pth"), r"Wan2.2_VAE.pth cannot be read, it may be truncated"),
     (
         lambda f: (f / "Wan2.2_VAE.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        r"VAE.pth cannot be read",
+        r"VAE.pth is a pointer of Git LFS, not the weights",
     ),
     (lambda f: (f / "Wan2.2_VAE.pth").unlink(), r"expected Wan2.2_VAE.pth, found no such file"),
     (lambda f: (f / "models_t5_umt5-xxl-enc-bf16.pth").unlink(), r"expected models_t5_umt5-xxl-enc-bf16.pth"),
@@ -160,13 +160,6 @@ def test_a_width_without_heads_is_refused(five_b: Path) -> None:
     (five_b / "config.json").write_text("{}")
     with pytest.raises(UserError, match="expected num_heads that divide the width 48, found None"):
         WanTI2V(WAN_CONFIGS["ti2v-5B"], five_b).model  # noqa: B018
-
-
-@pytest.mark.parametrize("part", ["low_noise_model", "high_noise_model"])
-def test_a_missing_expert_is_named(a14b: Path, part: str) -> None:
-    shutil.rmtree(a14b / part)
-    with pytest.raises(UserError, match=f"in {part}, found"):
-        WanI2V(WAN_CONFIGS["i2v-A14B"], a14b)
 
 
 @pytest.mark.parametrize(

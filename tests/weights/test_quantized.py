@@ -417,7 +417,7 @@ WRONG = [
     (f"{FIVE_B} --dit {{nothing.gguf}}", "nothing.gguf does not exist"),
     (f"{FIVE_B} --dit {{i2v}}", "is a folder; name the file in it"),
     (f"{FIVE_B} --dit {{x.bin}}", "is no .gguf or .safetensors file"),
-    (f"{FIVE_B} --dit {{text.gguf}}", "text.gguf cannot be read, it may be truncated"),
+    (f"{FIVE_B} --dit {{text.gguf}}", "text.gguf is a web page that was saved under this"),
     (f"{FIVE_B} --dit {{cut_head.gguf}}", "cut_head.gguf cannot be read, it may be truncated"),
     (f"{FIVE_B} --dit {{cut_half.gguf}}", "cut_half.gguf cannot be read, it may be truncated"),
     (f"{FIVE_B} --dit {{cut_none.gguf}}", "cut_none.gguf cannot be read, it may be truncated"),

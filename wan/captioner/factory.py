@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,7 @@ def open_captioner(
 
     def open_folder(folder: Path) -> BackEnd:
         config = read_config(folder / "config.json")
+        _check_quantized(folder, config)
         own_code = trust_remote_code and "auto_map" in config
         if config.get("model_type") == "internvl_chat" and own_code:
             return RemoteCodeCaptioner(folder, device, dtype)
@@ -57,6 +60,33 @@ def open_captioner(
         if HUB_ID.fullmatch(str(path)) and not Path(path).parent.is_dir():
             return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
         raise UserError(f"there is no VLM folder {path}: check `vlm_path`")
+
+
+# The packages, any of which transformers needs for weights that are quantised in that way.
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "awq": ("gptqmodel", "awq"),
+    "gptq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",),
+    "torchao": ("torchao",),
+    "hqq": ("hqq",),
+}
+
+
+def _check_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError for quantised weights that cannot be loaded here, before anything is."""
+    inside = [config, *(value for key, value in config.items() if key in ("llm_config", "text_config"))]
+    said = next((one["quantization_config"] for one in inside if one and one.get("quantization_config")), None)
+    if said is None:
+        return
+    method = str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "of an unknown kind"))
+    if config.get("model_type") in ("internvl_chat", "internvl"):
+        raise UserError(f"{folder} is quantised ({method}); InternVL is loaded from bf16 weights only, give those")
+    needed = _PACKAGES.get(method, ())
+    if not needed:
+        raise UserError(f"{folder} is quantised ({method}), which cannot be loaded; give weights in bf16")
+    if not any(find_spec(name) for name in needed):
+        raise UserError(f"{folder} is quantised ({method}): install {needed[0]}, or give weights in bf16")
 
 
 def weight_bytes(path: str | Path) -> int | None:

@@ -20,7 +20,7 @@ from wan.configs import ModelConfig, config_for, parse_size
 from wan.errors import UserError
 from wan.files import readable
 from wan.kinds import Picture, Video, public_path
-from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, V2V_TASKS, Command, Settings, options_of
+from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Command, Settings, options_of
 from wan.settings import Context, LoraFile
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Job:
 
         files = dit_files(settings)
         by_files = identify_files(files) if files else None
-        folder = resolve_folder(settings.ckpt_dir, files)  # which may download it
+        folder = resolve_folder(settings.ckpt_dir, files | part_files(settings))  # which may download it
         found = (0, 0) if settings.task else by_files or identify(folder, Names())
         task = choose_task(settings, found)
         settings = _or_example(settings, task)
@@ -105,6 +105,7 @@ class Job:
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
+            part_files=part_files(settings),
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
             host_memory=settings.host_memory,
@@ -265,8 +266,15 @@ def choose_task(settings: Settings, found: tuple[int, int]) -> str:
     if settings.task is not None:
         return settings.task
     by_kind = {(2, 36): ("i2v-A14B", "v2v-14B"), (1, 48): ("ti2v-5B", "v2v-5B"), (2, 16): ("t2v-A14B", "t2v-A14B")}
+    given = [f"`{name}` {file}" for name in EXPERT_OF_DIT if (file := getattr(settings, name))]
+    where = " and ".join(given) or f"`ckpt_dir` {settings.ckpt_dir}"
     if found not in by_kind:
-        raise UserError(f"`ckpt_dir` holds a denoiser with {found[1]} input channels, which no task is for")
+        raise UserError(
+            f"no task is for {found[0]} denoiser(s) with {found[1]} input channels, which {where} gives; give the "
+            "files of I2V-A14B (two), T2V-A14B (two) or TI2V-5B (one)"
+        )
+    if settings.video is not None and found == (2, 16):
+        raise UserError(f"{where} is T2V-A14B, which takes no `video`; give the files of I2V-A14B or TI2V-5B")
     return by_kind[found][settings.video is not None]
 
 
@@ -320,6 +328,12 @@ def dit_files(settings: Settings) -> dict[str, Path]:
     """The denoisers that come from a file of their own, by expert."""
     given = {expert: getattr(settings, name) for name, expert in EXPERT_OF_DIT.items()}
     return {expert: Path(file).expanduser() for expert, file in given.items() if file is not None}
+
+
+def part_files(settings: Settings) -> dict[str, Path]:
+    """The VAE and the text encoder that come from a file of their own."""
+    given = {part: getattr(settings, name) for name, part in PART_OF_FILE.items()}
+    return {part: Path(file).expanduser() for part, file in given.items() if file is not None}
 
 
 def lora_files(settings: Settings) -> dict[str, tuple[LoraFile, ...]]:

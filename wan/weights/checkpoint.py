@@ -12,7 +12,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
+from wan.files import unreadable
 from wan.foreign import read_json
 from wan.options import EXPERT_OF_DIT
 from wan.weights.hub import unreachable
@@ -41,13 +42,29 @@ from wan.weights.quantized import (
 
 Shape = tuple[int, ...]
 
-# What may stand before the names in a denoiser's own file.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# What may stand before the names of each part in a file of its own, or in one that holds several parts (ComfyUI).
+_PREFIXES = {
+    "denoiser": ("model.diffusion_model.", "diffusion_model."),
+    "vae": ("first_stage_model.", "vae.", "model."),
+    "text_encoder": ("text_encoders.umt5xxl.transformer.", "cond_stage_model.transformer.", "transformer."),
+}
+# By which tensor a part is known; official and library's names.
+_KNOWN_BY = {
+    "denoiser": ("patch_embedding.weight",),
+    "vae": ("decoder.conv1.weight", "decoder.conv_in.weight"),
+    "text_encoder": ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"),
+}
+# The folders of one part, in repositories of quantised models and in ComfyUI's own.
+_FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoders", "text_encoder", "clip")}
 # What the fp8 files of ComfyUI, its converters and lightx2v hold beside the weights: the factor of a weight; and what
 # is for products in fp8 alone (the scale of the inputs) or repeats what the dtypes say.
 _SCALES = (".scale_weight", ".weight_scale")
-_BESIDE = re.compile(r"(?:.*\.)?scaled_fp8|.*\.(?:scale_input|input_scale|comfy_quant)")
-_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise|(?![a-z]))")
+_BESIDE = re.compile(r"(?:.*\.)?(?:scaled_fp8|spiece_model)|.*\.(?:scale_input|input_scale|comfy_quant)")
+# Other words after high or low, as in low_poly and high-kick, say something else.
+_EXPERT = re.compile(
+    r"(?<![a-z])(high|low)(?=[ _.-]*(?:noise|expert|model|lora|rank|wan|svi|lightx2v|lightning|distill|rapid|scaled"
+    r"|comfy|pro(?![a-z])|steps?(?![a-z])|epoch|[ait]2v|a?14b|fp\d|bf16|i?q\d|[evr]?\d|$))"
+)
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
 
@@ -119,10 +136,10 @@ class Names:
     tokenizer: str = "google/umt5-xxl"
 
 
-def resolve_folder(name: str | Path, denoisers: Container[str] = ()) -> Path:
+def resolve_folder(name: str | Path, files: Container[str] = ()) -> Path:
     """A folder as it is; a hub id ("owner/name") through the hub's client and cache. Raises UserError.
 
-    `denoisers` are those of the experts that come from elsewhere and are not downloaded.
+    `files` are the experts, "vae" and "text_encoder" that come from elsewhere and are not downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -139,7 +156,9 @@ def resolve_folder(name: str | Path, denoisers: Container[str] = ()) -> Path:
         "high_noise_model": ("high_noise_model/*.safetensors", "transformer/*.safetensors"),
         "low_noise_model": ("low_noise_model/*.safetensors", "transformer_2/*.safetensors"),
     }
-    spared = [pattern for expert, patterns in places.items() if expert in denoisers for pattern in patterns]
+    places["vae"] = ("*VAE.pth", "vae/*.safetensors")
+    places["text_encoder"] = ("models_t5*.pth", "text_encoder/*.safetensors")
+    spared = [pattern for part, patterns in places.items() if part in files for pattern in patterns]
     try:
         return Path(snapshot_download(str(name), ignore_patterns=spared or None))
     except unreachable() as error:
@@ -152,14 +171,15 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint in `folder`, checked to be whole and to be the model that is asked for.
 
-    `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, that come from
-    a file of their own in place of the folder's. Raises UserError that names the folder or file, what was expected
-    and what was found.
+    `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, and "vae" and
+    "text_encoder", that come from a file of their own in place of the folder's. Raises UserError that names the folder
+    or file, what was expected and what was found.
     """
     if (folder / "model_index.json").is_file():
         found = _open_diffusers(folder, experts, files)
     else:
         found = _open_official(folder, experts, names, files)
+    _check_vae(found)
     widths = {name: _patch_embedding(weights)[0] for name, weights in found.experts.items()}
     if len(set(widths.values())) > 1:
         said = " and ".join(f"{found.experts[name].path} of {width}" for name, width in widths.items())
@@ -189,8 +209,12 @@ def kind_of(experts: int, channels: int) -> str:
 def identify(folder: Path, names: Names) -> tuple[int, int]:
     """(experts, input channels) of the checkpoint in `folder`. Raises UserError when it holds no Wan denoiser."""
     diffusers = (folder / "model_index.json").is_file()
-    candidates = ("transformer_2", "transformer") if diffusers else (names.low_noise, ".")
-    for experts, part in zip((2, 1), candidates, strict=True):
+    candidates = (
+        ((2, "transformer_2"), (1, "transformer"))
+        if diffusers
+        else ((2, names.low_noise), (2, names.high_noise), (1, "."))
+    )
+    for experts, part in candidates:
         if list((folder / part).glob("diffusion_pytorch_model*.safetensors*")):
             return experts, _patch_embedding(open_safetensors(folder / part, "diffusion_pytorch_model"))[1]
     raise UserError(
@@ -254,8 +278,13 @@ def load_into(
         name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
     mapped = mapped and device.type == "cpu" and rounding is None
     places = _places(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else {}
+    blocks = _Blocks()
     for key, tensor in weights.tensors():
         name = name_of[key]
+        if not blocks.see(name, tensor):
+            raise UserError(
+                f"{_place(weights, key)} holds numbers in {key} that are NaN or infinite; download it again"
+            )
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if (
@@ -278,6 +307,63 @@ def load_into(
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+    if blocks.zero:
+        block = min(blocks.zero)
+        key = next(source_of[name] for name in source_of if name.startswith(f"{block}."))
+        raise UserError(f"{_place(weights, key)} is damaged: all weights of {block} are zero; download it again")
+
+
+class _Blocks:
+    """Which blocks of a model have had no weight but zeros so far."""
+
+    def __init__(self) -> None:
+        self.zero: set[str] = set()
+        self._other: set[str] = set()
+
+    def see(self, name: str, tensor: Tensor | QuantizedTensor) -> bool:
+        """Note a tensor; False where its numbers are not finite. Those of GGUF are looked at until one is not zero."""
+        low, high = _range(tensor)
+        block = re.match(r"(?:encoder\.block|blocks)\.\d+(?=\.)", name)
+        if block is not None and name.endswith(".weight") and "norm" not in name:
+            if low == high == 0:
+                self.zero |= {block[0]} - self._other
+            else:
+                self._other.add(block[0])
+                self.zero.discard(block[0])
+        return math.isfinite(low) and math.isfinite(high)
+
+
+def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
+    """The least and the greatest number of a tensor, NaN if one is.
+
+    Of fp8 the size of the numbers, of GGUF the range of its first rows that are not all zero: enough to tell damage.
+    """
+    if isinstance(tensor, Tensor):
+        if not tensor.numel():
+            return 0.0, 0.0
+        low, high = tensor.aminmax()
+        return low.item(), high.item()
+    if tensor.gguf_type is None:
+        sides = (0.0, 1.0) if tensor.scale is None else _range(tensor.scale)
+        if tensor.data.dtype not in FLOAT8:
+            found = _range(tensor.data)
+            return found[0] * sides[1], found[1] * sides[1]
+        largest = int((tensor.data.view(torch.uint8) & 0x7F).max())  # without the sign
+        finite = largest <= {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}[tensor.data.dtype]
+        return 0.0, largest * sides[1] if finite else math.nan
+    step = max(1, (1 << 20) // max(1, math.prod(tensor.data.shape[1:])))
+    for start in range(0, len(tensor.data), step):
+        found = _range(tensor.rows(slice(start, start + step)))
+        if found != (0.0, 0.0):
+            return found
+    return 0.0, 0.0
+
+
+def _place(weights: Weights, key: str) -> str:
+    """The file in which a tensor is, with the expert that it is for."""
+    name = weights.prefix + key
+    file = next(file for file in weights.files if any(_read(file, {name})))
+    return f"{file} ({weights.expert})" if weights.expert else str(file)
 
 
 def _places(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
@@ -321,6 +407,13 @@ def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str,
         except UserError:
             listed = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
             found = f"no Wan2.2 checkpoint (files: {listed or 'none'})"
+        there = [part for part in wanted if part not in missing]
+        if there:
+            settings = {parts[expert]: name for name, expert in EXPERT_OF_DIT.items() if expert in parts}
+            raise UserError(
+                f"{folder}: {there[0]} is there and {missing[0]} is not, the download is not complete; run it again "
+                f"(it goes on where it stopped), or give that expert's file with `{settings[missing[0]]}`"
+            )
         where = " and ".join(part for part in missing if part != ".") or "the folder itself"
         raise UserError(f"{folder}: expected diffusion_pytorch_model*.safetensors in {where}, found {found}")
     tokenizer = folder / names.tokenizer
@@ -329,8 +422,8 @@ def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str,
     return Checkpoint(
         folder,
         _open_experts(folder, parts, files),
-        _open_pth(folder / names.vae),
-        _open_pth(folder / names.text_encoder),
+        _open_named(folder / names.vae, "vae", files),
+        _open_named(folder / names.text_encoder, "text_encoder", files),
         tokenizer,
     )
 
@@ -342,7 +435,8 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
     else:
         parts = {"model": "transformer"}
     _check_names(files, parts)
-    wanted = [part for expert, part in parts.items() if expert not in files] + ["vae", "text_encoder", "tokenizer"]
+    wanted = [part for expert, part in parts.items() if expert not in files]
+    wanted += [part for part in ("vae", "text_encoder", "tokenizer") if part not in files]
     missing = [part for part in wanted if not (folder / part).is_dir()]
     if missing:
         raise UserError(
@@ -353,8 +447,12 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
     return Checkpoint(
         folder,
         _open_experts(folder, parts, files),
-        open_safetensors(folder / "vae", "diffusion_pytorch_model"),
-        open_safetensors(folder / "text_encoder", "model"),
+        open_part(files["vae"], "vae")
+        if "vae" in files
+        else open_safetensors(folder / "vae", "diffusion_pytorch_model"),
+        open_part(files["text_encoder"], "text_encoder")
+        if "text_encoder" in files
+        else open_safetensors(folder / "text_encoder", "model"),
         folder / "tokenizer",
     )
 
@@ -367,7 +465,8 @@ def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Pa
             opened[name] = open_denoiser(files[name], folder / part)
         else:
             opened[name] = open_safetensors(folder / part, "diffusion_pytorch_model")
-    if len(set(map(Path.resolve, files.values()))) < len(files):
+    given = [files[name] for name in parts if name in files]
+    if len(set(map(Path.resolve, given))) < len(given):
         raise UserError(f"{files['high_noise_model']} is given for both experts; give each its own file")
     return {name: replace(weights, expert=name) for name, weights in opened.items()}
 
@@ -386,7 +485,7 @@ def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
-    said = set(_EXPERT.findall(path.name.lower()))
+    said = set(_EXPERT.findall(path.stem.lower()))
     if asked in ("high", "low") and len(said) == 1 and asked not in said:
         word = said.pop()
         raise UserError(
@@ -402,29 +501,8 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
     config.json says what no shape tells; without one the heads are as wide as in the released models. Raises
     UserError for a file that is broken, is no Wan denoiser, or is of another size than the configuration.
     """
-    if not file.is_file():
-        raise UserError(f"{file} {'is a folder; name the file in it' if file.is_dir() else 'does not exist'}")
-    suffix = file.suffix.lower()
-    if suffix not in (".gguf", ".safetensors"):
-        raise UserError(f"{file} is no .gguf or .safetensors file; a denoiser of its own is one of them")
-    if suffix == ".gguf":
-        header = open_gguf(file)
-        shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
-        kinds = {name: kind for name, kind in header.types.items() if kind not in (*GGUF_TYPES, *PLAIN_TYPES)}
-        scales, known = {}, ", ".join(GGUF_TYPES)
-    else:
-        shapes, dtypes = dict(_safetensors_shapes(file)), _safetensors_dtypes(file)
-        shapes, what = {name: shape for name, shape in shapes.items() if not _BESIDE.fullmatch(name)}, "a file"
-        scales = {name: name.removesuffix(end) + ".weight" for end in _SCALES for name in shapes if name.endswith(end)}
-        scales = {key: name for name, key in scales.items() if key in shapes}
-        for key, name in scales.items():
-            if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
-                raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
-        floats = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2")
-        kinds = {name: dtypes[name] for name in shapes if dtypes[name] not in floats}
-        known = "scaled fp8"
-    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
-    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    weights, kinds, what, known = _open_single(file, "denoiser", (".gguf", ".safetensors"))
+    shapes = _with_lost_dimensions(weights.shapes)
     if len(shapes.get("patch_embedding.weight", ())) != 5:
         raise UserError(f"{file} is no Wan denoiser: {what} without a patch_embedding.weight of five dimensions")
     if kinds:
@@ -439,8 +517,117 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
         if width % _RELEASED_HEAD and beside is not None:
             raise UserError(f"{file} does not say how many heads there are; put its model's config.json into {beside}")
         config = {**config, "num_heads": width // _RELEASED_HEAD}
-    scales = {key.removeprefix(prefix): name for key, name in scales.items()}
-    return Weights(file, (file,), shapes, config, prefix=prefix, scales=scales)
+    return replace(weights, shapes=shapes, config=config)
+
+
+def open_part(file: Path, part: str) -> Weights:
+    """The "vae" or "text_encoder" from a file of its own: .pth, or safetensors in any float or in fp8 with scales.
+
+    Of a file that holds several parts, this one. Raises UserError.
+    """
+    word = {"vae": "VAE", "text_encoder": "text encoder"}[part]
+    if file.suffix.lower() == ".pth":
+        weights, kinds, known = _open_pth(file), dict[str, str](), ""
+    else:
+        weights, kinds, _, known = _open_single(file, part, (".safetensors", ".pth"))
+    if not any(name in weights.shapes for name in _KNOWN_BY[part]):
+        raise UserError(f"{file} is no {word} of Wan: it has no {_KNOWN_BY[part][0]}")
+    if kinds:
+        name, kind = next(iter(kinds.items()))
+        raise UserError(f"{file}: {name} is stored as {kind}, which cannot be read; there is {known}")
+    beside = file.with_name("config.json")  # of diffusers, which has the statistics of the latents
+    if file.stem == "diffusion_pytorch_model" and beside.is_file():
+        return replace(weights, config=read_json(beside))
+    return weights
+
+
+def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weights, dict[str, str], str, str]:
+    """One part from one file; what of it is stored in a form that cannot be read, what the file is, and what can be."""
+    if not file.is_file():
+        raise UserError(f"{file} {'is a folder; name the file in it' if file.is_dir() else 'does not exist'}")
+    suffix = file.suffix.lower()
+    if suffix not in suffixes:
+        whose = {"denoiser": "a denoiser", "vae": "a VAE", "text_encoder": "a text encoder"}[part]
+        raise UserError(f"{file} is no {' or '.join(suffixes)} file; {whose} of its own is one of them")
+    if suffix == ".gguf":
+        header = open_gguf(file)
+        shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
+        kinds, readable = dict(header.types), (*GGUF_TYPES, *PLAIN_TYPES)
+        scales, known = {}, ", ".join(GGUF_TYPES)
+    else:
+        shapes, kinds = dict(_safetensors_shapes(file)), _safetensors_dtypes(file)
+        shapes, what = {name: shape for name, shape in shapes.items() if not _BESIDE.fullmatch(name)}, "a file"
+        scales = {name: name.removesuffix(end) + ".weight" for end in _SCALES for name in shapes if name.endswith(end)}
+        scales = {key: name for name, key in scales.items() if key in shapes}
+        for key, name in scales.items():
+            if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
+                raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
+        readable, known = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2"), "scaled fp8"
+    found = (prefix for prefix in _PREFIXES[part] if any(prefix + name in shapes for name in _KNOWN_BY[part]))
+    prefix = next(found, "")
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    kinds = {name: kind for name, kind in kinds.items() if name.removeprefix(prefix) in shapes and kind not in readable}
+    scales = {key.removeprefix(prefix): name for key, name in scales.items() if key.startswith(prefix)}
+    return Weights(file, (file,), shapes, {}, prefix=prefix, scales=scales), kinds, what, known
+
+
+def _with_lost_dimensions(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes of a denoiser as the model has them; writers of GGUF drop a leading 1 or fold dimensions."""
+    found = {
+        name: (1, *shape) if len(shape) == 2 and name.endswith(("modulation", "scale_shift_table")) else shape
+        for name, shape in shapes.items()
+    }
+    patch, width = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", (0,))[0]
+    if len(patch) == 4 and width and patch[0] % width == 0:  # stable-diffusion.cpp: [D * channels, 1, 2, 2]
+        found["patch_embedding.weight"] = (width, patch[0] // width, *patch[1:])
+    return found
+
+
+def _open_named(file: Path, part: str, files: Mapping[str, Path]) -> Weights:
+    """A part from its own file, by its official name, that name as safetensors, or the names of other publishers."""
+    if part in files:
+        return open_part(files[part], part)
+    for own in (file, file.with_suffix(".safetensors")):
+        if own.is_file():
+            return open_part(own, part)
+    folders = [file.parent, *(one for one in file.parent.iterdir() if one.name.lower() in _FOLDERS[part])]
+    word = {"vae": "vae", "text_encoder": "t5"}[part]
+    found = [one for folder in folders for one in sorted(folder.glob("*.safetensors")) if word in one.name.lower()]
+    if len(found) > 1:
+        raise UserError(
+            f"{file.parent}: {' and '.join(one.name for one in found[:3])} may each be the {word.upper()}; "
+            f"name one with `{word}`"
+        )
+    if not found:
+        raise UserError(
+            f"{file.parent}: expected {file.name}, found no such file, nor one as .safetensors; name it with `{word}`"
+        )
+    return open_part(found[0], part)
+
+
+def _check_vae(found: Checkpoint) -> None:
+    """Raise UserError for a VAE whose pixels or latents are not those of the denoisers."""
+
+    def side(weights: Weights, names: Sequence[str], axis: int) -> int:
+        return next((weights.shapes[name][axis] for name in names if name in weights.shapes), 0)
+
+    vae = found.vae
+    into = side(vae, ("encoder.conv1.weight", "encoder.conv_in.weight"), 1)
+    out = side(vae, ("decoder.head.2.weight", "decoder.conv_out.weight"), 0)
+    if into != out:
+        raise UserError(
+            f"{vae.path} takes {into} channels and makes {out}, as VAEs that enlarge do; give the one that belongs to "
+            "the model"
+        )
+    latents = side(vae, ("conv2.weight", "post_quant_conv.weight"), 0)
+    for weights in found.experts.values():
+        rows = side(weights, ("head.head.weight", "proj_out.weight"), 0)
+        expected = rows // math.prod(_patch_embedding(weights)[2:])
+        if latents and expected and latents != expected:
+            raise UserError(
+                f"{vae.path} has {latents} latent channels, the denoiser {weights.path} has {expected}; give the VAE "
+                "that belongs to it"
+            )
 
 
 def open_safetensors(folder: Path, stem: str) -> Weights:
@@ -486,8 +673,7 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})") from error
+        raise unreadable(file, error) from error
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{file} is not a state dict of tensors")
     return state
@@ -499,7 +685,7 @@ def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
             for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield key, tuple(opened.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read, it may be truncated; download it again ({error})") from error
+        raise unreadable(file, error) from error
 
 
 def _safetensors_dtypes(file: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.files import unreadable
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
@@ -223,8 +224,7 @@ def _reader(file: Path) -> tuple[ModuleType, Any]:
     try:
         return gguf, gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})") from error
+        raise unreadable(file, error) from error
 
 
 def _gguf(file: Path) -> ModuleType:
