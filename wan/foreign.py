@@ -7,7 +7,10 @@ looks into it: a list in a list in a list would end in Python's own stack, a num
 from __future__ import annotations
 
 import json
+import re
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -66,6 +69,34 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
     return value
+
+
+@contextmanager
+def parsing(source: str, advice: str) -> Iterator[None]:
+    """Around a library that reads foreign bytes, or what was made of their sizes: all that it raises is one line.
+
+    Such libraries document none of their errors, and tokenizers ends in a panic, which is no Exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source} cannot be read, it may be damaged; {advice} ({reason})") from error
+
+
+def count_numbered(names: Iterable[str], prefix: str, source: str) -> int:
+    """How many modules a list has whose tensors are `prefix` and a number, from 0 without a gap. Raises UserError."""
+    found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    if odd := found - {str(number) for number in range(len(found))}:
+        name = re.sub(r"[^\w]", "?", min(odd))[:40]
+        raise UserError(
+            f"{source} is damaged: {prefix}{name} is not one of {len(found)} counted from 0; download it again"
+        )
+    return len(found)
 
 
 def fit(shape: type[Shape], value: Any, source: str) -> Shape:

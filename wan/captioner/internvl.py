@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, to_images
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
+from wan.foreign import parsing
 from wan.weights.prefetch import ReadAhead
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -125,13 +126,10 @@ class InternVLCaptioner(LocalModel):
     def tokenizer(self) -> Any:
         from transformers import Qwen2Tokenizer
 
-        try:  # this class and not AutoTokenizer, which asks about remote code on stdin
+        with parsing(f"the tokenizer in {self.folder}", "download it again"):
+            # this class and not AutoTokenizer, which asks about remote code on stdin
             tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
-        except Exception as error:  # the tokenizers library raises nothing more particular
-            raise UserError(
-                f"cannot read the tokenizer in {self.folder} ({one_line(error)}): download it again"
-            ) from error
-        known = tokenizer.get_vocab()
+            known = tokenizer.get_vocab()
         for token in ("<|im_start|>", TURN_END, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>"):
             if token not in known:
                 raise UserError(f"the tokenizer in {self.folder} lacks {token}: download the folder again")

@@ -9,14 +9,13 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable
 
-from wan.captioner.base import OFFER
+from wan.captioner.base import MOST_CHARACTERS, OFFER
 from wan.captioner.talk import ABOUT_ITSELF, BUT, LEAD_IN, REFUSAL
 from wan.captioner.talk import OFFER as TALK
 from wan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_MOST_CHARACTERS = 20_000  # of an answer; the longest that is asked for has 512 tokens
 _CLOSERS = "\"'”’)\\]」』）"
 _SENTENCE_END = (
     rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?…]+[{_CLOSERS}]*(?=\s+[^a-z\s]|\s*$)"
@@ -74,7 +73,7 @@ def refusal(answer: str) -> str | None:
 
     An answer that declines a part and describes the rest is a description.
     """
-    text = " ".join(_TAG.sub(" ", without_reasoning(answer)[:_MOST_CHARACTERS]).split())
+    text = " ".join(_TAG.sub(" ", without_reasoning(answer)[:MOST_CHARACTERS]).split())
     first, *rest = sentences(_without_talk(text)) or [""]
     opening = REFUSAL.match(first.lstrip(_CLOSERS + "*"))
     if opening is None or BUT.search(first, opening.end()):
@@ -92,7 +91,7 @@ def clean_caption(text: str) -> str:
     again go, and so does a last sentence that was cut off, unless it is the only one. Of JSON and of tables the words
     stay, as sentences.
     """
-    text = _words_of_json(without_reasoning(text)[:_MOST_CHARACTERS])
+    text = _words_of_json(without_reasoning(text)[:MOST_CHARACTERS])
     text = _TAG.sub(" ", _BOX.sub(" ", text))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
     text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))

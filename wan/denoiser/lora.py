@@ -8,7 +8,6 @@ whose weight stays quantized holds the LoRA beside it and does the same sum when
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import re
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
-from wan.foreign import read_json
+from wan.foreign import fit, parse_json, read_json
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Shape, Weights, check_expert, open_file
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
@@ -312,11 +311,8 @@ def _adapter(file: Weights) -> dict[str, Any]:
     if header is None:
         beside = file.path.with_name("adapter_config.json")
         return read_json(beside) if file.path.name == "adapter_model.safetensors" and beside.is_file() else {}
-    try:
-        said = json.loads(header)
-        return {name.removeprefix("transformer."): value for name, value in said.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file.path} has a header that cannot be read ({error}); download it again") from error
+    said = fit(dict[str, Any], parse_json(header, f"the header of {file.path}"), f"the header of {file.path}")
+    return {name.removeprefix("transformer."): value for name, value in said.items()}
 
 
 def _listing(names: Sequence[str]) -> str:

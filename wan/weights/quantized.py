@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.foreign import parsing
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
@@ -150,6 +151,11 @@ class GgufHeader:
 def open_gguf(file: Path) -> GgufHeader:
     """The head of a GGUF file, which is checked to be whole. Raises UserError."""
     gguf, reader = _reader(file)
+    with parsing(str(file), "download it again"):
+        return _header(gguf, reader)
+
+
+def _header(gguf: ModuleType, reader: Any) -> GgufHeader:
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
     for name in shapes:  # converters that cannot write five dimensions flatten, and say so (ComfyUI-GGUF)
         field = reader.get_field(f"comfy.gguf.orig_shape.{name}")
@@ -175,11 +181,8 @@ def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | 
 
 def _reader(file: Path) -> tuple[ModuleType, Any]:
     gguf = _gguf(file)
-    try:
+    with parsing(str(file), "download it again"):
         return gguf, gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})") from error
 
 
 def _gguf(file: Path) -> ModuleType:
