@@ -71,6 +71,16 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     return value
 
 
+def shards(index: dict[str, Any], path: Path) -> list[str]:
+    """The files that the index of a model in shards names, which lie beside it. Raises UserError."""
+    names = sorted(set(fit(dict[str, str], index.get("weight_map"), f"weight_map in {path}").values()))
+    if odd := next((name for name in names if Path(name).name != name or len(name) > 200), None):
+        raise UserError(f"{path} names {odd[:100]!r}, which is no file beside it; download it again")
+    if not names:
+        raise UserError(f"{path} names no weights; download it again")
+    return names
+
+
 @contextmanager
 def parsing(source: str, advice: str) -> Iterator[None]:
     """Around a library that reads foreign bytes, or what was made of their sizes: all that it raises is one line.

@@ -22,7 +22,7 @@ from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
 
-MOST_CHARACTERS = 20_000  # of an answer; the longest that is asked for has 512 tokens
+MOST_CHARACTERS = 8_000  # of an answer; the longest that is asked for has 512 tokens
 OFFER = "or give `prompt` to go on without captioning"
 
 

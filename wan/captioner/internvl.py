@@ -14,7 +14,7 @@ from wan.captioner.base import LocalModel, Pictures, number_frames, read_config,
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
-from wan.foreign import parsing
+from wan.foreign import parsing, shards
 from wan.weights.prefetch import ReadAhead
 
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -197,9 +197,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_config(index).get("weight_map", {}).values()))
-        if not names:
-            raise UserError(f"{index} names no weights: download it again")
+        names = shards(read_config(index), index)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing[:3])}: download the VLM again, as safetensors")
     return [check_content(folder / name) for name in names]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from wan.captioner.base import Captioner
-from wan.captioner.text import bare_words, clean_caption, compose_prompt, refusal, sentences, without_reasoning
+from wan.captioner.text import bare_words, bounded, clean_caption, compose_prompt, refusal, sentences, without_reasoning
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -299,7 +299,7 @@ def fields_of(answer: str, names: tuple[str, ...]) -> dict[str, str]:
 
     A text without any label is the first field; what is missing is empty.
     """
-    answer = re.sub(r"```\w*", "", without_reasoning(answer))
+    answer = re.sub(r"```\w*", "", bounded(without_reasoning(answer)))
     for brace in itertools.islice(re.finditer(r"\{", answer), _MOST_BRACES):
         try:
             found, _ = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())

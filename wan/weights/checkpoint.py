@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
-from wan.foreign import fit, parsing, read_json
+from wan.foreign import parsing, read_json, shards
 from wan.options import EXPERT_OF_DIT
 from wan.weights.hub import unreachable
 from wan.weights.prefetch import ReadAhead
@@ -428,10 +428,9 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
     """A folder of `stem.safetensors`, or of shards with their index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        listed = fit(dict[str, str], read_json(index).get("weight_map"), f"weight_map in {index}")
-        if odd := next((name for name in listed.values() if Path(name).name != name), None):
-            raise UserError(f"{index} names {odd[:100]!r}, which is no file beside it; download it again")
-        files = tuple(folder / name for name in sorted(set(listed.values())))
+        said = read_json(index)
+        files = tuple(folder / name for name in shards(said, index))
+        listed = said["weight_map"]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise UserError(f"{folder}: {len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])})")
