@@ -237,6 +237,8 @@ def _layers(file: Weights) -> dict[str, dict[str, str]]:
         raise UserError(f"{file.path} holds no LoRA for any layer of Wan2.2")
     for layer, keys in layers.items():
         up, down = (file.shapes[keys[role]] if role in keys else None for role in ("up", "down"))
+        if any(shape is not None and len(shape) < 2 for shape in (up, down)):
+            raise UserError(f"{file.path} is damaged: a half of {layer} is no matrix; download it again")
         if (up is None) != (down is None) or ("bias" in keys and up is None):
             raise UserError(f"{file.path} holds one half of {layer} only; it is damaged, download it again")
         if up and down and not (len(up) == len(down) and math.prod(up[1:]) == down[0]):

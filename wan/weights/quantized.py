@@ -189,7 +189,7 @@ def _gguf(file: Path) -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f'{file}: GGUF files need the gguf package: pip install "wan-continue[gguf]"') from error
+        raise UserError(f'{file}: GGUF files need the gguf package: pip install -e ".[gguf]" in the project') from error
     return gguf
 
 
