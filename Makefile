@@ -5,7 +5,7 @@ WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
 
-.PHONY: help demo quick test test-all lint format lock reference docs mutants clean
+.PHONY: help demo quick test test-all lint format lock audit reference docs mutants clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,8 @@ quick: .venv/.ready  ## the tests that are not marked slow
 test: lint  ## lint, format, types and all tests, as CI runs them
 	$(BIN)/python -m pytest
 
-test-all: lint demo  ## the same with the demo, and the share of wan/ that the tests run
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+test-all: lint demo  ## the same with the demo, ten times the fuzzing, and the share of wan/ that the tests run
+	$(BIN)/python -m pytest --fuzz 10 --cov --cov-report=term:skip-covered
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check
@@ -65,6 +65,12 @@ lock:  ## move requirements.lock to what pyproject.toml asks for
 	build/uv/bin/python -m pip install --quiet "uv>=0.13,<0.14"
 	build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+
+# In an environment of its own: what it needs is no part of what is looked at.
+audit:  ## known vulnerabilities of the versions in requirements.lock
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet "pip-audit>=2.9,<3"
+	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf .venv build outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .coverage

@@ -12,6 +12,10 @@ from tests.support.commands import command, world
 from tests.support.golden import GOLDEN, float32
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many damaged files in tests/fuzz")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -109,3 +109,9 @@ def test_the_plain_set_up_needs_no_torchvision() -> None:
 def test_every_supported_python_is_allowed() -> None:
     supported = Requirement(f"python{PROJECT['project']['requires-python']}").specifier
     assert all(supported.contains(f"{python}.0") for python in PYTHONS)
+
+
+def test_nobody_is_told_to_install_a_package_that_is_on_no_index() -> None:
+    """Its name would be free for anybody to take."""
+    told = [*(ROOT / "wan").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert [file for file in told if re.search(r"pip install .?wan-continue", file.read_text(encoding="utf-8"))] == []

@@ -80,7 +80,7 @@ def readable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def unreadable(file: Path, error: Exception) -> UserError:
+def unreadable(file: Path, error: BaseException) -> UserError:
     """Why a file of weights cannot be read, told from how it begins."""
     if isinstance(error, PermissionError):
         return UserError(f"{file} may not be read by this user; change its permissions")
@@ -97,5 +97,5 @@ def unreadable(file: Path, error: Exception) -> UserError:
         )
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
-    reason = " ".join(str(error).split())
-    return UserError(f"{file} cannot be read, it may be truncated; download it again ({reason})")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{file} cannot be read, it may be damaged; download it again ({reason})")

@@ -7,12 +7,16 @@ looks into it: a list in a list in a list would end in Python's own stack, a num
 from __future__ import annotations
 
 import json
+import re
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from wan.errors import UserError
+from wan.files import unreadable
 
 MOST_BYTES = 16 << 20  # of a file, where its reader says nothing else
 DEEPEST = 40  # lists and objects in one another
@@ -66,6 +70,48 @@ def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
     return value
+
+
+def shards(index: dict[str, Any], path: Path) -> list[str]:
+    """The files that the index of a model in shards names, which lie beside it. Raises UserError."""
+    names = sorted(set(fit(dict[str, str], index.get("weight_map"), f"weight_map in {path}").values()))
+    if odd := next((name for name in names if Path(name).name != name or len(name) > 200), None):
+        raise UserError(f"{path} names {odd[:100]!r}, which is no file beside it; download it again")
+    if not names:
+        raise UserError(f"{path} names no weights; download it again")
+    return names
+
+
+@contextmanager
+def parsing(source: str | Path, advice: str) -> Iterator[None]:
+    """Around a library that reads foreign bytes, or what was made of their sizes: all that it raises is one line.
+
+    For a file of weights, which is given as a path, that line tells what the file is instead.
+
+    Such libraries document none of their errors, and tokenizers ends in a panic, which is no Exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(source, Path):
+            raise unreadable(source, error) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source} cannot be read, it may be damaged; {advice} ({reason})") from error
+
+
+def count_numbered(names: Iterable[str], prefix: str, source: str) -> int:
+    """How many modules a list has whose tensors are `prefix` and a number, from 0 without a gap. Raises UserError."""
+    found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    if odd := found - {str(number) for number in range(len(found))}:
+        name = re.sub(r"[^\w]", "?", min(odd))[:40]
+        raise UserError(
+            f"{source} is damaged: {prefix}{name} is not one of {len(found)} counted from 0; download it again"
+        )
+    return len(found)
 
 
 def fit(shape: type[Shape], value: Any, source: str) -> Shape:

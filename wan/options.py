@@ -211,7 +211,7 @@ class Settings:
         "describe", client=True, fingerprint="prompt_mode", record=True, continues=True,
     )
     vlm_path: str | None = option(
-        PROMPT, Local("DIR"), "InternVL folder or hub id, or the endpoint's model",
+        PROMPT, Local("DIR"), "InternVL folder or hub id (owner/name@COMMIT), or the endpoint's model",
         unset="InternVL3_5-8B in `ckpt_dir` or next to it, else from the hub",
         fingerprint="vlm", record=True, was="vlm", continues=True,
     )

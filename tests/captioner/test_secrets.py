@@ -208,3 +208,21 @@ def test_no_file_of_a_run_holds_a_secret_or_a_folder_of_this_machine(
     run = json.loads((seen.folder / "run.json").read_text())
     assert run["arguments"]["lora"] == ["light.safetensors:0.5"]
     assert "hidden" not in metadata(seen.clips[1].video)["comment"]
+
+
+def test_code_from_the_hub_runs_by_its_commit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(*name: str, revision: str | None = None, **_: Any) -> str:
+        asked.append((*name, revision))
+        raise ConnectionError("none")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with pytest.raises(UserError, match="say which, as some/model@ and 40 digits of a commit"):
+        open_captioner("some/model", device="cpu", trust_remote_code=True)
+    for trusted in (True, False):
+        with pytest.raises(UserError, match="cannot download"):
+            captioner = open_captioner(f"some/model@{commit}", device="cpu", trust_remote_code=trusted)
+            captioner.describe(FRAMES, "What is it?")
+    assert asked == [("some/model", commit)] * 2

@@ -457,7 +457,7 @@ def test_a_missing_extra_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     code, said = run(world, f"{FIVE_B} --dit {{5b.gguf}}", capsys)
-    assert code == 2 and 'pip install "wan-continue[gguf]"' in said
+    assert code == 2 and 'pip install -e ".[gguf]" in the project' in said
     assert run(world, f"{FIVE_B} --dit {{5b.safetensors}}", capsys)[0] == 0
 
 

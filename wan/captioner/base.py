@@ -22,6 +22,7 @@ from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
 
+MOST_CHARACTERS = 8_000  # of an answer; the longest that is asked for has 512 tokens
 OFFER = "or give `prompt` to go on without captioning"
 
 
@@ -51,7 +52,7 @@ class BackEnd(ABC):
                 raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
             answer = self.answer(frames, question, system, max_new_tokens)
             # half of a surrogate pair, which JSON can spell, can be written to no file
-            answer = answer.encode("utf-8", "replace").decode().strip()
+            answer = answer[:MOST_CHARACTERS].encode("utf-8", "replace").decode().strip()
             if not answer:
                 raise UserError(f"{self.source} gave an empty answer: ask with another `vlm_question`")
         return answer

@@ -20,6 +20,7 @@ from PIL import Image
 
 from wan.captioner.base import BackEnd, Pictures, one_line, to_images
 from wan.errors import UserError
+from wan.foreign import parse_json
 from wan.kinds import public_url
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
@@ -103,8 +104,8 @@ class EndpointCaptioner(BackEnd):
         if len(content) > MOST_BYTES:
             raise UserError(f"{self.url} answered with more than {MOST_BYTES >> 20} MiB: check `vlm_url`")
         try:
-            return json.loads(content)
-        except ValueError as error:
+            return parse_json(content, "the answer")
+        except UserError as error:
             raise UserError(f"{self.url} did not answer in JSON: give an OpenAI-compatible `vlm_url`") from error
 
     def _key(self) -> str:

@@ -20,7 +20,7 @@ from wan.weights.hub import unreachable
 
 log = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[0-9a-f]{40}))?")
 
 
 def open_captioner(
@@ -33,6 +33,8 @@ def open_captioner(
     room: Callable[[], int] | None = None,
 ) -> Captioner:
     """The captioner for a folder, a hub id such as OpenGVLab/InternVL3_5-8B, or an endpoint's `url`.
+
+    A hub id may end in @ and a commit, and must where its code is to run: other code may be there tomorrow.
 
     With `url`, `path` is the name of the model there, None for the first one. Nothing is downloaded or loaded before
     the first description, but a folder is checked. `trust_remote_code` runs the code of a folder that brings some;
@@ -57,7 +59,12 @@ def open_captioner(
             raise UserError("captioning needs a model: give `vlm_path` or `vlm_url`")
         if Path(path).is_dir():
             return open_folder(Path(path))
-        if HUB_ID.fullmatch(str(path)) and not Path(path).parent.is_dir():
+        if (hub := HUB_ID.fullmatch(str(path))) and not Path(path).parent.is_dir():
+            if trust_remote_code and not hub["revision"]:
+                raise UserError(
+                    f"`vlm_trust_remote_code` runs code of {path} from the hub: say which, as {path}@ and 40 digits "
+                    "of a commit that you have read, or give a folder"
+                )
             return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
         raise UserError(f"there is no VLM folder {path}: check `vlm_path`")
 
@@ -94,21 +101,26 @@ def weight_bytes(path: str | Path) -> int | None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _weights_in(folder)
-    if not HUB_ID.fullmatch(str(path)):
+    if not (hub := HUB_ID.fullmatch(str(path))):
         return None
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        if found := _weights_in(Path(snapshot_download(str(path), local_files_only=True))):
+        if found := _weights_in(Path(snapshot_download(hub["id"], local_files_only=True, **_commit(hub)))):
             return found
     except unreachable():
         log.debug("%s is not in the hub's cache", path)
     try:
-        listed = HfApi().model_info(str(path), files_metadata=True, timeout=10).siblings or []
+        listed = HfApi().model_info(hub["id"], files_metadata=True, timeout=10, **_commit(hub)).siblings or []
     except unreachable() as error:
         log.info("nobody can say how large %s is: %s", path, one_line(error))
         return None
     return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
+
+
+def _commit(hub: re.Match[str]) -> dict[str, Any]:
+    """The commit, where one is given, as the hub's client takes it."""
+    return {"revision": hub["revision"]} if hub["revision"] else {}
 
 
 def _weights_in(folder: Path) -> int:
@@ -134,7 +146,9 @@ class HubCaptioner(BackEnd):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(self.source, allow_patterns=self.patterns))
+            hub = HUB_ID.fullmatch(self.source)
+            assert hub is not None  # `open_captioner` looked
+            return Path(snapshot_download(hub["id"], allow_patterns=self.patterns, **_commit(hub)))
         except unreachable() as error:
             raise UserError(
                 f"cannot download {self.source} ({one_line(error)}): check `vlm_path` and the connection"

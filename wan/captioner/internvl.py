@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, to_images
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.device.placement import Placement
 from wan.errors import UserError
+from wan.foreign import parsing, shards
 from wan.weights.prefetch import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -148,13 +149,10 @@ class InternVLCaptioner(LocalModel):
     def tokenizer(self) -> Any:
         from transformers import Qwen2Tokenizer
 
-        try:  # this class and not AutoTokenizer, which asks about remote code on stdin
+        with parsing(f"the tokenizer in {self.folder}", "download it again"):
+            # this class and not AutoTokenizer, which asks about remote code on stdin
             tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
-        except Exception as error:  # the tokenizers library raises nothing more particular
-            raise UserError(
-                f"cannot read the tokenizer in {self.folder} ({one_line(error)}): download it again"
-            ) from error
-        known = tokenizer.get_vocab()
+            known = tokenizer.get_vocab()
         for token in ("<|im_start|>", TURN_END, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>"):
             if token not in known:
                 raise UserError(f"the tokenizer in {self.folder} lacks {token}: download the folder again")
@@ -233,9 +231,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(read_config(index).get("weight_map", {}).values()))
-        if not names:
-            raise UserError(f"{index} names no weights: download it again")
+        names = shards(read_config(index), index)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing[:3])}: download the VLM again, as safetensors")
     return [check_content(folder / name) for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from wan.captioner.base import Captioner
-from wan.captioner.text import bare_words, clean_caption, compose_prompt, refusal, sentences, without_reasoning
+from wan.captioner.text import bare_words, bounded, clean_caption, compose_prompt, refusal, sentences, without_reasoning
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -70,6 +71,7 @@ _IN_MOTION = re.compile(
 )
 _CAMERA = re.compile(r"\bcamera\b|\bvideo\b|\bframes\b|\b(?:zoom|pann|tilt)(?:s|ing)\b", re.IGNORECASE)
 _CAMERA_SENTENCE = re.compile(r"\b(?:camera|shot|lens|viewpoint)\b", re.IGNORECASE)
+_MOST_BRACES = 20  # where JSON may begin in an answer: each is read to its end
 _ON = r"(?:\s+\w+ly)*(?:\s+to\s+the)?\s+"
 _WAY = rf"(?={_ON}(?:left|right|up|down|in|out|back|closer|away|forward|along|across)\b)"
 _MOVES = {  # forms that are hardly ever anything else in a sentence on the camera
@@ -297,11 +299,11 @@ def fields_of(answer: str, names: tuple[str, ...]) -> dict[str, str]:
 
     A text without any label is the first field; what is missing is empty.
     """
-    answer = re.sub(r"```\w*", "", without_reasoning(answer))
-    for brace in re.finditer(r"\{", answer):
+    answer = re.sub(r"```\w*", "", bounded(without_reasoning(answer)))
+    for brace in itertools.islice(re.finditer(r"\{", answer), _MOST_BRACES):
         try:
             found, _ = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue  # not JSON from here; perhaps from the next brace, else it is read by its labels
         if names[0] in found:
             return {name: ended(flat(found.get(name))) for name in names}

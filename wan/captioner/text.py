@@ -9,14 +9,13 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable
 
-from wan.captioner.base import OFFER
+from wan.captioner.base import MOST_CHARACTERS, OFFER
 from wan.captioner.talk import ABOUT_ITSELF, BUT, LEAD_IN, REFUSAL
 from wan.captioner.talk import OFFER as TALK
 from wan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_MOST_CHARACTERS = 20_000  # of an answer; the longest that is asked for has 512 tokens
 _CLOSERS = "\"'”’)\\]」』）"
 _SENTENCE_END = (
     rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?…]+[{_CLOSERS}]*(?=\s+[^a-z\s]|\s*$)"
@@ -28,7 +27,11 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_BOX = re.compile(r"<box>.*?</box>", re.DOTALL)
+_BOX = re.compile(r"<box>.{0,500}?</box>", re.DOTALL)
+_SPACES, _LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n(?:[^\S\n]*\n)+")
+_RUN = re.compile(
+    rf"([.!?…]{{3}}|[{_CLOSERS}]{{3}}|[-*_|`#>:]{{40}})(?:(?<=[.!?…])[.!?…]+|(?<=[{_CLOSERS}])[{_CLOSERS}]+|(?<=[-*_|`#>:])[-*_|`#>:]+)"
+)
 # </s> in a caption would end the prompt there. "x<y and y>z" is none: an opening tag stands apart from words, and what
 # follows its name are attributes.
 _TAG = re.compile(
@@ -36,7 +39,7 @@ _TAG = re.compile(
     r"|(?<!\w)<[A-Za-z][\w:-]{0,60}(?:\s+[\w:-]{1,60}=[^<>\s]{0,200})*\s*/?>"
 )
 _FENCE_OR_RULE = re.compile(r"^\s*(?:```.*|(?:[-*_]\s*){3,})$", re.MULTILINE)
-_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+_LINK = re.compile(r"!?\[([^\]]{0,300})\]\([^)]{0,500}\)")
 _BLOCK = re.compile(r"^\s*(?:>\s*)?(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
 _EMPHASIS = re.compile(
     r"`+|__|(?<!\d)\*{2,3}|\*{2,3}(?!\d)|(?<![\w)*])[*_](?=\S)|(?<=\S)[*_](?![\w(*])"  # 5*3*2 is no emphasis
@@ -59,6 +62,11 @@ def without_reasoning(text: str) -> str:
     return _REASONING.sub(" ", text).rpartition("</think>")[2]  # a chat template may have opened the block itself
 
 
+def bounded(text: str) -> str:
+    """A text of bearable length without long runs of one kind, which patterns would try from each of their places."""
+    return _RUN.sub(r"\1", _SPACES.sub(" ", _LINES.sub("\n", text[:MOST_CHARACTERS])))
+
+
 def bare_words(text: str) -> list[str]:
     """The words of a text in lower case without punctuation; a Chinese or Japanese character is a word."""
     return _BARE_WORD.findall(text.casefold())
@@ -74,7 +82,7 @@ def refusal(answer: str) -> str | None:
 
     An answer that declines a part and describes the rest is a description.
     """
-    text = " ".join(_TAG.sub(" ", without_reasoning(answer)[:_MOST_CHARACTERS]).split())
+    text = " ".join(_TAG.sub(" ", bounded(without_reasoning(answer))).split())
     first, *rest = sentences(_without_talk(text)) or [""]
     opening = REFUSAL.match(first.lstrip(_CLOSERS + "*"))
     if opening is None or BUT.search(first, opening.end()):
@@ -92,7 +100,7 @@ def clean_caption(text: str) -> str:
     again go, and so does a last sentence that was cut off, unless it is the only one. Of JSON and of tables the words
     stay, as sentences.
     """
-    text = _words_of_json(without_reasoning(text)[:_MOST_CHARACTERS])
+    text = _words_of_json(bounded(without_reasoning(text)))
     text = _TAG.sub(" ", _BOX.sub(" ", text))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
     text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
@@ -174,15 +182,23 @@ def _without_loops(text: str) -> str:
 def _without_stutter(sentence: str) -> str:
     words = list(_WORD.finditer(sentence))
     bare = [" ".join(bare_words(word.group())) for word in words]
-    for at in range(len(words)):
+    kept, begin, at = "", 0, 0
+    while at < len(words):
         for length in range(1, min(_LONGEST_LOOP, (len(words) - at) // 3) + 1):
             loop, end = bare[at : at + length], at + length
             while any(loop) and bare[end : end + length] == loop:
                 end += length
             if end >= at + 3 * length:  # the last time is the one that ends as the sentence does
-                rest = _without_stutter(sentence[words[end - length].start() :])
-                return sentence[: words[at].start()] + (rest if at else rest[:1].upper() + rest[1:])
-    return sentence
+                kept += sentence[begin : words[at].start()]
+                begin = words[end - length].start()
+                if at == 0:
+                    kept += sentence[begin].upper()
+                    begin += 1
+                at = end - length
+                break
+        else:
+            at += 1
+    return kept + sentence[begin:]
 
 
 def _is_text(char: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from wan.chain.chain import ChainRun
 from wan.denoiser.sampling import forwards
 from wan.device.budget import CONTEXT, GIB
+from wan.foreign import count_numbered
 from wan.options import LONGEST_CONTEXT
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     tokens = plan.geometry.tokens
     weights = next(iter(continuation.checkpoint.experts.values()))
     matrices = sum(math.prod(shape) for name, shape in weights.shapes.items() if len(shape) == 2)
-    blocks = 1 + max(int(name.split(".")[1]) for name in weights.shapes if name.startswith("blocks."))
+    blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
     candidates = 1 if plan.is_cut else plan.best_of  # a cut has no seam to choose by

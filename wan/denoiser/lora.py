@@ -11,7 +11,6 @@ whose weight stays quantized holds the LoRA beside it and does the same sum when
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import re
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
-from wan.foreign import read_json
+from wan.foreign import fit, parse_json, read_json
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Shape, Weights, check_expert, open_file
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
@@ -351,6 +350,9 @@ def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
     if not layers:
         raise UserError(f"{file.path} holds no LoRA for any layer of Wan2.2")
     for layer, keys in layers.items():
+        factors = [file.shapes[keys[role]] for role in keys if role in ("up", "down")]
+        if any(len(shape) < 2 for shape in factors):
+            raise UserError(f"{file.path} is damaged: a half of {layer} is no matrix; download it again")
         roles = keys.keys()
         lokr = [one for one in ("lokr_w1", "lokr_w2") if one in roles or {f"{one}_a", f"{one}_b"} <= roles]
         whole = ({"up", "down"} <= roles, roles >= set(_LOHA), len(lokr) == 2)
@@ -487,12 +489,7 @@ def _adapter(file: Weights, half: str) -> dict[str, Any]:
     if header is None:
         beside = file.path.with_name("adapter_config.json")
         return read_json(beside) if file.path.name == "adapter_model.safetensors" and beside.is_file() else {}
-    try:
-        said = json.loads(header)
-        if not isinstance(said, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise UserError(f"{file.path} has a header that cannot be read ({error}); download it again") from error
+    said = fit(dict[str, Any], parse_json(header, f"the header of {file.path}"), f"the header of {file.path}")
     order = ("transformer_2.", "transformer.") if half == "low" else ("transformer.", "transformer_2.")
     model = next((one for one in order if any(name.startswith(one) for name in said)), "")
     return {name.removeprefix(model): value for name, value in said.items() if name.startswith(model)}

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from wan.denoiser.fp8 import quantize_model
 from wan.errors import UserError
+from wan.foreign import count_numbered, parsing
 from wan.weights.checkpoint import Weights, check_fit, load_into
 
 log = logging.getLogger(__name__)
@@ -101,8 +102,9 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
 
     @classmethod
     def _empty(cls, weights: Weights) -> WanModel:
-        with init_empty_weights():
-            return cls(**infer_config(weights))
+        config = infer_config(weights)
+        with init_empty_weights(), parsing(str(weights.path), "download it again"):
+            return cls(**config)
 
     def text_keys(self, text: Tensor, keep: bool = True) -> TextKeys:
         """Embedded prompts [B, 512, D] -> what the blocks' cross-attention takes of them, for as many steps as wanted.
@@ -358,6 +360,10 @@ def infer_config(weights: Weights) -> dict[str, Any]:
         head, ffn, norm = "proj_out", "blocks.0.ffn.net.0.proj", "blocks.0.norm2.weight"
     try:
         dim, in_channels, *patch = shapes["patch_embedding.weight"]
+        if len(patch) != 3 or min(dim, in_channels, *patch) < 1:
+            raise UserError(
+                f"{weights.path} is no Wan2.2 denoiser: its patch_embedding.weight is {[dim, in_channels, *patch]}"
+            )
         sizes = {
             "patch_size": tuple(patch),
             "in_channels": in_channels,
@@ -368,15 +374,22 @@ def infer_config(weights: Weights) -> dict[str, Any]:
         }
     except KeyError as error:
         raise UserError(f"{weights.path} is no Wan2.2 denoiser: it has no {error.args[0]}") from error
+    except IndexError as error:
+        raise UserError(f"{weights.path} is no Wan2.2 denoiser: a weight of it is a single number") from error
+    eps = config.get("eps", 1e-6)
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
+        raise UserError(f"{weights.path}/config.json: expected eps between 0 and 1, found {str(eps)[:40]!r}")
     heads = config.get("num_heads", config.get("num_attention_heads"))
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise UserError(f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {heads!r}")
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % heads:
+        raise UserError(
+            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]!r}"
+        )
     return sizes | {
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "num_layers": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        "num_layers": count_numbered(shapes, "blocks.", str(weights.path)),
         "cross_attn_norm": norm in shapes,
-        "eps": config.get("eps", 1e-6),
+        "eps": eps,
     }
 
 

@@ -23,7 +23,9 @@ _SAME_PICTURE = 6.0  # mean difference in levels that two converters and two res
 def require() -> None:
     """Raises UserError when decord is not installed."""
     if find_spec("decord") is None:
-        raise UserError('decord is not installed: pip install "wan-continue[decord]", or use `video_reader` pyav')
+        raise UserError(
+            'decord is not installed: pip install -e ".[decord]" in the project, or use `video_reader` pyav'
+        )
 
 
 def check_last_frame_with_decord(path: str | os.PathLike[str], frame: Image.Image) -> str | None:

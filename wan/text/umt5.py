@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.foreign import count_numbered, parsing
 from wan.weights.checkpoint import Weights, load_into
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,10 @@ class PromptTokenizer:
     def __init__(self, folder: Path, length: int = 512) -> None:
         from transformers import AutoTokenizer
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{folder} holds no usable tokenizer: {reason}") from error
         self.length = length
+        with parsing(f"the tokenizer in {folder}", "download it again"):
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self("a")  # one that is damaged in its inner parts fails at the first text
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
         """Ids and mask, int64 [1, length]: cleaned, cut so that the final </s> stays, padded."""
@@ -96,9 +95,10 @@ class TextEncoder(nn.Module):
         tied = "encoder.embed_tokens.weight"  # one tensor under two names; files hold either or both
         if "shared.weight" not in source_of and tied in source_of:
             source_of = {"shared.weight": source_of.pop(tied), **source_of}
-        with init_empty_weights():
+        sizes = _infer_config(weights, {name: weights.shapes[k] for name, k in source_of.items()})
+        with init_empty_weights(), parsing(str(weights.path), "download it again"):
             # eager attention is bit-equal to the official code; sdpa is 1.5e-2 away from it in bf16
-            config = UMT5Config(**_infer_config(weights, {name: weights.shapes[k] for name, k in source_of.items()}))
+            config = UMT5Config(**sizes)
             config._attn_implementation = "eager"
             model = UMT5EncoderModel(config)
         source_of.setdefault(tied, source_of["shared.weight"])
@@ -152,13 +152,17 @@ def _infer_config(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> dict[
         inner, d_ff = shapes[f"{attention}.q.weight"][0], shapes[f"{feed}.wi_1.weight"][0]
     except KeyError as error:
         raise UserError(f"{weights.path} is no UMT5 encoder: it has no {error.args[0]}") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{weights.path} is no UMT5 encoder: a weight of it has other dimensions") from error
+    if min(vocab, d_model, buckets, heads, d_ff) < 1:
+        raise UserError(f"{weights.path} is no UMT5 encoder: a weight of it is empty")
     return {
         "vocab_size": vocab,
         "d_model": d_model,
         "d_kv": inner // heads,
         "d_ff": d_ff,
         "num_heads": heads,
-        "num_layers": 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block.")),
+        "num_layers": count_numbered(shapes, "encoder.block.", str(weights.path)),
         "relative_attention_num_buckets": buckets,
         "relative_attention_max_distance": 128,
         "feed_forward_proj": "gated-gelu",

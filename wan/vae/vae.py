@@ -6,14 +6,16 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
+from pydantic import Field
 from torch import Tensor, nn
 
 from wan.errors import UserError
+from wan.foreign import fit, parsing
 from wan.vae import chunked
 from wan.weights.checkpoint import Weights, load_into
 
@@ -47,14 +49,15 @@ class WanVAE(nn.Module):
         Raises UserError when the weights or the number of statistics do not fit.
         """
         if "latents_mean" in weights.config:
-            mean, std = weights.config["latents_mean"], weights.config["latents_std"]
+            mean = fit(list[_Finite], weights.config["latents_mean"], f"latents_mean in {weights.path}/config.json")
+            std = fit(list[_Positive], weights.config.get("latents_std"), f"latents_std in {weights.path}/config.json")
         official = "conv1.weight" in weights.shapes
         renamed = {official_to_diffusers(key, weights.shapes): key for key in weights.shapes}
         source_of = renamed if official else {key: key for key in weights.shapes}
         config = infer_config(weights, {name: weights.shapes[key] for name, key in source_of.items()})
         if not len(mean) == len(std) == config["z_dim"]:
             raise UserError(f"{weights.path}: the VAE has {config['z_dim']} latent channels, expected {len(mean)}")
-        with init_empty_weights():
+        with init_empty_weights(), parsing(str(weights.path), "download it again"):
             model = AutoencoderKLWan(**config)
         load_into(model, weights, source_of, lambda name: dtype, device)
         lay_out(model)
@@ -99,6 +102,10 @@ def lay_out(model: AutoencoderKLWan) -> None:
         if parameter.dim() > 3:
             flat = torch.channels_last if parameter.dim() == 4 else chunked.LAYOUT
             parameter.data = parameter.data.contiguous(memory_format=flat)
+
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Wan2_1_VAE(WanVAE):
@@ -161,8 +168,13 @@ def infer_config(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dic
         out_channels = shapes["decoder.conv_out.weight"][0]
     except KeyError as error:
         raise UserError(f"{weights.path} is no Wan VAE: it has no {error.args[0]}") from error
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{weights.path} is no Wan VAE: a weight of it has other dimensions") from error
     residual = any(key.startswith("encoder.down_blocks.0.resnets.") for key in shapes)
-    stages = _residual_stages(shapes) if residual else _flat_stages(shapes)
+    with parsing(str(weights.path), "download it again"):
+        stages = _residual_stages(shapes) if residual else _flat_stages(shapes)
+    if base < 1 or not stages or stages[0][1] < 1:
+        raise UserError(f"{weights.path} is no Wan VAE: its encoder has no stages")
     widths, temporal = [stage[1] for stage in stages], [stage[2] for stage in stages[:-1]]
     patch = {3: None, 12: 2}.get(in_channels, 1)
     return {

@@ -9,7 +9,6 @@ wrong folder, a missing shard or a truncated file is said in one line before any
 from __future__ import annotations
 
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
 from wan.files import unreadable
-from wan.foreign import read_json
+from wan.foreign import parsing, read_json, shards
 from wan.options import EXPERT_OF_DIT
 from wan.weights.hub import unreachable
 from wan.weights.prefetch import ReadAhead
@@ -634,10 +633,9 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
     """A folder of `stem.safetensors`, or of shards with their index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise UserError(f"{index} has no weight_map; download it again")
-        files = tuple(folder / name for name in sorted(set(listed.values())))
+        said = read_json(index)
+        files = tuple(folder / name for name in shards(said, index))
+        listed = said["weight_map"]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise UserError(f"{folder}: {len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])})")
@@ -668,14 +666,16 @@ def _open_pth(file: Path) -> Weights:
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
     """A state dict, mapped from the file; nothing in it is executed."""
-    try:
+    with parsing(file, "download it again"):
         # only the zip format, torch's own since 1.6, can be mapped
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise unreadable(file, error) from error
-    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{file} is not a state dict of tensors")
+    for name, value in state.items():
+        # strides of 0 make any size of a single number, and filling a model with that takes all memory
+        if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
     return state
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.files import unreadable
+from wan.foreign import parsing
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
@@ -196,6 +196,11 @@ class GgufHeader:
 def open_gguf(file: Path) -> GgufHeader:
     """The head of a GGUF file, which is checked to be whole. Raises UserError."""
     gguf, reader = _reader(file)
+    with parsing(file, "download it again"):
+        return _header(gguf, reader)
+
+
+def _header(gguf: ModuleType, reader: Any) -> GgufHeader:
     shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
     for name in shapes:  # converters that cannot write five dimensions flatten, and say so (ComfyUI-GGUF)
         field = reader.get_field(f"comfy.gguf.orig_shape.{name}")
@@ -221,17 +226,15 @@ def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | 
 
 def _reader(file: Path) -> tuple[ModuleType, Any]:
     gguf = _gguf(file)
-    try:
+    with parsing(file, "download it again"):
         return gguf, gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
-        raise unreadable(file, error) from error
 
 
 def _gguf(file: Path) -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f'{file}: GGUF files need the gguf package: pip install "wan-continue[gguf]"') from error
+        raise UserError(f'{file}: GGUF files need the gguf package: pip install -e ".[gguf]" in the project') from error
     return gguf
 
 
