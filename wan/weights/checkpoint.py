@@ -64,6 +64,7 @@ _EXPERT = re.compile(
     r"(?<![a-z])(high|low)(?=[ _.-]*(?:noise|expert|model|lora|rank|wan|svi|lightx2v|lightning|distill|rapid|scaled"
     r"|comfy|pro(?![a-z])|steps?(?![a-z])|epoch|[ait]2v|a?14b|fp\d|bf16|i?q\d|[evr]?\d|$))"
 )
+_DISTILLED = re.compile(r"rapid|lightning|lightx2v|distill|turbo|(?<![a-z0-9])[48][ _-]?steps?(?![a-z])")
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
 
@@ -78,6 +79,11 @@ class Weights:
     expert: str = ""  # which of a checkpoint's experts they are
     prefix: str = ""  # what stands before the keys in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the name of a denoiser's own file says that it needs few steps and no guidance."""
+        return self.path.is_file() and _DISTILLED.search(self.path.name.lower()) is not None
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
@@ -110,6 +116,11 @@ class Checkpoint:
     vae: Weights
     text_encoder: Weights
     tokenizer: Path
+
+    @property
+    def single(self) -> bool:
+        """Whether one denoiser serves both experts."""
+        return len(self.experts) == 2 and len({weights.path for weights in self.experts.values()}) == 1
 
 
 @dataclass(frozen=True)
@@ -159,9 +170,13 @@ def open_checkpoint(
     """The checkpoint in `folder`, checked to be whole and to be the model that is asked for.
 
     `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, and "vae" and
-    "text_encoder", that come from a file of their own in place of the folder's. Raises UserError that names the folder
-    or file, what was expected and what was found.
+    "text_encoder", that come from a file of their own in place of the folder's; a "model" serves both of two experts.
+    Raises UserError that names the folder or file, what was expected and what was found.
     """
+    single = files.get("model") if experts == 2 else None
+    if single is not None and not files.keys() & {"high_noise_model", "low_noise_model"}:
+        both = dict.fromkeys(("high_noise_model", "low_noise_model"), single)
+        files = {name: file for name, file in files.items() if name != "model"} | both
     if (folder / "model_index.json").is_file():
         found = _open_diffusers(folder, experts, files)
     else:
@@ -440,16 +455,18 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
 
 def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Weights]:
     opened = {}
+    given = [files[name] for name in parts if name in files]
+    single = len(given) == 2 and given[0] is given[1]
     for name, part in parts.items():
         if name in files:
-            check_expert("", files[name], name, "dit")
+            if not single:
+                check_expert("", files[name], name, "dit")
             opened[name] = open_denoiser(files[name], folder / part)
         else:
             opened[name] = open_safetensors(folder / part, "diffusion_pytorch_model")
-    given = [files[name] for name in parts if name in files]
-    if len(set(map(Path.resolve, given))) < len(given):
+    if not single and len(set(map(Path.resolve, given))) < len(given):
         raise UserError(f"{files['high_noise_model']} is given for both experts; give each its own file")
-    return {name: replace(weights, expert=name) for name, weights in opened.items()}
+    return {name: replace(weights, expert="" if single else name) for name, weights in opened.items()}
 
 
 def _check_names(files: Container[str], parts: Container[str]) -> None:
