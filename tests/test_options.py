@@ -229,6 +229,7 @@ CASES: dict[str, Case] = {
     "vlm_path": Case("--vlm_path vlm_2", lambda s: s.opened["path"], "vlm_2"),
     "vlm_url": Case("--vlm_url http://x/v1", lambda s: s.opened["url"], "http://x/v1"),
     "vlm_question": Case("--vlm_question Why?", lambda s: s.asked[0][1], "Why?"),
+    "vlm_fallback": Case("--vlm_fallback boats", lambda s: s.pipeline.vlm.fallback, "boats"),
     "num_segments": Case("--num_segments 3", lambda s: s.asked[0][0], 3),
     "video_reader": Case("--video_reader decord", lambda s: s.readers[0], "decord"),
     "vlm_device": Case("--vlm_device cpu", lambda s: str(s.opened["device"]), "cpu"),

@@ -40,6 +40,7 @@ from wan.kinds import (
     Unfit,
     Video,
     Whole,
+    Words,
     YesNo,
 )
 
@@ -192,12 +193,13 @@ class Settings:
 
     # Prompt and captions
     prompt: str | None = option(
-        PROMPT, Kind("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
+        PROMPT, Words("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
         scene="prompt", client=True, fingerprint="prompt",
     )
     custom_prompt: str = option(
         PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
-        only=("continuous",), client=True, fingerprint="custom_prompt", record=True, continues=True,
+        only=("continuous",), scene="custom_prompt", client=True, fingerprint="custom_prompt", record=True,
+        continues=True,
     )
     prompt_mode: str = option(
         PROMPT, Choice(None, PROMPT_MODES), "what the VLM is asked for: a description, or what happens next",
@@ -213,8 +215,12 @@ class Settings:
         unset="none", fingerprint="vlm", record=True, continues=True,
     )
     vlm_question: str = option(
-        PROMPT, Kind("TEXT"), "what the VLM is asked", QUESTION,
+        PROMPT, Words("TEXT"), "what the VLM is asked", QUESTION,
         client=True, fingerprint="vlm_question", record=True, continues=True,
+    )
+    vlm_fallback: str | None = option(
+        PROMPT, Words("TEXT"), "the description where the VLM declines to give one, also when it is asked again",
+        unset="the run stops", client=True, fingerprint="vlm_fallback", record=True, continues=True,
     )
     num_segments: int = option(
         PROMPT, Whole("N", 1, 256, "; a VLM has no room for more frames"), "how many frames the VLM sees", 8,

@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wan import media
+from wan.chain.draft import ClipDraft, discard
 from wan.chain.fingerprint import difference, fingerprint
 from wan.chain.report import render_report, seam_thumbnails
 from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, readable, write_json, write_text
+from wan.files import file_digest, write_json, write_text
 from wan.options import Settings, options_of
 from wan.types import Footage, Generation
 
@@ -166,7 +167,7 @@ class ChainRun:
         return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
 
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
-        if number not in found:
+        if number not in found and number not in self.folder.faults:
             there = f"clips {min(found)} to {max(found)}" if found else "no finished clip"
             raise UserError(f"`redo` {number}: {self.folder.path} holds {there}")
         if number > self.count:
@@ -191,6 +192,20 @@ class ChainRun:
                 f"give another folder, the old settings to go on with it, or `redo` {clip.number} to make it again"
             )
 
+    def begin(self) -> None:
+        """Say that the run goes on. Clips of 0.1.0 get their digests."""
+        self.clips = {number: self.folder.seal(clip) for number, clip in self.clips.items()}
+        self.report("running")
+
+    def draft(self, number: int) -> ClipDraft:
+        """Where what is known of an unfinished clip is kept."""
+        return ClipDraft(self.folder.path, number, self.wanted[number])
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """The clips that are there and are not what was written, and why, by number."""
+        return {number: why for number, why in sorted(self.folder.faults.items()) if number <= self.count}
+
     def write(self, made: Generation, then: Callable[[], None]) -> None:
         """Put the next clip on disk while the one after it is made, and call `then`; the one before is waited for."""
         self.writer.wait()
@@ -205,8 +220,11 @@ class ChainRun:
         plan, before = self.plans[number - 1], self.clips.get(number - 1)
         following = self.plans[min(number, self.count - 1)]  # whose captioner will look at this clip
         recent = RECENT_SECONDS if following.prompt_mode == "continue" else None
-        record = self.describe(made, str(before.video) if before else settings.video, plan)
-        record["look"] = measure_look(made.clip.frames).as_json()
+
+        def record() -> dict[str, Any]:
+            said = self.describe(made, str(before.video) if before else settings.video, plan)
+            return said | {"look": measure_look(made.clip.frames).as_json()}
+
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
         self.clips[number] = self.folder.save(
             number,
@@ -245,9 +263,11 @@ class ChainRun:
         write_text(self.folder.path / PAGE, page)
 
     def _arguments(self) -> dict[str, Any]:
-        """What the command was told, as JSON values."""
-        given = {one.name: getattr(self.settings, one.name) for one in options_of("continuous") if one.flag}
-        return {name: _plain(value) for name, value in sorted(given.items())}
+        """What the command was told, as JSON values that may be handed on."""
+        given = {
+            one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("continuous") if one.flag
+        }
+        return dict(sorted(given.items()))
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
@@ -262,6 +282,8 @@ class ChainRun:
             self.report("running")  # what a killed run leaves is no more than this says
             self._join(clips, joined)
         self.report(status, joined)
+        if status == "finished":
+            discard(self.folder.path)
         return joined
 
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:
@@ -281,10 +303,3 @@ def _base_seed(given: int, before: dict[str, Any]) -> int:
     from wan.pipeline import draw_seed
 
     return int(before["base_seed"]) if given < 0 and "base_seed" in before else draw_seed(given)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as a JSON value; bytes of a file's name that are no UTF-8 become backslashes."""
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return readable(value) if isinstance(value, str) else value
