@@ -54,7 +54,7 @@ def test_requirements_txt_has_the_whole_list() -> None:
 
 def test_requirements_txt_and_pyproject_ask_for_the_same_versions() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    development = {Requirement(text).name for extra in ("dev", "mutants") for text in extras[extra]}
+    development = {Requirement(text).name for extra in ("dev", "docs", "mutants") for text in extras[extra]}
     assert {str(item) for item in requirements("requirements.txt")} == {
         str(item) for item in declared() if item.name not in development
     }

@@ -45,7 +45,12 @@ class Models:
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
         self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
 
+    def _own(self, name: str) -> str:
+        """The name under which a model is kept: one denoiser may serve both experts."""
+        return "high_noise_model" if self.checkpoint.single and name == "low_noise_model" else name
+
     def __getitem__(self, name: str) -> Any:
+        name = self._own(name)
         if name not in self._loaded:
             if self._plan.in_turn:
                 self._forget_all()
@@ -72,16 +77,17 @@ class Models:
 
     def put(self, name: str, model: Any) -> None:
         """Use a model that is there already."""
-        self._loaded[name] = model
+        self._loaded[self._own(name)] = model
 
     def is_loaded(self, name: str) -> bool:
         """Whether a model is in memory."""
-        return name in self._loaded
+        return self._own(name) in self._loaded
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        self._loaded.pop(name, None)
-        self.merged.pop(name, None)
+        self._loaded.pop(self._own(name), None)
+        for expert in [one for one in self.merged if self._own(one) == self._own(name)]:
+            del self.merged[expert]
 
     @property
     def loaded(self) -> list[nn.Module]:
@@ -104,6 +110,7 @@ class Models:
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
+        self._check_single(loras)
         for expert, files in loras.items():
             if expert not in self.checkpoint.experts:
                 takes = " and ".join(LORA_SETTING[one] for one in sorted(self.checkpoint.experts))
@@ -112,6 +119,7 @@ class Models:
 
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
+        self._check_single(wanted)
         self._wanted = wanted
         for expert in wanted.keys() | self.merged.keys():
             # one that is not there gets them when it is read again
@@ -134,6 +142,11 @@ class Models:
     def matches(self) -> dict[str, list[LoraMatch]]:
         """How the LoRAs that are wanted match, by expert, whether or not that is in memory now."""
         return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
+
+    def _check_single(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        if self.checkpoint.single and loras.get("high_noise_model", ()) != loras.get("low_noise_model", ()):
+            path = self.checkpoint.experts["high_noise_model"].path
+            raise UserError(f"{path} serves both experts; give the same LoRAs with `lora_high` and `lora_low`")
 
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""

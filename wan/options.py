@@ -361,7 +361,8 @@ class Settings:
         required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
     )
     dit: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (5B)", unset="none", fingerprint="checkpoint", record=True,
+        WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
+        fingerprint="checkpoint", record=True,
     )
     dit_high: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (A14B, high noise)", unset="none", fingerprint="checkpoint", record=True,

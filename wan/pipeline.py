@@ -55,8 +55,9 @@ class Pipeline(ABC):
     The checkpoint is checked in the constructor; each model is loaded when it is first used and kept. Constructor
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
-    attribute name: `model`, or `high_noise_model` and `low_noise_model`. `part_files` are "vae" and "text_encoder" from
-    files of their own (.safetensors, .pth). `compile_blocks`: compile the denoiser where
+    attribute name: `model` (which serves both of two experts), or `high_noise_model` and `low_noise_model`.
+    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth).
+    `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
@@ -116,8 +117,9 @@ class Pipeline(ABC):
             ),
             files=files | parts,
         )
-        for name in files:  # anyone makes such files; a folder's shards are said when they load
-            WanModel.check(self.checkpoint.experts[name])
+        for weights in self.checkpoint.experts.values():
+            if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
+                WanModel.check(weights)
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
@@ -213,12 +215,16 @@ class Pipeline(ABC):
         """Raise UserError where a preset for step-distillation LoRAs has none for an expert."""
         if not preset_named(preset).distilled:
             return
-        missing = [name for name in self.checkpoint.experts if all(file.is_svi for file in loras.get(name, ()))]
+        missing = [
+            name
+            for name, weights in self.checkpoint.experts.items()
+            if all(file.is_svi for file in loras.get(name, ())) and not weights.is_distilled
+        ]
         if missing:
             needed = " and ".join(f"{LORA_SETTING[name]} FILE" for name in sorted(missing))
             raise UserError(
                 f"`preset` {preset} needs {needed}: 4-step distillation LoRAs of {self.config.name}, for A14B "
-                "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning"
+                "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning; or a distilled model with `dit`"
             )
 
     def run(

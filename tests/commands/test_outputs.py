@@ -88,11 +88,11 @@ def test_a_source_in_the_folder_under_another_name_is_continued(command: Callabl
 def test_a_file_without_a_run_of_ours_is_refused(command: Callable[..., Seen], tmp_path: Path, name: str) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / name).write_text('{"clips": 3, "loss": 0.1}')
+    (folder / name).write_text('{"epoch": 3, "loss": 0.1}')
     seen = command("")
     assert seen.code == 2 and not seen.requests
     assert f"{folder / name} would be overwritten, and no run of ours made it" in seen.said
-    assert content(folder) == {name: b'{"clips": 3, "loss": 0.1}'}
+    assert content(folder) == {name: b'{"epoch": 3, "loss": 0.1}'}
 
 
 def test_clips_whose_run_json_was_removed_are_gone_on_with(command: Callable[..., Seen], tmp_path: Path) -> None:

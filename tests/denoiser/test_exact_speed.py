@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -40,10 +41,14 @@ META = torch.device("meta")
 BACKENDS = "wan.denoiser.attention_backends"
 
 
+def _itself(model: WanModel) -> WanModel:
+    return model
+
+
 def stages_of(*models: WanModel, guidance: float = 3.0) -> list[Stage]:
     steps = torch.tensor([999, 750, 500, 250])
     return [
-        Stage(Expert(str(index), str(index), lambda model=model: model, guidance, 0), mine, (guidance,) * len(mine))
+        Stage(Expert(str(index), str(index), partial(_itself, model), guidance, 0), mine, (guidance,) * len(mine))
         for index, (model, mine) in enumerate(zip(models, steps.chunk(len(models)), strict=True))
     ]
 
@@ -104,8 +109,8 @@ def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.Mon
     kept: list[weakref.ref[Any]] = []
     alive_at_end: list[int] = []
 
-    def watched(stage: Stage, context: TextContext, keep: bool) -> Any:
-        keys = text_keys(stage, context, keep)
+    def watched(model: WanModel, stage: Stage, context: TextContext, keep: bool) -> Any:
+        keys = text_keys(model, stage, context, keep)
         kept.extend(weakref.ref(text) for text in keys)
         return keys
 
@@ -557,7 +562,7 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
     found = []
     for model in (one, other, one):
         stage = Stage(
-            Expert("e", "e", lambda model=model: model, 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps
+            Expert("e", "e", partial(_itself, model), 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps
         )
         scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
         context = TextContext(prompt(1), prompt(2))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.support.golden import GOLDEN
@@ -337,3 +338,44 @@ def test_a_denoiser_that_no_task_is_for_is_named(found: tuple[int, int], given: 
 def test_a_path_may_begin_with_a_tilde_after_an_equals_sign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert OPTIONS[name].kind.read("~/x") == "/home/somebody/x"
+
+
+# --- one denoiser for both experts ------------------------------------------------------------------------------------
+
+
+def test_one_denoiser_serves_both_experts(tmp_path: Path) -> None:
+    folder, file = GOLDEN / "14b" / "ckpt", tmp_path / "wan2.2-i2v-rapid-aio-v10.safetensors"
+    state = official(HIGH)
+    save_file({f"model.diffusion_model.{key}": value for key, value in state.items()}, file)
+    for name in ("h", "l"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    image = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")
+    call: dict[str, Any] = {"frame_num": 5, "sampling_steps": 2, "guide_scale": 1.0, "seed": 3, "max_area": 64 * 64}
+    single = open_pipeline(folder, dit_files={"model": file})
+    assert single.checkpoint.single and single.low_noise_model is single.high_noise_model
+    pair = {f"{noise}_noise_model": tmp_path / f"{noise[0]}.safetensors" for noise in ("high", "low")}
+    two = open_pipeline(folder, dit_files=pair)
+    assert not two.checkpoint.single and two.low_noise_model is not two.high_noise_model
+    assert torch.equal(single.generate("a boat", image, **call), two.generate("a boat", image, **call))
+
+    lora = tmp_path / "style.safetensors"
+    save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, lora)
+    both = {name: (LoraFile(lora),) for name in pair}
+    with pytest.raises(UserError, match="serves both experts; give the same LoRAs with lora_high and lora_low"):
+        single.models.check_loras({"high_noise_model": (LoraFile(lora),)})
+    single.models.check_loras(both)
+    single.models.merge_loras(both)
+    bias = single.low_noise_model.get_parameter("blocks.0.ffn.net.0.proj.bias")
+    before = state["blocks.0.ffn.0.bias"].float()
+    assert torch.equal(bias, (before + 1).to(bias.dtype))
+    single.models.merge_loras({})
+    assert torch.equal(bias, before.to(bias.dtype))
+
+    single.check_distilled("turbo", {})  # by the name of the file
+    with pytest.raises(UserError, match="or a distilled model with dit"):
+        two.check_distilled("turbo", {})
+
+
+def test_the_task_of_one_denoiser_is_that_of_its_channels() -> None:
+    assert choose_task(Settings(ckpt_dir="there", dit="rapid.safetensors", video="clip.mp4"), (1, 36)) == "v2v-14B"
+    assert choose_task(Settings(ckpt_dir="there", dit="rapid.safetensors", image="a.png"), (1, 36)) == "i2v-A14B"

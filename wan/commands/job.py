@@ -266,6 +266,7 @@ def choose_task(settings: Settings, found: tuple[int, int]) -> str:
     if settings.task is not None:
         return settings.task
     by_kind = {(2, 36): ("i2v-A14B", "v2v-14B"), (1, 48): ("ti2v-5B", "v2v-5B"), (2, 16): ("t2v-A14B", "t2v-A14B")}
+    by_kind |= {(1, channels): by_kind[2, channels] for channels in (36, 16)}  # one denoiser that serves both experts
     given = [f"`{name}` {file}" for name in EXPERT_OF_DIT if (file := getattr(settings, name))]
     where = " and ".join(given) or f"`ckpt_dir` {settings.ckpt_dir}"
     if found not in by_kind:
@@ -273,7 +274,7 @@ def choose_task(settings: Settings, found: tuple[int, int]) -> str:
             f"no task is for {found[0]} denoiser(s) with {found[1]} input channels, which {where} gives; give the "
             "files of I2V-A14B (two), T2V-A14B (two) or TI2V-5B (one)"
         )
-    if settings.video is not None and found == (2, 16):
+    if settings.video is not None and found[1] == 16:
         raise UserError(f"{where} is T2V-A14B, which takes no `video`; give the files of I2V-A14B or TI2V-5B")
     return by_kind[found][settings.video is not None]
 

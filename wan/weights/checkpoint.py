@@ -64,6 +64,7 @@ _EXPERT = re.compile(
     r"(?<![a-z])(high|low)(?=[ _.-]*(?:noise|expert|model|lora|rank|wan|svi|lightx2v|lightning|distill|rapid|scaled"
     r"|comfy|pro(?![a-z])|steps?(?![a-z])|epoch|[ait]2v|a?14b|fp\d|bf16|i?q\d|[evr]?\d|$))"
 )
+_DISTILLED = re.compile(r"rapid|lightning|lightx2v|distill|turbo|(?<![a-z0-9])[48][ _-]?steps?(?![a-z])")
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
 
@@ -90,6 +91,11 @@ class Weights:
                     name: PLAIN_TYPES[kind] for name, kind in _safetensors_dtypes(file).items() if kind in PLAIN_TYPES
                 }
         return {key: found[name] for key in self.shapes if (name := self.prefix + key) in found}
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the name of a denoiser's own file says that it needs few steps and no guidance."""
+        return self.path.is_file() and _DISTILLED.search(self.path.name.lower()) is not None
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
@@ -122,6 +128,11 @@ class Checkpoint:
     vae: Weights
     text_encoder: Weights
     tokenizer: Path
+
+    @property
+    def single(self) -> bool:
+        """Whether one denoiser serves both experts."""
+        return len(self.experts) == 2 and len({weights.path for weights in self.experts.values()}) == 1
 
 
 @dataclass(frozen=True)
@@ -171,9 +182,13 @@ def open_checkpoint(
     """The checkpoint in `folder`, checked to be whole and to be the model that is asked for.
 
     `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, and "vae" and
-    "text_encoder", that come from a file of their own in place of the folder's. Raises UserError that names the folder
-    or file, what was expected and what was found.
+    "text_encoder", that come from a file of their own in place of the folder's; a "model" serves both of two experts.
+    Raises UserError that names the folder or file, what was expected and what was found.
     """
+    single = files.get("model") if experts == 2 else None
+    if single is not None and not files.keys() & {"high_noise_model", "low_noise_model"}:
+        both = dict.fromkeys(("high_noise_model", "low_noise_model"), single)
+        files = {name: file for name, file in files.items() if name != "model"} | both
     if (folder / "model_index.json").is_file():
         found = _open_diffusers(folder, experts, files)
     else:
@@ -298,9 +313,10 @@ def load_into(
         if mapped and tensor.dtype == dtype_of(name):
             value = tensor.view(weights.shapes[key])
         else:
-            value = places.pop(name, None)
-            if value is None:
-                value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+            place = places.pop(name, None)
+            if place is None:
+                place = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+            value = place
             value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
@@ -458,16 +474,18 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
 
 def _open_experts(folder: Path, parts: Mapping[str, str], files: Mapping[str, Path]) -> dict[str, Weights]:
     opened = {}
+    given = [files[name] for name in parts if name in files]
+    single = len(given) == 2 and given[0] is given[1]
     for name, part in parts.items():
         if name in files:
-            check_expert("", files[name], name, "dit")
+            if not single:
+                check_expert("", files[name], name, "dit")
             opened[name] = open_denoiser(files[name], folder / part)
         else:
             opened[name] = open_safetensors(folder / part, "diffusion_pytorch_model")
-    given = [files[name] for name in parts if name in files]
-    if len(set(map(Path.resolve, given))) < len(given):
+    if not single and len(set(map(Path.resolve, given))) < len(given):
         raise UserError(f"{files['high_noise_model']} is given for both experts; give each its own file")
-    return {name: replace(weights, expert=name) for name, weights in opened.items()}
+    return {name: replace(weights, expert="" if single else name) for name, weights in opened.items()}
 
 
 def _check_names(files: Container[str], parts: Container[str]) -> None:
