@@ -379,7 +379,7 @@ def infer_config(weights: Weights) -> dict[str, Any]:
     heads = config.get("num_heads", config.get("num_attention_heads"))
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % heads:
         raise UserError(
-            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]!r}"
+            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]}"
         )
     return sizes | {
         "num_attention_heads": heads,
