@@ -100,7 +100,7 @@ def parsing(source: str | Path, advice: str) -> Iterator[None]:
         if isinstance(source, Path):
             raise unreadable(source, error) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{source} cannot be read, it may be damaged; {advice} ({reason})") from error
+        raise UserError(f"{source} cannot be read, it may be truncated or damaged; {advice} ({reason})") from error
 
 
 def count_numbered(names: Iterable[str], prefix: str, source: str) -> int:

@@ -378,11 +378,11 @@ def infer_config(weights: Weights) -> dict[str, Any]:
         raise UserError(f"{weights.path} is no Wan2.2 denoiser: a weight of it is a single number") from error
     eps = config.get("eps", 1e-6)
     if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
-        raise UserError(f"{weights.path}/config.json: expected eps between 0 and 1, found {str(eps)[:40]!r}")
+        raise UserError(f"{weights.path}/config.json: expected eps between 0 and 1, found {str(eps)[:40]}")
     heads = config.get("num_heads", config.get("num_attention_heads"))
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % heads:
         raise UserError(
-            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]!r}"
+            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]}"
         )
     return sizes | {
         "num_attention_heads": heads,
