@@ -302,7 +302,7 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
 
     monkeypatch.setattr(lora_module, "open_file", counted)
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b})
-    models = Models("x", checkpoint, {name: lambda: load(a14b) for name in checkpoint.experts})
+    models = Models("x", checkpoint, {name: lambda mapped: load(a14b) for name in checkpoint.experts})
     for strength in (1.0, 0.5, 1.0):  # clips that differ
         files = (LoraFile(tmp_path / "lora.safetensors", strength),)
         wanted = {"high_noise_model": files, "low_noise_model": files}

@@ -145,7 +145,7 @@ def test_loras_are_merged_into_an_expert_that_is_read_again(
     config = float32("i2v-A14B")
     probe = WanI2V(config, checkpoint)
     shapes = probe.checkpoint.experts["high_noise_model"].shapes
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in [name for name in shapes if name.endswith("attn.q.weight")]:
         out, inner = shapes[name]
         key = f"diffusion_model.{name.removesuffix('.weight')}"
@@ -170,7 +170,7 @@ def test_a_mapped_model_is_in_its_file_and_streams_from_there(ti2v: Any) -> None
     weights = ti2v.checkpoint.experts["model"]
     options: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
     mapped, whole = WanModel.from_weights(weights, mapped=True, **options), WanModel.from_weights(weights, **options)
-    files = {}
+    files: dict[str, torch.Tensor] = {}
     for file in weights.files:
         files |= load_file(file)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in mapped.state_dict().items())
@@ -189,6 +189,7 @@ def test_a_mapped_model_is_in_its_file_and_streams_from_there(ti2v: Any) -> None
         placement = Placement(torch.device("cpu"), True, room_for(mapped, staying), mapped=True)
         with placement.on_device(mapped):
             for number, layer in enumerate(mapped.layers):
+                assert mapped.before_layer is not None
                 mapped.before_layer(number)
                 assert all(
                     torch.equal(value, whole.state_dict()[f"blocks.{number}.{name}"])

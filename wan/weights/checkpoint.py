@@ -270,9 +270,8 @@ def load_into(
         if mapped and tensor.dtype == dtype_of(name):
             value = tensor.view(weights.shapes[key])
         else:
-            value = places.pop(name, None)
-            if value is None:
-                value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
+            place = places.pop(name, None)
+            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
             value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
