@@ -5,9 +5,9 @@
 
 With `--whole` the first run has no limits. Each other one has `--vram` and `--host_memory` of its pair, and is in a
 memory group of that size where groups may be made. What the GPU's driver counts is seen from outside, and so is host
-memory that cannot be reclaimed. `default` in place of a number of `--vram` leaves the flag out. What stands after `--` is
-for generate.py. Prints a line for each run and JSON, and exits with 1 if a run fails, takes more than its limit, or makes
-another mp4.
+memory that cannot be reclaimed. `default` in place of a number of `--vram` leaves the flag out. What stands after `--`
+is for generate.py. Prints a line for each run and JSON, and exits with 1 if a run fails, takes more than its limit, or
+makes another mp4.
 """
 
 from __future__ import annotations

@@ -370,13 +370,13 @@ def test_a_vlm_whose_layers_come_one_by_one_says_the_same(
     layers = whole.model.model.language_model.layers
     layer = max(sum(value.nbytes for value in one.state_dict().values()) for one in layers)
     came: list[int] = []
-    call = LayerStreamer.__call__
+    bring = LayerStreamer.__call__
 
-    def counted(self: LayerStreamer, number: int) -> None:
+    def watched(self: LayerStreamer, number: int) -> None:
         came.append(number)
-        call(self, number)
+        bring(self, number)
 
-    monkeypatch.setattr(LayerStreamer, "__call__", counted)
+    monkeypatch.setattr(LayerStreamer, "__call__", watched)
     monkeypatch.setattr("wan.device.placement.layers_that_stay", lambda *_: staying)
     streamed = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32, room=lambda: layer)
     for _ in range(2):

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -41,14 +40,14 @@ META = torch.device("meta")
 BACKENDS = "wan.denoiser.attention_backends"
 
 
-def _itself(model: WanModel) -> WanModel:
-    return model
+def expert(name: str, model: Any, guidance: float) -> Expert:
+    return Expert(name, name, lambda: model, guidance, 0)
 
 
 def stages_of(*models: WanModel, guidance: float = 3.0) -> list[Stage]:
     steps = torch.tensor([999, 750, 500, 250])
     return [
-        Stage(Expert(str(index), str(index), partial(_itself, model), guidance, 0), mine, (guidance,) * len(mine))
+        Stage(expert(str(index), model, guidance), mine, (guidance,) * len(mine))
         for index, (model, mine) in enumerate(zip(models, steps.chunk(len(models)), strict=True))
     ]
 
@@ -109,7 +108,7 @@ def test_text_keys_are_gone_before_the_next_expert_comes(monkeypatch: pytest.Mon
     kept: list[weakref.ref[Any]] = []
     alive_at_end: list[int] = []
 
-    def watched(model: WanModel, stage: Stage, context: TextContext, keep: bool) -> Any:
+    def watched(model: Any, stage: Stage, context: TextContext, keep: bool) -> Any:
         keys = text_keys(model, stage, context, keep)
         kept.extend(weakref.ref(text) for text in keys)
         return keys
@@ -562,7 +561,9 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
     found = []
     for model in (one, other, one):
         stage = Stage(
-            Expert("e", "e", partial(_itself, model), 3.0, 0), torch.linspace(999, 100, steps).long(), (3.0,) * steps
+            expert("e", model, 3.0),
+            torch.linspace(999, 100, steps).long(),
+            (3.0,) * steps,
         )
         scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
         context = TextContext(prompt(1), prompt(2))

@@ -314,9 +314,7 @@ def load_into(
             value = tensor.view(weights.shapes[key])
         else:
             place = places.pop(name, None)
-            if place is None:
-                place = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device)
-            value = place
+            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
             value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
