@@ -3,15 +3,13 @@
 In a chain the known frames are the end of a clip that the model made. So most of the ones here are not drawn either:
 the end of the earlier clip has been through the VAE, or it has been noised and made anew by the denoiser as far as
 that is trained, once or twice. Its errors are those that a chain goes on from, and the clip that follows is true again:
-so the model learns to mend them, and to believe the caption where the picture is unclear. A caption may be wrong in a
-kind, as the captioner's are now and then: so the model learns to believe the picture where that is clear.
+so the model learns to mend them, and to believe the caption where the picture is unclear.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ log = logging.getLogger(__name__)
 VAE_OF = {"clips22": "vae22", "clips21": "vae21"}
 OWN = {"clips22": "dit5b", "clips21": "dit14b_low"}  # whose errors known frames have
 SHOWN = 64  # clips of a chunk that the captioner gets to see
-MISTAKEN = 0.06  # of the shapes, those that a clip's caption calls by another kind
 STEPS, GUIDANCE = 6, 3.0  # with which they are made; half of a clip's, for the second half of the noise at most
 
 
@@ -108,7 +105,7 @@ class Encoder:
             "latents": self.codec.encode(clip),
             "known": self.conditioning.encode(self.codec, context[:, :, -frames:]),
             "count": torch.full((len(clip),), 0 if unknown else count, device=generator.device),
-            "text": self._text(mistaken(world, generator), 0 if unknown else frames - 1, generator),
+            "text": self._text(world, 0 if unknown else frames - 1, generator),
         }
 
     def _made(
@@ -139,14 +136,6 @@ class Encoder:
 
     def _text(self, world: scenes.Scenes, time: float, generator: torch.Generator) -> Tensor:
         return self.prompts(as_prompts(world.captions(time), generator))
-
-
-def mistaken(world: scenes.Scenes, generator: torch.Generator) -> scenes.Scenes:
-    """The scenes with a few shapes of another kind, for captions that are wrong."""
-    device, sizes = generator.device, world.shape.shape
-    wrong = torch.rand(sizes, generator=generator, device=device) < MISTAKEN
-    others = (world.shape + 1 + torch.randint(2, sizes, generator=generator, device=device)) % len(scenes.SHAPES)
-    return replace(world, shape=torch.where(wrong, others, world.shape))
 
 
 class Newest:
