@@ -68,7 +68,7 @@ def film_seams(films: list[tuple[Tensor, int]], every: int) -> Iterator[tuple[st
 
 def is_cut(frames: Tensor) -> bool:
     """Whether one change from frame to frame stands out among the others."""
-    changes = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).tolist()
+    changes: list[float] = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).tolist()
     return max(changes) > OWN_CUT * max(median(changes), 1e-3)
 
 

@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 BESIDE = 4  # thumbnails on each side of a seam
-# Score of a seam that shows, by `python -m benchmarks.seams`: what moves in footage also turns and slows down by itself.
-VISIBLE = 1.7
+VISIBLE = 1.7  # score of a seam that shows, by `python -m benchmarks.seams`; what moves also turns by itself
 SEAMLESS = 0.7  # two of its numbers at the edge of their good range
 _THUMBNAIL = (160, 200)  # pixels, at most
 _NUMBER = re.compile(r"video_0*(\d+)_")
