@@ -154,7 +154,7 @@ def test_records_of_0_1_0_are_read_with_today_s_keys() -> None:
 
 def test_the_reference_page_is_made_from_the_table() -> None:
     assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == reference()
-    assert all(f"`--{one.name}" in reference() for one in OPTIONS.values() if one.flag)
+    assert all(f"`{one.word}" in reference() for one in OPTIONS.values() if one.flag)
 
 
 def texts_of(file: Path) -> list[str]:
@@ -199,6 +199,7 @@ A14B = "--ckpt_dir i2v --frame_num 9"
 CASES: dict[str, Case] = {
     "task": Case("--task v2v-14B", lambda s: s.pipeline.config.name, "v2v-14B", "--ckpt_dir i2v --task v2v-14B"),
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
+    "from_": Case("--from 0.1", lambda s: round(s.mean(s.first.known.leading[0]), 3), ...),
     "image": Case(
         "--image red.png",
         lambda s: np.asarray(s.first.known.leading[0])[0, 0].tolist(),
@@ -228,6 +229,7 @@ CASES: dict[str, Case] = {
     "vlm_path": Case("--vlm_path vlm_2", lambda s: s.opened["path"], "vlm_2"),
     "vlm_url": Case("--vlm_url http://x/v1", lambda s: s.opened["url"], "http://x/v1"),
     "vlm_question": Case("--vlm_question Why?", lambda s: s.asked[0][1], "Why?"),
+    "vlm_fallback": Case("--vlm_fallback boats", lambda s: s.pipeline.vlm.fallback, "boats"),
     "num_segments": Case("--num_segments 3", lambda s: s.asked[0][0], 3),
     "video_reader": Case("--video_reader decord", lambda s: s.readers[0], "decord"),
     "vlm_device": Case("--vlm_device cpu", lambda s: str(s.opened["device"]), "cpu"),

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ from wan.pipeline import Pipeline, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image
-from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Step, frame_size
+from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Sampled, Step, frame_size
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,27 @@ class _Once:
             return self._value
 
 
+class Draft(Protocol):
+    """Where what is known of an unfinished clip is kept, see `wan.chain.draft.ClipDraft`."""
+
+    @property
+    def prompt(self) -> ClipPrompt | None:
+        """The prompt that its candidates are made with, None before the first of them is sampled."""
+
+    def find(self, seed: int) -> Sampled | None:
+        """What sampling the candidate with this seed came to, None for one that is to be sampled."""
+
+    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt) -> None:
+        """Keep what sampling came to."""
+
+
 class VideoContinuation(Pipeline):
     """Adds `v2v` and the captioner to a model that generates from an image.
 
     Constructor arguments beyond Wan2.2's: `vlm_path` (folder or hub id; default: a folder InternVL3_5-8B in or beside
     the checkpoint folder, else that model on the hub), `vlm_device` (default: the model's own), `vlm_url` (an
-    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_trust_remote_code` and `video_reader`;
-    `dit_files` as in `Pipeline`.
+    OpenAI-compatible endpoint instead of a local model), `vlm_question`, `vlm_fallback`,
+    `vlm_trust_remote_code` and `video_reader`; `dit_files` as in `Pipeline`.
     """
 
     fit: Callable[[int, int, int], tuple[int, int]]  # width, height, max_area -> width, height
@@ -78,6 +92,7 @@ class VideoContinuation(Pipeline):
         *,
         vlm_url: str | None = None,
         vlm_question: str = QUESTION,
+        vlm_fallback: str | None = None,
         vlm_trust_remote_code: bool = False,
         video_reader: str = "auto",
         dit_files: Mapping[str, str | Path] = MappingProxyType({}),
@@ -104,6 +119,7 @@ class VideoContinuation(Pipeline):
             vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder)),
             url=vlm_url,
             question=vlm_question,
+            fallback=vlm_fallback,
             trust_remote_code=vlm_trust_remote_code,
             main=self.device,
             device=None if vlm_device is None else parse_device(str(vlm_device)),
@@ -261,19 +277,25 @@ class VideoContinuation(Pipeline):
         on_step: OnStep | None = None,
         *,
         memory: Mapping[str, Any] = MappingProxyType({}),
+        draft: Draft | None = None,
     ) -> Generation:
-        """One clip that goes on from the footage. `memory` is what the clip before noted under that name."""
+        """One clip that goes on from the footage. `memory` is what the clip before noted under that name.
+
+        What is in the `draft` is not made again, and what sampling comes to is kept there.
+        """
         plan = self.with_available_context(footage, plan)
-        if on_step is not None and plan.described:
-            on_step(Step(0, plan.sampling.steps, "caption"))
-        with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
-            prompt = self.build_prompt(footage, plan, memory)
-        made = self._candidate(footage, prompt, seed, plan, on_step)
+        prompt = None if draft is None else draft.prompt
+        if prompt is None:
+            if on_step is not None and plan.described:
+                on_step(Step(0, plan.sampling.steps, "caption"))
+            with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
+                prompt = self.build_prompt(footage, plan, memory)
+        made = self._candidate(footage, prompt, seed, plan, on_step, draft)
         seconds, candidates = Counter(made.seconds), []
         if plan.best_of > 1 and not plan.is_cut:  # a cut has no seam to choose by
             candidates.append({"seed": seed, "score": _seam_score(made)})
             for index in range(1, plan.best_of):
-                other = self._candidate(footage, prompt, seed + index * CANDIDATE_STEP, plan, on_step)
+                other = self._candidate(footage, prompt, seed + index * CANDIDATE_STEP, plan, on_step, draft)
                 candidates.append({"seed": other.request.seed, "score": _seam_score(other)})
                 seconds.update(other.seconds)
                 made = min(made, other, key=_seam_score)
@@ -291,13 +313,26 @@ class VideoContinuation(Pipeline):
         )
 
     def _candidate(
-        self, footage: Footage, prompt: ClipPrompt, seed: int, plan: Plan, on_step: OnStep | None
+        self,
+        footage: Footage,
+        prompt: ClipPrompt,
+        seed: int,
+        plan: Plan,
+        on_step: OnStep | None,
+        draft: Draft | None,
     ) -> Generation:
         request = Request(
             prompt.text, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
         )
         # of the whole chain, so that a run that goes on with it computes with the same kernels
-        made = self.run(request, offload=plan.offload, on_step=on_step, clips=plan.count * plan.best_of)
+        made = self.run(
+            request,
+            offload=plan.offload,
+            on_step=on_step,
+            clips=plan.count * plan.best_of,
+            sampled=None if draft is None else draft.find(seed),
+            on_sampled=None if draft is None else lambda sampled: draft.keep(seed, sampled, prompt),
+        )
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
@@ -401,9 +436,9 @@ class VideoContinuation(Pipeline):
 
     def _summarize_video(self, video_path: str | Path, num_segments: int = 8, question: str | None = None) -> str:
         """What the VLM says about a file. Raises UserError."""
-        summary = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
+        described = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
         self.vlm.make_room(stays=lambda: False)
-        return summary
+        return described.text
 
 
 def _seam_score(made: Generation) -> float:

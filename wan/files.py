@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,24 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file that is there whole or not at all. What of a file's name is no UTF-8 is written as backslashes."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    publish(part, path)
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all."""
+    part = reserve(path)
+    try:
+        part.write_bytes(data)
+        publish(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # it has its final name
+
+
+def reserve(path: Path) -> Path:
+    """Make an empty temporary file beside `path`, of a name that nobody can have put there before."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return part
 
 
 def publish(part: Path, path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from numbers import Integral
 from numbers import Real as Number
 from typing import Any
+from urllib.parse import urlsplit
 
 from wan.configs import parse_size
 from wan.errors import UserError
+from wan.files import readable
 
 LARGEST_SEED = 2**63 - 1
 MOST_CLIPS = 10_000
@@ -44,6 +47,20 @@ class Kind:
         """The words that mean a value."""
         return [str(value)]
 
+    def public(self, value: Any) -> Any:
+        """A value as JSON, for files that may be handed on: without secrets, and without folders of this machine."""
+        return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Words(Kind):
+    """Text that says something."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if not str(value).strip():
+            raise Unfit("is empty; write something or leave it out")
+
 
 @dataclass(frozen=True)
 class Local(Kind):
@@ -55,6 +72,9 @@ class Local(Kind):
 
     def check(self, value: Any) -> None:
         """Paths may hold any bytes."""
+
+    def public(self, value: Any) -> Any:
+        return public_path(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -77,8 +97,11 @@ class Address(Local):
     """An http or https address."""
 
     def check(self, value: Any) -> None:
-        if not str(value).startswith(("http://", "https://")):
-            raise Unfit(f"must begin with http:// or https://, {value!r} does not")
+        if public_url(str(value)) is None:  # which is not quoted: there may be a password in it
+            raise Unfit("must begin with http:// or https:// and a host: http://127.0.0.1:8000/v1, say")
+
+    def public(self, value: Any) -> Any:
+        return value and public_url(value)
 
 
 @dataclass(frozen=True)
@@ -305,3 +328,28 @@ class Files(Local):
 
     def write(self, value: Any) -> list[str]:
         return list(value)
+
+    def public(self, value: Any) -> Any:
+        return [public_path(file) for file in value]
+
+
+def public_path(path: str | os.PathLike[str]) -> str:
+    """A path as others may see it: one that is not below the working folder by its last name."""
+    text = os.fspath(path)
+    if os.path.isabs(text):
+        below = os.path.relpath(text)
+        text = os.path.basename(os.path.normpath(text)) if below.startswith(os.pardir) else below
+    return readable(text)
+
+
+def public_url(url: str) -> str | None:
+    """An http or https address without user, password, query and fragment; None for what is no such address."""
+    try:
+        parts = urlsplit(url)
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        return None
+    if not (url.isascii() and url.isprintable() and " " not in url and parts.hostname):
+        return None
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme in ("http", "https") else None

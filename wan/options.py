@@ -40,6 +40,7 @@ from wan.kinds import (
     Unfit,
     Video,
     Whole,
+    Words,
     YesNo,
 )
 
@@ -107,6 +108,11 @@ class Option:
             raise TypeError(f"{self.name} is in group {self.group!r}, which is none of {', '.join(GROUPS)}")
 
     @property
+    def word(self) -> str:
+        """The flag. A setting that Python's grammar has a word for ends in an underscore there."""
+        return f"--{self.name.rstrip('_')}"
+
+    @property
     def setters(self) -> frozenset[str]:
         """Who may set it: "command line", "storyboard", "client"."""
         may = {"command line": self.flag, "storyboard": bool(self.scene), "client": self.client}
@@ -155,6 +161,10 @@ class Settings:
     image: str | None = option(
         INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
     )
+    from_: float | None = option(
+        INPUT, Real("SECONDS", 0, above=True), "take the video to end at this time, and continue from there",
+        unset="its end", client=True, fingerprint="parent", record=True, continues=True,
+    )
     size: str | None = option(
         INPUT, Size("W*H"), "the area to fill, as width*height; the aspect is the input's",
         unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
@@ -183,12 +193,13 @@ class Settings:
 
     # Prompt and captions
     prompt: str | None = option(
-        PROMPT, Kind("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
+        PROMPT, Words("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
         scene="prompt", client=True, fingerprint="prompt",
     )
     custom_prompt: str = option(
         PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
-        only=("continuous",), client=True, fingerprint="custom_prompt", record=True, continues=True,
+        only=("continuous",), scene="custom_prompt", client=True, fingerprint="custom_prompt", record=True,
+        continues=True,
     )
     prompt_mode: str = option(
         PROMPT, Choice(None, PROMPT_MODES), "what the VLM is asked for: a description, or what happens next",
@@ -204,8 +215,12 @@ class Settings:
         unset="none", fingerprint="vlm", record=True, continues=True,
     )
     vlm_question: str = option(
-        PROMPT, Kind("TEXT"), "what the VLM is asked", QUESTION,
+        PROMPT, Words("TEXT"), "what the VLM is asked", QUESTION,
         client=True, fingerprint="vlm_question", record=True, continues=True,
+    )
+    vlm_fallback: str | None = option(
+        PROMPT, Words("TEXT"), "the description where the VLM declines to give one, also when it is asked again",
+        unset="the run stops", client=True, fingerprint="vlm_fallback", record=True, continues=True,
     )
     num_segments: int = option(
         PROMPT, Whole("N", 1, 256, "; a VLM has no room for more frames"), "how many frames the VLM sees", 8,
@@ -390,7 +405,7 @@ def _options() -> dict[str, Option]:
     found = {}
     for field in dataclasses.fields(Settings):
         said = dict(field.metadata)
-        recorded = field.name if said.pop("record") else ""
+        recorded = field.name.rstrip("_") if said.pop("record") else ""
         found[field.name] = Option(name=field.name, default=field.default, record=recorded, **said)
     return found
 
@@ -449,13 +464,13 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
         if not one.flag or value in (None, [], one.default):
             continue
         if isinstance(one.kind, Switch) and not isinstance(one.kind, YesNo):
-            words.append(f"--{one.name}")
+            words.append(one.word)
         elif isinstance(one.kind, Interval):
-            words += [f"--{one.name}", *one.kind.write(value)]
+            words += [one.word, *one.kind.write(value)]
         else:
             for word in one.kind.write(value):
                 # a value that begins with a dash would be read as a flag
-                words += [f"--{one.name}={word}"] if word.startswith("-") else [f"--{one.name}", word]
+                words += [f"{one.word}={word}"] if word.startswith("-") else [one.word, word]
     return words
 
 

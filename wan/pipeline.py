@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +20,7 @@ from wan.denoiser.attention_backends import compile_where_it_pays, use_fastest_a
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
 from wan.denoiser.model import WanModel
-from wan.denoiser.sampling import Expert, Stage, forwards, plan_stages, sample, step_shares
+from wan.denoiser.sampling import Expert, NotFinite, Stage, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.device.budget import MemoryBudget, gpu_limit
@@ -36,9 +36,12 @@ from wan.errors import UserError
 from wan.models import LORA_SETTING, Models, loaders
 from wan.settings import LoraFile, Sampling, merge_sampling
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.types import Clip, Generation, Geometry, OnStep, Request, Step, TextContext
+from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampled, Step, TextContext, is_finite
 from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
+
+NOT_FINITE = "numbers that are not finite (NaN or infinite)"
+DAMAGED = ": its file is damaged or of another model; download it again"
 
 
 class Pipeline(ABC):
@@ -205,9 +208,20 @@ class Pipeline(ABC):
             )
 
     def run(
-        self, request: Request, *, offload: bool = True, on_step: OnStep | None = None, clips: int = 1
+        self,
+        request: Request,
+        *,
+        offload: bool = True,
+        on_step: OnStep | None = None,
+        clips: int = 1,
+        sampled: Sampled | None = None,
+        on_sampled: Callable[[Sampled], None] | None = None,
     ) -> Generation:
-        """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run."""
+        """Make one clip. `offload` keeps only the model in use on the GPU; it is one of `clips` of a run.
+
+        `sampled` is what sampling it came to, where that is known; `on_sampled` gets it before it is decoded. Raises
+        UserError, also where a model gives numbers that are not finite.
+        """
         if self.budget.vram is not None and not offload:
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
         placements = self.budget.placements(request.geometry, offload)
@@ -215,6 +229,26 @@ class Pipeline(ABC):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
+        if sampled is None:
+            sampled = self._sample(request, placements, watch, clips)
+            if on_sampled is not None:
+                on_sampled(sampled)
+        with watch.stage("decode"), placements("decoding").on_device(self.vae):
+            latents = sampled.latents.to(self.device)
+            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
+        if not is_finite(pixels):
+            of_half = (
+                "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
+            )
+            raise UserError(f"the VAE in {self.checkpoint.vae.path} gives {NOT_FINITE}{of_half or DAMAGED}")
+        clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
+        peaks = [peak for peak in (sampled.peak_gib, peak_gib(self.device)) if peak is not None]
+        seconds = dict(sampled.seconds) | watch.seconds
+        return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
+
+    def _sample(
+        self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
+    ) -> Sampled:
         with watch.stage("text"):
             context = self._encode_text(request, placements("text"))
         with watch.stage("encode"):
@@ -230,16 +264,30 @@ class Pipeline(ABC):
             caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
             count = forwards(self.shares(request.sampling), request.sampling.cache)
             self._choose_kernels(stages, request.geometry.tokens, clips * count)
-        with watch.stage("sample"):
-            latents = sample(noise, stages, scheduler, condition, context, placements("sampling"), on_step, caching)
-        with watch.stage("decode"), placements("decoding").on_device(self.vae):
-            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
-        clip = Clip(pixels.permute(1, 2, 3, 0), Fraction(self.config.sample_fps))
+        try:
+            with watch.stage("sample"):
+                placement, on_step = placements("sampling"), watch.on_step
+                latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching)
+        except NotFinite as error:
+            raise UserError(self._why_not_finite(error, context, condition)) from error
         loras = {
             name: [match.as_json() for match in matches] for name, matches in self.models.merged.items() if matches
         }
         notes = stages[-1].expert.model.kernels | ({"loras": loras} if loras else {})
-        return Generation(clip, latents.cpu(), request, watch.seconds, peak_gib(self.device), notes=notes)
+        return Sampled(latents.cpu(), dict(watch.seconds), peak_gib(self.device), notes)
+
+    def _why_not_finite(self, error: NotFinite, context: TextContext, condition: Condition) -> str:
+        """Which model gave the first numbers that are not finite, and what may be the cause."""
+        if not (is_finite(context.positive) and is_finite(context.negative)):
+            return f"the text encoder in {self.checkpoint.text_encoder.path} gives {NOT_FINITE}{DAMAGED}"
+        if not condition.is_finite:
+            return f"the VAE in {self.checkpoint.vae.path} encodes what is known to {NOT_FINITE}{DAMAGED}"
+        name = next(name for name in self.checkpoint.experts if self.models[name] is error.expert.model)
+        which = f"{error.expert.name} expert" if len(self.checkpoint.experts) > 1 else "denoiser"
+        return (
+            f"the {which} in {self.checkpoint.experts[name].path} gives {NOT_FINITE} in step {error.step}{DAMAGED}, if "
+            "`sample_guide_scale`, `sample_shift` and the LoRAs' strengths are usual ones"
+        )
 
     def _choose_kernels(self, stages: Sequence[Stage], tokens: int, forwards: float) -> None:
         """Let the stages' models run on what is fastest for so many forwards, with the same results."""

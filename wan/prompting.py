@@ -20,11 +20,13 @@ from wan.captioner import (
     compose_prompt,
     next_prompt,
     open_captioner,
+    refusal,
     weight_bytes,
 )
 from wan.captioner.base import Pictures
 from wan.device.budget import GIB
 from wan.device.hardware import same_device
+from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.quality import measure_motion
 from wan.types import Footage
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
+ASK_AGAIN = "\n\nDescribe only what is visible: the subjects, the place, the light, the colours and the movement."
 VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
 VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
 VLM_NAME = "InternVL3_5-8B"
@@ -54,11 +57,21 @@ class ClipPrompt:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Description:
+    """What stands for a description, all that the VLM said, and why it is the fallback where it is."""
+
+    text: str
+    answers: tuple[str, ...]
+    fallback: str | None = None
+
+
 class CaptionerOwner:
     """Opens the captioner when it is first used, on the device where it has room, and lets it go.
 
     `path` is a folder or a hub id, with `url` the endpoint's name for its model. `main` is the device of the other
     models and `vram` the bytes that all may take there, None for no limit. `device` places the captioner elsewhere.
+    `fallback` takes the place of a description that it declines to give.
     """
 
     def __init__(
@@ -67,12 +80,14 @@ class CaptionerOwner:
         *,
         url: str | None,
         question: str,
+        fallback: str | None = None,
         trust_remote_code: bool,
         main: torch.device,
         device: torch.device | None = None,
         vram: int | None = None,
     ) -> None:
-        self.path, self.url, self.question, self.trust_remote_code = path, url, question, trust_remote_code
+        self.path, self.url, self.trust_remote_code = path, url, trust_remote_code
+        self.question, self.fallback = question, fallback
         self._main, self._vram = main, vram
         self._device = device
         self._captioner: Captioner | None = None
@@ -116,9 +131,25 @@ class CaptionerOwner:
         """Whether the host's disk and memory are the other models' while it describes."""
         return self.url is not None or self.device.type != "cpu"
 
-    def describe(self, frames: Pictures, question: str | None = None) -> str:
-        """What it says about frames."""
-        return self.captioner.describe(frames, question or self.question)
+    def describe(self, frames: Pictures, question: str | None = None) -> Description:
+        """What it says about frames. One that declines is asked again, as decoding is greedy with other words.
+
+        Raises UserError, with what it says, where it declines again and there is no fallback.
+        """
+        question = question or self.question
+        answers: list[str] = []
+        for asked in (question, question + ASK_AGAIN):
+            answers.append(self.captioner.describe(frames, asked))
+            declined = refusal(answers[-1])
+            if declined is None:
+                return Description(answers[-1], tuple(answers))
+        if self.fallback is None:
+            raise UserError(
+                f"the VLM declines to describe the video ({declined!r}): ask with another `vlm_question`, give "
+                "`vlm_fallback`, a description for such a case, or `prompt` to go on without captioning"
+            )
+        log.warning("the VLM declines to describe the video (%r); `vlm_fallback` takes its place", declined)
+        return Description(self.fallback, tuple(answers), f"the VLM declined: {declined}")
 
     def make_room(self, stays: Callable[[], bool]) -> None:
         """Free a model that shares the GPU with the others, unless it `stays`."""
@@ -158,8 +189,10 @@ class PromptBuilder:
                 remembered: Mapping[str, Any] = following.memory.as_json()
                 notes: dict[str, Any] = {"answers": list(following.answers), "fallback": following.fallback}
             else:
-                summary = self.owner.describe(footage.samples(plan.num_segments))
-                remembered, notes = {}, {"answers": [summary]}
+                described = self.owner.describe(footage.samples(plan.num_segments))
+                summary, remembered = described.text, {}
+                notes = {"answers": list(described.answers)}
+                notes |= {"fallback": described.fallback} if described.fallback else {}
         finally:
             self.owner.make_room(stays)
         prompt = compose_prompt(plan.prefix, summary, self._count_tokens, self._limit)
@@ -181,7 +214,7 @@ class PromptBuilder:
             clip=plan.number,
             clips=plan.count,
             seconds=float(plan.geometry.frames / self.fps),
-            describe=lambda: self.owner.describe(frames),  # those that a finished clip keeps
+            describe=lambda: self.owner.describe(frames).text,  # those that a finished clip keeps
         )
 
 

@@ -176,6 +176,19 @@ class OnStep(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What sampling a clip came to, before it is decoded.
+
+    `latents` float32 [z, F, h, w], normalised, on the CPU; `seconds` per stage; `notes` are JSON values.
+    """
+
+    latents: Tensor
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_gib: float | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Generation:
     """One finished clip and what made it.
 
@@ -236,10 +249,17 @@ def frame_indices(count: int, num_segments: int) -> list[int]:
     return [int(part / 2 + round(part * index)) for index in range(num_segments)]
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(values).all())
+
+
 def to_uint8(pixels: Tensor) -> UInt8Array:
-    """Float pixels in [-1, 1] -> uint8 in [0, 255] of the same shape, rounded to nearest, NaN as mid grey."""
-    levels = torch.nan_to_num(pixels.detach().float(), nan=0.0).add(1.0).mul(127.5).round().clamp(0, 255)
-    return levels.to("cpu", torch.uint8).numpy()
+    """Float pixels in [-1, 1] -> uint8 in [0, 255] of the same shape, rounded to nearest. Raises ValueError for NaN."""
+    levels = pixels.detach().float()
+    if bool(levels.isnan().any()):
+        raise ValueError("pixels that are NaN are no picture")
+    return levels.add(1.0).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
 
 
 def from_uint8(levels: UInt8Array) -> Tensor:

@@ -134,7 +134,9 @@ def test_a_goal_may_change_what_otherwise_stays_the_same() -> None:
             "words",
         ),
         ("A woman 123 456 789 012 345 678 901 234 567 890.", "not a text in words"),
-        ("A woman " + "walks and " * 20, "not a text in words"),
+        ("A woman " + "walks and " * 20, "has 4 words"),  # what is said again and again is left out
+        ("A woman walks to a walks to and to a woman to walks and a woman walks to a.", "not a text in words"),
+        ("I'm sorry, but I can't assist with that request.", "it declines"),
         ("The dog runs along the beach and barks at the waves.", 'begin with "a woman in a red coat"'),
         ("A woman in a red coat walks on until the video ends.", "about the video"),
         ("The scene shows a woman in a red coat at the sea.", "about the video"),
@@ -231,7 +233,8 @@ def test_what_stays_the_same_is_checked(who: dict[str, str], reason: str) -> Non
 
 
 def test_a_description_says_what_stays_the_same_if_the_vlm_does_not(caplog: pytest.LogCaptureFixture) -> None:
-    long = f"A woman in a red coat walks. {'She is on a beach. ' * 11}Light is soft."
+    sights = " ".join(f"She sees boat {number}." for number in range(14))
+    long = f"A woman in a red coat walks. {sights} Light is soft."
     calls = []
 
     def describe() -> str:
@@ -240,7 +243,7 @@ def test_a_description_says_what_stays_the_same_if_the_vlm_does_not(caplog: pyte
 
     with caplog.at_level(logging.WARNING):
         made = beat(Scripted("?", "?", "?", "?"), Memory(), describe=describe)
-    assert made.memory.identity == long.removesuffix(" Light is soft.").rsplit(" She", 1)[0]
+    assert made.memory.identity == long[: long.index(" She sees boat 13")]
     assert made.memory.subject == ""
     assert len(calls) == 1
     assert len(caplog.records) == 2

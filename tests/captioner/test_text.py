@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 
-from wan.captioner import clean_caption, compose_prompt
+from wan.captioner import clean_caption, compose_prompt, refusal
 from wan.errors import UserError
 
 
@@ -27,11 +28,111 @@ from wan.errors import UserError
         ("A whole one. And one that was cut o", "A whole one."),
         ("一只猫。它在跑！然后", "一只猫。它在跑！"),
         ("only a fragment", "only a fragment"),
+        # what only looks like Markdown or a tag
+        ("Where x<y and y>z, it costs $5*3*2.", "Where x<y and y>z, it costs $5*3*2."),
+        ("A **bold** *soft* one, 2**3 is eight.", "A bold soft one, 2**3 is eight."),
+        ("A <b>bold</b> one<br/> here.", "A bold one here."),
+        ("a < b and c > d", "a < b and c > d"),
+        # what is not prose keeps its words
+        (
+            "| Time | Action |\n|---|:---:|\n| 0-2 s | A car drives. |\n| 2-4 s | It stops |",
+            "Time, Action. 0-2 s, A car drives. 2-4 s, It stops.",
+        ),
+        ('{"subject": "A red car", "moves": ["It turns.", "It stops"], "wheels": 4}', None),
+        ('```json\n["A dog runs.", "It sits"]\n```', "A dog runs. It sits."),
+        ("एक कुत्ता दौड़ता है। वह कूदता है। और फि", "एक कुत्ता दौड़ता है। वह कूदता है।"),
+        ("<think>one</think><think>two</think>A cat sits.", "A cat sits."),
+        # what is said again and again
+        ("A red car drives. " * 50, "A red car drives."),
+        ("A cat sits. It looks. A cat sits. It jumps.", "A cat sits. It looks. It jumps."),
+        ("A red car, a red car, a red car, a red car.", "A red car."),
+        ("He walks and walks and walks and walks away.", "He walks and walks away."),
+        ("一只猫在跑。一只猫在跑。一只猫在跑。", "一只猫在跑。"),
+        ("He says: no, no. She says: yes, yes.", "He says: no, no. She says: yes, yes."),
+        # talk to the reader
+        (
+            "Sure! Here is a detailed description of the video: a boat turns.\n\nLet me know if you need more.",
+            "A boat turns.",
+        ),
+        ("Certainly. The man is old. I hope this helps!", "The man is old."),
+        ("好的，以下是视频的详细描述：一只猫在跑。希望这对您有帮助！", "一只猫在跑。"),
+        (
+            "Natürlich! Hier ist eine Beschreibung: Ein Boot wendet. Lass mich wissen, ob du mehr brauchst.",
+            "Ein Boot wendet.",
+        ),
+        ("Bien sûr, voici une description : Un bateau tourne. N'hésitez pas à me demander.", "Un bateau tourne."),
+        ("Here is a cat. It sleeps.", "Here is a cat. It sleeps."),
     ],
 )
-def test_caption_is_cleaned(said: str, clean: str) -> None:
+def test_caption_is_cleaned(said: str, clean: str | None) -> None:
+    clean = "A red car. It turns. It stops. wheels 4." if clean is None else clean
     assert clean_caption(said) == clean
     assert clean_caption(clean) == clean
+
+
+def test_what_is_left_out_of_a_loop_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    clean_caption("The sea is calm. " * 125)
+    assert "the VLM repeats itself: 496 words of its answer are left out" in caplog.text
+
+
+def test_a_long_answer_is_cleaned_in_no_time() -> None:
+    start = time.perf_counter()
+    for hostile in (
+        "<" * 10**6,
+        "frame 1, " * 10**5,
+        "a " * 10**6,
+        "*_" * 10**6,
+        "[" * 10**6,
+        "| " * 10**6,
+        "{" * 10**6,
+    ):
+        clean_caption(hostile)
+        refusal(hostile)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "I'm sorry, but I can't assist with that request.",
+        "I’m sorry, I cannot describe this video.",
+        "Sorry, can't help with that.",
+        "<think>unsafe</think> I cannot provide a description of this content.",
+        "As an AI language model, I cannot view videos. However, if you describe it, I can help.",
+        "Unfortunately, I am unable to view the frames. Please provide another video.",
+        "I must decline to answer. Please share something else.",
+        "No video was provided. Please upload one.",
+        "很抱歉，我无法描述该视频。",
+        "Es tut mir leid, dabei kann ich nicht helfen.",
+        "Ich kann diese Anfrage leider nicht beantworten.",
+        "Je suis désolé, mais je ne peux pas vous aider.",
+        "Lo siento, no puedo ayudar con eso.",
+        "Desculpe, não posso ajudar com isso.",
+        "Mi dispiace, ma non posso aiutarti.",
+        "申し訳ありませんが、その動画を説明することはできません。",
+        "죄송하지만 도와드릴 수 없습니다.",
+        "Извините, но я не могу помочь с этим.",
+    ],
+)
+def test_a_refusal_is_known(said: str) -> None:
+    assert refusal(said) is not None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "A man says sorry and walks away.",
+        "The cat can't reach the shelf. It cannot see the mouse.",
+        "Unfortunately for the cat, the shelf can't be reached by it, and it falls to the floor.",
+        "I can't identify the person, but the video shows a man who walks along a beach.",
+        "I cannot see any text. The video shows a red ball that rolls over a green table to the left.",
+        "I'm sorry for the confusion. A man walks along a beach.",
+        "As night falls, a boat turns left.",
+        "",
+    ],
+)
+def test_a_description_is_no_refusal(said: str) -> None:
+    assert refusal(said) is None
 
 
 def words(text: str) -> int:

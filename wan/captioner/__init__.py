@@ -7,7 +7,7 @@ from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner
 from wan.captioner.next_prompt import Memory, NextPrompt, next_prompt
-from wan.captioner.text import clean_caption, compose_prompt
+from wan.captioner.text import clean_caption, compose_prompt, refusal
 from wan.compat import hide_broken_torchvision
 from wan.types import frame_indices
 
@@ -27,5 +27,6 @@ __all__ = [
     "hide_broken_torchvision",
     "next_prompt",
     "open_captioner",
+    "refusal",
     "weight_bytes",
 ]

@@ -49,7 +49,9 @@ class BackEnd(ABC):
         with foreseen_failures(self.source):
             if max_new_tokens < 1:
                 raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
-            answer = self.answer(frames, question, system, max_new_tokens).strip()
+            answer = self.answer(frames, question, system, max_new_tokens)
+            # half of a surrogate pair, which JSON can spell, can be written to no file
+            answer = answer.encode("utf-8", "replace").decode().strip()
             if not answer:
                 raise UserError(f"{self.source} gave an empty answer: ask with another `vlm_question`")
         return answer

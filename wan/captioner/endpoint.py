@@ -6,36 +6,45 @@ import base64
 import io
 import json
 import os
-from typing import Any
+import time
+from collections.abc import Callable
+from concurrent import futures
+from http.client import HTTPMessage
+from threading import Thread
+from typing import IO, Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image
 
 from wan.captioner.base import BackEnd, Pictures, one_line, to_images
 from wan.errors import UserError
+from wan.kinds import public_url
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
+MOST_BYTES = 4 << 20  # of an answer
 
 
 class EndpointCaptioner(BackEnd):
     """Asks `url` (its /v1 or all of /v1/chat/completions) about frames.
 
+    A user and a password in the address go along as basic authorization, a query is kept, and neither is shown.
     `model` None takes the first that the server offers. The key in the environment variable `api_key_env`, if it is
-    set, goes along. `timeout` is in seconds, for one answer. Raises UserError for what is not an http(s) address.
+    set, goes along, to this address alone: redirects are refused. `timeout` is in seconds, for one answer with all its
+    bytes, of which there may be MOST_BYTES. Raises UserError for what is not an http(s) address.
     """
 
     def __init__(
         self, url: str, model: str | None = None, api_key_env: str = "OPENAI_API_KEY", timeout: float = 300
     ) -> None:
-        try:
-            parts = urlsplit(url)
-        except ValueError as error:
-            raise UserError(f"`vlm_url` {url!r} is not an address ({error})") from error
-        if not url.isascii() or parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"`vlm_url` {url!r} is not an address: give one such as http://127.0.0.1:8000/v1")
-        self.url = url.rstrip("/").removesuffix("/chat/completions")
+        shown = public_url(url)
+        if shown is None:  # which is not quoted: there may be a password in it
+            raise UserError("`vlm_url` is not an address: give one such as http://127.0.0.1:8000/v1")
+        self.url = shown.rstrip("/").removesuffix("/chat/completions")
+        parts = urlsplit(url)
+        self._query = f"?{parts.query}" if parts.query else ""
+        self._login = ":".join(unquote(one or "") for one in (parts.username, parts.password)) if parts.username else ""
         self.source = self.url
         self.model = model
         self.api_key_env = api_key_env
@@ -75,22 +84,86 @@ class EndpointCaptioner(BackEnd):
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers. Raises UserError, OSError and HTTPException."""
+        key = self._key()
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_env, "").strip():
-            if not (key.isascii() and key.isprintable()):  # the HTTP library's own complaint would print the key
-                raise UserError(f"{self.api_key_env} holds characters that no key has: set it again")
+        if self._login:
+            headers["Authorization"] = f"Basic {base64.b64encode(self._login.encode()).decode()}"
+        elif key:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path + self._query, data, headers)
         try:
-            with urlopen(Request(self.url + path, data, headers), timeout=self.timeout) as response:
-                content = response.read()
+            content = _within(self.timeout, lambda: _ask(request, self.timeout))
         except HTTPError as error:
-            reason = one_line(ValueError(error.read(2000).decode(errors="replace")))
-            raise UserError(f"{self.url} refused with HTTP {error.code} ({reason}): check `vlm_url`") from error
+            reason = one_line(ValueError(self._without_secrets(error.reason)))
+            unnamed = "name its model with `vlm_path`, or " if path == "/models" else ""
+            raise UserError(
+                f"{self.url} refused with HTTP {error.code} ({reason}): {unnamed}check `vlm_url`"
+            ) from error
+        if len(content) > MOST_BYTES:
+            raise UserError(f"{self.url} answered with more than {MOST_BYTES >> 20} MiB: check `vlm_url`")
         try:
             return json.loads(content)
         except ValueError as error:
             raise UserError(f"{self.url} did not answer in JSON: give an OpenAI-compatible `vlm_url`") from error
+
+    def _key(self) -> str:
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):  # the HTTP library's own complaint would print the key
+            raise UserError(f"{self.api_key_env} holds characters that no key has: set it again")
+        return key
+
+    def _without_secrets(self, text: str) -> str:
+        """What a server says, without the key and what else it was sent that is secret."""
+        query = [value for _, value in parse_qsl(self._query[1:])]
+        for secret in (self._key(), self._login.partition(":")[2], *query):
+            text = text.replace(secret, "***") if len(secret) >= 4 else text
+        return text
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """The key is for the address that was given, and for no other that an answer names."""
+
+    def redirect_request(
+        self, request: Request, opened: IO[bytes], code: int, message: str, headers: HTTPMessage, url: str
+    ) -> None:
+        raise HTTPError(
+            request.full_url, code, f"it sends on to {public_url(url) or 'another address'}", headers, opened
+        )
+
+
+def _ask(request: Request, timeout: float) -> bytes:
+    """What a server answers, up to a byte more than it may. An HTTPError has what it says as its reason."""
+    until = time.monotonic() + timeout
+    try:
+        with build_opener(_NoRedirects).open(request, timeout=timeout) as response:
+            content = b""
+            while len(content) <= MOST_BYTES and time.monotonic() < until:
+                if not (block := response.read1(MOST_BYTES + 1 - len(content))):
+                    return content
+                content += block
+            return content
+    except HTTPError as error:
+        if error.code // 100 != 3:
+            error.msg = error.read(2000).decode(errors="replace")
+        raise
+
+
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """What `work` returns, in so many seconds. Raises TimeoutError: a socket's own limit is for each of its reads."""
+    done: futures.Future[bytes] = futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()  # left behind where it hangs
+    try:
+        return done.result(seconds)
+    except futures.TimeoutError as error:  # which is no TimeoutError before Python 3.11
+        raise TimeoutError(f"timed out: no whole answer in {seconds:g} s") from error
 
 
 def jpeg_url(image: Image.Image) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from wan.captioner.base import Captioner
-from wan.captioner.text import bare_words, clean_caption, compose_prompt, sentences, without_reasoning
+from wan.captioner.text import bare_words, clean_caption, compose_prompt, refusal, sentences, without_reasoning
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -239,6 +239,7 @@ def read_identity(answer: str) -> tuple[str, str]:
     said = fields_of(answer, ("identity", "subject"))
     identity, subject = clean_caption(said["identity"]), clean_caption(said["subject"]).rstrip(".")
     faults = {
+        "it declines": refusal(said["identity"]),
         f'"subject" must have 1 to {SUBJECT_WORDS} words': not 1 <= len(bare_words(subject)) <= SUBJECT_WORDS,
         f'"identity" must have 3 to {IDENTITY_WORDS} words': not 3 <= len(bare_words(identity)) <= IDENTITY_WORDS,
         "it is not a text in words": not is_prose(f"{subject} {identity}"),
@@ -265,6 +266,7 @@ def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memor
     past = rf"\b(?:was|were|had|did)\b|\b(?:{doers})\s+(?:\w+ly\s+)?{_PAST_VERB}"
     wrong = recoloured(prompt, f"{memory.identity}. {goal}")
     faults = {
+        "it declines": refusal(said["prompt"]),
         f"the prompt has {count} words, not {PROMPT_WORDS[0]} to {PROMPT_WORDS[-1]}": count not in PROMPT_WORDS,
         "the prompt is not a text in words": not is_prose(prompt),
         f'the prompt does not begin with "{memory.subject}"': named and named.isdisjoint(bare_words(prompt)[:12]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import unicodedata
@@ -9,13 +10,17 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 from wan.captioner.base import OFFER
+from wan.captioner.talk import ABOUT_ITSELF, BUT, LEAD_IN, REFUSAL
+from wan.captioner.talk import OFFER as TALK
 from wan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_MOST_CHARACTERS = 20_000  # of an answer; the longest that is asked for has 512 tokens
 _CLOSERS = "\"'”’)\\]」』）"
 _SENTENCE_END = (
-    rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?…]+[{_CLOSERS}]*(?=\s+[^a-z\s]|\s*$)|[。！？]+[{_CLOSERS}]*"
+    rf"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)[.!?…]+[{_CLOSERS}]*(?=\s+[^a-z\s]|\s*$)"
+    rf"|[。！？।॥؟۔]+[{_CLOSERS}]*"
 )
 _SENTENCE = re.compile(rf"\S.*?(?:{_SENTENCE_END}|$)")
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces, so that a character is as good as a word
@@ -24,17 +29,29 @@ _BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _BOX = re.compile(r"<box>.*?</box>", re.DOTALL)
-_TAG = re.compile(r"<\|[^|<>]*\|>|</?[A-Za-z][^<>]{0,60}>")  # </s> in a caption would end the prompt there
+# </s> in a caption would end the prompt there. "x<y and y>z" is none: an opening tag stands apart from words, and what
+# follows its name are attributes.
+_TAG = re.compile(
+    r"<\|[^|<>]*\|>|</[A-Za-z][\w:-]{0,60}\s*>|<[A-Za-z][\w:-]{0,60}\s*/>"
+    r"|(?<!\w)<[A-Za-z][\w:-]{0,60}(?:\s+[\w:-]{1,60}=[^<>\s]{0,200})*\s*/?>"
+)
 _FENCE_OR_RULE = re.compile(r"^\s*(?:```.*|(?:[-*_]\s*){3,})$", re.MULTILINE)
 _LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 _BLOCK = re.compile(r"^\s*(?:>\s*)?(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
-_EMPHASIS = re.compile(r"[*`]+|__|(?<!\w)_(?=\S)|(?<=\S)_(?!\w)")
+_EMPHASIS = re.compile(
+    r"`+|__|(?<!\d)\*{2,3}|\*{2,3}(?!\d)|(?<![\w)*])[*_](?=\S)|(?<=\S)[*_](?![\w(*])"  # 5*3*2 is no emphasis
+)
+_TABLE_RULE = re.compile(r"^\s*\|?(?:\s*:?-{2,}:?\s*\|)+(?:\s*:?-{2,}:?\s*)?$", re.MULTILINE)
+_TABLE_ROW = re.compile(r"^\s*\|(.+)\|\s*$")
 _FRAME = r"frames?\s*[#-]?\s*\d+(?:\s*(?:(?:-|–|to|through|and|&)\s*(?:frames?\s*)?#?|,\s*frames?\s*)\d+)*"
 _FRAME_MENTION = re.compile(
     rf",?\s*(?:\(\s*{_FRAME}\s*\)|(?:\b(?:in|from|at|by|on|of|during|until)\s+)?\b{_FRAME}\b"
     r"(?:\s*[:：,，]|\s+(?:shows?|depicts?|captures?|features?)\b)?)\s*(?P<next>\w?)",
     re.IGNORECASE,
 )
+
+_LONGEST_LOOP = 30  # words that come again and again
+_FEWEST_WORDS = 8  # of a description that stands beside a refusal
 
 
 def without_reasoning(text: str) -> str:
@@ -52,19 +69,37 @@ def sentences(text: str) -> list[str]:
     return [match.group() for match in _SENTENCE.finditer(text)]
 
 
+def refusal(answer: str) -> str | None:
+    """What a VLM says where it declines to describe, on one line of up to 200 characters; None for a description.
+
+    An answer that declines a part and describes the rest is a description.
+    """
+    text = " ".join(_TAG.sub(" ", without_reasoning(answer)[:_MOST_CHARACTERS]).split())
+    first, *rest = sentences(_without_talk(text)) or [""]
+    opening = REFUSAL.match(first.lstrip(_CLOSERS + "*"))
+    if opening is None or BUT.search(first, opening.end()):
+        return None
+    described = [one for one in rest if not (REFUSAL.match(one) or TALK.match(one) or ABOUT_ITSELF.search(one))]
+    if len(bare_words(" ".join(described))) >= _FEWEST_WORDS:
+        return None
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def clean_caption(text: str) -> str:
     """A VLM's answer -> plain sentences on one line, possibly none.
 
-    Reasoning, tags, Markdown, mentions of frames and control characters go, and so does a last sentence that was cut
-    off, unless it is the only one.
+    Reasoning, tags, Markdown, mentions of frames, talk to the reader, control characters and what is said again and
+    again go, and so does a last sentence that was cut off, unless it is the only one. Of JSON and of tables the words
+    stay, as sentences.
     """
-    text = without_reasoning(text)
+    text = _words_of_json(without_reasoning(text)[:_MOST_CHARACTERS])
     text = _TAG.sub(" ", _BOX.sub(" ", text))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
-    text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", text))
+    text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
     text = " ".join(_plain_line(line) for line in text.split("\n"))
     text = _FRAME_MENTION.sub(_without_mention, " ".join(text.split()))
     text = re.sub(r"\s+(?=[,.;:!?](?:\s|$))", "", " ".join(text.split()))
+    text = _without_loops(_without_talk(text))
     *whole, last = sentences(text) or [""]
     if whole and not re.search(rf"(?:{_SENTENCE_END})$", last):
         text = text[: text.rindex(last)]
@@ -88,14 +123,77 @@ def compose_prompt(user_text: str, caption: str, count_tokens: Callable[[str], i
     return user_text
 
 
+def _words_of_json(answer: str) -> str:
+    """The texts in an answer that is JSON, each as a sentence; any other answer as it is."""
+    bare = re.sub(r"^\s*```\w*\s*|\s*```\s*$", "", answer).strip()
+    if not bare.startswith(("{", "[")):
+        return answer
+    try:
+        return _said_in(json.loads(bare, strict=False))
+    except (ValueError, RecursionError):
+        return answer
+
+
+def _said_in(value: object, name: str = "") -> str:
+    if isinstance(value, dict):
+        return " ".join(_said_in(one, str(key)) for key, one in value.items())
+    if isinstance(value, list):
+        return " ".join(_said_in(one, name) for one in value)
+    if value is None:
+        return ""
+    text = value.strip() if isinstance(value, str) else f"{name} {value}".strip()
+    return f"{text}." if text and (text[-1].isalnum() or text[-1] in _CLOSERS) else text
+
+
+def _without_talk(text: str) -> str:
+    """A text without what a chat model says to the reader before and after its answer."""
+    if lead := LEAD_IN.match(text):
+        text = text[lead.end() : lead.end() + 1].upper() + text[lead.end() + 1 :]
+    found = list(_SENTENCE.finditer(text))
+    while len(found) > 1 and TALK.match(found[-1].group()):
+        text = text[: found.pop().start()].rstrip()
+    return text
+
+
+def _without_loops(text: str) -> str:
+    """A text with each sentence once, and with words once that come three times or more in a row."""
+    seen: set[tuple[str, ...]] = set()
+    again = ""
+    for sentence in _SENTENCE.finditer(text):
+        words = tuple(bare_words(sentence.group()))
+        if words and words in seen:
+            continue
+        seen.add(words)
+        between = " " if again and text[sentence.start() - 1].isspace() else ""
+        again += between + _without_stutter(sentence.group())
+    if (lost := len(bare_words(text)) - len(bare_words(again))) > 0:
+        logger.warning("the VLM repeats itself: %d words of its answer are left out", lost)
+    return again
+
+
+def _without_stutter(sentence: str) -> str:
+    words = list(_WORD.finditer(sentence))
+    bare = [" ".join(bare_words(word.group())) for word in words]
+    for at in range(len(words)):
+        for length in range(1, min(_LONGEST_LOOP, (len(words) - at) // 3) + 1):
+            loop, end = bare[at : at + length], at + length
+            while any(loop) and bare[end : end + length] == loop:
+                end += length
+            if end >= at + 3 * length:  # the last time is the one that ends as the sentence does
+                rest = _without_stutter(sentence[words[end - length].start() :])
+                return sentence[: words[at].start()] + (rest if at else rest[:1].upper() + rest[1:])
+    return sentence
+
+
 def _is_text(char: str) -> bool:
     """Whether a character is more than control, surrogate or unassigned; joiners shape emoji and some scripts."""
     return char in "\n\u200c\u200d" or unicodedata.category(char)[0] != "C"
 
 
 def _plain_line(line: str) -> str:
-    """A line without Markdown; headings and list items become sentences."""
-    plain = _BLOCK.sub("", line)
+    """A line without Markdown; headings, list items and rows of a table become sentences."""
+    plain = _TABLE_ROW.sub(lambda row: ", ".join(cell.strip() for cell in row[1].split("|") if cell.strip()), line)
+    plain = _BLOCK.sub("", plain)
     is_block = plain != line
     plain = _EMPHASIS.sub("", plain).strip()
     return f"{plain}." if is_block and plain and (plain[-1].isalnum() or plain[-1] in ")\"'”’") else plain

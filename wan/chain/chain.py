@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wan import media
+from wan.chain.draft import ClipDraft, discard
 from wan.chain.fingerprint import difference, fingerprint
 from wan.chain.report import render_report, seam_thumbnails
 from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, readable, write_json, write_text
+from wan.files import file_digest, write_json, write_text
 from wan.options import Settings, options_of
 from wan.types import Footage, Generation
 
@@ -74,7 +76,7 @@ class ChainRun:
         self.started = time.perf_counter()
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(settings.base_seed, before)
-        self.joined_of = _joined_of(before, self.video)
+        self.joined_of = self._joined_of(before)
         self.drawn = settings.base_seed < 0 and "base_seed" not in before
         by_number = enumerate(scenes, 1)
         self.scripted = {number: scene.said["seed"] for number, scene in by_number if "seed" in scene.said}
@@ -92,7 +94,7 @@ class ChainRun:
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
         self.clips: dict[int, FinishedClip] = {}
         self.stale: list[int] = []  # clips that are there and are made again
-        parent = file_digest(self.video)
+        parent = self._source_digest
         for number, own in enumerate(wanted, 1):
             # a new shot depends on nothing before it
             before_it = None if plans[number - 1].is_cut else parent
@@ -146,8 +148,26 @@ class ChainRun:
             return self.writer.made.prompt_memory
         return self.clips[before].record.get("memory") or {} if before in self.clips else {}
 
+    @functools.cached_property
+    def _source_digest(self) -> str:
+        """Of the video up to where it is continued from."""
+        until = self.settings.from_
+        return file_digest(self.video) + ("" if until is None else f" to {until!r} s")
+
+    def _joined_of(self, before: Mapping[str, Any]) -> list[str]:
+        """What the joined video is made of: digests of the source, if it is in there, and of its clips.
+
+        Empty where nobody knows. 0.1.0 did not write it down, but joined every clip of a run that it joined at all.
+        """
+        if "joined_of" in before:
+            return list(before["joined_of"])
+        if not before.get("joined"):
+            return []
+        source = [self._source_digest] if (before.get("arguments") or {}).get("include_source") else []
+        return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
+
     def _redo(self, number: int, found: dict[int, FinishedClip]) -> None:
-        if number not in found:
+        if number not in found and number not in self.folder.faults:
             there = f"clips {min(found)} to {max(found)}" if found else "no finished clip"
             raise UserError(f"`redo` {number}: {self.folder.path} holds {there}")
         if number > self.count:
@@ -172,6 +192,20 @@ class ChainRun:
                 f"give another folder, the old settings to go on with it, or `redo` {clip.number} to make it again"
             )
 
+    def begin(self) -> None:
+        """Say that the run goes on. Clips of 0.1.0 get their digests."""
+        self.clips = {number: self.folder.seal(clip) for number, clip in self.clips.items()}
+        self.report("running")
+
+    def draft(self, number: int) -> ClipDraft:
+        """Where what is known of an unfinished clip is kept."""
+        return ClipDraft(self.folder.path, number, self.wanted[number])
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """The clips that are there and are not what was written, and why, by number."""
+        return {number: why for number, why in sorted(self.folder.faults.items()) if number <= self.count}
+
     def write(self, made: Generation, then: Callable[[], None]) -> None:
         """Put the next clip on disk while the one after it is made, and call `then`; the one before is waited for."""
         self.writer.wait()
@@ -186,8 +220,11 @@ class ChainRun:
         plan, before = self.plans[number - 1], self.clips.get(number - 1)
         following = self.plans[min(number, self.count - 1)]  # whose captioner will look at this clip
         recent = RECENT_SECONDS if following.prompt_mode == "continue" else None
-        record = self.describe(made, str(before.video) if before else settings.video, plan)
-        record["look"] = measure_look(made.clip.frames).as_json()
+
+        def record() -> dict[str, Any]:
+            said = self.describe(made, str(before.video) if before else settings.video, plan)
+            return said | {"look": measure_look(made.clip.frames).as_json()}
+
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
         self.clips[number] = self.folder.save(
             number,
@@ -226,9 +263,11 @@ class ChainRun:
         write_text(self.folder.path / PAGE, page)
 
     def _arguments(self) -> dict[str, Any]:
-        """What the command was told, as JSON values."""
-        given = {one.name: getattr(self.settings, one.name) for one in options_of("continuous") if one.flag}
-        return {name: _plain(value) for name, value in sorted(given.items())}
+        """What the command was told, as JSON values that may be handed on."""
+        given = {
+            one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("continuous") if one.flag
+        }
+        return dict(sorted(given.items()))
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""
@@ -236,13 +275,15 @@ class ChainRun:
         joined = self.folder.path / JOINED if clips else None
         if joined is not None:
             parts = [clip.fingerprint for clip in clips]
-            parts = [file_digest(self.video), *parts] if self.settings.include_source else parts
+            parts = [self._source_digest, *parts] if self.settings.include_source else parts
             if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
                 self.folder.set_joined_aside()
             self.joined_of = parts
             self.report("running")  # what a killed run leaves is no more than this says
             self._join(clips, joined)
         self.report(status, joined)
+        if status == "finished":
+            discard(self.folder.path)
         return joined
 
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:
@@ -251,23 +292,10 @@ class ChainRun:
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
         metadata = None if settings.no_video_metadata else summary
         if settings.include_source:
-            media.assemble(self.video, videos, path, drops=drops, metadata=metadata)
+            media.assemble(self.video, videos, path, drops=drops, metadata=metadata, until=settings.from_)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)
-
-
-def _joined_of(before: Mapping[str, Any], video: Path) -> list[str]:
-    """What the joined video is made of: digests of the source, if it is in there, and of its clips.
-
-    Empty where nobody knows. 0.1.0 did not write it down, but joined every clip of a run that it joined at all.
-    """
-    if "joined_of" in before:
-        return list(before["joined_of"])
-    if not before.get("joined"):
-        return []
-    source = [file_digest(video)] if (before.get("arguments") or {}).get("include_source") else []
-    return source + [str(clip.get("fingerprint")) for clip in before.get("clips", ())]
 
 
 def _base_seed(given: int, before: dict[str, Any]) -> int:
@@ -275,10 +303,3 @@ def _base_seed(given: int, before: dict[str, Any]) -> int:
     from wan.pipeline import draw_seed
 
     return int(before["base_seed"]) if given < 0 and "base_seed" in before else draw_seed(given)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as a JSON value; bytes of a file's name that are no UTF-8 become backslashes."""
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return readable(value) if isinstance(value, str) else value

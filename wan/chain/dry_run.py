@@ -33,7 +33,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         seed = run.clips[number].record["seed"] if there else run.seed(number)
         if run.drawn and number not in run.seeds and not there:
             seed = "drawn"
-        words = "(finished)" if there else _words(plan)
+        words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if there else _words(plan)).split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
         start += float(new / continuation.fps)
     missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
@@ -89,8 +89,9 @@ def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRu
     """Sampling time, from this run's finished clips if it has any."""
     work = sum(flops(continuation, plan) for plan in missing)
     rates = [
-        flops(continuation, run.plans[number - 1]) / clip.record["seconds"]["sample"]
+        flops(continuation, run.plans[number - 1]) / seconds
         for number, clip in run.clips.items()
+        if (seconds := (clip.record.get("seconds") or {}).get("sample"))
     ]
     if rates:
         return f"about {_span(work / statistics.median(rates))} of sampling, as its finished clips took"

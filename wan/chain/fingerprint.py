@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from wan.files import readable, sampled_digest
+from wan.kinds import public_url
 from wan.options import by_fingerprint_key
 from wan.types import Frame
 
@@ -32,7 +33,7 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 def difference(key: str, old: Any, new: Any) -> str:
     """What two fingerprints say differently, in the words of the settings."""
     plain = {
-        "parent": "another video",
+        "parent": "another video or another `from_`",
         "checkpoint": "another checkpoint",
         "config": "another wan_config.json, `precision` or `vae_dtype`",
     }
@@ -77,7 +78,7 @@ class _Models:
         """A local VLM by its weights, any other by its name."""
         name = str(self.continuation.vlm.path or "")
         if self.continuation.vlm.url:
-            return readable(f"{self.continuation.vlm.url} {name}".strip())
+            return readable(f"{public_url(self.continuation.vlm.url)} {name}".strip())
         weights = sorted(Path(name).glob("*.safetensors"))
         return _digest_of(weights) if weights else readable(name)
 
@@ -108,6 +109,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "num_segments": lambda models, plan: plan.num_segments if plan.described else None,
     "vlm": lambda models, plan: models.vlm if plan.described else None,
     "vlm_question": lambda models, plan: models.continuation.vlm.question if plan.described else None,
+    "vlm_fallback": lambda models, plan: models.continuation.vlm.fallback if plan.described else None,
     "continuation": lambda models, plan: plan.context.mode if plan.context.mode != "last_frame" else None,
     "context_frames": lambda models, plan: plan.context.frames if plan.context.mode == "tail" else None,
     "anchor": lambda models, plan: _digest(plan.anchor),

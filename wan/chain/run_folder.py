@@ -1,19 +1,22 @@
 """A chain's folder: what is finished in it, losslessly, and what each clip was made with.
 
-A clip is four files that appear one after the other, each under its name only when it is complete:
-`video_03_seed12.mp4` for people, `.safetensors` for the clip after it, and last the `.json` record, which says that the
-clip is finished. Whatever stops a run, the next one finds every finished clip and nothing half-made.
+A clip is files that appear one after the other, each under its name only when it is complete: a draft with its latents
+as soon as they are sampled, `video_03_seed12.safetensors` for the clip after it, `.mp4` for people, and last the
+`.json` record, which says that the clip is finished and has the digests of both. Whatever stops a run, the next one
+finds every finished clip, samples no clip again, and takes nothing for finished that is not what was written.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,11 +30,12 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from wan import media
+from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.errors import UserError
-from wan.files import publish, write_json, write_text
+from wan.files import file_digest, write_bytes, write_json, write_text
 from wan.options import LONGEST_CONTEXT, current, settings_of
-from wan.types import Generation, UInt8Array, to_uint8
+from wan.types import Generation, UInt8Array, is_finite, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +122,14 @@ class FinishedClip:
             return [opened.get_tensor(name).numpy().tobytes() for name in names]
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """Why a clip does not count as finished."""
+
+    number: int
+    reason: str
+
+
 class RunFolder:
     """The folder of one chain, locked while it is open, so that two runs cannot mix. Raises UserError."""
 
@@ -134,7 +146,7 @@ class RunFolder:
             busy = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
             reason = "is in use by another run; wait for it" if busy else f"cannot be locked ({error.strerror})"
             raise UserError(f"{self.path} {reason}, or give another folder") from error
-        for name in ("video_", *_OF_THE_RUN):
+        for name in ("video_", ".draft_", *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
                 left.unlink()
         return self
@@ -159,20 +171,54 @@ class RunFolder:
         return there[0] if there and not self.clips() else None
 
     def clips(self) -> dict[int, FinishedClip]:
-        """The finished clips by number, counted from 1. One with a file missing or damaged is not finished."""
-        found = (self._read(path) for path in sorted(self.path.glob("video_*.json")))
-        return {clip.number: clip for clip in found if clip is not None}
+        """The finished clips by number, counted from 1; `faults` then says what is wrong with those that are not.
 
-    def _read(self, path: Path) -> FinishedClip | None:
+        A clip is finished as long as its files are those that were written: their digests are compared.
+        """
+        self.faults: dict[int, str] = {}
+        clips = {}
+        paths = [path for path in sorted(self.path.glob("video_*.json")) if _number(path) is not None]
+        with ThreadPoolExecutor(4) as readers:  # digests are computed beside each other
+            for found in readers.map(self._read, paths):
+                if isinstance(found, FinishedClip):
+                    clips[found.number] = found
+                else:
+                    self.faults[found.number] = found.reason
+        return clips
+
+    def _read(self, path: Path) -> FinishedClip | _Fault:
         number = _number(path)
+        assert number is not None  # such are read
+        state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
             record = current(json.loads(path.read_text(encoding="utf-8")))
-            settings = _settings(path.with_suffix(".safetensors"))
-            whole = record["fingerprint"] == fingerprint(settings)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        clip = None if number is None else FinishedClip(number, path, record, settings)
-        return clip if clip is not None and whole and clip.video.is_file() else None
+            made_with = record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return _Fault(number, f"its record {path.name} is none")
+        for file in (state, video):
+            if not file.is_file():
+                return _Fault(number, f"{file.name} is not there")
+        clip = FinishedClip(number, path, record, _settings(state))
+        digests = record.get("digests")
+        try:
+            if not isinstance(digests, dict):
+                return _check_without_digests(clip) or clip
+            changed = [file.name for file in (state, video) if file_digest(file) != digests.get(file.suffix[1:])]
+        except OSError as error:
+            return _Fault(number, f"{error.filename} cannot be read ({error.strerror})")
+        if changed:
+            return _Fault(number, f"{' and '.join(changed)} is not what was written")
+        if made_with != clip.fingerprint:
+            return _Fault(number, f"its record {path.name} is of another clip")
+        return clip
+
+    def seal(self, clip: FinishedClip) -> FinishedClip:
+        """Note the digests of a clip of 0.1.0, whose record has none."""
+        if "digests" in clip.record:
+            return clip
+        said = json.loads(clip.record_path.read_text(encoding="utf-8")) | {"digests": _digests(clip.record_path)}
+        write_json(clip.record_path, said)
+        return dataclasses.replace(clip, record=current(said))
 
     def save(
         self,
@@ -180,7 +226,7 @@ class RunFolder:
         digits: int,
         made: Generation,
         settings: Mapping[str, Any],
-        record: Mapping[str, Any],
+        describe: Callable[[], Mapping[str, Any]],
         *,
         samples: tuple[int, float | None],
         sheet: Sequence[bytes],
@@ -188,11 +234,12 @@ class RunFolder:
     ) -> FinishedClip:
         """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`.
 
+        First comes what cannot be made again in no time, its state; then its record is made with `describe`.
         `samples` are the arguments of `Generation.samples` for what the captioner will see of it, `sheet` the JPEGs of
         its seam.
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
-        record = dict(record) | {"fingerprint": fingerprint(settings)}
+        path = stem.with_suffix(".json")
         self._make_room(number, stem.name)
         frames = made.clip.frames
         tensors = {
@@ -201,10 +248,10 @@ class RunFolder:
             "samples": torch.from_numpy(made.samples(*samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(sheet)},
         }
-        part = stem.with_name(f".{stem.name}.safetensors.part")
         said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
-        part.write_bytes(as_bytes(tensors, said))  # the library's own writer would leave a file of its own when killed
-        publish(part, stem.with_suffix(".safetensors"))
+        # the library's own writer would leave a file of its own when killed
+        write_bytes(stem.with_suffix(".safetensors"), as_bytes(tensors, said))
+        record = dict(describe())
         # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
         media.write_video(
             stem.with_suffix(".mp4"),
@@ -213,8 +260,10 @@ class RunFolder:
             keyframes=frozenset({0, record.get("dropped", 1)}),
             metadata=settings_of(record) if metadata else None,
         )
-        write_json(stem.with_suffix(".json"), record)
-        return FinishedClip(number, stem.with_suffix(".json"), record, settings)
+        record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}
+        write_json(path, record)
+        discard(self.path, number)
+        return FinishedClip(number, path, record, settings)
 
     def _make_room(self, number: int, stem: str) -> None:
         """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.
@@ -272,6 +321,28 @@ def _settings(state: Path) -> dict[str, Any]:
             return dict(json.loads(opened.metadata()["settings"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}
+
+
+def _digests(record: Path) -> dict[str, str]:
+    """Of the files of a clip, by suffix."""
+    return {suffix: file_digest(record.with_suffix(f".{suffix}")) for suffix in ("safetensors", "mp4")}
+
+
+def _check_without_digests(clip: FinishedClip) -> _Fault | None:
+    """What can be told of a clip of 0.1.0: whether its files can be read, and fit its record."""
+    if clip.record.get("fingerprint") != clip.fingerprint:
+        return _Fault(clip.number, f"its record {clip.record_path.name} is of another clip, or its state is damaged")
+    width, height = clip.settings.get("width"), clip.settings.get("height")
+    try:
+        latents, tail = clip._tensor("latents"), clip._tensor("tail")
+        if tail.shape[1:] != (height, width, 3) or not (is_finite(latents) and is_finite(tail)):
+            return _Fault(clip.number, f"{clip.state.name} is of another clip, or damaged")
+        media.read_last_frame(clip.video)
+    except (SafetensorError, OSError):
+        return _Fault(clip.number, f"{clip.state.name} is damaged")
+    except UserError:
+        return _Fault(clip.number, f"{clip.video.name} is damaged")
+    return None
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -5,6 +5,7 @@
       - the boat turns left              # a text alone is a prompt
       - prompt: the boat sinks           # without one the VLM writes it, as it does without a storyboard
         seed: 12                         # 0 to 2**63-1; clips without one count up from --base_seed
+        custom_prompt: ""                # before the prompt; empty for nothing, where it is "continue video" else
         frames: 81                       # 4n+1, at least 5
         steps: 20
         guidance: [3.5, 4.0]             # low noise, high noise; or one number
@@ -43,7 +44,21 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from wan import media
 from wan.configs import ModelConfig
 from wan.errors import UserError
-from wan.kinds import LARGEST_SEED, Among, Cut, Files, Frames, Guidance, Kind, Picture, Real, SeedOfClip, Unfit, Whole
+from wan.kinds import (
+    LARGEST_SEED,
+    Among,
+    Cut,
+    Files,
+    Frames,
+    Guidance,
+    Kind,
+    Picture,
+    Real,
+    SeedOfClip,
+    Unfit,
+    Whole,
+    Words,
+)
 from wan.options import Option, Settings, by_scene_key
 from wan.settings import LoraFile, check_end_image
 
@@ -376,13 +391,18 @@ def _text(node: Node, kind: Kind, folder: Path) -> str:
         text = node.value.encode("utf-16", "surrogatepass").decode("utf-16").strip()
     except UnicodeDecodeError as error:
         raise _UnfitNode(node, "holds half of a surrogate pair; write the character itself") from error
-    if not text:
-        raise _UnfitNode(node, "is empty; write something or leave the key out")
     return str(text)
 
 
+def _words(node: Node, kind: Kind, folder: Path) -> str:
+    text = _text(node, kind, folder)
+    if not text:
+        raise _UnfitNode(node, "is empty; write something or leave the key out")
+    return text
+
+
 def _picture(node: Node, kind: Kind, folder: Path) -> str:
-    path = folder / os.path.expanduser(_text(node, kind, folder))
+    path = folder / os.path.expanduser(_words(node, kind, folder))
     media.read_image(path)  # all of it: a truncated file is no use after an hour
     return str(path)
 
@@ -403,7 +423,7 @@ def _loras(node: Node, kind: Kind, folder: Path) -> tuple[str, ...]:
 def _lora(node: Node, kind: Kind, folder: Path) -> str:
     """PATH:STRENGTH, with the path from the storyboard's folder."""
     try:
-        lora = LoraFile.parse(_text(node, kind, folder))
+        lora = LoraFile.parse(_words(node, kind, folder))
     except UserError as error:
         raise _UnfitNode(node, f"cannot be read: {' '.join(str(error).split())}") from error
     path = folder / lora.path
@@ -423,6 +443,7 @@ def _read_value(node: Node, kind: Kind, folder: Path) -> Any:
 # How YAML writes each kind of value that a storyboard may hold.
 _READERS: Mapping[type[Kind], Callable[[Node, Any, Path], Any]] = {
     Kind: _text,
+    Words: _words,
     Whole: _whole,
     Frames: _whole,
     SeedOfClip: _whole,

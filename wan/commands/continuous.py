@@ -33,21 +33,21 @@ def continue_video(job: Job) -> None:
     output = Path(settings.output_dir)
     check_folder(job, RunFolder(output))
 
-    from wan.footage import VideoFile
-
-    footage = VideoFile(job.video, settings.video_reader)
+    footage = job.footage()
     sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
     continuation = job.open_continuation()
     plans = _plans(job, continuation, footage)
     wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
         run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
-        print(*outline(continuation, plans, run), sep="\n")
+        print(*outline(continuation, plans, run), *_damaged(run), sep="\n")
         if settings.include_source:
             print(f"sound of the source: {sound or 'none'}")
         return
     with RunFolder(output) as folder:
         run = ChainRun(settings, job.scenes, folder, plans, wanted, footage, job.describe)
+        for line in _damaged(run):
+            print(line, file=sys.stderr)
         if run.stale:
             print(
                 f"clips {', '.join(map(str, run.stale))} of {output} follow from something else now and are made "
@@ -59,7 +59,9 @@ def continue_video(job: Job) -> None:
             def extend(source: Footage, seed: int) -> Generation:
                 number = run.to_make
                 progress.begin(f"clip {number}/{run.count}")
-                return continuation.extend(source, seed, plans[number - 1], on_step, memory=run.prompt_memory)
+                return continuation.extend(
+                    source, seed, plans[number - 1], on_step, memory=run.prompt_memory, draft=run.draft(number)
+                )
 
             def on_step(step: Step) -> None:
                 run.writer.check()  # a clip that could not be written stops the run now, not a clip later
@@ -75,7 +77,7 @@ def continue_video(job: Job) -> None:
                 seeds={number - 1: seed for number, seed in run.seeds.items()},
             )
             try:
-                run.report("running")
+                run.begin()
                 for made in clips:
                     progress.stage("write")
                     run.write(made, progress.finish_clips)
@@ -119,6 +121,11 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[
                 anchor = picture(scene.said["cut"])  # what is held on to is the new shot
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
     return plans
+
+
+def _damaged(run: ChainRun) -> list[str]:
+    """A line for each clip that was finished and is not what was written."""
+    return [f"clip {number} is made again: {why}" for number, why in run.damaged.items()]
 
 
 def _say_what_is_there(run: ChainRun, error: BaseException) -> None:

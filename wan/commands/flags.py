@@ -63,7 +63,7 @@ def parser_of(command: Command) -> Parser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for one in options_of(command):
         if one.flag:
-            groups[one.group].add_argument(f"--{one.name}", **_arguments(one, command))
+            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command))
     return parser
 
 
@@ -150,7 +150,7 @@ def check_video_settings(settings: Settings) -> None:
 
 def spell_flag(name: str) -> str:
     """A setting as the command line spells it."""
-    return f"--{name}" if name in OPTIONS and OPTIONS[name].flag else name
+    return OPTIONS[name].word if name in OPTIONS and OPTIONS[name].flag else name
 
 
 def reference() -> str:
@@ -192,9 +192,9 @@ def _flag_cell(one: Option) -> str:
     if not one.flag:
         return "in a storyboard only"
     if isinstance(one.kind, Choice):
-        return f"`--{one.name}` {', '.join(f'`{name}`' for name in one.kind.names)}"
+        return f"`{one.word}` {', '.join(f'`{name}`' for name in one.kind.names)}"
     metavar = "LOW HIGH" if isinstance(one.kind, Interval) else one.kind.metavar
-    return f"`--{one.name} {metavar}`" if metavar else f"`--{one.name}`"
+    return f"`{one.word} {metavar}`" if metavar else f"`{one.word}`"
 
 
 def _default_cell(one: Option) -> str:

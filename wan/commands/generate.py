@@ -29,10 +29,9 @@ def generate(job: Job) -> None:
     check_file(job, target)
 
     if settings.video is not None:
-        from wan.footage import VideoFile
         from wan.pipeline import draw_seed
 
-        footage = VideoFile(job.video, settings.video_reader)
+        footage = job.footage()
         continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         with Progress(target.name) as progress:

@@ -19,13 +19,14 @@ from wan.commands.flags import check_video_settings
 from wan.configs import ModelConfig, config_for, parse_size
 from wan.errors import UserError
 from wan.files import readable
-from wan.kinds import Picture, Video
+from wan.kinds import Picture, Video, public_path
 from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, V2V_TASKS, Command, Settings, options_of
 from wan.settings import Context, LoraFile
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
+    from wan.footage import VideoFile
     from wan.pipeline import Pipeline
     from wan.types import Footage, Frame, Generation
 
@@ -78,6 +79,18 @@ class Job:
         assert self.settings.video is not None  # `check_task`
         return Path(self.settings.video)
 
+    def footage(self) -> VideoFile:
+        """The video to continue, up to where it is continued from; what is dull at its end is said."""
+        from wan.footage import VideoFile
+
+        until = self.settings.from_
+        opened = VideoFile(self.video, self.settings.video_reader, until)
+        if (end := media.find_dull_end(self.video, until)) is not None:
+            lively = end.last_lively
+            advice = "" if lively is None else f"; `from_` {lively:.3f} continues from its last lively frame"
+            log.warning("%s: %s%s", readable(self.video), end, advice)
+        return opened
+
     def open(self, **continuing: Any) -> Pipeline:
         """The pipeline of the task; its models load when they are used."""
         import transformers
@@ -107,6 +120,7 @@ class Job:
             vlm_device=settings.vlm_device,
             vlm_url=settings.vlm_url,
             vlm_question=settings.vlm_question,
+            vlm_fallback=settings.vlm_fallback,
             vlm_trust_remote_code=settings.vlm_trust_remote_code,
             video_reader=settings.video_reader,
         )
@@ -165,7 +179,7 @@ class Job:
         request, config = made.request, self.config
         used = self._used(made, plan)
         return {
-            "source": None if source is None else readable(source),
+            "source": None if source is None else public_path(source),
             "prompt": request.prompt,
             "negative_prompt": request.negative,
             "seed": request.seed,
@@ -192,9 +206,9 @@ class Job:
         """The settings of a clip as it was made, as JSON values: what was open is what the preset or model chose."""
         settings, config, request = self.settings, self.config, made.request
         sampling = request.sampling
-        used = {one.name: getattr(settings, one.name) for one in options_of(self.command)} | {
+        given = options_of(self.command)
+        used = {one.name: one.kind.public(getattr(settings, one.name)) for one in given} | {
             "task": config.name,
-            "ckpt_dir": readable(self.folder),
             "size": settings.size or config.sizes[0],
             "frame_num": request.geometry.frames,
             "sample_solver": sampling.solver,
@@ -207,13 +221,12 @@ class Job:
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
         }
-        used |= {name: readable(used[name]) for name in EXPERT_OF_DIT if used[name] is not None}
         if plan is not None:
             used |= {
                 "custom_prompt": plan.prefix,
                 "prompt_mode": plan.prompt_mode,
-                "vlm_path": readable(settings.vlm_path) if plan.described and settings.vlm_path else None,
-                "vlm_url": settings.vlm_url if plan.described else None,
+                "vlm_path": used["vlm_path"] if plan.described else None,
+                "vlm_url": used["vlm_url"] if plan.described else None,
                 "num_segments": plan.num_segments,
                 "continuation": plan.context.mode,
                 "context_frames": made.context_frames,

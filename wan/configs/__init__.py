@@ -75,7 +75,8 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON has numbers of any length, and Python's reader takes NaN and Infinity for some
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def _ratios(value: Any) -> bool:
@@ -88,19 +89,26 @@ def _parse(path: Path, key: str, value: Any) -> Any:
         for size in value:
             parse_size(size)
         return tuple(value)
-    if key in ("frame_num", "sample_fps", "sample_steps") and isinstance(value, int) and value > 0:
+    whole = _number(value) and isinstance(value, int)
+    if key in ("sample_fps", "sample_steps") and whole and 0 < value < 10_000:
         return value
-    if key in ("sample_shift", "boundary") and _number(value):
+    if key == "frame_num" and whole and 0 < value < 10_000 and value % 4 == 1:
+        return value
+    if key == "sample_shift" and _number(value) and value > 0:
+        return float(value)
+    if key == "boundary" and _number(value) and 0 <= value <= 1:
         return float(value)
     if key == "sample_guide_scale" and _number(value):
         return float(value)
     numbers = isinstance(value, list) and bool(value) and all(_number(item) for item in value)
+    if key == "vae_std" and numbers and min(value) <= 0:
+        numbers = False  # latents are divided by them
     if (key == "sample_guide_scale" and numbers and len(value) == 2) or (key in ("vae_mean", "vae_std") and numbers):
         return tuple(float(item) for item in value)
-    if key in ("param_dtype", "t5_dtype", "vae_dtype") and value in DTYPES:
+    if key in ("param_dtype", "t5_dtype", "vae_dtype") and isinstance(value, str) and value in DTYPES:
         return value
     if key == "mag_ratios" and isinstance(value, list) and all(_ratios(by) for by in value):
         return tuple(tuple(float(item) for item in by) for by in value)
     known = "sizes, frame_num, sample_fps, sample_steps, sample_shift, sample_guide_scale, boundary, vae_mean, vae_std"
     more = "mag_ratios, param_dtype, t5_dtype, vae_dtype"
-    raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood (known: {known}, {more})")
+    raise UserError(f"{path}: {key} = {json.dumps(value)} is not understood or out of range (known: {known}, {more})")

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wan.types import is_finite
+
 
 class Condition(Protocol):
     """What the loop asks before and after the model."""
@@ -18,10 +20,16 @@ class Condition(Protocol):
     def finish(self, latents: Tensor) -> Tensor:
         """The final latents [z, F, h, w] with what is known put back."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether what is known holds no NaN or infinity."""
+
 
 @dataclass(frozen=True)
 class TextOnly:
     """Nothing is known but the prompt."""
+
+    is_finite = True
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return latents[None], t[None]
@@ -39,6 +47,10 @@ class ImageChannels:
     """
 
     channels: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        return is_finite(self.channels)
 
     @classmethod
     def from_latents(cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False) -> ImageChannels:
@@ -105,6 +117,10 @@ class KnownLatents:
     """
 
     known: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        return is_finite(self.known)
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         placed = self.finish(latents)

@@ -14,7 +14,7 @@ from wan.denoiser.schedule import Scheduler, timesteps_of
 from wan.denoiser.step_cache import NO_CACHE, Branch, Caching
 from wan.device.placement import Placement
 from wan.settings import Sampling, StepCache
-from wan.types import OnStep, Step, TextContext
+from wan.types import OnStep, Step, TextContext, is_finite
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class Expert:
     model: WanModel
     guidance: float
     lowest: float
+
+
+class NotFinite(Exception):
+    """Latents that hold NaN or infinity: which expert made them, and in which step of the clip, counted from 1."""
+
+    def __init__(self, expert: Expert, step: int) -> None:
+        super().__init__(f"the {expert.name} expert's latents are not finite after step {step}")
+        self.expert, self.step = expert, step
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def sample(
 ) -> Tensor:
     """Noise [z, F, h, w] -> latents float32 [z, F, h, w]. `context` and `condition` are on the device already.
 
-    Nothing in the loop waits for the GPU, unless `on_step` does.
+    Nothing in the loop waits for the GPU but the first and the last step of each expert, whose latents are looked at,
+    unless `on_step` does. Raises NotFinite.
     """
     latents, done = noise, 0
     total = sum(len(stage.timesteps) for stage in stages)
@@ -105,10 +114,12 @@ def sample(
         steps = len(stage.timesteps)
         with placement.on_device(stage.expert.model) as model, caching.of(model, stage.expert.name, steps) as branch:
             texts = text_keys(stage, context, keep=not placement.streams(model))
-            for t, guidance in zip(stage.timesteps, stage.guidance, strict=True):
+            for index, (t, guidance) in enumerate(zip(stage.timesteps, stage.guidance, strict=True)):
                 flow = predict(model, guidance, condition, texts, latents, t, branch)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
                 done += 1
+                if index in (0, steps - 1) and not is_finite(latents):
+                    raise NotFinite(stage.expert, done)
                 if on_step is not None:
                     on_step(Step(done, total, stage.expert.name, latents))
             del texts  # before the next expert comes; they are of this one's weights

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from wan.errors import UserError
-from wan.files import publish
+from wan.files import publish, reserve
 from wan.media.colour import FULL, LIMITED, SWS_FLAGS, to_rgb
 from wan.media.light import BT709
 from wan.media.reading import read_last_frame
@@ -247,20 +246,18 @@ def _reserve(path: str | os.PathLike[str]) -> str:
         raise UserError(f"cannot write {name!r}: only mp4 files are written, give a name that ends in .mp4")
     if os.path.isdir(name):
         raise UserError(f"cannot write {name!r}: it is a folder, give another name")
-    folder, base = os.path.split(name)
-    temporary = os.path.join(folder, f".{base}.{secrets.token_hex(4)}.part")
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return os.fspath(reserve(Path(name)))
     except OSError as error:
         raise UserError(f"cannot write {name!r}: {error.strerror}; give a folder that can be written to") from error
-    return temporary
 
 
 @contextmanager
 def _mp4(path: str, metadata: Mapping[str, Any] | None) -> Iterator[OutputContainer]:
     with av.open("file:" + path, "w", format="mp4", options=_FASTSTART) as container:
         if metadata is not None:
-            container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False)
+            text = json.dumps(dict(metadata), ensure_ascii=False)
+            container.metadata["comment"] = text.encode("utf-8", "backslashreplace").decode()
         yield container
 
 

@@ -1,0 +1,94 @@
+"""What a chat model says around its answer, and in place of one, by language. Each pattern begins a sentence."""
+
+from __future__ import annotations
+
+import re
+
+_AGREEING = {
+    "en": r"sure(?: thing)?|certainly|of course|absolutely|okay|ok|great(?: question)?|no problem|happy to help",
+    "zh": r"好的|当然(?:可以)?|没问题",
+    "de": r"natürlich|gerne|klar",
+    "fr": r"bien sûr|certainement|d'accord",
+    "es": r"por supuesto|claro(?: que sí)?|desde luego",
+    "pt": r"com certeza|claro",
+    "it": r"certo|certamente|va bene",
+    "ja": r"もちろん(?:です)?|はい|承知しました",
+    "ko": r"물론(?:입니다|이죠)?",
+    "ru": r"конечно|хорошо",
+}
+_ANNOUNCING = {
+    "en": r"here(?:['’]s| is| are)|below (?:is|are)|the following (?:is|are)|this is|these are|i(?:['’]ll| will| can)",
+    "zh": r"以下是|下面是|这是",
+    "de": r"hier (?:ist|sind)|es folgt",
+    "fr": r"voici|ci-dessous",
+    "es": r"aquí (?:está|tienes?)|a continuación",
+    "pt": r"aqui está|segue",
+    "it": r"ecco|di seguito",
+    "ja": r"以下は|以下に|こちら(?:は|が)",
+    "ko": r"다음은|아래는",
+    "ru": r"вот|ниже",
+}
+_OFFERING = {
+    "en": (
+        r"(?:please )?(?:let me know|feel free|do(?:n['’]t| not) hesitate)\b|i hope (?:this|that|it)\b"
+        r"|if you(?:['’]d| would)?\b.{0,40}\b(?:need|have|like|want|wish)\b"
+        r"|would you like\b|do you (?:need|want|have)\b"
+        r"|is there anything\b|please (?:provide|share|upload|send|try)\b"
+    ),
+    "zh": r"(?:如果|若)(?:您|你)|希望(?:这|以上|对)|请(?:随时|告诉我|让我|提供|上传)",
+    "de": r"lass(?:en sie)? (?:es )?mich\b|ich hoffe\b|(?:wenn|falls) (?:du|sie)\b",
+    "fr": r"n['’]hésitez pas\b|faites-moi savoir\b|j['’]espère\b|si vous\b",
+    "es": r"avísame\b|no dudes?\b|espero que\b|si (?:necesitas?|deseas?|quieres?|tienes?)\b",
+    "pt": r"me avise\b|se (?:você )?(?:precisar|quiser)\b",
+    "it": r"fammi sapere\b|spero che\b|se (?:hai|vuoi|desideri)\b",
+    "ja": r"(?:何か)?(?:ご質問|ご不明|ご要望)|お役に立て",
+    "ko": r"더 (?:궁금|필요)|도움이 되",
+    "ru": r"дайте (?:мне )?знать|если (?:вам|у вас|вы)\b|надеюсь\b",
+}
+_CANNOT = (
+    r"(?:can(?:no|['’]?)t|can not|(?:am|['’]m)? ?(?:unable|not able)|won['’]?t|will not"
+    r"|do(?:n['’]t| not) (?:see|have|feel)|(?:must|have to) decline)\b"
+)
+_REFUSING = {
+    "en": (
+        r"(?:i['’]?m (?:very |really |so )?sorry|i am sorry|sorry|i apologi[sz]e|my apologies|unfortunately"
+        r"|regrettably)\b"
+        rf"(?:,? (?:but )?|[^.!?]{{0,80}}\b(?:i|we) ?(?:['’]re )?){_CANNOT}"
+        rf"|(?:as an ai\b[^.!?]{{0,60}}\b)?\bi ?{_CANNOT} (?:to )?(?:assist|help|describe|provide|view|see|watch"
+        r"|analy[sz]e|process|fulfil+|comply|continue|access|discuss|engage|generate|create|answer|respond|any|an?|the|that|this"
+        r"|comfortable)\b"
+        r"|as an ai\b|no (?:video|images?|frames?) (?:was|were|has been|have been)"
+        r" (?:provided|attached|given|uploaded)\b"
+    ),
+    "zh": (
+        r"(?:我)?(?:很|非常|十分)?(?:抱歉|对不起|不好意思|遗憾)"
+        r"|(?:作为|身为).{0,20}(?:AI|人工智能)|我(?:无法|不能|没办法)"
+    ),
+    "de": (
+        r"(?:es )?tut mir (?:sehr )?leid|entschuldigung|leider kann ich"
+        r"|ich kann (?:leider|das|dies\w*|diese anfrage|ihnen|dir)\b.{0,80}\bnicht"
+    ),
+    "fr": r"(?:je suis )?(?:vraiment )?désolée?|je ne (?:peux|suis pas en mesure)|malheureusement,? je",
+    "es": r"lo siento|no puedo\b|lamentablemente",
+    "pt": r"desculpe|sinto muito|lamento|não posso\b|infelizmente,? (?:eu )?não",
+    "it": r"mi dispiace|non posso\b|purtroppo non",
+    "ja": r"申し訳|すみませんが|恐れ入りますが",
+    "ko": r"죄송|미안하지만",
+    "ru": r"извините|простите|к сожалению,? я|я не могу",
+}
+
+
+def _any(*patterns: str) -> str:
+    return f"(?:{'|'.join(patterns)})"
+
+
+_AGREE, _ANNOUNCE = _any(*_AGREEING.values()), _any(*_ANNOUNCING.values())
+LEAD_IN = re.compile(  # "Sure! Here is a description of the video:"
+    rf"(?:{_AGREE}\s*[,.!:，。！：、—-]+\s*)?{_ANNOUNCE}[^.!?。！？:：]{{0,150}}[:：]\s*"
+    rf"|{_AGREE}\s*[!！]+\s*|{_AGREE}\s*[,.，。、]\s+",
+    re.IGNORECASE,
+)
+OFFER = re.compile(_any(*_OFFERING.values()), re.IGNORECASE)  # "Let me know if you need more."
+REFUSAL = re.compile(_any(*_REFUSING.values()), re.IGNORECASE)  # "I'm sorry, but I can't assist with that."
+BUT = re.compile(r"\b(?:but|however|though|although)\b", re.IGNORECASE)  # after it comes what the model can do
+ABOUT_ITSELF = re.compile(r"\b(?:i|i['’]m|me|my|you|your|please|request)\b", re.IGNORECASE)

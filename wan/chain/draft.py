@@ -1,0 +1,87 @@
+"""What is known of a clip that is not finished: its prompt and its latents, on disk before they are decoded.
+
+Sampling is what takes the time. A run that was stopped after it decodes the clip again, to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as as_bytes
+from torch import Tensor
+
+from wan.files import write_bytes
+from wan.prompting import ClipPrompt
+from wan.types import Sampled
+
+
+class ClipDraft:
+    """The drafts of one clip in a run's folder, one for each candidate; `settings` is everything that makes the clip.
+
+    A draft of other settings, or one that is damaged, is none.
+    """
+
+    def __init__(self, folder: Path, number: int, settings: Mapping[str, Any]) -> None:
+        self.folder, self.number, self.settings = folder, number, dict(settings)
+
+    @property
+    def prompt(self) -> ClipPrompt | None:
+        """The prompt that the candidates are made with, if one of them is there."""
+        for path in sorted(self.folder.glob(f".draft_{self.number}_*.safetensors")):
+            if (found := self._read(path)) is not None:
+                return ClipPrompt(**found[0]["prompt"])
+        return None
+
+    def find(self, seed: int) -> Sampled | None:
+        """What sampling the candidate with this seed came to."""
+        found = self._read(self._path(seed))
+        if found is None:
+            return None
+        said, latents = found
+        return Sampled(latents, said["seconds"], said["peak_gib"], said["notes"])
+
+    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt) -> None:
+        """Put what sampling came to on disk."""
+        said = json.dumps(
+            {
+                "settings": self.settings,
+                "prompt": dataclasses.asdict(prompt),
+                "seconds": dict(sampled.seconds),
+                "peak_gib": sampled.peak_gib,
+                "notes": dict(sampled.notes),
+            }
+        )
+        latents = sampled.latents.float().contiguous()
+        metadata = {"said": said, "digest": _digest(latents, said)}
+        write_bytes(self._path(seed), as_bytes({"latents": latents}, metadata))
+
+    def _path(self, seed: int) -> Path:
+        return self.folder / f".draft_{self.number}_{seed}.safetensors"
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], Tensor] | None:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                metadata, latents = opened.metadata(), opened.get_tensor("latents")
+            whole = metadata["digest"] == _digest(latents, metadata["said"])
+            said = json.loads(metadata["said"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+        return (said, latents) if whole and said["settings"] == json.loads(json.dumps(self.settings)) else None
+
+
+def discard(folder: Path, number: int | None = None) -> None:
+    """Remove the drafts of a clip, or of all clips."""
+    for path in folder.glob(f".draft_{'*' if number is None else number}_*.safetensors"):
+        path.unlink()
+
+
+def _digest(latents: Tensor, said: str) -> str:
+    digest = hashlib.sha256(latents.contiguous().numpy().tobytes())
+    digest.update(said.encode())
+    return digest.hexdigest()
