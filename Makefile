@@ -16,7 +16,8 @@ demo: .venv/.ready  ## continue a clip and make a chain of three with the tiny m
 	$(BIN)/python generate.py $(WEIGHTS) --video $(CLIP) --base_seed 0 --save_file $(DEMO)/continued.mp4
 	$(BIN)/python generate_continuous.py $(WEIGHTS) --video $(CLIP) --base_seed 0 --continuation tail --num_videos 3 \
 		--output_dir $(DEMO)/chain
-	$(BIN)/python examples/contact_sheet.py $(DEMO)/contact_sheet.png $(CLIP) $(DEMO)/continued.mp4 $(DEMO)/chain/joined.mp4
+	$(BIN)/python examples/contact_sheet.py $(DEMO)/contact_sheet.png $(CLIP) $(DEMO)/continued.mp4 $(DEMO)/chain/joined.mp4 \
+		--seams $(DEMO)/chain
 	@echo
 	@echo "A tiny model made for this demo (models/README.md) has continued the clip:"
 	@echo "  one continued clip  $(CURDIR)/$(DEMO)/continued.mp4"

@@ -1,4 +1,7 @@
-"""The clip benchmark on a tiny model: what it switches off is off, and back afterwards. Times are a GPU's affair."""
+"""The clip benchmark on a tiny model: what it switches off is off, and back afterwards. Times are a GPU's affair.
+
+And the benchmark of seams: the report's threshold tells cut footage from footage that goes on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip
+from benchmarks import clip, seams
 from wan.types import KnownFrames, Request
 
 
@@ -67,3 +70,16 @@ def test_what_a_run_is_without_is_back_after_it(
     seen["rows"].clear()
     assert torch.equal(clip.timed_run(ti2v, request_5b, True, 1)["latents"], whole)
     assert set(seen["rows"]) == {2} and ti2v.compile_blocks == compiles
+
+
+def test_seams_of_footage_that_was_cut_are_visible_and_of_footage_that_goes_on_are_not() -> None:
+    found = seams.told(seams.world_seams(16, seed=3))
+    assert found["goes on"]["seams"] == found["another scene"]["seams"] == 16
+    assert found["goes on"]["listed"] <= 2 / 16  # one in twenty of many
+    assert found["a second later"]["visible"] >= 15 / 16 and found["another scene"]["visible"] == 1
+
+
+def test_where_a_film_is_cut_is_no_place_to_cut_it() -> None:
+    still, other = torch.zeros(60, 8, 8, 3), torch.ones(60, 8, 8, 3)
+    assert not seams.is_cut(still) and seams.is_cut(torch.cat([still[:9], other[:9]]))
+    assert not any(True for _ in seams.film_seams([(torch.cat([still[:20], other[:20]]), 4)], every=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,10 @@ from training.family import (
     build_text_encoder,
     build_vae,
     caption_tokenizer,
+    in_fp8,
 )
-from training.loop import Settings, load, save
+from training.loop import Progress, Settings, load, save
+from training.loop import train as run
 from training.vae import train_vae
 from wan import WanV2V5B
 from wan.configs import config_for
@@ -72,6 +75,27 @@ def test_a_denoiser_goes_on_from_the_exported_one_with_its_own_errors(stage: str
     assert any(not torch.equal(value, before[name]) for name, value in found.items())
     made = load(next((tmp_path / "seen" / clips).glob("*.pt")))  # by the denoiser, for the captioner
     assert len(made["captions"]) == len(made["levels"]) == 1
+
+
+def test_a_matrix_that_is_stored_in_fp8_is_rounded_while_the_model_learns_and_itself_is_kept(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)]), "head": torch.nn.Linear(2, 2)})
+    block = model["blocks"][0]  # type: ignore[index]
+    used: list[torch.Tensor] = []
+
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        used.append(block.weight.detach().clone())
+        out: torch.Tensor = model["head"](block(batch["x"]))
+        return out.square().sum()
+
+    settings = Settings(tmp_path, torch.device("cpu"), 5, batch=1, rate=1e-3, steps=3, warm_up=1)
+    batches = itertools.repeat({"x": torch.ones(1, 2)})
+    run(
+        name="any", model=model, loss_of=loss_of, batches=batches, settings=settings, progress=Progress(), in_fp8=in_fp8
+    )
+    for weight in used:
+        assert torch.equal(weight, weight.to(torch.float8_e4m3fn).float())
+    found = load(tmp_path / "any.pt")["weights"]["blocks.0.weight"]  # what a resumed training goes on with
+    assert not torch.equal(found, found.to(torch.float8_e4m3fn).float())
 
 
 def test_the_a14b_is_taught_to_keep_the_frames_that_it_is_given() -> None:

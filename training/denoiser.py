@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training import scenes
 from training.clips import Clips
-from training.family import DENOISERS, build_denoiser
+from training.family import DENOISERS, build_denoiser, in_fp8
 from training.loop import Batch, Settings, half_precision, resume, train
 from training.text import LENGTH, Prompts
 from training.vae import Codec
@@ -127,7 +127,8 @@ def train_denoiser(name: str, settings: Settings) -> None:
 
     # each stretch draws noise that those before it did not
     batches = noised_batches(stage, settings, settings.generator(progress.steps))
-    train(name, model, loss_of, batches, replace(settings, save_every=60.0, average=0.999), progress)
+    lasting = replace(settings, save_every=60.0, average=0.999)
+    train(name, model, loss_of, batches, lasting, progress, in_fp8=in_fp8)
 
 
 def noised_batches(stage: Stage, settings: Settings, generator: torch.Generator) -> Iterator[Batch]:

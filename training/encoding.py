@@ -2,8 +2,8 @@
 
 In a chain the known frames are the end of a clip that the model made. So most of the ones here are not drawn either:
 the end of the earlier clip has been through the VAE, or it has been noised and made anew by the denoiser as far as
-that is trained. Its errors are those that a chain goes on from, and the clip that follows is true again: so the model
-learns to mend them, and to believe the caption where the picture is unclear.
+that is trained, once or twice. Its errors are those that a chain goes on from, and the clip that follows is true again:
+so the model learns to mend them, and to believe the caption where the picture is unclear.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Encoder:
         kind = uniform()
         context, self.seen = earlier, {}
         if kind < 0.6 and (model := self.own()) is not None:
-            context = self._made(model, earlier, world, float(times[0]), 0.2 + 0.7 * uniform(), generator)
+            for _ in range(1 + (uniform() < 0.5)):
+                context = self._made(model, context, world, float(times[0]), 0.2 + 0.7 * uniform(), generator)
             shown = context[:SHOWN, :, frame_indices(scenes.FRAMES, SEGMENTS)].transpose(1, 2)
             self.seen = {"levels": as_levels(shown).byte().cpu(), "captions": world[:SHOWN].captions(frames - 1)}
         elif kind < 0.85:

@@ -101,8 +101,7 @@ def _write_denoiser(folder: Path, model: Denoiser, weights: Mapping[str, Tensor]
 
     def stored(name: str) -> Tensor:
         tensor: Tensor = tensors[name]
-        is_matrix = name.startswith("blocks.") and name.endswith(".weight") and len(shapes[name]) == 2
-        return tensor.to(torch.float8_e4m3fn) if is_matrix else tensor
+        return tensor.to(torch.float8_e4m3fn) if family.in_fp8(name, len(shapes[name])) else tensor
 
     write_shards(folder, "diffusion_pytorch_model", shapes, 1, torch.bfloat16, stored)
 

@@ -124,5 +124,10 @@ def library(stored: Mapping[str, Tensor], names: Mapping[str, list[str]], like: 
     return {name: value.reshape(shapes.get(name, value.shape)).contiguous() for name, value in found.items()}
 
 
+def in_fp8(name: str, dimensions: int) -> bool:
+    """Whether that parameter of a denoiser, by its official or the library's name, is stored in fp8."""
+    return name.startswith("blocks.") and name.endswith(".weight") and dimensions == 2
+
+
 def _weights(shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None) -> Weights:
     return Weights(Path("tiny"), (), shapes, config or {})

@@ -89,14 +89,29 @@ def train(
     settings: Settings,
     progress: Progress,
     finish: Callable[[], dict[str, Any]] = dict,
+    in_fp8: Callable[[str, int], bool] = lambda name, dimensions: False,
 ) -> None:
     """Train until the budget is spent or SIGTERM comes, then save the averaged weights with what `finish` adds.
 
     At the end the model holds the averaged weights. The learning rate warms up and falls to nothing over the budget.
+    Parameters of which `in_fp8(name, dimensions)` is true are rounded whenever the model computes, so that it learns
+    to do with what will be stored; the optimizer works on them as they are.
     """
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, settings.rate, (0.9, 0.98), fused=settings.device.type == "cuda")
-    average = [value.detach().clone() for value in parameters]
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    parameters = [value for _, value in named]
+    weights = [  # what the optimizer changes
+        nn.Parameter(value.detach().clone()) if in_fp8(name, value.ndim) else value for name, value in named
+    ]
+
+    @torch.no_grad()
+    def round_weights() -> None:
+        for weight, value in zip(weights, parameters, strict=True):
+            if weight is not value:
+                value.copy_(weight.to(torch.float8_e4m3fn))
+
+    optimizer = torch.optim.AdamW(weights, settings.rate, (0.9, 0.98), fused=settings.device.type == "cuda")
+    average = [value.detach().clone() for value in weights]
+    round_weights()
     first = next(batches)
     if settings.device.type == "cuda" and settings.graph:
         step_of: Loss = Graphed(loss_of, first, parameters)
@@ -128,11 +143,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * min(1, (done + 1) / settings.warm_up) * _cosine(share)
             recent.append(step_of(batch).detach().clone())
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for weight, value in zip(weights, parameters, strict=True):
+                weight.grad = value.grad
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
+            round_weights()
             done += 1
             # young averages follow faster, so that little remains of where they started
-            torch._foreach_lerp_(average, list[Tensor](parameters), 1 - min(settings.average, done / (done + 10)))
+            torch._foreach_lerp_(average, list[Tensor](weights), 1 - min(settings.average, done / (done + 10)))
             if len(recent) == 50:  # also keeps the host from running far ahead of the GPU
                 losses.append((progress.steps + done, float(torch.stack(recent).mean())))
                 recent.clear()

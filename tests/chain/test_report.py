@@ -176,7 +176,7 @@ def test_no_text_can_become_part_of_the_page(text: str) -> None:
 
 
 def test_worst_seams_come_first() -> None:
-    found = [seam(0.2), seam(1.3), seam(3.0, "colour step"), seam(0.1, "freeze"), None]
+    found = [seam(0.2), seam(1.8), seam(3.0, "colour step"), seam(0.1, "freeze"), None, seam(1.3, "slow start")]
     page, data = report([clip(number, seam=one) for number, one in enumerate(found, 1)])
     assert [one["clip"] for one in data["attention"]] == [3, 2, 4]
     assert data["attention"][0]["warnings"] == ["colour step"]
@@ -186,7 +186,7 @@ def test_worst_seams_come_first() -> None:
 def test_nothing_to_look_at_is_said() -> None:
     page, data = report([clip(1), clip(2)])
     assert data["attention"] == []
-    assert "no measured seam has a warning" in page.text
+    assert "no measured seam can be seen" in page.text
     assert "No seam has been measured" in report([clip(1, seam=None)])[0].text
 
 

@@ -28,21 +28,24 @@ from wan.quality.vision import (
     unit_range,
 )
 
-# Where a viewer begins to notice: a term of the score is 1 there.
+# Where a viewer begins to notice: a term of the score is 1 there. `python -m benchmarks.seams` says how well these and
+# the report's threshold tell cut footage from footage that goes on.
 VISIBLE_JUMP = 2.0  # times the usual change from frame to frame
 VISIBLE_DUPLICATE = 0.25  # of the usual change
 VISIBLE_SPEED = 2.0  # times faster or slower
-VISIBLE_TURN = 0.6  # of the speed before
+VISIBLE_TURN = 1.2  # of the speed before; motion at a right angle to it is 1.4
 VISIBLE_COLOUR = 1.5  # Lab units
 VISIBLE_FLASH = 1.5  # L* units
 
 GOOD_SPEED = (0.7, 1.4)
+MILD = ("slow start", "fast start", "turn")  # warnings of what footage also does by itself; the score weighs them
 FROZEN = 0.2  # of the speed before
 REVERSED = -0.3  # cosine of the motion after with the motion before
 STILL = 0.3  # pixels per frame of a picture 416 wide; below, a ratio of speeds is noise
 FAITHFUL_DB = 26.0  # known frames come back from the VAE at 30 dB and more
 _ROUNDING = 0.25 / 255  # a change from frame to frame that means nothing
 _WORST = 6.0  # no term counts for more, so that one defect beyond measure leaves the others readable
+_NEAR = 3  # steps on either side of a moment in which things are still in their place
 _MOST_FRAMES = 32  # that the look of a clip is measured on
 
 
@@ -53,7 +56,9 @@ class SeamScore:
     `jump_ratio`: change at the seam / usual change, or the way moved at the seam / usual way where that is more.
     `duplicate`: the first new frame repeats the one before it. `speed_ratio`: speed in the 6 steps after the seam / in
     the 6 before, None when nothing moved; `later_speed_ratio`: the same for the last 6 steps, when at least 12 frames
-    follow. `velocity_change`: how far the motion after the seam differs from that before, as a part of it.
+    follow; `own_speed_ratio`: how many times faster or slower the footage before the seam usually becomes by itself.
+    `velocity_change`: how far the motion after the seam differs from that before, as a part of it, beyond what is usual
+    before the seam.
     `colour_shift`: signed (L, a, b) step at the seam beyond the trend, of pixels followed through their motion;
     `colour_step`: its length. `flash`: how far L* leaves both the level before and the level after, in the first 8 new
     frames. `fidelity_db`: PSNR of the clip's own rendering of the known frames, at most 100, None when not given.
@@ -69,14 +74,16 @@ class SeamScore:
     flash: float
     fidelity_db: float | None
     warnings: tuple[str, ...]
+    own_speed_ratio: float = 1.0
 
     @property
     def terms(self) -> dict[str, float]:
         """The parts of the score, each 1 where a viewer begins to notice it, 6 at most."""
         threshold = VISIBLE_JUMP if self.jump_ratio > 1 else VISIBLE_DUPLICATE
+        speed = max(_apart(self.speed_ratio), _apart(self.later_speed_ratio) / 2)  # later it may slow down by itself
         parts = {
             "jump": math.log(max(self.jump_ratio, 1e-3)) / math.log(threshold),
-            "speed": max(_apart(self.speed_ratio), _apart(self.later_speed_ratio) / 2),  # it may slow down by itself
+            "speed": max(0.0, speed - _apart(self.own_speed_ratio)),
             "turn": (self.velocity_change or 0.0) / VISIBLE_TURN,
             "colour": self.colour_step / VISIBLE_COLOUR,
             "flash": self.flash / VISIBLE_FLASH,
@@ -184,14 +191,15 @@ def score_seam(
         flash=_flash([at, *new]),
         fidelity_db=None if known is None or rendered is None else _fidelity_db(known, rendered),
         warnings=(),
+        own_speed_ratio=_own_speed_ratio(old),
     )
     slowest = min(value for value in (speed, later, 1.0) if value is not None)
     seen = {
         "jump": jump > VISIBLE_JUMP,
         "duplicate": duplicate,
         "freeze": slowest < FROZEN,
-        "slow start": speed is not None and FROZEN <= speed < GOOD_SPEED[0],
-        "fast start": speed is not None and speed > GOOD_SPEED[1],
+        "slow start": speed is not None and FROZEN <= speed < GOOD_SPEED[0] / score.own_speed_ratio,
+        "fast start": speed is not None and speed > GOOD_SPEED[1] * score.own_speed_ratio,
         "reversed motion": cosine < REVERSED,
         "turn": cosine >= REVERSED and slowest >= FROZEN and score.terms["turn"] > 1,
         "colour step": score.terms["colour"] > 1,
@@ -275,12 +283,32 @@ def _speed_ratios(old: Sequence[_Step], new: Sequence[_Step]) -> tuple[float | N
     return soon, later
 
 
+def _own_speed_ratio(old: Sequence[_Step]) -> float:
+    """How many times faster or slower the footage before the seam usually becomes within a few steps, 1 or more."""
+    speed = [step.speed + STILL for step in old]
+    sides = [(np.mean(speed[at - _NEAR : at]), np.mean(speed[at : at + _NEAR])) for at in _inner(len(old) + 1)]
+    return float(np.median([max(two) / min(two) for two in sides])) if sides else 1.0
+
+
 def _turn(old: Sequence[_Step], new: Sequence[_Step]) -> tuple[float | None, float]:
-    """Difference of the coarse motion before and after / the motion before, and the cosine between the two."""
+    """Difference of the coarse motion before and after / the motion before, beyond what is usual within `old`, and the
+    cosine between the two."""
     if not old or not new:
         return None, 1.0
-    # Near the seam, while what moves is still in its place.
-    was, now = (np.mean([step.motion for step in part], axis=0) for part in (old[-3:], new[:3]))
+    before, after = ([step.motion for step in part] for part in (old, new))
+    usual = [_motion_change(before[:at], before[at + 1 :])[0] for at in _inner(len(old))]
+    change, cosine = _motion_change(before, after)
+    return max(0.0, change - float(np.median(usual or [0.0]))), cosine
+
+
+def _inner(steps: int) -> range:
+    """The steps that have enough others on both sides to be compared."""
+    return range(_NEAR, steps - _NEAR)
+
+
+def _motion_change(old: Sequence[Array], new: Sequence[Array]) -> tuple[float, float]:
+    """Difference of the coarse motion just before and just after / that before, and the cosine between the two."""
+    was, now = (np.mean(part, axis=0) for part in (old[-_NEAR:], new[:_NEAR]))
     size_was, size_now = float(np.linalg.norm(was)), float(np.linalg.norm(now))
     cells = math.sqrt(was.shape[0] * was.shape[1])
     change = float(np.linalg.norm(now - was)) / max(size_was, 0.25 * cells)
