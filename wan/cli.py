@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from wan.options import Command
 
 OK, USER, INTERRUPTED = 0, 2, 130
+OTHERS_WAIT = 10.0  # seconds; a launcher ends the others at once when the first has failed
 
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +26,9 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: Sequence[str] | None) -> None:
         job = _job("generate", given)
+        if not job.world.is_first:
+            job.follow()
+            return
         from wan.commands.generate import generate
 
         generate(job)
@@ -34,6 +41,9 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: Sequence[str] | None) -> None:
         job = _job("continuous", given)
+        if not job.world.is_first:
+            job.follow()
+            return
         from wan.commands.continuous import continue_video
 
         continue_video(job)
@@ -58,18 +68,24 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_InFlags("%(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    first = os.environ.get("RANK", "0") in ("", "0")
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if first else logging.ERROR)
     try:
         command(argv)
         return OK
     except UserError as error:
-        return _fail(error.marked)
+        if first:
+            return _fail(error.marked)
+        # what is wrong for all processes the first one says, and then the launcher ends this one
+        time.sleep(OTHERS_WAIT)
+        return _fail(f"process {os.environ['RANK']} on {platform.node()}: {error.marked}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; free space or choose another folder")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if first:
+            print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
         if not _out_of_memory(error):

@@ -93,6 +93,7 @@ class MemoryBudget:
     device: torch.device
     text_device: torch.device
     vram: int | None = None
+    token_ranks: int = 1  # GPUs that share a clip's tokens
 
     @property
     def tensors(self) -> int | None:
@@ -114,7 +115,9 @@ class MemoryBudget:
     def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
         config, in_8_bits = self.config, self.config.low_precision is not None
         return [
-            denoiser_memory(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            denoiser_memory(
+                weights, config.param_dtype, in_8_bits, -(-geometry.tokens // self.token_ranks), config.text_len
+            )
             for weights in self.checkpoint.experts.values()
         ]
 
