@@ -30,7 +30,9 @@ class Ranks:
         self.context.set_forkserver_preload(PRELOADED)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def run(self, work: Callable[..., Any], size: int, *given: Any, seconds: float = 240) -> list[Any]:
