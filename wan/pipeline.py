@@ -60,6 +60,8 @@ class Pipeline(ABC):
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
+    team = ALONE
+    is_sampling = False  # while the processes of a team wait for each other
 
     def __init__(
         self,
@@ -123,8 +125,6 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
         )
         self.models = Models(config.name, self.checkpoint, load)
-        self.team = ALONE
-        self.is_sampling = False  # while the processes of a team wait for each other
 
     @property
     def heads(self) -> int:
