@@ -110,7 +110,7 @@ def test_programs_run(program: str, world: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_the_readme() -> None:
     known = {one.word for one in OPTIONS.values() if one.flag}
-    others = {"--local-dir", "--exclude", "--scenario", "--stock"}
+    others = {"--local-dir", "--exclude", "--scenario", "--stock", "--nproc_per_node"}
     mentioned = set(re.findall(r"--[A-Za-z_0-9]+(?:-[a-z]+)*", README)) - others
     assert mentioned - known - {"--help", "--version"} == set()
     assert known - mentioned == set()
