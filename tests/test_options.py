@@ -263,7 +263,11 @@ CASES: dict[str, Case] = {
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case("--collective_timeout 60 --dry_run", lambda s: s.code, ...),
+    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+        "--collective_timeout 60",
+        lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
+        60.0,
+    ),
     "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
     "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
     "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +29,9 @@ def forward(team: Team | None, frames: int, rows: int, per_frame: bool, dtype: t
     if team is not None:
         model.token_group = team.tokens
     latents = torch.randn(1, 4, frames, 2 * rows, 8, generator=torch.Generator().manual_seed(1))
-    time = torch.tensor([[0.0] + [700.0] * (frames - 1)]) if per_frame else torch.tensor([700.0])
+    timestep = torch.tensor([[0.0] + [700.0] * (frames - 1)]) if per_frame else torch.tensor([700.0])
     with torch.no_grad():
-        return model(latents, time, tiny_denoiser.prompt(2), return_dict=False)[0]
+        return model(latents, timestep, tiny_denoiser.prompt(2), return_dict=False)[0]
 
 
 def in_a_rank(rank: int, size: int, cases: list[Any]) -> list[Any]:
@@ -38,6 +39,23 @@ def in_a_rank(rank: int, size: int, cases: list[Any]) -> list[Any]:
     found = [forward(team, *case) for case in cases]
     team.end()
     return found
+
+
+def waits(rank: int, size: int) -> str:
+    team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 2)
+    assert team.tokens is not None
+    if rank == 1:
+        time.sleep(8)  # it hangs
+        return ""
+    try:
+        team.tokens.gather(torch.ones(1))
+    except RuntimeError as error:
+        return str(error)
+    return "it did not wait"
+
+
+def test_a_process_that_hangs_is_not_waited_for(ranks: Ranks) -> None:
+    assert "imed out" in ranks.run(waits, 2)[0]
 
 
 CASES = [
