@@ -115,7 +115,7 @@ class Team:
         dist.broadcast_object_list(heard, src=0, group=self._said)
         value = torch.load(io.BytesIO(heard[0]), map_location=device, weights_only=False)  # our own process wrote it
         if isinstance(value, _Failed):
-            raise Ended(value.reason)
+            raise Ended(f"the first process has failed ({value.reason})")
         return value
 
     def end(self) -> None:
