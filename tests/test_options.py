@@ -264,6 +264,12 @@ CASES: dict[str, Case] = {
     "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
+    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+        "--collective_timeout 60",
+        lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
+        60.0,
+    ),
     "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
     "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
     "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),
@@ -348,7 +354,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     seen = command(words)
     if name == "output_dir":
         seen.folder = Path("elsewhere")
-    if name in ("ulysses_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
+    if name in ("ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.said

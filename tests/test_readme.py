@@ -138,5 +138,5 @@ def test_programs_run(program: str, world: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_flag_of_a_page_exists(name: str) -> None:
     known = {one.word for one in OPTIONS.values() if one.flag} | {"--help", "--version"}
-    others = {"--local-dir", "--exclude", "--scenario", "--stock", "--count"}
+    others = {"--local-dir", "--exclude", "--scenario", "--stock", "--count", "--nproc_per_node"}
     assert set(re.findall(r"(?<![-\w])--[A-Za-z_0-9]+(?:-[a-z]+)*", TEXTS[name])) - others <= known

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import platform
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 OK, USER = 0, 2
 _STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LONGEST_LINE = 500  # characters of an error, so that a terminal shows all of it
+OTHERS_WAIT = 10.0  # seconds; a launcher ends the others at once when the first has failed
 
 
 def generate_main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +33,9 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: Sequence[str] | None) -> None:
         job = _job("generate", given)
+        if not job.world.is_first:
+            job.follow()
+            return
         from wan.commands.generate import generate
 
         generate(job)
@@ -41,6 +48,9 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
 
     def command(given: Sequence[str] | None) -> None:
         job = _job("continuous", given)
+        if not job.world.is_first:
+            job.follow()
+            return
         from wan.commands.continuous import continue_video
 
         continue_video(job)
@@ -66,12 +76,19 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     """
     lines = Lines()
     logging.root.addHandler(lines)
+    first = os.environ.get("RANK", "0") in ("", "0")
+    if not first:
+        lines.setLevel(logging.ERROR)
     try:
         with _stopping():
             command(argv)
         return OK
     except UserError as error:
-        return _fail(error.marked)
+        if first:
+            return _fail(error.marked)
+        # what is wrong for all processes the first one says, and then the launcher ends this one
+        time.sleep(OTHERS_WAIT)
+        return _fail(f"process {os.environ['RANK']} on {platform.node()}: {error.marked}")
     except OSError as error:
         if error.errno is None:  # no system call's
             raise
@@ -79,7 +96,8 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         advice = "free space or choose another folder" if full else "look at the disk, or choose another folder"
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; {advice}")
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
+        if first:
+            print("interrupted", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except RuntimeError as error:
         if not _out_of_memory(error):

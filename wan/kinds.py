@@ -313,6 +313,20 @@ class Gib(Kind):
 
 
 @dataclass(frozen=True)
+class Count(Whole):
+    """A whole number, or "auto"."""
+
+    high: int = 4096
+
+    def read(self, text: str) -> Any:
+        return text if text == "auto" else super().read(text)
+
+    def check(self, value: Any) -> None:
+        if value != "auto":
+            super().check(value)
+
+
+@dataclass(frozen=True)
 class Guidance(Kind):
     """(low noise, high noise), written LOW,HIGH or as one number for both."""
 

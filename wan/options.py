@@ -22,6 +22,7 @@ from wan.kinds import (
     Address,
     Among,
     Choice,
+    Count,
     Cut,
     Files,
     Frames,
@@ -319,8 +320,9 @@ class Settings:
     )
 
     # Speed and memory
-    offload_model: bool = option(
-        SPEED, YesNo("BOOL"), "keep only the model in use on the GPU", True, record=True, same=_FASTER,
+    offload_model: bool | None = option(
+        SPEED, YesNo("BOOL"), "keep only the model in use on the GPU", 
+        unset="True; on several GPUs False without `vram`", record=True, same=_FASTER,
     )
     vram: float | Literal["auto"] | None = option(
         SPEED, Gib("GIB"), "use at most this much GPU memory; auto: what is free now", unset="no limit",
@@ -351,7 +353,16 @@ class Settings:
     t5_cpu: bool = option(
         SPEED, Switch(), "run the text encoder on the CPU", False, fingerprint="text_device", record=True,
     )
-    ulysses_size: int = option(SPEED, Whole("N", 1, 4096), "not supported yet beyond 1", 1, same=_FASTER)
+    ulysses_size: int | Literal["auto"] = option(
+        SPEED, Count("N"), "share a clip's tokens among so many GPUs (torchrun)", "auto", same=_FASTER,
+    )
+    cfg_size: int | Literal["auto"] = option(
+        SPEED, Count("N", 1, 2), "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto",
+        same=_FASTER,
+    )
+    collective_timeout: float = option(
+        SPEED, Real("SECONDS", 1, 1e6), "give up when a GPU lets the others wait so long", 600.0, same=_FASTER,
+    )
     t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
     dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from wan.configs import ModelConfig, preset_named
 from wan.denoiser.attention_backends import compile_where_it_pays, use_fastest_attention
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
-from wan.denoiser.model import WanModel
+from wan.denoiser.model import WanModel, infer_config
 from wan.denoiser.sampling import Expert, NotFinite, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
@@ -36,12 +37,14 @@ from wan.device.hardware import (
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
+from wan.device.parallel import ALONE, Team
 from wan.device.placement import Placement
+from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
 from wan.models import LORA_SETTING, Models, loaders
 from wan.settings import LoraFile, Sampling, merge_sampling
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.types import Clip, Generation, Geometry, OnStep, Request, Sampled, Step, TextContext, is_finite
+from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, Step, TextContext, is_finite
 from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
 
@@ -66,6 +69,8 @@ class Pipeline(ABC):
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
+    team = ALONE
+    is_sampling = False  # while the processes of a team wait for each other
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class Pipeline(ABC):
     ) -> None:
         if t5_fsdp or dit_fsdp or use_sp:
             raise UserError(
-                "t5_fsdp, dit_fsdp and use_sp need several GPUs, which is not supported yet; leave them out"
+                "t5_fsdp, dit_fsdp and use_sp are not supported yet; several GPUs share a clip after `Pipeline.join`"
             )
         self.config = config
         self.device = main_device(device_id)
@@ -136,6 +141,43 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
         )
         self.models = Models(config.name, self.checkpoint, load)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of the denoisers."""
+        return min(int(infer_config(weights)["num_attention_heads"]) for weights in self.checkpoint.experts.values())
+
+    def join(
+        self,
+        world: World,
+        guided: float = 1.0,
+        *,
+        cfg: int | None = None,
+        ulysses: int | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        """Make clips together with the other processes of a launcher, each of which calls this, too.
+
+        `cfg` and `ulysses` are the sizes of `choose_sizes` where they are given, `guided` the share of steps that have
+        guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
+        Raises UserError.
+        """
+        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses)
+        self.team = Team.start(world, sizes, self.device, timeout)
+        self.budget = dataclasses.replace(self.budget, token_ranks=sizes.ulysses)
+
+    def follow(self) -> None:
+        """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
+        while (call := self.team.hear()) is not None:
+            budget = self.budget.for_clip(call.request.geometry, call.offload)
+            self.models.live_by(self.host_plan(call.request.geometry, call.request.loras))
+            placements = self._placements(call.request, budget, call.offload)
+            self._sample(call.request, placements, Stopwatch(self.device, call.request.sampling.steps), call.clips)
+
+    def release(self) -> None:
+        """In the first process: let the others go."""
+        if self.team.is_first:
+            self.team.tell(None)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -273,14 +315,15 @@ class Pipeline(ABC):
         sampled: Sampled | None,
         on_sampled: Callable[[Sampled], None] | None,
     ) -> Generation:
-        mapped = self.host_plan(request.geometry, request.loras).mapped
-        placements = budget.placements(request.geometry, offload, mapped)
-        if budget.vram is not None and not budget.holds_all(request.geometry):
-            self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
+        placements = self._placements(request, budget, offload)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         if sampled is None:
+            # pictures are encoded here and sent as latents
+            self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips))
+            self.is_sampling = True
             sampled = self._sample(request, placements, watch, clips)
+            self.is_sampling = False
             if on_sampled is not None:
                 on_sampled(sampled)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):
@@ -296,14 +339,19 @@ class Pipeline(ABC):
         seconds = dict(sampled.seconds) | watch.seconds
         return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
 
+    def _placements(self, request: Request, budget: MemoryBudget, offload: bool) -> Callable[[str], Placement]:
+        mapped = self.host_plan(request.geometry, request.loras).mapped
+        if budget.vram is not None and not budget.holds_all(request.geometry):
+            self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
+        return budget.placements(request.geometry, offload, mapped)
+
     def _sample(
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
         with watch.stage("text"):
-            context = self._encode_text(request, placements("text"))
+            context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
         with watch.stage("encode"):
-            noise = self.noise(request)
-            condition = self.condition(request, noise, placements("encoding"))
+            noise, condition = self.team.share(lambda: self._begin(request, placements("encoding")), self.device)
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self.models.merge_loras(request.loras)
@@ -312,6 +360,7 @@ class Pipeline(ABC):
             def ready(expert: Expert) -> WanModel:
                 """It may have left host memory for another model, and then it is a new one."""
                 model = expert.load()
+                model.token_group = self.team.tokens
                 self._choose_kernels(model, request.geometry.tokens, clips * count)
                 return model
 
@@ -320,14 +369,14 @@ class Pipeline(ABC):
             train = self.config.num_train_timesteps
             stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
             names = [expert.name for expert in experts]
-            caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)))
+            caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)), self.team)
             if not self.models.take_turns:
                 for stage in stages:
                     stage.expert.load()
         try:
             with watch.stage("sample"):
                 placement, on_step = placements("sampling"), watch.on_step
-                latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching)
+                latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching, self.team)
         except NotFinite as error:
             raise UserError(self._why_not_finite(error, context, condition)) from error
         loras = {
@@ -351,9 +400,13 @@ class Pipeline(ABC):
 
     def _choose_kernels(self, model: WanModel, tokens: int, forwards: float) -> None:
         """Let a denoiser run on what is fastest for so many forwards, with the same results."""
-        use_fastest_attention(model, tokens, forwards, self.device)
+        use_fastest_attention(model, tokens, forwards, self.device, self.team)
         if self.compile_blocks:
-            compile_where_it_pays(model, tokens, forwards, self.device)
+            compile_where_it_pays(model, tokens // self.team.sizes.ulysses, forwards, self.device)
+
+    def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
+        noise = self.noise(request)
+        return noise, self.condition(request, noise, placement)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
@@ -375,6 +428,15 @@ class Pipeline(ABC):
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
         with placement.on_device(self.vae):
             return self.vae.encode([frames.to(self.device)])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the first process tells the others to sample."""
+
+    request: Request
+    offload: bool
+    clips: int
 
 
 class OneExpert(Pipeline):

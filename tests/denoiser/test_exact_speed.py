@@ -532,7 +532,7 @@ def test_all_forwards_of_a_run_count_for_its_kernels(i2v: Any, monkeypatch: pyte
         with pytest.raises(StopError):
             i2v.run(Request("x", "", image, geometry, sampling, 1), clips=3)
         what = (geometry.tokens, 3 * steps, i2v.device)
-        assert asked == [("use_fastest_attention", *what), ("compile_where_it_pays", *what)] * 2
+        assert asked == [("use_fastest_attention", *what, i2v.team), ("compile_where_it_pays", *what)] * 2
     monkeypatch.setattr(i2v, "compile_blocks", False)
     asked.clear()
     with pytest.raises(StopError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from wan.chain.chain import ChainRun, chain
 from wan.chain.dry_run import outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import RunFolder
+from wan.commands.flags import spell_flag
 from wan.commands.job import Job
 from wan.commands.outputs import check_folder
 from wan.commands.progress import Progress, say
-from wan.errors import UserError
+from wan.device.ranks import World
+from wan.errors import UserError, spell
 from wan.types import Footage, Frame, Generation, Step
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ def continue_video(job: Job) -> None:
     wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
         run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
-        say(*outline(continuation, plans, run), *_damaged(run))
+        say(*outline(continuation, plans, run), *_damaged(run), *_shared(job, continuation))
         if settings.include_source:
             say(f"sound of the source: {sound or 'none'}")
         return
@@ -54,7 +57,7 @@ def continue_video(job: Job) -> None:
                 "again; what was there moves to redone/",
                 file=sys.stderr,
             )
-        with Progress("", run.count, settings.quiet) as progress:
+        with job.together(continuation), Progress("", run.count, settings.quiet) as progress:
 
             def extend(source: Footage, seed: int) -> Generation:
                 number = run.to_make
@@ -121,6 +124,15 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[
                 anchor = picture(scene.said["cut"])  # what is held on to is the new shot
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
     return plans
+
+
+def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
+    """A line about how several GPUs would share the work."""
+    given = [size for size in (job.settings.ulysses_size, job.settings.cfg_size) if size != "auto"]
+    world = job.world if job.world.size > 1 else World(size=math.prod(given))
+    if world.size == 1:
+        return []
+    return [f"{world.size} GPUs: {spell(str(job.sizes(continuation, world)), spell_flag)}"]
 
 
 def _damaged(run: ChainRun) -> list[str]:

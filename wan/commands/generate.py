@@ -34,13 +34,13 @@ def generate(job: Job) -> None:
         footage = job.footage()
         continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
-        with Progress(target.name, quiet=settings.quiet) as progress:
+        with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
-        with Progress(target.name, quiet=settings.quiet) as progress:
-            made = pipeline.run(request, offload=settings.offload_model, on_step=progress)
+        with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+            made = pipeline.run(request, offload=job.offload, on_step=progress)
     record = job.describe(made, settings.video or settings.image, plan)
     frames = (to_uint8(frame) for frame in made.clip.frames)
     metadata = None if settings.no_video_metadata else settings_of(record)

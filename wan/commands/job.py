@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from wan import __version__, media
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
-from wan.commands.flags import check_video_settings
+from wan.commands.flags import check_video_settings, spell_flag
 from wan.configs import ModelConfig, config_for, parse_size
-from wan.errors import UserError
+from wan.device.ranks import Sizes, World, choose_sizes
+from wan.errors import UserError, spell
 from wan.files import readable
 from wan.kinds import Picture, Video, public_path
 from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Command, Settings, options_of
@@ -45,11 +50,13 @@ class Job:
     config: ModelConfig
     size: tuple[int, int]  # width, height
     scenes: tuple[Scene, ...] = ()
+    world: World = World()
 
     @classmethod
     def read(cls, command: Command, settings: Settings) -> Job:
         """The settings, checked against the files that they name before PyTorch is imported. Raises UserError."""
-        check_world(settings, dict(os.environ))
+        world = World.read(os.environ)
+        check_world(settings, world)
         if (given := settings.task) is not None:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
@@ -71,7 +78,7 @@ class Job:
             settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
         if scenes:
             check_storyboard(Path(settings.storyboard or ""), scenes, config=config)
-        return cls(command, settings, folder, config, choose_size(settings.size, config, folder), scenes)
+        return cls(command, settings, folder, config, choose_size(settings.size, config, folder), scenes, world)
 
     @property
     def video(self) -> Path:
@@ -102,6 +109,7 @@ class Job:
         return pipeline_class(self.config.name)(
             self.config,
             self.folder,
+            device_id=self.world.local_rank,
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
@@ -111,6 +119,68 @@ class Job:
             host_memory=settings.host_memory,
             **continuing,
         )
+
+    @property
+    def offload(self) -> bool:
+        """Whether only the model in use is on the GPU: what is given, or as in Wan2.2's script."""
+        given = self.settings.offload_model
+        return self.world.size == 1 or self.settings.vram is not None if given is None else given
+
+    def sizes(self, pipeline: Pipeline, world: World) -> Sizes:
+        """How the work is shared among the processes. Raises UserError."""
+        return choose_sizes(world.size, pipeline.heads, self._guided(pipeline), **self._given_sizes)
+
+    @property
+    def _given_sizes(self) -> dict[str, int | None]:
+        given = {"cfg": self.settings.cfg_size, "ulysses": self.settings.ulysses_size}
+        return {name: None if size == "auto" else size for name, size in given.items()}
+
+    def _guided(self, pipeline: Pipeline) -> float:
+        """The share of steps that have guidance."""
+        settings = self.settings
+        sampling = pipeline.sampling(
+            settings.sample_steps,
+            settings.sample_shift,
+            settings.sample_solver,
+            settings.sample_guide_scale,
+            guidance_interval=settings.guidance_interval,
+            preset=settings.preset,
+        )
+        shares = pipeline.shares(sampling)
+        return sum(guided for _, guided in shares) / sum(steps for steps, _ in shares)
+
+    @contextmanager
+    def together(self, pipeline: Pipeline) -> Iterator[None]:
+        """In the first process: the others make their shares of what is made in the block. Raises UserError."""
+        if self.world.size == 1:
+            yield
+            return
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a launcher stops its processes
+        self._join(pipeline)
+        print(f"{self.world.size} GPUs: {spell(str(pipeline.team.sizes), spell_flag)}", file=sys.stderr)
+        try:
+            yield
+        except BaseException:
+            # in the middle of a clip nobody listens; the launcher ends the others
+            if not pipeline.is_sampling:
+                pipeline.release()
+            raise
+        pipeline.release()
+        pipeline.team.end()
+
+    def follow(self) -> None:
+        """In any other process: make its shares until the first has done."""
+        if self.settings.dry_run:
+            return
+        pipeline = self.open()
+        self._join(pipeline)
+        pipeline.follow()
+        pipeline.team.end()
+
+    def _join(self, pipeline: Pipeline) -> None:
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast can hang a host, and nothing here gains by it
+        timeout = self.settings.collective_timeout
+        pipeline.join(self.world, self._guided(pipeline), timeout=timeout, **self._given_sizes)
 
     def open_continuation(self) -> VideoContinuation:
         """The pipeline of a v2v task."""
@@ -161,7 +231,7 @@ class Job:
                 "prompt": settings.prompt,
                 "prefix": settings.custom_prompt if self.command == "continuous" else "",
                 "num_segments": settings.num_segments,
-                "offload": settings.offload_model,
+                "offload": self.offload,
                 "context": Context.choose(settings.continuation, settings.context_frames),
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
@@ -213,6 +283,7 @@ class Job:
             "task": config.name,
             "size": settings.size or config.sizes[0],
             "frame_num": request.geometry.frames,
+            "offload_model": self.offload,
             "sample_solver": sampling.solver,
             "sample_steps": sampling.steps,
             "sample_shift": sampling.shift,
@@ -251,14 +322,17 @@ def _or_example(settings: Settings, task: str) -> Settings:
     return dataclasses.replace(settings, **example)
 
 
-def check_world(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Refuse what needs several GPUs, until that is there, rather than ignore it. Raises UserError."""
-    asked = [f"`ulysses_size` {settings.ulysses_size}"] if settings.ulysses_size != 1 else []
-    asked += [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
-    if environment.get("WORLD_SIZE", "1") not in ("", "0", "1"):  # a launcher such as torchrun sets it
-        asked.append(f"WORLD_SIZE={environment['WORLD_SIZE']}")
-    if asked:
-        raise UserError(f"{', '.join(asked)}: several GPUs are not supported yet; run one process without it")
+def check_world(settings: Settings, world: World) -> None:
+    """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
+    if asked := [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]:
+        raise UserError(f"{', '.join(asked)}: sharded weights are not supported yet; leave it out")
+    given = {name: size for name in ("ulysses_size", "cfg_size") if (size := getattr(settings, name)) != "auto"}
+    ranks = math.prod(given.values())
+    said = ", ".join(f"`{name}` {size}" for name, size in given.items())
+    if world.size == 1 and ranks > 1 and not settings.dry_run:
+        raise UserError(f"{said} needs {ranks} processes: start the command with torchrun --nproc_per_node={ranks}")
+    if world.size > 1 and (world.size % ranks or (len(given) == 2 and ranks != world.size)):
+        raise UserError(f"{said} does not make up the {world.size} processes that are started")
 
 
 def choose_task(settings: Settings, found: tuple[int, int]) -> str:

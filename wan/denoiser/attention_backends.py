@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wan.denoiser.model import WanModel
 from wan.device.hardware import synchronize
+from wan.device.parallel import ALONE, Team
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +41,22 @@ FLASH_4_SAVES = 2.5e-16
 SECONDS_OF_FLASH_4 = 5.0
 
 
-def use_fastest_attention(model: WanModel, tokens: int, forwards: float, device: torch.device) -> None:
+def use_fastest_attention(
+    model: WanModel, tokens: int, forwards: float, device: torch.device, team: Team = ALONE
+) -> None:
     """Run the self-attention of `model` on the fastest right kernel for so many forwards of so many tokens.
 
-    Only in bf16 and fp16 on a GPU; elsewhere it stays what it is. Cross-attention stays too.
+    Only in bf16 and fp16 on a GPU; elsewhere it stays what it is. Cross-attention stays too. Of a `team` the first
+    process chooses.
     """
     dtype = model.blocks[0].attn1.to_q.bias.dtype  # weights may be packed
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or model.low_precision == "fp8_attention":
         return
     heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+    heads //= team.sizes.ulysses  # each of them for all tokens
     flop = 4.0 * tokens**2 * heads * head_dim * model.config.num_layers * forwards
     pays = flop * FLASH_4_SAVES > SECONDS_OF_FLASH_4
-    use_attention(model, fastest_attention(device, tokens, heads, head_dim, dtype, pays))
+    use_attention(model, team.share(lambda: fastest_attention(device, tokens, heads, head_dim, dtype, pays)))
 
 
 def use_attention(model: WanModel, name: str) -> None:

@@ -26,6 +26,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from wan.denoiser.fp8 import quantize_model
+from wan.denoiser.sequence import Share
+from wan.device.parallel import Group
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
 from wan.weights.checkpoint import Weights, check_fit, load_into
@@ -56,6 +58,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
         self.before_layer: Callable[[int], None] | None = None  # see placement.py
         self.low_precision: str | None = None  # what its blocks were lowered to
+        self.token_group: Group | None = None  # the ranks that share a forward's tokens, see sequence.py
+        self.share: Share | None = None  # of this rank in the forward that is computed
 
     @classmethod
     def from_weights(
@@ -144,13 +148,20 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         rotary = cos, sin = self.rope(hidden_states)  # new tensors [1, L, 1, head_dim], the same for both of a pair
         sin[..., 0::2].neg_()
         grid = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
-        tokens = grid.flatten(2).transpose(1, 2).float().contiguous()  # the residual stream
+        rows: Tensor = grid.flatten(2).transpose(1, 2)
+        self.share = share = None if self.token_group is None else Share.of(rows.shape[1], self.token_group)
+        runs = None  # the modulation's row of each token, where tokens are shared and rows differ
+        if share is not None:
+            rows, rotary = share.mine(rows), (share.mine(cos), share.mine(sin))
+            runs = share.rows(steps.shape[1], rows.device) if steps.shape[1] > 1 else None
+        tokens = rows.float().contiguous()  # the residual stream
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, partial(self._ready, number, block, texts), modulation, rotary)
+            tokens = block(tokens, partial(self._ready, number, block, texts), modulation, rotary, runs, share)
 
-        shift, scale = (self.scale_shift_table + time[:, :, None])[:, :, :, None].unbind(2)
-        runs = tokens.unflatten(1, (steps.shape[1], -1))
-        patches = self.proj_out((self.norm_out(runs) * (1 + scale) + shift).flatten(1, 2))
+        shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(2)
+        patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale, runs))
+        if share is not None:
+            patches = share.whole(patches)
         sizes = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid.shape[2:])
         # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
         flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -205,6 +216,8 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         encoder_hidden_states: Callable[[], tuple[Tensor, Tensor]],
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
+        runs: Tensor | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """Tokens [B, L, D] -> [B, L, D]. The hooks of a cache are around this, so it is not what is compiled.
 
@@ -212,27 +225,47 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         them.
         """
         compute = self.compute if self.compiled is None else partial(self.compiled, self)
-        return compute(hidden_states, encoder_hidden_states(), temb, rotary_emb)
+        return compute(hidden_states, encoder_hidden_states(), temb, rotary_emb, runs, share)
 
     def compute(
-        self, hidden_states: Tensor, text: tuple[Tensor, Tensor], temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+        self,
+        hidden_states: Tensor,
+        text: tuple[Tensor, Tensor],
+        temb: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        runs: Tensor | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """Tokens [B, L, D], this block's text keys, modulation [B, n, 6, D] of n equal runs of tokens -> [B, L, D].
 
-        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B.
+        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B. With a `share`
+        the tokens are those of this rank, and `runs` [L] are their rows of the modulation where there are several.
         """
         dtype = self.attn1.to_q.bias.dtype  # weights may be packed
-        table = (self.scale_shift_table + temb)[:, :, :, None]  # [B, n, 6, 1, D]
-        shift, scale, gate, feed_shift, feed_scale, feed_gate = table.unbind(2)
+        shift, scale, gate, feed_shift, feed_scale, feed_gate = (self.scale_shift_table + temb).unbind(2)  # [B, n, D]
 
-        tokens: Tensor = hidden_states.view(*temb.shape[:2], -1, temb.shape[-1])  # [B, n, L / n, D]
-        normed = (self.norm1(tokens) * (1 + scale) + shift).to(dtype).flatten(1, 2)
-        tokens = tokens + self.attn1(normed, None, None, rotary_emb).view_as(tokens) * gate
-        normed = self.norm2(tokens).to(dtype).flatten(1, 2)
-        tokens = tokens + self.attn2(normed, text).view_as(tokens)
-        normed = (self.norm3(tokens) * (1 + feed_scale) + feed_shift).to(dtype)
-        tokens = tokens + self.ffn(normed) * feed_gate
-        return tokens.view_as(hidden_states)
+        normed: Tensor = _modulate(self.norm1(hidden_states), shift, scale, runs).to(dtype)
+        tokens: Tensor = hidden_states + _per_run(self.attn1(normed, share, None, rotary_emb), gate, runs)
+        normed = self.norm2(tokens).to(dtype)
+        tokens = tokens + self.attn2(normed, text)
+        normed = _modulate(self.norm3(tokens), feed_shift, feed_scale, runs).to(dtype)
+        return tokens + _per_run(self.ffn(normed), feed_gate, runs)
+
+
+def _per_run(x: Tensor, factor: Tensor, runs: Tensor | None) -> Tensor:
+    """Tokens [B, L, D] times the factor [B, n, D] of their run: n equal runs, or that of each token in `runs` [L]."""
+    if runs is not None:
+        return x * factor[:, runs]
+    parts = x.view(*factor.shape[:2], -1, factor.shape[2])  # [B, n, L / n, D]
+    return (parts * factor[:, :, None]).view_as(x)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Tensor | None) -> Tensor:
+    """Tokens [B, L, D] scaled by 1 + `scale` and shifted, with the rows [B, n, D] of their runs."""
+    if runs is not None:
+        return x * (1 + scale[:, runs]) + shift[:, runs]
+    parts = x.view(*shift.shape[:2], -1, shift.shape[2])
+    return (parts * (1 + scale[:, :, None]) + shift[:, :, None]).view_as(x)
 
 
 class _Compiled:
@@ -284,13 +317,21 @@ class _SelfAttention:
     kernel: str | None = None  # the name of what kernels.py has put in place of `attend`
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
+        self, attn: Any, hidden_states: Tensor, share: Share | None, mask: None, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
         shape = (*hidden_states.shape[:2], attn.heads, -1)
-        query = _turn(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
-        key = _turn(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
-        mixed = self.attend(query, key, attn.to_v(hidden_states).view(shape))
-        return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
+
+        def query() -> Tensor:
+            return _turn(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
+
+        def key() -> Tensor:
+            return _turn(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
+
+        def value() -> Tensor:
+            return attn.to_v(hidden_states).view(shape)  # type: ignore[no-any-return]
+
+        mixed = self.attend(query(), key(), value()) if share is None else share.attend(self.attend, value, query, key)
+        return attn.to_out[0](mixed.flatten(2).type_as(hidden_states))  # type: ignore[no-any-return]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention [B, L, heads, head_dim]; kernels.py and low_precision.py put others in place of it."""

@@ -12,6 +12,7 @@ from wan.denoiser.conditioning import Condition
 from wan.denoiser.model import TextKeys, WanModel
 from wan.denoiser.schedule import Scheduler, timesteps_of
 from wan.denoiser.step_cache import NO_CACHE, Branch, Caching
+from wan.device.parallel import ALONE, Team
 from wan.device.placement import Placement
 from wan.settings import Sampling, StepCache
 from wan.types import OnStep, Step, TextContext, is_finite
@@ -103,6 +104,7 @@ def sample(
     placement: Placement,
     on_step: OnStep | None = None,
     caching: Caching = NO_CACHE,
+    team: Team = ALONE,
 ) -> Tensor:
     """Noise [z, F, h, w] -> latents float32 [z, F, h, w]. `context` and `condition` are on the device already.
 
@@ -117,7 +119,7 @@ def sample(
         with placement.on_device(expert) as model, caching.of(model, stage.expert.name, steps) as branch:
             texts = text_keys(model, stage, context, keep=not placement.streams(model))
             for index, (t, guidance) in enumerate(zip(stage.timesteps, stage.guidance, strict=True)):
-                flow = predict(model, guidance, condition, texts, latents, t, branch)
+                flow = predict(model, guidance, condition, texts, latents, t, branch, team)
                 latents = scheduler.step(flow[None], t, latents[None], return_dict=False)[0][0]
                 done += 1
                 if index in (0, steps - 1) and not is_finite(latents):
@@ -147,10 +149,12 @@ def predict(
     latents: Tensor,
     t: Tensor,
     branch: Branch,
+    team: Team = ALONE,
 ) -> Tensor:
     """The guided flow float32 [z, F, h, w] (classifier-free guidance, Ho & Salimans 2022) with `text_keys`' texts.
 
     At guidance 1 the unconditional term cancels, so that forward is left out. A cache knows the two by their `branch`.
+    Where a `team` shares guidance, each of its halves computes one of the two.
     """
     placed, timestep = condition.model_input(latents, t)
 
@@ -159,8 +163,11 @@ def predict(
             output: Tensor = model(placed, timestep, text, return_dict=False)[0][0]
         return output
 
-    conditional = flow("cond", texts[0])
     if guidance == 1:
-        return conditional
-    unconditional = flow("uncond", texts[1])
+        return flow("cond", texts[0])
+    if team.guidance is not None:
+        half = team.guidance.index
+        conditional, unconditional = team.guidance.gather(flow(("cond", "uncond")[half], texts[half]))
+    else:
+        conditional, unconditional = flow("cond", texts[0]), flow("uncond", texts[1])
     return unconditional + guidance * (conditional - unconditional)

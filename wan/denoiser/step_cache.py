@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
+from torch import Tensor
 
 from wan.denoiser.model import WanBlock
+from wan.device.parallel import ALONE, Group, Team
 from wan.settings import MAGCACHE_RETAINED, TAYLORSEER_WHOLE, StepCache
 
 # Around a forward, by the name of its branch: what a cache keeps of "cond" is not that of "uncond".
@@ -32,6 +36,7 @@ class Caching:
 
     cache: StepCache | None = None
     mag_ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    team: Team = ALONE
 
     @contextmanager
     def of(self, model: Any, expert: str, steps: int) -> Iterator[Branch]:
@@ -40,6 +45,9 @@ class Caching:
             yield _plain
             return
         model.enable_cache(_config(self.cache, steps, self.mag_ratios.get(expert, ())))
+        if self.cache.kind == "first_block" and self.team.tokens is not None:
+            hook = model.blocks[0]._diffusers_hook.get_hook(_FBC_LEADER_BLOCK_HOOK)
+            hook._should_compute_remaining_blocks = partial(_differs, hook, model, self.team.tokens)
         try:
             yield model.cache_context
         finally:
@@ -47,6 +55,21 @@ class Caching:
 
 
 NO_CACHE = Caching()
+
+
+def _differs(hook: Any, model: Any, group: Group, residual: Tensor) -> bool:
+    """The library's question of whether to compute on, asked of the tokens of all ranks, so that all answer alike.
+
+    The other caches count steps, which is the same everywhere.
+    """
+    before = hook.state_manager.get_state().head_block_residual
+    if before is None:
+        return True
+    real = model.share.real
+    sums = torch.stack([(residual - before)[:, :real].abs().sum(), before[:, :real].abs().sum()])
+    # each adds the same numbers in the same order
+    change, size = torch.stack(group.gather(sums)).sum(0).tolist()
+    return bool(change / size > hook.threshold)
 
 
 def _plain(name: str) -> AbstractContextManager[None]:

@@ -102,6 +102,7 @@ class MemoryBudget:
     text_device: torch.device
     vram: int | None = None
     free: int | None = None
+    token_ranks: int = 1  # GPUs that share a clip's tokens
 
     def for_clip(self, geometry: Geometry, offload: bool) -> MemoryBudget:
         """The budget of a clip: where it was not given one and its models take turns, what is free if that is less."""
@@ -130,7 +131,9 @@ class MemoryBudget:
     def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
         config, in_8_bits = self.config, self.config.low_precision is not None
         return [
-            denoiser_memory(weights, config.param_dtype, in_8_bits, geometry.tokens, config.text_len)
+            denoiser_memory(
+                weights, config.param_dtype, in_8_bits, -(-geometry.tokens // self.token_ranks), config.text_len
+            )
             for weights in self.checkpoint.experts.values()
         ]
 

@@ -1,0 +1,171 @@
+"""A step and its parts on several GPUs against one: `torchrun --nproc_per_node=N -m benchmarks.parallel`.
+
+One run a host: it prints, for each scenario and each way to share a step, milliseconds of a step, how many times faster
+that is than one GPU in the same run, GPU memory, and how far the numbers are from float32 ones. Random weights, a few
+layers: a step's time is theirs times the model's layers, plus what is outside of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+
+from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
+from wan.configs import WAN_CONFIGS
+from wan.denoiser.attention_backends import use_attention
+from wan.denoiser.fp8 import quantize_model
+from wan.denoiser.model import WanModel, policy_dtype
+from wan.device.hardware import peak_gib, reset_peak
+from wan.device.parallel import Team
+from wan.device.ranks import Sizes, World
+
+
+def build(
+    task: str, layers: int, device: torch.device, float32: bool = False, precision: str | None = None
+) -> WanModel:
+    """A denoiser of that many layers, the same on each GPU."""
+    with init_empty_weights():
+        model = WanModel(**DIT[task] | {"num_layers": layers})
+    dtype = WAN_CONFIGS[task].param_dtype
+    materialise(model, lambda name: policy_dtype(name, dtype), device)
+    if precision:
+        quantize_model(model, precision, device)
+    return model.float() if float32 else model
+
+
+def inputs(task: str, width: int, height: int, frames: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Latents, timestep and text of a forward."""
+    config = WAN_CONFIGS[task]
+    time, high, wide = config.vae_stride
+    shape = (1, DIT[task]["in_channels"], (frames - 1) // time + 1, height // high, width // wide)
+    generator = torch.Generator(device).manual_seed(1)
+    latents = torch.randn(shape, device=device, generator=generator)
+    steps = torch.full((1, shape[2]), 700.0, device=device)
+    steps[:, 0] = 0
+    text = torch.randn(1, 512, 4096, device=device, generator=generator)
+    return latents, steps if config.boundary is None else steps[:, -1], text
+
+
+def milliseconds(work: Callable[[], Any], repeats: int) -> float:
+    """The median time of some work on the GPU, of the slowest rank."""
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    slowest = torch.tensor(statistics.median(times), device="cuda")
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+@torch.no_grad()
+def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One scenario: every way to share a step."""
+    task, width, height, frames = SCENARIOS[name]
+    device = torch.device("cuda", world.local_rank)
+    latents, steps, text = inputs(task, width, height, frames, device)
+    tall = DIT[task]["num_layers"]
+    rows: list[dict[str, Any]] = []
+    models = {count: build(task, count, device, precision=args.precision) for count in args.layers}
+    for model in models.values():
+        if args.precision != "fp8_attention":
+            use_attention(model, args.attention)
+        model.compile_blocks()
+    flows = {}
+    for label, team in teams.items():
+        found = {}
+        reset_peak(device)
+        for count, model in models.items():
+            model.token_group = team.tokens
+            texts = model.text_keys(text)
+
+            def forward(model: WanModel = model, texts: Any = texts, team: Team = team) -> torch.Tensor:
+                flow: torch.Tensor = model(latents, steps, texts, return_dict=False)[0]
+                if team.guidance is not None:
+                    team.guidance.gather(flow)
+                return flow
+
+            flows[label] = forward()
+            found[count] = milliseconds(forward, args.repeats)
+        few, many = sorted(found)
+        block = (found[many] - found[few]) / (many - few)
+        whole = found[few] + block * (tall - few)
+        step = whole * (1 if team.sizes.cfg == 2 else 2)
+        row = {"scenario": name, "plan": label, "block_ms": block, "forward_ms": whole, "step_ms": step}
+        row |= {"peak_gib": peak_gib(device)}
+        rows.append(row)
+        row["speedup"] = rows[0]["step_ms"] / step
+        flow, alone = flows[label].double(), flows["1 GPU"].double()
+        row["from_one_gpu"] = float((flow - alone).norm() / alone.norm())
+        if world.is_first:
+            print(
+                json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()})
+            )
+    return rows
+
+
+@torch.no_grad()
+def exactness(world: World, teams: dict[str, Team], attention: str) -> None:
+    """How far several GPUs are from one, float32, and from float32 in bf16; sizes that need filling among them."""
+    device = torch.device("cuda", world.local_rank)
+    for task, width, height, frames in (("i2v-A14B", 208, 240, 13), ("ti2v-5B", 416, 224, 21)):
+        latents, steps, text = inputs(task, width, height, frames, device)
+        for float32 in (True, False):
+            model = build(task, 4, device, float32=float32)
+            if not float32:
+                use_attention(model, attention)
+            flows = {}
+            for label, team in teams.items():
+                model.token_group = team.tokens
+                flows[label] = model(latents, steps, text, return_dict=False)[0].double()
+            if float32:
+                exact = flows["1 GPU"]
+            if world.is_first:
+                said = {label: f"{float((flow - exact).norm() / exact.norm()):.2e}" for label, flow in flows.items()}
+                print(task, f"{width}x{height}x{frames}", "float32" if float32 else "bf16", "from float32", said)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS))
+    parser.add_argument("--layers", nargs=2, type=int, default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--attention", default="_native_cudnn")
+    parser.add_argument("--precision")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    world = World.read(os.environ)
+    device = torch.device("cuda", world.local_rank)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    alone = Team(world, Sizes())
+    teams = {"1 GPU": alone}
+    both = Team.start(world, Sizes(1, world.size), device, 120)
+    teams[f"ulysses {world.size}"] = both
+    if world.size % 2 == 0:
+        teams[f"cfg 2 x ulysses {world.size // 2}"] = Team.start(world, Sizes(2, world.size // 2), device, 120)
+    if world.is_first:
+        print(commit(), torch.cuda.get_device_name(device), "x", world.size, "torch", torch.__version__)
+    if not args.precision:
+        exactness(world, teams, args.attention)
+    rows = [row for name in args.scenarios for row in measure(name, world, teams, args)]
+    if args.out and world.is_first:
+        args.out.write_text(json.dumps(rows, indent=1))
+    both.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Tokens shared among processes: each forward gives what one process gives. Processes on a CPU, through gloo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import tiny_denoiser
+from tests.support.ranks import Ranks
+from wan.device.parallel import Team
+from wan.device.ranks import Sizes, World
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as found:
+        yield found
+
+
+def forward(team: Team | None, frames: int, rows: int, per_frame: bool, dtype: torch.dtype, compiled: bool) -> Any:
+    torch.set_num_threads(1)
+    model = tiny_denoiser.build(dtype=dtype, num_attention_heads=4, attention_head_dim=12)
+    if compiled:
+        model.compile_blocks("eager")
+    if team is not None:
+        model.token_group = team.tokens
+    latents = torch.randn(1, 4, frames, 2 * rows, 8, generator=torch.Generator().manual_seed(1))
+    timestep = torch.tensor([[0.0] + [700.0] * (frames - 1)]) if per_frame else torch.tensor([700.0])
+    with torch.no_grad():
+        return model(latents, timestep, tiny_denoiser.prompt(2), return_dict=False)[0]
+
+
+def in_a_rank(rank: int, size: int, cases: list[Any]) -> list[Any]:
+    team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 60)
+    found = [forward(team, *case) for case in cases]
+    team.end()
+    return found
+
+
+def waits(rank: int, size: int) -> str:
+    team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 2)
+    assert team.tokens is not None
+    if rank == 1:
+        time.sleep(8)  # it hangs
+        return ""
+    try:
+        team.tokens.gather(torch.ones(1))
+    except RuntimeError as error:
+        return str(error)
+    return "it did not wait"
+
+
+def test_a_process_that_hangs_is_not_waited_for(ranks: Ranks) -> None:
+    assert "imed out" in ranks.run(waits, 2)[0]
+
+
+CASES = [
+    (3, 4, False, torch.float32, False),
+    (3, 4, True, torch.float32, False),  # a rank's run of tokens begins inside a frame
+    (3, 3, True, torch.float32, False),  # 36 tokens
+    (5, 1, True, torch.float32, True),  # 20 tokens
+    (1, 3, False, torch.float32, False),  # 12 tokens
+    (3, 4, True, torch.bfloat16, False),
+    (3, 4, False, torch.bfloat16, True),
+]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_forward_of_several_processes_is_that_of_one(size: int, ranks: Ranks) -> None:
+    cases = CASES
+    for found in ranks.run(in_a_rank, size, cases):
+        for case, output in zip(cases, found, strict=True):
+            exact = forward(None, *case[:3], torch.float32, False)
+            one = forward(None, *case)
+            if case[3] == torch.float32:
+                assert (output - exact).norm() <= 1e-5 * exact.norm(), case
+            else:
+                assert (output - exact).norm() <= 1.1 * (one - exact).norm(), case
