@@ -181,7 +181,7 @@ def write(name: str, content: str) -> Callable[[Path], None]:
         ("orig", delete("model-00002-of-00002.safetensors"), "lacks model-00002-of-00002.safetensors"),
         ("hf", delete("model.safetensors"), "lacks model.safetensors"),
         ("hf", write("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
-        ("orig", write("model.safetensors.index.json", "{}"), "names no weights"),
+        ("orig", write("model.safetensors.index.json", "{}"), "weight_map in "),
     ],
 )
 def test_a_bad_folder_is_refused_before_anything_loads(
@@ -235,8 +235,8 @@ def truncate(path: Path) -> None:
         (add_weight, r"has 1 unexpected weights \(extra.weight\)"),
         (widen, "has 9 mismatched weights"),
         (truncate, "failed .*"),
-        (write("tokenizer.json", '{"model": {}}'), "cannot read the tokenizer"),
-        (write("tokenizer.json", "not json"), "cannot read the tokenizer"),
+        (write("tokenizer.json", '{"model": {}}'), "the tokenizer in .* cannot be read"),
+        (write("tokenizer.json", "not json"), "the tokenizer in .* cannot be read"),
     ],
 )
 def test_bad_contents_stop_with_one_line_that_offers_prompt(

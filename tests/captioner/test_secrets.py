@@ -198,7 +198,7 @@ def test_no_file_of_a_run_holds_a_secret_or_a_folder_of_this_machine(
     seen = command(f"{words} --dit {world}/dit.safetensors --lora {world}/light.safetensors:0.5")
     assert seen.code == 0, seen.said
     files = [file for file in seen.folder.rglob("*") if file.is_file()]
-    assert len(files) == 11
+    assert len(files) == 12
     for file in files:
         held = file.read_bytes()
         assert not [secret for secret in (*SECRETS, str(world), str(tmp_path)) if secret.encode() in held], file

@@ -299,7 +299,7 @@ def test_ctrl_c_from_a_terminal_ends_with_130(checkpoints: Path, tmp_path: Path)
     finished = sorted((tmp_path / "chain").glob("video_*.mp4"))
     assert f"{len(finished)} of 500 clips are finished" in error and "the same command goes on" in error
     assert len(frames_of(tmp_path / "chain" / "joined.mp4")) == 4 * len(finished) + 1
-    assert {path.name[:7] for path in (tmp_path / "chain").glob(".*")} <= {".draft_"}
+    assert {path.name[:7] for path in (tmp_path / "chain").glob(".*")} <= {".draft_", ".lock"}
 
 
 @pytest.mark.parametrize("script", ["generate.py", "generate_continuous.py"])

@@ -239,9 +239,10 @@ class ChainRun:
             sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
             metadata=not settings.no_video_metadata,
         )
-        if not settings.include_source:  # all of it would be encoded again
+        if settings.include_source:  # all of it would be encoded again
+            self.report("running")
+        else:
             self._renew_joined()
-        self.report("running")
 
     def report(self, status: str) -> None:
         """`prompts_log.txt`, `run.json` and the report as things stand."""
@@ -257,7 +258,7 @@ class ChainRun:
             "seeds": {str(number): seed for number, seed in sorted(self.redone.items())},
             "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
             "accepted": dict(sorted(self.accepted.items())),
-            "joined": JOINED if self.joined_of and (self.folder.path / JOINED).exists() else None,
+            "joined": JOINED if self.joined_of else None,
             "joined_of": self.joined_of,
             "seconds": round(self.seconds_before + made_in, 3),
             "arguments": self._arguments(),
