@@ -232,7 +232,7 @@ def without(name: str, pipeline: Pipeline, tokens: int) -> Iterator[None]:
         placed, steps = model_input(self, latents, t)
         return placed, steps.repeat_interleave(tokens // steps.shape[1], 1)
 
-    def anew(_: Stage, context: TextContext, keep: bool) -> list[torch.Tensor]:
+    def anew(model: WanModel, stage: Stage, context: TextContext, keep: bool) -> list[torch.Tensor]:
         return [context.positive, context.negative]
 
     model_input = KnownLatents.model_input

@@ -47,27 +47,27 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "ti2v",
         lambda home: poison(shard(home / "ti2v", "blocks.0.ffn"), "blocks.0.ffn", float("nan")),
-        "the denoiser in {home}/ti2v gives numbers that are not finite (NaN or infinite) in step 1",
+        "{home}/ti2v/",
     ),
     (
         "i2v",
         lambda home: poison(shard(home / "i2v/low_noise_model", "head.head"), "head.head.weight", float("inf")),
-        "the low noise expert in {home}/i2v/low_noise_model gives numbers that are not finite",
+        "{home}/i2v/low_noise_model/",
     ),
     (
         "ti2v",
         lambda home: poison(home / "ti2v/Wan2.2_VAE.pth", "decoder", float("nan")),
-        "the VAE in {home}/ti2v/Wan2.2_VAE.pth gives numbers that are not finite",
+        "{home}/ti2v/Wan2.2_VAE.pth holds numbers in decoder",
     ),
     (
         "ti2v",
         lambda home: poison(home / "ti2v/Wan2.2_VAE.pth", "encoder", float("nan")),
-        "the VAE in {home}/ti2v/Wan2.2_VAE.pth encodes what is known to numbers that are not finite",
+        "{home}/ti2v/Wan2.2_VAE.pth holds numbers in encoder",
     ),
     (
         "ti2v",
         lambda home: poison(home / "ti2v/models_t5_umt5-xxl-enc-bf16.pth", "norm", float("nan")),
-        "the text encoder in {home}/ti2v/models_t5_umt5-xxl-enc-bf16.pth gives numbers that are not finite",
+        "{home}/ti2v/models_t5_umt5-xxl-enc-bf16.pth holds numbers in ",
     ),
 ]
 
@@ -78,7 +78,8 @@ def test_a_damaged_model_is_named_and_no_clip_is_left(
 ) -> None:
     damage(home)
     assert chain(home, name, "--sample_steps", "4") == 2
-    assert said.format(home=home) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said.format(home=home) in error and "NaN or infinite" in error
     assert not list((home / "out").glob("*.mp4")) and not list((home / "out").glob("video_*.json"))
 
 

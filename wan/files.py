@@ -98,4 +98,4 @@ def unreadable(file: Path, error: BaseException) -> UserError:
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{file} cannot be read, it may be damaged; download it again ({reason})")
+    return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")

@@ -99,7 +99,7 @@ def test_nothing_of_an_earlier_prompt_or_weight_is_used_again(monkeypatch: pytes
     assert not torch.equal(reused, made(stages_of(build()), context)), "the weight must matter"
     # the reference embeds the text anew in every forward
     monkeypatch.setattr(
-        "wan.denoiser.sampling.text_keys", lambda expert, context, keep: [context.positive, context.negative]
+        "wan.denoiser.sampling.text_keys", lambda model, stage, context, keep: [context.positive, context.negative]
     )
     assert torch.equal(reused, made(stages_of(fresh), context))
 

@@ -113,7 +113,7 @@ def reshape(tensors: dict[str, torch.Tensor]) -> None:
 
 BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: shard(f, 1).unlink(), r"1 of 3 shards are missing \(diffusion_pytorch_model-00002"),
-    (lambda f: truncate(shard(f, 1)), r"may be truncated; download it again"),
+    (lambda f: truncate(shard(f, 1)), r"may be truncated or damaged; download it again"),
     (lambda f: truncate(shard(f, 2), 0.0), r"may be truncated"),
     (lambda f: truncate(f / "Wan2.2_VAE.pth"), r"Wan2.2_VAE.pth cannot be read, it may be truncated"),
     (

@@ -428,7 +428,7 @@ WRONG = [
     (f"{FIVE_B} --task ti2v-5B --dit {HIGH_FILE}", "takes 36 input channels, TI2V-5B (1 expert(s), 48 input channels)"),
     (f"{FIVE_B} --dit_high {HIGH_FILE} --task ti2v-5B", "--dit_high is not for this model, which takes --dit"),
     (f"{A14B} --dit {{5b.gguf}} --task i2v-A14B", "takes 48 input channels, I2V-A14B (2 expert(s), 36 input channels)"),
-    (f"{A14B} --dit {{5b.gguf}} --dit_low {LOW_FILE} --task i2v-A14B", "--dit is not for this model, which takes"),
+    (f"{A14B} --dit {{5b.gguf}} --dit_low {LOW_FILE} --task i2v-A14B", "are not of one model; give two of one model"),
     (f"{A14B} --dit_high {HIGH_FILE}", "expected diffusion_pytorch_model*.safetensors in low_noise_model"),
     (f"{A14B} --dit_high {HIGH_FILE} --dit_low {{5b.gguf}}", "are not of one model"),
     (f"{A14B} --dit_high {HIGH_FILE} --dit_low {{wide.gguf}}", "is of a model of width 256"),

@@ -193,7 +193,6 @@ def open_checkpoint(
         found = _open_diffusers(folder, experts, files)
     else:
         found = _open_official(folder, experts, names, files)
-    _check_vae(found)
     widths = {name: _patch_embedding(weights)[0] for name, weights in found.experts.items()}
     if len(set(widths.values())) > 1:
         said = " and ".join(f"{found.experts[name].path} of {width}" for name, width in widths.items())
@@ -211,6 +210,7 @@ def open_checkpoint(
             f"{folder}: {name} is {kind_of(len(found.experts), channels)}, expected "
             f"{kind_of(experts, in_channels)}; give that checkpoint or the task that fits this one"
         )
+    _check_vae(found)
     return found
 
 
