@@ -20,7 +20,7 @@ from wan.denoiser import fp8
 from wan.denoiser.fp8 import attend, check_precision, multiply, quantize, quantize_model
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
-from wan.weights.quantized import Addition, QuantizedLinear
+from wan.weights.quantized import Addition, QuantizedLinear, QuantizedTensor
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -233,6 +233,18 @@ def cli_config() -> Any:
     from wan import WAN_CONFIGS
 
     return WAN_CONFIGS["ti2v-5B"]
+
+
+def test_weights_that_are_fp8_without_scales_are_multiplied_as_they_are(ti2v: Any) -> None:
+    model = type(ti2v)(ti2v.config, ti2v.checkpoint.folder).model
+    linear = model.blocks[0].attn1.to_q
+    whole = linear.weight.detach().to(torch.float8_e4m3fn)
+    model.blocks[0].set_submodule(
+        "attn1.to_q", QuantizedLinear(linear, QuantizedTensor(whole), torch.float32, torch.device("cpu"))
+    )
+    quantize_model(model, "fp8", torch.device("cpu"))
+    rows = random(3, linear.in_features)
+    assert relative(model.blocks[0].attn1.to_q(rows), F.linear(rows, whole.float(), linear.bias)) < 0.05
 
 
 def test_weights_of_another_quantisation_are_refused(ti2v: Any) -> None:

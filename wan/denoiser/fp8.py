@@ -82,6 +82,8 @@ def quantize_model(model: Denoiser, precision: str, device: torch.device) -> Non
                 raise UserError(
                     f"`precision` {precision} is for bf16 and fp8 weights, the file's are {layer.gguf_type}"
                 )
+            if layer.scale is None:  # a file whose fp8 are the weights themselves
+                layer.scale = torch.ones(1, 1, device=layer.weight.device)
             layer.multiply = multiply
         if precision == "fp8_attention":
             block.attn1.processor.attend = attend
