@@ -35,7 +35,7 @@ COMMANDS = list(
     dict.fromkeys(line for needs, line in LINES if line.startswith("python ") and ".py" in line and not needs)
 )
 PARSED = [line for needs, line in LINES if line.startswith("python ") and ".py" in line and needs]
-PROGRAMS = [text for _, kind, text in BLOCKS if kind == "python"]
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # The released sizes would take hours here; a second GPU is not there.
 SMALLER = {
     "704*1280": "96*160",
@@ -138,5 +138,15 @@ def test_programs_run(program: str, world: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_flag_of_a_page_exists(name: str) -> None:
     known = {one.word for one in OPTIONS.values() if one.flag} | {"--help", "--version"}
-    others = {"--local-dir", "--exclude", "--scenario", "--stock", "--count", "--nproc_per_node"}
+    others = {
+        "--local-dir",
+        "--exclude",
+        "--scenario",
+        "--stock",
+        "--count",
+        "--nproc_per_node",
+        "--nnodes",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
+    }
     assert set(re.findall(r"(?<![-\w])--[A-Za-z_0-9]+(?:-[a-z]+)*", TEXTS[name])) - others <= known

@@ -252,9 +252,9 @@ def test_a_missing_decord_names_the_extra_only_when_it_is_asked_for(monkeypatch:
     monkeypatch.setattr(decord_reader, "find_spec", lambda name: None)
     path = CORPUS / "h264_faststart.mp4"
     assert len(media.sample_frames(path, 2, reader="auto")) == 2
-    with pytest.raises(UserError, match=r'pip install "wan-continue\[decord\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[decord\]"'):
         media.sample_frames(path, 2, reader="decord")
-    with pytest.raises(UserError, match=r"wan-continue\[decord\]"):
+    with pytest.raises(UserError, match=r"\[decord\]"):
         media.check_last_frame_with_decord(path, media.read_last_frame(path))
     with pytest.raises(UserError, match="auto, pyav, decord"):
         media.sample_frames(path, 2, reader="opencv")
