@@ -28,7 +28,7 @@ quick: .venv/.ready  ## the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"
 
 test: lint  ## lint, format, types and all tests, as CI runs them
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: lint demo  ## the same with the demo, ten times the fuzzing, and the share of wan/ that the tests run
 	$(BIN)/python -m pytest --fuzz 10 --cov --cov-report=term:skip-covered

@@ -136,20 +136,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("more", [(), ("--best_of", "2"), ("--drift_correction", "0.9")])
-def test_after_sampling_nothing_is_sampled_again(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
-) -> None:
-    assert chain(checkpoint, tmp_path / "whole", *more) == 0
+def stopped(*_: Any, **__: Any) -> None:
+    raise Stop
 
-    def stopped(*_: Any, **__: Any) -> None:
-        raise Stop
 
-    with monkeypatch.context() as broken, pytest.raises(Stop):
-        broken.setattr("wan.vae.vae.WanVAE.decode", stopped)
-        chain(checkpoint, tmp_path / "run", *more)
-    assert list((tmp_path / "run").glob(".draft_1_*")) and not list((tmp_path / "run").glob("video_*"))
-    sampled = []
+def seeds_sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of what is sampled from now on."""
+    sampled: list[int] = []
     sample = Pipeline._sample
 
     def counted(self: Pipeline, request: Any, *rest: Any) -> Any:
@@ -157,6 +150,20 @@ def test_after_sampling_nothing_is_sampled_again(
         return sample(self, request, *rest)
 
     monkeypatch.setattr(Pipeline, "_sample", counted)
+    return sampled
+
+
+@pytest.mark.parametrize("more", [(), ("--best_of", "2"), ("--drift_correction", "0.9")])
+def test_after_sampling_nothing_is_sampled_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    assert chain(checkpoint, tmp_path / "whole", *more) == 0
+
+    with monkeypatch.context() as broken, pytest.raises(Stop):
+        broken.setattr("wan.vae.vae.WanVAE.decode", stopped)
+        chain(checkpoint, tmp_path / "run", *more)
+    assert list((tmp_path / "run").glob(".draft_1_*")) and not list((tmp_path / "run").glob("video_*"))
+    sampled = seeds_sampled(monkeypatch)
     assert chain(checkpoint, tmp_path / "run", *more) == 0
     assert 3 not in sampled and 4 in sampled
     for one in sorted((tmp_path / "whole").glob("video_*.safetensors")):
@@ -171,23 +178,13 @@ def test_after_sampling_nothing_is_sampled_again(
 def test_a_draft_of_other_settings_or_a_damaged_one_is_none(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_: Any, **__: Any) -> None:
-        raise Stop
-
     with monkeypatch.context() as broken:
         broken.setattr("wan.vae.vae.WanVAE.decode", stopped)
         with pytest.raises(Stop):
             chain(checkpoint, tmp_path / "run")
     (draft,) = (tmp_path / "run").glob(".draft_1_*")
     whole = draft.read_bytes()
-    sampled = []
-    sample = Pipeline._sample
-
-    def counted(self: Pipeline, request: Any, *rest: Any) -> Any:
-        sampled.append(request.seed)
-        return sample(self, request, *rest)
-
-    monkeypatch.setattr(Pipeline, "_sample", counted)
+    sampled = seeds_sampled(monkeypatch)
     assert chain(checkpoint, tmp_path / "run", "--sample_shift", "3") == 0
     assert sampled == [3, 4]
     for at in random.Random(0).sample(range(64, 8 * len(whole)), 3):

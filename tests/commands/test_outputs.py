@@ -170,3 +170,17 @@ def test_one_that_lacks_or_remakes_a_clip_leaves_the_old_one(
     assert (tmp_path / "out" / "joined.mp4").read_bytes() != old
     assert command(more.replace("--redo 2", "")).code == 0  # the same again: nothing moves
     assert not (tmp_path / "out" / "redone" / "joined_2.mp4").exists()
+
+
+# --- temporary files
+
+
+@pytest.mark.parametrize(("flag", "left"), [("", False), ("--no_lock", True)])
+def test_temporary_files_go_only_where_the_lock_keeps_other_runs_out(
+    command: Callable[..., Seen], tmp_path: Path, flag: str, left: bool
+) -> None:
+    part = tmp_path / "out" / ".video_09_seed1.mp4.0123abcd.part"  # of a run that was killed, or of one that is at work
+    part.parent.mkdir()
+    part.touch()
+    assert command(flag).code == 0
+    assert part.exists() == left

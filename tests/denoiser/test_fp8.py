@@ -221,9 +221,10 @@ def test_an_amd_gpu_is_asked_instead_of_its_number(monkeypatch: pytest.MonkeyPat
             check_precision("fp8", gpu)
 
 
-def test_fp8_on_a_cpu_is_refused_before_anything_loads(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_fp8_on_a_cpu_is_refused_before_anything_loads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # wherever this runs
     flags = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--precision", "fp8_attention"]
     assert cli.generate_main(flags) == 2
     assert "--precision fp8_attention needs a GPU with 8-bit floats" in capsys.readouterr().err

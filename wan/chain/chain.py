@@ -77,6 +77,7 @@ class ChainRun:
         found, before = folder.clips(), folder.run
         self.base_seed = _base_seed(settings.base_seed, before)
         self.joined_of = self._joined_of(before)
+        self.joined_here: list[str] = []  # what this run has joined itself
         self.seconds_before = float(before.get("seconds") or 0)
         self.drawn = settings.base_seed < 0 and "base_seed" not in before
         by_number = enumerate(scenes, 1)
@@ -293,11 +294,14 @@ class ChainRun:
         joined = self.folder.path / JOINED
         parts = [clip.fingerprint for clip in clips]
         parts = [self._source_digest, *parts] if self.settings.include_source else parts
+        if parts == self.joined_here:
+            return joined
         if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
             self.folder.set_joined_aside()
         self.joined_of = parts
         self.report("running")  # what a killed run leaves is no more than this says
         self._join(clips, joined)
+        self.joined_here = parts
         return joined
 
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:

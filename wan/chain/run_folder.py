@@ -153,9 +153,10 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be locked ({reason}); give another folder, or `no_lock` if no other run uses it"
             ) from error
-        for name in ("video_", ".draft_", *_OF_THE_RUN):
-            for left in self.path.glob(f".{name}*.part"):  # of a run that was killed; the lock keeps others out
-                left.unlink()
+        if self._lock is not None:  # which keeps others out: these are of a run that was killed
+            for name in ("video_", ".draft_", *_OF_THE_RUN):
+                for left in self.path.glob(f".{name}*.part"):
+                    left.unlink()
         return self
 
     def __exit__(
@@ -225,7 +226,8 @@ class RunFolder:
         except OSError as error:
             return _Fault(number, f"{error.filename} cannot be read ({error.strerror})")
         if changed:
-            return _Fault(number, f"{' and '.join(changed)} is not what was written")
+            are = "are" if len(changed) > 1 else "is"
+            return _Fault(number, f"{' and '.join(changed)} {are} not what was written")
         if made_with != clip.fingerprint:
             return _Fault(number, f"its record {path.name} is of another clip")
         check_record(path, record)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights, load_into
+from wan.weights.checkpoint import Weights
+from wan.weights.loading import load_into
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
 from wan.files import unreadable
 from wan.foreign import parsing, read_json, shards
@@ -32,7 +31,6 @@ from wan.weights.quantized import (
     FLOAT8,
     GGUF_TYPES,
     PLAIN_TYPES,
-    QuantizedLinear,
     QuantizedTensor,
     dequantize,
     open_gguf,
@@ -96,6 +94,12 @@ class Weights:
     def is_distilled(self) -> bool:
         """Whether the name of a denoiser's own file says that it needs few steps and no guidance."""
         return self.path.is_file() and _DISTILLED.search(self.path.name.lower()) is not None
+
+    def place_of(self, key: str) -> str:
+        """The file in which a tensor is, with the expert that it is for; for messages."""
+        name = self.prefix + key
+        file = next(file for file in self.files if any(_read(file, {name})))
+        return f"{file} ({self.expert})" if self.expert else str(file)
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor in turn, mapped from its file while the next file is read; one file is open at a time."""
@@ -236,25 +240,12 @@ def identify(folder: Path, names: Names) -> tuple[int, int]:
     )
 
 
-def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
-    """Raise UserError for missing and extra keys and for wrong shapes; no tensor is read."""
-    target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    problems = [
-        _listing("missing", [_name_in_file(name, source_of) for name in target.keys() - source_of.keys()]),
-        _listing("missing", [key for key in source_of.values() if key not in weights.shapes]),
-        _listing("unexpected", [key for name, key in source_of.items() if name not in target]),
-        _listing("unexpected", weights.shapes.keys() - set(source_of.values())),
-        _listing(
-            "wrong shape",
-            [
-                f"{key} {weights.shapes[key]} instead of {target[name]}"
-                for name, key in source_of.items()
-                if key in weights.shapes and name in target and weights.shapes[key] != target[name]
-            ],
-        ),
-    ]
-    if any(problems):
-        raise UserError(f"{weights.path} does not fit the model: {'; '.join(filter(None, problems))}")
+def listing(what: str, keys: Iterable[str]) -> str:
+    ordered = sorted(keys)
+    if not ordered:
+        return ""
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return f"{what} {', '.join(ordered[:3])}{more}"
 
 
 def identify_files(files: Mapping[str, Path]) -> tuple[int, int]:
@@ -263,148 +254,6 @@ def identify_files(files: Mapping[str, Path]) -> tuple[int, int]:
     if len(channels) > 1:
         raise UserError(f"{' and '.join(map(str, files.values()))} are not of one model; give two of one model")
     return (1 if "model" in files else 2), channels.pop()
-
-
-def load_into(
-    model: nn.Module,
-    weights: Weights,
-    source_of: Mapping[str, str],
-    dtype_of: Callable[[str], torch.dtype],
-    device: torch.device,
-    *,
-    rounding: torch.dtype | None = None,
-    stays_quantized: Callable[[str], bool] = lambda name: False,
-    layers: str = "",
-    mapped: bool = False,
-) -> None:
-    """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
-
-    `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
-    every value through that dtype first. What is quantized in the file is expanded, but for the weights of
-    linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
-    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. Host memory never holds
-    more than the model and one file.
-    Raises UserError for missing and extra keys and for wrong shapes.
-    """
-    check_fit(model, weights, source_of)
-    name_of: dict[str, str] = {}
-    for name, key in source_of.items():
-        name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
-    mapped = mapped and device.type == "cpu" and rounding is None
-    places = _places(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else {}
-    blocks = _Blocks()
-    for key, tensor in weights.tensors():
-        name = name_of[key]
-        if not blocks.see(name, tensor):
-            raise UserError(
-                f"{_place(weights, key)} holds numbers in {key} that are NaN or infinite; download it again"
-            )
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if (
-            isinstance(tensor, QuantizedTensor)
-            and isinstance(module, nn.Linear)
-            and leaf == "weight"
-            and stays_quantized(name)
-        ):
-            model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
-            continue
-        tensor = dequantize(tensor)
-        if mapped and tensor.dtype == dtype_of(name):
-            value = tensor.view(weights.shapes[key])
-        else:
-            place = places.pop(name, None)
-            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
-            value.copy_((tensor if rounding is None else tensor.to(rounding)).view(value.shape))
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
-    if blocks.zero:
-        block = min(blocks.zero)
-        key = next(source_of[name] for name in source_of if name.startswith(f"{block}."))
-        raise UserError(f"{_place(weights, key)} is damaged: all weights of {block} are zero; download it again")
-
-
-class _Blocks:
-    """Which blocks of a model have had no weight but zeros so far."""
-
-    def __init__(self) -> None:
-        self.zero: set[str] = set()
-        self._other: set[str] = set()
-
-    def see(self, name: str, tensor: Tensor | QuantizedTensor) -> bool:
-        """Note a tensor; False where its numbers are not finite. Those of GGUF are looked at until one is not zero."""
-        low, high = _range(tensor)
-        block = re.match(r"(?:encoder\.block|blocks)\.\d+(?=\.)", name)
-        if block is not None and name.endswith(".weight") and "norm" not in name:
-            if low == high == 0:
-                self.zero |= {block[0]} - self._other
-            else:
-                self._other.add(block[0])
-                self.zero.discard(block[0])
-        return math.isfinite(low) and math.isfinite(high)
-
-
-def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
-    """The least and the greatest number of a tensor, NaN if one is.
-
-    Of fp8 the size of the numbers, of GGUF the range of its first rows that are not all zero: enough to tell damage.
-    """
-    if isinstance(tensor, Tensor):
-        if not tensor.numel():
-            return 0.0, 0.0
-        low, high = tensor.aminmax()
-        return low.item(), high.item()
-    if tensor.gguf_type is None:
-        sides = (0.0, 1.0) if tensor.scale is None else _range(tensor.scale)
-        if tensor.data.dtype not in FLOAT8:
-            found = _range(tensor.data)
-            return found[0] * sides[1], found[1] * sides[1]
-        largest = int((tensor.data.view(torch.uint8) & 0x7F).max())  # without the sign
-        finite = largest <= {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}[tensor.data.dtype]
-        return 0.0, largest * sides[1] if finite else math.nan
-    step = max(1, (1 << 20) // max(1, math.prod(tensor.data.shape[1:])))
-    for start in range(0, len(tensor.data), step):
-        found = _range(tensor.rows(slice(start, start + step)))
-        if found != (0.0, 0.0):
-            return found
-    return 0.0, 0.0
-
-
-def _place(weights: Weights, key: str) -> str:
-    """The file in which a tensor is, with the expert that it is for."""
-    name = weights.prefix + key
-    file = next(file for file in weights.files if any(_read(file, {name})))
-    return f"{file} ({weights.expert})" if weights.expert else str(file)
-
-
-def _places(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
-    """Memory for the parameters of each layer, by name. Pages that nothing is written to are never taken."""
-    places: dict[str, Tensor] = {}
-    for number, layer in model.get_submodule(layers).named_children():
-        names = {f"{layers}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
-        like = [torch.empty(parameter.shape, dtype=dtype_of(name), device="meta") for name, parameter in names.items()]
-        places |= dict(zip(names, in_one_buffer(like), strict=True))
-    return places
-
-
-def _name_in_file(name: str, source_of: Mapping[str, str]) -> str:
-    """What a missing parameter would be called in the file, told from the same one of another block."""
-    block = re.match(r"blocks\.\d+", name)
-    if block is None:
-        return name
-    here = block[0]
-    twins = (key for other, key in source_of.items() if re.sub(r"^blocks\.\d+", here, other) == name)
-    return next((re.sub(r"^blocks\.\d+", here, key) for key in twins), name)
-
-
-def _listing(what: str, keys: Iterable[str]) -> str:
-    ordered = sorted(keys)
-    if not ordered:
-        return ""
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return f"{what} {', '.join(ordered[:3])}{more}"
 
 
 def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str, Path]) -> Checkpoint:
@@ -661,7 +510,7 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
         raise UserError(f"{folder}: expected {single.name} or {index.name}, found neither")
     shapes = {key: shape for file in files for key, shape in _safetensors_shapes(file)}
     if listed is not None and shapes.keys() != listed.keys():
-        difference = _listing("in one only", shapes.keys() ^ listed.keys())
+        difference = listing("in one only", shapes.keys() ^ listed.keys())
         raise UserError(f"{folder}: the shards and {index.name} disagree ({difference})")
     config = folder / "config.json"
     return Weights(folder, files, shapes, read_json(config) if config.is_file() else {})
