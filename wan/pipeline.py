@@ -170,8 +170,8 @@ class Pipeline(ABC):
         """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
         while (call := self.team.hear()) is not None:
             budget = self.budget.for_clip(call.request.geometry, call.offload)
-            self.models.live_by(self.host_plan(call.request.geometry, call.request.loras))
-            placements = self._placements(call.request, budget, call.offload)
+            self.models.live_by(call.host)
+            placements = self._placements(call.request, budget, call.offload, call.host.mapped)
             self._sample(call.request, placements, Stopwatch(self.device, call.request.sampling.steps), call.clips)
 
     def release(self) -> None:
@@ -288,9 +288,10 @@ class Pipeline(ABC):
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
         budget = self.budget.for_clip(request.geometry, offload)
         budget.check(request.geometry)
-        self.models.live_by(self.host_plan(request.geometry, request.loras))
+        host = self.host_plan(request.geometry, request.loras)
+        self.models.live_by(host)
         try:
-            return self._run(request, budget, offload, on_step, clips, sampled, on_sampled)
+            return self._run(request, budget, host, offload, on_step, clips, sampled, on_sampled)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -309,18 +310,19 @@ class Pipeline(ABC):
         self,
         request: Request,
         budget: MemoryBudget,
+        host: HostPlan,
         offload: bool,
         on_step: OnStep | None,
         clips: int,
         sampled: Sampled | None,
         on_sampled: Callable[[Sampled], None] | None,
     ) -> Generation:
-        placements = self._placements(request, budget, offload)
+        placements = self._placements(request, budget, offload, host.mapped)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
         if sampled is None:
             # pictures are encoded here and sent as latents
-            self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips))
+            self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
             self.is_sampling = True
             sampled = self._sample(request, placements, watch, clips)
             self.is_sampling = False
@@ -339,8 +341,9 @@ class Pipeline(ABC):
         seconds = dict(sampled.seconds) | watch.seconds
         return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
 
-    def _placements(self, request: Request, budget: MemoryBudget, offload: bool) -> Callable[[str], Placement]:
-        mapped = self.host_plan(request.geometry, request.loras).mapped
+    def _placements(
+        self, request: Request, budget: MemoryBudget, offload: bool, mapped: bool
+    ) -> Callable[[str], Placement]:
         if budget.vram is not None and not budget.holds_all(request.geometry):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         return budget.placements(request.geometry, offload, mapped)
@@ -432,11 +435,15 @@ class Pipeline(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the first process tells the others to sample."""
+    """What the first process tells the others to sample.
+
+    `host` is how its models live in host memory: in all alike, lest one loads an expert when another does not.
+    """
 
     request: Request
     offload: bool
     clips: int
+    host: HostPlan
 
 
 class OneExpert(Pipeline):

@@ -88,7 +88,7 @@ LEAD_IN = re.compile(  # "Sure! Here is a description of the video:"
     rf"|{_AGREE}\s*[!！]+\s*|{_AGREE}\s*[,.，。、]\s+",
     re.IGNORECASE,
 )
-OFFER = re.compile(_any(*_OFFERING.values()), re.IGNORECASE)  # "Let me know if you need more."
+CLOSING = re.compile(_any(*_OFFERING.values()), re.IGNORECASE)  # "Let me know if you need more."
 REFUSAL = re.compile(_any(*_REFUSING.values()), re.IGNORECASE)  # "I'm sorry, but I can't assist with that."
 BUT = re.compile(r"\b(?:but|however|though|although)\b", re.IGNORECASE)  # after it comes what the model can do
 ABOUT_ITSELF = re.compile(r"\b(?:i|i['’]m|me|my|you|your|please|request)\b", re.IGNORECASE)

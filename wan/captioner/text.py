@@ -10,8 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 from wan.captioner.base import MOST_CHARACTERS, OFFER
-from wan.captioner.talk import ABOUT_ITSELF, BUT, LEAD_IN, REFUSAL
-from wan.captioner.talk import OFFER as TALK
+from wan.captioner.talk import ABOUT_ITSELF, BUT, CLOSING, LEAD_IN, REFUSAL
 from wan.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def refusal(answer: str) -> str | None:
     opening = REFUSAL.match(first.lstrip(_CLOSERS + "*"))
     if opening is None or BUT.search(first, opening.end()):
         return None
-    described = [one for one in rest if not (REFUSAL.match(one) or TALK.match(one) or ABOUT_ITSELF.search(one))]
+    described = [one for one in rest if not (REFUSAL.match(one) or CLOSING.match(one) or ABOUT_ITSELF.search(one))]
     if len(bare_words(" ".join(described))) >= _FEWEST_WORDS:
         return None
     return text if len(text) <= 200 else f"{text[:197]}..."
@@ -158,7 +157,7 @@ def _without_talk(text: str) -> str:
     if lead := LEAD_IN.match(text):
         text = text[lead.end() : lead.end() + 1].upper() + text[lead.end() + 1 :]
     found = list(_SENTENCE.finditer(text))
-    while len(found) > 1 and TALK.match(found[-1].group()):
+    while len(found) > 1 and CLOSING.match(found[-1].group()):
         text = text[: found.pop().start()].rstrip()
     return text
 

@@ -7,8 +7,6 @@ import logging
 import math
 import os
 import platform
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from wan import __version__, media
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
-from wan.commands.flags import check_video_settings, spell_flag
+from wan.commands.flags import check_video_settings
+from wan.commands.lines import PROGRESS
 from wan.configs import ModelConfig, config_for, parse_size
 from wan.device.ranks import Sizes, World, choose_sizes
-from wan.errors import UserError, spell
+from wan.errors import UserError
 from wan.files import readable
 from wan.kinds import Picture, Video, public_path
 from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Command, Settings, options_of
@@ -155,9 +154,8 @@ class Job:
         if self.world.size == 1:
             yield
             return
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a launcher stops its processes
         self._join(pipeline)
-        print(f"{self.world.size} GPUs: {spell(str(pipeline.team.sizes), spell_flag)}", file=sys.stderr)
+        logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
         try:
             yield
         except BaseException:
