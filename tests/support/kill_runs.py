@@ -3,9 +3,10 @@
     python -m tests.support.kill_runs CHECKPOINT VIDEO FOLDER KILLS
 
 Every run is a fork of this process, which has imported everything and computed nothing. An event is the beginning of a
-stage, a solver step, or the moment before a file gets its name. One run is stopped at every event, with all its threads,
-while its folder is copied: the copy is what SIGKILL would leave at that moment. Each copy that differs from all before
-it is gone on with. Then runs are really killed, KILLS at events and as many at random moments. The last line is JSON.
+stage, a solver step, or the moment before a file gets its name. One run is stopped at every event, with all its
+threads, while its folder is copied: the copy is what SIGKILL would leave at that moment. Each copy that differs from
+all before it is resumed. Then runs are really killed, KILLS at events and as many at random moments. The last line is
+JSON.
 """
 
 from __future__ import annotations
