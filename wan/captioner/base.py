@@ -146,7 +146,14 @@ def reading(folder: Path, *told: type[Exception]) -> Iterator[None]:
 
     Errors in `told`, and those of `foreseen_failures`, pass: others tell them.
     """
-    passing = (UserError, torch.OutOfMemoryError, MemoryError, OSError, SafetensorError, *told)
+    passing: tuple[type[BaseException], ...] = (
+        UserError,
+        torch.OutOfMemoryError,
+        MemoryError,
+        OSError,
+        SafetensorError,
+        *told,
+    )
     try:
         yield
     except BaseException as error:
