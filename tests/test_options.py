@@ -159,6 +159,17 @@ def test_every_number_has_a_limit_and_a_reason_for_it() -> None:
         check("size", "9" * 5000 + "*9")
 
 
+@pytest.mark.parametrize("text", ["-rain", "-5 degrees, it snows", "-1", "-", "--", "-prompt", "--rain"])
+def test_a_text_may_begin_with_a_dash(text: str) -> None:
+    words = ["--ckpt_dir", "x", "--video", "y"]
+    assert parse("continuous", [*words, f"--prompt={text}"]).prompt == text
+    if not text.startswith("--"):
+        assert parse("continuous", ["--prompt", text, *words]).prompt == text
+        assert parse("continuous", [*words, "--prompt", text]).prompt == text
+    assert parse("continuous", [*words, "--sample_guide_scale", "-1,2"]).sample_guide_scale == (-1, 2)
+    assert parse("continuous", [*words, "--drift_correction", "--prompt", "a"]).drift_correction == 0.9
+
+
 def test_every_value_can_be_said_on_the_command_line_again() -> None:
     text = "--ckpt_dir m --video -v --sample_guide_scale 1,2.5 --guidance_interval 0.25 1 --vram 6.5 --t5_cpu"
     text += " --lora a:0.5 --lora b --drift_correction --prompt_mode continue"

@@ -53,6 +53,10 @@ GENERATE: list[tuple[str, str]] = [
     ("", "the following arguments are required: --ckpt_dir"),
     ("--ckpt_dir {i2v} --xyzzy 9", "unknown flag --xyzzy (see --help)"),
     ("--vidoe {clip.mp4}", "unknown flag --vidoe; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} -video {clip.mp4}", "unknown flag -video; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} --prompt --rain", "unknown flag --rain; if it is the value of --prompt, write --prompt=--rain"),
+    ("--ckpt_dir {ti2v} --prompt --vidoe {clip.mp4}", "unknown flag --vidoe; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} --prompt -h", "expected one argument"),
     ("--ckpt-dir {ti2v}", "unknown flag --ckpt-dir; did you mean --ckpt_dir? (see --help)"),
     ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --vlm_path {i2v}", "--vlm_path goes with --video"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --num_segments 1000000000", "--num_segments must be at most 256"),
@@ -222,8 +226,8 @@ NO_NAME = {
     ("main", "name"),
     [
         (main, one.name)
-        for main, command in ((generate_main, "generate"), (continuous_main, "continuous"))
-        for one in options_of(command)
+        for main in (generate_main, continuous_main)
+        for one in options_of("generate" if main is generate_main else "continuous")
         if one.flag and isinstance(one.kind, Local) and not isinstance(one.kind, Address) and one.name != "vlm_device"
     ],
 )
