@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from wan.errors import UserError
 from wan.media.colour import levels, over_white
-from wan.media.source import say_once
+from wan.media.source import open_picture, say_once
 
 _ROUNDING = 3  # levels by which a conversion from sRGB to sRGB may differ
 
@@ -25,9 +25,9 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for ever
             raise UserError(f"cannot read image {name!r}: it is not a file; give the name of a picture file")
-        with Image.open(name) as image:
+        with open_picture(name) as image:
             return _to_rgb(image, name)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
         raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
 
