@@ -17,7 +17,7 @@ LAYERS = [
     ("wan.kinds",),
     ("wan.options",),
     ("wan.settings",),
-    ("wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
+    ("wan.pictures", "wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
     (
         "wan.device.ranks",
         "wan.device.parallel",
