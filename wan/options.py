@@ -386,7 +386,7 @@ class Settings:
         fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors or .pth text encoder in place of the folder's", unset="none",
+        WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
         fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(
