@@ -367,9 +367,13 @@ class Settings:
     dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
 
     # Weights and LoRAs
-    ckpt_dir: str = option(
-        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
-        required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
+    ckpt_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
+        unset="none; needed without `comfy_dir`", fingerprint="checkpoint", record=True, was="checkpoint",
+    )
+    comfy_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
+        unset="none", fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",

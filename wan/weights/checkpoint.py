@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.files import unreadable
 from wan.foreign import parsing, read_json, shards
@@ -157,6 +158,17 @@ class Names:
     vae: str = "Wan2.1_VAE.pth"
     text_encoder: str = "models_t5_umt5-xxl-enc-bf16.pth"
     tokenizer: str = "google/umt5-xxl"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Names:
+        """Those of a model."""
+        return cls(
+            low_noise=config.low_noise_checkpoint,
+            high_noise=config.high_noise_checkpoint,
+            vae=config.vae_checkpoint,
+            text_encoder=config.t5_checkpoint,
+            tokenizer=config.t5_tokenizer,
+        )
 
 
 def resolve_folder(name: str | Path, files: Container[str] = ()) -> Path:
@@ -361,13 +373,26 @@ def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
-    said = set(_EXPERT.findall(path.stem.lower()))
+    said = experts_named(path.stem)
     if asked in ("high", "low") and len(said) == 1 and asked not in said:
         word = said.pop()
         raise UserError(
             f"{what}{path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
             f"give it with `{setting}_{word}`, or rename it if that is not meant"
         )
+
+
+def experts_named(name: str) -> set[str]:
+    """Which of "high" and "low" a name says of experts."""
+    return set(_EXPERT.findall(name.lower()))
+
+
+def stored_types(weights: Weights) -> dict[str, str]:
+    """How each tensor is stored in a GGUF or safetensors file, in the words of its format."""
+    found: dict[str, str] = {}
+    for file in weights.files:
+        found |= open_gguf(file).types if file.suffix.lower() == ".gguf" else _safetensors_dtypes(file)
+    return {key: found[weights.prefix + key] for key in weights.shapes}
 
 
 def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
