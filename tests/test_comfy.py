@@ -96,10 +96,9 @@ def test_every_part_of_a_5b_comes_from_comfyui_s_folder(text: str, parts: Mappin
     assert taken["vae"].file == comfy / "vae/linked/wan2.2_vae.safetensors"
     assert taken["tokenizer"].file == taken["text_encoder"].file
     files = {name: one.file for name, one in taken.items()}
-    ours, theirs = (
-        WanTI2V(WAN_CONFIGS["ti2v-5B"].variant(t5_dtype="float32"), place, **more)
-        for place, more in ((comfy, {"dit_files": {"model": files.pop("model")}, "part_files": files}), (FIVE, {}))
-    )
+    own: dict[str, Any] = {"dit_files": {"model": files.pop("model")}, "part_files": files}
+    row = WAN_CONFIGS["ti2v-5B"].variant(t5_dtype="float32")
+    ours, theirs = WanTI2V(row, comfy, **own), WanTI2V(row, FIVE)
     assert same_vae(ours, theirs, torch.float32) and same_t5(ours, meant)
     experts = ours.model.state_dict(), theirs.model.state_dict()
     assert all(torch.equal(experts[0][key], experts[1][key]) for key in experts[1])
