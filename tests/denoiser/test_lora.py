@@ -481,7 +481,7 @@ def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def tucker_loha(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
     out, inner, *size = shape
-    state = {}
+    state: State = {}
     for n in (1, 2):
         state |= {f"hada_t{n}": random(3, 3, *size), f"hada_w{n}_a": random(3, out), f"hada_w{n}_b": random(3, inner)}
     one, other = (rebuilt(*(state[f"hada_{part}"] for part in (f"t{n}", f"w{n}_a", f"w{n}_b"))) for n in (1, 2))

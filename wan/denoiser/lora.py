@@ -210,8 +210,8 @@ def _products(tensors: Mapping[str, Tensor], scale: float) -> list[Addition]:
             down = torch.einsum("ij...,jr->ir...", tensors["mid"].float(), down.float()).flatten(1)
         return [Addition(up, down, scale)]
     if "hada_t1" in tensors:
-        one, other = (_tucker(*(tensors[f"hada_{part}"] for part in parts)) for parts in _TUCKER_LOHA)
-        return [Addition(one * other, None, scale)]
+        first, second = (_tucker(*(tensors[f"hada_{part}"] for part in parts)) for parts in _TUCKER_LOHA)
+        return [Addition(first * second, None, scale)]
     if "hada_w1_a" in tensors:
         # The elementwise product of two products is one product, of every pair of their columns and rows.
         a, b, c, d = (tensors[role].float().flatten(1) for role in _LOHA)
