@@ -307,6 +307,11 @@ CASES: dict[str, Case] = {
     "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
     "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
     "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),
+    "comfy_dir": Case(
+        "--ckpt_dir without_vae --comfy_dir comfy",
+        lambda s: s.pipeline.checkpoint.vae.path.name,
+        "wan2.2_vae.safetensors",
+    ),
     "dit": Case("--dit dit.safetensors", lambda s: s.pipeline.checkpoint.experts["model"].path.name, "dit.safetensors"),
     "dit_high": Case(
         "--dit_high dit_high.safetensors",

@@ -371,9 +371,13 @@ class Settings:
     dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
 
     # Weights and LoRAs
-    ckpt_dir: str = option(
-        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
-        required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
+    ckpt_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
+        unset="none; needed without `comfy_dir`", fingerprint="checkpoint", record=True, was="checkpoint",
+    )
+    comfy_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
+        unset="none", fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
@@ -390,7 +394,7 @@ class Settings:
         fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors or .pth text encoder in place of the folder's", unset="none",
+        WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
         fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(

@@ -59,8 +59,8 @@ class Pipeline(ABC):
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model` (which serves both of two experts), or `high_noise_model` and `low_noise_model`.
-    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth).
-    `compile_blocks`: compile the denoiser where
+    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth, a text encoder's .gguf), and
+    "tokenizer", a folder or a text encoder's file that carries it. `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
@@ -113,13 +113,7 @@ class Pipeline(ABC):
             resolve_folder(checkpoint_dir, files | parts),
             in_channels=config.in_channels,
             experts=1 if config.boundary is None else 2,
-            names=Names(
-                low_noise=config.low_noise_checkpoint,
-                high_noise=config.high_noise_checkpoint,
-                vae=config.vae_checkpoint,
-                text_encoder=config.t5_checkpoint,
-                tokenizer=config.t5_tokenizer,
-            ),
+            names=Names.of(config),
             files=files | parts,
         )
         for weights in self.checkpoint.experts.values():

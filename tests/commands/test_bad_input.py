@@ -50,7 +50,7 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora_high {text.mp4}", "text.mp4"),
     ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora {text.mp4}", "--lora is not for i2v-A14B"),
     # flags
-    ("", "the following arguments are required: --ckpt_dir"),
+    ("", "--ckpt_dir or --comfy_dir is required: where"),
     ("--ckpt_dir {i2v} --xyzzy 9", "unknown flag --xyzzy (see --help)"),
     ("--vidoe {clip.mp4}", "unknown flag --vidoe; did you mean --video? (see --help)"),
     ("--ckpt_dir {ti2v} -video {clip.mp4}", "unknown flag -video; did you mean --video? (see --help)"),

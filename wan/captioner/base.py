@@ -18,6 +18,7 @@ from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
 from wan.errors import UserError
 from wan.foreign import parsing, read_json
+from wan.pictures import as_shown
 from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
@@ -171,7 +172,7 @@ def one_line(error: Exception) -> str:
 
 def to_images(frames: Pictures) -> list[Image.Image]:
     """Frames -> RGB images. Raises UserError for what is no picture."""
-    images = [one.convert("RGB") if isinstance(one, Image.Image) else _image(np.asarray(one)) for one in frames]
+    images = [as_shown(one) if isinstance(one, Image.Image) else _image(np.asarray(one)) for one in frames]
     if not images:
         raise UserError("there are no frames: a captioner needs RGB uint8 [n, H, W, 3] or pictures")
     return images

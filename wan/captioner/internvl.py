@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,6 +136,7 @@ class InternVLCaptioner(LocalModel):
                 f"{self.folder} has a language model of type {language_model}; only InternVL with "
                 f"{' or '.join(LANGUAGE_MODELS)} works: use InternVL3_5-8B or a smaller one of that family"
             )
+        self.quantization = quantization_of(config)
         self.weights = weight_files(self.folder)
         check_tokenizer(self.folder)
         self.tokens_per_frame = int(self.config.get("image_seq_length", 256))
@@ -173,7 +174,8 @@ class InternVLCaptioner(LocalModel):
                 return decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
         if self._decoder is None or self._decoder.capacity < needed:
             self._decoder = None  # its memory first
-            self._decoder = GreedyDecoder(model, needed)
+            # a package's own kernels may not be recorded
+            self._decoder = GreedyDecoder(model, needed, recorded=self.quantization is None)
         return self._decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
 
     def close(self) -> None:
@@ -205,7 +207,8 @@ class InternVLCaptioner(LocalModel):
             with torch.device("meta"):
                 declared = sum(one.numel() for one in InternVLForConditionalGeneration(config).parameters())
         held = sum(file.stat().st_size for file in self.weights)
-        if declared > held:  # the library would make up what the files lack, and take that much memory
+        # the library would make up what the files lack, and take that much memory; quantised, 4 bits are a parameter
+        if declared > held * (1 if self.quantization is None else 2):
             raise UserError(
                 f"{self.folder} declares {declared} parameters and has weights of {held} bytes, so config.json is "
                 f"damaged or a file truncated: download the folder again"
@@ -213,8 +216,15 @@ class InternVLCaptioner(LocalModel):
         options: dict[str, Any] = {"use_safetensors": True}
         if self.original:
             options = {"config": config, "state_dict": native_weights(self.weights)}
+            if self.quantization is not None:
+                state = options["state_dict"]
+                config.quantization_config = self._quantized_as_stored(state)
+                # transformers leaves what a quantised model holds as numbers in the file's dtype
+                half = {name: value for name, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)}
+                state |= {name: value.to(self.dtype) for name, value in half.items() if not name.endswith(".scales")}
         room = None if self.room is None else self.room()
-        streams = room is not None and held > room
+        # the weights of a quantised model are more than their tensors
+        streams = room is not None and held > room and self.quantization is None
         with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
             home = torch.device("cpu") if streams else self.device
@@ -227,6 +237,35 @@ class InternVLCaptioner(LocalModel):
             self._layered = LayeredVlm(model)
             self._placement = Placement(self.device, weight_budget=room)
         return model
+
+    def _quantized_as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """How the weights are quantised, by native names: what is stored as numbers stays so. Raises UserError."""
+        if fused := [name for name in state if "vision_tower" in name and name.endswith(_OF_QUANTIZED)]:
+            raise UserError(f"{self.folder}: its vision part is quantised too ({fused[0]}); give weights in bf16")
+        assert self.quantization is not None
+        method = quantization_method(self.quantization)
+        plain = {
+            name.removesuffix(".weight")
+            for name, value in state.items()
+            if name.endswith(".weight") and value.ndim == 2 and value.is_floating_point()
+        }
+        key = "llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert"
+        return {"quant_method": method, **self.quantization, key: sorted(plain)}
+
+
+# The ends of what stands beside a quantised weight: bitsandbytes, AWQ and GPTQ.
+_OF_QUANTIZED = (".absmax", ".SCB", ".qweight")
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config says of quantised weights, itself or in its language model's."""
+    inside = [config, *(config.get(key) for key in ("llm_config", "text_config"))]
+    return next((one["quantization_config"] for one in inside if one and one.get("quantization_config")), None)
+
+
+def quantization_method(said: Mapping[str, Any]) -> str:
+    """Its name."""
+    return str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "of an unknown kind"))
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def _read(one: Option, words: Any) -> Any:
 
 def _check_together(command: Command, settings: Settings) -> None:
     """Raise UserError for settings that do not go together."""
+    if settings.ckpt_dir is None and settings.comfy_dir is None:
+        raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command == "continuous"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")

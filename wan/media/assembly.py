@@ -16,10 +16,11 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from wan.errors import UserError
+from wan.files import say_once
 from wan.media.colour import deinterlace, to_rgb, upright_size
 from wan.media.reading import FIELDS, find_ending, first_frame
 from wan.media.sound import Hearing, Sound, SoundError, choose_track, listen
-from wan.media.source import Picture, Pictures, Source, exact_rate, inspect, say_once
+from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
 from wan.media.writing import write_video
 from wan.timeline import Part, Timeline, shared_rate
 

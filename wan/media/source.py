@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import stat
@@ -11,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import av
@@ -26,8 +24,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from wan.errors import UserError
-
-_log = logging.getLogger(__name__)
+from wan.files import say_once
 
 Picture: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3] RGB, or [n, H, W, 3]
 
@@ -95,11 +92,6 @@ def exact_rate(fps: Fraction | float) -> Fraction:
     whole = Fraction(fps).limit_denominator(1001)
     film = Fraction(round(fps) * 1000, 1001)
     return film if whole.denominator != 1 and abs(whole - film) < film / 4000 else whole
-
-
-def say_once(path: str, message: str, level: int = logging.WARNING) -> None:
-    """Log one line about a file, the first time that it is said."""
-    _say(level, f"{_show(path)}: {message}")
 
 
 def inspect(path: str | os.PathLike[str], until: float | None = None) -> Source:
@@ -311,11 +303,6 @@ def open_picture(path: str) -> Image.Image:
         found = f"it has {image.width} x {image.height} pixels"
         raise UserError(f"cannot read image {path!r}: {found}; make it smaller, {LARGEST}")
     return image
-
-
-@lru_cache(maxsize=1024)
-def _say(level: int, line: str) -> None:
-    _log.log(level, "%s", line)
 
 
 def _show(path: str | os.PathLike[str]) -> str:
