@@ -218,11 +218,23 @@ CASES: dict[str, Case] = {
         "continue video the boat sinks",
         also="prompt num_segments vlm vlm_question",
     ),
+    "name": Case(
+        "--storyboard name.yaml",
+        lambda s: json.loads((s.folder / "run.json").read_text()).get("named"),
+        {"the fog": 3},
+        "--prompt it-goes-on",
+    ),
     "num_videos": Case("--num_videos 3", lambda s: len(s.requests), 3),
     "prompt": Case(
         "--prompt it-goes-on",
         lambda s: s.first.prompt,
         "continue video it-goes-on",
+        also="num_segments vlm vlm_question",
+    ),
+    "prompt_for": Case(
+        "--prompt_for 2 it-turns",
+        lambda s: s.requests[1].prompt,
+        "continue video it-turns",
         also="num_segments vlm vlm_question",
     ),
     "custom_prompt": Case("--custom_prompt now", lambda s: s.first.prompt, "now A red square slides to the right."),
@@ -255,6 +267,8 @@ CASES: dict[str, Case] = {
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
     "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
     "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
+    "yes": Case("--yes --sample_steps 7", lambda s: len(s.requests), 2, again=True, also="steps"),
+    "review": Case("--review", lambda s: s.code, 2),  # off a terminal
     "offload_model": Case("--offload_model False", lambda s: s.run["offload"], False),
     "vram": Case("--vram 8", lambda s: s.pipeline.budget.vram, 8.0),
     "host_memory": Case("--host_memory 64", lambda s: s.pipeline.host.limit, 64 * 2**30),
@@ -354,7 +368,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     seen = command(words)
     if name == "output_dir":
         seen.folder = Path("elsewhere")
-    if name in ("ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
+    if name in ("review", "ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.said

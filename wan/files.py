@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         part.write_bytes(data)
         publish(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # it has its final name
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system knows no such names; whole or not at all."""
+    part = reserve(target)
+    try:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+        publish(part, target)
     finally:
         part.unlink(missing_ok=True)  # it has its final name
 

@@ -31,8 +31,10 @@ from wan.kinds import (
     Interval,
     Kind,
     Local,
+    Name,
     Output,
     Picture,
+    PromptFor,
     Real,
     Seed,
     SeedOfClip,
@@ -191,6 +193,10 @@ class Settings:
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
         only=("continuous",), same="what it says is in the settings of each clip",
     )
+    name: str | None = option(
+        INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
+        only=("continuous",), flag=False, scene="name", same="it says which clip this is, not how it is made",
+    )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
         unset="the storyboard's, or 12",
@@ -201,6 +207,10 @@ class Settings:
     prompt: str | None = option(
         PROMPT, Words("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
         scene="prompt", client=True, fingerprint="prompt",
+    )
+    prompt_for: tuple[tuple[int, str], ...] = option(
+        PROMPT, PromptFor("K TEXT"), "what happens in clip K, counted from 1, in place of `prompt`; repeatable", (),
+        unset="none", only=("continuous",), client=True, fingerprint="prompt",
     )
     custom_prompt: str = option(
         PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
@@ -316,6 +326,15 @@ class Settings:
     )
     keep_following: bool = option(
         CONTINUITY, Switch(), "with `redo`: keep the clips after K as they are", False,
+        only=("continuous",), same=_ORDER,
+    )
+
+    yes: bool = option(
+        CONTINUITY, Switch(), "make finished clips again without asking, where more than one would be", False,
+        only=("continuous",), same=_ORDER,
+    )
+    review: bool = option(
+        CONTINUITY, Switch(), "ask after each clip: keep it, make it again, edit its prompt, or stop", False,
         only=("continuous",), same=_ORDER,
     )
 
@@ -507,6 +526,8 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(one.kind, Switch) and not isinstance(one.kind, YesNo):
             words.append(one.word)
+        elif isinstance(one.kind, PromptFor):
+            words += [word for pair in value for word in (one.word, *one.kind.write(pair))]
         elif isinstance(one.kind, Interval):
             words += [one.word, *one.kind.write(value)]
         else:

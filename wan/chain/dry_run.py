@@ -32,7 +32,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
         seed = run.clips[number].record["seed"] if there else run.seed(number)
-        if run.drawn and number not in run.seeds and not there:
+        if run.is_drawn(number) and not there:
             seed = "drawn"
         words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if there else _words(plan)).split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"

@@ -33,7 +33,7 @@ from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.records import check_record, read_run
 from wan.errors import UserError
-from wan.files import file_digest, write_bytes, write_json, write_text
+from wan.files import file_digest, link_or_copy, write_bytes, write_json, write_text
 from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, is_finite, to_uint8
@@ -43,10 +43,12 @@ log = logging.getLogger(__name__)
 REDONE = "redone"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+STOP, PAUSE = "stop", "pause"  # files by which a person leads a run
 LOCK = ".lock"  # an empty file that stays
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
 _SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
 _NAME = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})\.json")
+_REPLACED = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})(_\d{1,6})?\.json")  # in redone/
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, lock: bool = True) -> None:
         self.path = path
+        self._digests: dict[Path, str] = {}  # what the records of clips that were replaced say
         self._lock = FileLock(path / LOCK, fallback_to_soft=False) if lock else None
 
     def __enter__(self) -> RunFolder:
@@ -201,6 +204,27 @@ class RunFolder:
                 else:
                     self.faults[found.number] = found.reason
         return clips
+
+    def find(self, digest: str) -> FinishedClip | None:
+        """A clip with this fingerprint that was replaced and is whole."""
+        for path in self._replaced.get(digest, ()):
+            found = self._read(path)
+            if isinstance(found, FinishedClip) and found.fingerprint == digest:
+                return found
+        return None
+
+    @property
+    def _replaced(self) -> dict[str, list[Path]]:
+        """The records of clips that were replaced, by what their fingerprints are said to be."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted((self.path / REDONE).glob("video_*.json")):
+            if path not in self._digests:
+                try:
+                    self._digests[path] = str(read_json(path).get("fingerprint"))
+                except UserError:
+                    self._digests[path] = ""
+            found.setdefault(self._digests[path], []).append(path)
+        return found
 
     def _read(self, path: Path) -> FinishedClip | _Fault:
         number = _number(path)
@@ -295,23 +319,52 @@ class RunFolder:
         files = [file for file in self.path.glob("video_*") if _number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         left = stem if stem not in recorded and _settings(self.path / f"{stem}.safetensors") else None
-        for file in sorted(files, key=lambda file: file.suffix == ".json"):
-            if file.stem == left:
-                continue
-            if file.stem not in recorded:
-                log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
-            self._set_aside(file)
+        for name in sorted({file.stem for file in files} - {left}):
+            same = [file for file in files if file.stem == name]
+            if name not in recorded:
+                for file in same:
+                    log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
+            self._set_aside(same)
 
-    def _set_aside(self, file: Path) -> None:
+    def _set_aside(self, files: Sequence[Path]) -> Path:
+        """Move files of one name to `redone/`, a record last, under a name that none of them has there."""
         home = self.path / REDONE
         home.mkdir(exist_ok=True)
-        copies = (home / f"{file.stem}{again}{file.suffix}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
-        file.rename(next(copy for copy in copies if not copy.exists()))
+        self._digests.clear()
+        stem = files[0].stem
+        stems = (f"{stem}{again}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
+        free = next(one for one in stems if not any((home / f"{one}{file.suffix}").exists() for file in files))
+        for file in sorted(files, key=lambda file: file.suffix == ".json"):
+            file.rename(home / f"{free}{file.suffix}")
+        return home / f"{free}.json"
 
     def set_joined_aside(self) -> None:
         """Move the joined video to `redone/`, if there is one."""
         if (joined := self.path / JOINED).exists():
-            self._set_aside(joined)
+            self._set_aside([joined])
+
+    def set_clip_aside(self, record: Path) -> Path:
+        """Move a finished clip to `redone/`; returns its record there."""
+        return self._set_aside([record.with_suffix(suffix) for suffix in _SUFFIXES])
+
+    def restore(self, number: int, digits: int, record: Path) -> FinishedClip:
+        """Bring a clip that is whole and lies elsewhere in the folder to a place; what was there is set aside.
+
+        Its record there comes last and the one here goes first, so that the clip is always finished somewhere.
+        """
+        said = read_json(record)
+        target = self.path / f"video_{number:0{digits}d}_seed{said['seed']}.json"
+        self._make_room(number, "")
+        for suffix in _SUFFIXES[:-1]:
+            link_or_copy(record.with_suffix(suffix), target.with_suffix(suffix))
+        write_json(target, said)
+        if record.parent.name == REDONE:
+            self._digests.clear()
+            for suffix in reversed(_SUFFIXES):
+                record.with_suffix(suffix).unlink()
+        found = self._read(target)
+        assert isinstance(found, FinishedClip)  # it was, a moment ago
+        return found
 
     @property
     def run(self) -> dict[str, Any]:
@@ -370,6 +423,6 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _number(file: Path) -> int | None:
-    """The clip that a file belongs to."""
-    match = _NAME.fullmatch(f"{file.stem}.json")
+    """The clip that a file belongs to, or belonged to."""
+    match = (_REPLACED if file.parent.name == REDONE else _NAME).fullmatch(f"{file.stem}.json")
     return int(match[1]) if match else None

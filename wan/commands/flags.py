@@ -11,7 +11,20 @@ from typing import Any, NoReturn
 
 from wan import __version__
 from wan.errors import UserError, spell
-from wan.kinds import LARGEST_SEED, MOST_CLIPS, Choice, Files, Frames, Interval, Real, Strength, Switch, Unfit, YesNo
+from wan.kinds import (
+    LARGEST_SEED,
+    MOST_CLIPS,
+    Choice,
+    Files,
+    Frames,
+    Interval,
+    PromptFor,
+    Real,
+    Strength,
+    Switch,
+    Unfit,
+    YesNo,
+)
 from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
 
@@ -77,6 +90,8 @@ def _arguments(one: Option, command: Command) -> dict[str, Any]:
         return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
     if isinstance(kind, Interval):
         return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    if isinstance(kind, PromptFor):
+        return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
         return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
     return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files) else {})
@@ -134,6 +149,11 @@ def _check_together(command: Command, settings: Settings) -> None:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
         StepCache.parse(settings.cache)
+    if settings.prompt_for and settings.storyboard is not None:
+        raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
+    most = settings.num_videos or 12
+    if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
+        raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
     context = Context.choose(settings.continuation, settings.context_frames)
     if settings.anchor_image is not None and context.mode != "svi2pro":
         raise UserError("`anchor_image` goes with `continuation` svi2pro")

@@ -72,6 +72,13 @@ class Progress:
             self.bar.close()
         self.bar = self._new(desc=title, unit="step", position=1 if self.clips else 0, leave=not self.clips)
 
+    def rest(self) -> None:
+        """Leave the terminal to a question."""
+        self._end_stage()
+        for bar in (self.bar, self.chain):
+            if bar is not None:
+                bar.clear()
+
     def stage(self, name: str) -> None:
         """What goes on now."""
         if name != self._stage:
@@ -100,7 +107,9 @@ class Progress:
         if self.chain is not None:
             self.chain.update(1)
         log.log(CLIP, "clip %d/%d finished%s: %s", clip.number, self.clips, _facts(clip.record), clip.video)
-        rest = self.clips - self.there - self.done
+        if self.chain is not None:
+            self.chain.total = self.clips
+        rest = self.clips - clip.number if self.done else 0
         if rest > 0:
             each = (time.perf_counter() - self.started) / self.done
             log.log(CLIP, "clip %d/%d: about %s left", clip.number, self.clips, span(each * rest))
