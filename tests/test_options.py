@@ -265,6 +265,8 @@ CASES: dict[str, Case] = {
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
+    "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
+    "take": Case("--take 2=1", lambda s: s.requests[-1].seed, 4, "--best_of 2"),
     "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
     "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
     "yes": Case("--yes --sample_steps 7", lambda s: len(s.requests), 2, again=True, also="steps"),

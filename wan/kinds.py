@@ -397,6 +397,34 @@ class PromptFor(Kind):
 
 
 @dataclass(frozen=True)
+class TakeOf(Kind):
+    """Pairs of a clip's number and that of one of its takes, each written K=N."""
+
+    def read(self, text: Any) -> tuple[tuple[int, int], ...]:
+        found = []
+        for word in text:
+            number, equals, take = word.partition("=")
+            if not equals:
+                raise Unfit(f"must be K=N, clip and take; {word[:40]!r} is not")
+            found.append((Whole().read(number), Whole().read(take)))
+        return tuple(found)
+
+    def check(self, value: Any) -> None:
+        numbers = [number for number, _ in value]
+        for number, take in value:
+            Whole().check(number)
+            Whole().check(take)
+            if numbers.count(number) > 1:
+                raise Unfit(f"{number} is there twice; leave one of them out")
+
+    def write(self, value: Any) -> list[str]:
+        return [f"{number}={take}" for number, take in value]
+
+    def public(self, value: Any) -> Any:
+        return [list(pair) for pair in value]
+
+
+@dataclass(frozen=True)
 class Files(Local):
     """Files, each PATH or PATH:STRENGTH."""
 

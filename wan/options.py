@@ -41,6 +41,7 @@ from wan.kinds import (
     Size,
     Strength,
     Switch,
+    TakeOf,
     Unfit,
     Video,
     Whole,
@@ -319,6 +320,16 @@ class Settings:
         CONTINUITY, Whole("N", 1, 1000, "; that many are days of work a clip"),
         "of N candidates of each clip keep the one with the best seam", 1,
         only=("continuous",), client=True, fingerprint="best_of", continues=True,
+    )
+    takes: int = option(
+        CONTINUITY, Whole("N", reason="; that many are days of work a clip", high=1000),
+        "make N candidates of each clip as `best_of` does, and keep them all in the folder's takes/", 1,
+        only=("continuous",), scene="takes", client=True, fingerprint="best_of", continues=True,
+    )
+    take: tuple[tuple[int, int], ...] = option(
+        CONTINUITY, TakeOf("K=N"), "go on from take N of clip K; repeatable", (),
+        unset="the take with the best seam, or the one chosen before",
+        only=("continuous",), client=True, fingerprint="take", continues=True,
     )
     redo: int | None = option(
         CONTINUITY, Whole("K"), "make clip K, counted from 1, again with another seed", unset="none",

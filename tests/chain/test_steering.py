@@ -283,3 +283,43 @@ def test_a_review_keeps_makes_again_edits_and_stops(
     # what was decided stays, and a run without a review goes on from it
     assert command("--num_videos 4 --prompt on").code == 0
     assert made[4:] == ["on", "on"] and prompts(out) == ["on", "turns", "on", "on"]
+
+
+# Takes
+
+
+def test_takes_are_kept_and_chosen(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, words = tmp_path / "out", "--num_videos 3 --prompt on --takes 2 --no_video_metadata"
+    seen = command(words)
+    assert seen.code == 0 and [one.seed for one in seen.requests] == [3, 1000003, 4, 1000004, 5, 1000005]
+    assert sorted(path.name for path in (out / "takes" / "02").glob("*.mp4")) == [
+        "take_1_seed4.mp4",
+        "take_2_seed1000004.mp4",
+    ]
+    assert "clip 2/3 take 2, seam " in seen.told
+    best = json.loads(next(out.glob("video_02*.json")).read_text())["seed"]
+    before, made = stamps(out), during(monkeypatch, {})
+    other, same = (2, 1) if best == 4 else (1, 2)
+    assert command(f"{words} --take 2={same}").code == 0 and made == []  # it was that one
+    seen = command(f"{words} --take 2={other}")
+    assert seen.code == 0 and len(made) == 2  # two takes of the clip that follows, none of the one that was chosen
+    assert f"clip 2 is there already: it is takes/02/take_{other}_seed" in seen.told
+    chosen = json.loads(next(out.glob("video_02*.json")).read_text())
+    assert chosen["seed"] == {1: 4, 2: 1000004}[other]
+    assert command(words).code == 0 and len(made) == 2  # the choice stays
+    # and back: nothing is made, nothing is lost
+    assert command(f"{words} --take 2={same}").code == 0 and len(made) == 2
+    after = stamps(out)
+    assert {name: after[name] for name in before} == before
+    for wrong, said in (("--take 2=3", "--take 2=3: the clip has 2"), ("--take 4=1", "--take 4=1 is beyond")):
+        seen = command(f"{words} {wrong}")
+        assert seen.code == 2 and said in seen.told
+    assert "--take must be K=N" in command("--take 2").told
+    assert "give one of them" in command("--takes 2 --best_of 2").told
+
+
+def test_a_storyboard_asks_for_takes_of_one_clip(command: Command, tmp_path: Path) -> None:
+    story = board(tmp_path / "story.json", "one", {"prompt": "two", "takes": 3})
+    seen = command(story)
+    assert [one.seed for one in seen.requests] == [3, 4, 1000004, 2000004]
+    assert [path.name for path in (tmp_path / "out" / "takes").iterdir()] == ["02"]

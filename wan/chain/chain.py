@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +20,7 @@ from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
 from wan.files import file_digest, readable, write_json, write_text
-from wan.options import Settings, options_of
+from wan.options import CANDIDATE_STEP, Settings, options_of
 from wan.types import Footage, Generation
 
 if TYPE_CHECKING:
@@ -97,12 +97,17 @@ class ChainRun:
         # clips that --keep_following vouched for: their fingerprints, and that of the clip that they now go on from
         self.accepted = dict(before.get("accepted") or {})
         self._given_up = set(before.get("given_up") or ())
+        # the takes that were chosen, with the fingerprint of the clip without that choice, by `key`
+        self.takes = {key: (int(take), str(of)) for key, (take, of) in (before.get("takes") or {}).items()}
         # prompts that were edited in a review, with those that they are in place of, by `key`
         self.edited: dict[str, dict[str, str | None]] = dict(before.get("edited") or {})
         self.clips: dict[int, FinishedClip] = {}
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
         if settings.redo is not None:
             self._check_redo(settings.redo, len(script.plans))
+        for number, take in settings.take:
+            if number > len(script.plans):
+                raise UserError(f"`take` {number}={take} is beyond `num_videos` {len(script.plans)}")
         self.follow(script)
 
     def follow(self, script: Script, begun: int = 0) -> None:
@@ -126,7 +131,8 @@ class ChainRun:
             else:
                 # a new shot depends on nothing before it
                 before_it = None if script.plans[number - 1].is_cut else parent
-                asked = wanted[number] = {**own, "parent": before_it, "seed": self.seed(number)}
+                asked = {**own, "parent": before_it, "seed": self.seed(number)}
+                asked = wanted[number] = asked | self._take(number, asked)
                 there, change = self.found.get(number), None
                 if there is not None and self.is_current(there, asked):
                     clips[number] = there
@@ -146,6 +152,21 @@ class ChainRun:
         digest = fingerprint(wanted)
         moved = next((clip for clip in self.found.values() if clip.fingerprint == digest), None)
         return moved or self.folder.find(digest)
+
+    def _take(self, number: int, wanted: Mapping[str, Any]) -> dict[str, int]:
+        """The take that was chosen of a clip with these settings; nothing where it is the one with the best seam."""
+        digest, key = fingerprint(wanted), self.key(number)
+        take, of = self.takes.get(key, (0, digest))
+        take = dict(self.settings.take).get(number, take if of == digest else 0)
+        if not take:
+            return {}
+        if take > (most := self.plans[number - 1].best_of):
+            raise UserError(f"`take` {number}={take}: the clip has {most} of them; `takes` makes more")
+        self.takes[key] = take, digest
+        there = self.found.get(number)
+        best = there if there is not None and there.settings == wanted else self._elsewhere(wanted)
+        is_best = best is not None and best.record["seed"] == wanted["seed"] + (take - 1) * CANDIDATE_STEP
+        return {} if is_best else {"take": take}
 
     @property
     def remade(self) -> list[Change]:
@@ -210,6 +231,10 @@ class ChainRun:
     def key(self, number: int) -> str:
         """By which a clip is known from run to run: its name, or its number."""
         return self.script.name(number) or str(number)
+
+    def plan(self, number: int) -> Plan:
+        """How a clip is made, with the take that was chosen of it."""
+        return replace(self.plans[number - 1], take=self.wanted[number].get("take"))
 
     def prompt(self, number: int) -> str | None:
         """The prompt of a clip as it was written, None where the VLM writes it."""
@@ -342,34 +367,42 @@ class ChainRun:
 
     def save(self, made: Generation) -> None:
         """Put the next clip on disk, with what was measured of it."""
+        number, settings = self.first_missing, self.settings
+        self.clips[number] = self.found[number] = self.folder.save(
+            number, self._digits, made, self.wanted[number], **self._kept_of(number, made)
+        )
+        if settings.include_source:  # all of it would be encoded again
+            self.report("running")
+        else:
+            self._renew_joined()
+
+    def keep_take(self, number: int, take: int, made: Generation) -> Path:
+        """Put a take of a clip that is being made on disk; returns its mp4."""
+        self.writer.wait()  # what it is measured against is there then
+        settings = {key: value for key, value in self.wanted[number].items() if key != "take"} | {"take": take}
+        return self.folder.save_take(number, self._digits, take, made, settings, **self._kept_of(number, made))
+
+    def _kept_of(self, number: int, made: Generation) -> dict[str, Any]:
+        """What is kept of a clip beside its frames and latents."""
         from wan.prompting import RECENT_SECONDS
         from wan.quality import measure_look
 
-        number, settings = self.first_missing, self.settings
         plan, before = self.plans[number - 1], self.clips.get(number - 1)
         plans = self.plans  # which may be others by the next line
         following = plans[min(number, len(plans) - 1)]  # whose captioner will look at this clip
         recent = RECENT_SECONDS if following.prompt_mode == "continue" else None
 
         def record() -> dict[str, Any]:
-            said = self.describe(made, str(before.video) if before else settings.video, plan)
+            said = self.describe(made, str(before.video) if before else self.settings.video, plan)
             return said | {"look": measure_look(made.clip.frames).as_json()}
 
         tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
-        self.clips[number] = self.found[number] = self.folder.save(
-            number,
-            self._digits,
-            made,
-            self.wanted[number],
-            record,
-            samples=(following.num_segments, recent),
-            sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
-            metadata=not settings.no_video_metadata,
-        )
-        if settings.include_source:  # all of it would be encoded again
-            self.report("running")
-        else:
-            self._renew_joined()
+        return {
+            "describe": record,
+            "samples": (following.num_segments, recent),
+            "sheet": seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
+            "metadata": not self.settings.no_video_metadata,
+        }
 
     def report(self, status: str) -> None:
         """`prompts_log.txt`, `run.json` and the report as things stand."""
@@ -386,6 +419,7 @@ class ChainRun:
             "redone_over": {str(number): self.scripted.get(number) for number in sorted(self.redone)},
             **({"named": self.named} if self.named else {}),
             **({"edited": self.edited} if self.edited else {}),
+            **({"takes": self.takes} if self.takes else {}),
             **({"given_up": sorted(self._given_up)} if self._given_up else {}),
             "accepted": dict(sorted(self.accepted.items())),
             "joined": JOINED if self.joined_of else None,

@@ -84,12 +84,14 @@ def _words(plan: Plan) -> str:
 
 
 def disk_bytes(plan: Plan, z_dim: int) -> float:
-    """What a clip takes in the folder, twice for its mp4: once in the joined video."""
+    """What a clip takes in the folder, twice for its mp4: once in the joined video; and its takes."""
     frames, height, width = plan.geometry.size
     latents = 4 * z_dim * math.prod(plan.geometry.latent)
     tail = 4 * 3 * height * width * min(LONGEST_CONTEXT, frames)
     samples = 3 * height * width * plan.num_segments
-    return latents + tail + samples + 2 * MP4_BYTES * frames * height * width
+    mp4 = MP4_BYTES * frames * height * width
+    takes = plan.best_of if plan.keeps_takes else 0
+    return (latents + tail + samples) * (1 + takes) + mp4 * (2 + takes)
 
 
 def flops(continuation: VideoContinuation, plan: Plan) -> float:
@@ -100,8 +102,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    candidates = 1 if plan.is_cut else plan.best_of  # a cut has no seam to choose by
-    return forward * candidates * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    return forward * len(plan.candidates) * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

@@ -71,6 +71,7 @@ class _Run(_Partly):
     accepted: dict[str, str] | None = None
     named: dict[str, Seed] | None = None
     edited: dict[str, _Edited] | None = None
+    takes: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]] | None = None
     given_up: list[str] | None = None
     joined: str | None = None
     joined_of: list[str] = []

@@ -40,7 +40,7 @@ from wan.types import Generation, UInt8Array, is_finite, to_uint8
 
 log = logging.getLogger(__name__)
 
-REDONE = "redone"
+REDONE, TAKES = "redone", "takes"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
 STOP, PAUSE = "stop", "pause"  # files by which a person leads a run
@@ -170,7 +170,11 @@ class RunFolder:
 
     def check_names(self) -> None:
         """Raise UserError where something else stands under a name that a run needs: said now, not after an hour."""
-        names = ((REDONE, "folder", Path.is_dir), *((name, "file", Path.is_file) for name in _OF_THE_RUN))
+        names = (
+            (REDONE, "folder", Path.is_dir),
+            (TAKES, "folder", Path.is_dir),
+            *((name, "file", Path.is_file) for name in _OF_THE_RUN),
+        )
         for name, wanted, fits in names:
             if os.path.lexists(path := self.path / name) and not fits(path):
                 raise UserError(f"{path} is no {wanted}, and a run needs that name; move it, or give another folder")
@@ -206,7 +210,7 @@ class RunFolder:
         return clips
 
     def find(self, digest: str) -> FinishedClip | None:
-        """A clip with this fingerprint that was replaced and is whole."""
+        """A clip with this fingerprint that was replaced, or is a take, and is whole."""
         for path in self._replaced.get(digest, ()):
             found = self._read(path)
             if isinstance(found, FinishedClip) and found.fingerprint == digest:
@@ -215,9 +219,9 @@ class RunFolder:
 
     @property
     def _replaced(self) -> dict[str, list[Path]]:
-        """The records of clips that were replaced, by what their fingerprints are said to be."""
+        """The records of takes, and of clips that were replaced, by what their fingerprints are said to be."""
         found: dict[str, list[Path]] = {}
-        for path in sorted((self.path / REDONE).glob("video_*.json")):
+        for path in sorted([*self.path.glob(f"{TAKES}/*/take_*.json"), *(self.path / REDONE).glob("*_seed*.json")]):
             if path not in self._digests:
                 try:
                     self._digests[path] = str(read_json(path).get("fingerprint"))
@@ -227,8 +231,7 @@ class RunFolder:
         return found
 
     def _read(self, path: Path) -> FinishedClip | _Fault:
-        number = _number(path)
-        assert number is not None  # such are read
+        number = _number(path) or 1  # a take has none, before it is put in a clip's place
         state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
             record = current(read_json(path))
@@ -284,8 +287,47 @@ class RunFolder:
         its seam.
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
-        path = stem.with_suffix(".json")
         self._make_room(number, stem.name)
+        record = self._write(stem, made, settings, describe, samples, sheet, metadata)
+        discard(self.path, number)
+        return FinishedClip(number, stem.with_suffix(".json"), record, settings)
+
+    def save_take(
+        self,
+        number: int,
+        digits: int,
+        take: int,
+        made: Generation,
+        settings: Mapping[str, Any],
+        describe: Callable[[], Mapping[str, Any]],
+        *,
+        samples: tuple[int, float | None],
+        sheet: Sequence[bytes],
+        metadata: bool,
+    ) -> Path:
+        """Put a take of a clip on disk, as `save` does; returns its mp4. Another one of its name is set aside."""
+        home = self.path / TAKES / f"{number:0{digits}d}"
+        home.mkdir(parents=True, exist_ok=True)
+        stem = home / f"take_{take}_seed{made.request.seed}"
+        there = [file for suffix in _SUFFIXES if (file := stem.with_suffix(suffix)).exists()]
+        if there and _settings(stem.with_suffix(".safetensors")) != settings:
+            self._set_aside(there)
+        self._digests.clear()
+        self._write(stem, made, settings, describe, samples, sheet, metadata)
+        return stem.with_suffix(".mp4")
+
+    def _write(
+        self,
+        stem: Path,
+        made: Generation,
+        settings: Mapping[str, Any],
+        describe: Callable[[], Mapping[str, Any]],
+        samples: tuple[int, float | None],
+        sheet: Sequence[bytes],
+        metadata: bool,
+    ) -> dict[str, Any]:
+        """The three files of a clip, one after the other; returns its record."""
+        path = stem.with_suffix(".json")
         frames = made.clip.frames
         tensors = {
             "latents": made.latents.float().contiguous(),
@@ -307,8 +349,7 @@ class RunFolder:
         )
         record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}
         write_json(path, record)
-        discard(self.path, number)
-        return FinishedClip(number, path, record, settings)
+        return record
 
     def _make_room(self, number: int, stem: str) -> None:
         """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.

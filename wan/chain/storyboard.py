@@ -15,6 +15,7 @@
         end_image: end.png               # the last frame; A14B
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+        takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
 

@@ -84,11 +84,18 @@ def continue_video(job: Job) -> None:
                 return continuation.extend(
                     run.before(number),
                     run.seed(number),
-                    run.plans[number - 1],
+                    run.plan(number),
                     on_step,
                     memory=run.prompt_memory,
                     draft=run.draft(number),
+                    on_take=functools.partial(keep_take, number),
                 )
+
+            def keep_take(number: int, take: int, made: Generation) -> None:
+                progress.stage("write")
+                kept = run.keep_take(number, take, made)
+                score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
+                told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
 
             try:
                 run.begin()

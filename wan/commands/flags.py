@@ -22,6 +22,7 @@ from wan.kinds import (
     Real,
     Strength,
     Switch,
+    TakeOf,
     Unfit,
     YesNo,
 )
@@ -94,7 +95,7 @@ def _arguments(one: Option, command: Command) -> dict[str, Any]:
         return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
         return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
-    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files) else {})
+    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
@@ -136,8 +137,11 @@ def _check_together(command: Command, settings: Settings) -> None:
     chain = command == "continuous"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
+    if min(settings.takes, settings.best_of) > 1:
+        raise UserError("`takes` chooses as `best_of` does; give one of them")
     # the seeds of all clips and of their candidates
-    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + settings.best_of * CANDIDATE_STEP
+    candidates = max(settings.takes, settings.best_of)
+    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + candidates * CANDIDATE_STEP
     if chain and last > LARGEST_SEED:
         raise UserError(
             f"`base_seed` {settings.base_seed} is too large: the seeds of all clips and candidates must be below 2**63"

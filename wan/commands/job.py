@@ -234,7 +234,8 @@ class Job:
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
                 "drift_correction": settings.drift_correction,
-                "best_of": settings.best_of,
+                "best_of": settings.takes if settings.takes > 1 else settings.best_of,
+                "keeps_takes": settings.takes > 1,
             }
             | more,
         )
