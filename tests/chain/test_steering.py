@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import Seen
+from tests.support.commands import Seen, frames_in
+from wan.chain.chain import ChainRun
 from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
 from wan.errors import UserError
@@ -323,3 +324,23 @@ def test_a_storyboard_asks_for_takes_of_one_clip(command: Command, tmp_path: Pat
     seen = command(story)
     assert [one.seed for one in seen.requests] == [3, 4, 1000004, 2000004]
     assert [path.name for path in (tmp_path / "out" / "takes").iterdir()] == ["02"]
+
+
+# The joined video
+
+
+def test_with_its_source_the_joined_video_is_renewed_after_each_clip(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, joined = list[int](), tmp_path / "out" / "joined.mp4"
+    renew = ChainRun._renew_joined
+
+    def counted(self: ChainRun) -> Path | None:
+        path = renew(self)
+        found.append(frames_in(joined))
+        return path
+
+    monkeypatch.setattr(ChainRun, "_renew_joined", counted)
+    assert command("--num_videos 3 --prompt on --include_source").code == 0
+    first, second, third, end = found
+    assert first < second < third == end and second - first == third - second

@@ -281,6 +281,11 @@ class ChainRun:
         return self.clips[before].record.get("memory") or {} if before in self.clips else {}
 
     @functools.cached_property
+    def _assembly(self) -> media.Assembly:
+        """The joined video that begins with the source, of which each picture is encoded once in a run."""
+        return media.Assembly(self.video, self.folder.path / JOINED, until=self.settings.from_)
+
+    @functools.cached_property
     def _source_digest(self) -> str:
         """Of the video up to where it is continued from."""
         until = self.settings.from_
@@ -367,14 +372,11 @@ class ChainRun:
 
     def save(self, made: Generation) -> None:
         """Put the next clip on disk, with what was measured of it."""
-        number, settings = self.first_missing, self.settings
+        number = self.first_missing
         self.clips[number] = self.found[number] = self.folder.save(
             number, self._digits, made, self.wanted[number], **self._kept_of(number, made)
         )
-        if settings.include_source:  # all of it would be encoded again
-            self.report("running")
-        else:
-            self._renew_joined()
+        self._renew_joined()
 
     def keep_take(self, number: int, take: int, made: Generation) -> Path:
         """Put a take of a clip that is being made on disk; returns its mp4."""
@@ -473,7 +475,7 @@ class ChainRun:
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
         metadata = None if settings.no_video_metadata else summary
         if settings.include_source:
-            media.assemble(self.video, videos, path, drops=drops, metadata=metadata, until=settings.from_)
+            self._assembly.renew(videos, drops, metadata)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)

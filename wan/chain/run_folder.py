@@ -160,6 +160,8 @@ class RunFolder:
             for name in ("video_", ".draft_", *_OF_THE_RUN):
                 for left in self.path.glob(f".{name}*.part"):
                     left.unlink()
+            for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
+                left.unlink()
         return self
 
     def __exit__(

@@ -1,6 +1,6 @@
 """Video files in and out: exact pictures from any file, and mp4 files that give back what was put in."""
 
-from wan.media.assembly import assemble
+from wan.media.assembly import PIECE, Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
 from wan.media.image import read_image
@@ -10,7 +10,9 @@ from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video
 
 __all__ = [
+    "PIECE",
     "READERS",
+    "Assembly",
     "DullEnd",
     "SoundTrack",
     "VideoError",
