@@ -324,6 +324,13 @@ CASES: dict[str, Case] = {
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
     "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
+    "keep_state": Case(
+        "--keep_state last",
+        lambda s: [clip.is_pruned for clip in s.clips.values()],
+        [True, False, False],
+        "--num_videos 3",
+    ),
+    "prune": Case("--prune out", lambda s: s.code, 2),  # with anything else
     "no_lock": Case("--no_lock", lambda s: RunFolder(s.folder).run["arguments"]["no_lock"], True),
     "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
 }
@@ -370,7 +377,15 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     seen = command(words)
     if name == "output_dir":
         seen.folder = Path("elsewhere")
-    if name in ("review", "ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
+    if name in (
+        "review",
+        "prune",
+        "ulysses_size",
+        "cfg_size",
+        "t5_fsdp",
+        "dit_fsdp",
+        "dry_run",
+    ):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.said

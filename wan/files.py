@@ -23,6 +23,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_of(data: bytes) -> str:
+    """That of a file of these bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def sampled_digest(path: Path) -> str:
     """A short digest of a large file: its size and its first, middle and last MiB."""
     size, block = path.stat().st_size, 1 << 20

@@ -457,6 +457,16 @@ class Settings:
     log_file: str | None = option(
         OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
     )
+    keep_state: str = option(
+        OUTPUT, Choice(None, ("all", "last")),
+        "which clips' frames and latents stay; last: of the last two, and none before can then be made again by itself",
+        "all",
+        only=("continuous",), same=_SHOWN,
+    )
+    prune: str | None = option(
+        OUTPUT, Output("DIR"), "do to a run's folder what `keep_state` last does, and nothing else", unset="none",
+        only=("continuous",), same=_SHOWN,
+    )
     no_lock: bool = option(
         OUTPUT, Switch(), "do not lock the folder, where the file system has no locks; see to it that one run uses it",
         False, only=("continuous",), same=_SHOWN,

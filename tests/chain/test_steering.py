@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from tests.support.commands import Seen, frames_in
+from wan import cli
 from wan.chain.chain import ChainRun
 from wan.chain.changes import Change, find_change, in_words, other_run
+from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
 from wan.errors import UserError
 from wan.pipeline import Pipeline
@@ -344,3 +346,48 @@ def test_with_its_source_the_joined_video_is_renewed_after_each_clip(
     assert command("--num_videos 3 --prompt on --include_source").code == 0
     first, second, third, end = found
     assert first < second < third == end and second - first == third - second
+
+
+# The size of a run
+
+
+def test_a_run_keeps_no_more_state_than_it_was_told_to(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "out", "--prompt on --num_videos"
+    assert command(f"{words} 4").code == 0
+    whole = {number: clip.state.stat().st_size for number, clip in RunFolder(out).clips().items()}
+    assert "with --keep_state last" in command(f"{words} 9 --dry_run").said
+    capsys.readouterr()
+    assert cli.continuous_main(["--prune", str(out)]) == 0
+    said, clips = capsys.readouterr().out, RunFolder(out).clips()
+    assert "the last two can be made again" in said and list(clips) == [1, 2, 3, 4]
+    assert [clip.is_pruned for clip in clips.values()] == [True, True, False, False]
+    assert clips[1].state.stat().st_size < whole[1] / 2 and len(clips[1].sheet) == 8
+    made = during(monkeypatch, {})
+    assert command(f"{words} 5 --keep_state last").code == 0 and len(made) == 1  # it goes on as if nothing had happened
+    assert [clip.is_pruned for clip in RunFolder(out).clips().values()] == [True, True, True, False, False]
+    assert command(f"{words} 5 --keep_state last --redo 5").code == 0 and len(made) == 2
+    seen = command(f"{words} 5 --redo 3")
+    assert seen.code == 2 and len(made) == 2 and "error: clip 3 would be made after clip 2" in seen.told
+    assert "--redo 1 makes the chain again from there" in seen.told
+    assert command(f"{words} 5 --redo 1").code == 0 and len(made) == 7
+    assert cli.continuous_main(["--prune", str(tmp_path)]) == 2
+    assert cli.continuous_main(["--prune", str(out), "--yes"]) == 2
+    assert "--prune is given alone" in capsys.readouterr().err
+
+
+def test_a_clip_is_whole_whenever_pruning_is_interrupted(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("--prompt on --num_videos 3").code == 0
+    with monkeypatch.context() as patch, RunFolder(tmp_path / "out") as folder:
+        patch.setattr("wan.chain.run_folder.write_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            folder.prune(folder.clips()[1])
+        assert list(folder.clips()) == [1, 2, 3] and not folder.faults and not folder.clips()[1].is_pruned
+    with RunFolder(tmp_path / "out") as folder:
+        assert folder.prune(folder.clips()[1]) > 0
+        assert (
+            list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and folder.prune(folder.clips()[1]) == 0
+        )

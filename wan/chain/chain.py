@@ -21,7 +21,7 @@ from wan.chain.writer import ClipWriter
 from wan.errors import UserError
 from wan.files import file_digest, readable, write_json, write_text
 from wan.options import CANDIDATE_STEP, Settings, options_of
-from wan.types import Footage, Generation
+from wan.types import Footage, Generation, from_uint8
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
@@ -146,6 +146,28 @@ class ChainRun:
                 before = change
             parent = clips[number].fingerprint if number in clips else fingerprint(wanted[number])
         self.wanted, self.clips = wanted, clips
+        self._check_states(begun)
+
+    def _check_states(self, begun: int) -> None:
+        """Raise UserError for a clip to be made after one whose state was left out."""
+
+        def can_be_made(number: int) -> bool:
+            before = self.clips.get(number - 1)
+            return number == 1 or self.plans[number - 1].is_cut or (before is not None and not before.is_pruned)
+
+        for number in range(begun + 1, self.count + 1):
+            if number not in self.clips and number - 1 in self.clips and not can_be_made(number):
+                first = next(one for one in range(number - 1, 0, -1) if can_be_made(one))
+                raise UserError(
+                    f"clip {number} would be made after clip {number - 1}, whose frames were left out (`keep_state` "
+                    f"last or `prune`): `redo` {first} makes the chain again from there"
+                )
+
+    def _prune(self) -> None:
+        """With `keep_state` last leave out what only making a clip again has need of."""
+        if self.settings.keep_state == "last":
+            for clip in self.folder.to_prune(self.clips).values():
+                self.folder.prune(clip)
 
     def _elsewhere(self, wanted: Mapping[str, Any]) -> FinishedClip | None:
         """A clip with these settings that is whole and lies under another number, or among those that were replaced."""
@@ -328,6 +350,7 @@ class ChainRun:
         if self.elsewhere:
             self.put_in_place()
             self.report("running")
+        self._prune()
 
     @property
     def again(self) -> list[Change]:
@@ -377,6 +400,7 @@ class ChainRun:
             number, self._digits, made, self.wanted[number], **self._kept_of(number, made)
         )
         self._renew_joined()
+        self._prune()
 
     def keep_take(self, number: int, take: int, made: Generation) -> Path:
         """Put a take of a clip that is being made on disk; returns its mp4."""
@@ -398,7 +422,11 @@ class ChainRun:
             said = self.describe(made, str(before.video) if before else self.settings.video, plan)
             return said | {"look": measure_look(made.clip.frames).as_json()}
 
-        tail = (before or self.source).tail(SHEET_FRAMES, made.clip.fps)
+        fps = made.clip.fps
+        if before is not None and before.is_pruned:  # the clip begins a shot, and these are only looked at
+            tail = from_uint8(media.read_tail(before.video, SHEET_FRAMES, fps))
+        else:
+            tail = (before or self.source).tail(SHEET_FRAMES, fps)
         return {
             "describe": record,
             "samples": (following.num_segments, recent),

@@ -40,8 +40,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
     yield f"{start:.2f} s of new video; {len(missing)} of {run.count} clips are still to be made"
     if missing:
-        size = sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing)
-        yield f"about {size / 2**30:.1f} GiB of disk" if size > 2**29 else f"about {size / 2**20:.0f} MiB of disk"
+        yield _disk(missing, continuation.config.z_dim, run.settings.keep_state)
         yield _time(continuation, missing, run)
         yield _memory(continuation, missing)
         yield _host_memory(continuation, missing)
@@ -83,15 +82,36 @@ def _words(plan: Plan) -> str:
     return f"{plan.prefix} <{what}{goal}>".strip()
 
 
-def disk_bytes(plan: Plan, z_dim: int) -> float:
-    """What a clip takes in the folder, twice for its mp4: once in the joined video; and its takes."""
+def _disk(missing: Sequence[Plan], z_dim: int, keep_state: str) -> str:
+    """What the folder grows by, and what of it are frames and latents that `keep_state` is about."""
+    states = [state_bytes(plan, z_dim) for plan in missing]
+    takes = sum(
+        (state + mp4_bytes(plan)) * plan.best_of
+        for state, plan in zip(states, missing, strict=True)
+        if plan.keeps_takes
+    )
+    # an mp4 is there once in the joined video, too
+    rest = takes + sum(2 * mp4_bytes(plan) for plan in missing)
+    kept = sum(states[-2:] if keep_state == "last" else states)
+    less = f"; {_size(sum(states[-2:]))} with `keep_state` last" if keep_state == "all" and len(states) > 2 else ""
+    return f"about {_size(rest + kept)} of disk, of which {_size(kept)} are frames and latents to go on from{less}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.0f} MiB"
+
+
+def state_bytes(plan: Plan, z_dim: int) -> float:
+    """What a clip's latents, last frames and caption frames take."""
     frames, height, width = plan.geometry.size
     latents = 4 * z_dim * math.prod(plan.geometry.latent)
     tail = 4 * 3 * height * width * min(LONGEST_CONTEXT, frames)
-    samples = 3 * height * width * plan.num_segments
-    mp4 = MP4_BYTES * frames * height * width
-    takes = plan.best_of if plan.keeps_takes else 0
-    return (latents + tail + samples) * (1 + takes) + mp4 * (2 + takes)
+    return latents + tail + 3 * height * width * plan.num_segments
+
+
+def mp4_bytes(plan: Plan) -> float:
+    """What its mp4 takes, about."""
+    return MP4_BYTES * math.prod(plan.geometry.size)
 
 
 def flops(continuation: VideoContinuation, plan: Plan) -> float:

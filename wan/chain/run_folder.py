@@ -33,7 +33,7 @@ from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.records import check_record, read_run
 from wan.errors import UserError
-from wan.files import file_digest, link_or_copy, write_bytes, write_json, write_text
+from wan.files import digest_of, file_digest, link_or_copy, write_bytes, write_json, write_text
 from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, is_finite, to_uint8
@@ -82,6 +82,12 @@ class FinishedClip:
     def dropped(self) -> int:
         """Leading frames that repeat the clip before."""
         return int(self.record.get("dropped", 1))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether its frames and latents were left out, so that nothing can go on from it."""
+        with safe_open(self.state, framework="pt") as opened:
+            return "tail" not in opened.keys()  # noqa: SIM118
 
     def _tensor(self, name: str) -> Tensor:
         with safe_open(self.state, framework="pt") as opened:
@@ -215,9 +221,36 @@ class RunFolder:
         """A clip with this fingerprint that was replaced, or is a take, and is whole."""
         for path in self._replaced.get(digest, ()):
             found = self._read(path)
-            if isinstance(found, FinishedClip) and found.fingerprint == digest:
+            if isinstance(found, FinishedClip) and found.fingerprint == digest and not found.is_pruned:
                 return found
         return None
+
+    def replaced(self) -> list[FinishedClip]:
+        """The clips that were replaced and are whole."""
+        found = [self._read(path) for path in sorted((self.path / REDONE).glob("*_seed*.json"))]
+        return [self.seal(clip) for clip in found if isinstance(clip, FinishedClip)]
+
+    def to_prune(self, clips: Mapping[int, FinishedClip]) -> dict[int, FinishedClip]:
+        """Those of whose state only making a clip again has need: all but the last two, and not before a gap."""
+        last = max(clips, default=0)
+        return {number: clip for number, clip in clips.items() if number < last - 1 and number + 1 in clips}
+
+    def prune(self, clip: FinishedClip) -> int:
+        """Leave frames and latents out of a clip's state, which keeps its name; returns the bytes that this gave.
+
+        The record tells of the smaller file before it is there, so that the clip is whole at any moment.
+        """
+        if clip.is_pruned:
+            return 0
+        before = clip.state.stat().st_size
+        with safe_open(clip.state, framework="pt") as opened:
+            said = {"settings": opened.metadata()["settings"]}
+            names = [name for name in opened.keys() if name.startswith(SHEET)]  # noqa: SIM118
+            data = as_bytes({name: opened.get_tensor(name) for name in names}, said)
+        record = read_json(clip.record_path)
+        write_json(clip.record_path, record | {"digests": record["digests"] | {"pruned": digest_of(data)}})
+        write_bytes(clip.state, data)
+        return before - len(data)
 
     @property
     def _replaced(self) -> dict[str, list[Path]]:
@@ -251,7 +284,7 @@ class RunFolder:
                     return fault
                 check_record(path, record)
                 return clip
-            changed = [file.name for file in (state, video) if file_digest(file) != digests.get(file.suffix[1:])]
+            changed = [file.name for file in (state, video) if file_digest(file) not in _digests_of(digests, file)]
         except OSError as error:
             return _Fault(number, f"{error.filename} cannot be read ({error.strerror})")
         if changed:
@@ -437,6 +470,12 @@ def _settings(state: Path) -> dict[str, Any]:
             return dict(parse_json(opened.metadata()["settings"], str(state)))
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
         return {}
+
+
+def _digests_of(digests: Mapping[str, Any], file: Path) -> tuple[Any, ...]:
+    """Those that a file of a clip may have: a state may have become a smaller one."""
+    pruned = (digests["pruned"],) if "pruned" in digests and file.suffix == ".safetensors" else ()
+    return (digests.get(file.suffix[1:]), *pruned)
 
 
 def _digests(record: Path) -> dict[str, str]:

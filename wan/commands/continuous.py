@@ -56,7 +56,7 @@ def continue_video(job: Job) -> None:
     if settings.dry_run:
         run = writing.run(RunFolder(output))
         say(
-            *outline(continuation, run.plans, run),
+            *(spell(line, spell_flag) for line in outline(continuation, run.plans, run)),
             *_damaged(run),
             *run.moved,
             *_again(run),
@@ -168,7 +168,12 @@ class _Scripts:
             return
         run.writer.wait()
         before = run.script
-        run.follow(script, begun)
+        try:
+            run.follow(script, begun)
+        except UserError as error:
+            run.follow(before, begun)
+            log.warning("%s; the run goes on with what the storyboard said before", error.marked)
+            return
         if len(remade := run.remade) > 1:
             run.follow(before, begun)
             log.warning(

@@ -63,8 +63,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}{advice}")
 
 
-def parser_of(command: Command) -> Parser:
-    """The parser of a command, whose namespace holds the words of the flags that are there."""
+def parser_of(command: Command, *, whole: bool = True) -> Parser:
+    """The parser of a command, whose namespace holds the words of the flags that are there.
+
+    Those that are required may be missing unless the command is to be `whole`.
+    """
     parser = Parser(
         prog=PROGRAMS[command],
         usage="%(prog)s " + ("--video FILE " if command == "continuous" else "") + "--ckpt_dir DIR [flags]",
@@ -77,14 +80,14 @@ def parser_of(command: Command) -> Parser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for one in options_of(command):
         if one.flag:
-            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command))
+            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command, whole))
     return parser
 
 
-def _arguments(one: Option, command: Command) -> dict[str, Any]:
+def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
     """How argparse collects the words of an option."""
     kind, required = one.kind, command in one.required
-    found: dict[str, Any] = {"help": _help(one, required), "required": required}
+    found: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
     if isinstance(kind, Switch) and not isinstance(kind, YesNo):
         return found | {"action": "store_true"}
     if isinstance(kind, Choice):
@@ -111,10 +114,13 @@ def _help(one: Option, required: bool) -> str:
 def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     """The settings that the words of a command mean, each in range, and together. Raises UserError."""
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = parser_of(command)
+    prunes = command == "continuous" and any(word.partition("=")[0] == "--prune" for word in words)
+    parser = parser_of(command, whole=not prunes)
     if not {"-h", "--help", "--version"} & set(words):
         parser.refuse_unknown(words)
     given = vars(parser.parse_args(words))
+    if prunes and len(given) > 1:
+        raise UserError("`prune` is given alone; it makes no clips")
     settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
     _check_together(command, settings)
     return settings
