@@ -30,6 +30,7 @@ from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.kinds import Local
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
+from wan.types import Step
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +198,13 @@ class Case:
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
 A14B = "--ckpt_dir i2v --frame_num 9"
 
+
+def previewed(seen: Seen) -> bool:
+    """Whether a step's latents become a picture in the folder."""
+    seen.run["on_step"](Step(1, 5, "denoise", torch.zeros(48, 2, 2, 4)))
+    return (seen.folder / "preview.webp").exists()
+
+
 CASES: dict[str, Case] = {
     "task": Case("--task v2v-14B", lambda s: s.pipeline.config.name, "v2v-14B", "--ckpt_dir i2v --task v2v-14B"),
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
@@ -321,6 +329,7 @@ CASES: dict[str, Case] = {
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
+    "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
     "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),

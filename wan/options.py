@@ -448,6 +448,10 @@ class Settings:
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
         only=("continuous",), client=True, same=_SHOWN,
     )
+    preview: bool = option(
+        OUTPUT, Switch(), "write preview.webp into the folder while a clip is sampled, in 1 % of the time", False,
+        only=("continuous",), same=_SHOWN,
+    )
     no_video_metadata: bool = option(
         OUTPUT, Switch(), "do not write prompt and settings into the mp4", False, client=True, same=_SHOWN,
     )

@@ -391,3 +391,11 @@ def test_a_clip_is_whole_whenever_pruning_is_interrupted(
         assert (
             list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and folder.prune(folder.clips()[1]) == 0
         )
+
+
+def test_a_preview_replaces_nobody_s_picture(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "preview.webp").touch()
+    seen = command("--preview")
+    assert seen.code == 2 and "preview.webp would be overwritten" in seen.told
+    assert command("").code == 0

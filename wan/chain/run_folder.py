@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 REDONE, TAKES = "redone", "takes"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+PREVIEW = "preview.webp"
 STOP, PAUSE = "stop", "pause"  # files by which a person leads a run
 LOCK = ".lock"  # an empty file that stays
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
@@ -163,7 +164,7 @@ class RunFolder:
                 f"{self.path} cannot be locked ({reason}); give another folder, or `no_lock` if no other run uses it"
             ) from error
         if self._lock is not None:  # which keeps others out: these are of a run that was killed
-            for name in ("video_", ".draft_", *_OF_THE_RUN):
+            for name in ("video_", ".draft_", PREVIEW, *_OF_THE_RUN):
                 for left in self.path.glob(f".{name}*.part"):
                     left.unlink()
             for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
@@ -192,9 +193,10 @@ class RunFolder:
         file = Path(name.casefold())
         return file.name in _OF_THE_RUN or (file.suffix in _SUFFIXES and _number(file) is not None)
 
-    def foreign(self) -> Path | None:
-        """A file that a run would replace and that none of ours has made."""
-        there = [path for name in _OF_THE_RUN if (path := self.path / name).exists()]
+    def foreign(self, *, preview: bool = False) -> Path | None:
+        """A file that a run, with a `preview` or without, would replace and that none of ours has made."""
+        names = (*_OF_THE_RUN, *([PREVIEW] if preview else []))
+        there = [path for name in names if (path := self.path / name).exists()]
         if self.path / RUN in there:
             run = self.run
             return None if isinstance(run.get("clips"), list) and "base_seed" in run else self.path / RUN

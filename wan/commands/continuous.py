@@ -16,17 +16,19 @@ from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
 from wan.chain.dry_run import outline
 from wan.chain.fingerprint import clip_settings
-from wan.chain.run_folder import RunFolder
+from wan.chain.run_folder import PREVIEW, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.flags import spell_flag
 from wan.commands.job import Job, read_scenes
 from wan.commands.lines import PROGRESS
 from wan.commands.outputs import check_folder
+from wan.commands.preview import Preview
 from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.types import Footage, Frame, Generation, Step
+from wan.vae.preview import CHANNELS
 
 log = logging.getLogger(__name__)
 told = logging.getLogger(PROGRESS)
@@ -65,6 +67,7 @@ def continue_video(job: Job) -> None:
         if settings.include_source:
             say(f"sound of the source: {sound or 'none'}")
         return
+    preview = _preview(job, continuation)
     with RunFolder(output, lock=not settings.no_lock) as folder:
         run = writing.run(folder)
         for line in _damaged(run):
@@ -79,6 +82,8 @@ def continue_video(job: Job) -> None:
             def on_step(step: Step) -> None:
                 run.writer.check()  # a clip that could not be written stops the run now, not a clip later
                 progress(step)
+                if preview is not None:
+                    preview(step)
 
             def extend(number: int) -> Generation:
                 return continuation.extend(
@@ -125,6 +130,15 @@ def continue_video(job: Job) -> None:
             _say_how_to_go_on(run)
         if (joined := run.finish("stopped" if missing else "finished")) is not None:
             say(str(joined))
+
+
+def _preview(job: Job, continuation: VideoContinuation) -> Preview | None:
+    if not job.settings.preview:
+        return None
+    if job.config.z_dim not in CHANNELS:
+        known = " and ".join(map(str, CHANNELS))
+        raise UserError(f"`preview` shows latents of {known} channels, this model has {job.config.z_dim}; leave it out")
+    return Preview(Path(job.settings.output_dir) / PREVIEW, continuation.fps)
 
 
 class _Scripts:

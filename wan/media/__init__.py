@@ -3,7 +3,7 @@
 from wan.media.assembly import PIECE, Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
-from wan.media.image import read_image
+from wan.media.image import read_image, write_webp
 from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
 from wan.media.sound import SoundTrack, find_sound
 from wan.media.source import VideoError
@@ -29,4 +29,5 @@ __all__ = [
     "read_tail",
     "sample_frames",
     "write_video",
+    "write_webp",
 ]
