@@ -118,7 +118,7 @@ class VideoContinuation(Pipeline):
             vram=vram,
             host_memory=host_memory,
         )
-        self.vlm = CaptionerOwner(
+        self.vlm: CaptionerOwner = CaptionerOwner(
             # an endpoint serves what it serves; a name is sent only when it is given
             vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder)),
             url=vlm_url,
@@ -130,7 +130,12 @@ class VideoContinuation(Pipeline):
             vram=self.budget.vram,
         )
         self.prompts = PromptBuilder(self.vlm, self.tokenizer.count, config.text_len, self.fps)
-        self.video_reader = video_reader
+        self.video_reader: str = video_reader
+
+    def close(self) -> None:
+        """As `Pipeline.close`, the captioner too."""
+        self.vlm.forget()
+        super().close()
 
     def v2v(
         self,

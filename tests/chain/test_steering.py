@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 
 from tests.support.commands import Seen, frames_in
-from wan import cli
+from wan import Chain, Settings, cli
 from wan.chain.chain import ChainRun
 from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
 from wan.errors import UserError
 from wan.pipeline import Pipeline
+from wan.types import Step
 
 Command = Callable[..., Seen]
 
@@ -399,3 +401,33 @@ def test_a_preview_replaces_nobody_s_picture(command: Command, tmp_path: Path) -
     seen = command("--preview")
     assert seen.code == 2 and "preview.webp would be overwritten" in seen.told
     assert command("").code == 0
+
+
+# From Python
+
+
+def test_a_chain_is_made_in_five_lines(command: Command, tmp_path: Path) -> None:
+    settings = Settings(
+        video="source.mp4", ckpt_dir="ti2v", prompt="on", num_videos=3, frame_num=9, output_dir=str(tmp_path / "run")
+    )
+    numbers = list[int]()
+    with Chain(settings) as chain:
+        for clip in chain:
+            numbers.append(clip.number)
+            if len(numbers) == 1:
+                break
+    there = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert there["status"] == "stopped" and there["clips_finished"] >= 1
+    steps = list[Step]()
+    with Chain(settings, on_step=steps.append) as chain:
+        assert [clip.number for clip in chain] == [1, 2, 3]
+        assert chain.joined == tmp_path / "run" / "joined.mp4"
+    assert any(step.prompt for step in steps)
+    other = Chain(dataclasses.replace(settings, num_videos=5))
+    assert any("2 of 5 clips are still to be made" in line for line in other.outline())
+    for clip in other:
+        if clip.number == 3:
+            other.stop()
+    assert clip.number == 3 and json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
+    with pytest.raises(UserError, match="give yes for that"):
+        next(iter(Chain(dataclasses.replace(settings, prompt="changed"))))

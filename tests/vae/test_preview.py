@@ -47,6 +47,7 @@ def test_previews_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
 def test_a_preview_moves_at_the_pace_of_the_clip(tmp_path: Path) -> None:
     Preview(tmp_path / "preview.webp", Fraction(16))(Step(1, 2, "denoise", torch.randn(16, 5, 6, 8)))
     with Image.open(tmp_path / "preview.webp") as shown:
-        shown.load()
         assert shown.size == (8, 6) and len(list(ImageSequence.Iterator(shown))) == 5
+        shown.seek(1)
+        shown.load()
         assert shown.info["duration"] == 250

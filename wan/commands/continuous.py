@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
 from wan.chain.dry_run import outline
 from wan.chain.fingerprint import clip_settings
-from wan.chain.run_folder import PREVIEW, RunFolder
+from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.flags import spell_flag
 from wan.commands.job import Job, read_scenes
@@ -27,7 +27,8 @@ from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
-from wan.types import Footage, Frame, Generation, Step
+from wan.options import Settings
+from wan.types import Footage, Frame, Generation, OnStep, Step
 from wan.vae.preview import CHANNELS
 
 log = logging.getLogger(__name__)
@@ -42,94 +43,141 @@ USUAL_CLIPS = 12
 
 def continue_video(job: Job) -> None:
     """A folder of clips; prints the joined video's name. Raises UserError."""
-    settings = job.settings
-    output = Path(settings.output_dir)
-    check_folder(job, RunFolder(output))
-    steering = Steering(output)
-    if not settings.dry_run:
-        steering.check()
-    if settings.review and not on_terminal():
+    if job.settings.review and not on_terminal():
         raise UserError("`review` asks after each clip, which needs a terminal; leave it out")
-
-    footage = job.footage()
-    sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
-    continuation = job.open_continuation()
-    writing = _Scripts(job, continuation, footage)
-    if settings.dry_run:
-        run = writing.run(RunFolder(output))
-        say(
-            *(spell(line, spell_flag) for line in outline(continuation, run.plans, run)),
-            *_damaged(run),
-            *run.moved,
-            *_again(run),
-            *_shared(job, continuation),
-        )
-        if settings.include_source:
-            say(f"sound of the source: {sound or 'none'}")
+    chain = Chain(job)
+    if job.settings.dry_run:
+        say(*(spell(line, spell_flag) for line in chain.outline()))
         return
-    preview = _preview(job, continuation)
-    with RunFolder(output, lock=not settings.no_lock) as folder:
-        run = writing.run(folder)
-        for line in _damaged(run):
-            print(line, file=sys.stderr)
-        _agree(run)
-        with (
-            job.together(continuation),
-            Progress("", run.count, settings.quiet) as progress,
-            steering.listening(),
-        ):
+    for _ in chain:
+        pass
+    if chain.joined is not None:
+        say(str(chain.joined))
 
-            def on_step(step: Step) -> None:
-                run.writer.check()  # a clip that could not be written stops the run now, not a clip later
-                progress(step)
-                if preview is not None:
-                    preview(step)
 
-            def extend(number: int) -> Generation:
-                return continuation.extend(
-                    run.before(number),
-                    run.seed(number),
-                    run.plan(number),
-                    on_step,
-                    memory=run.prompt_memory,
-                    draft=run.draft(number),
-                    on_take=functools.partial(keep_take, number),
-                )
+class Chain:
+    """A chain of clips in its folder, as `generate_continuous.py` makes it: every setting, and what is there is kept.
 
-            def keep_take(number: int, take: int, made: Generation) -> None:
-                progress.stage("write")
-                kept = run.keep_take(number, take, made)
-                score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
-                told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
+        with wan.Chain(wan.Settings(video="in.mp4", ckpt_dir="Wan2.2-TI2V-5B", output_dir="out", yes=True)) as chain:
+            for clip in chain:
+                print(clip.number, clip.video, clip.record["prompt"])
 
-            try:
-                run.begin()
-                progress.finish_clips(len(run.clips))
-                while run.to_make <= run.count and steering.goes_on():
-                    writing.read_again(run)
-                    progress.clips = run.count
-                    if (number := run.to_make) > run.count:
-                        break
-                    progress.begin(f"clip {number}/{run.count}", run.seed(number))
-                    made = extend(number)
-                    progress.stage("write")
-                    run.write(made, progress.finish)
-                    if settings.review:
-                        run.writer.wait()
-                        progress.rest()
-                        if not writing.review(run, number):
-                            steering.stop()
+    Iterating makes the clips and hands out each when it is on disk, those that were there first. A loop that is left
+    early, like `stop`, leaves a folder that the same lines go on with. `on_step` hears of stages and solver steps.
+    Raises UserError before any model loads for what cannot be made.
+    """
+
+    def __init__(self, settings: Settings | Job, *, on_step: OnStep | None = None) -> None:
+        self.job = job = settings if isinstance(settings, Job) else Job.read("continuous", settings)
+        self.folder = Path(job.settings.output_dir)
+        self.joined: Path | None = None  # the joined video, once the loop has ended
+        self._on_step = on_step
+        self._steering = Steering(self.folder)
+        check_folder(job, RunFolder(self.folder))
+        if not job.settings.dry_run:
+            self._steering.check()
+        self._footage = job.footage()
+        # what is lost of it is said now
+        self._sound = media.find_sound(job.video) if job.settings.include_source else None
+        self._pipeline = job.open_continuation()
+        self._scripts = _Scripts(job, self._pipeline, self._footage)
+        self._preview = _preview(job, self._pipeline)
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of the models; they are loaded again when they are next used."""
+        self._pipeline.close()
+
+    def stop(self) -> None:
+        """Stop after the clip that is being made; may be called from another thread or from `on_step`."""
+        self._steering.stop()
+
+    def outline(self) -> Iterator[str]:
+        """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
+        job, run = self.job, self._scripts.run(RunFolder(self.folder))
+        yield from outline(self._pipeline, run.plans, run)
+        yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        if job.settings.include_source:
+            yield f"sound of the source: {self._sound or 'none'}"
+
+    def __iter__(self) -> Iterator[FinishedClip]:
+        settings = self.job.settings
+        with RunFolder(self.folder, lock=not settings.no_lock) as folder:
+            run = self._scripts.run(folder)
+            for line in _damaged(run):
+                print(line, file=sys.stderr)
+            _agree(run)
+            with (
+                self.job.together(self._pipeline),
+                Progress("", run.count, settings.quiet) as progress,
+                self._steering.listening(),
+            ):
+                try:
+                    yield from self._make(run, progress)
+                except BaseException as error:
+                    if said := run.writer.settle():
+                        print(said, file=sys.stderr)
+                    _say_what_is_there(run, error)
+                    raise
+            missing = run.first_missing <= run.count
+            if missing:
+                _say_how_to_go_on(run)
+            self.joined = run.finish("stopped" if missing else "finished")
+
+    def _make(self, run: ChainRun, progress: Progress) -> Iterator[FinishedClip]:
+        """Make what is missing; hands out each clip that nobody has a say in any more."""
+        handed_out = 0
+        run.begin()
+        progress.finish_clips(len(run.clips))
+        while True:
+            while handed_out + 1 in run.clips:
+                handed_out += 1
+                yield run.clips[handed_out]
+            if run.to_make > run.count or not self._steering.goes_on():
+                break
+            self._scripts.read_again(run)
+            progress.clips = run.count
+            if (number := run.to_make) > run.count:
+                break
+            made = self._extend(run, number, progress)
+            progress.stage("write")
+            run.write(made, progress.finish)
+            if self.job.settings.review:
                 run.writer.wait()
-            except BaseException as error:
-                if said := run.writer.settle():
-                    print(said, file=sys.stderr)
-                _say_what_is_there(run, error)
-                raise
-        missing = run.first_missing <= run.count
-        if missing:
-            _say_how_to_go_on(run)
-        if (joined := run.finish("stopped" if missing else "finished")) is not None:
-            say(str(joined))
+                progress.rest()
+                if not self._scripts.review(run, number):
+                    self._steering.stop()
+        run.writer.wait()
+        yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
+
+    def _extend(self, run: ChainRun, number: int, progress: Progress) -> Generation:
+        def on_step(step: Step) -> None:
+            run.writer.check()  # a clip that could not be written stops the run now, not a clip later
+            for listener in (progress, self._preview, self._on_step):
+                if listener is not None:
+                    listener(step)
+
+        def on_take(take: int, made: Generation) -> None:
+            progress.stage("write")
+            kept = run.keep_take(number, take, made)
+            score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
+            told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
+
+        progress.begin(f"clip {number}/{run.count}", run.seed(number))
+        return self._pipeline.extend(
+            run.before(number),
+            run.seed(number),
+            run.plan(number),
+            on_step,
+            memory=run.prompt_memory,
+            draft=run.draft(number),
+            on_take=on_take,
+        )
 
 
 def _preview(job: Job, continuation: VideoContinuation) -> Preview | None:
@@ -248,10 +296,6 @@ def _edited(scenes: Sequence[Scene], edited: Mapping[str, Any], usual: str | Non
     return tuple(found)
 
 
-def _again(run: ChainRun) -> list[str]:
-    return [spell(line, spell_flag) for line in in_words(run.again)]
-
-
 def _agree(run: ChainRun) -> None:
     """Say which finished clips are made again, and why; ask where there are several. Raises UserError."""
     path, remade = run.folder.path, run.remade
@@ -262,7 +306,7 @@ def _agree(run: ChainRun) -> None:
             f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(run.again))}): give "
             f"`yes` for that; {advice}"
         )
-    lines = [*run.moved, *_again(run)]
+    lines = [*run.moved, *(spell(line, spell_flag) for line in in_words(run.again))]
     if asks:
         lines = [f"{len(remade)} finished clips of {path} would be made again:", *(f"  {line}" for line in lines)]
     if run.changes:
@@ -312,7 +356,7 @@ def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
     world = job.world if job.world.size > 1 else World(size=math.prod(given))
     if world.size == 1:
         return []
-    return [f"{world.size} GPUs: {spell(str(job.sizes(continuation, world)), spell_flag)}"]
+    return [f"{world.size} GPUs: {job.sizes(continuation, world)}"]
 
 
 def _damaged(run: ChainRun) -> list[str]:
@@ -332,7 +376,8 @@ def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
     if not run.clips:
         return
     _say_how_to_go_on(run)
+    statuses = {KeyboardInterrupt: "interrupted", GeneratorExit: "stopped"}  # the latter where a loop is left
     try:
-        run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")
+        run.finish(statuses.get(type(error), f"failed: {type(error).__name__}"))
     except (OSError, UserError) as also:  # a full disk, say: what stopped the run is the news, not this
         print(f"they are not joined: {also}", file=sys.stderr)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook a widget
 
 from wan.commands.lines import CLIP, PROGRESS, STAGE
 from wan.types import Step
@@ -129,7 +129,7 @@ class Progress:
 
     def _new(self, **options: Any) -> tqdm[Any]:
         # None where it was closed before we began
-        bars = sys.stderr is not None and sys.stderr.isatty() and not self.quiet
+        bars = ("ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())) and not self.quiet
         return tqdm(disable=not bars, dynamic_ncols=True, file=sys.stderr, **options)
 
 
