@@ -152,6 +152,8 @@ class Chain:
                 progress.rest()
                 if not self._scripts.review(run, number):
                     self._steering.stop()
+                if number not in run.clips:
+                    progress.take_back()
         run.writer.wait()
         yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
 

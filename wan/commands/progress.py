@@ -109,10 +109,16 @@ class Progress:
         log.log(CLIP, "clip %d/%d finished%s: %s", clip.number, self.clips, _facts(clip.record), clip.video)
         if self.chain is not None:
             self.chain.total = self.clips
-        rest = self.clips - clip.number if self.done else 0
+        rest = self.clips - self.there - self.done
         if rest > 0:
             each = (time.perf_counter() - self.started) / self.done
             log.log(CLIP, "clip %d/%d: about %s left", clip.number, self.clips, span(each * rest))
+
+    def take_back(self) -> None:
+        """A clip that was just finished is made again."""
+        self.done -= 1
+        if self.chain is not None:
+            self.chain.update(-1)
 
     def __call__(self, step: Step) -> None:
         if step.prompt is not None:
