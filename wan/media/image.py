@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from fractions import Fraction
+from pathlib import Path
 
 from PIL import Image
 
 from wan.errors import UserError
+from wan.files import write_bytes
 from wan.media.source import open_picture
 from wan.pictures import as_shown
+from wan.types import UInt8Array
+
+_WEBP = {"quality": 70, "method": 2, "loop": 0}
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -26,3 +33,11 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except (OSError, ValueError, SyntaxError) as error:
         found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
         raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
+
+
+def write_webp(path: Path, frames: UInt8Array, fps: Fraction) -> None:
+    """uint8 [F, h, w, 3] RGB frames as a moving picture that is there whole or not at all."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    data = io.BytesIO()
+    first.save(data, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), **_WEBP)
+    write_bytes(path, data.getvalue())
