@@ -123,7 +123,7 @@ def weight_bytes(path: str | Path) -> int | None:
     try:
         listed = HfApi().model_info(hub["id"], files_metadata=True, timeout=10, **_commit(hub)).siblings or []
     except unreachable() as error:
-        log.info("nobody can say how large %s is: %s", path, one_line(error))
+        log.info("cannot tell how large %s is: %s", path, one_line(error))
         return None
     return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
 
