@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from wan.files import say_once
 
+_BAND = 256  # rows that are computed with at a time, so that a large picture takes little more than itself
 _HIGHLIGHTS = 16.0  # floats up to here are light, of which 1 is white
 _ROUNDING = 3  # levels by which a conversion from sRGB to sRGB may differ
 
@@ -45,15 +46,16 @@ def levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     Integers span 16 bits, or the 8, 16 or 32 bits that hold them all where their type is wider. Of floats 1 is white,
     unless they go far beyond it: then 255 or 65535 is.
     """
-    found = np.nan_to_num(values.astype(np.float64))
-    most = float(found.max())
+    bands = [values[top : top + _BAND] for top in range(0, len(values), _BAND)]
+    most = max(float(np.nan_to_num(band.astype(np.float64)).max()) for band in bands)
     if values.dtype.kind == "f":
         top = 1.0 if most <= _HIGHLIGHTS else 255.0 if most <= 255 else 65535.0
     elif values.dtype.itemsize == 2:
         top = 65535.0
     else:
         top = next(top for top in (255.0, 65535.0, 2.0**32 - 1) if most <= top)
-    return np.rint(found / top * 255).clip(0, 255).astype(np.uint8)[..., None]
+    shown = (np.nan_to_num(band.astype(np.float64)) / top * 255 for band in bands)
+    return np.concatenate([np.rint(band).clip(0, 255).astype(np.uint8) for band in shown])[..., None]
 
 
 def over_white(pixels: npt.NDArray[np.uint8], opacity: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
@@ -62,8 +64,12 @@ def over_white(pixels: npt.NDArray[np.uint8], opacity: npt.NDArray[Any], name: s
     if opacity.min() == top:
         return pixels
     say_once(name, "the picture is transparent in places; white is put behind it")
-    share = opacity.astype(np.float32) / top
-    return cast(npt.NDArray[np.uint8], np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8))
+    result = np.empty_like(pixels)
+    for row in range(0, len(pixels), _BAND):
+        band = slice(row, row + _BAND)
+        share = opacity[band].astype(np.float32) / top
+        result[band] = np.rint(pixels[band] * share + 255 * (1 - share)).astype(np.uint8)
+    return result
 
 
 def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) -> Image.Image:

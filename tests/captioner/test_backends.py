@@ -359,6 +359,50 @@ def test_generic_never_runs_code_that_was_not_trusted(tmp_path: Path) -> None:
         open_captioner(tmp_path, device="cpu").describe(FRAMES, "What is it?")
 
 
+def qwen(folder: Path) -> Path:
+    """A folder whose processor can be read, and is damaged by the tests."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((GOLDEN_VLM / "orig" / name).read_bytes())
+    return folder_with(folder, model_type="qwen3_vl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", '{"a":' * 5000),
+        ("processor_config.json", "[1]"),
+        ("tokenizer_config.json", "[" * 5000),
+        ("tokenizer.json", '{"model": {}}'),
+        ("config.json", '{"model_type": "qwen3_vl", "text_config": 3}'),
+    ],
+)
+def test_a_damaged_folder_of_another_vlm_is_one_line(tmp_path: Path, name: str, content: str) -> None:
+    folder = qwen(tmp_path)
+    (folder / name).write_text(content, encoding="utf-8")
+    captioner = GenericCaptioner(folder, "cpu")
+    vars(captioner).update(_model=object())
+    with pytest.raises(UserError, match="or give prompt") as caught:
+        captioner.describe(FRAMES, "What is it?")
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_template_that_fails_is_one_line(tmp_path: Path) -> None:
+    class Processor:
+        def apply_chat_template(self, *_: Any, **__: Any) -> None:
+            raise TypeError("'x' is undefined")
+
+    captioner = GenericCaptioner(qwen(tmp_path), "cpu")
+    vars(captioner).update(_model=object(), processor=Processor())
+    with pytest.raises(UserError, match="a file in it cannot be read.*'x' is undefined.*or give prompt"):
+        captioner.describe(FRAMES, "What is it?")
+
+
+@pytest.mark.parametrize("config", [{"vision_config": []}, {"force_image_size": "x"}, {"force_image_size": 10**9}])
+def test_a_damaged_config_of_trusted_code_is_one_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(config))} is not as it must be"):
+        RemoteCodeCaptioner(folder_with(tmp_path, **config), "cpu")
+
+
 def test_generic_asks_with_numbered_small_frames() -> None:
     class Inputs(dict[str, torch.Tensor]):
         def to(self, *_: Any) -> Inputs:
@@ -443,7 +487,7 @@ def test_trusted_code_that_needs_a_package_says_which(remote: Path) -> None:
 
 
 def test_code_runs_only_when_trusted() -> None:
-    with pytest.raises(RuntimeError, match="TRAP"):  # the trap works, and the golden tests never spring it
+    with pytest.raises(UserError, match="TRAP"):  # the trap works, and the golden tests never spring it
         open_captioner(GOLDEN_VLM / "orig", device="cpu", trust_remote_code=True).describe(FRAMES, "What is it?")
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
 from wan.errors import UserError
-from wan.foreign import read_json
+from wan.foreign import parsing, read_json
 from wan.pictures import as_shown
 from wan.types import UInt8Array
 
@@ -139,6 +139,29 @@ def foreseen_failures(source: str) -> Iterator[None]:
         ) from error
     except (OSError, SafetensorError, HTTPException) as error:
         raise UserError(f"captioning with {source} failed ({one_line(error)}): put that right, {OFFER}") from error
+
+
+@contextmanager
+def reading(folder: Path, *told: type[Exception]) -> Iterator[None]:
+    """Around the library that reads a folder's files and builds a model of them: what it raises is one line.
+
+    Errors in `told`, and those of `foreseen_failures`, pass: others tell them.
+    """
+    passing: tuple[type[BaseException], ...] = (
+        UserError,
+        torch.OutOfMemoryError,
+        MemoryError,
+        OSError,
+        SafetensorError,
+        *told,
+    )
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, passing):
+            raise
+        with parsing(f"{folder} or a file in it", "download it again"):
+            raise
 
 
 def one_line(error: Exception) -> str:

@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, reading, to_images
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.foreign import parsing, shards
+from wan.foreign import fit, parsing, shards
 from wan.weights.prefetch import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,37 @@ VISION_PARTS = {
 }
 
 
+_Size = Annotated[int, Field(ge=1, le=10_000_000)]
+_Pixels = Annotated[int, Field(ge=1, le=10_000)]
+_Layers = Annotated[int, Field(ge=1, le=1000)]
+
+
+class _Tower(BaseModel):
+    """What of one half's config is computed with before the library looks at it, or would take all memory there."""
+
+    model_type: str | None = None
+    hidden_size: _Size | None = None
+    intermediate_size: _Size | None = None
+    vocab_size: _Size | None = None
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    image_size: _Pixels | Annotated[list[_Pixels], Field(min_length=1, max_length=2)] | None = None
+    patch_size: _Pixels | Annotated[list[_Pixels], Field(min_length=1, max_length=2)] = 14
+
+
+class _Config(BaseModel):
+    """config.json, of either format."""
+
+    vision_config: _Tower
+    text_config: _Tower | None = None
+    llm_config: _Tower | None = None
+    image_seq_length: Annotated[int, Field(ge=1, le=100_000)] = 256
+    downsample_ratio: Annotated[float, Field(ge=0.01, le=1)] = 0.5
+    force_image_size: Annotated[int, Field(ge=0, le=10_000)] | None = None
+
+
 class InternVLCaptioner(LocalModel):
     """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use.
 
@@ -91,11 +123,14 @@ class InternVLCaptioner(LocalModel):
             raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check `vlm_path`")
         self.original = config["model_type"] == "internvl_chat"
         try:
+            fit(_Config, config, f"{self.folder}/config.json")
             self.config = native_config(config) if self.original else config
             language_model = self.config["text_config"]["model_type"]
             patch = self.config["vision_config"].get("patch_size", 14)
         except KeyError as error:
             raise UserError(f"{self.folder}/config.json lacks {error}: download it again") from error
+        except (TypeError, AttributeError) as error:  # what the format has is null
+            raise UserError(f"{self.folder}/config.json is damaged ({error}): download it again") from error
         if language_model not in LANGUAGE_MODELS:
             raise UserError(
                 f"{self.folder} has a language model of type {language_model}; only InternVL with "
@@ -163,23 +198,34 @@ class InternVLCaptioner(LocalModel):
     def load(self) -> Any:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+        with reading(self.folder):
+            if self.original:
+                images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+                config = InternVLConfig(**self.config, image_token_id=images)
+            else:
+                config = InternVLConfig.from_pretrained(self.folder)
+            with torch.device("meta"):
+                declared = sum(one.numel() for one in InternVLForConditionalGeneration(config).parameters())
+        held = sum(file.stat().st_size for file in self.weights)
+        packed = 8 if self.quantization is not None else 1  # numbers in a byte, at most
+        if declared > packed * held:  # the library would make up what the files lack, and take that much memory
+            raise UserError(
+                f"{self.folder} declares {declared} parameters and has weights of {held} bytes, so config.json is "
+                f"damaged or a file truncated: download the folder again"
+            )
         options: dict[str, Any] = {"use_safetensors": True}
         if self.original:
-            images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-            options = {
-                "config": InternVLConfig(**self.config, image_token_id=images),
-                "state_dict": native_weights(self.weights),
-            }
+            state = native_weights(self.weights)
+            options = {"config": config, "state_dict": state}
             if self.quantization is not None:
-                state = options["state_dict"]
-                options["config"].quantization_config = self._quantized_as_stored(state)
+                config.quantization_config = self._quantized_as_stored(state)
                 # transformers leaves what a quantised model holds as numbers in the file's dtype
                 half = {name: value for name, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)}
                 state |= {name: value.to(self.dtype) for name, value in half.items() if not name.endswith(".scales")}
         room = None if self.room is None else self.room()
-        streams = room is not None and sum(file.stat().st_size for file in self.weights) > room
-        streams = streams and self.quantization is None  # whose weights are more than their tensors
-        with ReadAhead(self.weights, len(self.weights)):
+        # what stands beside quantised weights does not come layer by layer
+        streams = room is not None and held > room and self.quantization is None
+        with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
             home = torch.device("cpu") if streams else self.device
             model = fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, home=home, **options))

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, words: Sequence[str]) -> None:
         """Raise UserError for a flag that does not exist, before anything that is missing because of it."""
         known = list(self._option_string_actions)
-        for word in words:
+        for before, word in zip(("", *words), words, strict=False):
             if word == "--":
                 return
             flag = word.partition("=")[0]
@@ -46,7 +46,27 @@ class Parser(argparse.ArgumentParser):
                     flag.replace("-", "_"), [one.replace("-", "_") for one in known], 1, 0.7
                 )
                 advice = f"; did you mean --{close[0].lstrip('_')}?" if close else ""
-                self.error(f"unknown flag {flag}{advice}")
+                if not close and self._takes_a_word(before):
+                    advice = f"; if it is the value of {before}, write {before}={word[:40]}"
+                self.error(f"unknown flag {flag[:40]}{advice}")
+
+    def join_values(self, words: Sequence[str]) -> list[str]:
+        """The words, with a value that begins with one dash, as "-rain" may, put to its flag: "--prompt=-rain".
+
+        argparse takes every such word for a flag. What is a flag stays one, and so does what begins with two dashes.
+        """
+        joined: list[str] = []
+        for word in words:
+            is_value = word.startswith("-") and not word.startswith("--") and word not in self._option_string_actions
+            if is_value and joined and self._takes_a_word(joined[-1]):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
+    def _takes_a_word(self, flag: str) -> bool:
+        action = self._option_string_actions.get(flag)
+        return action is not None and action.nargs is None and action.metavar is not None
 
 
 def parser_of(command: Command) -> Parser:
@@ -96,6 +116,7 @@ def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     """The settings that the words of a command mean, each in range, and together. Raises UserError."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser = parser_of(command)
+    words = parser.join_values(words)
     if not {"-h", "--help", "--version"} & set(words):
         parser.refuse_unknown(words)
     given = vars(parser.parse_args(words))
@@ -111,6 +132,8 @@ def _read(one: Option, words: Any) -> Any:
             return tuple(words)
         if isinstance(one.kind, Interval):
             return tuple(Real().read(word) for word in words)
+        if words == []:  # until Python 3.12 argparse loses this one value
+            words = "--"
         return words if words is True else one.kind.read(words)
     except Unfit as error:
         raise UserError(f"`{one.name}` {error}") from error

@@ -8,6 +8,7 @@ import stat
 from PIL import Image
 
 from wan.errors import UserError
+from wan.media.source import open_picture
 from wan.pictures import as_shown
 
 
@@ -20,8 +21,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(name).st_mode):  # opening a pipe would wait for ever
             raise UserError(f"cannot read image {name!r}: it is not a file; give the name of a picture file")
-        with Image.open(name) as image:
+        with open_picture(name) as image:
             return as_shown(image, name)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
         raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error

@@ -603,6 +603,8 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     with parsing(file, "download it again"):
         # only the zip format, torch's own since 1.6, can be mapped
         mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _check_zip(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{file} is not a state dict of tensors")
@@ -611,6 +613,14 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
     return state
+
+
+def _check_zip(file: Path) -> None:
+    """Raise UserError for one that is larger inside than outside: torch compresses nothing, and would unpack it all."""
+    with zipfile.ZipFile(file) as opened:
+        inside = sum(one.file_size for one in opened.infolist())
+    if inside > file.stat().st_size:
+        raise UserError(f"{file} is compressed, as no weights are, and would take {inside} bytes; download it again")
 
 
 def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
