@@ -16,11 +16,10 @@ from PIL import Image
 
 from tests.support.commands import MADE
 from tests.support.golden import DATA
-from wan import media
+from wan import media, pictures
 from wan.errors import UserError
 from wan.foreign import parse_json, read_json
 from wan.media import VideoError, source
-from wan.pictures import levels, over_white
 from wan.weights.checkpoint import Names, open_checkpoint
 
 CORPUS = DATA / "corpus"
@@ -55,9 +54,9 @@ def test_a_large_picture_is_put_over_white_in_bands_with_the_same_values() -> No
     opacity = np.random.default_rng(1).integers(0, 256, (700, 3, 1), np.uint8)
     share = opacity.astype(np.float32) / 255
     expected = np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8)
-    assert np.array_equal(over_white(pixels, opacity, "a.png"), expected)
+    assert np.array_equal(pictures.over_white(pixels, opacity, "a.png"), expected)
     grey = np.random.default_rng(2).integers(0, 2**16, (700, 3), np.uint16)
-    assert np.array_equal(levels(grey)[..., 0], np.rint(grey / 65535 * 255).astype(np.uint8))
+    assert np.array_equal(pictures.levels(grey)[..., 0], np.rint(grey / 65535 * 255).astype(np.uint8))
 
 
 @pytest.mark.parametrize("name", ["h264_faststart.mp4", "anim.gif", "anim.webp"])

@@ -207,23 +207,23 @@ class InternVLCaptioner(LocalModel):
             with torch.device("meta"):
                 declared = sum(one.numel() for one in InternVLForConditionalGeneration(config).parameters())
         held = sum(file.stat().st_size for file in self.weights)
-        # the library would make up what the files lack, and take that much memory; quantised, 4 bits are a parameter
-        if declared > held * (1 if self.quantization is None else 2):
+        packed = 8 if self.quantization is not None else 1  # numbers in a byte, at most
+        if declared > packed * held:  # the library would make up what the files lack, and take that much memory
             raise UserError(
                 f"{self.folder} declares {declared} parameters and has weights of {held} bytes, so config.json is "
                 f"damaged or a file truncated: download the folder again"
             )
         options: dict[str, Any] = {"use_safetensors": True}
         if self.original:
-            options = {"config": config, "state_dict": native_weights(self.weights)}
+            state = native_weights(self.weights)
+            options = {"config": config, "state_dict": state}
             if self.quantization is not None:
-                state = options["state_dict"]
                 config.quantization_config = self._quantized_as_stored(state)
                 # transformers leaves what a quantised model holds as numbers in the file's dtype
                 half = {name: value for name, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)}
                 state |= {name: value.to(self.dtype) for name, value in half.items() if not name.endswith(".scales")}
         room = None if self.room is None else self.room()
-        # the weights of a quantised model are more than their tensors
+        # what stands beside quantised weights does not come layer by layer
         streams = room is not None and held > room and self.quantization is None
         with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder

@@ -131,13 +131,17 @@ class _Blocks:
 
 
 def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
-    """The least and the greatest number of a tensor, NaN if one is.
+    """Two numbers that are finite where a tensor's are, and both 0 only where all of them are: enough to tell damage.
 
-    Of fp8 the size of the numbers, of GGUF the range of its first rows that are not all zero: enough to tell damage.
+    They are the least and the greatest, or the sum, which takes half of the time. Of fp8 the size of the numbers, of
+    GGUF the first rows that are not all zero.
     """
     if isinstance(tensor, Tensor):
         if not tensor.numel():
             return 0.0, 0.0
+        total = tensor.sum().item()
+        if total and math.isfinite(total):
+            return total, total
         low, high = tensor.aminmax()
         return low.item(), high.item()
     if tensor.gguf_type is None:
