@@ -51,7 +51,7 @@ _NUMBER = re.compile(r"video_0*(\d+)_")
 # What a report repeats of a clip's record, and what else is not a setting of it.
 _OF_A_CLIP = ("prompt", "seed", "cut", "seam", "look", "candidates", "memory", "answers", "fallback")
 _COSTS = ("seconds", "peak_gpu_gib", "peak_host_gib")
-_NO_SETTING = {*_OF_A_CLIP, *_COSTS, "file", "versions", "fingerprint", "source", "dropped"}
+_NO_SETTING = {*_OF_A_CLIP, *_COSTS, "file", "versions", "fingerprint", "source", "dropped", "digests"}
 _LOOKS = {"lightness": "Lightness", "contrast": "Contrast", "chroma": "Colour strength", "sharpness": "Sharpness"}
 
 
