@@ -68,3 +68,11 @@ def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) 
     if found is None or np.abs(np.asarray(found, np.int16) - np.asarray(plain)).max() <= _ROUNDING:
         return plain
     return found
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled to cover width x height and cropped around its centre."""
+    scale = max(width / image.width, height / image.height)
+    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
