@@ -305,7 +305,7 @@ def _agree(run: ChainRun) -> None:
     advice = "the old settings keep them, and another `output_dir` leaves them as they are"
     if asks and not on_terminal():
         raise UserError(
-            f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(run.again))}): give "
+            f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(remade))}): give "
             f"`yes` for that; {advice}"
         )
     lines = [*run.moved, *(spell(line, spell_flag) for line in in_words(run.again))]
