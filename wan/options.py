@@ -61,10 +61,10 @@ V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
-Command = Literal["generate", "continuous"]
+Command = Literal["generate", "continuous", "serve"]
 BOTH: tuple[Command, ...] = ("generate", "continuous")
 
-INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
+INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
     "Input",
     "Prompt and captions",
     "Sampling",
@@ -72,6 +72,14 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
     "Speed and memory",
     "Weights and LoRAs",
     "Output",
+    "Server",
+)
+# What is said of one chain, and so not to the server, which makes many.
+OF_ONE_CHAIN = frozenset(
+    (
+        *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
+        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
+    )
 )
 
 
@@ -142,6 +150,7 @@ def option(
 _ALONE = "a lone clip has no fingerprint"
 _ORDER = "it says which clips are made, not how one is made"
 _SHOWN = "clips are made alike, however they are shown or joined"
+_SERVED = "clips are made alike, whoever asks for them"
 _FASTER = "the result is the same"
 _DIT = "a .gguf or .safetensors denoiser in place of the folder's"
 
@@ -185,7 +194,7 @@ class Settings:
     )
     seed: int | None = option(
         INPUT, SeedOfClip("SEED"), "the clip's own seed", unset="counted up from `base_seed`",
-        only=("continuous",), flag=False, scene="seed", fingerprint="seed",
+        only=("continuous",), flag=False, scene="seed", client=True, fingerprint="seed",
     )
     storyboard: str | None = option(
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
@@ -369,7 +378,7 @@ class Settings:
     # Weights and LoRAs
     ckpt_dir: str = option(
         WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
-        required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
+        required=(*BOTH, "serve"), fingerprint="checkpoint", record=True, was="checkpoint",
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
@@ -434,6 +443,31 @@ class Settings:
     dry_run: bool = option(
         OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
     )
+
+    # Server
+    host: str = option(
+        SERVER, Local("NAME"), "the address to listen at; one that other machines reach needs an API key", "127.0.0.1",
+        only=("serve",), same=_SERVED,
+    )
+    port: int = option(
+        SERVER, Whole("N", 0, 65535, "; ports end there"), "the port to listen at; 0 takes a free one", 8188,
+        only=("serve",), same=_SERVED,
+    )
+    api_key_file: str | None = option(
+        SERVER, Local("FILE"), "a file with the key that every client must send", unset="WAN_API_KEY, or no key",
+        only=("serve",), same=_SERVED,
+    )
+    max_upload: float = option(
+        SERVER, Real("GIB", 0, 1024, above=True), "the largest request that is taken, with its files", 2.0,
+        only=("serve",), same=_SERVED,
+    )
+    max_queue: int = option(
+        SERVER, Whole("N", high=100_000), "how many chains may wait", 100, only=("serve",), same=_SERVED,
+    )
+    max_frames: int = option(
+        SERVER, Whole("N", high=10_000_000), "how many frames one chain may ask for, with all its takes", 20_000,
+        only=("serve",), same=_SERVED,
+    )
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -471,8 +505,13 @@ def check(name: str, value: Any) -> None:
 
 
 def options_of(command: Command) -> list[Option]:
-    """The options of a command, in the order of the table."""
-    return [one for one in OPTIONS.values() if command in one.only]
+    """The options of a command, in the order of the table. A server takes what a chain does that is not of one chain."""
+    chains = command == "serve"
+    return [
+        one
+        for one in OPTIONS.values()
+        if command in one.only or (chains and "continuous" in one.only and one.name not in OF_ONE_CHAIN)
+    ]
 
 
 def by_scene_key() -> dict[str, Option]:

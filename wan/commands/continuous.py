@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,20 @@ if TYPE_CHECKING:
     from wan.continuation import VideoContinuation
 
 
-def continue_video(job: Job) -> None:
-    """A folder of clips; prints the joined video's name. Raises UserError."""
+def continue_video(
+    job: Job, continuation: VideoContinuation | None = None, watch: Callable[[str, int, bool], Progress] = Progress
+) -> None:
+    """A folder of clips; prints the joined video's name. Raises UserError.
+
+    `continuation` is a pipeline that is there already, `watch` makes what is told of each step.
+    """
     settings = job.settings
     output = Path(settings.output_dir)
     check_folder(job, RunFolder(output))
 
     footage = job.footage()
     sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
-    continuation = job.open_continuation()
+    continuation = continuation or job.open_continuation()
     plans = _plans(job, continuation, footage)
     wanted = clip_settings(job.config, continuation, plans)
     if settings.dry_run:
@@ -57,7 +63,7 @@ def continue_video(job: Job) -> None:
                 "again; what was there moves to redone/",
                 file=sys.stderr,
             )
-        with job.together(continuation), Progress("", run.count, settings.quiet) as progress:
+        with job.together(continuation), watch("", run.count, settings.quiet) as progress:
 
             def extend(source: Footage, seed: int) -> Generation:
                 number = run.to_make

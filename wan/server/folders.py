@@ -1,0 +1,137 @@
+"""The folder of a chain on the server, as clients see it: its files, its clips, and by which files it is led."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from wan.errors import UserError
+from wan.files import write_json
+from wan.foreign import read_json
+
+# as in wan.chain.run_folder, which needs PyTorch; a test compares them
+JOINED, RUN, DATA, PAGE, STOP, PREVIEW = "joined.mp4", "run.json", "report.json", "report.html", "stop", "preview.webp"
+SHEET = "sheet."
+_KEPT = (".mp4", ".safetensors", ".json")
+_MOST = 256 << 20  # bytes of a report of many clips
+
+
+class ChainFolder:
+    """One chain: what it was given, and below `run` the run's folder."""
+
+    def __init__(self, path: Path, run: Path | None = None) -> None:
+        self.path = path
+        self.run = path / "run" if run is None else run
+        self._data: tuple[int, dict[str, Any]] = (0, {})
+
+    @property
+    def storyboard(self) -> Path:
+        """What is different in which clip."""
+        return self.path / "storyboard.json"
+
+    def read_clips(self) -> list[dict[str, Any]]:
+        """What the storyboard says of each clip, as far as it goes."""
+        found: list[dict[str, Any]] = read_json(self.storyboard)["clips"] if self.storyboard.exists() else []
+        return found
+
+    def write_clips(self, clips: Sequence[Mapping[str, Any]]) -> None:
+        """Say what is different in which clip; the run reads it before each clip."""
+        write_json(self.storyboard, {"clips": [dict(clip) for clip in clips]})
+
+    def ask_to_stop(self) -> None:
+        """Let the run stop after the clip that it makes."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / STOP).touch()
+
+    def forget_stop(self) -> None:
+        """Let the run go on."""
+        (self.run / STOP).unlink(missing_ok=True)
+
+    @property
+    def joined(self) -> Path:
+        """The joined video."""
+        return self.run / JOINED
+
+    @property
+    def preview(self) -> Path:
+        """The picture of the clip that is being made."""
+        return self.run / PREVIEW
+
+    def status(self) -> dict[str, Any]:
+        """The run's record, empty before it begins or where it cannot be read."""
+        return _read(self.run / RUN)
+
+    def report(self) -> dict[str, Any]:
+        """The facts of the run's report, empty before its first clip."""
+        path = self.run / DATA
+        try:
+            stamp = path.stat().st_mtime_ns
+        except OSError:
+            return {}
+        if stamp != self._data[0]:
+            self._data = stamp, _read(path)
+        return self._data[1]
+
+    def video(self, number: int) -> Path | None:
+        """The mp4 of a finished clip."""
+        for clip in self.report().get("clips", ()):
+            if clip.get("number") == number and (name := str(clip.get("file") or "")) == os.path.basename(name):
+                path = self.run / name
+                return path if name.endswith(".mp4") and path.is_file() else None
+        return None
+
+    def takes(self, number: int) -> dict[int, Path]:
+        """The mp4s of the takes of a clip that are whole, by their numbers."""
+        found = {}
+        for home in self.run.glob("takes/*"):
+            if home.name.isdecimal() and int(home.name) == number:
+                for path in home.glob("take_*_seed*.json"):
+                    word = path.stem.split("_")[1]
+                    if word.isdecimal() and path.with_suffix(".mp4").is_file():
+                        found[int(word)] = path.with_suffix(".mp4")
+        return dict(sorted(found.items()))
+
+    def seam(self, number: int) -> list[bytes]:
+        """JPEGs of the frames around the seam before a clip, four on each side."""
+        video = self.video(number)
+        if video is None:
+            return []
+        try:
+            with safe_open(video.with_suffix(".safetensors"), framework="numpy") as opened:
+                names = sorted(name for name in opened.keys() if name.startswith(SHEET))  # noqa: SIM118
+                return [opened.get_tensor(name).tobytes() for name in names]
+        except (OSError, SafetensorError):
+            return []
+
+    def take_clips_of(self, other: ChainFolder, count: int) -> int:
+        """Link the first `count` finished clips of another folder into this one; returns how many there were."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        done = 0
+        for number in range(1, count + 1):
+            video = other.video(number)
+            if video is None:
+                break
+            for suffix in _KEPT:
+                link_or_copy(video.with_suffix(suffix), self.run / video.with_suffix(suffix).name)
+            done = number
+        return done
+
+
+def link_or_copy(file: Path, to: Path) -> None:
+    """The same file under another name: no run changes a file in place, it puts another one there."""
+    try:
+        os.link(file, to)
+    except OSError:
+        shutil.copyfile(file, to)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, _MOST)
+    except UserError:
+        return {}
