@@ -505,7 +505,7 @@ def check(name: str, value: Any) -> None:
 
 
 def options_of(command: Command) -> list[Option]:
-    """The options of a command, in the order of the table. A server takes what a chain does that is not of one chain."""
+    """The options of a command, in the order of the table. A server takes those of a chain but not of one alone."""
     chains = command == "serve"
     return [
         one

@@ -29,7 +29,7 @@ example:
 
 example:
   python generate_continuous.py --video input.mp4 --ckpt_dir ./Wan2.2-TI2V-5B --num_videos 12""",
-    "serve": """Make chains for a page in the browser and for programs; the flags are what a chain has unless it is told.
+    "serve": """Make chains for a page in the browser and for programs. The flags are what a chain has by default.
 
 example:
   wan-serve --ckpt_dir ./Wan2.2-TI2V-5B --output_dir ./served""",
@@ -167,8 +167,8 @@ def reference() -> str:
         "# Commands",
         "",
         "`generate.py` (installed as `wan-generate`) makes one clip, `generate_continuous.py` (`wan-continuous`) a",
-        "chain. `wan-serve` takes the flags of a chain, but for those of one video. All print their flags with `--help`.",
-        "This page is made from `wan/options.py` by `make reference`.",
+        "chain. `wan-serve` takes the flags of a chain, but for those of one video. All print their flags with",
+        "`--help`. This page is made from `wan/options.py` by `make reference`.",
         "",
         "A **key** is how a [storyboard](guide.md#a-storyboard) sets the option for one clip.",
     ]

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable
 from http.cookies import SimpleCookie
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wan.server.errors import ApiError
 from wan.server.metrics import Metrics
