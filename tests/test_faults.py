@@ -369,7 +369,7 @@ def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], wo
         start += new / 24
     assert sums == f"{start:.2f} s of new video; 4 of 4 clips are still to be made"
     assert abs(frames_in(run.folder / "joined.mp4") / 24 - start) < 0.05
-    assert re.fullmatch(r"about \d+ MiB of disk", disk)
+    assert re.fullmatch(r"about \d+ MiB of disk, of which .*; \d+ MiB with --keep_state last", disk)
 
     finished = command(f"--num_videos 4 {board} --dry_run")
     assert finished.said.splitlines()[6:] == [f"{start:.2f} s of new video; 0 of 4 clips are still to be made"]

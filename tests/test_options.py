@@ -30,6 +30,7 @@ from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.kinds import Local
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
+from wan.types import Step
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +198,13 @@ class Case:
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
 A14B = "--ckpt_dir i2v --frame_num 9"
 
+
+def previewed(seen: Seen) -> bool:
+    """Whether a step's latents become a picture in the folder."""
+    seen.run["on_step"](Step(1, 5, "denoise", torch.zeros(48, 2, 2, 4)))
+    return (seen.folder / "preview.webp").exists()
+
+
 CASES: dict[str, Case] = {
     "task": Case("--task v2v-14B", lambda s: s.pipeline.config.name, "v2v-14B", "--ckpt_dir i2v --task v2v-14B"),
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
@@ -218,11 +226,23 @@ CASES: dict[str, Case] = {
         "continue video the boat sinks",
         also="prompt num_segments vlm vlm_question",
     ),
+    "name": Case(
+        "--storyboard name.yaml",
+        lambda s: json.loads((s.folder / "run.json").read_text()).get("named"),
+        {"the fog": 3},
+        "--prompt it-goes-on",
+    ),
     "num_videos": Case("--num_videos 3", lambda s: len(s.requests), 3),
     "prompt": Case(
         "--prompt it-goes-on",
         lambda s: s.first.prompt,
         "continue video it-goes-on",
+        also="num_segments vlm vlm_question",
+    ),
+    "prompt_for": Case(
+        "--prompt_for 2 it-turns",
+        lambda s: s.requests[1].prompt,
+        "continue video it-turns",
         also="num_segments vlm vlm_question",
     ),
     "custom_prompt": Case("--custom_prompt now", lambda s: s.first.prompt, "now A red square slides to the right."),
@@ -253,8 +273,12 @@ CASES: dict[str, Case] = {
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
+    "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
+    "take": Case("--take 2=1", lambda s: s.requests[-1].seed, 4, "--best_of 2"),
     "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
     "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
+    "yes": Case("--yes --sample_steps 7", lambda s: len(s.requests), 2, again=True, also="steps"),
+    "review": Case("--review", lambda s: s.code, 2),  # off a terminal
     "offload_model": Case("--offload_model False", lambda s: s.run["offload"], False),
     "vram": Case("--vram 8", lambda s: s.pipeline.budget.vram, 8.0),
     "host_memory": Case("--host_memory 64", lambda s: s.pipeline.host.limit, 64 * 2**30),
@@ -305,9 +329,17 @@ CASES: dict[str, Case] = {
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
+    "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
     "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
+    "keep_state": Case(
+        "--keep_state last",
+        lambda s: [clip.is_pruned for clip in s.clips.values()],
+        [True, False, False],
+        "--num_videos 3",
+    ),
+    "prune": Case("--prune out", lambda s: s.code, 2),  # with anything else
     "no_lock": Case("--no_lock", lambda s: RunFolder(s.folder).run["arguments"]["no_lock"], True),
     "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
 }
@@ -354,7 +386,15 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     seen = command(words)
     if name == "output_dir":
         seen.folder = Path("elsewhere")
-    if name in ("ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
+    if name in (
+        "review",
+        "prune",
+        "ulysses_size",
+        "cfg_size",
+        "t5_fsdp",
+        "dit_fsdp",
+        "dry_run",
+    ):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.said

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ def file_digest(path: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def digest_of(data: bytes) -> str:
+    """That of a file of these bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def sampled_digest(path: Path) -> str:
@@ -49,6 +55,20 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         part.write_bytes(data)
         publish(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # it has its final name
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system knows no such names; whole or not at all."""
+    part = reserve(target)
+    try:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+        publish(part, target)
     finally:
         part.unlink(missing_ok=True)  # it has its final name
 

@@ -64,6 +64,16 @@ class Words(Kind):
 
 
 @dataclass(frozen=True)
+class Name(Words):
+    """A name, which is not one of the numbers that clips have anyway."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if str(value).isdecimal():
+            raise Unfit(f"must not be a number, {value!r} is; write a word")
+
+
+@dataclass(frozen=True)
 class Local(Kind):
     """A path, an address, a device or a command: something that only the owner of the machine may choose."""
 
@@ -362,6 +372,56 @@ class Interval(Kind):
 
     def write(self, value: Any) -> list[str]:
         return [repr(sigma) for sigma in value]
+
+
+@dataclass(frozen=True)
+class PromptFor(Kind):
+    """Pairs of a clip's number and its prompt, each in two words."""
+
+    def read(self, text: Any) -> tuple[tuple[int, str], ...]:
+        return tuple((Whole().read(number), prompt) for number, prompt in text)
+
+    def check(self, value: Any) -> None:
+        numbers = [number for number, _ in value]
+        for number, prompt in value:
+            Whole().check(number)
+            Words().check(prompt)
+            if numbers.count(number) > 1:
+                raise Unfit(f"{number} is there twice; leave one of them out")
+
+    def write(self, value: Any) -> list[str]:
+        return [str(one) for one in value]
+
+    def public(self, value: Any) -> Any:
+        return [list(pair) for pair in value]
+
+
+@dataclass(frozen=True)
+class TakeOf(Kind):
+    """Pairs of a clip's number and that of one of its takes, each written K=N."""
+
+    def read(self, text: Any) -> tuple[tuple[int, int], ...]:
+        found = []
+        for word in text:
+            number, equals, take = word.partition("=")
+            if not equals:
+                raise Unfit(f"must be K=N, clip and take; {word[:40]!r} is not")
+            found.append((Whole().read(number), Whole().read(take)))
+        return tuple(found)
+
+    def check(self, value: Any) -> None:
+        numbers = [number for number, _ in value]
+        for number, take in value:
+            Whole().check(number)
+            Whole().check(take)
+            if numbers.count(number) > 1:
+                raise Unfit(f"{number} is there twice; leave one of them out")
+
+    def write(self, value: Any) -> list[str]:
+        return [f"{number}={take}" for number, take in value]
+
+    def public(self, value: Any) -> Any:
+        return [list(pair) for pair in value]
 
 
 @dataclass(frozen=True)

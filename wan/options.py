@@ -31,14 +31,17 @@ from wan.kinds import (
     Interval,
     Kind,
     Local,
+    Name,
     Output,
     Picture,
+    PromptFor,
     Real,
     Seed,
     SeedOfClip,
     Size,
     Strength,
     Switch,
+    TakeOf,
     Unfit,
     Video,
     Whole,
@@ -78,7 +81,8 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
 OF_ONE_CHAIN = frozenset(
     (
         *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
-        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
+        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
+        *("keep_state", "prune"),
     )
 )
 
@@ -200,6 +204,10 @@ class Settings:
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
         only=("continuous",), same="what it says is in the settings of each clip",
     )
+    name: str | None = option(
+        INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
+        only=("continuous",), flag=False, scene="name", client=True, same="it says which clip this is, not how it is made",
+    )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
         unset="the storyboard's, or 12",
@@ -210,6 +218,10 @@ class Settings:
     prompt: str | None = option(
         PROMPT, Words("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
         scene="prompt", client=True, fingerprint="prompt",
+    )
+    prompt_for: tuple[tuple[int, str], ...] = option(
+        PROMPT, PromptFor("K TEXT"), "what happens in clip K, counted from 1, in place of `prompt`; repeatable", (),
+        unset="none", only=("continuous",), client=True, fingerprint="prompt",
     )
     custom_prompt: str = option(
         PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
@@ -319,12 +331,31 @@ class Settings:
         "of N candidates of each clip keep the one with the best seam", 1,
         only=("continuous",), client=True, fingerprint="best_of", continues=True,
     )
+    takes: int = option(
+        CONTINUITY, Whole("N", reason="; that many are days of work a clip", high=1000),
+        "make N candidates of each clip as `best_of` does, and keep them all in the folder's takes/", 1,
+        only=("continuous",), scene="takes", client=True, fingerprint="best_of", continues=True,
+    )
+    take: tuple[tuple[int, int], ...] = option(
+        CONTINUITY, TakeOf("K=N"), "go on from take N of clip K; repeatable", (),
+        unset="the take with the best seam, or the one chosen before",
+        only=("continuous",), client=True, fingerprint="take", continues=True,
+    )
     redo: int | None = option(
         CONTINUITY, Whole("K"), "make clip K, counted from 1, again with another seed", unset="none",
         only=("continuous",), same=_ORDER,
     )
     keep_following: bool = option(
         CONTINUITY, Switch(), "with `redo`: keep the clips after K as they are", False,
+        only=("continuous",), same=_ORDER,
+    )
+
+    yes: bool = option(
+        CONTINUITY, Switch(), "make finished clips again without asking, where more than one would be", False,
+        only=("continuous",), same=_ORDER,
+    )
+    review: bool = option(
+        CONTINUITY, Switch(), "ask after each clip: keep it, make it again, edit its prompt, or stop", False,
         only=("continuous",), same=_ORDER,
     )
 
@@ -427,6 +458,10 @@ class Settings:
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
         only=("continuous",), client=True, same=_SHOWN,
     )
+    preview: bool = option(
+        OUTPUT, Switch(), "write preview.webp into the folder while a clip is sampled, in 1 % of the time", False,
+        only=("continuous",), same=_SHOWN,
+    )
     no_video_metadata: bool = option(
         OUTPUT, Switch(), "do not write prompt and settings into the mp4", False, client=True, same=_SHOWN,
     )
@@ -435,6 +470,16 @@ class Settings:
     )
     log_file: str | None = option(
         OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
+    )
+    keep_state: str = option(
+        OUTPUT, Choice(None, ("all", "last")),
+        "which clips' frames and latents stay; last: of the last two, and none before can then be made again by itself",
+        "all",
+        only=("continuous",), same=_SHOWN,
+    )
+    prune: str | None = option(
+        OUTPUT, Output("DIR"), "do to a run's folder what `keep_state` last does, and nothing else", unset="none",
+        only=("continuous",), same=_SHOWN,
     )
     no_lock: bool = option(
         OUTPUT, Switch(), "do not lock the folder, where the file system has no locks; see to it that one run uses it",
@@ -546,6 +591,8 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(one.kind, Switch) and not isinstance(one.kind, YesNo):
             words.append(one.word)
+        elif isinstance(one.kind, PromptFor):
+            words += [word for pair in value for word in (one.word, *one.kind.write(pair))]
         elif isinstance(one.kind, Interval):
             words += [one.word, *one.kind.write(value)]
         else:

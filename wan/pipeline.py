@@ -28,6 +28,7 @@ from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
+    drop_cache,
     generator_on,
     is_out_of_memory,
     main_device,
@@ -141,6 +142,12 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
         )
         self.models = Models(config.name, self.checkpoint, load)
+
+    def close(self) -> None:
+        """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
+        self.models.forget_all()
+        self.embeddings = {}
+        drop_cache(self.device)
 
     @property
     def heads(self) -> int:

@@ -266,7 +266,13 @@ def _command(arguments: Mapping[str, Any], redo: int | None = None) -> str | Non
     """What to type to go on with the run, or to make one clip again; None when the flags are not known."""
     if not arguments:
         return None
-    passing = {"redo": redo, "keep_following": False, "dry_run": False}  # they are for one run only
+    passing: dict[str, Any] = {
+        "redo": redo,
+        "keep_following": False,
+        "dry_run": False,
+        "yes": False,
+        "take": [],
+    }  # for one run
     return shlex.join(["python", "generate_continuous.py", *words_of({**arguments, **passing})])
 
 

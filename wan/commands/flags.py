@@ -11,7 +11,21 @@ from typing import Any, NoReturn
 
 from wan import __version__
 from wan.errors import UserError, spell
-from wan.kinds import LARGEST_SEED, MOST_CLIPS, Choice, Files, Frames, Interval, Real, Strength, Switch, Unfit, YesNo
+from wan.kinds import (
+    LARGEST_SEED,
+    MOST_CLIPS,
+    Choice,
+    Files,
+    Frames,
+    Interval,
+    PromptFor,
+    Real,
+    Strength,
+    Switch,
+    TakeOf,
+    Unfit,
+    YesNo,
+)
 from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
 
@@ -57,8 +71,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}{advice}")
 
 
-def parser_of(command: Command) -> Parser:
-    """The parser of a command, whose namespace holds the words of the flags that are there."""
+def parser_of(command: Command, *, whole: bool = True) -> Parser:
+    """The parser of a command, whose namespace holds the words of the flags that are there.
+
+    Those that are required may be missing unless the command is to be `whole`.
+    """
     parser = Parser(
         prog=PROGRAMS[command],
         usage="%(prog)s " + ("--video FILE " if command == "continuous" else "") + "--ckpt_dir DIR [flags]",
@@ -71,23 +88,25 @@ def parser_of(command: Command) -> Parser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for one in options_of(command):
         if one.flag:
-            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command))
+            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command, whole))
     return parser
 
 
-def _arguments(one: Option, command: Command) -> dict[str, Any]:
+def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
     """How argparse collects the words of an option."""
     kind, required = one.kind, command in one.required
-    found: dict[str, Any] = {"help": _help(one, required), "required": required}
+    found: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
     if isinstance(kind, Switch) and not isinstance(kind, YesNo):
         return found | {"action": "store_true"}
     if isinstance(kind, Choice):
         return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
     if isinstance(kind, Interval):
         return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    if isinstance(kind, PromptFor):
+        return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
         return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
-    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files) else {})
+    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
@@ -103,10 +122,13 @@ def _help(one: Option, required: bool) -> str:
 def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     """The settings that the words of a command mean, each in range, and together. Raises UserError."""
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = parser_of(command)
+    prunes = command == "continuous" and any(word.partition("=")[0] == "--prune" for word in words)
+    parser = parser_of(command, whole=not prunes)
     if not {"-h", "--help", "--version"} & set(words):
         parser.refuse_unknown(words)
     given = vars(parser.parse_args(words))
+    if prunes and len(given) > 1:
+        raise UserError("`prune` is given alone; it makes no clips")
     settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
     check_together(command, settings)
     return settings
@@ -129,8 +151,11 @@ def check_together(command: Command, settings: Settings) -> None:
     chain = command != "generate"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
+    if min(settings.takes, settings.best_of) > 1:
+        raise UserError("`takes` chooses as `best_of` does; give one of them")
     # the seeds of all clips and of their candidates
-    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + settings.best_of * CANDIDATE_STEP
+    candidates = max(settings.takes, settings.best_of)
+    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + candidates * CANDIDATE_STEP
     if chain and last > LARGEST_SEED:
         raise UserError(
             f"`base_seed` {settings.base_seed} is too large: the seeds of all clips and candidates must be below 2**63"
@@ -142,6 +167,11 @@ def check_together(command: Command, settings: Settings) -> None:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
         StepCache.parse(settings.cache)
+    if settings.prompt_for and settings.storyboard is not None:
+        raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
+    most = settings.num_videos or 12
+    if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
+        raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
     context = Context.choose(settings.continuation, settings.context_frames)
     if settings.anchor_image is not None and context.mode != "svi2pro":
         raise UserError("`anchor_image` goes with `continuation` svi2pro")

@@ -60,7 +60,7 @@ class Job:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
-        scenes = read_storyboard(Path(settings.storyboard)) if settings.storyboard else ()
+        scenes = read_scenes(settings)
 
         from wan.weights.checkpoint import Names, identify, identify_files, resolve_folder
 
@@ -75,8 +75,8 @@ class Job:
         if command == "continuous" and settings.frame_num is None:
             # a checkpoint may declare that it makes fewer
             settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
-        if scenes:
-            check_storyboard(Path(settings.storyboard or ""), scenes, config=config)
+        if settings.storyboard:
+            check_storyboard(Path(settings.storyboard), scenes, config=config)
         return cls(command, settings, folder, config, choose_size(settings.size, config, folder), scenes, world)
 
     @property
@@ -234,7 +234,8 @@ class Job:
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
                 "drift_correction": settings.drift_correction,
-                "best_of": settings.best_of,
+                "best_of": settings.takes if settings.takes > 1 else settings.best_of,
+                "keeps_takes": settings.takes > 1,
             }
             | more,
         )
@@ -305,6 +306,15 @@ class Job:
                 "drift_correction": plan.drift_correction,
             }
         return used
+
+
+def read_scenes(settings: Settings) -> tuple[Scene, ...]:
+    """What a storyboard, or prompts for some clips in place of one, say of each clip. Raises UserError."""
+    if settings.storyboard:
+        return read_storyboard(Path(settings.storyboard))
+    said = dict(settings.prompt_for)
+    numbers = range(1, max(said, default=0) + 1)
+    return tuple(Scene(0, {"prompt": said[number]} if number in said else {}) for number in numbers)
 
 
 def _or_example(settings: Settings, task: str) -> Settings:

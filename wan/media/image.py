@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import os
 import stat
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from wan.errors import UserError
+from wan.files import write_bytes
 from wan.media.colour import levels, over_white
 from wan.media.source import say_once
+from wan.types import UInt8Array
 
+_WEBP = {"quality": 70, "method": 2, "loop": 0}
 _ROUNDING = 3  # levels by which a conversion from sRGB to sRGB may differ
 
 
@@ -68,3 +73,11 @@ def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) 
     if found is None or np.abs(np.asarray(found, np.int16) - np.asarray(plain)).max() <= _ROUNDING:
         return plain
     return found
+
+
+def write_webp(path: Path, frames: UInt8Array, fps: Fraction) -> None:
+    """uint8 [F, h, w, 3] RGB frames as a moving picture that is there whole or not at all."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    data = io.BytesIO()
+    first.save(data, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), **_WEBP)
+    write_bytes(path, data.getvalue())

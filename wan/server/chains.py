@@ -22,11 +22,12 @@ from wan.commands.flags import check_together
 from wan.commands.job import CHAIN_FRAMES
 from wan.configs import ModelConfig, parse_size
 from wan.errors import UserError
+from wan.files import link_or_copy
 from wan.kinds import Interval, Kind, Picture, Real, Unfit
 from wan.options import OPTIONS, Option, Settings, by_scene_key, options_of
 from wan.server.decode import decode
 from wan.server.errors import ApiError, from_user_error, not_found
-from wan.server.folders import ChainFolder, link_or_copy
+from wan.server.folders import ChainFolder
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, Queue, Ticket, new_id
 from wan.server.wire import settings_of_chain
@@ -36,6 +37,7 @@ MODELS = {"wan2.2-i2v-a14b": 2, "v2v-14B": 2, "i2v-A14B": 2, "wan2.2-ti2v-5b": 1
 DRAFTS_LIVE = 24 * 3600.0  # seconds until a chain that nobody started is removed
 LONGEST_TEXT = 20_000  # characters
 MOST_PICTURES = 50
+_SHOWN = (16, 48)  # channels of the latents that a preview can show
 _PLANS = asyncio.Semaphore(1)
 
 CLIENT = {one.name: one for one in options_of("continuous") if one.client and one.flag}
@@ -89,7 +91,8 @@ class Chains:
             "storyboard": storyboard,
             "output_dir": str(folder.run),
             "num_videos": ticket.count,
-            **({"yes": True} if "yes" in OPTIONS else {}),
+            "yes": True,
+            "preview": self.config.z_dim in _SHOWN,
             "quiet": True,
             "log_file": None,
         }
@@ -340,7 +343,7 @@ class Chains:
     async def take(self, name: str, number: int, take: int) -> Ticket:
         """Go on from another take of a clip. Raises ApiError."""
         ticket = self.get(name)
-        if "take" not in OPTIONS or take not in self.folder(name).takes(number):
+        if take not in self.folder(name).takes(number):
             raise ApiError(f"clip {number} has no take {take}", param="take")
         kept = [list(one) for one in ticket.settings.get("take", []) if one[0] != number]
         values = {
@@ -451,7 +454,7 @@ class Chains:
         frames = 0
         for number in range(ticket.base + 1, ticket.count + 1):
             scene = scenes[number - 1] if number <= len(scenes) else {}
-            takes = scene.get("takes") or max(getattr(settings, "takes", 1), settings.best_of)
+            takes = scene.get("takes") or max(settings.takes, settings.best_of)
             frames += (scene.get("frames") or self._frames(ticket.settings)) * takes
         if frames > self.owner.max_frames:
             raise ApiError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from wan.errors import UserError
-from wan.files import write_json
+from wan.files import link_or_copy, write_json
 from wan.foreign import read_json
 
 # as in wan.chain.run_folder, which needs PyTorch; a test compares them
@@ -120,14 +119,6 @@ class ChainFolder:
                 link_or_copy(video.with_suffix(suffix), self.run / video.with_suffix(suffix).name)
             done = number
         return done
-
-
-def link_or_copy(file: Path, to: Path) -> None:
-    """The same file under another name: no run changes a file in place, it puts another one there."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copyfile(file, to)
 
 
 def _read(path: Path) -> dict[str, Any]:

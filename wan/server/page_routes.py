@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from wan import __version__
 from wan.errors import spell
 from wan.kinds import Choice, Interval, Kind, Switch, Words
-from wan.options import GROUPS, OPTIONS, Option
+from wan.options import GROUPS, Option
 from wan.server.bodies import body_of
 from wan.server.chain_routes import chain_of
 from wan.server.chains import CLIENT, Chains
@@ -166,7 +166,6 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
             "preview": folder.preview.is_file(),
             "report": (folder.run / PAGE).is_file(),
             "pictures": [path.name for path in sorted(folder.path.glob("picture_*.png"))],
-            "takes": "takes" in OPTIONS,
             "a14b": chains.experts == 2,
         }
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from wan.commands.continuous import continue_video
-from wan.commands.job import Job
+from wan.commands.continuous import Chain
 from wan.errors import UserError
 from wan.server.wire import owner_settings, settings_of_chain
 
@@ -16,7 +15,8 @@ def main() -> int:
     said = json.loads(sys.stdin.read())
     settings = settings_of_chain(owner_settings(said["owner"]), {**said["settings"], "dry_run": True})
     try:
-        continue_video(Job.read("continuous", settings))
+        for line in Chain(settings).outline():
+            print(line)
     except UserError as error:
         print(str(error))
         return 2

@@ -24,6 +24,7 @@ from filelock import FileLock
 from wan.commands.progress import Progress
 from wan.errors import UserError
 from wan.options import Settings
+from wan.server.tickets import DONE, PAUSED
 from wan.server.wire import owner_settings, settings_of_chain
 from wan.types import Step
 
@@ -107,14 +108,12 @@ class _Warnings(logging.Handler):
 
 def make(models: Models, settings: Settings, watch: Callable[[str, int, bool], Progress]) -> str:
     """Make a chain, or what is missing of it; returns the state that it is in then."""
-    from wan.chain.records import read_run
-    from wan.chain.run_folder import RUN
-    from wan.commands.continuous import continue_video
+    from wan.commands.continuous import Chain
     from wan.commands.job import Job
 
     job = Job.read("continuous", settings)
-    continue_video(job, models.open(job), watch)
-    return "paused" if read_run(Path(settings.output_dir) / RUN)["status"] == "stopped" else "completed"
+    finished = sum(1 for _ in Chain(job, pipeline=models.open(job), watch=watch))
+    return DONE if finished == settings.num_videos else PAUSED
 
 
 def main() -> int:
