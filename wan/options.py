@@ -206,7 +206,8 @@ class Settings:
     )
     name: str | None = option(
         INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
-        only=("continuous",), flag=False, scene="name", client=True, same="it says which clip this is, not how it is made",
+        only=("continuous",), flag=False, scene="name", client=True,
+        same="it says which clip this is, not how it is made",
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",

@@ -298,6 +298,8 @@ class Chains:
             count = int(read.pop("num_videos", 0)) or count
             given |= read
         count = ticket.count if count is None else count
+        if given.get("take"):  # what was chosen of a clip is not chosen of another
+            given["take"] = [list(one) for one in given["take"] if one[0] not in (clips or {}) and one[0] <= count]
         before = folder.read_clips()
         scenes = [dict(scene) for scene in before]
         for number, clip in sorted((clips or {}).items()):
@@ -556,7 +558,8 @@ def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:
             raise ApiError(
                 f"{name[:60]!r} is no setting" + (" that a client may choose" if known else ""), param=name[:60]
             )
-        if value is not None and value != "":
+        # a prompt may go without words before it; of all else a form leaves empty what nobody chose
+        if value is not None and (value != "" or one.name == "custom_prompt"):
             found[one.name] = _value(one, value, name)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 from wan.errors import UserError
 
 # an absolute path, of which the last name may be said
-_PATH = re.compile(r"(?:[A-Za-z]:\\|/)(?:[^\s/\\:;,'\"()]+[/\\])*([^\s/\\:;,'\"()]*)")
+_PATH = re.compile(r"(?<![\w/.:])(?:[A-Za-z]:\\|/)(?:[^\s/\\:;,'\"()]+[/\\])*([^\s/\\:;,'\"()]*)")
 
 
 class ApiError(Exception):
