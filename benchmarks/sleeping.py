@@ -28,14 +28,14 @@ def work() -> int:
 
     def sleep_through(self: Pipeline, request: Request, on_step: Any = None, **_: Any) -> Generation:
         steps, began = request.sampling.steps, time.perf_counter()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed} {request.prompt}".encode()))
+        latents = torch.randn(self.config.z_dim, *request.geometry.latent, generator=generator)
         for index in range(steps):
             time.sleep(STEP)
             if on_step is not None:
-                on_step(Step(index + 1, steps, "sample"))
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed} {request.prompt}".encode()))
+                on_step(Step(index + 1, steps, "sample", latents))
         colour = torch.rand(3, generator=generator) * 2 - 1
         pixels = colour + torch.rand(*request.geometry.size, 3, generator=generator) / 8
-        latents = torch.randn(self.config.z_dim, *request.geometry.latent, generator=generator)
         clip = Clip(pixels.clamp(-1, 1), Fraction(self.config.sample_fps))
         return Generation(clip, latents, request, seconds={"sample": time.perf_counter() - began})
 

@@ -44,14 +44,14 @@ def serious(page: Any) -> list[str]:
     return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")]
 
 
-def test_a_chain_from_the_upload_to_the_joined_video(server: Served, page: Any) -> None:
+def test_a_chain_from_the_upload_to_the_joined_video(quick: Served, page: Any) -> None:
     shots = Path(os.environ["WAN_SCREENSHOTS"]) if "WAN_SCREENSHOTS" in os.environ else None
 
     def shoot(name: str) -> None:
         if shots is not None:
             page.screenshot(path=shots / f"{name}.png", full_page=True)
 
-    page.goto(server.url)
+    page.goto(quick.url)
     page.set_input_files("#video", SHAPES)
     page.fill("#prompt", "A green circle moves left.")
     page.fill("#num_videos", "2")
@@ -92,12 +92,12 @@ def test_a_chain_from_the_upload_to_the_joined_video(server: Served, page: Any) 
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert serious(page) == []
     shoot("phone")
-    page.goto(server.url)
+    page.goto(quick.url)
     page.wait_for_selector(".queue a:has-text('shapes.mp4')")
     assert page.evaluate("document.documentElement.scrollWidth") == 390 and serious(page) == []
     page.keyboard.press("n")
     assert page.evaluate("document.activeElement.id") == "prompt"
     assert page.wrong == []
     assert {re.sub(r"(//[^/]*).*", r"\1", url) for url in page.asked if not url.startswith(("data:", "blob:"))} == {
-        server.url
+        quick.url
     }

@@ -76,8 +76,8 @@ class Served:
             if chain["status"] in states:
                 return chain
             assert chain["status"] != "failed", chain["error"]
-            time.sleep(0.05)
-        raise AssertionError(f"{chain['status']} after {seconds} s, and not {states}: {chain}")
+            time.sleep(0.1)
+        raise AssertionError(f"{chain['status']} after {seconds} s, and not {states}")
 
 
 @contextmanager

@@ -84,11 +84,10 @@ class Chains:
     def order_of(self, ticket: Ticket) -> dict[str, Any]:
         """What the worker is told of a chain, as JSON values."""
         folder = self.folder(ticket.id)
-        storyboard = str(folder.storyboard) if folder.storyboard.exists() else None
         return {
             **ticket.settings,
             "video": str(folder.path / ticket.source),
-            "storyboard": storyboard,
+            "storyboard": str(folder.storyboard),
             "output_dir": str(folder.run),
             "num_videos": ticket.count,
             "yes": True,
@@ -159,8 +158,7 @@ class Chains:
                 scenes = [first, *scenes[1:]]
                 if source is None and not first.get("prompt"):
                     first["prompt"] = given["prompt"]
-            if any(scenes):
-                folder.write_clips(scenes)
+            folder.write_clips(scenes or [{}])  # a run reads it again before each clip only if it is there at first
             count = int(given.pop("num_videos", None) or max(len(scenes), 1))
             if seconds is not None:
                 count = max(self._clips_of(given, seconds, still), len(scenes))
@@ -179,7 +177,7 @@ class Chains:
                 count=count,
                 seconds=self._seconds(given, count, still) + (found.get("seconds") or 0.0 if whole else 0.0),
             )
-            self._check(ticket, folder, scenes)
+            self._check(ticket, scenes)
             return self._add(ticket, folder)
 
     async def extend(self, name: str, prompt: str, seconds: float | None, clips: int | None = None) -> Ticket:
@@ -217,7 +215,7 @@ class Chains:
                 attempts=0,
                 seconds=before.seconds + self._seconds(dict(before.settings), more, False),
             )
-            self._check(ticket, folder, scenes)
+            self._check(ticket, scenes)
             return self._add(ticket, folder)
 
     async def remix(self, name: str, prompt: str) -> Ticket:
@@ -232,8 +230,7 @@ class Chains:
             for number, scene in enumerate(scenes, 1):
                 if number > before.base and "prompt" in scene:
                     scene["prompt"] = prompt
-            if scenes:
-                folder.write_clips(scenes)
+            folder.write_clips(scenes)
             settings = dict(before.settings) | ({} if before.base else {"prompt": prompt})
             ticket = dataclasses.replace(
                 before,
@@ -248,7 +245,7 @@ class Chains:
                 again=False,
                 attempts=0,
             )
-            self._check(ticket, folder, scenes)
+            self._check(ticket, scenes)
             return self._add(ticket, folder)
 
     def start(self, name: str) -> Ticket:
@@ -312,21 +309,20 @@ class Chains:
             scenes[number - 1] = left | own
         scenes = scenes[:count]
         changed = dataclasses.replace(ticket, settings=given, count=count, prompt=given.get("prompt", ticket.prompt))
-        self._check(changed, folder, scenes)
+        self._check(changed, scenes)
         now = self.supervisor.live[name].clip if self.supervisor and name in self.supervisor.live else 0
         past = [
             n for n, (a, b) in enumerate(zip(_padded(before, count), _padded(scenes, count), strict=True), 1) if a != b
         ]
-        if scenes or folder.storyboard.exists():
-            folder.write_clips(scenes or [{}])
+        folder.write_clips(scenes or [{}])
         done = min([ticket.done, *(number - 1 for number in past)])
         values = {"settings": given, "count": count, "prompt": changed.prompt, "done": done}
         if ticket.state == MAKING:
             # the storyboard is read again before each clip; all else only when the run begins
-            restart = given != ticket.settings or count != ticket.count or any(number <= now for number in past)
-            if restart:
+            if given != ticket.settings or count != ticket.count or any(number <= now for number in past):
                 folder.ask_to_stop()
-            return self.queue.change(name, again=restart or ticket.again, **values)
+            # that finds nothing to do if the storyboard was read in time
+            return self.queue.change(name, again=True, **values)
         self.queue.change(name, **values)
         return self.get(name) if ticket.state in (DRAFT, QUEUED) else self.start_again(name)
 
@@ -442,27 +438,27 @@ class Chains:
                 headers={"Retry-After": "60"},
             )
 
-    def _check(self, ticket: Ticket, folder: ChainFolder, scenes: Sequence[Mapping[str, Any]]) -> None:
+    def _check(self, ticket: Ticket, scenes: Sequence[Mapping[str, Any]]) -> None:
         """Raise ApiError for settings that do not go together, or for more than the server makes."""
-        try:
-            settings = settings_of_chain(self.owner, {**ticket.settings, "num_videos": ticket.count, "video": "x"})
-            check_together("continuous", settings)
-            size = settings.size or self.config.sizes[0]
-        except UserError as error:
-            raise from_user_error(error) from error
-        if size not in self.config.sizes:
-            sizes = ", ".join(one.replace("*", "x") for one in self.config.sizes)
-            raise ApiError(f"size must be one of {sizes}; {size.replace('*', 'x')} is not", param="size")
-        frames = 0
+        of, frames = ticket.settings, 0
+        takes = max(of.get("takes") or self.owner.takes, of.get("best_of") or self.owner.best_of)
         for number in range(ticket.base + 1, ticket.count + 1):
             scene = scenes[number - 1] if number <= len(scenes) else {}
-            takes = scene.get("takes") or max(settings.takes, settings.best_of)
-            frames += (scene.get("frames") or self._frames(ticket.settings)) * takes
+            frames += (scene.get("frames") or self._frames(of)) * (scene.get("takes") or takes)
         if frames > self.owner.max_frames:
             raise ApiError(
                 f"{frames} frames are more than the {self.owner.max_frames} that this server makes of one chain",
                 param="seconds",
             )
+        try:
+            settings = settings_of_chain(self.owner, {**of, "num_videos": ticket.count, "video": "x"})
+            check_together("continuous", settings)
+        except UserError as error:
+            raise from_user_error(error) from error
+        size = settings.size or self.config.sizes[0]
+        if size not in self.config.sizes:
+            sizes = ", ".join(one.replace("*", "x") for one in self.config.sizes)
+            raise ApiError(f"size must be one of {sizes}; {size.replace('*', 'x')} is not", param="size")
 
     def _frames(self, settings: Mapping[str, Any]) -> int:
         given: int | None = settings.get("frame_num") or self.owner.frame_num

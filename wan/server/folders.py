@@ -35,7 +35,7 @@ class ChainFolder:
 
     def read_clips(self) -> list[dict[str, Any]]:
         """What the storyboard says of each clip, as far as it goes."""
-        found: list[dict[str, Any]] = read_json(self.storyboard)["clips"] if self.storyboard.exists() else []
+        found: list[dict[str, Any]] = read_json(self.storyboard)["clips"]
         return found
 
     def write_clips(self, clips: Sequence[Mapping[str, Any]]) -> None:
