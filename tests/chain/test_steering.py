@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -306,6 +308,7 @@ def test_takes_are_kept_and_chosen(command: Command, tmp_path: Path, monkeypatch
     before, made = stamps(out), during(monkeypatch, {})
     other, same = (2, 1) if best == 4 else (1, 2)
     assert command(f"{words} --take 2={same}").code == 0 and made == []  # it was that one
+    assert "clip 3 continues clip 2" in command(f"{words} --take 2={other} --dry_run").said
     seen = command(f"{words} --take 2={other}")
     assert seen.code == 0 and len(made) == 2  # two takes of the clip that follows, none of the one that was chosen
     assert f"clip 2 is there already: it is takes/02/take_{other}_seed" in seen.told
@@ -431,3 +434,40 @@ def test_a_chain_is_made_in_five_lines(command: Command, tmp_path: Path) -> None
     assert clip.number == 3 and json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     with pytest.raises(UserError, match="give yes for that"):
         next(iter(Chain(dataclasses.replace(settings, prompt="changed"))))
+
+
+def test_a_clip_that_changes_its_place_is_finished_somewhere_at_any_moment(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("--prompt on --num_videos 2").code == 0
+    wanted = {clip.fingerprint for clip in RunFolder(tmp_path / "out").clips().values()}
+
+    def change_places(folder: RunFolder) -> None:
+        records = [folder.set_clip_aside(folder.clips()[number].record_path) for number in (1, 2)]
+        for number, record in zip((2, 1), records, strict=True):
+            folder.restore(number, 2, record)
+
+    left = 0
+
+    def event(*paths: Any, original: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return original(*paths, **options)
+
+    for stop_at in range(1, 100, 5):
+        home, left = Path(shutil.copytree(tmp_path / "out", tmp_path / str(stop_at))), stop_at
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "link", "unlink"):
+                patch.setattr(os, name, functools.partial(event, original=getattr(os, name)))
+            try:
+                change_places(RunFolder(home))
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        folder = RunFolder(home)
+        found = {clip.fingerprint for clip in (*folder.clips().values(), *folder.replaced())}
+        assert wanted <= found, stop_at
+    assert stop_at > 20 and [clip.record["seed"] for clip in RunFolder(home).clips().values()] == [4, 3]

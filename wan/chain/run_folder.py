@@ -412,17 +412,19 @@ class RunFolder:
                     log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
             self._set_aside(same)
 
-    def _set_aside(self, files: Sequence[Path]) -> Path:
+    def _set_aside(self, files: Sequence[Path]) -> None:
         """Move files of one name to `redone/`, a record last, under a name that none of them has there."""
-        home = self.path / REDONE
+        free = self._free_in_redone(files)
+        for file in sorted(files, key=lambda file: file.suffix == ".json"):
+            file.rename(free.with_name(f"{free.name}{file.suffix}"))
+
+    def _free_in_redone(self, files: Sequence[Path]) -> Path:
+        """A name in `redone/`, without a suffix, that none of these files, which have one name, has there."""
+        home, stem = self.path / REDONE, files[0].stem
         home.mkdir(exist_ok=True)
         self._digests.clear()
-        stem = files[0].stem
-        stems = (f"{stem}{again}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
-        free = next(one for one in stems if not any((home / f"{one}{file.suffix}").exists() for file in files))
-        for file in sorted(files, key=lambda file: file.suffix == ".json"):
-            file.rename(home / f"{free}{file.suffix}")
-        return home / f"{free}.json"
+        names = (f"{stem}{again}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
+        return home / next(one for one in names if not any((home / f"{one}{file.suffix}").exists() for file in files))
 
     def set_joined_aside(self) -> None:
         """Move the joined video to `redone/`, if there is one."""
@@ -430,27 +432,29 @@ class RunFolder:
             self._set_aside([joined])
 
     def set_clip_aside(self, record: Path) -> Path:
-        """Move a finished clip to `redone/`; returns its record there."""
-        return self._set_aside([record.with_suffix(suffix) for suffix in _SUFFIXES])
+        """Move a finished clip to `redone/`, which has it whole before it is gone; returns its record there."""
+        free = self._free_in_redone([record.with_suffix(suffix) for suffix in _SUFFIXES])
+        return self._move(record, free.with_name(f"{free.name}.json"))
 
     def restore(self, number: int, digits: int, record: Path) -> FinishedClip:
-        """Bring a clip that is whole and lies elsewhere in the folder to a place; what was there is set aside.
-
-        Its record there comes last and the one here goes first, so that the clip is always finished somewhere.
-        """
-        said = read_json(record)
-        target = self.path / f"video_{number:0{digits}d}_seed{said['seed']}.json"
+        """Bring a clip that is whole and lies elsewhere in the folder to a place; what was there is set aside."""
+        target = self.path / f"video_{number:0{digits}d}_seed{read_json(record)['seed']}.json"
         self._make_room(number, "")
-        for suffix in _SUFFIXES[:-1]:
-            link_or_copy(record.with_suffix(suffix), target.with_suffix(suffix))
-        write_json(target, said)
-        if record.parent.name == REDONE:
-            self._digests.clear()
-            for suffix in reversed(_SUFFIXES):
-                record.with_suffix(suffix).unlink()
-        found = self._read(target)
+        found = self._read(self._move(record, target, keep=record.parent.name != REDONE))
         assert isinstance(found, FinishedClip)  # it was, a moment ago
         return found
+
+    def _move(self, record: Path, target: Path, *, keep: bool = False) -> Path:
+        """Give a clip another name, or a second one that it is to `keep`; it is finished somewhere at any moment.
+
+        Its record there comes last and the one here goes first.
+        """
+        for suffix in _SUFFIXES:
+            link_or_copy(record.with_suffix(suffix), target.with_suffix(suffix))
+        for suffix in () if keep else reversed(_SUFFIXES):
+            record.with_suffix(suffix).unlink()
+        self._digests.clear()
+        return target
 
     @property
     def run(self) -> dict[str, Any]:
