@@ -28,8 +28,9 @@ from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.kinds import Local
+from wan.kinds import Among, Gib, Guidance, Local, Real, Seed, Strength, Whole
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
+from wan.settings import LoraFile
 from wan.types import Step
 
 pytestmark = pytest.mark.slow
@@ -135,6 +136,39 @@ def test_settings_are_in_range_wherever_they_come_from() -> None:
     for name, value in {"vram": 0.5, "drift_correction": 2.0, "frame_num": 6, "base_seed": 2**63}.items():
         with pytest.raises(UserError, match=f"^{name} "):
             check(name, value)
+
+
+def test_every_number_has_a_limit_and_a_reason_for_it() -> None:
+    for one in OPTIONS.values():
+        kind = one.kind
+        if isinstance(kind, Whole | Real | Guidance) and not isinstance(kind, Among | Seed | Strength):
+            assert abs(kind.high) <= 10**6 and kind.reason.startswith("; "), one.name
+            value: Any = (kind.high, 2 * kind.high) if isinstance(kind, Guidance) else 2 * kind.high
+            with pytest.raises(UserError, match=f"`?{one.name}`? .*{kind.reason}"):
+                check(one.name, value)
+        elif isinstance(kind, Gib):
+            with pytest.raises(UserError, match="GiB from 1 to 4096"):
+                check(one.name, 1e9)
+    assert Settings(base_seed=2**63 - 1) and OPTIONS["drift_correction"].kind == Strength("S", 0, 1, unsaid=0.9)
+    for name, value in (("base_seed", 2**63), ("seed", 2**63), ("context_frames", 10**9), ("drift_correction", 1e300)):
+        with pytest.raises(UserError, match=name):
+            check(name, value)
+    for text in (f"PATH:{strength}" for strength in ("1e300", "-1001", "nan", "inf")):
+        with pytest.raises(UserError, match="must be from -1000 to 1000"):
+            LoraFile.parse(text)
+    with pytest.raises(UserError, match="size must look like"):
+        check("size", "9" * 5000 + "*9")
+
+
+@pytest.mark.parametrize("text", ["-rain", "-5 degrees, it snows", "-1", "-", "--", "-prompt", "--rain"])
+def test_a_text_may_begin_with_a_dash(text: str) -> None:
+    words = ["--ckpt_dir", "x", "--video", "y"]
+    assert parse("continuous", [*words, f"--prompt={text}"]).prompt == text
+    if not text.startswith("--"):
+        assert parse("continuous", ["--prompt", text, *words]).prompt == text
+        assert parse("continuous", [*words, "--prompt", text]).prompt == text
+    assert parse("continuous", [*words, "--sample_guide_scale", "-1,2"]).sample_guide_scale == (-1, 2)
+    assert parse("continuous", [*words, "--drift_correction", "--prompt", "a"]).drift_correction == 0.9
 
 
 def test_every_value_can_be_said_on_the_command_line_again() -> None:
@@ -297,6 +331,11 @@ CASES: dict[str, Case] = {
     "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
     "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
     "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),
+    "comfy_dir": Case(
+        "--ckpt_dir without_vae --comfy_dir comfy",
+        lambda s: s.pipeline.checkpoint.vae.path.name,
+        "wan2.2_vae.safetensors",
+    ),
     "dit": Case("--dit dit.safetensors", lambda s: s.pipeline.checkpoint.experts["model"].path.name, "dit.safetensors"),
     "dit_high": Case(
         "--dit_high dit_high.safetensors",

@@ -27,7 +27,7 @@ from tests.support.media_samples import (
     recording,
     samples,
 )
-from wan import media
+from wan import files, media
 from wan.errors import UserError
 from wan.media import assembly, source
 from wan.timeline import Part, Timeline, shared_rate
@@ -382,7 +382,7 @@ def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, t
 def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
     moments: list[float], longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source._say.cache_clear()
+    files._say.cache_clear()
     recording(tmp_path / "a.mp4", moments, sound=beeps(1 + longer, [0.5]))
     shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
     assert shown.index(1001) / rate == pytest.approx(1 + (longer if "held" in words else 1 / 16), abs=0.05)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from wan.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def file_digest(path: Path) -> str:
@@ -98,6 +102,16 @@ def publish(part: Path, path: Path) -> None:
 def readable(path: str | Path) -> str:
     """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def say_once(path: str | os.PathLike[str], message: str, level: int = logging.WARNING) -> None:
+    """Log one line about a file, the first time that it is said."""
+    _say(level, f"{os.fspath(path)!r}: {message}")  # a name may hold a newline or bytes that are no text
+
+
+@lru_cache(maxsize=1024)
+def _say(level: int, line: str) -> None:
+    log.log(level, "%s", line)
 
 
 def unreadable(file: Path, error: BaseException) -> UserError:

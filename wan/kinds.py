@@ -17,6 +17,7 @@ from wan.files import readable
 
 LARGEST_SEED = 2**63 - 1
 MOST_CLIPS = 10_000
+MOST_GIB = 4096  # more than a machine has
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
 
 
@@ -241,10 +242,11 @@ class Among(Whole):
 
 @dataclass(frozen=True)
 class Real(Kind):
-    """A finite number from `low` to `high`; `above` leaves `low` itself out."""
+    """A number from `low` to `high`; `reason` says why not more, and `above` leaves `low` itself out."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = 0
+    high: float = 1
+    reason: str = ""
     above: bool = False
 
     def read(self, text: str) -> float:
@@ -254,12 +256,10 @@ class Real(Kind):
             raise Unfit(f"must be a number, {text[:40]!r} is not") from error
 
     def check(self, value: Any) -> None:
-        number = _is_number(value) and math.isfinite(value)
-        if number and self.low <= value <= self.high and not (self.above and value == self.low):
-            return
-        if self.high < math.inf:
-            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not")
-        raise Unfit(f"must be a {'positive' if self.above else 'finite'} number, {value} is not")
+        if self.above and not (_is_number(value) and math.isfinite(value) and value > self.low):
+            raise Unfit(f"must be a positive number, {value} is not")
+        if not (_is_number(value) and self.low <= value <= self.high):
+            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not{self.reason}")
 
 
 @dataclass(frozen=True)
@@ -312,11 +312,12 @@ class Gib(Kind):
             raise self._unfit(text) from error
 
     def check(self, value: Any) -> None:
-        if value != "auto" and not (_is_number(value) and 1 <= value < 4096):
+        if value != "auto" and not (_is_number(value) and 1 <= value <= MOST_GIB):
             raise self._unfit(value)
 
     def _unfit(self, value: Any) -> Unfit:
-        return Unfit(f"must be auto or a number of GiB from 1, for instance 12; {str(value)[:40]!r} is not")
+        said = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
+        return Unfit(f"{said}; {str(value)[:40]!r} is not")
 
     def write(self, value: Any) -> list[str]:
         return [value if isinstance(value, str) else f"{value:g}"]
@@ -327,6 +328,7 @@ class Count(Whole):
     """A whole number, or "auto"."""
 
     high: int = 4096
+    reason: str = "; no machine has more"
 
     def read(self, text: str) -> Any:
         return text if text == "auto" else super().read(text)
@@ -338,7 +340,10 @@ class Count(Whole):
 
 @dataclass(frozen=True)
 class Guidance(Kind):
-    """(low noise, high noise), written LOW,HIGH or as one number for both."""
+    """(low noise, high noise), written LOW,HIGH or as one number for both, up to `high` of either sign."""
+
+    high: float = 1000
+    reason: str = "; of the picture nothing is left by then"
 
     def read(self, text: str) -> tuple[float, float]:
         try:
@@ -354,6 +359,9 @@ class Guidance(Kind):
             raise Unfit(f"must be two numbers, of low and of high noise; {value!r} is not")
         if not all(math.isfinite(scale) for scale in value):
             raise Unfit(f"must be finite, {','.join(f'{scale:g}' for scale in value)} is not")
+        if any(abs(scale) > self.high for scale in value):
+            shown = ",".join(f"{scale:g}" for scale in value)
+            raise Unfit(f"must be from -{self.high:g} to {self.high:g}, {shown} is not{self.reason}")
 
     def write(self, value: Any) -> list[str]:
         return [",".join(repr(scale) for scale in value)]

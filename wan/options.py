@@ -179,7 +179,8 @@ class Settings:
         INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
     )
     from_: float | None = option(
-        INPUT, Real("SECONDS", 0, above=True), "take the video to end at this time, and continue from there",
+        INPUT, Real("SECONDS", 0, 1e6, "; no video is that long", above=True),
+        "take the video to end at this time, and continue from there",
         unset="its end", client=True, fingerprint="parent", record=True, continues=True,
     )
     size: str | None = option(
@@ -278,7 +279,8 @@ class Settings:
         scene="steps", client=True, fingerprint="steps", record=True,
     )
     sample_shift: float | None = option(
-        SAMPLING, Real("S", 0, above=True), "sigma shift", unset="the preset's, or the model's",
+        SAMPLING, Real("S", 0, 1000, "; all steps are at full noise by then", above=True), "sigma shift",
+        unset="the preset's, or the model's",
         scene="shift", client=True, fingerprint="shift", record=True,
     )
     sample_guide_scale: tuple[float, float] | None = option(
@@ -343,7 +345,8 @@ class Settings:
         only=("continuous",), client=True, fingerprint="take", continues=True,
     )
     redo: int | None = option(
-        CONTINUITY, Whole("K"), "make clip K, counted from 1, again with another seed", unset="none",
+        CONTINUITY, Whole("K", reason="; no chain has more clips"),
+        "make clip K, counted from 1, again with another seed", unset="none",
         only=("continuous",), same=_ORDER,
     )
     keep_following: bool = option(
@@ -398,19 +401,24 @@ class Settings:
         SPEED, Count("N"), "share a clip's tokens among so many GPUs (torchrun)", "auto", same=_FASTER,
     )
     cfg_size: int | Literal["auto"] = option(
-        SPEED, Count("N", 1, 2), "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto",
-        same=_FASTER,
+        SPEED, Count("N", 1, 2, "; guidance has two forwards"),
+        "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto", same=_FASTER,
     )
     collective_timeout: float = option(
-        SPEED, Real("SECONDS", 1, 1e6), "give up when a GPU lets the others wait so long", 600.0, same=_FASTER,
+        SPEED, Real("SECONDS", 1, 1e6, "; that is 11 days"), "give up when a GPU lets the others wait so long", 600.0,
+        same=_FASTER,
     )
     t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
     dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
 
     # Weights and LoRAs
-    ckpt_dir: str = option(
-        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
-        required=(*BOTH, "serve"), fingerprint="checkpoint", record=True, was="checkpoint",
+    ckpt_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
+        unset="none; needed without `comfy_dir`", fingerprint="checkpoint", record=True, was="checkpoint",
+    )
+    comfy_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
+        unset="none", fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
@@ -427,7 +435,7 @@ class Settings:
         fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors or .pth text encoder in place of the folder's", unset="none",
+        WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
         fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -60,8 +61,8 @@ class Pipeline(ABC):
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model` (which serves both of two experts), or `high_noise_model` and `low_noise_model`.
-    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth).
-    `compile_blocks`: compile the denoiser where
+    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth, a text encoder's .gguf), and
+    "tokenizer", a folder or a text encoder's file that carries it. `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
@@ -114,13 +115,7 @@ class Pipeline(ABC):
             resolve_folder(checkpoint_dir, files | parts),
             in_channels=config.in_channels,
             experts=1 if config.boundary is None else 2,
-            names=Names(
-                low_noise=config.low_noise_checkpoint,
-                high_noise=config.high_noise_checkpoint,
-                vae=config.vae_checkpoint,
-                text_encoder=config.t5_checkpoint,
-                tokenizer=config.t5_tokenizer,
-            ),
+            names=Names.of(config),
             files=files | parts,
         )
         for weights in self.checkpoint.experts.values():
@@ -527,3 +522,20 @@ def fills(width: int, height: int, max_area: int, cell: int) -> bool:
     """
     on_grid = width % cell == 0 and height % cell == 0
     return on_grid and width * height <= max_area < (width + cell) * (height + cell)
+
+
+# Which module has the pipeline of a task, and under which name.
+_CLASSES = {
+    "t2v-A14B": ("wan.text2video", "WanT2V"),
+    "i2v-A14B": ("wan.image2video", "WanI2V"),
+    "ti2v-5B": ("wan.textimage2video", "WanTI2V"),
+    "v2v-14B": ("wan.video2video", "WanV2V"),
+    "v2v-5B": ("wan.wan22video2video5B", "WanV2V5B"),
+}
+
+
+def pipeline_class(task: str) -> type[Pipeline]:
+    """The class of a task's pipeline, by the task's name in `WAN_CONFIGS`."""
+    home, name = _CLASSES[task]
+    found: type[Pipeline] = getattr(import_module(home), name)
+    return found

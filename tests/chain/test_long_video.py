@@ -24,6 +24,7 @@ from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
 from wan.chain.chain import ChainRun
 from wan.chain.run_folder import RunFolder
+from wan.options import OPTIONS
 from wan.types import Generation, Request
 from wan.weights.checkpoint import open_safetensors
 
@@ -426,6 +427,9 @@ def test_every_run_writes_a_report_of_what_is_there(checkpoints: Path, tmp_path:
     assert page.count("data:image/jpeg;base64,") >= 16 and "it goes on" in page
     assert "://" not in page
     assert len(data["clips"]) == 2
+    of_the_model = {"negative_prompt", "width", "height", "fps", "param_dtype", "t5_dtype"}
+    known = {one.record for one in OPTIONS.values()} | of_the_model
+    assert {*data["common"], *data["clips"][0]["settings"], *data["clips"][1]["settings"]} <= known
     for record in records(tmp_path / "run"):
         assert record["seam"]["score"] >= 0 and record["look"]["sharpness"] > 0
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from wan import __version__
 from wan.errors import UserError, spell
 from wan.kinds import (
     LARGEST_SEED,
@@ -28,6 +27,7 @@ from wan.kinds import (
 )
 from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
+from wan.version import __version__
 
 PROGRAMS: Mapping[Command, str] = {
     "generate": "generate.py",
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, words: Sequence[str]) -> None:
         """Raise UserError for a flag that does not exist, before anything that is missing because of it."""
         known = list(self._option_string_actions)
-        for word in words:
+        for before, word in zip(("", *words), words, strict=False):
             if word == "--":
                 return
             flag = word.partition("=")[0]
@@ -68,7 +68,27 @@ class Parser(argparse.ArgumentParser):
                     flag.replace("-", "_"), [one.replace("-", "_") for one in known], 1, 0.7
                 )
                 advice = f"; did you mean --{close[0].lstrip('_')}?" if close else ""
-                self.error(f"unknown flag {flag}{advice}")
+                if not close and self._takes_a_word(before):
+                    advice = f"; if it is the value of {before}, write {before}={word[:40]}"
+                self.error(f"unknown flag {flag[:40]}{advice}")
+
+    def join_values(self, words: Sequence[str]) -> list[str]:
+        """The words, with a value that begins with one dash, as "-rain" may, put to its flag: "--prompt=-rain".
+
+        argparse takes every such word for a flag. What is a flag stays one, and so does what begins with two dashes.
+        """
+        joined: list[str] = []
+        for word in words:
+            is_value = word.startswith("-") and not word.startswith("--") and word not in self._option_string_actions
+            if is_value and joined and self._takes_a_word(joined[-1]):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
+    def _takes_a_word(self, flag: str) -> bool:
+        action = self._option_string_actions.get(flag)
+        return action is not None and action.nargs is None and action.metavar is not None
 
 
 def parser_of(command: Command, *, whole: bool = True) -> Parser:
@@ -124,6 +144,7 @@ def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     words = sys.argv[1:] if argv is None else list(argv)
     prunes = command == "continuous" and any(word.partition("=")[0] == "--prune" for word in words)
     parser = parser_of(command, whole=not prunes)
+    words = parser.join_values(words)
     if not {"-h", "--help", "--version"} & set(words):
         parser.refuse_unknown(words)
     given = vars(parser.parse_args(words))
@@ -141,6 +162,8 @@ def _read(one: Option, words: Any) -> Any:
             return tuple(words)
         if isinstance(one.kind, Interval):
             return tuple(Real().read(word) for word in words)
+        if words == []:  # until Python 3.12 argparse loses this one value
+            words = "--"
         return words if words is True else one.kind.read(words)
     except Unfit as error:
         raise UserError(f"`{one.name}` {error}") from error
@@ -148,6 +171,8 @@ def _read(one: Option, words: Any) -> Any:
 
 def check_together(command: Command, settings: Settings) -> None:
     """Raise UserError for settings that do not go together."""
+    if settings.ckpt_dir is None and settings.comfy_dir is None:
+        raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command != "generate"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
