@@ -93,6 +93,7 @@ def test_a_chain_from_the_upload_to_the_joined_video(quick: Served, page: Any) -
     until(page, "document.querySelector('#joined').currentTime > 0.6")
     page.evaluate("document.querySelector('#joined').pause()")
     assert serious(page) == []
+    until(page, "[...document.querySelectorAll('.thumb')].every((one) => one.complete && one.naturalWidth > 0)")
     shoot("chain")
 
     page.emulate_media(color_scheme="dark")

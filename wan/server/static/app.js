@@ -112,6 +112,8 @@ document.addEventListener("submit", async (event) => {
     if (plan) await showPlan(found);
     else {
       say("Done.");
+      const edit = form.closest(".edit");
+      if (edit) edit.open = false;
       if (document.activeElement && form.contains(document.activeElement)) document.activeElement.blur();
       for (const part of all("[data-part]")) renew(part);
       if (found.status) showState(found);
