@@ -157,7 +157,7 @@ async def load(clients: int, seconds: float, every: float, folder: Path) -> dict
                 memory.append(process.memory_info().rss / 2**20)
                 await asyncio.sleep(1)
 
-        done = await asyncio.gather(timed(served, name, clips), weigh(), *kinds)
+        done: list[Any] = await asyncio.gather(timed(served, name, clips), weigh(), *kinds)
         left = [path.name for path in (folder / "jobs").glob(".*")] + list((folder / ".uploads").iterdir())
     waited = sorted(time for client in crowd for time in client.waited)
     failed = [line for client in crowd for line in client.failed]

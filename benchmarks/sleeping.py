@@ -39,7 +39,7 @@ def work() -> int:
         clip = Clip(pixels.clamp(-1, 1), Fraction(self.config.sample_fps))
         return Generation(clip, latents, request, seconds={"sample": time.perf_counter() - began})
 
-    Pipeline.run = sleep_through  # type: ignore[method-assign, assignment]
+    Pipeline.run = sleep_through  # type: ignore[method-assign]
     return worker.main()
 
 

@@ -77,12 +77,12 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
     "Output",
     "Server",
 )
-# What is said of one chain, and so not to the server, which makes many.
-OF_ONE_CHAIN = frozenset(
+# Flags of a chain that a server does not take: those of one video, and of several GPUs.
+NOT_SERVED = frozenset(
     (
         *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
-        *("keep_state", "prune"),
+        *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
     )
 )
 
@@ -564,7 +564,7 @@ def options_of(command: Command) -> list[Option]:
     return [
         one
         for one in OPTIONS.values()
-        if command in one.only or (chains and "continuous" in one.only and one.name not in OF_ONE_CHAIN)
+        if command in one.only or (chains and "continuous" in one.only and one.name not in NOT_SERVED)
     ]
 
 

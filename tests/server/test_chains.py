@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import urllib.request
 
@@ -125,6 +126,23 @@ def test_a_clip_ahead_is_changed_while_one_before_it_is_made(quick: Served) -> N
     assert chain["clips"][1]["prompt"].endswith("A red square.")
     report = quick.fetch(f"/v1/chains/{name}/report")
     assert report[0] == 200 and report[2]["content-security-policy"].startswith("sandbox;")
+
+
+def test_a_run_of_the_command_line_is_shown_and_not_changed(quick: Served) -> None:
+    made = next(path.parent for path in (quick.folder / "jobs").glob("*/run/joined.mp4"))
+    shutil.copytree(made, quick.folder / "by hand")
+    assert 'href="/old/by%20hand"' in quick.ask("/")[1]
+    assert "Clip 1" in quick.ask("/old/by%20hand")[1] and quick.fetch("/old/by%20hand/report")[0] == 200
+    assert quick.fetch("/old/by%20hand/content")[2]["content-type"] == "video/mp4"
+    for path in (
+        "/old/..",
+        "/old/jobs",
+        "/old/%2e%2e/content",
+        "/old/.uploads",
+        "/static/..%2f..%2fapp.py",
+        "/chains/x",
+    ):
+        assert quick.fetch(path)[0] == 404, path
 
 
 def test_what_a_chain_may_not_be_is_refused(quick: Served) -> None:

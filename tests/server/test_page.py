@@ -26,12 +26,11 @@ def page() -> Iterator[Any]:
     with sync_playwright() as playwright:
         # a sandbox needs what containers and root do not have
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1100, "height": 900})
-        opened.wrong = []
+        opened: Any = browser.new_page(viewport={"width": 1100, "height": 900})
+        opened.wrong, opened.asked = list[str](), list[str]()
         opened.on("pageerror", lambda error: opened.wrong.append(str(error)))
         opened.on("console", lambda said: opened.wrong.append(said.text) if said.type == "error" else None)
         opened.on("request", lambda asked: opened.asked.append(asked.url))
-        opened.asked = []
         opened.set_default_timeout(60_000)
         yield opened
         browser.close()

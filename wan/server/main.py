@@ -18,6 +18,7 @@ from PIL import Image
 from wan.commands.job import Job
 from wan.commands.progress import say
 from wan.configs import ModelConfig
+from wan.device.ranks import World
 from wan.errors import UserError
 from wan.options import Settings
 from wan.server.app import create_app
@@ -30,6 +31,8 @@ _SHORTEST_KEY = 16  # characters
 
 def serve(settings: Settings) -> None:
     """Listen until a signal. Raises UserError."""
+    if (size := World.read(os.environ).size) > 1:
+        raise UserError(f"a server works on one GPU, and {size} processes were started; start it without torchrun")
     key = read_key(settings)
     loopback = is_loopback(settings.host)
     if not loopback and key is None:

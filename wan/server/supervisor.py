@@ -21,8 +21,10 @@ from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
 
 log = logging.getLogger(__name__)
 
-WORKER = (sys.executable, "-m", "wan.server.worker")
+WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 MOST_ATTEMPTS = 3  # that one chain may take a worker down without finishing a clip
+SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two workers that end at once
+_END_SECONDS = 5.0  # until a worker that was told to end is killed
 _KEPT = 200  # events of a chain that a client which comes back may ask for
 _BEHIND = 500  # events that a client may be behind before it is let go
 _LINE = 1 << 24
@@ -156,7 +158,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Keep a worker at work for ever."""
-        wait = 0.5
+        wait = SHORTEST_WAIT
         while True:
             began = time.monotonic()
             try:
@@ -169,7 +171,7 @@ class Supervisor:
             self.state = "starting"
             await self._lost()
             self.metrics.workers.inc()
-            wait = 0.5 if time.monotonic() - began > 60 else min(wait * 2, 30)
+            wait = SHORTEST_WAIT if time.monotonic() - began > 60 else min(wait * 2, LONGEST_WAIT)
             await asyncio.sleep(wait)
 
     async def _one_worker(self) -> None:
@@ -188,8 +190,13 @@ class Supervisor:
                 await self._heard(json.loads(line))
         finally:
             giving.cancel()
-            await self.end_worker()
-            await process.wait()
+            if process.stdin is not None:
+                process.stdin.close()  # which ends it
+            try:
+                await asyncio.wait_for(process.wait(), _END_SECONDS)
+            except TimeoutError:
+                await self.end_worker()
+                await process.wait()
 
     def _say(self, order: Mapping[str, Any]) -> None:
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
