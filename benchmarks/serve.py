@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+from safetensors import safe_open
 
 from tests.support.served import SHAPES, Served, serving
 
@@ -229,10 +230,15 @@ def kill(kills: int, folder: Path, *, clips: int = 4, step: float = 0.1) -> dict
     }
 
 
-def states(folder: Path, name: str) -> dict[str, str]:
-    """Digests of the states of a chain's clips."""
-    run = folder / "jobs" / name / "run"
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.glob("*.safetensors"))}
+def states(folder: Path, name: str) -> dict[str, Any]:
+    """What is in the states of a chain's clips: digests of their tensors, and what they were made with."""
+    found: dict[str, Any] = {}
+    for path in sorted((folder / "jobs" / name / "run").glob("video_*.safetensors")):
+        with safe_open(path, framework="numpy") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            digests = {key: hashlib.sha256(tensor.tobytes()).hexdigest() for key, tensor in tensors.items()}
+            found[path.name] = digests, opened.metadata()  # of which a file keeps no order
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -84,7 +84,7 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
                 raise
-            raise UserError(f"wan-serve needs {error.name}: pip install 'wan-continue[serve]'") from error
+            raise UserError(f'wan-serve needs {error.name}: in your clone, pip install -e ".[serve]"') from error
         serve(settings)
 
     return run(command, argv)

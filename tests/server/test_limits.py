@@ -7,12 +7,17 @@ import errno
 import struct
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zlib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from tests.support.served import serving
+from wan import cli
 from wan.chain import run_folder
 from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
@@ -174,3 +179,47 @@ def test_a_server_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="a server works on one GPU"):
         serve(Settings(ckpt_dir="x", output_dir=str(tmp_path)))
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name == "fastapi" or name.startswith("wan.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert cli.serve_main(["--ckpt_dir", "x"]) == 2
+    assert capsys.readouterr().err == 'error: wan-serve needs fastapi: in your clone, pip install -e ".[serve]"\n'
+
+
+KEY = "a-key-of-some-length"
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+def test_a_browser_enters_with_the_key_which_is_in_no_process_list(tmp_path: Path) -> None:
+    with serving(tmp_path / "out", "--host", "0.0.0.0", key=KEY, program=("benchmarks.sleeping",)) as served:
+        served.url = served.url.replace("0.0.0.0", "127.0.0.1")
+        assert served.ask("/v1/videos")[0] == 401 and served.ask("/health")[0] == 200
+        assert "The key of this server" in served.ask("/")[1]  # where it leads
+        form = {"Content-Type": "application/json"}
+        assert served.fetch("/login", "POST", b'{"key": "wrong"}', form)[0] == 401
+
+        class Stay(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        request = urllib.request.Request(f"{served.url}/login", b'{"key": "%s"}' % KEY.encode(), form)
+        with pytest.raises(urllib.error.HTTPError) as entered:
+            urllib.request.build_opener(Stay).open(request)
+        cookie = entered.value.headers["Set-Cookie"]
+        assert entered.value.code == 303 and "HttpOnly" in cookie and "SameSite=strict" in cookie and KEY not in cookie
+        session = {"Cookie": cookie.partition(";")[0]}
+        status, page = served.fetch("/", headers=session)[:2]
+        assert status == 200 and b"Continue a video" in page
+        assert served.ask("/v1/chains", "POST", {"prompt": "x"}, session)[1]["error"]["code"] == "wrong_token"
+        server = psutil.Process(served.process.pid)
+        for process in [server, *server.children(recursive=True)]:
+            assert KEY not in str(process.cmdline())
+            assert process.pid == server.pid or KEY not in str(process.environ())
+        kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+        assert kept == []
