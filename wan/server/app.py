@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from wan import __version__
@@ -113,6 +114,10 @@ def create_app(
         first = error.errors()[0]
         name = str(first["loc"][-1])
         return JSONResponse(ApiError(f"{name}: {first['msg']}", param=name).body, 400)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # which nobody reads
 
     @app.exception_handler(OSError)
     async def full(request: Request, error: OSError) -> JSONResponse:

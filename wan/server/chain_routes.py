@@ -20,7 +20,7 @@ from wan.server.videos import picture_of, progress
 
 _PREVIEW_SECONDS = 0.5  # between two looks at the preview's file
 _PING = 15
-_OF_A_CLIP = ("prompt", "answers", "seed", "seam", "look", "candidates", "seconds", "start", "length")
+_OF_A_CLIP = ("prompt", "answers", "seed", "seam", "candidates", "seconds", "start", "length")
 
 
 def chain_of(chains: Chains, ticket: Ticket, *, full: bool = True) -> dict[str, Any]:
@@ -66,32 +66,16 @@ def chain_of(chains: Chains, ticket: Ticket, *, full: bool = True) -> dict[str, 
 
 def clips_of(folder: ChainFolder, count: int) -> list[dict[str, Any]]:
     """What is known of each clip: what it is to be, and what became of it."""
-    said, made = folder.read_clips(), {clip["number"]: clip for clip in folder.report().get("clips", ())}
-    found = []
+    said, takes, found = folder.read_clips(), folder.all_takes(), []
     for number in range(1, count + 1):
-        clip = made.get(number, {})
-        finished = folder.video(number) is not None
+        clip = folder.made(number)
         found.append(
             {
                 "number": number,
-                "finished": finished,
+                "finished": bool(clip),
                 "said": said[number - 1] if number <= len(said) else {},
-                "takes": list(folder.takes(number)),
-                **{
-                    name: clip.get(name)
-                    for name in (
-                        "prompt",
-                        "answers",
-                        "seed",
-                        "seam",
-                        "look",
-                        "candidates",
-                        "seconds",
-                        "start",
-                        "length",
-                    )
-                    if finished
-                },
+                "takes": sorted(takes.get(number, ())),
+                **{name: clip.get(name) for name in _OF_A_CLIP},
             }
         )
     return found

@@ -72,6 +72,7 @@ def _limit() -> None:
     """What this process may use, where the system keeps to it."""
     process = psutil.Process()
     if hasattr(process, "rlimit"):
+        process.nice(19)  # a chain that is being made goes first
         for name, limit in {"RLIMIT_CPU": int(SECONDS), "RLIMIT_AS": MEMORY, "RLIMIT_CORE": 0}.items():
             hard = process.rlimit(getattr(psutil, name))[1]
             limit = limit if hard < 0 else min(limit, hard)

@@ -27,6 +27,7 @@ class ChainFolder:
         self.path = path
         self.run = path / "run" if run is None else run
         self._data: tuple[int, dict[str, Any]] = (0, {})
+        self._by_number: dict[Any, dict[str, Any]] = {}
 
     @property
     def storyboard(self) -> Path:
@@ -67,33 +68,41 @@ class ChainFolder:
 
     def report(self) -> dict[str, Any]:
         """The facts of the run's report, empty before its first clip."""
-        path = self.run / DATA
-        try:
-            stamp = path.stat().st_mtime_ns
-        except OSError:
-            return {}
+        stamp = _stamp(self.run / DATA)
         if stamp != self._data[0]:
-            self._data = stamp, _read(path)
+            self._data = stamp, _read(self.run / DATA) if stamp else {}
+            self._by_number = {clip.get("number"): clip for clip in self._data[1].get("clips", ())}
         return self._data[1]
+
+    def made(self, number: int) -> dict[str, Any]:
+        """What the report says of a finished clip, empty for one that is not."""
+        self.report()
+        found: dict[str, Any] = self._by_number.get(number, {})
+        return found
+
+    @property
+    def stamps(self) -> tuple[int, ...]:
+        """What changes when anything of the clips does."""
+        return tuple(_stamp(path) for path in (self.run / DATA, self.storyboard, self.run / "takes"))
 
     def video(self, number: int) -> Path | None:
         """The mp4 of a finished clip."""
-        for clip in self.report().get("clips", ()):
-            if clip.get("number") == number and (name := str(clip.get("file") or "")) == os.path.basename(name):
-                path = self.run / name
-                return path if name.endswith(".mp4") and path.is_file() else None
-        return None
+        name = str(self.made(number).get("file") or "")
+        path = self.run / name
+        return path if name.endswith(".mp4") and name == os.path.basename(name) and path.is_file() else None
+
+    def all_takes(self) -> dict[int, dict[int, Path]]:
+        """The mp4s of takes that are whole, by the number of their clip and their own."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted(self.run.glob("takes/*/take_*_seed*.json")):
+            clip, take = path.parent.name, path.stem.split("_")[1]
+            if clip.isdecimal() and take.isdecimal() and path.with_suffix(".mp4").is_file():
+                found.setdefault(int(clip), {})[int(take)] = path.with_suffix(".mp4")
+        return found
 
     def takes(self, number: int) -> dict[int, Path]:
-        """The mp4s of the takes of a clip that are whole, by their numbers."""
-        found = {}
-        for home in self.run.glob("takes/*"):
-            if home.name.isdecimal() and int(home.name) == number:
-                for path in home.glob("take_*_seed*.json"):
-                    word = path.stem.split("_")[1]
-                    if word.isdecimal() and path.with_suffix(".mp4").is_file():
-                        found[int(word)] = path.with_suffix(".mp4")
-        return dict(sorted(found.items()))
+        """Those of one clip."""
+        return self.all_takes().get(number, {})
 
     def seam(self, number: int) -> list[bytes]:
         """JPEGs of the frames around the seam before a clip, four on each side."""
@@ -119,6 +128,13 @@ class ChainFolder:
                 link_or_copy(video.with_suffix(suffix), self.run / video.with_suffix(suffix).name)
             done = number
         return done
+
+
+def _stamp(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _STATIC = {"app.css": "text/css", "app.js": "text/javascript", "icon.svg": "imag
 _IN_FORM = ("prompt", "num_videos")  # which have fields of their own
 SEAMLESS, VISIBLE = 0.25, 0.5  # as the report's thresholds, where a run has none yet
 _CHART = (600, 120)
+_PARTS = 50  # of pages that are kept
 
 
 @cache
@@ -155,6 +156,8 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
     async def queue() -> HTMLResponse:
         return page("queue.html.jinja", chains=rows())
 
+    parts: dict[str, tuple[Any, str]] = {}  # by the chain, with what each was made of
+
     def found(name: str) -> dict[str, Any]:
         ticket = chains.get(name)
         whole = chain_of(chains, ticket)
@@ -178,7 +181,15 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
 
     @routes.get("/parts/chains/{name}")
     async def part(name: str) -> HTMLResponse:
-        return page("clips.html.jinja", **found(name))
+        ticket = chains.get(name)
+        live = chains.supervisor.live.get(name) if chains.supervisor else None
+        key = (ticket, chains.folder(name).stamps, live and (live.clip, len(live.warnings)))
+        if name not in parts or parts[name][0] != key:
+            made = page("clips.html.jinja", **found(name))
+            parts[name] = key, bytes(made.body).decode()
+            while len(parts) > _PARTS:
+                del parts[next(iter(parts))]
+        return HTMLResponse(parts[name][1])
 
     @routes.get("/old/{name}")
     async def old(name: str) -> HTMLResponse:
