@@ -512,15 +512,16 @@ class Settings:
         only=("serve",), same=_SERVED,
     )
     max_upload: float = option(
-        SERVER, Real("GIB", 0, 1024, above=True), "the largest request that is taken, with its files", 2.0,
-        only=("serve",), same=_SERVED,
+        SERVER, Real("GIB", 0, 1024, "; cut a longer video first", above=True),
+        "the largest request that is taken, with its files", 2.0, only=("serve",), same=_SERVED,
     )
     max_queue: int = option(
-        SERVER, Whole("N", high=100_000), "how many chains may wait", 100, only=("serve",), same=_SERVED,
+        SERVER, Whole("N", 1, 100_000, "; more would wait for years"), "how many chains may wait", 100,
+        only=("serve",), same=_SERVED,
     )
     max_frames: int = option(
-        SERVER, Whole("N", high=10_000_000), "how many frames one chain may ask for, with all its takes", 20_000,
-        only=("serve",), same=_SERVED,
+        SERVER, Whole("N", 1, 10**6, "; that many are months of work"),
+        "how many frames one chain may ask for, with all its takes", 20_000, only=("serve",), same=_SERVED,
     )
     # fmt: on
 

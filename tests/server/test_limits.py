@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import struct
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.golden import ROOT
 from tests.support.served import serving
 from wan import cli
 from wan.chain import run_folder
@@ -60,6 +62,11 @@ def test_a_server_takes_the_flags_of_a_chain_that_are_not_of_one_alone() -> None
     assert not any(
         OPTIONS[name].client for name in ("host", "port", "api_key_file", "max_upload", "max_queue", "max_frames")
     )
+
+
+def test_the_process_that_answers_imports_no_model_library() -> None:
+    code = "import sys, wan.server.main; print(sorted({'torch', 'transformers', 'diffusers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
 def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
