@@ -14,11 +14,14 @@ from tests.support.golden import GOLDEN, float32
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, metavar="N", help="N times as many damaged files in tests/fuzz")
+    parser.addoption("--rare", action="store_true", help="run also what only `make test-all` runs")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if item.get_closest_marker("rare") and not item.config.getoption("--rare"):
+        pytest.skip("for `make test-all`")
 
 
 __all__ = ["command", "world"]  # the fixtures of whole commands are for all tests

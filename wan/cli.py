@@ -1,4 +1,4 @@
-"""Both commands from the outside: flags in, exit code out; what the user can put right is one line."""
+"""The commands from the outside: flags in, exit code out; what the user can put right is one line."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 OK, USER = 0, 2
 _STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LONGEST_LINE = 500  # characters of an error, so that a terminal shows all of it
+SERVER_PACKAGES = (
+    "fastapi",
+    "multipart",
+    "prometheus_client",
+    "python_multipart",
+    "sse_starlette",
+    "starlette",
+    "uvicorn",
+)
 OTHERS_WAIT = 10.0  # seconds; a launcher ends the others at once when the first has failed
 
 
@@ -61,6 +70,22 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
         from wan.commands.continuous import continue_video
 
         continue_video(job)
+
+    return run(command, argv)
+
+
+def serve_main(argv: Sequence[str] | None = None) -> int:
+    """`wan-serve`: returns the exit code."""
+
+    def command(given: Sequence[str] | None) -> None:
+        settings = _settings("serve", given)
+        try:
+            from wan.server.main import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
+                raise
+            raise UserError(f'wan-serve needs {error.name}: in your clone, pip install -e ".[serve]"') from error
+        serve(settings)
 
     return run(command, argv)
 

@@ -64,10 +64,10 @@ V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
-Command = Literal["generate", "continuous"]
+Command = Literal["generate", "continuous", "serve"]
 BOTH: tuple[Command, ...] = ("generate", "continuous")
 
-INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
+INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
     "Input",
     "Prompt and captions",
     "Sampling",
@@ -75,6 +75,15 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT = GROUPS = (
     "Speed and memory",
     "Weights and LoRAs",
     "Output",
+    "Server",
+)
+# Flags of a chain that a server does not take: those of one video, and of several GPUs.
+NOT_SERVED = frozenset(
+    (
+        *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
+        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
+        *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
+    )
 )
 
 
@@ -145,6 +154,7 @@ def option(
 _ALONE = "a lone clip has no fingerprint"
 _ORDER = "it says which clips are made, not how one is made"
 _SHOWN = "clips are made alike, however they are shown or joined"
+_SERVED = "clips are made alike, whoever asks for them"
 _FASTER = "the result is the same"
 _DIT = "a .gguf or .safetensors denoiser in place of the folder's"
 
@@ -189,7 +199,7 @@ class Settings:
     )
     seed: int | None = option(
         INPUT, SeedOfClip("SEED"), "the clip's own seed", unset="counted up from `base_seed`",
-        only=("continuous",), flag=False, scene="seed", fingerprint="seed",
+        only=("continuous",), flag=False, scene="seed", client=True, fingerprint="seed",
     )
     storyboard: str | None = option(
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
@@ -197,7 +207,8 @@ class Settings:
     )
     name: str | None = option(
         INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
-        only=("continuous",), flag=False, scene="name", same="it says which clip this is, not how it is made",
+        only=("continuous",), flag=False, scene="name", client=True,
+        same="it says which clip this is, not how it is made",
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
@@ -486,6 +497,32 @@ class Settings:
     dry_run: bool = option(
         OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
     )
+
+    # Server
+    host: str = option(
+        SERVER, Local("NAME"), "the address to listen at; one that other machines reach needs an API key", "127.0.0.1",
+        only=("serve",), same=_SERVED,
+    )
+    port: int = option(
+        SERVER, Whole("N", 0, 65535, "; ports end there"), "the port to listen at; 0 takes a free one", 8188,
+        only=("serve",), same=_SERVED,
+    )
+    api_key_file: str | None = option(
+        SERVER, Local("FILE"), "a file with the key that every client must send", unset="WAN_API_KEY, or no key",
+        only=("serve",), same=_SERVED,
+    )
+    max_upload: float = option(
+        SERVER, Real("GIB", 0, 1024, "; cut a longer video first", above=True),
+        "the largest request that is taken, with its files", 2.0, only=("serve",), same=_SERVED,
+    )
+    max_queue: int = option(
+        SERVER, Whole("N", 1, 100_000, "; more would wait for years"), "how many chains may wait", 100,
+        only=("serve",), same=_SERVED,
+    )
+    max_frames: int = option(
+        SERVER, Whole("N", 1, 10**6, "; that many are months of work"),
+        "how many frames one chain may ask for, with all its takes", 20_000, only=("serve",), same=_SERVED,
+    )
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -523,8 +560,13 @@ def check(name: str, value: Any) -> None:
 
 
 def options_of(command: Command) -> list[Option]:
-    """The options of a command, in the order of the table."""
-    return [one for one in OPTIONS.values() if command in one.only]
+    """The options of a command, in the order of the table. A server takes those of a chain but not of one alone."""
+    chains = command == "serve"
+    return [
+        one
+        for one in OPTIONS.values()
+        if command in one.only or (chains and "continuous" in one.only and one.name not in NOT_SERVED)
+    ]
 
 
 def by_scene_key() -> dict[str, Option]:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +62,18 @@ class Chain:
 
     Iterating makes the clips and hands out each when it is on disk, those that were there first. A loop that is left
     early, like `stop`, leaves a folder that the same lines go on with. `on_step` hears of stages and solver steps.
+    `pipeline` is one that is there already, and `watch` makes what is told of clips, in place of bars and lines.
     Raises UserError before any model loads for what cannot be made.
     """
 
-    def __init__(self, settings: Settings | Job, *, on_step: OnStep | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | Job,
+        *,
+        on_step: OnStep | None = None,
+        pipeline: VideoContinuation | None = None,
+        watch: Callable[[str, int, bool], Progress] = Progress,
+    ) -> None:
         self.job = job = settings if isinstance(settings, Job) else Job.read("continuous", settings)
         self.folder = Path(job.settings.output_dir)
         self.joined: Path | None = None  # the joined video, once the loop has ended
@@ -79,7 +87,8 @@ class Chain:
         self._footage = job.footage()
         # what is lost of it is said now
         self._sound = media.find_sound(job.video) if job.settings.include_source else None
-        self._pipeline = job.open_continuation()
+        self._pipeline = job.open_continuation() if pipeline is None else pipeline
+        self._watch = watch
         self._scripts = _Scripts(job, self._pipeline, self._footage)
         self._preview = _preview(job, self._pipeline)
 
@@ -114,7 +123,7 @@ class Chain:
             _agree(run)
             with (
                 self.job.together(self._pipeline),
-                Progress("", run.count, settings.quiet) as progress,
+                self._watch("", run.count, settings.quiet) as progress,
                 self._steering.listening(),
             ):
                 try:

@@ -29,7 +29,11 @@ from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Comman
 from wan.settings import Context, StepCache
 from wan.version import __version__
 
-PROGRAMS: Mapping[Command, str] = {"generate": "generate.py", "continuous": "generate_continuous.py"}
+PROGRAMS: Mapping[Command, str] = {
+    "generate": "generate.py",
+    "continuous": "generate_continuous.py",
+    "serve": "wan-serve",
+}
 _ABOUT: Mapping[Command, str] = {
     "generate": """Make one clip with Wan2.2, or continue a video by one clip.
 
@@ -39,6 +43,10 @@ example:
 
 example:
   python generate_continuous.py --video input.mp4 --ckpt_dir ./Wan2.2-TI2V-5B --num_videos 12""",
+    "serve": """Make chains for a page in the browser and for programs. The flags are what a chain has by default.
+
+example:
+  wan-serve --ckpt_dir ./Wan2.2-TI2V-5B --output_dir ./served""",
 }
 
 
@@ -122,7 +130,7 @@ def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
-    return V2V_TASKS if one.name == "task" and command == "continuous" else kind.names
+    return V2V_TASKS if one.name == "task" and command != "generate" else kind.names
 
 
 def _help(one: Option, required: bool) -> str:
@@ -143,7 +151,7 @@ def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     if prunes and len(given) > 1:
         raise UserError("`prune` is given alone; it makes no clips")
     settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
-    _check_together(command, settings)
+    check_together(command, settings)
     return settings
 
 
@@ -161,11 +169,11 @@ def _read(one: Option, words: Any) -> Any:
         raise UserError(f"`{one.name}` {error}") from error
 
 
-def _check_together(command: Command, settings: Settings) -> None:
+def check_together(command: Command, settings: Settings) -> None:
     """Raise UserError for settings that do not go together."""
     if settings.ckpt_dir is None and settings.comfy_dir is None:
         raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
-    chain = command == "continuous"
+    chain = command != "generate"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
     if min(settings.takes, settings.best_of) > 1:
@@ -214,7 +222,8 @@ def reference() -> str:
         "# Commands",
         "",
         "`generate.py` (installed as `wan-generate`) makes one clip, `generate_continuous.py` (`wan-continuous`) a",
-        "chain. Both print their flags with `--help`. This page is made from `wan/options.py` by `make reference`.",
+        "chain. `wan-serve` takes the flags of a chain, but for those of one video. All print their flags with",
+        "`--help`. This page is made from `wan/options.py` by `make reference`.",
         "",
         "A **key** is how a [storyboard](guide.md#a-storyboard) sets the option for one clip.",
     ]
@@ -253,7 +262,7 @@ def _flag_cell(one: Option) -> str:
 
 
 def _default_cell(one: Option) -> str:
-    if one.required == BOTH:
+    if set(BOTH) <= set(one.required):
         return "required"
     if isinstance(one.kind, Switch) and one.default is False:
         return "off"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm  # in a notebook a widget
 
 from wan.commands.lines import CLIP, PROGRESS, STAGE
-from wan.types import Step
 
 if TYPE_CHECKING:
     from wan.chain.run_folder import FinishedClip
+    from wan.types import Step
 
 log = logging.getLogger(PROGRESS)
 

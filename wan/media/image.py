@@ -7,6 +7,7 @@ import os
 import stat
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -14,7 +15,9 @@ from wan.errors import UserError
 from wan.files import write_bytes
 from wan.media.source import open_picture
 from wan.pictures import as_shown
-from wan.types import UInt8Array
+
+if TYPE_CHECKING:  # it needs PyTorch, which reading a file should not wait for
+    from wan.types import UInt8Array
 
 _WEBP = {"quality": 70, "method": 2, "loop": 0}
 

@@ -1,0 +1,232 @@
+"""What a server does not do, or not for ever: quotas, files that were made to hurt, workers that die, full disks."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import struct
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.golden import ROOT
+from tests.support.served import serving
+from wan import cli
+from wan.chain import run_folder
+from wan.configs import v2v_5B, v2v_14B
+from wan.errors import UserError
+from wan.options import OPTIONS, Settings, options_of
+from wan.server import folders, supervisor, worker
+from wan.server.chains import Chains
+from wan.server.decode import decode
+from wan.server.errors import ApiError
+from wan.server.folders import ChainFolder
+from wan.server.main import serve
+from wan.server.metrics import Metrics
+from wan.server.supervisor import Supervisor
+from wan.server.tickets import FAILED, QUEUED, Queue, Ticket, new_id
+
+
+def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
+    owner = Settings(ckpt_dir="x", output_dir=str(folder), **settings)
+    return Chains(folder, owner, v2v_14B if experts == 2 else v2v_5B, experts, Queue(folder / "queue.sqlite3"))
+
+
+def test_names_of_files_are_those_of_the_run_folder() -> None:
+    for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW", "SHEET"):
+        assert getattr(folders, name) == getattr(run_folder, name)
+
+
+def test_a_server_takes_the_flags_of_a_chain_that_are_not_of_one_alone() -> None:
+    names = {one.name for one in options_of("serve")}
+    assert {
+        "host",
+        "port",
+        "api_key_file",
+        "max_upload",
+        "max_queue",
+        "max_frames",
+        "vram",
+        "lora",
+        "sample_steps",
+    } <= names
+    assert not {"video", "prompt", "redo", "storyboard", "image", "save_file", "dry_run"} & names
+    assert not any(
+        OPTIONS[name].client for name in ("host", "port", "api_key_file", "max_upload", "max_queue", "max_frames")
+    )
+
+
+def test_the_process_that_answers_imports_no_model_library() -> None:
+    code = "import sys, wan.server.main; print(sorted({'torch', 'transformers', 'diffusers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
+    chains = chains_of(tmp_path, max_queue=1, max_frames=500)
+
+    async def ask(**said: Any) -> Ticket:
+        return await chains.create({"prompt": "x", **said.pop("settings", {})}, **said)
+
+    with pytest.raises(ApiError, match="567 frames are more than the 500") as caught:
+        asyncio.run(ask(settings={"num_videos": 7}))
+    assert caught.value.param == "seconds" and not list((tmp_path / "jobs").iterdir())
+    with pytest.raises(ApiError, match="810 frames"):
+        asyncio.run(ask(clips=[{"takes": 10}]))
+    ticket = asyncio.run(ask(seconds=10))  # 81 frames at 24 per second, and then 80 a clip
+    assert (ticket.state, ticket.count, round(ticket.seconds, 3)) == (QUEUED, 3, round(241 / 24, 3))
+    assert ticket.settings["base_seed"] >= 0  # so that it is the same after a restart
+    with pytest.raises(ApiError) as full:
+        asyncio.run(ask())
+    assert (full.value.status, full.value.headers) == (429, {"Retry-After": "60"})
+    a14b = chains_of(tmp_path / "jobs", experts=2)
+    with pytest.raises(ApiError, match="makes no video from text alone"):
+        asyncio.run(a14b.create({"prompt": "x"}))
+    with pytest.raises(ApiError, match="this server has no model"):
+        a14b.check_model("wan2.2-ti2v-5b")
+    for name in ("wan2.2-i2v-a14b", "v2v-14B", None):
+        a14b.check_model(name)
+
+
+def test_folders_without_a_row_go_and_rows_without_a_folder_too(tmp_path: Path) -> None:
+    chains = chains_of(tmp_path)
+    kept = asyncio.run(chains.create({"prompt": "x"}))
+    orphan, half = chains.jobs / new_id(), chains.jobs / f".new-{new_id()}"
+    orphan.mkdir()
+    half.mkdir()
+    (chains.jobs / "mine").mkdir()
+    lost = chains.queue.add(Ticket(new_id()))
+    chains.tidy()
+    assert {path.name for path in chains.jobs.iterdir()} == {kept.id, "mine"}
+    assert [ticket.id for ticket in chains.queue.all()] == [kept.id] and lost.id != kept.id
+
+
+def bomb(path: Path, side: int) -> Path:
+    """A PNG of a few bytes that says that it is huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_a_file_that_was_made_to_hurt_ends_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match="neither a video nor a picture") as caught:
+        asyncio.run(decode("inspect", bomb(tmp_path / "a", 60_000), tmp_path / "b.png"))
+    assert str(tmp_path) not in str(caught.value) and not (tmp_path / "b.png").exists()
+
+
+def test_a_full_disk_fails_a_chain_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(worker, "make", full)
+    send = lambda event, **more: said.append({"event": event, **more})  # noqa: E731
+    good = worker._work(worker.Models(), Settings(), send, threading.Event())
+    assert good and said[0]["state"] == "failed"
+    assert said[0]["error"] == {
+        "code": "disk_full",
+        "message": "No space left on device; free space on the disk of the server",
+    }
+
+
+DIES = """import json, sys
+sys.stdin.readline()
+print(json.dumps({"event": "ready"}), flush=True)
+sys.stdin.readline()
+sys.exit(9)"""
+
+
+def test_a_chain_that_takes_down_its_workers_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "SHORTEST_WAIT", 0.01)
+    queue = Queue(tmp_path / "queue.sqlite3")
+    ticket = queue.add(Ticket(new_id()))
+    over = Supervisor(queue, tmp_path, {}, lambda ticket: {}, Metrics(), (sys.executable, "-c", DIES))
+
+    async def run() -> None:
+        over.wake()
+        task = asyncio.create_task(over.run())
+        while queue[ticket.id].state != FAILED:
+            await asyncio.sleep(0.02)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    error = queue[ticket.id].error
+    assert error is not None and error["message"].startswith("the process that makes videos ended 3 times")
+
+
+def test_no_name_in_a_report_leads_out_of_the_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "secret.mp4").touch()
+    (run / "report.json").write_text(
+        '{"clips": [{"number": 1, "file": "../secret.mp4"}, {"number": 2, "file": "run.json"}]}'
+    )
+    folder = ChainFolder(tmp_path)
+    assert folder.video(1) is None and folder.video(2) is None and folder.takes(1) == {}
+
+
+def test_a_server_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="a server works on one GPU"):
+        serve(Settings(ckpt_dir="x", output_dir=str(tmp_path)))
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name == "fastapi" or name.startswith("wan.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert cli.serve_main(["--ckpt_dir", "x"]) == 2
+    assert capsys.readouterr().err == 'error: wan-serve needs fastapi: in your clone, pip install -e ".[serve]"\n'
+
+
+KEY = "a-key-of-some-length"
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+def test_a_browser_enters_with_the_key_which_is_in_no_process_list(tmp_path: Path) -> None:
+    with serving(tmp_path / "out", "--host", "0.0.0.0", key=KEY, program=("benchmarks.sleeping",)) as served:
+        served.url = served.url.replace("0.0.0.0", "127.0.0.1")
+        assert served.ask("/v1/videos")[0] == 401 and served.ask("/health")[0] == 200
+        assert "The key of this server" in served.ask("/")[1]  # where it leads
+        form = {"Content-Type": "application/json"}
+        assert served.fetch("/login", "POST", b'{"key": "wrong"}', form)[0] == 401
+
+        class Stay(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        request = urllib.request.Request(f"{served.url}/login", b'{"key": "%s"}' % KEY.encode(), form)
+        with pytest.raises(urllib.error.HTTPError) as entered:
+            urllib.request.build_opener(Stay).open(request)
+        cookie = entered.value.headers["Set-Cookie"]
+        assert entered.value.code == 303 and "HttpOnly" in cookie and "SameSite=strict" in cookie and KEY not in cookie
+        session = {"Cookie": cookie.partition(";")[0]}
+        status, page = served.fetch("/", headers=session)[:2]
+        assert status == 200 and b"Continue a video" in page
+        assert served.ask("/v1/chains", "POST", {"prompt": "x"}, session)[1]["error"]["code"] == "wrong_token"
+        server = psutil.Process(served.process.pid)
+        for process in [server, *server.children(recursive=True)]:
+            assert KEY not in str(process.cmdline())
+            assert process.pid == server.pid or KEY not in str(process.environ())
+        kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+        assert kept == []

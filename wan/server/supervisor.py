@@ -1,0 +1,305 @@
+"""Keeps one worker at work: gives it the chain that has waited longest, hears how far it is, and replaces it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import sqlite3
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wan.server.errors import public
+from wan.server.metrics import Metrics
+from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
+
+log = logging.getLogger(__name__)
+
+WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
+MOST_ATTEMPTS = 3  # that one chain may take a worker down without finishing a clip
+SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two workers that end at once
+_END_SECONDS = 5.0  # until a worker that was told to end is killed
+_KEPT = 200  # events of a chain that a client which comes back may ask for
+_BEHIND = 500  # events that a client may be behind before it is let go
+_LINE = 1 << 24
+
+
+@dataclass
+class Live:
+    """What is known of a chain beside its row and its folder: how far the clip is that is being made."""
+
+    clip: int = 0
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    prompt: str = ""
+    since: float = 0.0  # when its stage of steps began
+    warnings: list[str] = field(default_factory=list)
+    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    listeners: set[asyncio.Queue[dict[str, Any] | None]] = field(default_factory=set)
+
+    @property
+    def share(self) -> float:
+        """The share of the clip's steps that are done."""
+        return (
+            min(self.step / self.steps, 1.0)
+            if self.steps and self.stage == "sample"
+            else float(self.stage in ("decode", "write"))
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the clip's steps, as those so far took."""
+        taken = time.monotonic() - self.since
+        return taken / self.step * (self.steps - self.step) if self.step and self.stage == "sample" else None
+
+
+class Supervisor:
+    """Owns the worker's process.
+
+    `settings` are the server's, as JSON values, and `order_of` gives what the worker is told of a ticket.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        root: Path,
+        settings: Mapping[str, Any],
+        order_of: Callable[[Ticket], Mapping[str, Any]],
+        metrics: Metrics,
+        command: Sequence[str] = WORKER,
+    ) -> None:
+        self.queue, self.root, self.settings, self.order_of = queue, root, settings, order_of
+        self.metrics, self.command = metrics, command
+        self.state = "starting"
+        self.making: str | None = None
+        self.live: dict[str, Live] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._wake = asyncio.Event()
+        self._unwanted: set[str] = set()
+        self._gone: dict[str, asyncio.Event] = {}
+        self._count = 0
+
+    # --- what others call
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def tell(self, name: str, event: str, **more: Any) -> None:
+        """Tell those who listen to a chain."""
+        self._count += 1
+        said = {"id": self._count, "event": event, **more}
+        live = self.live.setdefault(name, Live())
+        live.events.append(said)
+        for listener in list(live.listeners):
+            try:
+                listener.put_nowait(said)
+            except asyncio.QueueFull:
+                live.listeners.discard(listener)
+                with contextlib.suppress(asyncio.QueueEmpty):
+                    listener.get_nowait()
+                listener.put_nowait(None)
+
+    async def listen(self, name: str, after: int = 0) -> AsyncIterator[dict[str, Any]]:
+        """The events of a chain from now on, and those after number `after` that are still known."""
+        live = self.live.setdefault(name, Live())
+        listener: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_BEHIND)
+        for missed in live.events if after else ():
+            if missed["id"] > after:
+                listener.put_nowait(missed)
+        live.listeners.add(listener)
+        try:
+            while (said := await listener.get()) is not None:
+                yield said
+        finally:
+            live.listeners.discard(listener)
+
+    async def cancel(self, name: str) -> None:
+        """Return when the worker has nothing to do with a chain any more."""
+        if self.making != name:
+            return
+        self._unwanted.add(name)
+        gone = self._gone.setdefault(name, asyncio.Event())
+        self._say({"cancel": name})
+        try:
+            await asyncio.wait_for(gone.wait(), 30)
+        except TimeoutError:  # loading a model, say: nothing there asks whether it is wanted
+            await self.end_worker()
+            await gone.wait()
+        finally:
+            self._gone.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Let those who listen to a chain go, for it is no more."""
+        live = self.live.pop(name, None)
+        for listener in live.listeners if live else ():
+            while listener.full():
+                listener.get_nowait()
+            listener.put_nowait(None)
+
+    def close_listeners(self) -> None:
+        """Let all go, for the server ends."""
+        for name in list(self.live):
+            self.forget(name)
+
+    async def end_worker(self) -> None:
+        """Kill the worker."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    # --- the worker
+
+    async def run(self) -> None:
+        """Keep a worker at work for ever."""
+        wait = SHORTEST_WAIT
+        while True:
+            began = time.monotonic()
+            try:
+                await self._one_worker()
+            except asyncio.CancelledError:
+                await self.end_worker()
+                raise
+            except (OSError, ValueError, ConnectionError):
+                log.exception("the worker cannot be talked to")
+            self.state = "starting"
+            await self._lost()
+            self.metrics.workers.inc()
+            wait = SHORTEST_WAIT if time.monotonic() - began > 60 else min(wait * 2, LONGEST_WAIT)
+            await asyncio.sleep(wait)
+
+    async def _one_worker(self) -> None:
+        process = self._process = await asyncio.create_subprocess_exec(
+            *self.command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE,
+            start_new_session=sys.platform != "win32",  # Ctrl-C is for the server, which ends this
+        )
+        assert process.stdout is not None
+        self._say({"settings": dict(self.settings), "root": str(self.root)})
+        giving = asyncio.create_task(self._give())
+        try:
+            while line := await process.stdout.readline():
+                await self._heard(json.loads(line))
+        finally:
+            giving.cancel()
+            if process.stdin is not None:
+                process.stdin.close()  # which ends it
+            try:
+                await asyncio.wait_for(process.wait(), _END_SECONDS)
+            except TimeoutError:
+                await self.end_worker()
+                await process.wait()
+
+    def _say(self, order: Mapping[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+
+    async def _give(self) -> None:
+        """Give the worker the next chain whenever it has none."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self.state != "idle" or (ticket := self.queue.next()) is None:
+                continue
+            self.state, self.making = "busy", ticket.id
+            self.live[ticket.id] = Live(listeners=self.live[ticket.id].listeners) if ticket.id in self.live else Live()
+            self.queue.change(ticket.id, state=MAKING, attempts=ticket.attempts + 1)
+            self.tell(ticket.id, "state", state=MAKING)
+            self._say({"id": ticket.id, "settings": dict(self.order_of(ticket))})
+
+    async def _heard(self, said: dict[str, Any]) -> None:
+        event, name = said.pop("event"), said.pop("id", "")
+        if event == "ready":
+            self.state = "idle"
+            self.wake()
+            return
+        if not name or name != self.making:
+            return
+        live = self.live.setdefault(name, Live())
+        if event == "clip_started":
+            live.clip, live.stage, live.step, live.steps, live.prompt = said["clip"], "", 0, 0, ""
+        elif event == "stage":
+            live.stage, live.step, live.since = said["stage"], 0, time.monotonic()
+        elif event == "step":
+            live.step, live.steps = said["step"], said["steps"]
+            self.metrics.steps.inc()
+        elif event == "prompt":
+            live.prompt = said["prompt"]
+        elif event == "warning":
+            said["message"] = public(said["message"])
+            live.warnings.append(said["message"])
+        elif event in ("there", "clip_finished"):
+            if event == "clip_finished":
+                self.metrics.clips.inc()
+            done = said["done"] if event == "there" else said["clip"]
+            await self._keep(name, done=done, attempts=1)
+        elif event == "end":
+            await self._ended(name, said["state"], said.get("error"))
+            return
+        self.tell(name, event, **said)
+
+    async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None) -> None:
+        gone = name in self._unwanted
+        if not gone:
+            await self._finish(name, state, error)
+        self._unwanted.discard(name)
+        self.making = None
+        self.state = "idle"
+        if name in self._gone:
+            self._gone[name].set()
+        self.wake()
+
+    async def _finish(self, name: str, state: str, error: Mapping[str, Any] | None) -> None:
+        ticket = self.queue[name]
+        if ticket.again and state != FAILED:
+            self.queue.wait_again(name)
+            self.tell(name, "state", state="queued")
+            return
+        done: dict[str, Any] = {"done": ticket.count} if state == DONE else {}
+        if error is not None:
+            error = {**error, "message": public(str(error["message"]))}
+        ended = None if state == PAUSED else int(time.time())
+        await self._keep(name, state=state, error=error, completed_at=ended, again=False, **done)
+        self.metrics.chains.labels(state).inc()
+        self.tell(name, "state", state=state, error=error)
+
+    async def _keep(self, name: str, **values: Any) -> Ticket | None:
+        """Write to the queue, however long its disk is full."""
+        while True:
+            try:
+                return self.queue.change(name, **values)
+            except sqlite3.OperationalError:
+                log.exception("the queue cannot be written to; trying again")
+                await asyncio.sleep(5)
+            except KeyError:  # it was removed
+                return None
+
+    async def _lost(self) -> None:
+        """What the worker was making waits again, unless it takes down one worker after the other."""
+        name, self.making = self.making, None
+        if name is None:
+            return
+        if name in self._unwanted:
+            self._unwanted.discard(name)
+        else:
+            try:
+                ticket = self.queue[name]
+            except KeyError:
+                ticket = None
+            if ticket is not None and ticket.attempts >= MOST_ATTEMPTS:
+                message = f"the process that makes videos ended {ticket.attempts} times while it made this one"
+                await self._finish(name, FAILED, {"code": "worker_lost", "message": message})
+            elif ticket is not None:
+                await self._keep(name, state="queued", queued_at=0)
+                self.tell(name, "state", state="queued")
+        if name in self._gone:
+            self._gone[name].set()
+        self.wake()

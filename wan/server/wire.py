@@ -1,0 +1,26 @@
+"""A chain's settings from JSON, for the process that answers and for those that work. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from wan.options import OPTIONS, Settings
+
+
+def settings_of_chain(owner: Settings, said: Mapping[str, Any]) -> Settings:
+    """The server's settings, with those of a chain, which are JSON values. Raises UserError."""
+    return dataclasses.replace(owner, **{name: _from_json(value) for name, value in said.items()})
+
+
+def owner_settings(said: Mapping[str, Any]) -> Settings:
+    """The server's own settings, from JSON. Raises UserError."""
+    return Settings(**{name: _from_json(value) for name, value in said.items() if name in OPTIONS})
+
+
+def _from_json(value: Any) -> Any:
+    """JSON has no tuples."""
+    if isinstance(value, list):
+        return tuple(tuple(one) if isinstance(one, list) else one for one in value)
+    return value
