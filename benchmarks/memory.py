@@ -173,7 +173,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a checkpoint folder")
     parser.add_argument("--video", required=True, help="the clip to continue")
-    parser.add_argument("--vram", nargs="*", default=["24", "16"], metavar="GIB", help="or `default`, `default:GIB` or auto")
+    parser.add_argument(
+        "--vram", nargs="*", default=["24", "16"], metavar="GIB", help="or `default`, `default:GIB` or auto"
+    )
     parser.add_argument("--host", nargs="*", type=float, default=[64, 32], metavar="GIB", help="one for each of --vram")
     parser.add_argument("--whole", action="store_true", help="begin with a run without limits")
     parser.add_argument("--steps", type=int, default=2)

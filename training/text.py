@@ -20,6 +20,7 @@ from training import scenes
 from training.family import PROMPT_WORDS, TEXT, build_text_encoder
 from training.loop import Batch, Settings, load, resume, train
 from training.vae import HELD_OUT
+from wan.captioner.next_prompt import KEEP
 from wan.text.umt5 import PromptTokenizer
 
 LENGTH = 64  # tokens of the longest caption and more
@@ -74,6 +75,58 @@ def train_text(settings: Settings) -> None:
         progress,
         finish,
     )
+
+
+def train_endings(settings: Settings) -> None:
+    """Go on with a trained text encoder, so that a caption means the same with the words that `continue` puts after it.
+
+    Denoisers know the encoder as it is, so it is its own teacher: a caption's tokens should stay what they are, alone
+    and with the ending, and the ending's tokens should be further ends of the caption. The checkpoint also holds how
+    far they are from that, relative to the teacher's numbers.
+    """
+    torch.manual_seed(settings.seed)
+    tokenizer = prompt_tokenizer(settings, 2 * LENGTH)
+    model, teacher = build_text_encoder(TEXT).to(settings.device), build_text_encoder(TEXT).to(settings.device)
+    progress = resume("text", model, settings)
+    teacher.load_state_dict(model.state_dict())
+    teacher.requires_grad_(False).eval()
+
+    def loss_of(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(input_ids=batch["plain_ids"], attention_mask=batch["plain_mask"]).last_hidden_state
+            ends = wanted.gather(1, (batch["plain_mask"].sum(1) - 1)[:, None, None].expand(-1, 1, wanted.shape[-1]))
+            is_caption = batch["plain_mask"].bool()
+            is_caption &= is_caption.roll(-1, 1) & (torch.arange(2 * LENGTH, device=ends.device) < 2 * LENGTH - 1)
+            followed = torch.where(is_caption[..., None], wanted, ends)
+        pairs = [
+            (batch[f"{name}_ids"], batch[f"{name}_mask"], goal)
+            for name, goal in (("plain", wanted), ("ended", followed))
+        ]
+        return sum(
+            (_apart(model(input_ids=i, attention_mask=m).last_hidden_state, g, m) for i, m, g in pairs), torch.zeros(())
+        )
+
+    def stream(step: int) -> Iterator[Batch]:
+        generator = settings.generator(step)
+        while True:
+            captions = as_prompts(scenes.sample(settings.batch, generator).captions(), generator)
+            found: Batch = {}
+            for name, ending in (("plain", ""), ("ended", f" {KEEP}")):
+                rows = [tokenizer(caption + ending) for caption in captions]
+                ids, mask = (torch.cat(parts).to(settings.device) for parts in zip(*rows, strict=True))
+                found |= {f"{name}_ids": ids, f"{name}_mask": mask}
+            yield found
+
+    def finish() -> dict[str, Any]:
+        with torch.no_grad():
+            return {"apart": float(loss_of(next(stream(HELD_OUT))) / 2)}
+
+    train("text", model, loss_of, stream(progress.steps), replace(settings, graph=False), progress, finish)
+
+
+def _apart(made: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """The mean square of the difference where the mask is, as a share of the mean square of what is wanted."""
+    return (made - wanted)[mask.bool()].square().mean() / wanted[mask.bool()].square().mean()
 
 
 def batches(tokenizer: PromptTokenizer, settings: Settings, step: int) -> Iterator[Batch]:
