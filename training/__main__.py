@@ -5,7 +5,8 @@
 Stages, each of which resumes from its own checkpoint in the folder: vae21, vae22, text and captioner stand alone, and
 endings goes on with text; clips21 and clips22 encode clips with one of the VAEs and the text encoder; dit14b_high and
 dit14b_low train on the clips of clips21, dit5b on those of clips22, which may go on beside it; chains21 and chains22
-make chains with the denoisers, which the captioner learns from. `export` writes what is trained to --models, `import`
+make chains with the denoisers, which the captioner learns from; turbo5b, turbo14b_high and turbo14b_low distil LoRAs on
+the clips of their denoisers. `export` writes what is trained to --models, `import`
 makes checkpoints of what is there, so that training can go on on any machine.
 """
 
@@ -24,6 +25,7 @@ from training.captioner import train_captioner
 from training.chains import MADE_BY, make_chains
 from training.denoiser import STAGES as DENOISERS
 from training.denoiser import train_denoiser
+from training.distillation import TURBOS, train_turbo
 from training.encoding import VAE_OF, encode_clips
 from training.export import export, import_models
 from training.loop import Settings
@@ -39,6 +41,7 @@ STAGES: Mapping[str, tuple[Callable[[Settings], None], int, float]] = {  # what 
     **{name: (partial(make_chains, name), 128, 0.0) for name in MADE_BY},
     **{name: (partial(encode_clips, name), 256, 0.0) for name in VAE_OF},
     **{name: (partial(train_denoiser, name), 512, 1e-3) for name in DENOISERS},
+    **{name: (partial(train_turbo, name), 512, 1e-2) for name in TURBOS},
 }
 
 

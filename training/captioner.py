@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +34,7 @@ LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
 IGNORED = -100
 HELD = {"cuda": 24_000, "cpu": 16}  # clips of either kind, drawn and made, 0.3 MB each
 KINDS_COUNT = 3  # times as much as other words: chains go wrong where a kind is called by another's name
+MOST_ANSWERS = 200_000  # whose tokens are kept
 Told = dict[str, list[str]]  # of one clip: its caption `now`, those of the clips `before` it, oldest first, and `names`
 
 
@@ -115,6 +117,7 @@ class Conversations:
         self.after = self._encode([f"{TURN_END}\n<|im_start|>assistant\n"])[0]
         self.drawn, self.made = Pool(HELD[self.device.type]), Pool(HELD[self.device.type])
         self.taken: set[Path] = set()
+        self.answers: dict[str, list[int]] = {}  # most come again and again
 
     def stream(self, step: int) -> Iterator[Batch]:
         """Batches for ever: of every eight, six ask for descriptions and two, with fewer rows, what `continue` asks."""
@@ -125,7 +128,8 @@ class Conversations:
             for number, frames in enumerate(lengths):
                 fresh = scenes.sample(batch if not self.drawn.told else max(1, batch // 8), generator)
                 self.drawn.put(self.levels(fresh, frames), told_of(fresh, 0), self.device)
-                self._take_made()
+                if number % 4 == 0:
+                    self._take_made()
                 ask = {3: self.identity, 7: self.following}.get(number % 8, self.describe)
                 levels, told = self._mixed(batch if ask == self.describe else max(1, batch // 4))
                 yield self.rows(normalised(levels / 255), told, ask)
@@ -216,7 +220,12 @@ class Conversations:
         asked, said = zip(*map(ask, told), strict=True)
         in_words = [question for question in asked if isinstance(question, str)]
         encoded = iter(self._encode(in_words) if in_words else [])
-        answers = [[*answer, self.end] for answer in self._encode(list(said))]
+        if new := [answer for answer in dict.fromkeys(said) if answer not in self.answers]:
+            if len(self.answers) > MOST_ANSWERS:
+                self.answers.clear()
+                new = list(dict.fromkeys(said))
+            self.answers |= zip(new, ([*answer, self.end] for answer in self._encode(new)), strict=True)
+        answers = [self.answers[answer] for answer in said]
         rows = []
         for question, answer in zip(asked, answers, strict=True):
             before = self.before[self.draw.random() < 0.125]
@@ -224,8 +233,8 @@ class Conversations:
         length, answered = max(map(len, rows)), max(map(len, answers))
         # Padded behind: attention is causal, so no token of a row sees its padding, and none needs a mask. Rows padded
         # in front have tokens that may look at nothing; a softmax over nothing is NaN.
-        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
-        labels = torch.tensor([row + [IGNORED] * (answered - len(row)) for row in answers])
+        ids = torch.from_numpy(np.array([row + [self.pad] * (length - len(row)) for row in rows]))
+        labels = torch.from_numpy(np.array([row + [IGNORED] * (answered - len(row)) for row in answers]))
         first = torch.tensor([len(row) - len(answer) - 1 for row, answer in zip(rows, answers, strict=True)])
         where = (first[:, None] + torch.arange(answered)).clamp_max(length - 1)
         return {
