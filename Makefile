@@ -4,6 +4,10 @@ BIN := .venv/bin
 WEIGHTS := --ckpt_dir models/tiny-Wan2.2-TI2V-5B --vlm_path models/tiny-InternVL
 DEMO := outputs/demo
 CLIP := examples/shapes.mp4
+CHECKED := --require-hashes --constraint requirements.lock
+COMPILE := build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --no-annotate \
+	--generate-hashes --custom-compile-command "make lock"
+TORCH := $(shell grep -o "^torch==[^ ]*" requirements.lock)
 
 .PHONY: help demo quick test test-all lint format lock audit reference docs mutants clean
 
@@ -42,36 +46,42 @@ format: .venv/.ready  ## lay out the code, and mend what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# The lock constrains versions and is no list of what to install, so that a CPU build of torch brings no CUDA packages.
-.venv/.ready: pyproject.toml requirements.lock
+# The lock constrains and is no list of what to install, so that a CPU build of torch brings no CUDA packages. All that
+# comes from an index is checked against its hashes, also torch. Only a torch that pip finds on this machine's own disk
+# (find-links), or that is in .venv already, is taken as it is: other builds, say for the CPU, have other hashes.
+.venv/.ready: pyproject.toml requirements.lock requirements-pip.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements-pip.lock
+	$(BIN)/python -m pip install --quiet --no-index --no-deps "$(TORCH)" 2>/dev/null || echo "$(TORCH) is not on this disk"
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip install $(CHECKED) "wan-continue[dev]"
 	touch $@
 
 reference: .venv/.ready  ## docs/commands.md, the page of all flags, from wan/options.py
 	$(BIN)/python -m wan.commands.flags > docs/commands.md
 
 docs: .venv/.ready reference  ## the site of docs/ in build/site; a broken link or anchor fails
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet $(CHECKED) "wan-continue[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 # For a few of them: make mutants MUTANTS="--count 5 wan/chain"
 mutants: .venv/.ready  ## the share of small faults that the tests see, by package; takes hours
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[mutants]"
+	$(BIN)/python -m pip install --quiet $(CHECKED) "wan-continue[mutants]"
 	$(BIN)/python -m benchmarks.mutants $(MUTANTS)
 
 # Keeps the versions in the file wherever they still fit pyproject.toml; remove a line to let that package move.
 lock:  ## move requirements.lock to what pyproject.toml asks for
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install --quiet "uv>=0.13,<0.14"
-	build/uv/bin/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --all-extras \
-		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	$(COMPILE) --all-extras --output-file requirements.lock pyproject.toml
+	$(COMPILE) --group setup --constraint requirements.lock --output-file requirements-pip.lock
 
-# In an environment of its own: what it needs is no part of what is looked at.
+# In an environment of its own: what it needs is no part of what is looked at. A package that cannot be looked up fails.
 audit:  ## known vulnerabilities of the versions in requirements.lock
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet "pip-audit>=2.9,<3"
-	build/audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	build/audit/bin/pip-audit --strict --require-hashes --disable-pip \
+		--requirement requirements.lock --requirement requirements-pip.lock
 
 clean:  ## remove .venv, outputs and caches
 	rm -rf .venv build outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info .coverage

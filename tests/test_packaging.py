@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from typing import Any
 
@@ -27,8 +29,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def requirements(file: str) -> list[Requirement]:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
-    return [Requirement(line) for line in lines if line]
+    lines = (line.partition("#")[0].strip(" \\") for line in (ROOT / file).read_text().splitlines())
+    return [Requirement(line) for line in lines if line and not line.startswith("--hash=")]
 
 
 def declared() -> list[Requirement]:
@@ -65,11 +67,48 @@ def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
         assert {specifier.operator for specifier in item.specifier} == {">=", "<"}, f"{item} is not bounded"
 
 
-def test_the_lock_pins_versions_and_names_no_place() -> None:
-    for item in requirements("requirements.lock"):
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-pip.lock"])
+def test_the_lock_pins_versions_and_bytes_and_names_no_place(file: str) -> None:
+    for item in requirements(file):
         assert [specifier.operator for specifier in item.specifier] == ["=="], f"{item} is not pinned"
         assert item.url is None
-    assert not re.search(r"://|--|sha256|\bindex\b", (ROOT / "requirements.lock").read_text())
+    text = (ROOT / file).read_text()
+    assert not re.search(r"://|\bindex\b", text)
+    for entry in re.split(r"\n(?=\w)", text)[1:]:
+        name, *hashes = entry.replace("\\\n", "").split("--hash=")
+        assert hashes, f"{name} has no hash"
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}\s*", one) for one in hashes), name
+
+
+def test_what_installs_is_new_enough_to_look_at_hashes() -> None:
+    """An older pip does not compare packages with the hashes of a constraint."""
+    setup, build = PROJECT["dependency-groups"]["setup"], PROJECT["build-system"]["requires"]
+    assert [str(Requirement(text)) for text in build] == [str(Requirement(text)) for text in setup[1:]]
+    pins = {item.name: next(iter(item.specifier)).version for item in requirements("requirements-pip.lock")}
+    for item in map(Requirement, setup):
+        assert item.specifier.contains(pins[item.name])
+    assert not Requirement(setup[0]).specifier.contains("26.0")
+    assert {f"{name}=={version}" for name, version in pins.items() if name != "pip"} <= {
+        f"{item.name}{item.specifier}" for item in requirements("requirements.lock")
+    }
+
+
+def installs() -> list[str]:
+    """Every use of pip in the Makefile, its variables filled in, and in the workflow."""
+    targets = ("-B", "--dry-run", "BIN=.venv/bin", "quick", "docs", "mutants", "lock", "audit")
+    made = subprocess.run(["make", *targets], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [*made.splitlines(), *(ROOT / ".github/workflows/ci.yml").read_text().splitlines()]
+    return [line for line in lines if "pip install" in line]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="the Makefile is for systems that have make")
+def test_a_set_up_checks_the_bytes_of_all_that_an_index_gives() -> None:
+    said = installs()
+    assert sum("wan-continue[dev]" in line for line in said) == 2, "the Makefile's and the workflow's"
+    for line in said:
+        unasked = "--no-index" in line or "--no-deps --no-build-isolation --editable ." in line
+        tool = re.search(r"build/(uv|audit)/bin", line) is not None  # what looks at packages, and runs none of them
+        assert "--require-hashes" in line or unasked or tool, line
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -112,6 +151,10 @@ def test_every_supported_python_is_allowed() -> None:
 
 
 def test_nobody_is_told_to_install_a_package_that_is_on_no_index() -> None:
-    """Its name would be free for anybody to take."""
-    told = [*(ROOT / "wan").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-    assert [file for file in told if re.search(r"pip install .?wan-continue", file.read_text(encoding="utf-8"))] == []
+    """Its name would be free for anybody to take. With hashes pip keeps the clone's, and refuses a stranger's."""
+    told = [*(ROOT / "wan").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "Makefile"]
+    lines = [line for file in told for line in file.read_text(encoding="utf-8").splitlines()]
+    lines += installs() if shutil.which("make") else []
+    named = [line for line in lines if re.search(r"pip install .*\bwan-continue\b", line)]
+    assert [line for line in named if not re.search(r"--require-hashes|\$\(CHECKED\)", line)] == []
+    assert "--require-hashes" in re.findall(r"^CHECKED := (.*)", (ROOT / "Makefile").read_text(), re.M)[0]

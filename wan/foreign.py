@@ -51,12 +51,15 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """A file's bytes, of which there may be `most`. Raises UserError, also for a pipe, which would never end."""
+def read_bytes(path: Path, most: int = MOST_BYTES, advice: str = "remove it, or put the file back") -> bytes:
+    """A file's bytes, of which there may be `most`. Raises UserError, also for a pipe, which would never end.
+
+    `advice` is for what is no file.
+    """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is no file; remove it, or put the file back")
+            raise UserError(f"{path} is no file; {advice}")
         if found.st_size > most:
             raise UserError(f"{path} is larger than {most >> 20} MiB; is it the right file?")
         return path.read_bytes()

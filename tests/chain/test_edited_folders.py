@@ -58,7 +58,9 @@ RECORD = [
     (("seam",), 7),
     (("seam",), {"warnings": 5}),
     (("seam",), {"colour_shift": ["a"]}),
+    (("seam",), {"score": "5"}),
     (("seconds",), {"sample": []}),
+    (("seconds",), {"sample": "5"}),
     (("versions",), ["x"]),
     (("memory",), "x"),
     (("candidates",), [3]),
@@ -79,6 +81,9 @@ RUN = [
     (("clips",), [5]),
     (("clips",), DEEP),
     (("base_seed",), 10**400),
+    (("seconds",), [None]),
+    (("seconds",), "5"),
+    (("status",), []),
 ]
 
 
@@ -123,6 +128,22 @@ def test_a_record_that_is_none_is_made_again_and_kept(command: Callable[..., See
     path = folder / "run.json"
     path.write_text(text)
     assert command("").code == 2
+
+
+def test_two_records_of_one_clip_are_one_line_and_nothing_is_lost(command: Callable[..., Seen], folder: Path) -> None:
+    brought_back = [
+        Path(shutil.copy(path, folder / path.name.replace("seed4", "seed9"))) for path in folder.glob("*_seed4.*")
+    ]
+    before = contents(folder)
+    for more in ("", "--dry_run", "--redo 2"):
+        seen = command(more)
+        assert seen.code == 2 and seen.said.count("\n") == 1 and seen.requests == []
+        assert "two records of clip 2, video_02_seed4.json and video_02_seed9.json" in seen.said
+        assert contents(folder) == before
+    for path in brought_back:
+        path.unlink()
+    seen = command("")
+    assert seen.code == 0 and seen.requests == []
 
 
 def test_a_pipe_for_a_record_is_no_clip_and_does_not_hang(command: Callable[..., Seen], folder: Path) -> None:

@@ -347,6 +347,12 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
         ('- a\n- "\\UFFFFFFFF"', "FILE, line 2: YAML cannot read this: "),
         ("- a\n- \x07", "FILE, line 2: YAML takes no character U+0007; remove it"),
         ("- a\n- [" + "[" * 5000, "FILE is nested too deeply for a storyboard"),
+        ("- " * 41 + "a", "FILE is nested too deeply for a storyboard"),
+        (
+            "- <<: [&a0 {}, " + ", ".join(f"&a{n + 1} {{<<: *a{n}}}" for n in range(2000)) + "]",
+            "FILE is nested too deeply for a storyboard",
+        ),
+        ("[" + "a, " * 10_001 + "]", "FILE, line 1: there are 10001 clips; a chain has at most 10000, start another"),
         (b"- a\n- caf\xe9", "FILE, line 2: this is not UTF-8; save the file as UTF-8"),
         ("- a".encode("utf-16"), "storyboard FILE is no text in UTF-8; is it the right file?"),
         (b"#" * (2**20 + 1), "storyboard FILE is larger than 1 MiB; is it the right file?"),
@@ -400,10 +406,20 @@ def test_a_list_of_loras_names_the_line_of_the_wrong_one(folder: Path) -> None:
     assert refusal(folder, "- lora:\n  - a.safetensors\n  - none.safetensors").startswith("FILE, line 3: lora must be")
 
 
+def test_more_than_a_chain_has_is_refused_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 1 MiB can hold half a million values, which take YAML's parser most of a minute."""
+    many = "a\n" * 10_001
+    assert refusal(folder, many, ".txt").startswith(
+        "FILE, line 10001: there are 10001 prompts; a chain has at most 10000"
+    )
+    monkeypatch.setattr("wan.chain.storyboard.MOST_VALUES", 20)
+    assert refusal(folder, "- {seed: 1}\n" * 10) == "FILE holds more than 20 values; is it the right file?"
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     for name, problem in (
         ("none.yaml", "cannot be read: No such file"),
-        (".", "is not a file"),
+        (".", "is no file; give a .yaml, .json or .txt file"),
         ("a\0b", "cannot be read: embedded null"),
     ):
         with pytest.raises(UserError, match=problem):

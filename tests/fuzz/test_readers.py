@@ -337,7 +337,9 @@ def test_the_folder_of_a_run(tmp_path: Path, rounds: int, name: str) -> None:
                 Memory.from_json(clip.record.get("memory") or {})
                 assert clip.last.ndim == 3 and clip.dropped >= 0
             records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
-            render_report(run, records, [clip.sheet for clip in clips])
+            float(run.get("seconds") or 0)
+            own = run | {"arguments": {}}  # the command's, not those of the file
+            render_report(own, records, [clip.sheet for clip in clips])
 
     files_attack(folder / name, read, 12 * rounds)
 

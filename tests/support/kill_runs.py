@@ -1,20 +1,26 @@
 """Kills chains with SIGKILL, goes on with them, and compares; run by test_resume.py in a process of its own.
 
-    python -m tests.support.kill_runs CHECKPOINT VIDEO FOLDER RANDOM_KILLS
+    python -m tests.support.kill_runs CHECKPOINT VIDEO FOLDER KILLS
 
 Every run is a fork of this process, which has imported everything and computed nothing. An event is the beginning of a
-stage, a solver step, or the moment before a file gets its name. The last line is JSON.
+stage, a solver step, or the moment before a file gets its name. One run is stopped at every event, with all its
+threads, while its folder is copied: the copy is what SIGKILL would leave at that moment. Each copy that differs from
+all before it is resumed. Then runs are really killed, KILLS at events and as many at random moments. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +36,27 @@ torch.set_num_threads(1)
 CLIPS = 3
 
 
-def chain(checkpoint: str, video: str, folder: Path, kill_at: int | None = None) -> int:
-    """Fork a run; returns its exit code, or -9 when it was killed. `kill_at` counts events."""
+def chain(
+    checkpoint: str, video: str, folder: Path, kill_at: int = 0, at_event: Callable[[], None] | None = None
+) -> int:
+    """Fork a run; returns its exit code, or -9 when it was killed at event `kill_at`, counted from 1.
+
+    With `at_event` the run is stopped at every event while `at_event` is called.
+    """
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
+            assert at_event is not None
+            at_event()
+            os.kill(child, signal.SIGCONT)
+        return os.waitstatus_to_exitcode(status)
     events = 0
 
     def event(*_: Any) -> None:
         nonlocal events
         events += 1
+        if at_event is not None:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if events == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -61,8 +78,6 @@ def chain(checkpoint: str, video: str, folder: Path, kill_at: int | None = None)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     flags = ["--ckpt_dir", checkpoint, "--video", video, "--output_dir", str(folder), "--prompt", "it goes on"]
     code = cli.continuous_main([*flags, "--num_videos", str(CLIPS), "--frame_num", "5", "--base_seed", "3"])
-    if kill_at == 0:
-        (folder.parent / "events").write_text(str(events))
     os._exit(code)
 
 
@@ -89,33 +104,55 @@ def finished(folder: Path) -> dict[str, int]:
     return {path.name: path.with_suffix(".mp4").stat().st_mtime_ns for path in records}
 
 
+def digest(folder: Path) -> str:
+    """Of all files and their names, whatever the random part of a temporary name."""
+    summed = hashlib.sha256()
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        name = re.sub(r"\.\w+\.part$", ".part", path.name)
+        summed.update(f"{path.parent.relative_to(folder)}/{name}".encode())
+        if path.is_file():
+            summed.update(hashlib.sha256(path.read_bytes()).digest())
+    return summed.hexdigest()
+
+
 def main() -> None:
-    checkpoint, video, home, random_kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-    start = time.perf_counter()
-    assert chain(checkpoint, video, home / "whole", kill_at=0) == 0
-    seconds = time.perf_counter() - start
-    events = int((home / "events").read_text())
+    checkpoint, video, home, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    copies: dict[str, tuple[int, Path]] = {}  # by digest: the event, the folder
+    events, wrong, killed = 0, [], 0
+
+    def copy() -> None:
+        nonlocal events
+        events += 1
+        if (home / "whole").is_dir() and (known := digest(home / "whole")) not in copies:
+            copies[known] = events, home / f"copy_{events}"
+            shutil.copytree(home / "whole", home / f"copy_{events}")
+
+    assert chain(checkpoint, video, home / "whole", at_event=copy) == 0
     whole = content(home / "whole")
-    kills, wrong = 0, []
 
     def check(folder: Path, name: str) -> None:
         before = finished(folder)
         code = chain(checkpoint, video, folder)
         after = finished(folder)
-        different = differences(content(folder), whole)
+        different = differences(content(folder), whole) if code == 0 else ""
         if code or different:
             wrong.append(f"{name}: exit code {code}; {different}")
         if any(after.get(clip) != stamp for clip, stamp in before.items()):
             wrong.append(f"{name}: a finished clip was made again")
         shutil.rmtree(folder)
 
-    for number in range(1, events + 1):
+    for number, folder in copies.values():
+        check(folder, f"event {number}")
+    for number in (1 + round(part * (events - 1) / (kills - 1)) for part in range(kills)):
         if chain(checkpoint, video, home / "killed", kill_at=number) != -signal.SIGKILL:
             wrong.append(f"event {number}: not killed")
-        kills += 1
-        check(home / "killed", f"event {number}")
-    moments = random.Random(0)
-    for number in range(random_kills):
+        killed += 1
+        (home / "killed").mkdir(exist_ok=True)
+        check(home / "killed", f"killed at event {number}")
+    start = time.perf_counter()
+    assert chain(checkpoint, video, home / "again") == 0
+    seconds, moments = time.perf_counter() - start, random.Random(0)
+    for number in range(kills):
         child = os.fork()
         if child == 0:
             os._exit(chain(checkpoint, video, home / "killed") and 1)
@@ -123,11 +160,11 @@ def main() -> None:
         # the run is the child of this child: kill both
         for process in Path(f"/proc/{child}/task/{child}/children").read_text().split():
             os.kill(int(process), signal.SIGKILL)
-            kills += 1
+            killed += 1
         os.waitpid(child, 0)
         (home / "killed").mkdir(exist_ok=True)
         check(home / "killed", f"random {number}")
-    print(json.dumps({"events": events, "kills": kills, "seconds": time.perf_counter() - start, "wrong": wrong}))
+    print(json.dumps({"events": events, "copies": len(copies), "kills": killed, "wrong": wrong}))
 
 
 if __name__ == "__main__":

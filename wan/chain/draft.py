@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
+from wan.errors import UserError
 from wan.files import write_bytes
+from wan.foreign import parse_json
 from wan.prompting import ClipPrompt
 from wan.types import Sampled
 
@@ -65,12 +67,14 @@ class ClipDraft:
         return self.folder / f".draft_{self.number}_{seed}.safetensors"
 
     def _read(self, path: Path) -> tuple[dict[str, Any], Tensor] | None:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return None
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata, latents = opened.metadata(), opened.get_tensor("latents")
             whole = metadata["digest"] == _digest(latents, metadata["said"])
-            said = json.loads(metadata["said"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            said = parse_json(metadata["said"], str(path))
+        except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
         return (said, latents) if whole and said["settings"] == json.loads(json.dumps(self.settings)) else None
 

@@ -16,7 +16,7 @@ _MOST_BYTES = 256 << 20  # of run.json, which holds the record of up to 10000 cl
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}$")]
-Figure = Annotated[float, Field(strict=False)] | None  # nan and inf too
+Figure = float | None  # nan and inf too
 
 
 class _Partly(BaseModel):
@@ -60,6 +60,10 @@ class _Record(_Partly):
 class _Run(_Partly):
     """run.json."""
 
+    status: str | None = None
+    seconds: Figure = None
+    clips_finished: int | None = None
+    clips_asked: int | None = None
     base_seed: Annotated[int, Field(ge=0, le=LARGEST_SEED - MOST_CLIPS)] | None = None
     seeds: dict[Number, Seed] = {}
     redone_over: dict[Number, Seed | None] = {}

@@ -189,11 +189,19 @@ class RunFolder:
     def clips(self) -> dict[int, FinishedClip]:
         """The finished clips by number, counted from 1; `faults` then says what is wrong with those that are not.
 
-        A clip is finished as long as its files are those that were written: their digests are compared.
+        A clip is finished as long as its files are those that were written: their digests are compared. Raises
+        UserError for two records of one number: which of them the user wants, only they know.
         """
         self.faults: dict[int, str] = {}
         clips = {}
         paths = [path for path in sorted(self.path.glob("video_*.json")) if _number(path) is not None]
+        first: dict[int | None, Path] = {}
+        for path in paths:
+            if (other := first.setdefault(_number(path), path)) is not path:
+                raise UserError(
+                    f"{self.path} has two records of clip {_number(path)}, {other.name} and {path.name}; "
+                    f"move the files of one of them elsewhere"
+                )
         with ThreadPoolExecutor(4) as readers:  # digests are computed beside each other
             for found in readers.map(self._read, paths):
                 if isinstance(found, FinishedClip):

@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +43,10 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from wan import media
 from wan.configs import ModelConfig
 from wan.errors import UserError
+from wan.foreign import DEEPEST, read_bytes
 from wan.kinds import (
     LARGEST_SEED,
+    MOST_CLIPS,
     Among,
     Cut,
     Files,
@@ -63,10 +64,12 @@ from wan.options import Option, Settings, by_scene_key
 from wan.settings import LoraFile, check_end_image
 
 MOST_BYTES = 2**20
+MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
 SHOWN_PROBLEMS = 3
 _YAML = "tag:yaml.org,2002:"
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")  # not YAML's: 010 is eight there and 1:30 is ninety
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NO_MORE = f"a chain has at most {MOST_CLIPS}, start another from its end"
 _BY_LINE = " (a file of one prompt per line is named .txt)"
 _STRUCTURE = re.compile(r"""[\s\-\[{"']*(clips|defaults|prompt)["']?\s*:""")
 
@@ -109,7 +112,7 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
     structure = _Structure(path.parent)
     try:
         scenes = structure.scenes(root)
-    except RecursionError as error:
+    except RecursionError as error:  # mappings that are merged into one another by aliases
         raise UserError(f"{path} is nested too deeply for a storyboard") from error
     _refuse(path, structure.problems)
     return tuple(scenes)
@@ -154,15 +157,9 @@ def _refuse(path: Path, problems: Iterable[tuple[int, str]]) -> None:
 def _read(path: Path) -> str:
     """The file's text, with "\\n" between its lines."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"`storyboard` {path} is not a file; give a .yaml, .json or .txt file")
-        if found.st_size > MOST_BYTES:
-            raise UserError(f"`storyboard` {path} is larger than 1 MiB; is it the right file?")
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"`storyboard` {path} cannot be read: {reason}") from error
+        data = read_bytes(path, MOST_BYTES, "give a .yaml, .json or .txt file")
+    except UserError as error:
+        raise UserError(f"`storyboard` {error.marked}") from error
     if b"\0" in data:
         raise UserError(f"`storyboard` {path} is no text in UTF-8; is it the right file?")
     try:
@@ -179,6 +176,8 @@ def _prompts(path: Path, text: str) -> tuple[Scene, ...]:
     if not lines:
         raise UserError(f"`storyboard` {path} holds no clips; write one prompt per line, or YAML")
     structured = "this is YAML or JSON and not a prompt; name the file .yaml or .json"
+    if len(lines) > MOST_CLIPS:
+        _refuse(path, [(lines[MOST_CLIPS][0], f"there are {len(lines)} prompts; {_NO_MORE}")])
     _refuse(path, [(number, structured) for number, line in lines if _STRUCTURE.match(line)])
     return tuple(Scene(number, {"prompt": line}) for number, line in lines)
 
@@ -201,7 +200,7 @@ def _json_as_yaml(path: Path, text: str) -> str:
 def _compose(path: Path, text: str) -> Node | None:
     """The graph of YAML nodes, which know their lines and of which nothing is constructed."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line, character = text.count("\n", 0, error.position) + 1, f"U+{ord(text[error.position]):04X}"
         raise UserError(f"{path}, line {line}: YAML takes no character {character}; remove it") from error
@@ -218,12 +217,32 @@ def _compose(path: Path, text: str) -> Node | None:
             problem += f" ({error.context}, line {begin.line + 1})"
         hint = "" if path.suffix.lower() in (".yaml", ".yml", ".json") else _BY_LINE
         raise UserError(f"{path}, line {mark.line + 1 if mark else 1}: {problem}{hint}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+    except _Excess as error:
+        raise UserError(f"{path} {error}") from error
     except (ValueError, OverflowError) as error:  # an escape such as \UFFFFFFFF
         raise UserError(f"{path}, line {loader.line + 1}: YAML cannot read this: {error}") from error
     finally:
         loader.dispose()
+
+
+class _Excess(Exception):
+    """More than a storyboard has. The message goes on after the file's name."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes no more than a storyboard may hold: its composer calls itself, and takes a second for 10,000 values."""
+
+    depth = values = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        self.depth, self.values = self.depth + 1, self.values + 1
+        if self.depth > DEEPEST:
+            raise _Excess("is nested too deeply for a storyboard")
+        if self.values > MOST_VALUES:
+            raise _Excess(f"holds more than {MOST_VALUES} values; is it the right file?")
+        node: Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Structure:
@@ -247,6 +266,9 @@ class _Structure:
         items = _items(clips)
         if not items:
             self._add(clips, f"clips must be a list of at least one clip, {_shown(clips)} is not")
+            return []
+        if len(items) > MOST_CLIPS:
+            self._add(items[MOST_CLIPS], f"there are {len(items)} clips; {_NO_MORE}")
             return []
         return [scene for clip in items if (scene := self._scene(clip, defaults))]
 
