@@ -255,7 +255,9 @@ def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[Ch
         judged.append(judge_clip(scene, frames, begins - known, begins + SECOND, named))
         last = frames[-1]
         begins += len(frames) - 1 - known
-    log.info("chain %d: all right in %d of %d clips", number + 1, sum(clip.all_right[0] for clip in judged), clips)
+    kinds = " ".join(f"{sum(clip.kinds)}/{len(clip.kinds)}" for clip in judged)
+    right = sum(clip.all_right[0] for clip in judged)
+    log.info("chain %d: all right in %d of %d clips; kinds right by clip: %s", number + 1, right, clips, kinds)
     return judged
 
 

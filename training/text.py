@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from tests.support.tiny_checkpoint import write_prompt_tokenizer
@@ -77,53 +79,63 @@ def train_text(settings: Settings) -> None:
     )
 
 
-def train_endings(settings: Settings) -> None:
-    """Go on with a trained text encoder, so that a caption means the same with the words that `continue` puts after it.
+def train_ending(settings: Settings) -> None:
+    """Teach a trained text encoder the sentence that `continue` ends prompts with: a word of its own, and that alone.
 
-    Denoisers know the encoder as it is, so it is its own teacher: a caption's tokens should stay what they are, alone
-    and with the ending, and the ending's tokens should be further ends of the caption. The checkpoint also holds how
-    far they are from that, relative to the teacher's numbers.
+    Denoisers know the encoder as it is, so nothing else of it changes: with the ending, the tokens of a caption should
+    be what they are without. The checkpoint also holds how far they are from that, relative to their own size.
     """
+    folder = settings.folder / "prompt_tokenizer"
+    index = add_word(folder, KEEP)
+    tokenizer = PromptTokenizer(folder, LENGTH)
     torch.manual_seed(settings.seed)
-    tokenizer = prompt_tokenizer(settings, 2 * LENGTH)
-    model, teacher = build_text_encoder(TEXT).to(settings.device), build_text_encoder(TEXT).to(settings.device)
+    model = build_text_encoder(TEXT).to(settings.device)
     progress = resume("text", model, settings)
-    teacher.load_state_dict(model.state_dict())
-    teacher.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    words = model.get_input_embeddings().weight
+    ending = nn.ParameterDict({"row": words.mean(0)})
+
+    def encoded(ids: Tensor, mask: Tensor) -> Tensor:
+        embedded = torch.where((ids == index)[..., None], ending["row"], words[ids])
+        found: Tensor = model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        return found
 
     def loss_of(batch: Batch) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(input_ids=batch["plain_ids"], attention_mask=batch["plain_mask"]).last_hidden_state
-            ends = wanted.gather(1, (batch["plain_mask"].sum(1) - 1)[:, None, None].expand(-1, 1, wanted.shape[-1]))
-            is_caption = batch["plain_mask"].bool()
-            is_caption &= is_caption.roll(-1, 1) & (torch.arange(2 * LENGTH, device=ends.device) < 2 * LENGTH - 1)
-            followed = torch.where(is_caption[..., None], wanted, ends)
-        plain = model(input_ids=batch["plain_ids"], attention_mask=batch["plain_mask"]).last_hidden_state
-        ended = model(input_ids=batch["ended_ids"], attention_mask=batch["ended_mask"]).last_hidden_state
-        # most prompts have no ending
-        return 4 * _apart(plain, wanted, batch["plain_mask"]) + _apart(ended, followed, batch["ended_mask"])
+            wanted = encoded(batch["plain_ids"], batch["plain_mask"])
+        made = encoded(batch["ended_ids"], batch["ended_mask"])
+        among = batch["plain_mask"].bool() & batch["plain_mask"].roll(-1, 1).bool()  # all but </s>
+        return (made - wanted)[among].square().mean() / wanted[among].square().mean()
 
     def stream(step: int) -> Iterator[Batch]:
         generator = settings.generator(step)
         while True:
             captions = as_prompts(scenes.sample(settings.batch, generator).captions(), generator)
             found: Batch = {}
-            for name, ending in (("plain", ""), ("ended", f" {KEEP}")):
-                rows = [tokenizer(caption + ending) for caption in captions]
+            for name, end in (("plain", ""), ("ended", f" {KEEP}")):
+                rows = [tokenizer(caption + end) for caption in captions]
                 ids, mask = (torch.cat(parts).to(settings.device) for parts in zip(*rows, strict=True))
                 found |= {f"{name}_ids": ids, f"{name}_mask": mask}
             yield found
 
     def finish() -> dict[str, Any]:
         with torch.no_grad():
-            return {"apart": float(loss_of(next(stream(HELD_OUT))) / 5)}
+            apart = float(loss_of(next(stream(HELD_OUT))))
+            words[index] = ending["row"]
+        return {"apart": apart, "weights": model.state_dict()}
 
-    train("text", model, loss_of, stream(progress.steps), replace(settings, graph=False), progress, finish)
+    train("text", ending, loss_of, stream(progress.steps), replace(settings, graph=False), progress, finish)
 
 
-def _apart(made: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
-    """The mean square of the difference where the mask is, as a share of the mean square of what is wanted."""
-    return (made - wanted)[mask.bool()].square().mean() / wanted[mask.bool()].square().mean()
+def add_word(folder: Path, text: str) -> int:
+    """The id of a text that the prompt tokenizer in a folder takes for one word; from now on, if it did not."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    index: int = tokenizer.token_to_id(text)
+    if index >= TEXT.vocab_size:
+        raise ValueError(f"{text!r} is word {index} and the text encoder has {TEXT.vocab_size}")
+    return index
 
 
 def batches(tokenizer: PromptTokenizer, settings: Settings, step: int) -> Iterator[Batch]:
