@@ -54,7 +54,7 @@ def train_vae(name: str, settings: Settings) -> None:
         clips(settings, progress.steps, frames),
         settings,
         progress,
-        lambda: statistics(vae, device, scenes.FRAMES, 128 if device.type == "cuda" else 8),
+        lambda: statistics(vae, device, scenes.FRAMES, 128 if device.type == "cuda" else 1),
     )
 
 
