@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.real_size import commit
+from benchmarks.real_size import DEVICE, commit
+from benchmarks.timing import timed
 from wan.denoiser.attention_backends import kernels_there
 from wan.denoiser.int8_attention_kernel import Tiles, attend
 
@@ -59,18 +59,6 @@ def errors(found: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[fl
     return round((wrong / norm) ** 0.5, 5), round(kept / norm, 5)
 
 
-def seconds(call: Callable[[], Tensor]) -> float:
-    call()
-    taken = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
-
-
 def candidates(count: int) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
     yield from kernels_there().items()
     for tiles in VARIANTS[:count]:
@@ -91,7 +79,7 @@ def main() -> None:
         for name, attention in candidates(args.variants):
             row: dict[str, Any] = {"shape": shape, "kernel": name}
             try:
-                taken = seconds(partial(attention, *gaussian))
+                taken = min(timed(partial(attention, *gaussian), DEVICE, 3, warm=1))
                 row["tflops"] = round(4 * tokens**2 * heads * 128 / taken / 1e12, 1)
                 row["error, kept"] = errors(attention(*gaussian), *gaussian)
                 row["real-like"] = errors(attention(*real), *real)

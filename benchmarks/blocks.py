@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, commit, materialise, pack
+from benchmarks.timing import timed
 from wan.denoiser.attention_backends import fastest_attention, use_attention
 from wan.denoiser.fp8 import PRECISIONS, quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
@@ -133,19 +133,6 @@ def errors(bench: Bench, kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    for _ in range(2):
-        call()
-    taken = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return 1000 * statistics.median(taken)
-
-
 def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of the GPU in linear layers, in attention, and in the longest of the others."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -182,7 +169,7 @@ def main() -> None:
             taken, kernels = [], {}
             for layers in (1, 3):
                 call = bench.forward(kind, layers)
-                taken.append(milliseconds(call))
+                taken.append(1000 * statistics.median(timed(call, DEVICE, 5, warm=2)))
                 if args.kernels and layers == 3:
                     kernels = by_kernel(call)
                 del call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from benchmarks.real_size import materialise
+from benchmarks.timing import timed
 from wan.captioner.base import Pictures
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
-from wan.device.hardware import peak_gib, reset_peak, synchronize
+from wan.device.hardware import peak_gib, reset_peak
 
 FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
 WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
@@ -94,8 +96,8 @@ def captions(device: torch.device) -> dict[str, Any]:
     """Seconds of a caption with what the first one sets up, and of later ones; the library's `generate` beside it."""
     captioner = RandomCaptioner(device)
     reset_peak(device)
-    first = timed(device, lambda: captioner.tokens(ANSWER))
-    alone, whole = (timed(device, lambda count=count: captioner.tokens(count)) for count in (1, ANSWER))
+    (first,) = timed(lambda: captioner.tokens(ANSWER), device)
+    alone, whole = (timed(partial(captioner.tokens, count), device)[0] for count in (1, ANSWER))
     ids, pixels = captioner.inputs()
     options = {"do_sample": False, "min_new_tokens": ANSWER, "max_new_tokens": ANSWER, "pad_token_id": 0}
 
@@ -105,7 +107,7 @@ def captions(device: torch.device) -> dict[str, Any]:
         )
         return made[0, ids.shape[1] :].cpu()
 
-    theirs = [timed(device, library) for _ in range(2)]
+    theirs = timed(library, device, 2)
     recorded, decoder = captioner.tokens(ANSWER), captioner.decoder
     assert decoder is not None
     words = library()[:ANSWER]
@@ -143,15 +145,6 @@ def worst_choice(logits: Tensor, chosen: Tensor) -> float:
     """The most that a chosen token's logit is below the highest, in standard deviations of its row."""
     below = logits.amax(1) - logits.gather(1, chosen[:, None])[:, 0]
     return float((below / logits.std(1)).max())
-
-
-def timed(device: torch.device, call: Any) -> float:
-    """Seconds of a call, with the GPU waited for."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from PIL import Image
 from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
+from benchmarks.timing import timed
 from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import PRESETS
@@ -210,15 +211,12 @@ def stock_step(task: str, request: Request, repeats: int) -> float:
     t = torch.full((1,), 600, device="cuda")
     if task == "ti2v-5B":
         t = t[:, None].expand(1, geometry.tokens).contiguous()
-    times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def step() -> None:
         for _ in range(2):
             model(latents, t, text, return_dict=False)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+
+    return statistics.median(timed(step, DEVICE, repeats, warm=1))
 
 
 WITHOUT = ("compile", "probe", "reuse", "rows")

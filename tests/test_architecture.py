@@ -17,7 +17,7 @@ LAYERS = [
     ("wan.kinds",),
     ("wan.options",),
     ("wan.settings",),
-    ("wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
+    ("wan.pictures", "wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
     (
         "wan.device.ranks",
         "wan.device.parallel",
@@ -28,7 +28,7 @@ LAYERS = [
     ),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
-    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage"),
+    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.comfy"),
     ("wan.models", "wan.prompting", "wan.chain.plan"),
     ("wan.pipeline",),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, seams
+from benchmarks import clip, seams, timing
 from wan.types import KnownFrames, Request
 
 
@@ -83,3 +83,11 @@ def test_where_a_film_is_cut_is_no_place_to_cut_it() -> None:
     still, other = torch.zeros(60, 8, 8, 3), torch.ones(60, 8, 8, 3)
     assert not seams.is_cut(still) and seams.is_cut(torch.cat([still[:9], other[:9]]))
     assert not any(True for _ in seams.film_seams([(torch.cat([still[:20], other[:20]]), 4)], every=1))
+
+
+def test_one_timer_leaves_out_the_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 5.0, 10.0, 11.0, 20.0, 22.0))
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: next(clock))
+    calls: list[int] = []
+    assert timing.timed(lambda: calls.append(1), torch.device("cpu"), 2, warm=1) == [1.0, 2.0]
+    assert len(calls) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ def test_a_chain_continues_from_the_last_frame_with_the_next_seed() -> None:
     made = list(chain(grey(10), count=3, extend=one_level_brighter, seed=7))
     assert [int(to_uint8(clip.clip.frames[-1]).max()) for clip in made] == [11, 12, 13]
     assert [clip.request.seed for clip in made] == [7, 8, 9]
+
+
+def test_a_chain_of_forty_clips_holds_one_clip_at_a_time() -> None:
+    """And the one that it is made from, while it is made."""
+    made: list[weakref.ref[Clip]] = []
+    alive: list[int] = []
+
+    def extend(clip: Any, seed: int) -> Generation:
+        found = one_level_brighter(clip, seed)
+        made.append(weakref.ref(found.clip))
+        alive.append(sum(one() is not None for one in made))
+        return found
+
+    assert sum(1 for _ in chain(grey(10), count=40, extend=extend, seed=7)) == 40
+    assert max(alive) == 2
 
 
 def test_a_chain_hands_out_each_clip_before_the_next_is_begun() -> None:

@@ -28,8 +28,10 @@ from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.kinds import Local
+from wan.kinds import Among, Gib, Guidance, Local, Real, Seed, Strength, Whole
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
+from wan.settings import LoraFile
+from wan.types import Step
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +138,39 @@ def test_settings_are_in_range_wherever_they_come_from() -> None:
             check(name, value)
 
 
+def test_every_number_has_a_limit_and_a_reason_for_it() -> None:
+    for one in OPTIONS.values():
+        kind = one.kind
+        if isinstance(kind, Whole | Real | Guidance) and not isinstance(kind, Among | Seed | Strength):
+            assert abs(kind.high) <= 10**6 and kind.reason.startswith("; "), one.name
+            value: Any = (kind.high, 2 * kind.high) if isinstance(kind, Guidance) else 2 * kind.high
+            with pytest.raises(UserError, match=f"`?{one.name}`? .*{kind.reason}"):
+                check(one.name, value)
+        elif isinstance(kind, Gib):
+            with pytest.raises(UserError, match="GiB from 1 to 4096"):
+                check(one.name, 1e9)
+    assert Settings(base_seed=2**63 - 1) and OPTIONS["drift_correction"].kind == Strength("S", 0, 1, unsaid=0.9)
+    for name, value in (("base_seed", 2**63), ("seed", 2**63), ("context_frames", 10**9), ("drift_correction", 1e300)):
+        with pytest.raises(UserError, match=name):
+            check(name, value)
+    for text in (f"PATH:{strength}" for strength in ("1e300", "-1001", "nan", "inf")):
+        with pytest.raises(UserError, match="must be from -1000 to 1000"):
+            LoraFile.parse(text)
+    with pytest.raises(UserError, match="size must look like"):
+        check("size", "9" * 5000 + "*9")
+
+
+@pytest.mark.parametrize("text", ["-rain", "-5 degrees, it snows", "-1", "-", "--", "-prompt", "--rain"])
+def test_a_text_may_begin_with_a_dash(text: str) -> None:
+    words = ["--ckpt_dir", "x", "--video", "y"]
+    assert parse("continuous", [*words, f"--prompt={text}"]).prompt == text
+    if not text.startswith("--"):
+        assert parse("continuous", ["--prompt", text, *words]).prompt == text
+        assert parse("continuous", [*words, "--prompt", text]).prompt == text
+    assert parse("continuous", [*words, "--sample_guide_scale", "-1,2"]).sample_guide_scale == (-1, 2)
+    assert parse("continuous", [*words, "--drift_correction", "--prompt", "a"]).drift_correction == 0.9
+
+
 def test_every_value_can_be_said_on_the_command_line_again() -> None:
     text = "--ckpt_dir m --video -v --sample_guide_scale 1,2.5 --guidance_interval 0.25 1 --vram 6.5 --t5_cpu"
     text += " --lora a:0.5 --lora b --drift_correction --prompt_mode continue"
@@ -197,6 +232,13 @@ class Case:
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
 A14B = "--ckpt_dir i2v --frame_num 9"
 
+
+def previewed(seen: Seen) -> bool:
+    """Whether a step's latents become a picture in the folder."""
+    seen.run["on_step"](Step(1, 5, "denoise", torch.zeros(48, 2, 2, 4)))
+    return (seen.folder / "preview.webp").exists()
+
+
 CASES: dict[str, Case] = {
     "task": Case("--task v2v-14B", lambda s: s.pipeline.config.name, "v2v-14B", "--ckpt_dir i2v --task v2v-14B"),
     "video": Case("--video other.mp4", lambda s: round(s.mean(s.first.known.leading[0]), 3), ..., also="height width"),
@@ -218,11 +260,23 @@ CASES: dict[str, Case] = {
         "continue video the boat sinks",
         also="prompt num_segments vlm vlm_question",
     ),
+    "name": Case(
+        "--storyboard name.yaml",
+        lambda s: json.loads((s.folder / "run.json").read_text()).get("named"),
+        {"the fog": 3},
+        "--prompt it-goes-on",
+    ),
     "num_videos": Case("--num_videos 3", lambda s: len(s.requests), 3),
     "prompt": Case(
         "--prompt it-goes-on",
         lambda s: s.first.prompt,
         "continue video it-goes-on",
+        also="num_segments vlm vlm_question",
+    ),
+    "prompt_for": Case(
+        "--prompt_for 2 it-turns",
+        lambda s: s.requests[1].prompt,
+        "continue video it-turns",
         also="num_segments vlm vlm_question",
     ),
     "custom_prompt": Case("--custom_prompt now", lambda s: s.first.prompt, "now A red square slides to the right."),
@@ -253,8 +307,12 @@ CASES: dict[str, Case] = {
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
+    "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
+    "take": Case("--take 2=1", lambda s: s.requests[-1].seed, 4, "--best_of 2"),
     "redo": Case("--redo 2", lambda s: len(s.requests), 1, again=True, also="seed"),
     "keep_following": Case("--keep_following", lambda s: len(s.requests), 1, "--redo 1", again=True, also="seed"),
+    "yes": Case("--yes --sample_steps 7", lambda s: len(s.requests), 2, again=True, also="steps"),
+    "review": Case("--review", lambda s: s.code, 2),  # off a terminal
     "offload_model": Case("--offload_model False", lambda s: s.run["offload"], False),
     "vram": Case("--vram 8", lambda s: s.pipeline.budget.vram, 8.0),
     "host_memory": Case("--host_memory 64", lambda s: s.pipeline.host.limit, 64 * 2**30),
@@ -273,6 +331,11 @@ CASES: dict[str, Case] = {
     "t5_fsdp": Case("--t5_fsdp", lambda s: s.code, 2),
     "dit_fsdp": Case("--dit_fsdp", lambda s: s.code, 2),
     "ckpt_dir": Case("--ckpt_dir ti2v_2", lambda s: s.pipeline.checkpoint.folder.name, "ti2v_2"),
+    "comfy_dir": Case(
+        "--ckpt_dir without_vae --comfy_dir comfy",
+        lambda s: s.pipeline.checkpoint.vae.path.name,
+        "wan2.2_vae.safetensors",
+    ),
     "dit": Case("--dit dit.safetensors", lambda s: s.pipeline.checkpoint.experts["model"].path.name, "dit.safetensors"),
     "dit_high": Case(
         "--dit_high dit_high.safetensors",
@@ -305,9 +368,17 @@ CASES: dict[str, Case] = {
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
+    "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
     "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
+    "keep_state": Case(
+        "--keep_state last",
+        lambda s: [clip.is_pruned for clip in s.clips.values()],
+        [True, False, False],
+        "--num_videos 3",
+    ),
+    "prune": Case("--prune out", lambda s: s.code, 2),  # with anything else
     "no_lock": Case("--no_lock", lambda s: RunFolder(s.folder).run["arguments"]["no_lock"], True),
     "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
 }
@@ -354,7 +425,15 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     seen = command(words)
     if name == "output_dir":
         seen.folder = Path("elsewhere")
-    if name in ("ulysses_size", "cfg_size", "t5_fsdp", "dit_fsdp", "dry_run"):  # refused, or nothing is made
+    if name in (
+        "review",
+        "prune",
+        "ulysses_size",
+        "cfg_size",
+        "t5_fsdp",
+        "dit_fsdp",
+        "dry_run",
+    ):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import save_file
 
 from tests.support.golden import GOLDEN, ROOT
 from tests.support.quantized_files import comfyui, gguf_file, official
+from tests.support.text_encoders import in_safetensors, sentencepiece_model
 from tests.support.tiny_checkpoint import write_all
 from wan import cli
 from wan.commands.flags import parse
 from wan.options import OPTIONS
+from wan.text.umt5 import _library_name
 from wan.weights.checkpoint import open_safetensors
 
 pytestmark = pytest.mark.slow
@@ -72,10 +75,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shards = folder / "Wan2.2-I2V-A14B" / f"{side.lower()}_noise_model"
         gguf_file("Q8_0")(official(shards), folder / f"Wan2.2-I2V-A14B-{side}Noise-Q4_K_M.gguf")
     comfyui(official(folder / "Wan2.2-TI2V-5B"), folder / "wan2.2_ti2v_5B_fp8_scaled.safetensors")
+    write_comfy_folder(folder / "ComfyUI" / "models", folder / "Wan2.2-TI2V-5B")
     for name in ("harbour.png", "night.png"):
         (folder / name).symlink_to(GOLDEN / "14b" / "image.png")
     (folder / "first.png").symlink_to(GOLDEN / "14b" / "image.png")
     return folder
+
+
+def write_comfy_folder(models: Path, source: Path) -> None:
+    """The parts of a tiny 5B as a user of ComfyUI has them."""
+    for name in ("diffusion_models", "vae", "text_encoders"):
+        (models / name).mkdir(parents=True)
+    for name in ("config.json", "wan_config.json"):  # the released models need neither
+        shutil.copy(source / name, models)
+    comfyui(official(source), models / "diffusion_models/wan2.2_ti2v_5B_fp8_scaled.safetensors")
+    vae = torch.load(source / "Wan2.2_VAE.pth", weights_only=True)
+    save_file({key: value.contiguous() for key, value in vae.items()}, models / "vae/wan2.2_vae.safetensors")
+    encoder = torch.load(source / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    state = {_library_name(key): value.contiguous() for key, value in encoder.items()}
+    in_safetensors(sentencepiece_model(), models / "text_encoders/umt5_xxl_fp16.safetensors", state)
 
 
 def smaller(text: str) -> str:

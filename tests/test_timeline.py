@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -26,7 +27,7 @@ from tests.support.media_samples import (
     recording,
     samples,
 )
-from wan import media
+from wan import files, media
 from wan.errors import UserError
 from wan.media import assembly, source
 from wan.timeline import Part, Timeline, shared_rate
@@ -381,7 +382,7 @@ def test_a_still_is_shown_for_as_long_as_its_narration(name: str, last: float, t
 def test_sound_after_the_last_picture_is_kept_or_missed_with_a_word(
     moments: list[float], longer: float, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source._say.cache_clear()
+    files._say.cache_clear()
     recording(tmp_path / "a.mp4", moments, sound=beeps(1 + longer, [0.5]))
     shown, rate = assembled(tmp_path / "a.mp4", tmp_path)
     assert shown.index(1001) / rate == pytest.approx(1 + (longer if "held" in words else 1 / 16), abs=0.05)
@@ -418,3 +419,33 @@ def test_a_picture_that_a_later_pass_loses_is_the_one_before(tmp_path: Path, mon
     media.write_video(tmp_path / "a.mp4", numbered(range(4), 64, 36), 16)
     shown, _ = assembled(tmp_path / "a.mp4", tmp_path)
     assert shown == [0, 1, 2, 3, *range(1001, 1008), 1007]
+
+
+def test_a_clip_is_joined_to_a_source_without_encoding_anything_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_sound(tmp_path / "source.mp4", "aac")
+    parts = [
+        clip(tmp_path / f"{index}.mp4", range(1000 * index, 1000 * index + 13), Fraction(16), 1) for index in (1, 2, 3)
+    ]
+    written = list[int]()
+    write = media.writing.write_video
+
+    def counted(*args: Any, **options: Any) -> int:
+        written.append(write(*args, **options))
+        return written[-1]
+
+    monkeypatch.setattr("wan.media.assembly.write_video", counted)
+    growing, whole = tmp_path / "growing.mp4", tmp_path / "whole.mp4"
+    assembly = media.Assembly(tmp_path / "source.mp4", growing)
+    for count in (1, 2, 3):
+        assembly.renew(parts[:count], [1] * count)
+        assert len(written) == 1 + count  # the source once, and each clip once
+    assert media.assemble(tmp_path / "source.mp4", parts, whole, drops=[1, 1, 1]) == sum(written[:4])
+    assert growing.read_bytes() == whole.read_bytes()  # however it came about
+    assert media.probe(growing).has_audio and numbers_in(growing) == numbers_in(whole)
+    assembly.renew([parts[0], parts[2]], [1, 1])  # another clip: all of it is joined anew
+    assert len(written) == 8 + 3 and len(numbers_in(growing)) < len(numbers_in(whole))
+    growing.unlink()
+    assembly.renew([parts[0], parts[2]], [1, 1])
+    assert growing.is_file() and not list(tmp_path.glob(".*"))

@@ -6,9 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wan.commands.continuous import Chain as Chain
     from wan.configs import WAN_CONFIGS as WAN_CONFIGS
     from wan.errors import UserError as UserError
     from wan.image2video import WanI2V as WanI2V
+    from wan.options import Settings as Settings
     from wan.pipeline import Pipeline
     from wan.text2video import WanT2V as WanT2V
     from wan.textimage2video import WanTI2V as WanTI2V
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Chain": "wan.commands.continuous",
+    "Settings": "wan.options",
     "WAN_CONFIGS": "wan.configs",
     "UserError": "wan.errors",
     "WanI2V": "wan.image2video",

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from wan.errors import UserError
 
 if TYPE_CHECKING:
     from wan.commands.job import Job
-    from wan.options import Command
+    from wan.options import Command, Settings
 
 OK, USER = 0, 2
 _STOPS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -32,7 +33,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """`generate.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
-        job = _job("generate", given)
+        job = _job("generate", _settings("generate", given))
         if not job.world.is_first:
             job.follow()
             return
@@ -47,7 +48,13 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
     """`generate_continuous.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
-        job = _job("continuous", given)
+        settings = _settings("continuous", given)
+        if settings.prune is not None:
+            from wan.commands.prune import prune
+
+            prune(Path(settings.prune))
+            return
+        job = _job("continuous", settings)
         if not job.world.is_first:
             job.follow()
             return
@@ -58,12 +65,17 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _job(command: Command, argv: Sequence[str] | None) -> Job:
-    """The flags, and what they mean: each import comes after what the one before it can refuse."""
+def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
+    """What the flags say. Each import comes after what the one before it can refuse."""
     from wan.commands.flags import parse
 
     settings = parse(command, argv)
     tell(settings)
+    return settings
+
+
+def _job(command: Command, settings: Settings) -> Job:
+    """What that means for the files it names."""
     from wan.commands.job import Job
 
     return Job.read(command, settings)

@@ -118,7 +118,7 @@ class VideoContinuation(Pipeline):
             vram=vram,
             host_memory=host_memory,
         )
-        self.vlm = CaptionerOwner(
+        self.vlm: CaptionerOwner = CaptionerOwner(
             # an endpoint serves what it serves; a name is sent only when it is given
             vlm_path or (None if vlm_url else default_vlm(self.checkpoint.folder)),
             url=vlm_url,
@@ -130,7 +130,12 @@ class VideoContinuation(Pipeline):
             vram=self.budget.vram,
         )
         self.prompts = PromptBuilder(self.vlm, self.tokenizer.count, config.text_len, self.fps)
-        self.video_reader = video_reader
+        self.video_reader: str = video_reader
+
+    def close(self) -> None:
+        """As `Pipeline.close`, the captioner too."""
+        self.vlm.forget()
+        super().close()
 
     def v2v(
         self,
@@ -285,10 +290,12 @@ class VideoContinuation(Pipeline):
         *,
         memory: Mapping[str, Any] = MappingProxyType({}),
         draft: Draft | None = None,
+        on_take: Callable[[int, Generation], None] | None = None,
     ) -> Generation:
         """One clip that goes on from the footage. `memory` is what the clip before noted under that name.
 
-        What is in the `draft` is not made again, and what sampling comes to is kept there.
+        What is in the `draft` is not made again, and what sampling comes to is kept there. `on_take` gets each of the
+        candidates of a plan that keeps them, with its number from 1.
         """
         plan = self.with_available_context(footage, plan)
         prompt = None if draft is None else draft.prompt
@@ -304,27 +311,31 @@ class VideoContinuation(Pipeline):
                 prompt = self.build_prompt(footage, plan, memory)
         if on_step is not None:
             on_step(Step(0, plan.sampling.steps, "prompt", prompt=prompt.text))
-        made = self._candidate(footage, prompt, seed, plan, on_step, draft)
-        seconds, candidates = Counter(made.seconds), []
-        if plan.best_of > 1 and not plan.is_cut:  # a cut has no seam to choose by
-            candidates.append({"seed": seed, "score": _seam_score(made)})
-            for index in range(1, plan.best_of):
-                other = self._candidate(footage, prompt, seed + index * CANDIDATE_STEP, plan, on_step, draft)
-                candidates.append({"seed": other.request.seed, "score": _seam_score(other)})
-                seconds.update(other.seconds)
-                made = min(made, other, key=_seam_score)
-        notes = dict(prompt.notes) | dict(made.notes)
-        if candidates:
-            notes["candidates"] = candidates
         caption = {"caption": prompt.seconds} if plan.described else {}
-        return dataclasses.replace(
-            made,
-            seconds=caption | dict(seconds),
-            dropped=plan.dropped,
-            context_frames=plan.context.frames,
-            prompt_memory=prompt.memory,
-            notes=notes,
-        )
+
+        def finish(made: Generation, seconds: Mapping[str, float], **notes: Any) -> Generation:
+            return dataclasses.replace(
+                made,
+                seconds=caption | dict(seconds),
+                dropped=plan.dropped,
+                context_frames=plan.context.frames,
+                prompt_memory=prompt.memory,
+                notes=dict(prompt.notes) | dict(made.notes) | notes,
+            )
+
+        seconds, candidates, kept = Counter[str](), [], None
+        for number in plan.candidates:
+            made = self._candidate(footage, prompt, seed + (number - 1) * CANDIDATE_STEP, plan, on_step, draft)
+            seconds.update(made.seconds)
+            if on_take is not None and plan.keeps_takes:
+                on_take(number, finish(made, made.seconds))
+            if len(plan.candidates) == 1:
+                return finish(made, made.seconds)
+            candidates.append({"seed": made.request.seed, "score": None if plan.is_cut else _seam_score(made)})
+            if kept is None or number == plan.take or (plan.take is None and _is_better(made, kept)):
+                kept = made
+        assert kept is not None  # there are candidates
+        return finish(kept, seconds, candidates=candidates)
 
     def _candidate(
         self,
@@ -454,6 +465,11 @@ class VideoContinuation(Pipeline):
         described = self.vlm.describe(media.sample_frames(video_path, num_segments, reader=self.video_reader), question)
         self.vlm.make_room(stays=lambda: False)
         return described.text
+
+
+def _is_better(made: Generation, other: Generation) -> bool:
+    """Whether a candidate has a less visible seam; where there are no seams the first stays."""
+    return made.seam is not None and _seam_score(made) < _seam_score(other)
 
 
 def _seam_score(made: Generation) -> float:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from wan.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def file_digest(path: Path) -> str:
@@ -20,6 +25,11 @@ def file_digest(path: Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def digest_of(data: bytes) -> str:
+    """That of a file of these bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def sampled_digest(path: Path) -> str:
@@ -53,6 +63,20 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)  # it has its final name
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system knows no such names; whole or not at all."""
+    part = reserve(target)
+    try:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+        publish(part, target)
+    finally:
+        part.unlink(missing_ok=True)  # it has its final name
+
+
 def reserve(path: Path) -> Path:
     """Make an empty temporary file beside `path`, of a name that nobody can have put there before."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -78,6 +102,16 @@ def publish(part: Path, path: Path) -> None:
 def readable(path: str | Path) -> str:
     """A path as text: bytes of a file's name that are no UTF-8 become backslashes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def say_once(path: str | os.PathLike[str], message: str, level: int = logging.WARNING) -> None:
+    """Log one line about a file, the first time that it is said."""
+    _say(level, f"{os.fspath(path)!r}: {message}")  # a name may hold a newline or bytes that are no text
+
+
+@lru_cache(maxsize=1024)
+def _say(level: int, line: str) -> None:
+    log.log(level, "%s", line)
 
 
 def unreadable(file: Path, error: BaseException) -> UserError:

@@ -12,6 +12,7 @@ from torch import Tensor
 from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
 from wan.device.placement import Placement
 from wan.errors import UserError
+from wan.pictures import as_shown
 from wan.pipeline import TwoExperts, draw_seed, fills
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
@@ -61,6 +62,7 @@ def preprocess(image: Frame, width: int, height: int) -> Tensor:
 
 def crop_to_aspect(image: Frame, width: int, height: int) -> Frame:
     """The middle of an image, or of a frame [3, H, W], with the aspect of width x height; cut to whole pixels."""
+    image = image if isinstance(image, Tensor) else as_shown(image)  # turned before it is cut
     here = frame_size(image)
     wide, high = min(here[0], round(here[1] * width / height)), min(here[1], round(here[0] * height / width))
     left, top = (here[0] - wide) // 2, (here[1] - high) // 2
@@ -94,7 +96,7 @@ class WanI2V(TwoExperts):
         Its size is the image's aspect within `max_area` by the official rule; `guide_scale` is one number or
         (low noise, high noise). Raises UserError.
         """
-        width, height = official_size(img.width, img.height, max_area)
+        width, height = official_size(*frame_size(img), max_area)
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,

@@ -17,6 +17,7 @@ from wan.files import readable
 
 LARGEST_SEED = 2**63 - 1
 MOST_CLIPS = 10_000
+MOST_GIB = 4096  # more than a machine has
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
 
 
@@ -61,6 +62,16 @@ class Words(Kind):
         super().check(value)
         if not str(value).strip():
             raise Unfit("is empty; write something or leave it out")
+
+
+@dataclass(frozen=True)
+class Name(Words):
+    """A name, which is not one of the numbers that clips have anyway."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if str(value).isdecimal():
+            raise Unfit(f"must not be a number, {value!r} is; write a word")
 
 
 @dataclass(frozen=True)
@@ -231,10 +242,11 @@ class Among(Whole):
 
 @dataclass(frozen=True)
 class Real(Kind):
-    """A finite number from `low` to `high`; `above` leaves `low` itself out."""
+    """A number from `low` to `high`; `reason` says why not more, and `above` leaves `low` itself out."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = 0
+    high: float = 1
+    reason: str = ""
     above: bool = False
 
     def read(self, text: str) -> float:
@@ -244,12 +256,10 @@ class Real(Kind):
             raise Unfit(f"must be a number, {text[:40]!r} is not") from error
 
     def check(self, value: Any) -> None:
-        number = _is_number(value) and math.isfinite(value)
-        if number and self.low <= value <= self.high and not (self.above and value == self.low):
-            return
-        if self.high < math.inf:
-            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not")
-        raise Unfit(f"must be a {'positive' if self.above else 'finite'} number, {value} is not")
+        if self.above and not (_is_number(value) and math.isfinite(value) and value > self.low):
+            raise Unfit(f"must be a positive number, {value} is not")
+        if not (_is_number(value) and self.low <= value <= self.high):
+            raise Unfit(f"must be from {self.low:g} to {self.high:g}, {value} is not{self.reason}")
 
 
 @dataclass(frozen=True)
@@ -302,11 +312,12 @@ class Gib(Kind):
             raise self._unfit(text) from error
 
     def check(self, value: Any) -> None:
-        if value != "auto" and not (_is_number(value) and 1 <= value < 4096):
+        if value != "auto" and not (_is_number(value) and 1 <= value <= MOST_GIB):
             raise self._unfit(value)
 
     def _unfit(self, value: Any) -> Unfit:
-        return Unfit(f"must be auto or a number of GiB from 1, for instance 12; {str(value)[:40]!r} is not")
+        said = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
+        return Unfit(f"{said}; {str(value)[:40]!r} is not")
 
     def write(self, value: Any) -> list[str]:
         return [value if isinstance(value, str) else f"{value:g}"]
@@ -317,6 +328,7 @@ class Count(Whole):
     """A whole number, or "auto"."""
 
     high: int = 4096
+    reason: str = "; no machine has more"
 
     def read(self, text: str) -> Any:
         return text if text == "auto" else super().read(text)
@@ -328,7 +340,10 @@ class Count(Whole):
 
 @dataclass(frozen=True)
 class Guidance(Kind):
-    """(low noise, high noise), written LOW,HIGH or as one number for both."""
+    """(low noise, high noise), written LOW,HIGH or as one number for both, up to `high` of either sign."""
+
+    high: float = 1000
+    reason: str = "; of the picture nothing is left by then"
 
     def read(self, text: str) -> tuple[float, float]:
         try:
@@ -344,6 +359,9 @@ class Guidance(Kind):
             raise Unfit(f"must be two numbers, of low and of high noise; {value!r} is not")
         if not all(math.isfinite(scale) for scale in value):
             raise Unfit(f"must be finite, {','.join(f'{scale:g}' for scale in value)} is not")
+        if any(abs(scale) > self.high for scale in value):
+            shown = ",".join(f"{scale:g}" for scale in value)
+            raise Unfit(f"must be from -{self.high:g} to {self.high:g}, {shown} is not{self.reason}")
 
     def write(self, value: Any) -> list[str]:
         return [",".join(repr(scale) for scale in value)]
@@ -362,6 +380,56 @@ class Interval(Kind):
 
     def write(self, value: Any) -> list[str]:
         return [repr(sigma) for sigma in value]
+
+
+@dataclass(frozen=True)
+class PromptFor(Kind):
+    """Pairs of a clip's number and its prompt, each in two words."""
+
+    def read(self, text: Any) -> tuple[tuple[int, str], ...]:
+        return tuple((Whole().read(number), prompt) for number, prompt in text)
+
+    def check(self, value: Any) -> None:
+        numbers = [number for number, _ in value]
+        for number, prompt in value:
+            Whole().check(number)
+            Words().check(prompt)
+            if numbers.count(number) > 1:
+                raise Unfit(f"{number} is there twice; leave one of them out")
+
+    def write(self, value: Any) -> list[str]:
+        return [str(one) for one in value]
+
+    def public(self, value: Any) -> Any:
+        return [list(pair) for pair in value]
+
+
+@dataclass(frozen=True)
+class TakeOf(Kind):
+    """Pairs of a clip's number and that of one of its takes, each written K=N."""
+
+    def read(self, text: Any) -> tuple[tuple[int, int], ...]:
+        found = []
+        for word in text:
+            number, equals, take = word.partition("=")
+            if not equals:
+                raise Unfit(f"must be K=N, clip and take; {word[:40]!r} is not")
+            found.append((Whole().read(number), Whole().read(take)))
+        return tuple(found)
+
+    def check(self, value: Any) -> None:
+        numbers = [number for number, _ in value]
+        for number, take in value:
+            Whole().check(number)
+            Whole().check(take)
+            if numbers.count(number) > 1:
+                raise Unfit(f"{number} is there twice; leave one of them out")
+
+    def write(self, value: Any) -> list[str]:
+        return [f"{number}={take}" for number, take in value]
+
+    def public(self, value: Any) -> Any:
+        return [list(pair) for pair in value]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Models:
         name = self._own(name)
         if name not in self._loaded:
             if self._plan.in_turn:
-                self._forget_all()
+                self.forget_all()
             self._loaded[name] = self._loaders[name](self._plan.mapped)
             if self._wanted.get(name):  # it was there before, with them
                 self._merge(name, self._wanted[name])
@@ -62,7 +62,7 @@ class Models:
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
         if plan != self._plan and plan.in_turn:
-            self._forget_all()  # they may be mapped, or several
+            self.forget_all()  # they may be mapped, or several
         self._plan = plan
 
     @property
@@ -70,7 +70,8 @@ class Models:
         """Whether a model leaves host memory when another is needed."""
         return self._plan.in_turn
 
-    def _forget_all(self) -> None:
+    def forget_all(self) -> None:
+        """Let all models go."""
         for name in list(self._loaded):
             self.forget(name)
         gc.collect()  # a model is in circles of its own hooks

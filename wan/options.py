@@ -31,14 +31,17 @@ from wan.kinds import (
     Interval,
     Kind,
     Local,
+    Name,
     Output,
     Picture,
+    PromptFor,
     Real,
     Seed,
     SeedOfClip,
     Size,
     Strength,
     Switch,
+    TakeOf,
     Unfit,
     Video,
     Whole,
@@ -166,7 +169,8 @@ class Settings:
         INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
     )
     from_: float | None = option(
-        INPUT, Real("SECONDS", 0, above=True), "take the video to end at this time, and continue from there",
+        INPUT, Real("SECONDS", 0, 1e6, "; no video is that long", above=True),
+        "take the video to end at this time, and continue from there",
         unset="its end", client=True, fingerprint="parent", record=True, continues=True,
     )
     size: str | None = option(
@@ -191,6 +195,10 @@ class Settings:
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
         only=("continuous",), same="what it says is in the settings of each clip",
     )
+    name: str | None = option(
+        INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
+        only=("continuous",), flag=False, scene="name", same="it says which clip this is, not how it is made",
+    )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
         unset="the storyboard's, or 12",
@@ -201,6 +209,10 @@ class Settings:
     prompt: str | None = option(
         PROMPT, Words("TEXT"), "what happens", unset="the VLM's description of the video, when one is continued",
         scene="prompt", client=True, fingerprint="prompt",
+    )
+    prompt_for: tuple[tuple[int, str], ...] = option(
+        PROMPT, PromptFor("K TEXT"), "what happens in clip K, counted from 1, in place of `prompt`; repeatable", (),
+        unset="none", only=("continuous",), client=True, fingerprint="prompt",
     )
     custom_prompt: str = option(
         PROMPT, Kind("TEXT"), "goes before each description, and before `prompt`", "continue video",
@@ -256,7 +268,8 @@ class Settings:
         scene="steps", client=True, fingerprint="steps", record=True,
     )
     sample_shift: float | None = option(
-        SAMPLING, Real("S", 0, above=True), "sigma shift", unset="the preset's, or the model's",
+        SAMPLING, Real("S", 0, 1000, "; all steps are at full noise by then", above=True), "sigma shift",
+        unset="the preset's, or the model's",
         scene="shift", client=True, fingerprint="shift", record=True,
     )
     sample_guide_scale: tuple[float, float] | None = option(
@@ -310,12 +323,32 @@ class Settings:
         "of N candidates of each clip keep the one with the best seam", 1,
         only=("continuous",), client=True, fingerprint="best_of", continues=True,
     )
+    takes: int = option(
+        CONTINUITY, Whole("N", reason="; that many are days of work a clip", high=1000),
+        "make N candidates of each clip as `best_of` does, and keep them all in the folder's takes/", 1,
+        only=("continuous",), scene="takes", client=True, fingerprint="best_of", continues=True,
+    )
+    take: tuple[tuple[int, int], ...] = option(
+        CONTINUITY, TakeOf("K=N"), "go on from take N of clip K; repeatable", (),
+        unset="the take with the best seam, or the one chosen before",
+        only=("continuous",), client=True, fingerprint="take", continues=True,
+    )
     redo: int | None = option(
-        CONTINUITY, Whole("K"), "make clip K, counted from 1, again with another seed", unset="none",
+        CONTINUITY, Whole("K", reason="; no chain has more clips"),
+        "make clip K, counted from 1, again with another seed", unset="none",
         only=("continuous",), same=_ORDER,
     )
     keep_following: bool = option(
         CONTINUITY, Switch(), "with `redo`: keep the clips after K as they are", False,
+        only=("continuous",), same=_ORDER,
+    )
+
+    yes: bool = option(
+        CONTINUITY, Switch(), "make finished clips again without asking, where more than one would be", False,
+        only=("continuous",), same=_ORDER,
+    )
+    review: bool = option(
+        CONTINUITY, Switch(), "ask after each clip: keep it, make it again, edit its prompt, or stop", False,
         only=("continuous",), same=_ORDER,
     )
 
@@ -357,19 +390,24 @@ class Settings:
         SPEED, Count("N"), "share a clip's tokens among so many GPUs (torchrun)", "auto", same=_FASTER,
     )
     cfg_size: int | Literal["auto"] = option(
-        SPEED, Count("N", 1, 2), "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto",
-        same=_FASTER,
+        SPEED, Count("N", 1, 2, "; guidance has two forwards"),
+        "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto", same=_FASTER,
     )
     collective_timeout: float = option(
-        SPEED, Real("SECONDS", 1, 1e6), "give up when a GPU lets the others wait so long", 600.0, same=_FASTER,
+        SPEED, Real("SECONDS", 1, 1e6, "; that is 11 days"), "give up when a GPU lets the others wait so long", 600.0,
+        same=_FASTER,
     )
     t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
     dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
 
     # Weights and LoRAs
-    ckpt_dir: str = option(
-        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id", "",
-        required=BOTH, fingerprint="checkpoint", record=True, was="checkpoint",
+    ckpt_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
+        unset="none; needed without `comfy_dir`", fingerprint="checkpoint", record=True, was="checkpoint",
+    )
+    comfy_dir: str | None = option(
+        WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
+        unset="none", fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
@@ -386,7 +424,7 @@ class Settings:
         fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors or .pth text encoder in place of the folder's", unset="none",
+        WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
         fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(
@@ -418,6 +456,10 @@ class Settings:
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
         only=("continuous",), client=True, same=_SHOWN,
     )
+    preview: bool = option(
+        OUTPUT, Switch(), "write preview.webp into the folder while a clip is sampled, in 1 % of the time", False,
+        only=("continuous",), same=_SHOWN,
+    )
     no_video_metadata: bool = option(
         OUTPUT, Switch(), "do not write prompt and settings into the mp4", False, client=True, same=_SHOWN,
     )
@@ -426,6 +468,16 @@ class Settings:
     )
     log_file: str | None = option(
         OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
+    )
+    keep_state: str = option(
+        OUTPUT, Choice(None, ("all", "last")),
+        "which clips' frames and latents stay; last: of the last two, and none before can then be made again by itself",
+        "all",
+        only=("continuous",), same=_SHOWN,
+    )
+    prune: str | None = option(
+        OUTPUT, Output("DIR"), "do to a run's folder what `keep_state` last does, and nothing else", unset="none",
+        only=("continuous",), same=_SHOWN,
     )
     no_lock: bool = option(
         OUTPUT, Switch(), "do not lock the folder, where the file system has no locks; see to it that one run uses it",
@@ -507,6 +559,8 @@ def words_of(arguments: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(one.kind, Switch) and not isinstance(one.kind, YesNo):
             words.append(one.word)
+        elif isinstance(one.kind, PromptFor):
+            words += [word for pair in value for word in (one.word, *one.kind.write(pair))]
         elif isinstance(one.kind, Interval):
             words += [one.word, *one.kind.write(value)]
         else:

@@ -28,6 +28,7 @@ from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
+    drop_cache,
     generator_on,
     is_out_of_memory,
     main_device,
@@ -59,8 +60,8 @@ class Pipeline(ABC):
     arguments are Wan2.2's, and `config` one of `wan.configs.WAN_CONFIGS` (or a `dataclasses.replace` of it).
     `dit_files` are denoisers that come from a file of their own (GGUF, fp8 safetensors) in place of the folder's, by
     attribute name: `model` (which serves both of two experts), or `high_noise_model` and `low_noise_model`.
-    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth).
-    `compile_blocks`: compile the denoiser where
+    `part_files` are "vae" and "text_encoder" from files of their own (.safetensors, .pth, a text encoder's .gguf), and
+    "tokenizer", a folder or a text encoder's file that carries it. `compile_blocks`: compile the denoiser where
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
@@ -113,13 +114,7 @@ class Pipeline(ABC):
             resolve_folder(checkpoint_dir, files | parts),
             in_channels=config.in_channels,
             experts=1 if config.boundary is None else 2,
-            names=Names(
-                low_noise=config.low_noise_checkpoint,
-                high_noise=config.high_noise_checkpoint,
-                vae=config.vae_checkpoint,
-                text_encoder=config.t5_checkpoint,
-                tokenizer=config.t5_tokenizer,
-            ),
+            names=Names.of(config),
             files=files | parts,
         )
         for weights in self.checkpoint.experts.values():
@@ -141,6 +136,12 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
         )
         self.models = Models(config.name, self.checkpoint, load)
+
+    def close(self) -> None:
+        """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
+        self.models.forget_all()
+        self.embeddings = {}
+        drop_cache(self.device)
 
     @property
     def heads(self) -> int:

@@ -17,6 +17,7 @@ from wan.options import CACHES, check
 
 MAGCACHE_RETAINED = 0.2  # of an expert's steps that come first (source: the paper's setting for Wan2.1 and Wan2.2)
 TAYLORSEER_WHOLE = 3
+MOST_STRENGTH = 1000  # of a LoRA
 _STRENGTH = re.compile(r"(?i)[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.ASCII)
 
 
@@ -216,8 +217,11 @@ class LoraFile:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise UserError(f"the strength of a LoRA must be a finite number, {self.strength} is not ({self.path})")
+        if not abs(self.strength) <= MOST_STRENGTH:
+            raise UserError(
+                f"the strength of a LoRA must be from -{MOST_STRENGTH} to {MOST_STRENGTH}, {self.strength:g} is not; "
+                f"nothing is left of the model by then ({self.path})"
+            )
 
     @classmethod
     def parse(cls, text: str) -> LoraFile:

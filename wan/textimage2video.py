@@ -10,8 +10,9 @@ from torch import Tensor
 from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
 from wan.device.placement import Placement
 from wan.errors import UserError
+from wan.pictures import as_shown
 from wan.pipeline import OneExpert, draw_seed, fills
-from wan.types import Frame, KnownFrames, OnStep, Request, image_to_frame
+from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
 
 def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
@@ -49,7 +50,7 @@ def preprocess(image: Frame, width: int, height: int) -> Tensor:
         planes = [Image.fromarray(plane.cpu().float().numpy()) for plane in image]  # mode F keeps the float levels
         covered = np.stack([np.asarray(cover(plane, width, height)) for plane in planes])
         return torch.from_numpy(covered).clamp(-1, 1)  # as the overshoot of an 8-bit image is
-    return image_to_frame(cover(image.convert("RGB"), width, height))
+    return image_to_frame(cover(as_shown(image), width, height))
 
 
 def cover(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -85,7 +86,7 @@ class WanTI2V(OneExpert):
         Raises UserError.
         """
         if img is not None:
-            size = best_size(img.width, img.height, max_area)
+            size = best_size(*frame_size(img), max_area)
         request = Request(
             input_prompt,
             n_prompt or self.config.sample_neg_prompt,

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import UserError
+from wan.pictures import as_shown
 from wan.settings import Sampling
 
 UInt8Array = npt.NDArray[np.uint8]
-Frame: TypeAlias = Image.Image | Tensor  # a PIL image, or float32 [3, H, W] in [-1, 1]
+Frame: TypeAlias = Image.Image | Tensor  # a PIL image, which is taken as it is shown, or float32 [3, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -270,10 +271,10 @@ def from_uint8(levels: UInt8Array) -> Tensor:
 
 
 def frame_size(frame: Frame) -> tuple[int, int]:
-    """(width, height) of a frame."""
-    return (frame.shape[2], frame.shape[1]) if isinstance(frame, Tensor) else frame.size
+    """(width, height) of a frame, upright."""
+    return (frame.shape[2], frame.shape[1]) if isinstance(frame, Tensor) else as_shown(frame).size
 
 
 def image_to_frame(image: Image.Image) -> Tensor:
-    """A PIL image -> float32 [3, H, W] in [-1, 1]."""
-    return from_uint8(np.asarray(image.convert("RGB"))).permute(2, 0, 1)
+    """A PIL image, as it is shown -> float32 [3, H, W] in [-1, 1]."""
+    return from_uint8(np.asarray(as_shown(image))).permute(2, 0, 1)

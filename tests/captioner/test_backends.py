@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.utils import import_utils
 
 from tests.support.golden import GOLDEN_VLM
+from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan.captioner import (
     EndpointCaptioner,
     GenericCaptioner,
@@ -26,6 +30,7 @@ from wan.captioner import (
     hide_broken_torchvision,
     open_captioner,
 )
+from wan.captioner.internvl import weight_files
 from wan.errors import UserError
 
 FRAMES = np.arange(2 * 30 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 30, 50, 3)
@@ -46,32 +51,158 @@ def test_config_json_picks_the_back_end(tmp_path: Path) -> None:
     assert isinstance(open_captioner(None, url="http://127.0.0.1:1/v1", device="cpu"), EndpointCaptioner)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
+NEEDED = {"awq": ["gptqmodel"], "gptq": ["gptqmodel", "optimum"], "bitsandbytes": ["bitsandbytes"]}
+
+
+@pytest.mark.parametrize("method", NEEDED)
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_quantised_internvl_is_refused_before_anything_loads(method: str, inside: bool, tmp_path: Path) -> None:
-    said = {"quantization_config": {"quant_method": method, "bits": 4}}
-    config = {"llm_config": said} if inside else said
-    for model_type in ("internvl_chat", "internvl"):
-        folder = folder_with(tmp_path, model_type=model_type, auto_map={}, **config)
-        for own_code in (False, True):
-            with pytest.raises(UserError, match=rf"is quantised \({method}\); InternVL is loaded from bf16") as caught:
-                open_captioner(folder, device="cpu", trust_remote_code=own_code)
-            assert "\n" not in str(caught.value)
-
-
-def test_another_quantised_vlm_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", ["internvl_chat", "internvl", "qwen3_vl"])
+def test_a_quantised_vlm_needs_its_packages_before_anything_loads(
+    method: str, inside: bool, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there: set[str] = set()
     monkeypatch.setattr("wan.captioner.factory.find_spec", lambda name: name if name in there else None)
-    for method, package in (("awq", "gptqmodel"), ("gptq", "gptqmodel"), ("bitsandbytes", "bitsandbytes")):
-        folder = folder_with(tmp_path, model_type="qwen3_vl", quantization_config={"quant_method": method})
-        there.clear()
-        with pytest.raises(UserError, match=rf"is quantised \({method}\): install {package}, or give weights in bf16"):
-            open_captioner(folder, device="cpu")
+    said = {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = {"text_config" if model_type == "qwen3_vl" else "llm_config": said} if inside else said
+    folder = folder_with(tmp_path, model_type=model_type, auto_map={}, **config)
+    for number, package in enumerate(NEEDED[method]):
+        missing = " and ".join(NEEDED[method][number:])
+        for own_code in (False, True):
+            with pytest.raises(UserError, match=rf"is quantised \({method}\): install {missing}, or give") as caught:
+                open_captioner(folder, device="cpu", trust_remote_code=own_code)
+            assert "\n" not in str(caught.value)
         there.add(package)
-        assert isinstance(open_captioner(folder, device="cpu"), GenericCaptioner)
-    folder = folder_with(tmp_path, model_type="qwen3_vl", quantization_config={"quant_method": "vptq"})
-    with pytest.raises(UserError, match=r"is quantised \(vptq\), which cannot be loaded"):
+
+
+def test_a_quantisation_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    for model_type in ("internvl", "qwen3_vl"):
+        folder = folder_with(tmp_path, model_type=model_type, quantization_config={"quant_method": "vptq"})
+        with pytest.raises(UserError, match=r"is quantised \(vptq\), which cannot be loaded"):
+            open_captioner(folder, device="cpu")
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Packages that are there by their names and versions, and hold nothing."""
+    asked = [import_utils.is_gptqmodel_available, import_utils.is_optimum_available]
+
+    def put(**versions: str) -> None:
+        for name, version in versions.items():
+            (tmp_path / "site" / name).mkdir(parents=True)
+            (tmp_path / "site" / name / "__init__.py").write_text(f"__version__ = {version!r}\n")
+            described = tmp_path / "site" / f"{name}-{version}.dist-info"
+            described.mkdir()
+            (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        for one in asked:
+            one.cache_clear()
+
+    yield put
+    for name in ("gptqmodel", "optimum"):
+        sys.modules.pop(name, None)
+    for one in asked:
+        one.cache_clear()
+
+
+def quantised(folder: Path, said: Mapping[str, Any]) -> Path:
+    """A tiny InternVL whose config says that its language model is quantised."""
+    write_internvl(folder, InternVL())
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"]["quantization_config"] = said
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+
+
+def test_an_internvl_in_awq_opens_where_its_package_is(packages: Callable[..., None], tmp_path: Path) -> None:
+    """The package is a name here: its kernels need another PyTorch, and nothing is loaded by them."""
+    packages(gptqmodel="9.0.0")
+    captioner = open_captioner(quantised(tmp_path / "vlm", AWQ), device="cpu")
+    assert isinstance(captioner, InternVLCaptioner)
+    state = {
+        "model.language_model.layers.0.self_attn.q_proj.qweight": torch.zeros(2, 2, dtype=torch.int32),
+        "model.language_model.layers.0.self_attn.q_proj.scales": torch.zeros(2, 2),
+        "model.vision_tower.encoder.layer.0.attention.q_proj.weight": torch.zeros(2, 2),
+        "lm_head.weight": torch.zeros(2, 2),
+    }
+    plain = ["lm_head", "model.vision_tower.encoder.layer.0.attention.q_proj"]
+    assert captioner._quantized_as_stored(state) == AWQ | {"modules_to_not_convert": plain}
+    state["model.vision_tower.encoder.layer.0.attention.q_proj.qweight"] = torch.zeros(2, 2)
+    with pytest.raises(UserError, match="its vision part is quantised too"):
+        captioner._quantized_as_stored(state)
+
+
+def test_what_transformers_asks_of_a_package_is_said_before_loading(
+    packages: Callable[..., None], tmp_path: Path
+) -> None:
+    packages(gptqmodel="0.1.0", optimum="0.1.0")
+    folder = quantised(tmp_path / "vlm", {"quant_method": "gptq", "bits": 4})
+    said = r"is quantised \(gptq\), which cannot be loaded here \(.*(optimum|version).*\); give weights in bf16"
+    with pytest.raises(UserError, match=said) as caught:
         open_captioner(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit"])
+def test_an_internvl_in_bitsandbytes_describes(kind: str, tmp_path: Path) -> None:
+    """Either layout gives the numbers of a model that was expanded beforehand."""
+    bnb = pytest.importorskip("bitsandbytes", reason="a package of 60 MB that is no requirement")
+    from transformers import BitsAndBytesConfig, InternVLForConditionalGeneration
+
+    write_internvl(tmp_path / "orig", InternVL(vision_dim=64, dim=64))
+    plain = InternVLCaptioner(tmp_path / "orig", "cpu", torch.float32)
+    ids, pixels = plain.prepare(FRAMES, "what?")
+    plain.model.save_pretrained(tmp_path / "hf")
+    whole = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    made = InternVLForConditionalGeneration.from_pretrained(
+        tmp_path / "hf",
+        quantization_config=BitsAndBytesConfig(
+            **{kind: True}, llm_int8_skip_modules=whole, bnb_4bit_compute_dtype=torch.float32
+        ),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+    made.save_pretrained(tmp_path / "native")
+    said = json.loads((tmp_path / "native/config.json").read_text())["quantization_config"]
+    original = quantised(tmp_path / "chat", said)
+    shutil.copy(tmp_path / "orig/config.json", original)
+    config = json.loads((original / "config.json").read_text())
+    config["llm_config"]["quantization_config"] = said
+    (original / "config.json").write_text(json.dumps(config))
+    stored = {key: value for file in weight_files(tmp_path / "native") for key, value in load_file(file).items()}
+    renamed = {key.replace("model.language_model.", "language_model.model."): value for key, value in stored.items()}
+    renamed = {key.replace("lm_head.", "language_model.lm_head."): value for key, value in renamed.items()}
+    for file in weight_files(tmp_path / "orig"):
+        renamed |= {key: value for key, value in load_file(file).items() if not key.startswith("language_model.")}
+    for file in original.glob("*.safetensors*"):
+        file.unlink()
+    kept = {key: value for key, value in renamed.items() if not key.startswith("model.")}
+    save_file(kept, original / "model.safetensors")
+    for file in (tmp_path / "orig").iterdir():
+        if file.name in ("vocab.json", "merges.txt") or "token" in file.name:
+            shutil.copy(file, tmp_path / "native")
+
+    for name, module in made.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            weight = module.weight
+            numbers = (
+                bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+                if kind == "load_in_4bit"
+                else weight.CB.float() * weight.SCB[:, None] / 127
+            )
+            plain.model.get_submodule(name).weight.data = numbers.float()
+    expected = plain.model(input_ids=ids, pixel_values=pixels).logits.detach()
+    for folder in (tmp_path / "native", original):
+        captioner = open_captioner(folder, device="cpu", dtype=torch.float32)
+        assert isinstance(captioner, InternVLCaptioner)
+        found = captioner.model(input_ids=ids, pixel_values=pixels).logits.detach()
+        # int8 rounds the inputs too
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=(0.05 if "8" in kind else 1e-4) * float(expected.abs().max())
+        )
+        assert captioner.describe(FRAMES, "what?", max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +359,50 @@ def test_generic_never_runs_code_that_was_not_trusted(tmp_path: Path) -> None:
         open_captioner(tmp_path, device="cpu").describe(FRAMES, "What is it?")
 
 
+def qwen(folder: Path) -> Path:
+    """A folder whose processor can be read, and is damaged by the tests."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((GOLDEN_VLM / "orig" / name).read_bytes())
+    return folder_with(folder, model_type="qwen3_vl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", '{"a":' * 5000),
+        ("processor_config.json", "[1]"),
+        ("tokenizer_config.json", "[" * 5000),
+        ("tokenizer.json", '{"model": {}}'),
+        ("config.json", '{"model_type": "qwen3_vl", "text_config": 3}'),
+    ],
+)
+def test_a_damaged_folder_of_another_vlm_is_one_line(tmp_path: Path, name: str, content: str) -> None:
+    folder = qwen(tmp_path)
+    (folder / name).write_text(content, encoding="utf-8")
+    captioner = GenericCaptioner(folder, "cpu")
+    vars(captioner).update(_model=object())
+    with pytest.raises(UserError, match="or give prompt") as caught:
+        captioner.describe(FRAMES, "What is it?")
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_template_that_fails_is_one_line(tmp_path: Path) -> None:
+    class Processor:
+        def apply_chat_template(self, *_: Any, **__: Any) -> None:
+            raise TypeError("'x' is undefined")
+
+    captioner = GenericCaptioner(qwen(tmp_path), "cpu")
+    vars(captioner).update(_model=object(), processor=Processor())
+    with pytest.raises(UserError, match="a file in it cannot be read.*'x' is undefined.*or give prompt"):
+        captioner.describe(FRAMES, "What is it?")
+
+
+@pytest.mark.parametrize("config", [{"vision_config": []}, {"force_image_size": "x"}, {"force_image_size": 10**9}])
+def test_a_damaged_config_of_trusted_code_is_one_line(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(config))} is not as it must be"):
+        RemoteCodeCaptioner(folder_with(tmp_path, **config), "cpu")
+
+
 def test_generic_asks_with_numbered_small_frames() -> None:
     class Inputs(dict[str, torch.Tensor]):
         def to(self, *_: Any) -> Inputs:
@@ -312,7 +487,7 @@ def test_trusted_code_that_needs_a_package_says_which(remote: Path) -> None:
 
 
 def test_code_runs_only_when_trusted() -> None:
-    with pytest.raises(RuntimeError, match="TRAP"):  # the trap works, and the golden tests never spring it
+    with pytest.raises(UserError, match="TRAP"):  # the trap works, and the golden tests never spring it
         open_captioner(GOLDEN_VLM / "orig", device="cpu", trust_remote_code=True).describe(FRAMES, "What is it?")
 
 

@@ -153,6 +153,10 @@ def set_config(**values: Any) -> Callable[[Path], None]:
     return lambda path: edit(path / "config.json", lambda config: config.update(values))
 
 
+def part(name: str, **values: Any) -> Callable[[Path], None]:
+    return lambda path: edit(path / "config.json", lambda config: config[name].update(values))
+
+
 def internlm2(path: Path) -> None:
     edit(path / "config.json", lambda config: config["llm_config"].update(model_type="internlm2"))
 
@@ -177,6 +181,17 @@ def write(name: str, content: str) -> Callable[[Path], None]:
         ("orig", set_config(model_type="llava"), "holds a llava model, not InternVL"),
         ("orig", set_config(ps_version="v1"), "ps_version v1, only v2 works"),
         ("orig", set_config(vision_config={}), "config.json lacks 'patch_size'"),
+        ("orig", set_config(vision_config=[]), "config.json: vision_config is not as it must be"),
+        ("orig", set_config(llm_config=None), "config.json is damaged"),
+        ("orig", set_config(force_image_size="x"), "config.json: force_image_size is not as it must be"),
+        ("orig", set_config(ps_version=[]), "only v2 works"),
+        ("hf", set_config(text_config=3), "config.json: text_config is not as it must be"),
+        ("hf", set_config(image_seq_length=10**9), "config.json: image_seq_length is not as it must be"),
+        ("hf", set_config(downsample_ratio=0), "config.json: downsample_ratio is not as it must be"),
+        ("hf", part("vision_config", patch_size=[]), "config.json: vision_config.patch_size"),
+        ("hf", part("text_config", num_hidden_layers=10**6), "config.json: text_config.num_hidden_layers is not as"),
+        ("hf", part("text_config", model_type=[]), "config.json: text_config.model_type is not as"),
+        ("orig", write("config.json", "[" * 100_000), "config.json cannot be read as JSON: it is nested more than"),
         ("orig", internlm2, "language model of type internlm2; only InternVL with qwen2 or qwen3"),
         ("orig", delete("model-00002-of-00002.safetensors"), "lacks model-00002-of-00002.safetensors"),
         ("hf", delete("model.safetensors"), "lacks model.safetensors"),
@@ -192,6 +207,34 @@ def test_a_bad_folder_is_refused_before_anything_loads(
     with pytest.raises(UserError, match=message) as caught:
         InternVLCaptioner(path, "cpu")
     assert "\n" not in str(caught.value)
+
+
+DEEP = '{"a":' * 5000
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        (
+            "hf",
+            part("text_config", hidden_size=100_000),
+            "declares .* parameters and has weights of .* bytes, so config.json is damaged",
+        ),
+        ("hf", part("text_config", hidden_act="x"), "or a file in it cannot be read"),
+        ("hf", part("vision_config", norm_type="x"), "or a file in it cannot be read"),
+        ("hf", part("vision_config", use_qk_norm=None), "or a file in it cannot be read"),
+        ("orig", part("llm_config", rope_scaling={"type": []}), "or a file in it cannot be read"),
+        ("hf", write("generation_config.json", DEEP), "or a file in it cannot be read|failed .*generation_config"),
+    ],
+)
+def test_a_damaged_config_is_one_line_where_the_library_reads_it(
+    kind: str, damage: Callable[[Path], None], message: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(kind)
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        InternVLCaptioner(path, "cpu").load()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder: Callable[[str], Path]) -> None:
@@ -234,7 +277,7 @@ def truncate(path: Path) -> None:
         (lose_weight, r"has 1 missing weights \(model.vision_tower.encoder.layer.0.lambda_1\)"),
         (add_weight, r"has 1 unexpected weights \(extra.weight\)"),
         (widen, "has 9 mismatched weights"),
-        (truncate, "failed .*"),
+        (truncate, "failed .*|a file truncated: download"),
         (write("tokenizer.json", '{"model": {}}'), "the tokenizer in .* cannot be read"),
         (write("tokenizer.json", "not json"), "the tokenizer in .* cannot be read"),
     ],

@@ -24,6 +24,7 @@ from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
 from wan.chain.chain import ChainRun
 from wan.chain.run_folder import RunFolder
+from wan.options import OPTIONS
 from wan.types import Generation, Request
 from wan.weights.checkpoint import open_safetensors
 
@@ -263,16 +264,18 @@ def test_a_changed_scene_makes_only_what_follows_again(
     before = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").glob("video_*.mp4"))}
     capsys.readouterr()
     board(tmp_path / "story.json", "one", "another", "three")
-    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 0
-    assert "clips 2, 3 of" in capsys.readouterr().err
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 2
+    assert "2 finished clips of" in capsys.readouterr().err
+    assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--yes", count=0) == 0
+    assert "clip 2: its prompt changed\nclip 3 continues clip 2\n" in capsys.readouterr().err
     after = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").glob("video_*.mp4"))}
     assert [name for name in after if after[name] == before.get(name)] == [min(before)]
     assert len(list((tmp_path / "run" / "redone").glob("video_*.mp4"))) == 2
     assert [one["prompt"].split()[-1] for one in records(tmp_path / "run")] == ["one", "another", "three"]
 
-    board(tmp_path / "story.json", "the beginning", "another", "three")  # what concerns all of it is another run
+    board(tmp_path / "story.json", "the beginning", "another", "three")
     assert chain(checkpoints, tmp_path / "run", "--storyboard", story, count=0) == 2
-    assert "--redo 1 to make it again" in capsys.readouterr().err
+    assert "clip 1: its prompt changed; clips 2 to 3 follow from clip 1" in capsys.readouterr().err
     assert chain(checkpoints, tmp_path / "run", "--storyboard", story, "--redo", "1", count=0) == 0
     assert records(tmp_path / "run")[0]["prompt"] == "continue video the beginning"
 
@@ -289,13 +292,13 @@ def test_what_is_kept_after_a_redo_still_follows_the_storyboard(checkpoints: Pat
     assert [one["prompt"].split()[-1] for one in records(run)] == ["one", "two", "another"]
     assert records(run)[0]["seed"] == drawn and not list((run / "redone").glob("video_02*"))
     board(tmp_path / "story.json", "one", "changed", "another")  # and so does what follows from what was kept
-    assert chain(checkpoints, run, *flags, count=0) == 0
+    assert chain(checkpoints, run, *flags, "--yes", count=0) == 0
     assert len(list((run / "redone").glob("video_03*.mp4"))) == 2
     board(tmp_path / "story.json", {"prompt": "one", "seed": 77}, "two", "another")
     assert chain(checkpoints, run, *flags, "--redo", "1", count=0) == 0  # the old settings of clip 1 are given up
     assert records(run)[0]["seed"] != 77
     board(tmp_path / "story.json", {"prompt": "one", "seed": 78}, "two", "another")
-    assert chain(checkpoints, run, *flags, count=0) == 2  # its seed is another now, and that is all of the run
+    assert chain(checkpoints, run, *flags, count=0) == 2  # its seed is another now, and all follows from it
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(
@@ -422,6 +425,9 @@ def test_every_run_writes_a_report_of_what_is_there(checkpoints: Path, tmp_path:
     assert page.count("data:image/jpeg;base64,") >= 16 and "it goes on" in page
     assert "://" not in page
     assert len(data["clips"]) == 2
+    of_the_model = {"negative_prompt", "width", "height", "fps", "param_dtype", "t5_dtype"}
+    known = {one.record for one in OPTIONS.values()} | of_the_model
+    assert {*data["common"], *data["clips"][0]["settings"], *data["clips"][1]["settings"]} <= known
     for record in records(tmp_path / "run"):
         assert record["seam"]["score"] >= 0 and record["look"]["sharpness"] > 0
 

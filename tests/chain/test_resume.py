@@ -164,17 +164,17 @@ def test_redo_can_keep_what_follows(checkpoint: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "options", "message"),
     [
-        (["--sample_steps", "3"], {}, "holds a run with other settings (--sample_steps 2, now 3)"),
+        (["--sample_steps", "3"], {}, "(clips 1 to 3: --sample_steps 2, now 3): give --yes for that"),
         (
             ["--sample_guide_scale", "2"],
             {},
-            "holds a run with other settings (--sample_guide_scale [5.0, 5.0], now [2.0, 2.0])",
+            "(clips 1 to 3: --sample_guide_scale [5.0, 5.0], now [2.0, 2.0])",
         ),
-        ([], {"seed": 9}, "holds a run with other settings (--base_seed 3, now 9)"),
+        ([], {"seed": 9}, "clip 1: its seed 3, now 9; clip 2: its seed 4, now 10"),
         (
             [],
             {"video": DATA / "corpus" / "fps_2997.mkv"},
-            "holds a run with other settings (another video or another --from)",
+            "holds a run of another video or another --from: the same command with --output_dir {folder}_fps_2997",
         ),
         (["--redo", "7"], {}, "--redo 7: {folder} holds clips 1 to 3"),
         (["--redo", "3"], {"count": 2}, "--redo 3 is beyond --num_videos 2"),
@@ -197,7 +197,8 @@ def test_another_checkpoint_of_the_same_size_is_another_run(
         tensors = {name: tensor * 1.3 for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     assert run(other, folder, count=4) == 2
-    assert "another checkpoint" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "another checkpoint" in error and "--redo" not in error
 
 
 def test_files_of_others_are_left_alone(checkpoint: Path, folder: Path) -> None:

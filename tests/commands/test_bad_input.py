@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.golden import DATA, GOLDEN, small_checkpoints
 from wan.cli import continuous_main, generate_main
+from wan.kinds import Address, Local
+from wan.options import options_of
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
@@ -48,9 +50,13 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora_high {text.mp4}", "text.mp4"),
     ("--ckpt_dir {i2v} --image {i2v.png} --prompt x --lora {text.mp4}", "--lora is not for i2v-A14B"),
     # flags
-    ("", "the following arguments are required: --ckpt_dir"),
+    ("", "--ckpt_dir or --comfy_dir is required: where"),
     ("--ckpt_dir {i2v} --xyzzy 9", "unknown flag --xyzzy (see --help)"),
     ("--vidoe {clip.mp4}", "unknown flag --vidoe; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} -video {clip.mp4}", "unknown flag -video; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} --prompt --rain", "unknown flag --rain; if it is the value of --prompt, write --prompt=--rain"),
+    ("--ckpt_dir {ti2v} --prompt --vidoe {clip.mp4}", "unknown flag --vidoe; did you mean --video? (see --help)"),
+    ("--ckpt_dir {ti2v} --prompt -h", "expected one argument"),
     ("--ckpt-dir {ti2v}", "unknown flag --ckpt-dir; did you mean --ckpt_dir? (see --help)"),
     ("--ckpt_dir {ti2v} --task ti2v-5B --prompt x --vlm_path {i2v}", "--vlm_path goes with --video"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --num_segments 1000000000", "--num_segments must be at most 256"),
@@ -166,6 +172,16 @@ CONTINUOUS: list[tuple[str, str]] = [
 CASES = [(generate_main, *case) for case in GENERATE] + [(continuous_main, *case) for case in CONTINUOUS]
 
 
+def load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail as soon as a model is loaded."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("denoiser.model.WanModel", "vae.vae.WanVAE", "text.umt5.TextEncoder"):
+        monkeypatch.setattr(f"wan.{name}.from_weights", loaded)
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "message"), CASES, ids=[ascii(f"{case[0].__name__} {case[1]}") for case in CASES]
 )
@@ -178,11 +194,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    for name in ("denoiser.model.WanModel", "vae.vae.WanVAE", "text.umt5.TextEncoder"):
-        monkeypatch.setattr(f"wan.{name}.from_weights", loaded)
+    load_nothing(monkeypatch)
     monkeypatch.chdir(tmp_path)
     before = {entry.name for entry in world.iterdir()}
 
@@ -200,3 +212,46 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert output.out == ""
     assert {entry.name for entry in world.iterdir()} == before
     assert not list(tmp_path.iterdir())
+
+
+NO_NAME = {
+    "x" * 256: "is too long",
+    "a\0b": "zero byte",
+    "~no_such_user/x": "is of a user that is not there",
+    "/proc/x": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [
+        (main, one.name)
+        for main in (generate_main, continuous_main)
+        for one in options_of("generate" if main is generate_main else "continuous")
+        if one.flag and isinstance(one.kind, Local) and not isinstance(one.kind, Address) and one.name != "vlm_device"
+    ],
+)
+def test_a_name_that_no_file_has_is_refused_before_anything_loads(
+    main: Any,
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_nothing(monkeypatch)
+    of_a14b = name in ("dit_high", "dit_low", "lora_high", "lora_low", "anchor_image", "end_image")
+    given = {"ckpt_dir": str(world / ("i2v" if of_a14b else "ti2v")), "prompt": "x", "video": str(world / "clip.mp4")}
+    if name in ("vlm_path", "image"):
+        del given["prompt" if name == "vlm_path" else "video"]
+        given |= {"prompt": "x", "task": "ti2v-5B"} if name == "image" else {}
+    if name == "anchor_image":
+        given |= {"continuation": "svi2pro", "lora_high": "a.safetensors", "lora_low": "a.safetensors"}
+    no_file = {} if name in ("ckpt_dir", "vlm_path", "output_dir") else {str(world / "empty"): ""}
+    for value, said in (NO_NAME | no_file).items():
+        words = [f"--{key}={one}" for key, one in (given | {name: value}).items()]
+        assert main(words) == 2, value
+        output = capsys.readouterr()
+        assert output.err.startswith("error: ") and output.err.count("\n") == 1 and said in output.err, output.err
+        assert len(output.err) < 500 and output.out == "" and not list(tmp_path.iterdir())

@@ -436,7 +436,7 @@ def test_other_forms_are_added_to_packed_weights(
     form: str, in_fp8: bool, a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the weight expanded in pieces, and with products in the weight's own format."""
-    monkeypatch.setattr(quantized, "_PIECE", 480)
+    monkeypatch.setattr(quantized, "PIECE", 480)
     original = {key: value for key, value in a14b.tensors() if isinstance(value, Tensor)}
     state = {key: value.to(torch.float8_e4m3fn if value.ndim == 2 else value.dtype) for key, value in original.items()}
     expanded = {key: value.float() for key, value in state.items()}
@@ -456,6 +456,70 @@ def test_other_forms_are_added_to_packed_weights(
         found = linear(inputs) if in_fp8 else F.linear(inputs, linear.dense(), linear.bias)
         reference = F.linear(inputs.double(), wanted, linear.bias.double())
         torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+def locon(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    """LyCORIS' LoRA of a convolution: three convolutions in a row, here what they make of each single input."""
+    out, inner, *size = shape
+    state = {
+        "lora_up.weight": random(out, 3, 1, 1, 1),
+        "lora_mid.weight": random(3, 3, *size),
+        "lora_down.weight": random(3, inner, 1, 1, 1),
+    }
+    up, mid, down = (value.double() for value in state.values())
+    ones = torch.eye(inner * math.prod(size), dtype=torch.float64).view(-1, inner, *size)
+    seen = F.conv3d(F.conv3d(F.conv3d(ones, down), mid), up)  # [inputs, out, 1, 1, 1]
+    return state | {"alpha": torch.tensor(6.0)}, 2 * seen.flatten(1).T.reshape(shape)
+
+
+def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Every place of the kernel by itself."""
+    places = core.flatten(2).double()
+    found = [left.double().T @ places[..., at] @ right.double() for at in range(places.shape[2])]
+    return torch.stack(found, -1).view(left.shape[1], right.shape[1], *core.shape[2:])
+
+
+def tucker_loha(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    out, inner, *size = shape
+    state: State = {}
+    for n in (1, 2):
+        state |= {f"hada_t{n}": random(3, 3, *size), f"hada_w{n}_a": random(3, out), f"hada_w{n}_b": random(3, inner)}
+    one, other = (rebuilt(*(state[f"hada_{part}"] for part in (f"t{n}", f"w{n}_a", f"w{n}_b"))) for n in (1, 2))
+    return state | {"alpha": torch.tensor(1.5)}, 0.5 * one * other
+
+
+def tucker_lokr(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
+    out, inner, *size = shape
+    state = {
+        "lokr_w1": random(4, 2),
+        "lokr_t2": random(3, 3, *size),
+        "lokr_w2_a": random(3, out // 4),
+        "lokr_w2_b": random(3, inner // 2),
+    }
+    second = rebuilt(*(state[name] for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")))
+    first = state["lokr_w1"].double().view(4, 2, *(1 for _ in size))
+    return state | {"alpha": torch.tensor(6.0)}, 2 * torch.kron(first, second)
+
+
+@pytest.mark.parametrize("form", [locon, tucker_loha, tucker_lokr])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cores_of_convolutions_are_multiplied_out(form: Any, scaled: bool, a14b: Weights, tmp_path: Path) -> None:
+    """Tucker's, which only the patch embedding can have; with magnitudes too."""
+    original = dict(a14b.read({"patch_embedding.weight"}))["patch_embedding.weight"]
+    assert isinstance(original, Tensor)
+    generator = torch.Generator().manual_seed(3)
+    state, change = form(original.shape, lambda *shape: torch.randn(shape, generator=generator) / 4)
+    if scaled:
+        whole = original.double() + change
+        norm = whole.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+        magnitude = (norm * 1.25).float()
+        state["dora_scale"], change = magnitude, magnitude.double() / norm * whole - original.double()
+    file = tmp_path / "lora.safetensors"
+    save_file({f"lycoris_patch_embedding.{name}": value.contiguous() for name, value in state.items()}, file)
+    model = load(a14b)
+    merge(model, a14b, [LoraFile(file, 0.5)])
+    wanted = original.double() + 0.5 * change
+    torch.testing.assert_close(values(model)["patch_embedding.weight"].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 class Block(torch.nn.Module):
@@ -790,7 +854,13 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
         (write(), "holds no LoRA for any layer"),
         (write(blocks__0__cross_attn__k_img__diff_b=A[0]), "holds no LoRA for any layer"),
         (write(**{f"{Q}__weight": A}), "is no LoRA that can be merged, it holds blocks.0.self_attn.q.weight;"),
-        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_t2": A, f"{Q}__hada_t1": A}), "holds .*hada_t1 and 1 more like it;"),
+        (write(**{f"{Q}__lokr_w1": A, f"{Q}__on_input": A, f"{Q}__hada_t3": A}), "holds .*hada_t3 and 1 more like it;"),
+        (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_t2": A}), "holds one half of blocks.0.self_attn.q only"),
+        (write(**{f"{Q}__lora_mid__weight": A}), "holds one half of blocks.0.self_attn.q only"),
+        (
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__lora_mid__weight": B}),
+            "two halves of blocks.0.self_attn.q are",
+        ),
         (write(**{f"{Q}__lokr_w1": A, f"{Q}__lokr_w2": torch.zeros(24, 2)}), r"its .*to_q is \(48, 96\), here"),
         (write(**{f"{Q}__lokr_w1": A}), "holds one half of blocks.0.self_attn.q only"),
         (write(**{f"{Q}__lokr_w1": A[0], f"{Q}__lokr_w2": A}), "two halves of blocks.0.self_attn.q are"),
@@ -923,7 +993,7 @@ def test_only_a_number_after_the_last_colon_is_a_strength(text: str, path: str, 
 
 @pytest.mark.parametrize("text", ["", ":1", "a:nan", "a:-inf", "a:Infinity", "a:1e999"])
 def test_a_strength_without_a_file_or_without_a_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="names no LoRA file|must be a finite number"):
+    with pytest.raises(UserError, match="names no LoRA file|must be from -1000 to 1000"):
         LoraFile.parse(text)
 
 

@@ -574,7 +574,7 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
     checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]
     for flags, line in (
-        (["--vram", "huge"], "--vram must be auto or a number of GiB from 1, for instance 12; 'huge' is not"),
+        (["--vram", "huge"], "--vram must be auto or a number of GiB from 1 to 4096, for instance 12; 'huge' is not"),
         (["--vram", "0.5"], "must be auto or a number of GiB"),
         (["--vram", "12", "--offload_model", "False"], "--vram needs --offload_model True"),
         (["--vram", "12"], "--vram is for a GPU, and there is none; leave it out"),

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from tests.support.media_samples import CORPUS, add_video
-from wan import media
+from wan import files, media
 from wan.errors import UserError
 from wan.media import colour, light, source
 
@@ -23,7 +23,7 @@ RAMP = np.array([0, 64, 128, 191, 255])
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
-    source._say.cache_clear()
+    files._say.cache_clear()
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.data.corpus import make_paths, vidmark
 from tests.support.media_samples import CORPUS, FILES, READABLE, encode, number, numbered
-from wan import media
+from wan import files, media
 from wan.errors import UserError
 from wan.media import VideoError, colour, decord_reader, reading, source
 from wan.media.light import tone_map
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
-    source._say.cache_clear()
+    files._say.cache_clear()
 
 
 def by_name(entry: dict[str, Any]) -> str:

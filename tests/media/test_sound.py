@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.support.media_samples import CORPUS, add_audio, beeps, beeps_in, moment_of, number, numbered
-from wan import media
-from wan.media import assembly, sound, source
+from wan import files, media
+from wan.media import assembly, sound
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings() -> None:
-    source._say.cache_clear()
+    files._say.cache_clear()
 
 
 def film(

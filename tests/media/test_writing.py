@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,7 +25,7 @@ from tests.support.golden import ROOT
 from tests.support.media_samples import CORPUS, bias, moment_of, natural, number, numbered, restless
 from wan import media
 from wan.errors import UserError
-from wan.media.source import exact_rate
+from wan.media.source import exact_rate, open_video
 
 pytestmark = pytest.mark.slow
 
@@ -293,6 +294,24 @@ def test_joined_clips_show_every_frame_once_at_equal_distances(clips: list[Path]
     assert number(media.read_last_frame(tmp_path / "joined.mp4")) == 96
     boxes = top_level_boxes(tmp_path / "joined.mp4")
     assert boxes.index("moov") < boxes.index("mdat")
+
+
+def test_joining_reads_each_packet_of_each_clip_as_often_however_many_there_are(
+    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counting(path: str) -> Any:
+        opened.append(Path(path).name)
+        return open_video(path)
+
+    monkeypatch.setattr("wan.media.writing.open_video", counting)
+    monkeypatch.setattr("wan.media.writing.write_video", None)  # nothing is encoded again
+    for count in (3, 6, 24):
+        opened.clear()
+        assert media.join_videos(clips[1:2] * count, tmp_path / "joined.mp4") == 32 * count + 1
+        assert opened.count("clip_1.mp4") == 2 * count  # to look at it, and to copy it
+        assert len(opened) <= 2 * count + 1  # and the result, which is looked at
 
 
 def test_joining_changes_no_pixel(clips: list[Path], tmp_path: Path) -> None:

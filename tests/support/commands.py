@@ -97,6 +97,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         biased = next(key for key in state if key.endswith("norm.weight" if name == "t5" else "bias"))
         state[biased] = state[biased] + 1
         save_file({key: value.contiguous() for key, value in state.items()}, world / f"{name}.safetensors")
+    shutil.copytree(world / "ti2v", world / "without_vae")
+    (world / "without_vae/Wan2.2_VAE.pth").unlink()
+    (world / "comfy/vae").mkdir(parents=True)
+    shutil.copy(world / "vae.safetensors", world / "comfy/vae/wan2.2_vae.safetensors")
     for noise in ("high", "low"):
         folder = world / "i2v" / f"{noise}_noise_model"
         parts = {
@@ -111,6 +115,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (64, 32), "red").save(world / "red.png")
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")
+    (world / "name.yaml").write_text("- {name: the fog, prompt: it-goes-on}\n- it-goes-on\n")
     (world / "seed.yaml").write_text("- {seed: 77}\n")
     (world / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot
     return world
@@ -170,15 +175,15 @@ def command(
     monkeypatch.syspath_prepend(str(world))
     monkeypatch.chdir(world)
 
-    def run(words: str, *, generate: bool = False) -> Seen:
+    def run(words: str, *, generate: bool = False, weights: str = "--ckpt_dir ti2v") -> Seen:
         nonlocal now
         now = Seen(folder=tmp_path / "out")
         capsys.readouterr()
         if generate:
-            common = ["--ckpt_dir", "ti2v", "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
+            common = [*weights.split(), "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
             now.code = cli.generate_main([*common, *words.split()])
         else:
-            common = ["--ckpt_dir", "ti2v", "--video", "source.mp4", "--vlm_path", "vlm", "--num_videos", "2"]
+            common = [*weights.split(), "--video", "source.mp4", "--vlm_path", "vlm", "--num_videos", "2"]
             common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
             now.code = cli.continuous_main([*common, *words.split()])
         output = capsys.readouterr()

@@ -316,7 +316,7 @@ def test_a_weight_of_many_pieces_is_the_weight_of_one(
         model = load(weights, torch.float32)
         merge_loras(model, weights, open_loras([lora(states["wide"], beside)], weights))
         whole = {key: layer.dense() for key, layer in packed(model).items()}
-        monkeypatch.setattr("wan.weights.quantized._PIECE", 1000)
+        monkeypatch.setattr("wan.weights.quantized.PIECE", 1000)
         for key, layer in packed(model).items():
             torch.testing.assert_close(layer.dense(), whole[key], rtol=1e-6, atol=1e-6)
         monkeypatch.undo()

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
 from wan.errors import UserError
-from wan.foreign import read_json
+from wan.foreign import parsing, read_json
+from wan.pictures import as_shown
 from wan.types import UInt8Array
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
@@ -140,6 +141,29 @@ def foreseen_failures(source: str) -> Iterator[None]:
         raise UserError(f"captioning with {source} failed ({one_line(error)}): put that right, {OFFER}") from error
 
 
+@contextmanager
+def reading(folder: Path, *told: type[Exception]) -> Iterator[None]:
+    """Around the library that reads a folder's files and builds a model of them: what it raises is one line.
+
+    Errors in `told`, and those of `foreseen_failures`, pass: others tell them.
+    """
+    passing: tuple[type[BaseException], ...] = (
+        UserError,
+        torch.OutOfMemoryError,
+        MemoryError,
+        OSError,
+        SafetensorError,
+        *told,
+    )
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, passing):
+            raise
+        with parsing(f"{folder} or a file in it", "download it again"):
+            raise
+
+
 def one_line(error: Exception) -> str:
     """What an error says, on one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -148,7 +172,7 @@ def one_line(error: Exception) -> str:
 
 def to_images(frames: Pictures) -> list[Image.Image]:
     """Frames -> RGB images. Raises UserError for what is no picture."""
-    images = [one.convert("RGB") if isinstance(one, Image.Image) else _image(np.asarray(one)) for one in frames]
+    images = [as_shown(one) if isinstance(one, Image.Image) else _image(np.asarray(one)) for one in frames]
     if not images:
         raise UserError("there are no frames: a captioner needs RGB uint8 [n, H, W, 3] or pictures")
     return images

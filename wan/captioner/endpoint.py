@@ -25,20 +25,20 @@ from wan.kinds import public_url
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
 MOST_BYTES = 4 << 20  # of an answer
+SECONDS = 300.0  # for one answer, with all its bytes
+KEY = "OPENAI_API_KEY"
 
 
 class EndpointCaptioner(BackEnd):
     """Asks `url` (its /v1 or all of /v1/chat/completions) about frames.
 
     A user and a password in the address go along as basic authorization, a query is kept, and neither is shown.
-    `model` None takes the first that the server offers. The key in the environment variable `api_key_env`, if it is
-    set, goes along, to this address alone: redirects are refused. `timeout` is in seconds, for one answer with all its
-    bytes, of which there may be MOST_BYTES. Raises UserError for what is not an http(s) address.
+    `model` None takes the first that the server offers. The key in the environment variable KEY, if it is set, goes
+    along, to this address alone: redirects are refused. An answer may take SECONDS and MOST_BYTES. Raises UserError for
+    what is not an http(s) address.
     """
 
-    def __init__(
-        self, url: str, model: str | None = None, api_key_env: str = "OPENAI_API_KEY", timeout: float = 300
-    ) -> None:
+    def __init__(self, url: str, model: str | None = None) -> None:
         shown = public_url(url)
         if shown is None:  # which is not quoted: there may be a password in it
             raise UserError("`vlm_url` is not an address: give one such as http://127.0.0.1:8000/v1")
@@ -48,8 +48,6 @@ class EndpointCaptioner(BackEnd):
         self._login = ":".join(unquote(one or "") for one in (parts.username, parts.password)) if parts.username else ""
         self.source = self.url
         self.model = model
-        self.api_key_env = api_key_env
-        self.timeout = timeout
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         content: list[dict[str, Any]] = []
@@ -94,7 +92,7 @@ class EndpointCaptioner(BackEnd):
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path + self._query, data, headers)
         try:
-            content = _within(self.timeout, lambda: _ask(request, self.timeout))
+            content = _within(SECONDS, lambda: _ask(request, SECONDS))
         except HTTPError as error:
             reason = one_line(ValueError(self._without_secrets(error.reason)))
             unnamed = "name its model with `vlm_path`, or " if path == "/models" else ""
@@ -109,9 +107,9 @@ class EndpointCaptioner(BackEnd):
             raise UserError(f"{self.url} did not answer in JSON: give an OpenAI-compatible `vlm_url`") from error
 
     def _key(self) -> str:
-        key = os.environ.get(self.api_key_env, "").strip()
+        key = os.environ.get(KEY, "").strip()
         if not (key.isascii() and key.isprintable()):  # the HTTP library's own complaint would print the key
-            raise UserError(f"{self.api_key_env} holds characters that no key has: set it again")
+            raise UserError(f"{KEY} holds characters that no key has: set it again")
         return key
 
     def _without_secrets(self, text: str) -> str:

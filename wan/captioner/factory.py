@@ -14,7 +14,7 @@ import torch
 from wan.captioner.base import BackEnd, Captioner, Pictures, foreseen_failures, one_line, read_config
 from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
-from wan.captioner.internvl import InternVLCaptioner
+from wan.captioner.internvl import InternVLCaptioner, quantization_method, quantization_of
 from wan.errors import UserError
 from wan.weights.hub import unreachable
 
@@ -46,7 +46,7 @@ def open_captioner(
 
     def open_folder(folder: Path) -> BackEnd:
         config = read_config(folder / "config.json")
-        _check_quantized(folder, config)
+        _check_quantized(folder, config, device)
         own_code = trust_remote_code and "auto_map" in config
         if config.get("model_type") == "internvl_chat" and own_code:
             return RemoteCodeCaptioner(folder, device, dtype)
@@ -69,10 +69,10 @@ def open_captioner(
         raise UserError(f"there is no VLM folder {path}: check `vlm_path`")
 
 
-# The packages, any of which transformers needs for weights that are quantised in that way.
+# The packages, all of which transformers needs for weights that are quantised in that way.
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "awq": ("gptqmodel", "awq"),
-    "gptq": ("gptqmodel",),
+    "awq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "optimum"),
     "bitsandbytes": ("bitsandbytes",),
     "compressed-tensors": ("compressed_tensors",),
     "torchao": ("torchao",),
@@ -80,20 +80,30 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _check_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_quantized(folder: Path, config: Mapping[str, Any], device: str | torch.device) -> None:
     """Raise UserError for quantised weights that cannot be loaded here, before anything is."""
-    inside = [config, *(value for key, value in config.items() if key in ("llm_config", "text_config"))]
-    said = next((one["quantization_config"] for one in inside if one and one.get("quantization_config")), None)
+    said = quantization_of(config)
     if said is None:
         return
-    method = str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "of an unknown kind"))
-    if config.get("model_type") in ("internvl_chat", "internvl"):
-        raise UserError(f"{folder} is quantised ({method}); InternVL is loaded from bf16 weights only, give those")
-    needed = _PACKAGES.get(method, ())
-    if not needed:
+    method = quantization_method(said)
+    if method not in _PACKAGES:
         raise UserError(f"{folder} is quantised ({method}), which cannot be loaded; give weights in bf16")
-    if not any(find_spec(name) for name in needed):
-        raise UserError(f"{folder} is quantised ({method}): install {needed[0]}, or give weights in bf16")
+    if missing := [name for name in _PACKAGES[method] if not find_spec(name)]:
+        raise UserError(f"{folder} is quantised ({method}): install {' and '.join(missing)}, or give weights in bf16")
+    _check_environment(folder, method, said, torch.device(device))
+
+
+def _check_environment(folder: Path, method: str, said: Mapping[str, Any], device: torch.device) -> None:
+    """What transformers asks of versions, devices and the packages of packages. Raises UserError."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config({"quant_method": method, **said}, pre_quantized=True)
+        quantizer.validate_environment(device_map={"": device})
+    except Exception as error:  # each package's own, and a config's
+        raise UserError(
+            f"{folder} is quantised ({method}), which cannot be loaded here ({one_line(error)}); give weights in bf16"
+        ) from error
 
 
 def weight_bytes(path: str | Path) -> int | None:
@@ -113,7 +123,7 @@ def weight_bytes(path: str | Path) -> int | None:
     try:
         listed = HfApi().model_info(hub["id"], files_metadata=True, timeout=10, **_commit(hub)).siblings or []
     except unreachable() as error:
-        log.info("nobody can say how large %s is: %s", path, one_line(error))
+        log.info("cannot tell how large %s is: %s", path, one_line(error))
         return None
     return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
 

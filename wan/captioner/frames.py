@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.errors import UserError
+from wan.pictures import as_shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,9 +30,9 @@ def dynamic_preprocess(
     sides = range(1, max_num + 1)
     grids = [(columns, rows) for columns in sides for rows in sides if min_num <= columns * rows <= max_num]
     grids.sort(key=math.prod)
+    image = as_shown(image)
     columns, rows = closest_grid(image.width, image.height, grids, image_size)
 
-    image = image.convert("RGB")
     stretched = image.resize((columns * image_size, rows * image_size), Image.Resampling.BICUBIC)
     corners = [(column * image_size, row * image_size) for row in range(rows) for column in range(columns)]
     tiles = [stretched.crop((left, top, left + image_size, top + image_size)) for left, top in corners]
@@ -57,7 +58,7 @@ def build_transform(input_size: int) -> Callable[[Image.Image], Tensor]:
     std = torch.tensor(IMAGENET_STD)[:, None, None]
 
     def transform(image: Image.Image) -> Tensor:
-        squashed = image.convert("RGB").resize((input_size, input_size), Image.Resampling.BICUBIC)
+        squashed = as_shown(image).resize((input_size, input_size), Image.Resampling.BICUBIC)
         levels = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
         return levels.float().div(255).sub(mean).div(std)
 

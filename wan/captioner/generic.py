@@ -6,15 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, one_line, read_config, reading, to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.errors import UserError
+from wan.foreign import fit
 
 LONGEST_SIDE = 448  # pixels; tokens, and with them time and memory, grow with the area of a frame
+
+
+_Pixels = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class _Vision(BaseModel):
+    image_size: _Pixels = 448
+
+
+class _Config(BaseModel):
+    """What of an InternVL's config.json its own code leaves to us."""
+
+    force_image_size: _Pixels | None = None
+    vision_config: _Vision = _Vision()
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that the model sees, in pixels."""
+        return self.force_image_size or self.vision_config.image_size
 
 
 class GenericCaptioner(LocalModel):
@@ -44,9 +65,10 @@ class GenericCaptioner(LocalModel):
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.device, self.dtype)
+        with foreign_folder(self.folder):  # the template is the folder's
+            inputs = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(self.device, self.dtype)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
         return str(self.processor.batch_decode(new, skip_special_tokens=True)[0])
@@ -73,7 +95,7 @@ class RemoteCodeCaptioner(LocalModel):
     def __init__(self, path: str | Path, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(path, device, dtype)
         config = read_config(self.folder / "config.json")
-        self.image_size = config.get("force_image_size") or config.get("vision_config", {}).get("image_size", 448)
+        self.image_size = fit(_Config, config, f"{self.folder}/config.json").side
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         transform = build_transform(self.image_size)
@@ -117,9 +139,10 @@ class RemoteCodeCaptioner(LocalModel):
 
 @contextmanager
 def foreign_folder(folder: Path) -> Iterator[None]:
-    """Say in one line what a folder needs that is not there."""
+    """Say in one line what a folder needs that is not there, or what is damaged in it."""
     try:
-        yield
+        with reading(folder, ImportError, ValueError):
+            yield
     except ImportError as error:
         raise UserError(f"{folder} needs a package that is not installed ({one_line(error)}): install it") from error
     except ValueError as error:

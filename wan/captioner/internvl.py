@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, to_images
+from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, reading, to_images
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.foreign import parsing, shards
+from wan.foreign import fit, parsing, shards
 from wan.weights.prefetch import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,37 @@ VISION_PARTS = {
 }
 
 
+_Size = Annotated[int, Field(ge=1, le=10_000_000)]
+_Pixels = Annotated[int, Field(ge=1, le=10_000)]
+_Layers = Annotated[int, Field(ge=1, le=1000)]
+
+
+class _Tower(BaseModel):
+    """What of one half's config is computed with before the library looks at it, or would take all memory there."""
+
+    model_type: str | None = None
+    hidden_size: _Size | None = None
+    intermediate_size: _Size | None = None
+    vocab_size: _Size | None = None
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    image_size: _Pixels | Annotated[list[_Pixels], Field(min_length=1, max_length=2)] | None = None
+    patch_size: _Pixels | Annotated[list[_Pixels], Field(min_length=1, max_length=2)] = 14
+
+
+class _Config(BaseModel):
+    """config.json, of either format."""
+
+    vision_config: _Tower
+    text_config: _Tower | None = None
+    llm_config: _Tower | None = None
+    image_seq_length: Annotated[int, Field(ge=1, le=100_000)] = 256
+    downsample_ratio: Annotated[float, Field(ge=0.01, le=1)] = 0.5
+    force_image_size: Annotated[int, Field(ge=0, le=10_000)] | None = None
+
+
 class InternVLCaptioner(LocalModel):
     """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use.
 
@@ -91,16 +123,20 @@ class InternVLCaptioner(LocalModel):
             raise UserError(f"{self.folder} holds a {config.get('model_type')} model, not InternVL: check `vlm_path`")
         self.original = config["model_type"] == "internvl_chat"
         try:
+            fit(_Config, config, f"{self.folder}/config.json")
             self.config = native_config(config) if self.original else config
             language_model = self.config["text_config"]["model_type"]
             patch = self.config["vision_config"].get("patch_size", 14)
         except KeyError as error:
             raise UserError(f"{self.folder}/config.json lacks {error}: download it again") from error
+        except (TypeError, AttributeError) as error:  # what the format has is null
+            raise UserError(f"{self.folder}/config.json is damaged ({error}): download it again") from error
         if language_model not in LANGUAGE_MODELS:
             raise UserError(
                 f"{self.folder} has a language model of type {language_model}; only InternVL with "
                 f"{' or '.join(LANGUAGE_MODELS)} works: use InternVL3_5-8B or a smaller one of that family"
             )
+        self.quantization = quantization_of(config)
         self.weights = weight_files(self.folder)
         check_tokenizer(self.folder)
         self.tokens_per_frame = int(self.config.get("image_seq_length", 256))
@@ -138,7 +174,8 @@ class InternVLCaptioner(LocalModel):
                 return decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
         if self._decoder is None or self._decoder.capacity < needed:
             self._decoder = None  # its memory first
-            self._decoder = GreedyDecoder(model, needed)
+            # a package's own kernels may not be recorded
+            self._decoder = GreedyDecoder(model, needed, recorded=self.quantization is None)
         return self._decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
 
     def close(self) -> None:
@@ -161,16 +198,34 @@ class InternVLCaptioner(LocalModel):
     def load(self) -> Any:
         from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+        with reading(self.folder):
+            if self.original:
+                images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+                config = InternVLConfig(**self.config, image_token_id=images)
+            else:
+                config = InternVLConfig.from_pretrained(self.folder)
+            with torch.device("meta"):
+                declared = sum(one.numel() for one in InternVLForConditionalGeneration(config).parameters())
+        held = sum(file.stat().st_size for file in self.weights)
+        packed = 8 if self.quantization is not None else 1  # numbers in a byte, at most
+        if declared > packed * held:  # the library would make up what the files lack, and take that much memory
+            raise UserError(
+                f"{self.folder} declares {declared} parameters and has weights of {held} bytes, so config.json is "
+                f"damaged or a file truncated: download the folder again"
+            )
         options: dict[str, Any] = {"use_safetensors": True}
         if self.original:
-            images = self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-            options = {
-                "config": InternVLConfig(**self.config, image_token_id=images),
-                "state_dict": native_weights(self.weights),
-            }
+            state = native_weights(self.weights)
+            options = {"config": config, "state_dict": state}
+            if self.quantization is not None:
+                config.quantization_config = self._quantized_as_stored(state)
+                # transformers leaves what a quantised model holds as numbers in the file's dtype
+                half = {name: value for name, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)}
+                state |= {name: value.to(self.dtype) for name, value in half.items() if not name.endswith(".scales")}
         room = None if self.room is None else self.room()
-        streams = room is not None and sum(file.stat().st_size for file in self.weights) > room
-        with ReadAhead(self.weights, len(self.weights)):
+        # what stands beside quantised weights does not come layer by layer
+        streams = room is not None and held > room and self.quantization is None
+        with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
             home = torch.device("cpu") if streams else self.device
             model = fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, home=home, **options))
@@ -182,6 +237,35 @@ class InternVLCaptioner(LocalModel):
             self._layered = LayeredVlm(model)
             self._placement = Placement(self.device, weight_budget=room)
         return model
+
+    def _quantized_as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """How the weights are quantised, by native names: what is stored as numbers stays so. Raises UserError."""
+        if fused := [name for name in state if "vision_tower" in name and name.endswith(_OF_QUANTIZED)]:
+            raise UserError(f"{self.folder}: its vision part is quantised too ({fused[0]}); give weights in bf16")
+        assert self.quantization is not None
+        method = quantization_method(self.quantization)
+        plain = {
+            name.removesuffix(".weight")
+            for name, value in state.items()
+            if name.endswith(".weight") and value.ndim == 2 and value.is_floating_point()
+        }
+        key = "llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert"
+        return {"quant_method": method, **self.quantization, key: sorted(plain)}
+
+
+# The ends of what stands beside a quantised weight: bitsandbytes, AWQ and GPTQ.
+_OF_QUANTIZED = (".absmax", ".SCB", ".qweight")
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a config says of quantised weights, itself or in its language model's."""
+    inside = [config, *(config.get(key) for key in ("llm_config", "text_config"))]
+    return next((one["quantization_config"] for one in inside if one and one.get("quantization_config")), None)
+
+
+def quantization_method(said: Mapping[str, Any]) -> str:
+    """Its name."""
+    return str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "of an unknown kind"))
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

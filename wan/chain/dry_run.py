@@ -32,7 +32,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
         seed = run.clips[number].record["seed"] if there else run.seed(number)
-        if run.drawn and number not in run.seeds and not there:
+        if run.is_drawn(number) and not there:
             seed = "drawn"
         words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if there else _words(plan)).split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
@@ -40,8 +40,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
     yield f"{start:.2f} s of new video; {len(missing)} of {run.count} clips are still to be made"
     if missing:
-        size = sum(disk_bytes(plan, continuation.config.z_dim) for plan in missing)
-        yield f"about {size / 2**30:.1f} GiB of disk" if size > 2**29 else f"about {size / 2**20:.0f} MiB of disk"
+        yield _disk(missing, continuation.config.z_dim, run.settings.keep_state)
         yield _time(continuation, missing, run)
         yield _memory(continuation, missing)
         yield _host_memory(continuation, missing)
@@ -83,13 +82,36 @@ def _words(plan: Plan) -> str:
     return f"{plan.prefix} <{what}{goal}>".strip()
 
 
-def disk_bytes(plan: Plan, z_dim: int) -> float:
-    """What a clip takes in the folder, twice for its mp4: once in the joined video."""
+def _disk(missing: Sequence[Plan], z_dim: int, keep_state: str) -> str:
+    """What the folder grows by, and what of it are frames and latents that `keep_state` is about."""
+    states = [state_bytes(plan, z_dim) for plan in missing]
+    takes = sum(
+        (state + mp4_bytes(plan)) * plan.best_of
+        for state, plan in zip(states, missing, strict=True)
+        if plan.keeps_takes
+    )
+    # an mp4 is there once in the joined video, too
+    rest = takes + sum(2 * mp4_bytes(plan) for plan in missing)
+    kept = sum(states[-2:] if keep_state == "last" else states)
+    less = f"; {_size(sum(states[-2:]))} with `keep_state` last" if keep_state == "all" and len(states) > 2 else ""
+    return f"about {_size(rest + kept)} of disk, of which {_size(kept)} are frames and latents to go on from{less}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.0f} MiB"
+
+
+def state_bytes(plan: Plan, z_dim: int) -> float:
+    """What a clip's latents, last frames and caption frames take."""
     frames, height, width = plan.geometry.size
     latents = 4 * z_dim * math.prod(plan.geometry.latent)
     tail = 4 * 3 * height * width * min(LONGEST_CONTEXT, frames)
-    samples = 3 * height * width * plan.num_segments
-    return latents + tail + samples + 2 * MP4_BYTES * frames * height * width
+    return latents + tail + 3 * height * width * plan.num_segments
+
+
+def mp4_bytes(plan: Plan) -> float:
+    """What its mp4 takes, about."""
+    return MP4_BYTES * math.prod(plan.geometry.size)
 
 
 def flops(continuation: VideoContinuation, plan: Plan) -> float:
@@ -100,8 +122,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    candidates = 1 if plan.is_cut else plan.best_of  # a cut has no seam to choose by
-    return forward * candidates * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    return forward * len(plan.candidates) * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

@@ -20,7 +20,8 @@ class Plan:
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
     that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
     `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken. Raises UserError for what does not go together.
+    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
+    not go together.
     """
 
     geometry: Geometry
@@ -39,6 +40,8 @@ class Plan:
     preset: str = "quality"
     drift_correction: float = 0.0
     best_of: int = 1
+    keeps_takes: bool = False
+    take: int | None = None
     number: int = 1  # of `count` clips
     count: int = 1
 
@@ -63,6 +66,15 @@ class Plan:
     def is_cut(self) -> bool:
         """Whether the clip begins a new shot."""
         return self.cut is not None and self.cut is not False
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """The numbers, from 1, of the candidates to be made. A cut has no seam to choose by."""
+        if self.keeps_takes:
+            return tuple(range(1, self.best_of + 1))
+        if self.take is not None:
+            return (self.take,)
+        return (1,) if self.is_cut else tuple(range(1, self.best_of + 1))
 
     @property
     def described(self) -> bool:

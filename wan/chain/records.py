@@ -57,6 +57,11 @@ class _Record(_Partly):
     loras: dict[str, Any] | None = None
 
 
+class _Edited(_Partly):
+    prompt: str
+    over: str | None
+
+
 class _Run(_Partly):
     """run.json."""
 
@@ -68,6 +73,10 @@ class _Run(_Partly):
     seeds: dict[Number, Seed] = {}
     redone_over: dict[Number, Seed | None] = {}
     accepted: dict[str, str] | None = None
+    named: dict[str, Seed] | None = None
+    edited: dict[str, _Edited] | None = None
+    takes: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]] | None = None
+    given_up: list[str] | None = None
     joined: str | None = None
     joined_of: list[str] = []
     arguments: dict[str, Any] | None = None

@@ -51,7 +51,7 @@ _NUMBER = re.compile(r"video_0*(\d+)_")
 # What a report repeats of a clip's record, and what else is not a setting of it.
 _OF_A_CLIP = ("prompt", "seed", "cut", "seam", "look", "candidates", "memory", "answers", "fallback")
 _COSTS = ("seconds", "peak_gpu_gib", "peak_host_gib")
-_NO_SETTING = {*_OF_A_CLIP, *_COSTS, "file", "versions", "fingerprint", "source", "dropped"}
+_NO_SETTING = {*_OF_A_CLIP, *_COSTS, "file", "versions", "fingerprint", "source", "dropped", "digests"}
 _LOOKS = {"lightness": "Lightness", "contrast": "Contrast", "chroma": "Colour strength", "sharpness": "Sharpness"}
 
 
@@ -266,7 +266,13 @@ def _command(arguments: Mapping[str, Any], redo: int | None = None) -> str | Non
     """What to type to go on with the run, or to make one clip again; None when the flags are not known."""
     if not arguments:
         return None
-    passing = {"redo": redo, "keep_following": False, "dry_run": False}  # they are for one run only
+    passing: dict[str, Any] = {
+        "redo": redo,
+        "keep_following": False,
+        "dry_run": False,
+        "yes": False,
+        "take": [],
+    }  # for one run
     return shlex.join(["python", "generate_continuous.py", *words_of({**arguments, **passing})])
 
 

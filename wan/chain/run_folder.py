@@ -33,20 +33,23 @@ from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.records import check_record, read_run
 from wan.errors import UserError
-from wan.files import file_digest, write_bytes, write_json, write_text
+from wan.files import digest_of, file_digest, link_or_copy, write_bytes, write_json, write_text
 from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, is_finite, to_uint8
 
 log = logging.getLogger(__name__)
 
-REDONE = "redone"
+REDONE, TAKES = "redone", "takes"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+PREVIEW = "preview.webp"
+STOP, PAUSE = "stop", "pause"  # files by which a person leads a run
 LOCK = ".lock"  # an empty file that stays
 _OF_THE_RUN = (RUN, JOINED, PROMPTS, PAGE, DATA)
 _SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
 _NAME = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})\.json")
+_REPLACED = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})(_\d{1,6})?\.json")  # in redone/
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class FinishedClip:
     def dropped(self) -> int:
         """Leading frames that repeat the clip before."""
         return int(self.record.get("dropped", 1))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether its frames and latents were left out, so that nothing can go on from it."""
+        with safe_open(self.state, framework="pt") as opened:
+            return "tail" not in opened.keys()  # noqa: SIM118
 
     def _tensor(self, name: str) -> Tensor:
         with safe_open(self.state, framework="pt") as opened:
@@ -137,6 +146,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, lock: bool = True) -> None:
         self.path = path
+        self._digests: dict[Path, str] = {}  # what the records of clips that were replaced say
         self._lock = FileLock(path / LOCK, fallback_to_soft=False) if lock else None
 
     def __enter__(self) -> RunFolder:
@@ -154,9 +164,11 @@ class RunFolder:
                 f"{self.path} cannot be locked ({reason}); give another folder, or `no_lock` if no other run uses it"
             ) from error
         if self._lock is not None:  # which keeps others out: these are of a run that was killed
-            for name in ("video_", ".draft_", *_OF_THE_RUN):
+            for name in ("video_", ".draft_", PREVIEW, *_OF_THE_RUN):
                 for left in self.path.glob(f".{name}*.part"):
                     left.unlink()
+            for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
+                left.unlink()
         return self
 
     def __exit__(
@@ -167,7 +179,11 @@ class RunFolder:
 
     def check_names(self) -> None:
         """Raise UserError where something else stands under a name that a run needs: said now, not after an hour."""
-        names = ((REDONE, "folder", Path.is_dir), *((name, "file", Path.is_file) for name in _OF_THE_RUN))
+        names = (
+            (REDONE, "folder", Path.is_dir),
+            (TAKES, "folder", Path.is_dir),
+            *((name, "file", Path.is_file) for name in _OF_THE_RUN),
+        )
         for name, wanted, fits in names:
             if os.path.lexists(path := self.path / name) and not fits(path):
                 raise UserError(f"{path} is no {wanted}, and a run needs that name; move it, or give another folder")
@@ -177,9 +193,10 @@ class RunFolder:
         file = Path(name.casefold())
         return file.name in _OF_THE_RUN or (file.suffix in _SUFFIXES and _number(file) is not None)
 
-    def foreign(self) -> Path | None:
-        """A file that a run would replace and that none of ours has made."""
-        there = [path for name in _OF_THE_RUN if (path := self.path / name).exists()]
+    def foreign(self, *, preview: bool = False) -> Path | None:
+        """A file that a run, with a `preview` or without, would replace and that none of ours has made."""
+        names = (*_OF_THE_RUN, *([PREVIEW] if preview else []))
+        there = [path for name in names if (path := self.path / name).exists()]
         if self.path / RUN in there:
             run = self.run
             return None if isinstance(run.get("clips"), list) and "base_seed" in run else self.path / RUN
@@ -210,9 +227,56 @@ class RunFolder:
                     self.faults[found.number] = found.reason
         return clips
 
+    def find(self, digest: str) -> FinishedClip | None:
+        """A clip with this fingerprint that was replaced, or is a take, and is whole."""
+        for path in self._replaced.get(digest, ()):
+            found = self._read(path)
+            if isinstance(found, FinishedClip) and found.fingerprint == digest and not found.is_pruned:
+                return found
+        return None
+
+    def replaced(self) -> list[FinishedClip]:
+        """The clips that were replaced and are whole."""
+        found = [self._read(path) for path in sorted((self.path / REDONE).glob("*_seed*.json"))]
+        return [self.seal(clip) for clip in found if isinstance(clip, FinishedClip)]
+
+    def to_prune(self, clips: Mapping[int, FinishedClip]) -> dict[int, FinishedClip]:
+        """Those of whose state only making a clip again has need: all but the last two, and not before a gap."""
+        last = max(clips, default=0)
+        return {number: clip for number, clip in clips.items() if number < last - 1 and number + 1 in clips}
+
+    def prune(self, clip: FinishedClip) -> int:
+        """Leave frames and latents out of a clip's state, which keeps its name; returns the bytes that this gave.
+
+        The record tells of the smaller file before it is there, so that the clip is whole at any moment.
+        """
+        if clip.is_pruned:
+            return 0
+        before = clip.state.stat().st_size
+        with safe_open(clip.state, framework="pt") as opened:
+            said = {"settings": opened.metadata()["settings"]}
+            names = [name for name in opened.keys() if name.startswith(SHEET)]  # noqa: SIM118
+            data = as_bytes({name: opened.get_tensor(name) for name in names}, said)
+        record = read_json(clip.record_path)
+        write_json(clip.record_path, record | {"digests": record["digests"] | {"pruned": digest_of(data)}})
+        write_bytes(clip.state, data)
+        return before - len(data)
+
+    @property
+    def _replaced(self) -> dict[str, list[Path]]:
+        """The records of takes, and of clips that were replaced, by what their fingerprints are said to be."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted([*self.path.glob(f"{TAKES}/*/take_*.json"), *(self.path / REDONE).glob("*_seed*.json")]):
+            if path not in self._digests:
+                try:
+                    self._digests[path] = str(read_json(path).get("fingerprint"))
+                except UserError:
+                    self._digests[path] = ""
+            found.setdefault(self._digests[path], []).append(path)
+        return found
+
     def _read(self, path: Path) -> FinishedClip | _Fault:
-        number = _number(path)
-        assert number is not None  # such are read
+        number = _number(path) or 1  # a take has none, before it is put in a clip's place
         state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
             record = current(read_json(path))
@@ -230,7 +294,7 @@ class RunFolder:
                     return fault
                 check_record(path, record)
                 return clip
-            changed = [file.name for file in (state, video) if file_digest(file) != digests.get(file.suffix[1:])]
+            changed = [file.name for file in (state, video) if file_digest(file) not in _digests_of(digests, file)]
         except OSError as error:
             return _Fault(number, f"{error.filename} cannot be read ({error.strerror})")
         if changed:
@@ -268,8 +332,47 @@ class RunFolder:
         its seam.
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
-        path = stem.with_suffix(".json")
         self._make_room(number, stem.name)
+        record = self._write(stem, made, settings, describe, samples, sheet, metadata)
+        discard(self.path, number)
+        return FinishedClip(number, stem.with_suffix(".json"), record, settings)
+
+    def save_take(
+        self,
+        number: int,
+        digits: int,
+        take: int,
+        made: Generation,
+        settings: Mapping[str, Any],
+        describe: Callable[[], Mapping[str, Any]],
+        *,
+        samples: tuple[int, float | None],
+        sheet: Sequence[bytes],
+        metadata: bool,
+    ) -> Path:
+        """Put a take of a clip on disk, as `save` does; returns its mp4. Another one of its name is set aside."""
+        home = self.path / TAKES / f"{number:0{digits}d}"
+        home.mkdir(parents=True, exist_ok=True)
+        stem = home / f"take_{take}_seed{made.request.seed}"
+        there = [file for suffix in _SUFFIXES if (file := stem.with_suffix(suffix)).exists()]
+        if there and _settings(stem.with_suffix(".safetensors")) != settings:
+            self._set_aside(there)
+        self._digests.clear()
+        self._write(stem, made, settings, describe, samples, sheet, metadata)
+        return stem.with_suffix(".mp4")
+
+    def _write(
+        self,
+        stem: Path,
+        made: Generation,
+        settings: Mapping[str, Any],
+        describe: Callable[[], Mapping[str, Any]],
+        samples: tuple[int, float | None],
+        sheet: Sequence[bytes],
+        metadata: bool,
+    ) -> dict[str, Any]:
+        """The three files of a clip, one after the other; returns its record."""
+        path = stem.with_suffix(".json")
         frames = made.clip.frames
         tensors = {
             "latents": made.latents.float().contiguous(),
@@ -291,8 +394,7 @@ class RunFolder:
         )
         record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}
         write_json(path, record)
-        discard(self.path, number)
-        return FinishedClip(number, path, record, settings)
+        return record
 
     def _make_room(self, number: int, stem: str) -> None:
         """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.
@@ -303,23 +405,56 @@ class RunFolder:
         files = [file for file in self.path.glob("video_*") if _number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         left = stem if stem not in recorded and _settings(self.path / f"{stem}.safetensors") else None
-        for file in sorted(files, key=lambda file: file.suffix == ".json"):
-            if file.stem == left:
-                continue
-            if file.stem not in recorded:
-                log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
-            self._set_aside(file)
+        for name in sorted({file.stem for file in files} - {left}):
+            same = [file for file in files if file.stem == name]
+            if name not in recorded:
+                for file in same:
+                    log.warning("%s has no record of a run; it moves to %s/", file, REDONE)
+            self._set_aside(same)
 
-    def _set_aside(self, file: Path) -> None:
-        home = self.path / REDONE
+    def _set_aside(self, files: Sequence[Path]) -> None:
+        """Move files of one name to `redone/`, a record last, under a name that none of them has there."""
+        free = self._free_in_redone(files)
+        for file in sorted(files, key=lambda file: file.suffix == ".json"):
+            file.rename(free.with_name(f"{free.name}{file.suffix}"))
+
+    def _free_in_redone(self, files: Sequence[Path]) -> Path:
+        """A name in `redone/`, without a suffix, that none of these files, which have one name, has there."""
+        home, stem = self.path / REDONE, files[0].stem
         home.mkdir(exist_ok=True)
-        copies = (home / f"{file.stem}{again}{file.suffix}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
-        file.rename(next(copy for copy in copies if not copy.exists()))
+        self._digests.clear()
+        names = (f"{stem}{again}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
+        return home / next(one for one in names if not any((home / f"{one}{file.suffix}").exists() for file in files))
 
     def set_joined_aside(self) -> None:
         """Move the joined video to `redone/`, if there is one."""
         if (joined := self.path / JOINED).exists():
-            self._set_aside(joined)
+            self._set_aside([joined])
+
+    def set_clip_aside(self, record: Path) -> Path:
+        """Move a finished clip to `redone/`, which has it whole before it is gone; returns its record there."""
+        free = self._free_in_redone([record.with_suffix(suffix) for suffix in _SUFFIXES])
+        return self._move(record, free.with_name(f"{free.name}.json"))
+
+    def restore(self, number: int, digits: int, record: Path) -> FinishedClip:
+        """Bring a clip that is whole and lies elsewhere in the folder to a place; what was there is set aside."""
+        target = self.path / f"video_{number:0{digits}d}_seed{read_json(record)['seed']}.json"
+        self._make_room(number, "")
+        found = self._read(self._move(record, target, keep=record.parent.name != REDONE))
+        assert isinstance(found, FinishedClip)  # it was, a moment ago
+        return found
+
+    def _move(self, record: Path, target: Path, *, keep: bool = False) -> Path:
+        """Give a clip another name, or a second one that it is to `keep`; it is finished somewhere at any moment.
+
+        Its record there comes last and the one here goes first.
+        """
+        for suffix in _SUFFIXES:
+            link_or_copy(record.with_suffix(suffix), target.with_suffix(suffix))
+        for suffix in () if keep else reversed(_SUFFIXES):
+            record.with_suffix(suffix).unlink()
+        self._digests.clear()
+        return target
 
     @property
     def run(self) -> dict[str, Any]:
@@ -351,6 +486,12 @@ def _settings(state: Path) -> dict[str, Any]:
         return {}
 
 
+def _digests_of(digests: Mapping[str, Any], file: Path) -> tuple[Any, ...]:
+    """Those that a file of a clip may have: a state may have become a smaller one."""
+    pruned = (digests["pruned"],) if "pruned" in digests and file.suffix == ".safetensors" else ()
+    return (digests.get(file.suffix[1:]), *pruned)
+
+
 def _digests(record: Path) -> dict[str, str]:
     """Of the files of a clip, by suffix."""
     return {suffix: file_digest(record.with_suffix(f".{suffix}")) for suffix in ("safetensors", "mp4")}
@@ -378,6 +519,6 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _number(file: Path) -> int | None:
-    """The clip that a file belongs to."""
-    match = _NAME.fullmatch(f"{file.stem}.json")
+    """The clip that a file belongs to, or belonged to."""
+    match = (_REPLACED if file.parent.name == REDONE else _NAME).fullmatch(f"{file.stem}.json")
     return int(match[1]) if match else None

@@ -15,6 +15,8 @@
         end_image: end.png               # the last frame; A14B
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+        takes: 3                         # candidates that are all kept
+      - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
 
 Every key may be left out, or be null: then the command line says it. A list at the top is `clips`. Files are looked
@@ -32,7 +34,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ from wan.kinds import (
     Frames,
     Guidance,
     Kind,
+    Name,
     Picture,
     Real,
     SeedOfClip,
@@ -114,8 +117,43 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
         scenes = structure.scenes(root)
     except RecursionError as error:  # mappings that are merged into one another by aliases
         raise UserError(f"{path} is nested too deeply for a storyboard") from error
-    _refuse(path, structure.problems)
+    _refuse(path, [*structure.problems, *_names_twice(scenes)])
     return tuple(scenes)
+
+
+def _names_twice(scenes: Sequence[Scene]) -> Iterator[tuple[int, str]]:
+    lines: dict[str, int] = {}
+    for scene in scenes:
+        if (name := scene.said.get("name")) in lines:
+            yield scene.line, f"name {name!r} is there twice, here and in line {lines[name]}"
+        elif name is not None:
+            lines[name] = scene.line
+
+
+def ahead(old: Sequence[Scene], new: Sequence[Scene], begun: int) -> tuple[Scene, ...]:
+    """What a run of which `begun` clips are made or being made goes on with when its storyboard is another by now.
+
+    The scenes of those clips stay. After them comes what follows the last of them in `new`: by its name where it has
+    one that is there, and otherwise by number.
+    """
+    past = (*old[:begun], *[Scene(0)] * (begun - len(old)))
+    names = [scene.said.get("name") for scene in new]
+    last = past[-1].said.get("name") if past else None
+    return (*past, *new[names.index(last) + 1 if last is not None and last in names else begun :])
+
+
+def said_otherwise(old: Sequence[Scene], new: Sequence[Scene]) -> dict[int, list[str]]:
+    """The clips, counted from 1, of which two storyboards say something else, and the keys by which."""
+    keys = {one.name: key for key, one in _KEYS.items()}
+    found = {}
+    for number in range(1, max(len(old), len(new)) + 1):
+        before = old[number - 1].said if number <= len(old) else {}
+        after = new[number - 1].said if number <= len(new) else {}
+        if before != after:
+            found[number] = sorted(
+                keys[name] for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+            )
+    return found
 
 
 def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig) -> None:
@@ -466,6 +504,7 @@ def _read_value(node: Node, kind: Kind, folder: Path) -> Any:
 _READERS: Mapping[type[Kind], Callable[[Node, Any, Path], Any]] = {
     Kind: _text,
     Words: _words,
+    Name: _words,
     Whole: _whole,
     Frames: _whole,
     SeedOfClip: _whole,

@@ -1,4 +1,4 @@
-"""`generate_continuous.py`: a chain of clips that goes on where the last run stopped."""
+"""`generate_continuous.py`: a chain of clips that goes on where the last run stopped, and is led while it runs."""
 
 from __future__ import annotations
 
@@ -7,98 +7,323 @@ import functools
 import logging
 import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.chain.chain import ChainRun, chain
+from wan.chain.chain import ChainRun, Script
+from wan.chain.changes import in_words
 from wan.chain.dry_run import outline
 from wan.chain.fingerprint import clip_settings
-from wan.chain.run_folder import RunFolder
+from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.flags import spell_flag
-from wan.commands.job import Job
+from wan.commands.job import Job, read_scenes
+from wan.commands.lines import PROGRESS
 from wan.commands.outputs import check_folder
+from wan.commands.preview import Preview
 from wan.commands.progress import Progress, say
+from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
-from wan.types import Footage, Frame, Generation, Step
+from wan.options import Settings
+from wan.types import Footage, Frame, Generation, OnStep, Step
+from wan.vae.preview import CHANNELS
 
 log = logging.getLogger(__name__)
+told = logging.getLogger(PROGRESS)
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
 
+USUAL_CLIPS = 12
+
 
 def continue_video(job: Job) -> None:
     """A folder of clips; prints the joined video's name. Raises UserError."""
-    settings = job.settings
-    output = Path(settings.output_dir)
-    check_folder(job, RunFolder(output))
-
-    footage = job.footage()
-    sound = media.find_sound(job.video) if settings.include_source else None  # what is lost of it is said now
-    continuation = job.open_continuation()
-    plans = _plans(job, continuation, footage)
-    wanted = clip_settings(job.config, continuation, plans)
-    if settings.dry_run:
-        run = ChainRun(settings, job.scenes, RunFolder(output), plans, wanted, footage, job.describe)
-        say(*outline(continuation, plans, run), *_damaged(run), *_shared(job, continuation))
-        if settings.include_source:
-            say(f"sound of the source: {sound or 'none'}")
+    if job.settings.review and not on_terminal():
+        raise UserError("`review` asks after each clip, which needs a terminal; leave it out")
+    chain = Chain(job)
+    if job.settings.dry_run:
+        say(*(spell(line, spell_flag) for line in chain.outline()))
         return
-    with RunFolder(output, lock=not settings.no_lock) as folder:
-        run = ChainRun(settings, job.scenes, folder, plans, wanted, footage, job.describe)
-        for line in _damaged(run):
-            print(line, file=sys.stderr)
-        if run.stale:
-            print(
-                f"clips {', '.join(map(str, run.stale))} of {output} follow from something else now and are made "
-                "again; what was there moves to redone/",
-                file=sys.stderr,
-            )
-        with job.together(continuation), Progress("", run.count, settings.quiet) as progress:
+    for _ in chain:
+        pass
+    if chain.joined is not None:
+        say(str(chain.joined))
 
-            def extend(source: Footage, seed: int) -> Generation:
-                number = run.to_make
-                progress.begin(f"clip {number}/{run.count}", seed)
-                return continuation.extend(
-                    source, seed, plans[number - 1], on_step, memory=run.prompt_memory, draft=run.draft(number)
-                )
 
-            def on_step(step: Step) -> None:
-                run.writer.check()  # a clip that could not be written stops the run now, not a clip later
-                progress(step)
+class Chain:
+    """A chain of clips in its folder, as `generate_continuous.py` makes it: every setting, and what is there is kept.
 
-            progress.finish_clips(len(run.clips))
-            clips = chain(
-                footage,
-                count=run.count,
-                extend=extend,
-                seed=run.base_seed,
-                finished={number - 1: clip for number, clip in run.clips.items()},
-                seeds={number - 1: seed for number, seed in run.seeds.items()},
-            )
-            try:
-                run.begin()
-                for made in clips:
-                    progress.stage("write")
-                    run.write(made, progress.finish)
+        with wan.Chain(wan.Settings(video="in.mp4", ckpt_dir="Wan2.2-TI2V-5B", output_dir="out", yes=True)) as chain:
+            for clip in chain:
+                print(clip.number, clip.video, clip.record["prompt"])
+
+    Iterating makes the clips and hands out each when it is on disk, those that were there first. A loop that is left
+    early, like `stop`, leaves a folder that the same lines go on with. `on_step` hears of stages and solver steps.
+    Raises UserError before any model loads for what cannot be made.
+    """
+
+    def __init__(self, settings: Settings | Job, *, on_step: OnStep | None = None) -> None:
+        self.job = job = settings if isinstance(settings, Job) else Job.read("continuous", settings)
+        self.folder = Path(job.settings.output_dir)
+        self.joined: Path | None = None  # the joined video, once the loop has ended
+        self._on_step = on_step
+        self._steering = Steering(self.folder)
+        check_folder(job, RunFolder(self.folder))
+        if not job.settings.dry_run:
+            self._steering.check()
+        self._footage = job.footage()
+        # what is lost of it is said now
+        self._sound = media.find_sound(job.video) if job.settings.include_source else None
+        self._pipeline = job.open_continuation()
+        self._scripts = _Scripts(job, self._pipeline, self._footage)
+        self._preview = _preview(job, self._pipeline)
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory of the models; they are loaded again when they are next used."""
+        self._pipeline.close()
+
+    def stop(self) -> None:
+        """Stop after the clip that is being made; may be called from another thread or from `on_step`."""
+        self._steering.stop()
+
+    def outline(self) -> Iterator[str]:
+        """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
+        job, run = self.job, self._scripts.run(RunFolder(self.folder))
+        yield from outline(self._pipeline, run.plans, run)
+        yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        if job.settings.include_source:
+            yield f"sound of the source: {self._sound or 'none'}"
+
+    def __iter__(self) -> Iterator[FinishedClip]:
+        settings = self.job.settings
+        with RunFolder(self.folder, lock=not settings.no_lock) as folder:
+            run = self._scripts.run(folder)
+            for line in _damaged(run):
+                print(line, file=sys.stderr)
+            _agree(run)
+            with (
+                self.job.together(self._pipeline),
+                Progress("", run.count, settings.quiet) as progress,
+                self._steering.listening(),
+            ):
+                try:
+                    yield from self._make(run, progress)
+                except BaseException as error:
+                    if said := run.writer.settle():
+                        print(said, file=sys.stderr)
+                    _say_what_is_there(run, error)
+                    raise
+            missing = run.first_missing <= run.count
+            if missing:
+                _say_how_to_go_on(run)
+            self.joined = run.finish("stopped" if missing else "finished")
+
+    def _make(self, run: ChainRun, progress: Progress) -> Iterator[FinishedClip]:
+        """Make what is missing; hands out each clip that nobody has a say in any more."""
+        handed_out = 0
+        run.begin()
+        progress.finish_clips(len(run.clips))
+        while True:
+            while handed_out + 1 in run.clips:
+                handed_out += 1
+                yield run.clips[handed_out]
+            if run.to_make > run.count or not self._steering.goes_on():
+                break
+            self._scripts.read_again(run)
+            progress.clips = run.count
+            if (number := run.to_make) > run.count:
+                break
+            made = self._extend(run, number, progress)
+            progress.stage("write")
+            run.write(made, progress.finish)
+            if self.job.settings.review:
                 run.writer.wait()
-            except BaseException as error:
-                if said := run.writer.settle():
-                    print(said, file=sys.stderr)
-                _say_what_is_there(run, error)
-                raise
-        say(str(run.finish("finished")))
+                progress.rest()
+                if not self._scripts.review(run, number):
+                    self._steering.stop()
+                if number not in run.clips:
+                    progress.take_back()
+        run.writer.wait()
+        yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
+
+    def _extend(self, run: ChainRun, number: int, progress: Progress) -> Generation:
+        def on_step(step: Step) -> None:
+            run.writer.check()  # a clip that could not be written stops the run now, not a clip later
+            for listener in (progress, self._preview, self._on_step):
+                if listener is not None:
+                    listener(step)
+
+        def on_take(take: int, made: Generation) -> None:
+            progress.stage("write")
+            kept = run.keep_take(number, take, made)
+            score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
+            told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
+
+        progress.begin(f"clip {number}/{run.count}", run.seed(number))
+        return self._pipeline.extend(
+            run.before(number),
+            run.seed(number),
+            run.plan(number),
+            on_step,
+            memory=run.prompt_memory,
+            draft=run.draft(number),
+            on_take=on_take,
+        )
 
 
-def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[Plan]:
-    """The plan of every clip: the command line's, with what the storyboard says. Raises UserError."""
-    settings, scenes = job.settings, job.scenes
-    count = settings.num_videos or len(scenes) or 12
-    if count < len(scenes):
-        log.warning("the storyboard has %d clips, `num_videos` makes the first %d of them", len(scenes), count)
+def _preview(job: Job, continuation: VideoContinuation) -> Preview | None:
+    if not job.settings.preview:
+        return None
+    if job.config.z_dim not in CHANNELS:
+        known = " and ".join(map(str, CHANNELS))
+        raise UserError(f"`preview` shows latents of {known} channels, this model has {job.config.z_dim}; leave it out")
+    return Preview(Path(job.settings.output_dir) / PREVIEW, continuation.fps)
+
+
+class _Scripts:
+    """What each clip of a run is to be, from the command line, the storyboard as it is now, and edited prompts."""
+
+    def __init__(self, job: Job, continuation: VideoContinuation, footage: Footage) -> None:
+        self.job, self.continuation, self.footage = job, continuation, footage
+        self.read = self.scenes = job.scenes  # as the storyboard has them, and as the run follows them
+
+    def run(self, folder: RunFolder) -> ChainRun:
+        """The run in a folder. Raises UserError."""
+        job = self.job
+        scenes = _edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt)
+        return ChainRun(job.settings, self.script(scenes), folder, self.footage, job.describe)
+
+    def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
+        """The plan of every clip, of which there are at least `begun`. Raises UserError."""
+        settings = self.job.settings
+        by_scenes = len(scenes) if settings.storyboard else 0
+        count = settings.num_videos or max(begun, by_scenes or USUAL_CLIPS)
+        if count < by_scenes:
+            log.warning("the storyboard has %d clips, `num_videos` makes the first %d of them", by_scenes, count)
+        plans = _plans(self.job, self.continuation, self.footage, scenes[:count], count)
+        return Script(scenes[:count], plans, clip_settings(self.job.config, self.continuation, plans))
+
+    def read_again(self, run: ChainRun) -> None:
+        """Follow the storyboard as it is now for the clips that are still to be begun, and say what is different."""
+        settings = self.job.settings
+        if not settings.storyboard:
+            return
+        begun = run.to_make - 1
+        try:
+            scenes = read_scenes(settings)
+            if not (changed := said_otherwise(self.read, scenes)):
+                return
+            check_storyboard(Path(settings.storyboard), scenes, config=self.job.config)
+            following = ahead(self.scenes, scenes, begun)
+            script = self.script(_edited(following, run.edited, settings.prompt), begun)
+        except UserError as error:
+            log.warning("%s; the run goes on with what the storyboard said before", error.marked)
+            return
+        run.writer.wait()
+        before = run.script
+        try:
+            run.follow(script, begun)
+        except UserError as error:
+            run.follow(before, begun)
+            log.warning("%s; the run goes on with what the storyboard said before", error.marked)
+            return
+        if len(remade := run.remade) > 1:
+            run.follow(before, begun)
+            log.warning(
+                "the storyboard has changed, and finished clips would be made again (%s): that waits for the next run",
+                "; ".join(in_words(remade)),
+            )
+        else:
+            self.scenes = following
+            self._say(changed, begun)
+            for line in run.moved:
+                told.info(line)
+            run.put_in_place()
+        self.read = scenes
+
+    def _say(self, changed: Mapping[int, Sequence[str]], begun: int) -> None:
+        past = [number for number in changed if number <= begun]
+        told.info(
+            "the storyboard has changed: %s",
+            ", ".join(f"clip {number} ({', '.join(keys)})" for number, keys in changed.items()),
+        )
+        if past:
+            told.info("clips up to %d are made already; what changed of them waits for the next run", begun)
+
+    def review(self, run: ChainRun, number: int) -> bool:
+        """Ask what is to become of a clip that was just made; whether the run goes on."""
+        clip = run.clips[number]
+        answer = review(f"clip {number}/{run.count} {clip.video}")
+        if answer == "edit":
+            text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
+            if text:
+                run.edited |= {run.key(number): {"prompt": text, "over": self._said(number)}}
+                scenes = _edited(self.scenes, run.edited, self.job.settings.prompt)
+                run.follow(self.script(scenes, number), number - 1)
+        elif answer == "again":
+            run.draw_again(number)
+            run.follow(run.script, number - 1)
+        if answer in ("edit", "again"):
+            run.give_up()
+        return answer != "stop"
+
+    def _said(self, number: int) -> str | None:
+        """The prompt of a clip as the command line or the storyboard has it."""
+        said: Mapping[str, Any] = self.scenes[number - 1].said if number <= len(self.scenes) else {}
+        prompt: str | None = said.get("prompt", self.job.settings.prompt)
+        return prompt
+
+
+def _edited(scenes: Sequence[Scene], edited: Mapping[str, Any], usual: str | None) -> tuple[Scene, ...]:
+    """The scenes with prompts that were edited in a review, as long as they are over the same ones."""
+    count = max([len(scenes), *(int(key) for key in edited if key.isdecimal())])
+    found = []
+    for number in range(1, count + 1):
+        scene = scenes[number - 1] if number <= len(scenes) else Scene(0)
+        one = edited.get(scene.said.get("name") or str(number))
+        if one is not None and one["over"] == scene.said.get("prompt", usual):
+            scene = dataclasses.replace(scene, said={**scene.said, "prompt": one["prompt"]})
+        found.append(scene)
+    return tuple(found)
+
+
+def _agree(run: ChainRun) -> None:
+    """Say which finished clips are made again, and why; ask where there are several. Raises UserError."""
+    path, remade = run.folder.path, run.remade
+    asks = len(remade) > 1 and not run.settings.yes
+    advice = "the old settings keep them, and another `output_dir` leaves them as they are"
+    if asks and not on_terminal():
+        raise UserError(
+            f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(run.again))}): give "
+            f"`yes` for that; {advice}"
+        )
+    lines = [*run.moved, *(spell(line, spell_flag) for line in in_words(run.again))]
+    if asks:
+        lines = [f"{len(remade)} finished clips of {path} would be made again:", *(f"  {line}" for line in lines)]
+    if run.changes:
+        lines.append("what is replaced moves to redone/")
+    for line in lines:
+        print(line, file=sys.stderr)
+    if asks and not confirm("make them again?"):
+        raise UserError(f"nothing was made; {advice}")
+
+
+def _plans(
+    job: Job, continuation: VideoContinuation, footage: Footage, scenes: Sequence[Scene], count: int
+) -> list[Plan]:
+    """The plan of every clip: the command line's, with what its scene says. Raises UserError."""
+    settings = job.settings
     common = job.plan(continuation, footage)
 
     @functools.cache
@@ -119,7 +344,8 @@ def _plans(job: Job, continuation: VideoContinuation, footage: Footage) -> list[
                 of_clip = {"anchor": anchor, "number": number, "count": count} | own
                 plan = job.plan(continuation, footage, scene.over(settings), picture, **of_clip)
             except UserError as error:
-                raise UserError(f"{settings.storyboard}, line {scene.line}: {error.marked}") from error
+                where = f"{settings.storyboard}, line {scene.line}" if scene.line else f"clip {number}"
+                raise UserError(f"{where}: {error.marked}") from error
             if isinstance(scene.said.get("cut"), str) and anchor is not None and not settings.anchor_image:
                 anchor = picture(scene.said["cut"])  # what is held on to is the new shot
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
@@ -132,23 +358,28 @@ def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
     world = job.world if job.world.size > 1 else World(size=math.prod(given))
     if world.size == 1:
         return []
-    return [f"{world.size} GPUs: {spell(str(job.sizes(continuation, world)), spell_flag)}"]
+    return [f"{world.size} GPUs: {job.sizes(continuation, world)}"]
 
 
 def _damaged(run: ChainRun) -> list[str]:
     """A line for each clip that was finished and is not what was written."""
-    return [f"clip {number} is made again: {why}" for number, why in run.damaged.items()]
+    return [f"clip {number} is made again: {why}" for number, why in run.damaged.items() if number not in run.clips]
 
 
-def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
-    if not run.clips:
-        return
+def _say_how_to_go_on(run: ChainRun) -> None:
     print(f"{len(run.clips)} of {run.count} clips are finished in {run.folder.path}", file=sys.stderr)
     settings = run.settings
     without = f" without --redo {settings.redo}" if settings.redo else ""
     without += " --keep_following" if settings.keep_following else ""
     print(f"the same command{without} goes on from there", file=sys.stderr)
+
+
+def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
+    if not run.clips:
+        return
+    _say_how_to_go_on(run)
+    statuses = {KeyboardInterrupt: "interrupted", GeneratorExit: "stopped"}  # the latter where a loop is left
     try:
-        run.finish("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}")
+        run.finish(statuses.get(type(error), f"failed: {type(error).__name__}"))
     except (OSError, UserError) as also:  # a full disk, say: what stopped the run is the news, not this
         print(f"they are not joined: {also}", file=sys.stderr)

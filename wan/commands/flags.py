@@ -11,7 +11,21 @@ from typing import Any, NoReturn
 
 from wan import __version__
 from wan.errors import UserError, spell
-from wan.kinds import LARGEST_SEED, MOST_CLIPS, Choice, Files, Frames, Interval, Real, Strength, Switch, Unfit, YesNo
+from wan.kinds import (
+    LARGEST_SEED,
+    MOST_CLIPS,
+    Choice,
+    Files,
+    Frames,
+    Interval,
+    PromptFor,
+    Real,
+    Strength,
+    Switch,
+    TakeOf,
+    Unfit,
+    YesNo,
+)
 from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
 
@@ -37,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, words: Sequence[str]) -> None:
         """Raise UserError for a flag that does not exist, before anything that is missing because of it."""
         known = list(self._option_string_actions)
-        for word in words:
+        for before, word in zip(("", *words), words, strict=False):
             if word == "--":
                 return
             flag = word.partition("=")[0]
@@ -46,11 +60,34 @@ class Parser(argparse.ArgumentParser):
                     flag.replace("-", "_"), [one.replace("-", "_") for one in known], 1, 0.7
                 )
                 advice = f"; did you mean --{close[0].lstrip('_')}?" if close else ""
-                self.error(f"unknown flag {flag}{advice}")
+                if not close and self._takes_a_word(before):
+                    advice = f"; if it is the value of {before}, write {before}={word[:40]}"
+                self.error(f"unknown flag {flag[:40]}{advice}")
+
+    def join_values(self, words: Sequence[str]) -> list[str]:
+        """The words, with a value that begins with one dash, as "-rain" may, put to its flag: "--prompt=-rain".
+
+        argparse takes every such word for a flag. What is a flag stays one, and so does what begins with two dashes.
+        """
+        joined: list[str] = []
+        for word in words:
+            is_value = word.startswith("-") and not word.startswith("--") and word not in self._option_string_actions
+            if is_value and joined and self._takes_a_word(joined[-1]):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
+    def _takes_a_word(self, flag: str) -> bool:
+        action = self._option_string_actions.get(flag)
+        return action is not None and action.nargs is None and action.metavar is not None
 
 
-def parser_of(command: Command) -> Parser:
-    """The parser of a command, whose namespace holds the words of the flags that are there."""
+def parser_of(command: Command, *, whole: bool = True) -> Parser:
+    """The parser of a command, whose namespace holds the words of the flags that are there.
+
+    Those that are required may be missing unless the command is to be `whole`.
+    """
     parser = Parser(
         prog=PROGRAMS[command],
         usage="%(prog)s " + ("--video FILE " if command == "continuous" else "") + "--ckpt_dir DIR [flags]",
@@ -63,23 +100,25 @@ def parser_of(command: Command) -> Parser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for one in options_of(command):
         if one.flag:
-            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command))
+            groups[one.group].add_argument(one.word, dest=one.name, **_arguments(one, command, whole))
     return parser
 
 
-def _arguments(one: Option, command: Command) -> dict[str, Any]:
+def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
     """How argparse collects the words of an option."""
     kind, required = one.kind, command in one.required
-    found: dict[str, Any] = {"help": _help(one, required), "required": required}
+    found: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
     if isinstance(kind, Switch) and not isinstance(kind, YesNo):
         return found | {"action": "store_true"}
     if isinstance(kind, Choice):
         return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
     if isinstance(kind, Interval):
         return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    if isinstance(kind, PromptFor):
+        return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
         return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
-    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files) else {})
+    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
@@ -95,10 +134,14 @@ def _help(one: Option, required: bool) -> str:
 def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     """The settings that the words of a command mean, each in range, and together. Raises UserError."""
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = parser_of(command)
+    prunes = command == "continuous" and any(word.partition("=")[0] == "--prune" for word in words)
+    parser = parser_of(command, whole=not prunes)
+    words = parser.join_values(words)
     if not {"-h", "--help", "--version"} & set(words):
         parser.refuse_unknown(words)
     given = vars(parser.parse_args(words))
+    if prunes and len(given) > 1:
+        raise UserError("`prune` is given alone; it makes no clips")
     settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
     _check_together(command, settings)
     return settings
@@ -111,6 +154,8 @@ def _read(one: Option, words: Any) -> Any:
             return tuple(words)
         if isinstance(one.kind, Interval):
             return tuple(Real().read(word) for word in words)
+        if words == []:  # until Python 3.12 argparse loses this one value
+            words = "--"
         return words if words is True else one.kind.read(words)
     except Unfit as error:
         raise UserError(f"`{one.name}` {error}") from error
@@ -118,11 +163,16 @@ def _read(one: Option, words: Any) -> Any:
 
 def _check_together(command: Command, settings: Settings) -> None:
     """Raise UserError for settings that do not go together."""
+    if settings.ckpt_dir is None and settings.comfy_dir is None:
+        raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command == "continuous"
     if chain and settings.task not in (None, *V2V_TASKS):
         raise UserError(f"`task` must be one of {', '.join(V2V_TASKS)}; {settings.task!r} is not")
+    if min(settings.takes, settings.best_of) > 1:
+        raise UserError("`takes` chooses as `best_of` does; give one of them")
     # the seeds of all clips and of their candidates
-    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + settings.best_of * CANDIDATE_STEP
+    candidates = max(settings.takes, settings.best_of)
+    last = settings.base_seed + (settings.num_videos or MOST_CLIPS) + candidates * CANDIDATE_STEP
     if chain and last > LARGEST_SEED:
         raise UserError(
             f"`base_seed` {settings.base_seed} is too large: the seeds of all clips and candidates must be below 2**63"
@@ -134,6 +184,11 @@ def _check_together(command: Command, settings: Settings) -> None:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
         StepCache.parse(settings.cache)
+    if settings.prompt_for and settings.storyboard is not None:
+        raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
+    most = settings.num_videos or 12
+    if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
+        raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
     context = Context.choose(settings.continuation, settings.context_frames)
     if settings.anchor_image is not None and context.mode != "svi2pro":
         raise UserError("`anchor_image` goes with `continuation` svi2pro")

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
 from wan.commands.flags import check_video_settings
 from wan.commands.lines import PROGRESS
-from wan.configs import ModelConfig, config_for, parse_size
+from wan.configs import ModelConfig, config_for, parse_size, preset_named
 from wan.device.ranks import Sizes, World, choose_sizes
 from wan.errors import UserError
 from wan.files import readable
@@ -29,6 +29,7 @@ from wan.settings import Context, LoraFile
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
+    from wan.comfy import ComfyFolder
     from wan.continuation import VideoContinuation
     from wan.footage import VideoFile
     from wan.pipeline import Pipeline
@@ -50,6 +51,7 @@ class Job:
     size: tuple[int, int]  # width, height
     scenes: tuple[Scene, ...] = ()
     world: World = World()
+    tokenizer: Path | None = None  # where it is in neither of the checkpoint's folders
 
     @classmethod
     def read(cls, command: Command, settings: Settings) -> Job:
@@ -60,24 +62,47 @@ class Job:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
-        scenes = read_storyboard(Path(settings.storyboard)) if settings.storyboard else ()
+        scenes = read_scenes(settings)
 
-        from wan.weights.checkpoint import Names, identify, identify_files, resolve_folder
+        from wan.weights.checkpoint import Names, identify, identify_files, parts_in, resolve_folder
 
         files = dit_files(settings)
         by_files = identify_files(files) if files else None
-        folder = resolve_folder(settings.ckpt_dir, files | part_files(settings))  # which may download it
-        found = (0, 0) if settings.task else by_files or identify(folder, Names())
+        comfy, there = None, set(files) | set(part_files(settings))
+        if settings.ckpt_dir is not None:
+            folder = resolve_folder(settings.ckpt_dir, there)  # which may download it
+        if settings.comfy_dir is not None:
+            from wan.comfy import ComfyFolder
+
+            root = Path(settings.comfy_dir).expanduser()
+            comfy = ComfyFolder(root, [] if settings.ckpt_dir is None else [folder])
+            folder = comfy.root if settings.ckpt_dir is None else folder
+        if settings.task:
+            found = 0, 0
+        elif by_files is not None:
+            found = by_files
+        elif comfy is not None and (
+            settings.ckpt_dir is None or not parts_in(folder, Names()) & set(EXPERT_OF_DIT.values())
+        ):
+            found = comfy.kind(continues=settings.video is not None)
+        else:
+            found = identify(folder, Names())
         task = choose_task(settings, found)
         settings = _or_example(settings, task)
         check_task(settings, task)
         config = _with_dtypes(config_for(task, folder), settings)
+        tokenizer = None
+        if comfy is not None:
+            there |= set() if settings.ckpt_dir is None else parts_in(folder, Names.of(config))
+            settings, tokenizer = _take(comfy, settings, config, there)
         if command == "continuous" and settings.frame_num is None:
             # a checkpoint may declare that it makes fewer
             settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
-        if scenes:
-            check_storyboard(Path(settings.storyboard or ""), scenes, config=config)
-        return cls(command, settings, folder, config, choose_size(settings.size, config, folder), scenes, world)
+        if settings.storyboard:
+            check_storyboard(Path(settings.storyboard), scenes, config=config)
+        return cls(
+            command, settings, folder, config, choose_size(settings.size, config, folder), scenes, world, tokenizer
+        )
 
     @property
     def video(self) -> Path:
@@ -112,7 +137,7 @@ class Job:
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
-            part_files=part_files(settings),
+            part_files=part_files(settings) | ({} if self.tokenizer is None else {"tokenizer": self.tokenizer}),
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
             host_memory=settings.host_memory,
@@ -234,7 +259,8 @@ class Job:
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
                 "drift_correction": settings.drift_correction,
-                "best_of": settings.best_of,
+                "best_of": settings.takes if settings.takes > 1 else settings.best_of,
+                "keeps_takes": settings.takes > 1,
             }
             | more,
         )
@@ -307,6 +333,33 @@ class Job:
         return used
 
 
+def _take(
+    comfy: ComfyFolder, settings: Settings, config: ModelConfig, there: Container[str]
+) -> tuple[Settings, Path | None]:
+    """The settings with the files of the parts that are not there, each of which is said; and the tokenizer's."""
+    from wan.comfy import as_settings
+
+    experts = ["model"] if config.boundary is None else ["high_noise_model", "low_noise_model"]
+    if "model" in there:  # which serves both
+        experts = []
+    wanted = [part for part in (*experts, "vae", "text_encoder", "tokenizer") if part not in there]
+    distilled = preset_named(settings.preset).distilled and not any(lora_files(settings).values())
+    found = list(comfy.find(wanted, config.in_channels, config.z_dim, distilled))
+    for one in found:
+        logging.getLogger(PROGRESS).info(one.line)
+    tokenizer = next((one.file for one in found if one.part == "tokenizer"), None)
+    return dataclasses.replace(settings, **as_settings(found)), tokenizer
+
+
+def read_scenes(settings: Settings) -> tuple[Scene, ...]:
+    """What a storyboard, or prompts for some clips in place of one, say of each clip. Raises UserError."""
+    if settings.storyboard:
+        return read_storyboard(Path(settings.storyboard))
+    said = dict(settings.prompt_for)
+    numbers = range(1, max(said, default=0) + 1)
+    return tuple(Scene(0, {"prompt": said[number]} if number in said else {}) for number in numbers)
+
+
 def _or_example(settings: Settings, task: str) -> Settings:
     """What the task makes when it is given neither a prompt nor an input, as in Wan2.2's script; this is said."""
     if settings.prompt is not None or settings.video is not None or settings.image is not None:
@@ -340,7 +393,8 @@ def choose_task(settings: Settings, found: tuple[int, int]) -> str:
     by_kind = {(2, 36): ("i2v-A14B", "v2v-14B"), (1, 48): ("ti2v-5B", "v2v-5B"), (2, 16): ("t2v-A14B", "t2v-A14B")}
     by_kind |= {(1, channels): by_kind[2, channels] for channels in (36, 16)}  # one denoiser that serves both experts
     given = [f"`{name}` {file}" for name in EXPERT_OF_DIT if (file := getattr(settings, name))]
-    where = " and ".join(given) or f"`ckpt_dir` {settings.ckpt_dir}"
+    folder = "ckpt_dir" if settings.ckpt_dir is not None else "comfy_dir"
+    where = " and ".join(given) or f"`{folder}` {getattr(settings, folder)}"
     if found not in by_kind:
         raise UserError(
             f"no task is for {found[0]} denoiser(s) with {found[1]} input channels, which {where} gives; give the "

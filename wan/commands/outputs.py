@@ -58,7 +58,7 @@ def check_folder(job: Job, folder: RunFolder) -> None:
                     f"{file} would be overwritten: {said} needs it, and a run in {output} writes a file of that name; "
                     "give another `output_dir`"
                 )
-    if foreign := folder.foreign():
+    if foreign := folder.foreign(preview=job.settings.preview):
         raise UserError(f"{foreign} would be overwritten, and no run of ours made it; give another `output_dir`")
 
 

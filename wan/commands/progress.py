@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm  # in a notebook a widget
 
 from wan.commands.lines import CLIP, PROGRESS, STAGE
 from wan.types import Step
@@ -72,6 +72,13 @@ class Progress:
             self.bar.close()
         self.bar = self._new(desc=title, unit="step", position=1 if self.clips else 0, leave=not self.clips)
 
+    def rest(self) -> None:
+        """Leave the terminal to a question."""
+        self._end_stage()
+        for bar in (self.bar, self.chain):
+            if bar is not None:
+                bar.clear()
+
     def stage(self, name: str) -> None:
         """What goes on now."""
         if name != self._stage:
@@ -100,10 +107,18 @@ class Progress:
         if self.chain is not None:
             self.chain.update(1)
         log.log(CLIP, "clip %d/%d finished%s: %s", clip.number, self.clips, _facts(clip.record), clip.video)
+        if self.chain is not None:
+            self.chain.total = self.clips
         rest = self.clips - self.there - self.done
         if rest > 0:
             each = (time.perf_counter() - self.started) / self.done
             log.log(CLIP, "clip %d/%d: about %s left", clip.number, self.clips, span(each * rest))
+
+    def take_back(self) -> None:
+        """A clip that was just finished is made again."""
+        self.done -= 1
+        if self.chain is not None:
+            self.chain.update(-1)
 
     def __call__(self, step: Step) -> None:
         if step.prompt is not None:
@@ -120,7 +135,7 @@ class Progress:
 
     def _new(self, **options: Any) -> tqdm[Any]:
         # None where it was closed before we began
-        bars = sys.stderr is not None and sys.stderr.isatty() and not self.quiet
+        bars = ("ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())) and not self.quiet
         return tqdm(disable=not bars, dynamic_ncols=True, file=sys.stderr, **options)
 
 

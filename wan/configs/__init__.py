@@ -37,8 +37,9 @@ DECLARATION = "wan_config.json"
 def parse_size(text: str) -> tuple[int, int]:
     """ "width*height" -> (width, height) in pixels. Raises UserError on anything else."""
     width, star, height = text.partition("*")
-    if not (star and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"size must look like 1280*720 (width*height), {text!r} does not")
+    few = len(text) <= 20  # int() takes some thousand digits and no more
+    if not (few and star and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"size must look like 1280*720 (width*height), {text[:40]!r} does not")
     return int(width), int(height)
 
 

@@ -60,13 +60,15 @@ _HALVES = {
 }
 # Between role and leaf may stand the name that peft gave the adapter. `diff_m` is the difference of a modulation.
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora(?:[._]|_linear_layer\.)(?P<role>A|B|down|up)(?:\.(?!bias$)[^.]+)?(?:\.weight)?"
+    r"(?P<layer>.+?)\.(?:lora(?:[._]|_linear_layer\.)(?P<role>A|B|down|up|mid)(?:\.(?!bias$)[^.]+)?(?:\.weight)?"
     r"|lora[._](?:B|up)(?:\.[^.]+)?\.(?P<bias>bias)"
-    r"|(?P<other>alpha|diff|diff_b|diff_m|dora_scale|lora_magnitude_vector|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])"
+    r"|(?P<other>alpha|diff|diff_b|diff_m|dora_scale|lora_magnitude_vector|lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]"
+    r"|hada_t[12])"
     r"(?:\.[^.]+)?(?:\.weight)?)"
 )
-_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "lora_magnitude_vector": "dora_scale"}
+_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "mid": "mid", "lora_magnitude_vector": "dora_scale"}
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,13 @@ class OpenedLora:
 def _products(tensors: Mapping[str, Tensor], scale: float) -> list[Addition]:
     """What the factors of a LoRA, a LoKr or a LoHa stand for."""
     if "up" in tensors:
-        return [Addition(tensors["up"].flatten(1), tensors["down"].flatten(1), scale)]
+        up, down = tensors["up"].flatten(1), tensors["down"].flatten(1)
+        if "mid" in tensors:
+            down = torch.einsum("ij...,jr->ir...", tensors["mid"].float(), down.float()).flatten(1)
+        return [Addition(up, down, scale)]
+    if "hada_t1" in tensors:
+        first, second = (_tucker(*(tensors[f"hada_{part}"] for part in parts)) for parts in _TUCKER_LOHA)
+        return [Addition(first * second, None, scale)]
     if "hada_w1_a" in tensors:
         # The elementwise product of two products is one product, of every pair of their columns and rows.
         a, b, c, d = (tensors[role].float().flatten(1) for role in _LOHA)
@@ -218,9 +226,16 @@ def _factor(tensors: Mapping[str, Tensor], role: str) -> Tensor | None:
     """A factor of a LoKr, which is there whole or as a product of its own; flat."""
     if role in tensors:
         return tensors[role].flatten(1)
+    if role == "lokr_w2" and "lokr_t2" in tensors:
+        return _tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"]).flatten(1)
     if f"{role}_a" in tensors:
         return tensors[f"{role}_a"].float() @ tensors[f"{role}_b"].float().flatten(1)
     return None
+
+
+def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """A convolution's weights [out, in, ...] of a core [i, j, ...] and matrices [i, out] and [j, in] (LyCORIS)."""
+    return torch.einsum("ij...,ip,jr->pr...", core.float(), left.float(), right.float())
 
 
 def _with_magnitude(changes: Sequence[Addition], magnitude: Tensor, base: Tensor) -> list[Addition]:
@@ -343,8 +358,8 @@ def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
     if odd:
         more = f" and {len(odd) - 1} more like it" if len(odd) > 1 else ""
         raise UserError(
-            f"{file.path} is no LoRA that can be merged, it holds {odd[0]}{more}; plain LoRA, DoRA, LoKr and LoHa "
-            "(without Tucker cores) and full differences can be"
+            f"{file.path} is no LoRA that can be merged, it holds {odd[0]}{more}; LoRA, DoRA, LoKr, LoHa "
+            "and full differences can be"
         )
     layers = {layer: keys for layer, keys in layers.items() if keys.keys() != {"alpha"}}
     if not layers:
@@ -356,9 +371,16 @@ def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
         roles = keys.keys()
         lokr = [one for one in ("lokr_w1", "lokr_w2") if one in roles or {f"{one}_a", f"{one}_b"} <= roles]
         whole = ({"up", "down"} <= roles, roles >= set(_LOHA), len(lokr) == 2)
-        begun = (roles & {"up", "down", "bias"}, roles & set(_LOHA), any(role.startswith("lokr") for role in roles))
+        cores = roles & {"hada_t1", "hada_t2"}
+        begun = (
+            roles & {"up", "down", "mid", "bias"},
+            roles & set(_LOHA) or cores,
+            any(role.startswith("lokr") for role in roles),
+        )
         if any(some and not all_ for some, all_ in zip(begun, whole, strict=True)) or (
-            "dora_scale" in roles and not any(whole)
+            ("dora_scale" in roles and not any(whole))
+            or len(cores) == 1
+            or ("lokr_t2" in roles and "lokr_w2_a" not in roles)
         ):
             raise UserError(f"{file.path} holds one half of {layer} only; it is damaged, download it again")
         if sum(whole) > 1:
@@ -369,19 +391,36 @@ def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
     return layers
 
 
+# The core that may stand between the factors of a convolution (Tucker), and these.
+_CORES = (
+    ("mid", "up", "down"),
+    ("hada_t1", *_LOHA[:2]),
+    ("hada_t2", *_LOHA[2:]),
+    ("", "lokr_w1_a", "lokr_w1_b"),
+    ("lokr_t2", "lokr_w2_a", "lokr_w2_b"),
+)
 _ASIDE = ("alpha", "bias", "diff", "diff_b", "dora_scale")
 
 
 def _halves_fit(file: Weights, keys: Mapping[str, str]) -> bool:
     """Whether the factors of a layer can be multiplied."""
-    pairs = (("up", "down"), _LOHA[:2], _LOHA[2:], ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b"))
-    for left, right in pairs:
-        if left in keys and right in keys:
-            one, other = file.shapes[keys[left]], file.shapes[keys[right]]
-            alike = len(one) == len(other) or left != "up"
-            if not (one and other and alike and math.prod(one[1:]) == other[0]):
+    shape = {role: file.shapes[key] for role, key in keys.items()}
+    for core, left, right in _CORES:
+        if left not in keys or right not in keys:
+            continue
+        one, other = shape[left], shape[right]
+        if core in keys:
+            # LyCORIS lays the matrices about a core the other way round, except that of a LoRA
+            outer = math.prod(one[1:]) if core == "mid" else one[0] if one else 0
+            inner = other[0] if other else 0
+            flat = core == "mid" or len(one) == len(other) == 2
+            if not (one and other and flat and len(shape[core]) > 1 and shape[core][:2] == (outer, inner)):
                 return False
-    return all(len(file.shapes[key]) > 1 for role, key in keys.items() if role.startswith(("lokr", "hada")))
+            continue
+        alike = len(one) == len(other) or left != "up"
+        if not (one and other and alike and math.prod(one[1:]) == other[0]):
+            return False
+    return all(len(shape[role]) > 1 for role in keys if role.startswith(("lokr", "hada", "mid")))
 
 
 def _rank(file: Weights, keys: Mapping[str, str]) -> int:
@@ -396,8 +435,14 @@ def _change(file: Weights, keys: Mapping[str, str]) -> Shape:
     def factor(role: str) -> Shape:
         if role in keys:
             return file.shapes[keys[role]]
+        if (core := role.replace("w", "t")) in keys:
+            left, right = (file.shapes[keys[f"{role}_{side}"]] for side in "ab")
+            return (left[1], right[1], *file.shapes[keys[core]][2:])
         return (file.shapes[keys[f"{role}_a"]][0], *file.shapes[keys[f"{role}_b"]][1:])
 
+    if "mid" in keys:
+        down = file.shapes[keys["down"]]
+        return (file.shapes[keys["up"]][0], math.prod(down[1:]), *file.shapes[keys["mid"]][2:])
     if "up" in keys:
         return (file.shapes[keys["up"]][0], *file.shapes[keys["down"]][1:])
     if "hada_w1_a" in keys:

@@ -1,16 +1,18 @@
 """Video files in and out: exact pictures from any file, and mp4 files that give back what was put in."""
 
-from wan.media.assembly import assemble
+from wan.media.assembly import PIECE, Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
-from wan.media.image import read_image
+from wan.media.image import read_image, write_webp
 from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
 from wan.media.sound import SoundTrack, find_sound
 from wan.media.source import VideoError
 from wan.media.writing import check_output, join_videos, write_video
 
 __all__ = [
+    "PIECE",
     "READERS",
+    "Assembly",
     "DullEnd",
     "SoundTrack",
     "VideoError",
@@ -27,4 +29,5 @@ __all__ = [
     "read_tail",
     "sample_frames",
     "write_video",
+    "write_webp",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from typing import Any
@@ -16,13 +17,15 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from wan.errors import UserError
+from wan.files import say_once
 from wan.media.colour import deinterlace, to_rgb, upright_size
 from wan.media.reading import FIELDS, find_ending, first_frame
-from wan.media.sound import Hearing, Sound, SoundError, choose_track, listen
-from wan.media.source import Picture, Pictures, Source, exact_rate, inspect, say_once
-from wan.media.writing import write_video
+from wan.media.sound import Hearing, Sound, SoundError, SoundTrack, choose_track, listen
+from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
+from wan.media.writing import join_videos, write_video
 from wan.timeline import Part, Timeline, shared_rate
 
+PIECE = ".piece.mp4"  # how the names of files end that are there only while a video is written
 _FRAME = 0.15  # seconds; a last picture that stays no longer is one of a film, and the clip takes over at its own pace
 _LOOSE_END = 1.0  # seconds of sound after the pictures that are an untidy end; more of it goes with a held picture
 _AUDIBLE = 0.3
@@ -37,52 +40,125 @@ def assemble(
     metadata: Mapping[str, Any] | None = None,
     until: float | None = None,
 ) -> int:
-    """Encode the source's own pictures, then the clips without their first `drops` frames; returns the frame count.
+    """The source's own pictures, then the clips without their first `drops` frames; returns the frame count.
+
+    See `Assembly`. Raises UserError.
+    """
+    return Assembly(source, path, until=until).renew(clips, drops, metadata)
+
+
+class Assembly:
+    """A joined video that begins with its source and grows clip by clip; each picture is encoded once.
 
     The rate is `shared_rate`; nothing changes speed, and every picture of the source is shown as long as it was. The
     last one is held for as long as the file says; a still, one of a recording that shows a picture when something
     changes, and one of which the file says nothing are held until the sound ends. The source is scaled to cover the
     clips' size and cropped around its centre; its sound (`find_sound`) is kept where its pictures are. With `until` the
-    source ends at that moment. One picture is in memory at a time. Raises UserError.
+    source ends at that moment. One picture is in memory at a time.
     """
-    begin, following = inspect(source, until), [inspect(clip) for clip in clips]
-    sizes = [upright_size(first_frame(clip), clip) for clip in following]
-    for clip, size in zip(following, sizes, strict=True):
-        if size != sizes[0]:
-            raise UserError(f"cannot join {clip.path!r}: its size differs from that of the first clip; make it again")
-    whole = find_ending(begin, math.inf)
-    first = first_frame(begin).time
-    start = begin.start if first is None else first
-    last = start - whole.clock[0]
-    track = choose_track(begin)
-    hearing = listen(track) if track is not None else None
-    part = _part(begin, [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock])
-    is_open = not whole.stay or part.frames == 1 or part.moments is not None
-    stay = _stay(begin, last, whole.stay, hearing if is_open else None)
-    parts = [replace(part, stay=Fraction(stay).limit_denominator(10**6))]
-    for clip, drop in zip(following, drops, strict=True):
-        parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
-    timeline = Timeline(parts, shared_rate(parts[0].fps, parts[1].fps))
-    end = start + float(timeline.starts[1])
-    sound = None
-    if track is not None and hearing is not None and hearing.start < end and hearing.end > start:
-        sound = Sound(track, hearing, start, end)
-        if until is None and hearing.end - end > _AUDIBLE:
+
+    def __init__(
+        self, source: str | os.PathLike[str], path: str | os.PathLike[str], *, until: float | None = None
+    ) -> None:
+        self.source, self.path, self.until = source, path, until
+        self._joined: list[tuple[str, int, int, int]] = []  # what is in the file after the source
+        self._begin: _Begin | None = None
+        self._parts: list[Part] = []
+
+    def renew(
+        self,
+        clips: Sequence[str | os.PathLike[str]],
+        drops: Sequence[int],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Write the video of the source and these clips; returns the frame count. Raises UserError.
+
+        What it was before stays as it is encoded, if the clips begin with those that were in it.
+        """
+        found = [os.stat(clip) for clip in clips]  # another clip may come under the same name
+        wanted = [
+            (os.fspath(clip), drop, stat.st_size, stat.st_mtime_ns)
+            for clip, drop, stat in zip(clips, drops, found, strict=True)
+        ]
+        following = [inspect(clip) for clip in clips]
+        sizes = [upright_size(first_frame(clip), clip) for clip in following]
+        for clip, size in zip(following, sizes, strict=True):
+            if size != sizes[0]:
+                raise UserError(
+                    f"cannot join {clip.path!r}: its size differs from that of the first clip; make it again"
+                )
+        if self._begin is None or wanted[: len(self._joined)] != self._joined or not os.path.exists(self.path):
+            self._joined, self._begin = [], _Begin.read(self.source, self.until, following[0])
+            self._parts = [self._begin.part]
+        begin, there = self._begin, len(self._joined)
+        for clip, drop in zip(following[there:], drops[there:], strict=True):
+            self._parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
+        timeline = Timeline(self._parts, begin.rate)
+        files = [(begin.source, begin.pictures), *((clip, Pictures(clip)) for clip in following)]
+        new = range(there + 1 if there else 0, len(self._parts))
+        home, name = os.path.split(os.fspath(self.path))
+        pieces = [os.path.join(home, f".{name}.{index}{PIECE}") for index in new]
+        try:
+            for index, piece in zip(new, pieces, strict=True):
+                shown = (frame for frame in timeline.frames() if frame[0] == index)
+                write_video(piece, _shown(shown, files, sizes[0]), timeline.rate)
+            parts = [*([os.fspath(self.path)] if there else []), *pieces]
+            count = self._join(parts, begin.sound(float(timeline.starts[1])), metadata)
+        finally:
+            for piece in pieces:
+                with suppress(FileNotFoundError):
+                    os.unlink(piece)
+        self._joined = wanted
+        return count
+
+    def _join(self, parts: Sequence[str], sound: Sound | None, metadata: Mapping[str, Any] | None) -> int:
+        drops = [0] * len(parts)
+        try:
+            return join_videos(parts, self.path, drops=drops, metadata=metadata, sound=sound)
+        except SoundError as error:
             say_once(
-                begin.path, f"the last {hearing.end - end:.1f} s of its sound, after its last picture, are left out"
+                os.fspath(self.source),
+                f"its sound is left out: it does not fit into an mp4 ({error}); convert it to AAC to keep it",
             )
+            return join_videos(parts, self.path, drops=drops, metadata=metadata, sound=None)
 
-    def write(sound: Sound | None) -> int:
-        files = [(begin, whole.pictures), *((clip, Pictures(clip)) for clip in following)]
-        return write_video(path, _shown(timeline, files, sizes[0]), timeline.rate, metadata=metadata, sound=sound)
 
-    try:
-        return write(sound)
-    except SoundError as error:
-        say_once(
-            begin.path, f"its sound is left out: it does not fit into an mp4 ({error}); convert it to AAC to keep it"
-        )
-        return write(None)
+@dataclass(frozen=True)
+class _Begin:
+    """What is known of a source before the first clip is joined to it."""
+
+    source: Source
+    pictures: Pictures
+    part: Part
+    rate: Fraction
+    start: float  # of its first picture on the file's clock
+    track: SoundTrack | None
+    hearing: Hearing | None
+
+    @classmethod
+    def read(cls, file: str | os.PathLike[str], until: float | None, first_clip: Source) -> _Begin:
+        source = inspect(file, until)
+        whole = find_ending(source, math.inf)
+        first = first_frame(source).time
+        start = source.start if first is None else first
+        last = start - whole.clock[0]
+        track = choose_track(source)
+        hearing = listen(track) if track is not None else None
+        part = _part(source, [Fraction(time - whole.clock[0]).limit_denominator(10**6) for time in whole.clock])
+        is_open = not whole.stay or part.frames == 1 or part.moments is not None
+        stay = _stay(source, last, whole.stay, hearing if is_open else None)
+        part = replace(part, stay=Fraction(stay).limit_denominator(10**6))
+        return cls(source, whole.pictures, part, shared_rate(part.fps, first_clip.fps), start, track, hearing)
+
+    def sound(self, seconds: float) -> Sound | None:
+        """Its sound as far as its pictures are shown, which is for so long; a new one for each file that is written."""
+        end = self.start + seconds
+        if self.track is None or self.hearing is None or self.hearing.start >= end or self.hearing.end <= self.start:
+            return None
+        if self.source.until is None and self.hearing.end - end > _AUDIBLE:
+            lost = self.hearing.end - end
+            say_once(self.source.path, f"the last {lost:.1f} s of its sound, after its last picture, are left out")
+        return Sound(self.track, self.hearing, self.start, end)
 
 
 def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -> float:
@@ -110,10 +186,15 @@ def _part(source: Source, moments: Sequence[Fraction]) -> Part:
     return Part(len(moments), Fraction(min(max(quick, 1), 120)), 0, moments)
 
 
-def _shown(timeline: Timeline, files: Sequence[tuple[Source, Pictures]], size: tuple[int, int]) -> Iterator[Picture]:
-    """The picture for each output frame; one that is shown again is not decoded or converted again."""
+def _shown(
+    shown: Iterable[tuple[int, int]], files: Sequence[tuple[Source, Pictures]], size: tuple[int, int]
+) -> Iterator[Picture]:
+    """The picture for each output frame, which is told by its file and its number there.
+
+    One that is shown again is not decoded or converted again.
+    """
     here = (-1, -1)
-    for index, wanted in timeline.frames():
+    for index, wanted in shown:
         if index != here[0]:
             source, pictures = files[index]
             frames, here, recent = iter(pictures), (index, -1), deque[VideoFrame](maxlen=FIELDS)

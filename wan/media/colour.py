@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
@@ -14,8 +14,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from wan.files import say_once
 from wan.media.light import BT709, HLG, PQ, WIDE, narrow, tone_map
-from wan.media.source import Picture, Source, VideoError, say_once
+from wan.media.source import Picture, Source, VideoError
+from wan.pictures import levels, over_white
 
 # swscale: bicubic, full chroma in and out, accurate rounding. Its faster default darkens every picture by a level, and
 # a chain of clips adds that up. Plain numbers, because PyAV's names for them differ between versions.
@@ -27,7 +29,6 @@ _FORMATS = {  # of 16 bits a channel, with transparency
     (True, False): "rgb48le",
     (True, True): "rgba64le",
 }
-_HIGHLIGHTS = 16.0  # floats up to here are light, of which 1 is white
 LIMITED, FULL = 1, 2
 
 _SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coefficients -> swscale's numbers
@@ -98,33 +99,6 @@ def _convert(frame: VideoFrame, source: Source, form: str, size: tuple[int, int]
     )
     pixels: npt.NDArray[Any] = np.asarray(converted.to_ndarray())
     return pixels
-
-
-def levels(values: npt.NDArray[Any]) -> Picture:
-    """Grey values of any depth -> uint8 [H, W, 1].
-
-    Integers span 16 bits, or the 8, 16 or 32 bits that hold them all where their type is wider. Of floats 1 is white,
-    unless they go far beyond it: then 255 or 65535 is.
-    """
-    found = np.nan_to_num(values.astype(np.float64))
-    most = float(found.max())
-    if values.dtype.kind == "f":
-        top = 1.0 if most <= _HIGHLIGHTS else 255.0 if most <= 255 else 65535.0
-    elif values.dtype.itemsize == 2:
-        top = 65535.0
-    else:
-        top = next(top for top in (255.0, 65535.0, 2.0**32 - 1) if most <= top)
-    return np.rint(found / top * 255).clip(0, 255).astype(np.uint8)[..., None]
-
-
-def over_white(pixels: Picture, opacity: npt.NDArray[Any], path: str) -> Picture:
-    """RGB over white where it is transparent, which is said once; `opacity` is [H, W, 1], opaque at its type's most."""
-    top = np.iinfo(opacity.dtype).max
-    if opacity.min() == top:
-        return pixels
-    say_once(path, "the picture is transparent in places; white is put behind it")
-    share = opacity.astype(np.float32) / top
-    return cast(Picture, np.rint(pixels * share + 255 * (1 - share)).astype(np.uint8))
 
 
 def upright_size(frame: VideoFrame, source: Source) -> tuple[int, int]:

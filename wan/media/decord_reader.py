@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from wan.errors import UserError
-from wan.media.source import Picture, say_once
+from wan.files import say_once
+from wan.media.source import Picture
 
 LIMIT_SECONDS = 20.0
 WORKER = Path(__file__).with_name("decord_worker.py")

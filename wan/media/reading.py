@@ -15,9 +15,10 @@ from av.video.frame import VideoFrame
 from PIL import Image
 
 from wan.errors import UserError
+from wan.files import say_once
 from wan.media import decord_reader
 from wan.media.colour import deinterlace, has_alpha, is_hdr, orientation, to_rgb, upright_size, wide_primaries
-from wan.media.source import Picture, Pictures, Source, VideoError, fraction, inspect, keyframes_before, say_once
+from wan.media.source import Picture, Pictures, Source, VideoError, fraction, inspect, keyframes_before
 
 READERS = ("auto", "pyav", "decord")
 

@@ -21,7 +21,8 @@ from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.stream import Disposition
 
-from wan.media.source import Source, fraction, inspect, open_video, say_once
+from wan.files import say_once
+from wan.media.source import Source, fraction, inspect, open_video
 
 AudioPacket: TypeAlias = "Packet[AudioStream]"  # generic for the type checker only
 Samples: TypeAlias = npt.NDArray[np.float32]  # [channels, n]

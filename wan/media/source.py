@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import stat
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 import av
@@ -25,11 +24,12 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from wan.errors import UserError
-
-_log = logging.getLogger(__name__)
+from wan.files import say_once
 
 Picture: TypeAlias = npt.NDArray[np.uint8]  # [H, W, 3] RGB, or [n, H, W, 3]
 
+MOST_PIXELS = 2**26  # of a picture, 8192 x 8192; a file of some kilobytes can hold a thousand times as many
+LARGEST = "at most 8192 x 8192"
 FALLBACK_FPS = Fraction(24)  # where a file gives no believable rate
 _ROUNDED = 1e-3  # seconds: moments are given in thousandths
 _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
@@ -92,11 +92,6 @@ def exact_rate(fps: Fraction | float) -> Fraction:
     whole = Fraction(fps).limit_denominator(1001)
     film = Fraction(round(fps) * 1000, 1001)
     return film if whole.denominator != 1 and abs(whole - film) < film / 4000 else whole
-
-
-def say_once(path: str, message: str, level: int = logging.WARNING) -> None:
-    """Log one line about a file, the first time that it is said."""
-    _say(level, f"{_show(path)}: {message}")
 
 
 def inspect(path: str | os.PathLike[str], until: float | None = None) -> Source:
@@ -207,8 +202,10 @@ class Pictures:
             tick = fraction(stream.time_base, _MICROSECOND)
             decoder = self._decoder(stream)
             decoder.thread_type = self._threads
+            # a later picture may be larger than the header says
+            decoder.options = {"max_pixels": str(MOST_PIXELS)}
             if self._careful:
-                decoder.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+                decoder.options |= {"err_detect": "crccheck+bitstream+buffer+explode"}
             if self._start is not None and not self._seek(container, stream, self._start):
                 return
             packets = container.demux(stream)
@@ -260,7 +257,7 @@ class Pictures:
         return True
 
     def _by_pillow(self) -> Generator[VideoFrame]:
-        with Image.open(self._source.path) as image:
+        with open_picture(self._source.path) as image:
             for number in range(getattr(image, "n_frames", 1)):
                 try:
                     image.seek(number)
@@ -288,9 +285,24 @@ def keyframes_before(source: Source, moments: Sequence[float]) -> list[float | N
         return found
 
 
-@lru_cache(maxsize=1024)
-def _say(level: int, line: str) -> None:
-    _log.log(level, "%s", line)
+def open_picture(path: str) -> Image.Image:
+    """A picture file, of which nothing is decoded yet. Raises UserError for one that is too large, or Pillow's errors.
+
+    Pillow's own limit is a warning first, and three times as high.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise UserError(
+                f"cannot read image {path!r}: it has too many pixels; make it smaller, {LARGEST}"
+            ) from error
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        found = f"it has {image.width} x {image.height} pixels"
+        raise UserError(f"cannot read image {path!r}: {found}; make it smaller, {LARGEST}")
+    return image
 
 
 def _show(path: str | os.PathLike[str]) -> str:
@@ -329,7 +341,13 @@ def _picture_stream(path: str, container: InputContainer) -> VideoStream:
     # PyAV leaves the context out for codecs that FFmpeg only knows by name.
     if cast(Any, chosen.codec_context) is None:
         raise VideoError(path, "FFmpeg has no decoder for it", "convert it to H.264 mp4")
+    _check_pixels(path, chosen.codec_context.width, chosen.codec_context.height)
     return chosen
+
+
+def _check_pixels(path: str, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise VideoError(path, f"its pictures have {width} x {height} pixels", f"make them smaller, to {LARGEST}")
 
 
 def _believable_rate(stream: VideoStream) -> Fraction:
@@ -353,7 +371,7 @@ def _is_for_pillow(path: str) -> bool:
     if head[4:] not in (b"ftypavif", b"ftypavis"):
         return False
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return image.mode == "RGBA"
     except OSError:  # a Pillow that does not know AVIF: FFmpeg shows what it can
         return False
@@ -362,14 +380,14 @@ def _is_for_pillow(path: str) -> bool:
 def _inspect_by_pillow(path: str) -> Source:
     milliseconds = 0
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             kind = str(image.format).lower()
             count = getattr(image, "n_frames", 1)
             for number in range(count):
                 image.seek(number)
                 image.load()
                 milliseconds += image.info.get("duration", 0)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
         raise VideoError(path, f"the animation is damaged ({error})", "export it again") from error
     rate = Fraction(count * 1000, milliseconds) if milliseconds else FALLBACK_FPS
     return Source(

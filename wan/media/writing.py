@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -105,8 +105,11 @@ def join_videos(
     *,
     drops: Sequence[int] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    sound: Sound | None = None,
 ) -> int:
     """Put mp4 clips of one size and rate end to end; returns the number of frames.
+
+    With `sound`, which begins with the first frame, that of the clips themselves is left out.
 
     `drops` says how many leading frames of each part are left out: none of the first and one of the others by default.
     Nothing is encoded again where every part begins with a keyframe then and was written with the same settings, as
@@ -117,12 +120,14 @@ def join_videos(
     if drops is None:
         drops = [0] + [1] * (len(parts) - 1)
     plans = [_Part.read(part, drop=drop) for part, drop in zip(parts, drops, strict=True)]
+    if sound is not None:
+        plans = [replace(plan, format=replace(plan.format, streams=1)) for plan in plans]
     for plan in plans[1:]:
         plan.check_fits(plans[0])
     tick = 1 / plans[0].format.fps
     if not all(plan.can_be_copied_after(plans[0]) for plan in plans):
         frames = (picture for plan in plans for picture in plan.pictures())
-        return write_video(path, frames, plans[0].format.fps, metadata=metadata)
+        return write_video(path, frames, plans[0].format.fps, metadata=metadata, sound=sound)
     # Frames are decoded ahead of their display by a constant delay, the same on both sides of a seam.
     delay = max(max(order - number for order, number in enumerate(plan.numbers)) for plan in plans)
     with _published(path) as temporary:
@@ -135,6 +140,8 @@ def join_videos(
                     if stream is None:
                         stream = container.add_stream_from_template(template)
                         stream.time_base = tick
+                        if sound is not None:
+                            sound.open(container)
                     packets = (packet for packet in clip.demux(template) if packet.size)
                     for order, (number, packet) in enumerate(zip(plan.numbers, packets, strict=True)):
                         if number < plan.drop:
@@ -144,8 +151,13 @@ def join_videos(
                         packet.dts = written + order - plan.drop - delay
                         packet.duration = 1
                         container.mux(packet)
+                        if sound is not None:
+                            sound.mux_until(container, float((written + order - plan.drop) * tick))
                 written += len(plan.numbers) - plan.drop
-        _verify(temporary, written, (plans[0].format.width, plans[0].format.height))
+            if sound is not None:
+                sound.mux_until(container, math.inf)
+        size = plans[0].format.width, plans[0].format.height
+        _verify(temporary, written, size, None if sound is None else sound.last)
     return written
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
 from wan.weights.checkpoint import Weights
-from wan.weights.loading import load_into
+from wan.weights.loading import check_fit, load_into
+from wan.weights.vocabulary import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,21 @@ def clean(text: str) -> str:
 
 
 class PromptTokenizer:
-    """Prompts -> ids of the text encoder."""
+    """Prompts -> ids of the text encoder.
 
-    def __init__(self, folder: Path, length: int = 512) -> None:
+    `source` is the tokenizer's folder, or a text encoder's file that carries its vocabulary. Raises UserError.
+    """
+
+    def __init__(self, source: Path, length: int = 512) -> None:
         from transformers import AutoTokenizer
 
         self.length = length
-        with parsing(f"the tokenizer in {folder}", "download it again"):
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary = None if source.is_dir() else read_vocabulary(source)
+        with parsing(f"the tokenizer in {source}", "download it again"):
+            if vocabulary is None:
+                self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            else:
+                self._tokenizer = _from_vocabulary(vocabulary)
             self("a")  # one that is damaged in its inner parts fails at the first text
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
@@ -55,6 +63,15 @@ class PromptTokenizer:
     def count(self, text: str) -> int:
         """Tokens of the cleaned text with its final </s>, however many."""
         return len(self._tokenizer(clean(text), add_special_tokens=True)["input_ids"])
+
+
+def _from_vocabulary(vocabulary: Vocabulary) -> Any:
+    from transformers import AddedToken, T5Tokenizer
+
+    characters = vocabulary.characters or None
+    found = T5Tokenizer(vocab=list(vocabulary.pieces), extra_ids=0, _spm_precompiled_charsmap=characters)
+    found.add_tokens([AddedToken(piece, normalized=False) for piece in vocabulary.whole])
+    return found
 
 
 class TextEncoder(nn.Module):
@@ -89,10 +106,24 @@ class TextEncoder(nn.Module):
         mapped: bool = False,
     ) -> TextEncoder:
         """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError."""
+        model, source_of = cls._empty(weights)
+        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block", mapped=mapped)
+        model.encoder.embed_tokens.weight = model.shared.weight
+        return cls(model.to(device).eval(), tokenizer)
+
+    @classmethod
+    def check(cls, weights: Weights) -> int:
+        """The width of its embeddings. Raises UserError when the weights do not fit; no tensor is read."""
+        model, source_of = cls._empty(weights)
+        check_fit(model, weights, source_of)
+        return int(model.config.d_model)
+
+    @staticmethod
+    def _empty(weights: Weights) -> tuple[Any, dict[str, str]]:
+        """The model without memory, and the key in the files of each of its parameters."""
         from transformers import UMT5Config, UMT5EncoderModel
 
-        official = "token_embedding.weight" in weights.shapes
-        source_of = {_library_name(key) if official else key: key for key in weights.shapes}
+        source_of = {_library_name(key): key for key in weights.shapes}
         tied = "encoder.embed_tokens.weight"  # one tensor under two names; files hold either or both
         if "shared.weight" not in source_of and tied in source_of:
             source_of = {"shared.weight": source_of.pop(tied), **source_of}
@@ -103,9 +134,7 @@ class TextEncoder(nn.Module):
             config._attn_implementation = "eager"
             model = UMT5EncoderModel(config)
         source_of.setdefault(tied, source_of["shared.weight"])
-        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block", mapped=mapped)
-        model.encoder.embed_tokens.weight = model.shared.weight
-        return cls(model.to(device).eval(), tokenizer)
+        return model, source_of
 
     def forward(self, text: str) -> Tensor:
         """A prompt -> [1, 512, D] in host memory: the encoder's rows of its tokens, then zeros.
@@ -136,6 +165,16 @@ _RENAMES = (
     (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    # GGUF
+    (r"^token_embd\.", "shared."),
+    (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
 
 

@@ -18,7 +18,7 @@ from wan.errors import UserError
 from wan.foreign import fit, parsing
 from wan.vae import chunked
 from wan.weights.checkpoint import Weights
-from wan.weights.loading import load_into
+from wan.weights.loading import check_fit, load_into
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +52,29 @@ class WanVAE(nn.Module):
         if "latents_mean" in weights.config:
             mean = fit(list[_Finite], weights.config["latents_mean"], f"latents_mean in {weights.path}/config.json")
             std = fit(list[_Positive], weights.config.get("latents_std"), f"latents_std in {weights.path}/config.json")
+        model, source_of = cls._empty(weights)
+        if not len(mean) == len(std) == model.config.z_dim:
+            raise UserError(f"{weights.path}: the VAE has {model.config.z_dim} latent channels, expected {len(mean)}")
+        load_into(model, weights, source_of, lambda name: dtype, device)
+        lay_out(model)
+        return cls(model.eval(), mean, std).to(device)
+
+    @classmethod
+    def check(cls, weights: Weights) -> int:
+        """Its latent channels. Raises UserError when the weights do not fit; no tensor is read."""
+        model, source_of = cls._empty(weights)
+        check_fit(model, weights, source_of)
+        return int(model.config.z_dim)
+
+    @staticmethod
+    def _empty(weights: Weights) -> tuple[AutoencoderKLWan, dict[str, str]]:
+        """The model without memory, and the key in the files of each of its parameters."""
         official = "conv1.weight" in weights.shapes
         renamed = {official_to_diffusers(key, weights.shapes): key for key in weights.shapes}
         source_of = renamed if official else {key: key for key in weights.shapes}
         config = infer_config(weights, {name: weights.shapes[key] for name, key in source_of.items()})
-        if not len(mean) == len(std) == config["z_dim"]:
-            raise UserError(f"{weights.path}: the VAE has {config['z_dim']} latent channels, expected {len(mean)}")
         with init_empty_weights(), parsing(str(weights.path), "download it again"):
-            model = AutoencoderKLWan(**config)
-        load_into(model, weights, source_of, lambda name: dtype, device)
-        lay_out(model)
-        return cls(model.eval(), mean, std).to(device)
+            return AutoencoderKLWan(**config), source_of
 
     def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior."""

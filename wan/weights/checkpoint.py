@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.files import unreadable
 from wan.foreign import parsing, read_json, shards
@@ -35,10 +36,15 @@ from wan.weights.quantized import (
     dequantize,
     open_gguf,
     read_gguf,
+    read_gguf_fields,
 )
 
 Shape = tuple[int, ...]
 
+VOCABULARY = "spiece_model"  # sentencepiece's model as a tensor, in ComfyUI's text encoders
+VOCABULARY_OF_GGUF = tuple(
+    f"tokenizer.ggml.{name}" for name in ("model", "tokens", "scores", "token_type", "precompiled_charsmap")
+)
 # What may stand before the names of each part in a file of its own, or in one that holds several parts (ComfyUI).
 _PREFIXES = {
     "denoiser": ("model.diffusion_model.", "diffusion_model."),
@@ -49,10 +55,12 @@ _PREFIXES = {
 _KNOWN_BY = {
     "denoiser": ("patch_embedding.weight",),
     "vae": ("decoder.conv1.weight", "decoder.conv_in.weight"),
-    "text_encoder": ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"),
+    "text_encoder": ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"),
 }
 # The folders of one part, in repositories of quantised models and in ComfyUI's own.
 _FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoders", "text_encoder", "clip")}
+_WORD = {"vae": "vae", "text_encoder": "t5"}
+_SUFFIXES = {"vae": (".safetensors", ".pth"), "text_encoder": (".safetensors", ".pth", ".gguf")}
 # What the fp8 files of ComfyUI, its converters and lightx2v hold beside the weights: the factor of a weight; and what
 # is for products in fp8 alone (the scale of the inputs) or repeats what the dtypes say.
 _SCALES = (".scale_weight", ".weight_scale")
@@ -98,7 +106,7 @@ class Weights:
     def place_of(self, key: str) -> str:
         """The file in which a tensor is, with the expert that it is for; for messages."""
         name = self.prefix + key
-        file = next(file for file in self.files if any(_read(file, {name})))
+        file = next(file for file in self.files if any(read_tensors(file, {name})))
         return f"{file} ({self.expert})" if self.expert else str(file)
 
     def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
@@ -113,11 +121,13 @@ class Weights:
         key_of = {self.prefix + key: key for key in self.shapes if key in keys}
         scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
         beside = self.files if scale_of else ()
-        scales = {name: dequantize(value) for file in beside for name, value in _read(file, set(scale_of.values()))}
+        scales = {
+            name: dequantize(value) for file in beside for name, value in read_tensors(file, set(scale_of.values()))
+        }
         for number, file in enumerate(self.files):
             if ahead is not None:
                 ahead.begin(number)
-            for name, value in _read(file, key_of):
+            for name, value in read_tensors(file, key_of):
                 if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
                     value = QuantizedTensor(value, scales[scale_of[name]] if name in scale_of else None)
                 yield key_of[name], value
@@ -131,7 +141,7 @@ class Checkpoint:
     experts: Mapping[str, Weights]
     vae: Weights
     text_encoder: Weights
-    tokenizer: Path
+    tokenizer: Path  # its folder, or a text encoder's file that carries it
 
     @property
     def single(self) -> bool:
@@ -148,6 +158,17 @@ class Names:
     vae: str = "Wan2.1_VAE.pth"
     text_encoder: str = "models_t5_umt5-xxl-enc-bf16.pth"
     tokenizer: str = "google/umt5-xxl"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Names:
+        """Those of a model."""
+        return cls(
+            low_noise=config.low_noise_checkpoint,
+            high_noise=config.high_noise_checkpoint,
+            vae=config.vae_checkpoint,
+            text_encoder=config.t5_checkpoint,
+            tokenizer=config.t5_tokenizer,
+        )
 
 
 def resolve_folder(name: str | Path, files: Container[str] = ()) -> Path:
@@ -187,6 +208,7 @@ def open_checkpoint(
 
     `in_channels` are the denoiser's input channels, `experts` 1 or 2. `files` are denoisers, by expert, and "vae" and
     "text_encoder", that come from a file of their own in place of the folder's; a "model" serves both of two experts.
+    A "tokenizer" is a folder, or a text encoder's file that carries it.
     Raises UserError that names the folder or file, what was expected and what was found.
     """
     single = files.get("model") if experts == 2 else None
@@ -278,16 +300,18 @@ def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str,
             )
         where = " and ".join(part for part in missing if part != ".") or "the folder itself"
         raise UserError(f"{folder}: expected diffusion_pytorch_model*.safetensors in {where}, found {found}")
-    tokenizer = folder / names.tokenizer
-    if not tokenizer.is_dir():
-        raise UserError(f"{folder}: expected the tokenizer folder {names.tokenizer}, found none")
-    return Checkpoint(
-        folder,
-        _open_experts(folder, parts, files),
-        _open_named(folder / names.vae, "vae", files),
-        _open_named(folder / names.text_encoder, "text_encoder", files),
-        tokenizer,
-    )
+    opened = _open_experts(folder, parts, files)
+    vae = _open_named(folder / names.vae, "vae", files)
+    text_encoder = _open_named(folder / names.text_encoder, "text_encoder", files)
+    tokenizer = files.get("tokenizer", folder / names.tokenizer)
+    if not tokenizer.exists():
+        if not has_vocabulary(text_encoder.path):
+            raise UserError(
+                f"{folder}: expected the tokenizer folder {names.tokenizer}, found none, and {text_encoder.path.name} "
+                "does not carry one"
+            )
+        tokenizer = text_encoder.path
+    return Checkpoint(folder, opened, vae, text_encoder, tokenizer)
 
 
 def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Checkpoint:
@@ -315,7 +339,7 @@ def _open_diffusers(folder: Path, experts: int, files: Mapping[str, Path]) -> Ch
         open_part(files["text_encoder"], "text_encoder")
         if "text_encoder" in files
         else open_safetensors(folder / "text_encoder", "model"),
-        folder / "tokenizer",
+        files.get("tokenizer", folder / "tokenizer"),
     )
 
 
@@ -349,13 +373,26 @@ def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
-    said = set(_EXPERT.findall(path.stem.lower()))
+    said = experts_named(path.stem)
     if asked in ("high", "low") and len(said) == 1 and asked not in said:
         word = said.pop()
         raise UserError(
             f"{what}{path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
             f"give it with `{setting}_{word}`, or rename it if that is not meant"
         )
+
+
+def experts_named(name: str) -> set[str]:
+    """Which of "high" and "low" a name says of experts."""
+    return set(_EXPERT.findall(name.lower()))
+
+
+def stored_types(weights: Weights) -> dict[str, str]:
+    """How each tensor is stored in a GGUF or safetensors file, in the words of its format."""
+    found: dict[str, str] = {}
+    for file in weights.files:
+        found |= open_gguf(file).types if file.suffix.lower() == ".gguf" else _safetensors_dtypes(file)
+    return {key: found[weights.prefix + key] for key in weights.shapes}
 
 
 def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
@@ -385,15 +422,15 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
 
 
 def open_part(file: Path, part: str) -> Weights:
-    """The "vae" or "text_encoder" from a file of its own: .pth, or safetensors in any float or in fp8 with scales.
+    """The "vae" or "text_encoder" from a file of its own: .pth, safetensors in any float or in fp8 with scales.
 
-    Of a file that holds several parts, this one. Raises UserError.
+    A text encoder may be GGUF, too. Of a file that holds several parts, this one. Raises UserError.
     """
     word = {"vae": "VAE", "text_encoder": "text encoder"}[part]
     if file.suffix.lower() == ".pth":
         weights, kinds, known = _open_pth(file), dict[str, str](), ""
     else:
-        weights, kinds, _, known = _open_single(file, part, (".safetensors", ".pth"))
+        weights, kinds, _, known = _open_single(file, part, _SUFFIXES[part])
     if not any(name in weights.shapes for name in _KNOWN_BY[part]):
         raise UserError(f"{file} is no {word} of Wan: it has no {_KNOWN_BY[part][0]}")
     if kinds:
@@ -451,12 +488,7 @@ def _open_named(file: Path, part: str, files: Mapping[str, Path]) -> Weights:
     """A part from its own file, by its official name, that name as safetensors, or the names of other publishers."""
     if part in files:
         return open_part(files[part], part)
-    for own in (file, file.with_suffix(".safetensors")):
-        if own.is_file():
-            return open_part(own, part)
-    folders = [file.parent, *(one for one in file.parent.iterdir() if one.name.lower() in _FOLDERS[part])]
-    word = {"vae": "vae", "text_encoder": "t5"}[part]
-    found = [one for folder in folders for one in sorted(folder.glob("*.safetensors")) if word in one.name.lower()]
+    found, word = _named(file, part), _WORD[part]
     if len(found) > 1:
         raise UserError(
             f"{file.parent}: {' and '.join(one.name for one in found[:3])} may each be the {word.upper()}; "
@@ -467,6 +499,34 @@ def _open_named(file: Path, part: str, files: Mapping[str, Path]) -> Weights:
             f"{file.parent}: expected {file.name}, found no such file, nor one as .safetensors; name it with `{word}`"
         )
     return open_part(found[0], part)
+
+
+def _named(file: Path, part: str) -> list[Path]:
+    """The files that a part may be: the one of its official name, that name as safetensors, or what bears its word."""
+    for own in (file, file.with_suffix(".safetensors")):
+        if own.is_file():
+            return [own]
+    folders = [file.parent, *(one for one in file.parent.iterdir() if one.name.lower() in _FOLDERS[part])]
+    ends = {end for end in _SUFFIXES[part] if end != ".pth"}
+    return [
+        one
+        for folder in folders
+        for one in sorted(folder.iterdir() if folder.is_dir() else ())
+        if one.suffix.lower() in ends and _WORD[part] in one.name.lower()
+    ]
+
+
+def parts_in(folder: Path, names: Names) -> set[str]:
+    """Which parts a folder holds, by its file names: experts, "vae", "text_encoder" and "tokenizer"."""
+    if (folder / "model_index.json").is_file():
+        two = (folder / "transformer_2").is_dir()
+        places = {"high_noise_model" if two else "model": "transformer", "low_noise_model": "transformer_2"}
+        places |= {part: part for part in ("vae", "text_encoder", "tokenizer")}
+        return {part for part, place in places.items() if (folder / place).is_dir()}
+    places = {"model": ".", "low_noise_model": names.low_noise, "high_noise_model": names.high_noise}
+    found = {part for part, place in places.items() if list((folder / place).glob("diffusion_pytorch_model*"))}
+    found |= {part for part in ("vae", "text_encoder") if _named(folder / getattr(names, part), part)}
+    return found | ({"tokenizer"} if (folder / names.tokenizer).is_dir() else set())
 
 
 def _check_vae(found: Checkpoint) -> None:
@@ -492,6 +552,15 @@ def _check_vae(found: Checkpoint) -> None:
                 f"{vae.path} has {latents} latent channels, the denoiser {weights.path} has {expected}; give the VAE "
                 "that belongs to it"
             )
+
+
+def has_vocabulary(file: Path) -> bool:
+    """Whether a text encoder's file carries its vocabulary; only the head is read. Raises UserError."""
+    if file.suffix.lower() == ".gguf":
+        return read_gguf_fields(file, VOCABULARY_OF_GGUF[:1]) == ["t5"]
+    if file.suffix.lower() != ".safetensors":
+        return False
+    return any(name == VOCABULARY for name, _ in _safetensors_shapes(file))
 
 
 def open_safetensors(folder: Path, stem: str) -> Weights:
@@ -534,6 +603,8 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     with parsing(file, "download it again"):
         # only the zip format, torch's own since 1.6, can be mapped
         mapped = zipfile.is_zipfile(file)
+        if mapped:
+            _check_zip(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{file} is not a state dict of tensors")
@@ -542,6 +613,14 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
     return state
+
+
+def _check_zip(file: Path) -> None:
+    """Raise UserError for one that is larger inside than outside: torch compresses nothing, and would unpack it all."""
+    with zipfile.ZipFile(file) as opened:
+        inside = sum(one.file_size for one in opened.infolist())
+    if inside > file.stat().st_size:
+        raise UserError(f"{file} is compressed, as no weights are, and would take {inside} bytes; download it again")
 
 
 def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
@@ -558,7 +637,7 @@ def _safetensors_dtypes(file: Path) -> dict[str, str]:
         return {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
 
 
-def _read(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+def read_tensors(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """The named tensors of a file of any kind."""
     if file.suffix == ".pth":
         return ((name, tensor) for name, tensor in _read_pth(file).items() if name in names)

@@ -1,0 +1,53 @@
+"""Previews: what latents show, and how often there is time for that."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from wan.commands.preview import SHARE, Preview
+from wan.types import Step
+from wan.vae.preview import CHANNELS, preview
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_a_preview_is_a_linear_map_of_the_channels(channels: int) -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, channels, 3, 4, 5).mul(0.1)
+    assert preview(one).shape == (3, 4, 5, 3)
+    nothing = preview(torch.zeros_like(one)).astype(float)
+    assert np.ptp(nothing, axis=(0, 1, 2)).max() == 0 and (abs(nothing - 127.5) < 50).all()
+    together = preview(one).astype(float) + preview(other) - nothing
+    assert abs(together - preview(one + other)).max() <= 2  # both are rounded
+
+
+def test_previews_take_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = 0.0, list[float]()
+
+    def write(*_: object) -> None:
+        nonlocal now
+        now += 0.5
+        written.append(now)
+
+    monkeypatch.setattr("wan.commands.preview.time.perf_counter", lambda: now)
+    monkeypatch.setattr("wan.media.write_webp", write)
+    show = Preview(tmp_path / "preview.webp", Fraction(16))
+    for index in range(100):
+        now += 5.0  # a step
+        show(Step(index, 100, "denoise", torch.zeros(16, 1, 2, 2)))
+        show(Step(index, 100, "decode"))
+    assert len(written) > 5 and 0.5 * (len(written) - 1) <= SHARE * now
+
+
+def test_a_preview_moves_at_the_pace_of_the_clip(tmp_path: Path) -> None:
+    Preview(tmp_path / "preview.webp", Fraction(16))(Step(1, 2, "denoise", torch.randn(16, 5, 6, 8)))
+    with Image.open(tmp_path / "preview.webp") as shown:
+        assert shown.size == (8, 6) and len(list(ImageSequence.Iterator(shown))) == 5
+        shown.seek(1)
+        shown.load()
+        assert shown.info["duration"] == 250
