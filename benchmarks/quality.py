@@ -95,9 +95,9 @@ def open_pipeline(models: Path, task: str) -> VideoContinuation:
 
 def measure_vae(pipeline: VideoContinuation, world: Sequence[Scene]) -> dict[str, float]:
     """Mean PSNR of encoding and decoding, in dB, of clips of the length that the models make."""
-    found = []
+    found, home = [], next(pipeline.vae.model.parameters()).device  # it waits in host memory
     for scene in world:
-        pixels = scene.source.frames.permute(3, 0, 1, 2).to(pipeline.device)
+        pixels = scene.source.frames.permute(3, 0, 1, 2).to(home)
         back = pipeline.vae.decode(pipeline.vae.encode([pixels]))[0]
         found.append(float(psnr(back[None].clamp(-1, 1), pixels[None])))
     return {"vae_psnr": statistics.mean(found)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -200,3 +200,19 @@ def write_loras(runs: Path, folder: Path) -> list[Path]:
         save_file(tensors, folder / turbo.file, {"format": "pt"})
         made.append(folder / turbo.file)
     return made
+
+
+def read_loras(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Stage and factors of each LoRA in that folder, as `write_loras` left it."""
+    for name, turbo in TURBOS.items():
+        if (folder / turbo.file).is_file():
+            stored = load_file(folder / turbo.file)
+            factors = {key: value for key, value in stored.items() if not key.endswith(".alpha")}
+            by_layer = {key: key.rpartition(".lora_") for key in factors}
+            yield (
+                name,
+                {
+                    f"{layer.replace('.', '/')}.{factor.removesuffix('.weight')}": factors[key].float()
+                    for key, (layer, _, factor) in by_layer.items()
+                },
+            )

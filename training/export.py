@@ -3,7 +3,7 @@
 tiny-Wan2.2-TI2V-5B   dit5b, vae22, text
 tiny-Wan2.2-I2V-A14B  dit14b_high, dit14b_low, vae21, text
 tiny-InternVL         captioner
-tiny-loras            turbo5b, turbo14b_high, turbo14b_low, which `import` leaves alone
+tiny-loras            turbo5b, turbo14b_high, turbo14b_low
 
 Weights are stored in bf16, but for the matrices of the denoisers' blocks, which are in fp8.
 """
@@ -30,7 +30,7 @@ from tests.support.tiny_checkpoint import (
 )
 from training import family, scenes
 from training.denoiser import STAGES
-from training.distillation import write_loras
+from training.distillation import read_loras, write_loras
 from training.family import CAPTIONER, DENOISERS, TEXT, VAES, library, official
 from training.loop import load, save
 
@@ -144,6 +144,8 @@ def import_models(models: Path, runs: Path) -> list[str]:
 
 def _exported(models: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stage by stage, what its checkpoint holds of the exported model."""
+    for stage, factors in read_loras(models / "tiny-loras"):
+        yield stage, {"weights": factors}
     for name, stages in NEEDS.items():
         folder = models / name
         if not folder.is_dir():
