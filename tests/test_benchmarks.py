@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, seams, timing
+from benchmarks import clip, memory, seams, timing
 from wan.types import KnownFrames, Request
 
 

@@ -109,7 +109,8 @@ def attach(model: Any, turbo: Turbo) -> nn.ModuleDict:
         for layer in LAYERS:
             official = f"blocks.{number}.{layer}"
             module = model.get_submodule(names[f"{official}.weight"][0].removesuffix(".weight"))
-            found[official.replace(".", "/")] = part = LowRank(*module.weight.shape, turbo.rank)
+            out, into = module.weight.shape
+            found[official.replace(".", "/")] = part = LowRank(out, into, turbo.rank)
             parametrize.register_parametrization(module, "weight", part.to(module.weight.device))
     return nn.ModuleDict(found)
 

@@ -132,8 +132,8 @@ def add_word(folder: Path, text: str) -> int:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    index: int = tokenizer.token_to_id(text)
-    if index >= TEXT.vocab_size:
+    index = tokenizer.token_to_id(text)
+    if index is None or index >= TEXT.vocab_size:
         raise ValueError(f"{text!r} is word {index} and the text encoder has {TEXT.vocab_size}")
     return index
 
