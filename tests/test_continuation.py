@@ -19,9 +19,9 @@ from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError
-from wan.footage import VideoFile
+from wan.footage import FramesInMemory, VideoFile
 from wan.prompting import CaptionerOwner, default_vlm
-from wan.settings import Sampling
+from wan.settings import Context, LoraFile, Sampling
 from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
 from wan.weights.prefetch import ReadAhead
 
@@ -156,6 +156,43 @@ def test_what_is_none_comes_from_the_config(v2v: Any) -> None:
     assert (plan.sampling.steps, plan.sampling.shift, plan.sampling.guidance) == (50, 5.0, (5.0, 5.0))
     assert plan.geometry.frames == 121 and plan.geometry.width * plan.geometry.height <= 1280 * 704
     assert plan.negative == v2v.config.sample_neg_prompt
+
+
+NINE = CALL | {"prompt": "on", "frame_num": 9}
+
+
+def test_frames_are_continued_as_the_file_that_they_are_of(v2v: Any) -> None:
+    frames = media.read_tail(VIDEO, 9, 24)
+    video, prompt = v2v.v2v(VIDEO, **NINE, context=5)
+    again, _ = v2v.v2v(frames, **NINE, context=5, fps=24)
+    pictures, _ = v2v.v2v([Image.fromarray(one) for one in frames], **NINE, context=5)
+    assert prompt == "on" and torch.equal(video, again) and torch.equal(video, pictures)
+    slower = FramesInMemory(np.arange(30, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8), 30)
+    assert slower.tail(5, Fraction(10))[:, 0, 0, 0].add(1).mul(127.5).round().tolist() == [17, 20, 23, 26, 29]
+    assert len(slower.tail(99, Fraction(10))) == 10 and slower.samples(4, 0.3)[:, 0, 0, 0].tolist() == [20, 23, 26, 29]
+    wrong: Any
+    for wrong in ([], np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.float32)):
+        with pytest.raises(UserError, match="^frames must be"):
+            v2v.footage(wrong)
+
+
+def test_loras_are_text_and_contexts_numbers(v2v: Any, tmp_path: Path) -> None:
+    assert v2v.plan(VideoFile(VIDEO), context=9).context == Context("tail", 9)
+    assert v2v._loras("a/b.safetensors:0.5") == {"model": (LoraFile(Path("a/b.safetensors"), 0.5),)}
+    assert v2v._loras([Path("c.safetensors")]) == {"model": (LoraFile(Path("c.safetensors")),)}
+    assert v2v._loras({"model": ["d"]}) == {"model": (LoraFile(Path("d")),)} and v2v._loras(()) == {}
+    with pytest.raises(TypeError, match="contxt"):
+        v2v.plan(VideoFile(VIDEO), contxt=9)
+
+
+def test_closed_models_are_gone_and_come_again(v2v: Any) -> None:
+    before, _ = v2v.v2v(VIDEO, **CALL)
+    assert v2v.models.loaded
+    captioner = v2v.captioner
+    v2v.close()
+    assert v2v.models.loaded == [] and captioner.closed == 1
+    v2v.vlm.use(captioner)
+    assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], before)
 
 
 def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:

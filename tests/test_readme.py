@@ -17,6 +17,7 @@ from tests.support.quantized_files import comfyui, gguf_file, official
 from tests.support.text_encoders import in_safetensors, sentencepiece_model
 from tests.support.tiny_checkpoint import write_all
 from wan import cli
+from wan.chain.storyboard import read_storyboard
 from wan.commands.flags import parse
 from wan.options import OPTIONS
 from wan.text.umt5 import _library_name
@@ -137,7 +138,9 @@ def test_commands_run(command: str, world: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_storyboard_of_the_readme_is_one(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGES["guide.md"], re.DOTALL)
+    text, named = re.findall(r"```yaml\n(.*?)```", PAGES["guide.md"], re.DOTALL)
+    (world / "named.yaml").write_text(named, encoding="utf-8")
+    assert [scene.said["name"] for scene in read_storyboard(world / "named.yaml")] == ["harbour", "fog", "night"]
     (world / "story.yaml").write_text(text.replace("frames: 81", "frames: 9"), encoding="utf-8")
     flags = ["--ckpt_dir", "Wan2.2-I2V-A14B", "--video", "input.mp4", "--storyboard", "story.yaml"]
     monkeypatch.chdir(world)
@@ -148,9 +151,9 @@ def test_the_storyboard_of_the_readme_is_one(world: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_run(program: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
-    before = {path: path.stat().st_mtime_ns for path in world.glob("*.mp4")}  # a command of a page may have its name
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*.mp4")}  # a command of a page may have its name
     exec(program, {})
-    assert {path: path.stat().st_mtime_ns for path in world.glob("*.mp4")} != before
+    assert {path: path.stat().st_mtime_ns for path in world.rglob("*.mp4")} != before
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -11,8 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,15 +24,37 @@ from wan.chain.plan import Plan
 from wan.configs import ModelConfig
 from wan.device.hardware import parse_device
 from wan.errors import UserError
-from wan.footage import VideoFile, choose_anchor
+from wan.footage import FramesInMemory, VideoFile, choose_anchor
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image
-from wan.types import Clip, Footage, Frame, Generation, KnownFrames, OnStep, Request, Sampled, Step, frame_size
+from wan.types import (
+    Clip,
+    Footage,
+    Frame,
+    Generation,
+    KnownFrames,
+    OnStep,
+    Request,
+    Sampled,
+    Step,
+    UInt8Array,
+    frame_size,
+)
 
 log = logging.getLogger(__name__)
+
+
+Video: TypeAlias = "str | Path | Footage | UInt8Array | list[Image.Image] | tuple[Image.Image, ...]"
+OneOrMore: TypeAlias = "LoraFile | str | Path | Sequence[LoraFile | str | Path]"
+Loras: TypeAlias = "OneOrMore | Mapping[str, OneOrMore]"
+
+
+def _lora_files(given: OneOrMore) -> tuple[LoraFile, ...]:
+    files = [given] if isinstance(given, LoraFile | str | Path) else given
+    return tuple(file if isinstance(file, LoraFile) else LoraFile.parse(str(file)) for file in files)
 
 
 class _Once:
@@ -139,7 +162,7 @@ class VideoContinuation(Pipeline):
 
     def v2v(
         self,
-        video_path: str | Path,
+        video_path: Video,
         prompt: str | None = None,
         max_area: int | None = None,
         frame_num: int | None = None,
@@ -153,17 +176,28 @@ class VideoContinuation(Pipeline):
         custom_prompt: str | None = None,
         num_segments: int = 8,
         *,
+        fps: float | Fraction | None = None,
         on_step: OnStep | None = None,
-        **more: Any,
+        guidance_interval: tuple[float, float] | None = None,
+        cache: str | None = None,
+        preset: str = "quality",
+        context: Context | int | None = None,
+        anchor: Frame | None = None,
+        end: Frame | None = None,
+        loras: Loras = (),
+        prompt_mode: str = "describe",
+        drift_correction: float = 0.0,
+        best_of: int = 1,
     ) -> tuple[Tensor, str]:
-        """Continue a video file -> (video float32 [3, T, H, W] in [-1, 1], the prompt that was used).
+        """Continue a video -> (video float32 [3, T, H, W] in [-1, 1], the prompt that was used).
 
-        The video starts with the file's last frame. Without `prompt` the VLM describes the file, after
-        `custom_prompt` if that is given. What is None comes from the config. `more` are keyword arguments of `plan`:
-        with a longer `context` the video starts with that many of the file's last frames; with a `preset` its solver
-        takes the place of 'unipc'. Raises UserError.
+        `video_path` is a file, frames uint8 [T, H, W, 3] (a list of pictures too) at `fps`, which is the model's unless
+        it is given, or any `Footage`. The video starts with the last frame; with a longer `context`, 5, 9, 13 or 17,
+        with that many of the last frames. Without `prompt` the VLM describes the video, after `custom_prompt` if that
+        is given. What is None comes from the config. The other arguments are those of `plan`; with a `preset` its
+        solver takes the place of 'unipc'. Raises UserError.
         """
-        footage = VideoFile(video_path, self.video_reader)
+        footage = self.footage(video_path, fps)
         plan = self.plan(
             footage,
             max_area=max_area,
@@ -172,15 +206,32 @@ class VideoContinuation(Pipeline):
             solver=None if sample_solver == "unipc" else sample_solver,  # the default is no choice against a preset
             steps=sampling_steps,
             guidance=guide_scale,
+            guidance_interval=guidance_interval,
+            cache=cache,
+            preset=preset,
             negative=n_prompt,
             prompt=prompt,
             prefix=custom_prompt or "",
             num_segments=num_segments,
             offload=offload_model,
-            **more,
+            context=context,
+            anchor=anchor,
+            end=end,
+            loras=loras,
+            prompt_mode=prompt_mode,
+            drift_correction=drift_correction,
+            best_of=best_of,
         )
         made = self.extend(footage, draw_seed(seed), plan, on_step)
         return made.video, made.request.prompt
+
+    def footage(self, video: Video, fps: float | Fraction | None = None) -> Footage:
+        """What can be continued: a file, frames at `fps` (the model's unless given), or what is footage already."""
+        if isinstance(video, str | Path):
+            return VideoFile(video, self.video_reader)
+        if isinstance(video, np.ndarray | list | tuple):
+            return FramesInMemory(video, self.fps if fps is None else fps)
+        return video
 
     def plan(
         self,
@@ -196,22 +247,34 @@ class VideoContinuation(Pipeline):
         cache: str | None = None,
         preset: str = "quality",
         negative: str = "",
-        context: Context | None = None,
+        context: Context | int | None = None,
         anchor: Frame | None = None,
         end: Frame | None = None,
-        loras: Mapping[str, Sequence[LoraFile]] = MappingProxyType({}),
-        **rest: Any,
+        cut: Frame | bool | None = None,
+        loras: Loras = (),
+        prompt: str | None = None,
+        prefix: str = "",
+        prompt_mode: str = "describe",
+        num_segments: int = 8,
+        drift_correction: float = 0.0,
+        best_of: int = 1,
+        keeps_takes: bool = False,
+        offload: bool = True,
+        number: int = 1,
+        count: int = 1,
     ) -> Plan:
         """A plan that fits the footage: its aspect within `max_area` pixels. None means the preset's or config's value.
 
-        `rest` are further fields of `Plan`. Raises UserError.
+        `context` may be a number of known frames. `loras` are files, as `LoraFile` or as text PATH[:STRENGTH]: one or
+        several for a model with one denoiser, and by the name of the expert ("high_noise_model", "low_noise_model")
+        for one with two. The rest are fields of `Plan`. Raises UserError.
         """
         config = self.config
         if max_area is None:
             width, height = (int(side) for side in config.sizes[0].split("*"))
             max_area = width * height
         size = self.fit(*frame_size(footage.last), max_area)
-        context = context or Context()
+        context = Context.choose(None, context) if isinstance(context, int) else context or Context()
         if context.mode == "svi2pro" and anchor is None:
             anchor = choose_anchor(footage)
         plan = Plan(
@@ -229,12 +292,31 @@ class VideoContinuation(Pipeline):
             context=context,
             anchor=anchor,
             end=end,
-            loras={name: tuple(files) for name, files in loras.items() if files},
+            loras=self._loras(loras),
             preset=preset,
-            **rest,
+            prompt=prompt,
+            prefix=prefix,
+            prompt_mode=prompt_mode,
+            num_segments=num_segments,
+            drift_correction=drift_correction,
+            best_of=best_of,
+            keeps_takes=keeps_takes,
+            cut=cut,
+            offload=offload,
+            number=number,
+            count=count,
         )
         self.check(plan)
         return plan
+
+    def _loras(self, given: Loras) -> dict[str, tuple[LoraFile, ...]]:
+        """LoRA files by the expert that they are for. Raises UserError."""
+        if not isinstance(given, Mapping):
+            experts = sorted(self.checkpoint.experts)
+            if given and len(experts) > 1:
+                raise UserError(f"loras: give them by expert, {{{experts[0]!r}: …, {experts[1]!r}: …}}")
+            given = {experts[0]: given}
+        return {name: files for name, one in given.items() if (files := _lora_files(one))}
 
     def check(self, plan: Plan) -> None:
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""

@@ -1,7 +1,9 @@
-"""What can be continued: a video file, and the picture of any footage that a clip can hold on to."""
+"""What can be continued: a video file, frames in memory, and the picture of either that a clip can hold on to."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from wan import media
-from wan.types import Footage, Frame, UInt8Array, from_uint8
+from wan.errors import UserError
+from wan.types import Footage, Frame, UInt8Array, frame_indices, from_uint8
 
 
 class VideoFile:
@@ -38,6 +41,42 @@ class VideoFile:
     def tail(self, count: int, fps: Fraction) -> Tensor:
         """The file's last frames at `fps`, whatever its own rate is, as `Footage.tail`."""
         return from_uint8(media.read_tail(self.path, count, fps, self.until))
+
+
+class FramesInMemory:
+    """Frames uint8 [T, H, W, 3] RGB, or a list of pictures of one size, as `Footage` at `fps` frames per second.
+
+    Raises UserError for what are no such frames.
+    """
+
+    def __init__(self, frames: UInt8Array | Sequence[Image.Image], fps: Fraction | float) -> None:
+        pictures = [np.asarray(one.convert("RGB")) if isinstance(one, Image.Image) else one for one in frames]
+        shapes = {np.shape(picture) for picture in pictures}
+        if len(shapes) != 1 or len(shape := shapes.pop()) != 3 or shape[2] != 3:
+            raise UserError("frames must be uint8 [T, H, W, 3] or pictures of one size, at least one")
+        self.frames = np.stack(pictures)
+        if self.frames.dtype != np.uint8:
+            raise UserError(f"frames must be uint8 from 0 to 255, these are {self.frames.dtype}")
+        if not fps > 0:
+            raise UserError(f"`fps` must be a positive number, {fps} is not")
+        self.fps = Fraction(fps).limit_denominator(10**6)
+        self.last: Frame = Image.fromarray(self.frames[-1])
+        self.motion: Tensor | None = None  # the latents of frames are not known
+
+    def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
+        """Frames spread over them, or over their last `seconds`, as `Footage.samples`."""
+        if seconds is None:
+            return self.frames[frame_indices(len(self.frames), count)]
+        return self._last(count, Fraction(max(count - 1, 1)) / Fraction(seconds))
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The last frames at `fps`, whatever their own rate is, as `Footage.tail`."""
+        return from_uint8(self._last(count, fps))
+
+    def _last(self, count: int, fps: Fraction) -> UInt8Array:
+        """Up to `count` frames at a rate: what is on screen 1/fps seconds before the last one appears, and so on."""
+        numbers = [len(self.frames) - 1 - math.ceil(step * self.fps / fps) for step in range(count - 1, -1, -1)]
+        return self.frames[[number for number in numbers if number >= 0]]
 
 
 def choose_anchor(footage: Footage) -> Frame:

@@ -1,4 +1,4 @@
-"""A PIL picture, however deep, transparent or wide in colour -> RGB for a standard screen."""
+"""PIL pictures: however deep, transparent or wide in colour -> RGB for a standard screen; scaled to cover a size."""
 
 from __future__ import annotations
 
@@ -70,6 +70,14 @@ def over_white(pixels: npt.NDArray[np.uint8], opacity: npt.NDArray[Any], name: s
         share = opacity[band].astype(np.float32) / top
         result[band] = np.rint(pixels[band] * share + 255 * (1 - share)).astype(np.uint8)
     return result
+
+
+def cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image scaled to cover width x height and cropped around its centre."""
+    scale = max(width / image.width, height / image.height)
+    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
 
 
 def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) -> Image.Image:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -521,3 +522,20 @@ def fills(width: int, height: int, max_area: int, cell: int) -> bool:
     """
     on_grid = width % cell == 0 and height % cell == 0
     return on_grid and width * height <= max_area < (width + cell) * (height + cell)
+
+
+# Which module has the pipeline of a task, and under which name.
+_CLASSES = {
+    "t2v-A14B": ("wan.text2video", "WanT2V"),
+    "i2v-A14B": ("wan.image2video", "WanI2V"),
+    "ti2v-5B": ("wan.textimage2video", "WanTI2V"),
+    "v2v-14B": ("wan.video2video", "WanV2V"),
+    "v2v-5B": ("wan.wan22video2video5B", "WanV2V5B"),
+}
+
+
+def pipeline_class(task: str) -> type[Pipeline]:
+    """The class of a task's pipeline, by the task's name in `WAN_CONFIGS`."""
+    home, name = _CLASSES[task]
+    found: type[Pipeline] = getattr(import_module(home), name)
+    return found

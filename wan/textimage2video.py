@@ -10,7 +10,7 @@ from torch import Tensor
 from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.pictures import as_shown
+from wan.pictures import as_shown, cover
 from wan.pipeline import OneExpert, draw_seed, fills
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
@@ -51,14 +51,6 @@ def preprocess(image: Frame, width: int, height: int) -> Tensor:
         covered = np.stack([np.asarray(cover(plane, width, height)) for plane in planes])
         return torch.from_numpy(covered).clamp(-1, 1)  # as the overshoot of an 8-bit image is
     return image_to_frame(cover(as_shown(image), width, height))
-
-
-def cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image scaled to cover width x height and cropped around its centre."""
-    scale = max(width / image.width, height / image.height)
-    scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return scaled.crop((left, top, left + width, top + height))
 
 
 class WanTI2V(OneExpert):

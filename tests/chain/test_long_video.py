@@ -295,7 +295,9 @@ def test_what_is_kept_after_a_redo_still_follows_the_storyboard(checkpoints: Pat
     assert chain(checkpoints, run, *flags, "--yes", count=0) == 0
     assert len(list((run / "redone").glob("video_03*.mp4"))) == 2
     board(tmp_path / "story.json", {"prompt": "one", "seed": 77}, "two", "another")
-    assert chain(checkpoints, run, *flags, "--redo", "1", count=0) == 0  # the old settings of clip 1 are given up
+    assert (
+        chain(checkpoints, run, *flags, "--redo", "1", "--yes", count=0) == 0
+    )  # the old settings of clip 1 are given up
     assert records(run)[0]["seed"] != 77
     board(tmp_path / "story.json", {"prompt": "one", "seed": 78}, "two", "another")
     assert chain(checkpoints, run, *flags, count=0) == 2  # its seed is another now, and all follows from it

@@ -308,6 +308,7 @@ def test_takes_are_kept_and_chosen(command: Command, tmp_path: Path, monkeypatch
     before, made = stamps(out), during(monkeypatch, {})
     other, same = (2, 1) if best == 4 else (1, 2)
     assert command(f"{words} --take 2={same}").code == 0 and made == []  # it was that one
+    assert "clip 3 continues clip 2" in command(f"{words} --take 2={other} --dry_run").said
     seen = command(f"{words} --take 2={other}")
     assert seen.code == 0 and len(made) == 2  # two takes of the clip that follows, none of the one that was chosen
     assert f"clip 2 is there already: it is takes/02/take_{other}_seed" in seen.told

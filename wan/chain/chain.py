@@ -103,6 +103,7 @@ class ChainRun:
         self.edited: dict[str, dict[str, str | None]] = dict(before.get("edited") or {})
         self.clips: dict[int, FinishedClip] = {}
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
+        self._to_redo = settings.redo  # until another seed was drawn for it
         if settings.redo is not None:
             self._check_redo(settings.redo, len(script.plans))
         for number, take in settings.take:
@@ -116,8 +117,9 @@ class ChainRun:
         self.scripted = {
             number: scene.said["seed"] for number, scene in enumerate(script.scenes, 1) if "seed" in scene.said
         }
-        if begun == 0 and (redo := self.settings.redo) is not None:
-            self.draw_again(redo)
+        if self._to_redo is not None:
+            self.draw_again(self._to_redo)
+            self._to_redo = None
         self._name_seeds()
         self.changes: list[Change] = []  # of clips that are there and not what is asked for
         self.elsewhere: dict[int, FinishedClip] = {}  # the right clips that are not in their places
@@ -194,15 +196,13 @@ class ChainRun:
     def remade(self) -> list[Change]:
         """What a run makes again of what is finished, and was not asked about before: neither by `redo` nor by yes."""
         kept = {clip.fingerprint for clip in self.clips.values()}
-        lost = [
+        return [
             change
-            for change in self.changes
+            for change in self.again
             if (there := self.found[change.number].fingerprint) not in kept
             and there not in self._given_up
             and change.root != self.settings.redo
         ]
-        missing = sum(number not in self.clips for number in range(1, self.count + 1))
-        return lost[: max(missing, 0)]
 
     def is_current(self, clip: FinishedClip, wanted: Mapping[str, Any]) -> bool:
         """Whether a clip is what is wanted; `keep_following` vouches for it after one other predecessor."""

@@ -70,7 +70,7 @@ class Measure:
 
     def read(self, seam: Mapping[str, Any]) -> dict[str, str]:
         """Name, value, verdict (good, faint, visible or unknown) and words."""
-        value = _number(seam.get(self.key))
+        value = _drawable(seam.get(self.key))
         if value is None:
             return {"name": self.name, "value": "–", "verdict": "unknown", "words": "not measured"}
         ranges = {"good": self.good, "faint": self.faint}
@@ -293,17 +293,17 @@ def _attention(clips: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _drift(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shift, colour = [0.0, 0.0, 0.0], []
     for clip in clips:
-        step = [_number(value) for value in (clip["seam"] or {}).get("colour_shift") or ()]
+        step = [_drawable(value) for value in (clip["seam"] or {}).get("colour_shift") or ()]
         known = [value for value in step if value is not None]
         whole = len(known) == 3
         shift = [total + value for total, value in zip(shift, known, strict=True)] if whole else shift
         colour.append(math.hypot(*shift) if whole else None)
     looks = [clip["look"] or {} for clip in clips]
-    moving = [_number(look.get("moving")) for look in looks]
+    moving = [_drawable(look.get("moving")) for look in looks]
     return {
         "colour": colour,
         "colour_shift": shift if any(value is not None for value in colour) else None,
-        **{name: _percent_change([_number(look.get(name)) for look in looks]) for name in _LOOKS},
+        **{name: _percent_change([_drawable(look.get(name)) for look in looks]) for name in _LOOKS},
         "moving": [None if share is None else 100 * share for share in moving],
     }
 
@@ -315,10 +315,10 @@ def _percent_change(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _score(clip: Mapping[str, Any]) -> float | None:
-    return _number((clip["seam"] or {}).get("score"))
+    return _drawable((clip["seam"] or {}).get("score"))
 
 
-def _number(value: Any) -> float | None:
+def _drawable(value: Any) -> float | None:
     """A finite number, of a size that can be drawn."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if plain and abs(value) < 1e12 else None
@@ -397,8 +397,8 @@ class _Axes:
 def _charts(facts: Mapping[str, Any]) -> dict[str, Any]:
     clips, drift = facts["clips"], facts["drift"]
     numbers = [clip["number"] for clip in clips]
-    gpu = any(_number(clip["peak_gpu_gib"]) is not None for clip in clips)
-    peaks = [_number(clip["peak_gpu_gib" if gpu else "peak_host_gib"]) for clip in clips]
+    gpu = any(_drawable(clip["peak_gpu_gib"]) is not None for clip in clips)
+    peaks = [_drawable(clip["peak_gpu_gib" if gpu else "peak_host_gib"]) for clip in clips]
     against = "against clip 1"
     return {
         "score": _score_chart(numbers, [_score(clip) for clip in clips]),
@@ -426,7 +426,7 @@ def _score_chart(numbers: Sequence[int], scores: Sequence[float | None]) -> Char
 
 
 def _time_chart(numbers: Sequence[int], found: Sequence[Mapping[str, Any]]) -> Chart:
-    stacks = [{name: _number(value) or 0.0 for name, value in seconds.items()} for seconds in found]
+    stacks = [{name: _drawable(value) or 0.0 for name, value in seconds.items()} for seconds in found]
     kinds = {
         name: f"stage{index % 8}" for index, name in enumerate(dict.fromkeys(name for one in stacks for name in one))
     }

@@ -43,8 +43,6 @@ USUAL_CLIPS = 12
 
 def continue_video(job: Job) -> None:
     """A folder of clips; prints the joined video's name. Raises UserError."""
-    if job.settings.review and not on_terminal():
-        raise UserError("`review` asks after each clip, which needs a terminal; leave it out")
     chain = Chain(job)
     if job.settings.dry_run:
         say(*(spell(line, spell_flag) for line in chain.outline()))
@@ -76,6 +74,8 @@ class Chain:
         check_folder(job, RunFolder(self.folder))
         if not job.settings.dry_run:
             self._steering.check()
+            if job.settings.review and not on_terminal():
+                raise UserError("`review` asks after each clip, which needs a terminal; leave it out")
         self._footage = job.footage()
         # what is lost of it is said now
         self._sound = media.find_sound(job.video) if job.settings.include_source else None
@@ -305,7 +305,7 @@ def _agree(run: ChainRun) -> None:
     advice = "the old settings keep them, and another `output_dir` leaves them as they are"
     if asks and not on_terminal():
         raise UserError(
-            f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(run.again))}): give "
+            f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(remade))}): give "
             f"`yes` for that; {advice}"
         )
     lines = [*run.moved, *(spell(line, spell_flag) for line in in_words(run.again))]

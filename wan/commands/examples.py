@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import wan
-
 _SHAPES = {"prompt": "The shapes keep moving across the picture at the same pace.", "video": "examples/shapes.mp4"}
 
 EXAMPLE_PROMPT: dict[str, dict[str, str]] = {
@@ -23,6 +21,6 @@ EXAMPLE_PROMPT: dict[str, dict[str, str]] = {
 
 def example_of(task: str) -> Mapping[str, str]:
     """The settings of a task's example; its files lie in the repository."""
-    root = Path(wan.__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     found = dict(EXAMPLE_PROMPT[task])
     return found | {name: str(root / found[name]) for name in ("image", "video") if name in found}

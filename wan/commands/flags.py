@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from wan import __version__
 from wan.errors import UserError, spell
 from wan.kinds import (
     LARGEST_SEED,
@@ -28,6 +27,7 @@ from wan.kinds import (
 )
 from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
 from wan.settings import Context, StepCache
+from wan.version import __version__
 
 PROGRAMS: Mapping[Command, str] = {"generate": "generate.py", "continuous": "generate_continuous.py"}
 _ABOUT: Mapping[Command, str] = {

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan import __version__, media
+from wan import media
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
 from wan.commands.flags import check_video_settings
@@ -26,6 +26,7 @@ from wan.files import readable
 from wan.kinds import Picture, Video, public_path
 from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Command, Settings, options_of
 from wan.settings import Context, LoraFile
+from wan.version import __version__
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
@@ -126,7 +127,7 @@ class Job:
         """The pipeline of the task; its models load when they are used."""
         import transformers
 
-        from wan import pipeline_class
+        from wan.pipeline import pipeline_class
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
         settings = self.settings

@@ -75,13 +75,13 @@ def config_for(task: str, checkpoint_dir: str | Path) -> ModelConfig:
     return row.variant(**{key: _parse(path, key, value) for key, value in declared.items()})
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     # JSON has numbers of any length, and Python's reader takes NaN and Infinity for some
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def _ratios(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_number(item) and item > 0 for item in value)
+    return isinstance(value, list) and bool(value) and all(_is_number(item) and item > 0 for item in value)
 
 
 def _parse(path: Path, key: str, value: Any) -> Any:
@@ -90,18 +90,18 @@ def _parse(path: Path, key: str, value: Any) -> Any:
         for size in value:
             parse_size(size)
         return tuple(value)
-    whole = _number(value) and isinstance(value, int)
+    whole = _is_number(value) and isinstance(value, int)
     if key in ("sample_fps", "sample_steps") and whole and 0 < value <= 1000:
         return value
     if key == "frame_num" and whole and 0 < value <= 4093 and value % 4 == 1:
         return value
-    if key == "sample_shift" and _number(value) and value > 0:
+    if key == "sample_shift" and _is_number(value) and value > 0:
         return float(value)
-    if key == "boundary" and _number(value) and 0 <= value <= 1:
+    if key == "boundary" and _is_number(value) and 0 <= value <= 1:
         return float(value)
-    if key == "sample_guide_scale" and _number(value):
+    if key == "sample_guide_scale" and _is_number(value):
         return float(value)
-    numbers = isinstance(value, list) and bool(value) and all(_number(item) for item in value)
+    numbers = isinstance(value, list) and bool(value) and all(_is_number(item) for item in value)
     if key == "vae_std" and numbers and min(value) <= 0:
         numbers = False  # latents are divided by them
     if (key == "sample_guide_scale" and numbers and len(value) == 2) or (key in ("vae_mean", "vae_std") and numbers):

@@ -323,10 +323,10 @@ class _SelfAttention:
         shape = (*hidden_states.shape[:2], attn.heads, -1)
 
         def query() -> Tensor:
-            return _turn(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
+            return _rotate(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
 
         def key() -> Tensor:
-            return _turn(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
+            return _rotate(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
 
         def value() -> Tensor:
             return attn.to_v(hidden_states).view(shape)  # type: ignore[no-any-return]
@@ -340,7 +340,7 @@ class _SelfAttention:
         return mixed
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on [B, L, heads, head_dim], neighbouring numbers being a pair (source: the official code).
 
     `sin` is negative for the first of a pair.

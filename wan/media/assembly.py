@@ -23,6 +23,7 @@ from wan.media.reading import FIELDS, find_ending, first_frame
 from wan.media.sound import Hearing, Sound, SoundError, SoundTrack, choose_track, listen
 from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
 from wan.media.writing import join_videos, write_video
+from wan.pictures import cover
 from wan.timeline import Part, Timeline, shared_rate
 
 PIECE = ".piece.mp4"  # how the names of files end that are there only while a video is written
@@ -202,16 +203,7 @@ def _shown(
             while here[1] < wanted:
                 recent.extend(islice(frames, 1))  # damage may cost a picture in one pass only: the last one stays then
                 here = (index, here[1] + 1)
-            picture = _fit(to_rgb(deinterlace(recent), source), size)
+            picture = to_rgb(deinterlace(recent), source)
+            if picture.shape[1::-1] != size:
+                picture = np.asarray(cover(Image.fromarray(picture), *size))
         yield picture
-
-
-def _fit(picture: Picture, size: tuple[int, int]) -> Picture:
-    """Scaled to cover a size and cropped around the centre."""
-    image = Image.fromarray(picture)
-    if image.size == size:
-        return picture
-    scale = max(size[0] / image.width, size[1] / image.height)
-    left, top = (image.width - size[0] / scale) / 2, (image.height - size[1] / scale) / 2
-    box = (left, top, image.width - left, image.height - top)
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

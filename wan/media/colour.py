@@ -73,7 +73,7 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
         pixels = over_white(pixels, opacity, source.path)
         if size != (frame.width, frame.height):  # after that, or colours that nobody sees bleed into what is seen
             pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-    return np.ascontiguousarray(_turn(pixels, orientation(_tiny(frame))))
+    return np.ascontiguousarray(_upright(pixels, orientation(_tiny(frame))))
 
 
 def _tiny(frame: VideoFrame) -> VideoFrame:
@@ -146,7 +146,7 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def _turn(pixels: Picture, steps: tuple[bool, bool, bool]) -> Picture:
+def _upright(pixels: Picture, steps: tuple[bool, bool, bool]) -> Picture:
     transpose, mirror, flip = steps
     pixels = pixels.transpose(1, 0, 2) if transpose else pixels
     return pixels[:: -1 if flip else 1, :: -1 if mirror else 1]

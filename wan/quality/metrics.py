@@ -226,7 +226,7 @@ def measure_look(frames: Tensor) -> Look:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Change:
     """From one frame to the next: mean change of RGB beyond that of its mean, speed, coarse flow [3, 5, 2], and
     Lab shift of followed pixels."""
 
@@ -236,13 +236,13 @@ class _Step:
     shift: Array
 
 
-def _steps(frames: Iterable[Tensor]) -> Iterator[_Step]:
+def _steps(frames: Iterable[Tensor]) -> Iterator[_Change]:
     cv2 = opencv()
     for first, second in pairwise(Picture.of(frame) for frame in frames):
         field = flow(first, second)
         scale = LONG_SIDE / max(field.shape[:2])
         change = second.rgb - first.rgb
-        yield _Step(
+        yield _Change(
             change=float(np.abs(change - change.mean(axis=(0, 1))).mean()),
             speed=fastest(field),
             motion=cv2.resize(field, (5, 3), interpolation=cv2.INTER_AREA) * scale,
@@ -263,7 +263,7 @@ def _lab_shift(first: Picture, second: Picture, field: Array) -> Array:
     return median
 
 
-def _jump(old: Sequence[_Step], at: _Step, new: Sequence[_Step]) -> tuple[float, bool]:
+def _jump(old: Sequence[_Change], at: _Change, new: Sequence[_Change]) -> tuple[float, bool]:
     """How much more than usual happens at the seam, and whether it repeats a frame where none else is repeated."""
     usual = [*old[-8:], *new[3:8]] or new or [at]
     change = float(np.median([step.change for step in usual]))
@@ -274,7 +274,7 @@ def _jump(old: Sequence[_Step], at: _Step, new: Sequence[_Step]) -> tuple[float,
     return max(changed, moved) if max(changed, moved) > 1.4 else changed, changed < VISIBLE_DUPLICATE and not on_twos
 
 
-def _speed_ratios(old: Sequence[_Step], new: Sequence[_Step]) -> tuple[float | None, float | None]:
+def _speed_ratios(old: Sequence[_Change], new: Sequence[_Change]) -> tuple[float | None, float | None]:
     usual = float(np.mean([step.speed for step in old[-6:]])) if old else 0.0
     if usual <= STILL or not new:
         return None, None
@@ -283,14 +283,14 @@ def _speed_ratios(old: Sequence[_Step], new: Sequence[_Step]) -> tuple[float | N
     return soon, later
 
 
-def _own_speed_ratio(old: Sequence[_Step]) -> float:
+def _own_speed_ratio(old: Sequence[_Change]) -> float:
     """How many times faster or slower the footage before the seam usually becomes within a few steps, 1 or more."""
     speed = [step.speed + STILL for step in old]
     sides = [(np.mean(speed[at - _NEAR : at]), np.mean(speed[at : at + _NEAR])) for at in _inner(len(old) + 1)]
     return float(np.median([max(two) / min(two) for two in sides])) if sides else 1.0
 
 
-def _turn(old: Sequence[_Step], new: Sequence[_Step]) -> tuple[float | None, float]:
+def _turn(old: Sequence[_Change], new: Sequence[_Change]) -> tuple[float | None, float]:
     """Difference of the coarse motion before and after / the motion before, beyond what is usual within `old`, and the
     cosine between the two."""
     if not old or not new:
@@ -316,7 +316,7 @@ def _motion_change(old: Sequence[Array], new: Sequence[Array]) -> tuple[float, f
     return change, float((was * now).sum()) / (size_was * size_now) if moving else 1.0
 
 
-def _flash(steps: Sequence[_Step]) -> float:
+def _flash(steps: Sequence[_Change]) -> float:
     """How far L* of followed pixels leaves both the level before the seam and the later one, on the same side."""
     level = np.cumsum([step.shift[0] for step in steps])
     early, later = level[:8], float(np.median(level[8:13])) if len(level) > 8 else float(level[-1])

@@ -99,7 +99,7 @@ def measure_motion(frames: Tensor, fps: Fraction | float) -> Motion:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _FrameMotion:
     """From one frame to the next, in pixels of a picture 416 wide; `vectors` [n, 2] of what moves by itself."""
 
     followed: bool
@@ -110,7 +110,7 @@ class _Step:
     pixels: float
 
 
-def _step(first: Picture, second: Picture) -> _Step:
+def _step(first: Picture, second: Picture) -> _FrameMotion:
     cv2 = opencv()
     field = flow(first, second)
     height, width = field.shape[:2]
@@ -130,8 +130,8 @@ def _step(first: Picture, second: Picture) -> _Step:
             camera = fit[:, :2] @ centre + fit[:, 2] - centre
             by_itself = textured & (np.hypot(*own.T) > max(0.7, 0.25 * float(np.hypot(*camera))))
             growth = math.hypot(fit[0, 0], fit[1, 0]) - 1
-            return _Step(True, camera, growth, float(by_itself.mean()), own[by_itself], pixels)
-    return _Step(False, np.zeros(2), 0.0, 0.0, np.zeros((0, 2)), pixels)
+            return _FrameMotion(True, camera, growth, float(by_itself.mean()), own[by_itself], pixels)
+    return _FrameMotion(False, np.zeros(2), 0.0, 0.0, np.zeros((0, 2)), pixels)
 
 
 def _unit(vector: Array) -> tuple[float, float]:
