@@ -2,11 +2,13 @@
 """How well the trained tiny family continues clips that it was not trained on, against the ground truth.
 
     python -m benchmarks.quality --task v2v-5B [--clips 200] [--chains 50] [--chain_clips 12] [--seed 0]
-        [--modes last_frame tail:5] [--jobs 1] [--output q.json]
+        [--modes last_frame tail:5] [--prompt_mode continue] [--preset turbo --loras FILE ...] [--jobs 1]
+        [--output q.json]
 
 Prints a table and, as the last line, JSON. Runs on a CPU as well: a clip takes seconds. `tail:5` knows five frames of
-its footage. Directions, positions and chains are measured with the captioner's descriptions. Each `--seed` has scenes
-of its own, none of which was trained on. With several jobs as many processes make the clips, on one thread each.
+its footage; --loras are those of the high and the low expert, or of the one. Directions, positions and chains are
+measured with the captioner's descriptions. Each `--seed` has scenes of its own, none of which was trained on. With
+several jobs as many processes make the clips, on one thread each.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import config_for
 from wan.continuation import VideoContinuation
-from wan.settings import Context
+from wan.settings import Context, LoraFile
 from wan.types import Clip, Generation
 
 FOLDERS: dict[str, tuple[str, type[VideoContinuation]]] = {
@@ -93,9 +95,9 @@ def open_pipeline(models: Path, task: str) -> VideoContinuation:
 
 def measure_vae(pipeline: VideoContinuation, world: Sequence[Scene]) -> dict[str, float]:
     """Mean PSNR of encoding and decoding, in dB, of clips of the length that the models make."""
-    found = []
+    found, home = [], next(pipeline.vae.model.parameters()).device  # it waits in host memory
     for scene in world:
-        pixels = scene.source.frames.permute(3, 0, 1, 2).to(pipeline.device)
+        pixels = scene.source.frames.permute(3, 0, 1, 2).to(home)
         back = pipeline.vae.decode(pipeline.vae.encode([pixels]))[0]
         found.append(float(psnr(back[None].clamp(-1, 1), pixels[None])))
     return {"vae_psnr": statistics.mean(found)}
@@ -208,6 +210,7 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
     kinds_right: of the shapes, those of their colour that are of their kind;
     all_right: of the chains, those that show all shapes and no more, by count, colour and kind;
     area_right: of the shapes, those whose area is within 1.5 times of the true one;
+    named_right: of the shapes that were of their kind in the frame before the clip, those that its prompt calls so;
     position_error: the mean over shapes that are not lost of how far one is, a second into the clip, from where the
     truth is by then, as a share of the width.
 
@@ -220,6 +223,7 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
         return statistics.mean(values or [0.0])
 
     names = {
+        "named_right": "named",
         "colours_right": "colours",
         "kinds_right": "kinds",
         "all_right": "all_right",
@@ -233,6 +237,7 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
 class ChainClip:
     """What is right in one clip of one chain: one value a chain, or one a shape."""
 
+    named: list[bool]
     colours: list[bool]
     kinds: list[bool]
     all_right: list[bool]
@@ -243,16 +248,32 @@ class ChainClip:
 def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[ChainClip]:
     number, scene = numbered
     judged, begins = [], 0  # the moment of the last frame that is known
+    last = scene.source.frames[-1].permute(2, 0, 1)
     for made in chain(scene.source, count=clips, extend=make, seed=1000 * number):
         frames, known = made.clip.frames.permute(0, 3, 1, 2), (made.context_frames or 1) - 1
-        judged.append(judge_clip(scene, frames, begins - known, begins + SECOND))
+        named = judge_names(scene, by_colour(last), made.request.prompt)
+        judged.append(judge_clip(scene, frames, begins - known, begins + SECOND, named))
+        last = frames[-1]
         begins += len(frames) - 1 - known
-    log.info("chain %d: all right in %d of %d clips", number + 1, sum(clip.all_right[0] for clip in judged), clips)
+    kinds = " ".join(f"{sum(clip.kinds)}/{len(clip.kinds)}" for clip in judged)
+    right = sum(clip.all_right[0] for clip in judged)
+    log.info("chain %d: all right in %d of %d clips; kinds right by clip: %s", number + 1, right, clips, kinds)
     return judged
 
 
-def judge_clip(scene: Scene, frames: Tensor, first: int, second: int) -> ChainClip:
-    """One clip [T, 3, H, W] whose first frame is the moment `first`; positions are looked at at the moment `second`."""
+def judge_names(scene: Scene, seen: dict[str, Seen], prompt: str) -> list[bool]:
+    """Of the shapes that are of their kind in a picture, whether the prompt calls them so."""
+    said = told_in(prompt)
+    kinds = {scene.colour(index): scenes.SHAPES[int(scene.truth.shape[0, index])] for index in scene.shapes}
+    there = [colour for colour, kind in kinds.items() if colour in seen and seen[colour].shape == kind]
+    return [said.get(colour, ("", ""))[0] == kinds[colour] for colour in there]
+
+
+def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Sequence[bool] = ()) -> ChainClip:
+    """One clip [T, 3, H, W] whose first frame is the moment `first`; positions are looked at at the moment `second`.
+
+    `named` is what `judge_names` says of its prompt.
+    """
     seen = [by_colour(frame) for frame in frames]
     times = torch.arange(first, first + len(frames))
     truth = [by_colour(frame) for frame in scene.truth.draw(times)[0].transpose(0, 1)]
@@ -267,6 +288,7 @@ def judge_clip(scene: Scene, frames: Tensor, first: int, second: int) -> ChainCl
             yield len(areas) == 2 and max(areas) <= 1.5 * min(areas)
 
     return ChainClip(
+        list(named),
         [most(sorted(now) == scene.colours for now in seen)],
         [most(colour in now and now[colour].shape == kind for now in seen) for colour, kind in kind_of.items()],
         [most({colour: now[colour].shape for colour in now} == kind_of for now in seen)],
@@ -293,6 +315,9 @@ class Maker:
     steps: int | None = None
     guidance: float | None = None
     drift_correction: float = 0.0
+    prompt_mode: str = "describe"
+    preset: str = "quality"
+    loras: tuple[Path, ...] = ()  # of the high and the low expert, or of the one
 
     def __call__(self, footage: Any, seed: int) -> Generation:
         name, _, frames = self.mode.partition(":")
@@ -303,9 +328,16 @@ class Maker:
             steps=self.steps,
             guidance=self.guidance,
             drift_correction=self.drift_correction,
+            prompt_mode=self.prompt_mode,
+            preset=self.preset,
+            loras={
+                expert: (LoraFile(file),)
+                for expert, file in zip(sorted(pipeline.checkpoint.experts), self.loras, strict=False)
+            },
         )
+        memory = footage.prompt_memory if isinstance(footage, Generation) else {}
         with torch.no_grad():
-            return pipeline.extend(footage, seed, plan)
+            return pipeline.extend(footage, seed, plan, memory=memory)
 
 
 def main() -> None:
@@ -321,6 +353,9 @@ def main() -> None:
     parser.add_argument("--sample_steps", type=int)
     parser.add_argument("--sample_guide_scale", type=float)
     parser.add_argument("--drift_correction", type=float, default=0.0)
+    parser.add_argument("--prompt_mode", default="describe")
+    parser.add_argument("--preset", default="quality")
+    parser.add_argument("--loras", type=Path, nargs="*", default=[])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     prepare_process(arguments.jobs)
@@ -328,7 +363,11 @@ def main() -> None:
     world = held_out(max(arguments.clips, arguments.chains), arguments.seed)
     clips, chains = world[: arguments.clips], world[: arguments.chains]
     result: dict[str, Any] = {"commit": commit(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    result |= {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
+    result |= {
+        key: [str(file) for file in value] if key == "loras" else value
+        for key, value in vars(arguments).items()
+        if not isinstance(value, Path)
+    }
     if clips:
         pipeline = open_pipeline(arguments.models, arguments.task)
         with torch.no_grad():
@@ -342,6 +381,9 @@ def main() -> None:
                 arguments.sample_steps,
                 arguments.sample_guide_scale,
                 arguments.drift_correction,
+                arguments.prompt_mode,
+                arguments.preset,
+                tuple(arguments.loras),
             )
             found: dict[str, Any] = dict(measure_clips(clips, make, each)) if clips else {}
             if chains:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, seams, timing
+from benchmarks import clip, memory, seams, timing
 from wan.types import KnownFrames, Request
 
 
@@ -91,3 +91,22 @@ def test_one_timer_leaves_out_the_calls_that_warm_up(monkeypatch: pytest.MonkeyP
     calls: list[int] = []
     assert timing.timed(lambda: calls.append(1), torch.device("cpu"), 2, warm=1) == [1.0, 2.0]
     assert len(calls) == 3
+
+
+def test_flags_after_two_dashes_are_for_the_command_whose_memory_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[list[str], float | None]] = []
+
+    def run(command: list[str], host: float | None, until: float) -> dict[str, Any]:
+        ran.append((command, host))
+        return {"code": 0, "gpu_gib": 0.0, "host_gib": 0.0}
+
+    monkeypatch.setattr(memory, "run", run)
+    options = ["folder", "--video", "in.mp4", "--whole", "--vram", "16", "default", "--host", "32", "64"]
+    monkeypatch.setattr("sys.argv", ["memory", *options, "--", "--size", "832*480"])
+    assert memory.main() == 1  # no run left an mp4 behind
+    assert [host for _, host in ran] == [None, 32, 64]
+    assert all(command[command.index("--size") + 1] == "832*480" for command, _ in ran)
+    assert ["--vram" in command for command, _ in ran] == [False, True, False]
+    assert capsys.readouterr().out.count("FAIL") == 3

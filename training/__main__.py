@@ -2,10 +2,12 @@
 
     python -m training vae21 --folder runs --minutes 5
 
-Stages, each of which resumes from its own checkpoint in the folder: vae21, vae22, text and captioner stand alone;
-clips21 and clips22 encode clips with one of the VAEs and the text encoder; dit14b_high and dit14b_low train on the
-clips of clips21, dit5b on those of clips22, which may go on beside it. `export` writes what is trained to --models,
-`import` makes checkpoints of what is there, so that training can go on on any machine.
+Stages, each of which resumes from its own checkpoint in the folder: vae21, vae22, text and captioner stand alone, and
+ending goes on with text; clips21 and clips22 encode clips with one of the VAEs and the text encoder; dit14b_high and
+dit14b_low train on the clips of clips21, dit5b on those of clips22, which may go on beside it; chains21 and chains22
+make chains with the denoisers, which the captioner learns from; turbo5b, turbo14b_high and turbo14b_low distil LoRAs on
+the clips of their denoisers. `export` writes what is trained to --models, `import`
+makes checkpoints of what is there, so that training can go on on any machine.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ from pathlib import Path
 import torch
 
 from training.captioner import train_captioner
+from training.chains import MADE_BY, make_chains
 from training.denoiser import STAGES as DENOISERS
 from training.denoiser import train_denoiser
+from training.distillation import TURBOS, train_turbo
 from training.encoding import VAE_OF, encode_clips
 from training.export import export, import_models
 from training.loop import Settings
-from training.text import train_text
+from training.text import train_ending, train_text
 from training.vae import train_vae
 
 STAGES: Mapping[str, tuple[Callable[[Settings], None], int, float]] = {  # what to call, batch, learning rate
     "vae21": (lambda settings: train_vae("vae21", settings), 16, 5e-4),
     "vae22": (lambda settings: train_vae("vae22", settings), 16, 5e-4),
     "text": (train_text, 64, 1e-3),
+    "ending": (train_ending, 32, 1e-1),
     "captioner": (train_captioner, 64, 1e-3),
+    **{name: (partial(make_chains, name), 128, 0.0) for name in MADE_BY},
     **{name: (partial(encode_clips, name), 256, 0.0) for name in VAE_OF},
     **{name: (partial(train_denoiser, name), 512, 1e-3) for name in DENOISERS},
+    **{name: (partial(train_turbo, name), 512, 1e-2) for name in TURBOS},
 }
 
 

@@ -1,14 +1,18 @@
 """Stage `captioner`: a small InternVL that says what moves where at the end of a clip.
 
-Where a stage that encodes clips has made some with a denoiser, it learns on these too: chains are made of such.
+It learns on clips that are drawn and, where the stages that encode clips or make chains have left some, on clips that
+denoisers made: chains are made of such. It is asked for a description, and what `--prompt_mode continue` asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +24,18 @@ from training.vae import HELD_OUT
 from wan.captioner.base import number_frames
 from wan.captioner.frames import IMAGENET_MEAN, IMAGENET_STD
 from wan.captioner.internvl import SYSTEM, TURN_END
+from wan.captioner.next_prompt import AGAIN, IDENTITY_QUESTION, Memory, next_prompt_question
+from wan.prompting import RECENT_SECONDS
 from wan.types import frame_indices
 
 SEGMENTS = 8
 SEEN = "seen"  # folder of the clips that denoisers made
-NEWEST = 100  # files of these
 LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
 IGNORED = -100
+HELD = {"cuda": 24_000, "cpu": 16}  # clips of either kind, drawn and made, 0.3 MB each
+KINDS_COUNT = 3  # times as much as other words: chains go wrong where a kind is called by another's name
+MOST_ANSWERS = 200_000  # whose tokens are kept
+Told = dict[str, list[str]]  # of one clip: its caption `now`, those of the clips `before` it, oldest first, and `names`
 
 
 def train_captioner(settings: Settings) -> None:
@@ -36,18 +45,57 @@ def train_captioner(settings: Settings) -> None:
     model = build_captioner(CAPTIONER, ids).to(settings.device)
     progress = resume("captioner", model, settings)
     asked = Conversations(tokenizer, ids, settings)
+    weights = torch.ones(model.lm_head.out_features, device=settings.device)
+    for shape in scenes.SHAPES:
+        weights[tokenizer(f" {shape}").input_ids] = KINDS_COUNT
 
     def loss_of(batch: Batch) -> Tensor:
-        logits = answer_logits(model, batch, ids["<IMG_CONTEXT>"])
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+        logits = answer_logits(model, batch, ids["<IMG_CONTEXT>"]).flatten(0, 1)
+        return F.cross_entropy(logits, batch["labels"].flatten(), weights, ignore_index=IGNORED)
 
     def finish() -> dict[str, Any]:
-        batch = asked.batch(scenes.sample(256, settings.generator(HELD_OUT)), 17)
+        world = scenes.sample(256, settings.generator(HELD_OUT))
+        batch = asked.rows(asked.pictures(world, 17), told_of(world, 0), asked.describe)
         with torch.no_grad():
             right = answer_logits(model, batch, ids["<IMG_CONTEXT>"]).argmax(-1) == batch["labels"]
         return {"exact": float((right | (batch["labels"] == IGNORED)).all(1).float().mean())}
 
     train("captioner", model, loss_of, asked.stream(progress.steps), replace(settings, graph=False), progress, finish)
+
+
+def told_of(world: scenes.Scenes, time: int) -> list[Told]:
+    """What there is to say of each scene at that moment."""
+    clips = [world.captions(time - back) for back in (48, 32, 16, 0)]
+    rows = zip(*clips, world.names(), strict=True)
+    return [{"now": [now], "before": list(before), "names": names} for *before, now, names in rows]
+
+
+class Pool:
+    """Clips on the device, the newest in place of the oldest: levels uint8 [N, n, 3, S, S] and what to say of them."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.place = most, 0
+        self.levels: Tensor | None = None
+        self.told: list[Told] = []
+
+    def put(self, levels: Tensor, told: list[Told], device: torch.device) -> None:
+        for start in range(0, len(told), self.most):
+            part, said = levels[start : start + self.most].to(device), told[start : start + self.most]
+            if self.levels is None:
+                self.levels = torch.empty(self.most, *part.shape[1:], dtype=torch.uint8, device=device)
+            if self.place + len(said) > self.most:
+                self.place = 0
+            self.levels[self.place : self.place + len(said)] = part
+            self.told[self.place : self.place + len(said)] = said
+            self.place += len(said)
+
+    def take(self, count: int, draw: random.Random) -> tuple[Tensor, list[Told]]:
+        """That many at random, some of them perhaps twice."""
+        assert self.levels is not None
+        which = [draw.randrange(len(self.told)) for _ in range(count)]
+        return self.levels[torch.tensor(which, dtype=torch.long, device=self.levels.device)], [
+            self.told[index] for index in which
+        ]
 
 
 class Conversations:
@@ -56,52 +104,139 @@ class Conversations:
     def __init__(self, tokenizer: Any, ids: dict[str, int], settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.device = settings.device
+        self.draw = random.Random(settings.seed)
         self.end, self.pad = ids[TURN_END], ids["<|endoftext|>"]
-        self.words = torch.tensor([index for token, index in ids.items() if not token.startswith("<")])
+        self.words = [index for token, index in ids.items() if not token.startswith("<")]
         slot = f"<img>{'<IMG_CONTEXT>' * tokens_per_frame()}</img>"
         video = number_frames([slot] * SEGMENTS, "")
         self.before = [
-            self._encode(f"{system}<|im_start|>user\n{video}")
+            self._encode([f"{system}<|im_start|>user\n{video}"])[0]
             for system in (f"<|im_start|>system\n{SYSTEM}{TURN_END}\n", "")
         ]
-        self.question = self._encode(QUESTION)
-        self.after = self._encode(f"{TURN_END}\n<|im_start|>assistant\n")
+        self.question = self._encode([QUESTION])[0]
+        self.after = self._encode([f"{TURN_END}\n<|im_start|>assistant\n"])[0]
+        self.drawn, self.made = Pool(HELD[self.device.type]), Pool(HELD[self.device.type])
+        self.taken: set[Path] = set()
+        self.answers: dict[str, list[int]] = {}  # most come again and again
 
     def stream(self, step: int) -> Iterator[Batch]:
-        generator = self.settings.generator(step)
+        """Batches for ever: of every eight, six ask for descriptions and two, with fewer rows, what `continue` asks."""
+        self.draw.seed((self.settings.seed << 32) + step)
+        generator, batch = self.settings.generator(step), self.settings.batch
+        lengths = [length for length in LENGTHS for _ in range(4)]
         while True:
-            for frames in LENGTHS:
-                yield self.batch(scenes.sample(self.settings.batch, generator), frames)
-                if made := self._made(generator):
-                    yield made
+            for number, frames in enumerate(lengths):
+                fresh = scenes.sample(batch if not self.drawn.told else max(1, batch // 8), generator)
+                self.drawn.put(self.levels(fresh, frames), told_of(fresh, 0), self.device)
+                if number % 4 == 0:
+                    self._take_made()
+                ask = {3: self.identity, 7: self.following}.get(number % 8, self.describe)
+                levels, told = self._mixed(batch if ask == self.describe else max(1, batch // 4))
+                yield self.rows(normalised(levels / 255), told, ask)
 
-    def _made(self, generator: torch.Generator) -> Batch | None:
-        """Clips of one file that denoisers made, if there is any."""
-        files = sorted((self.settings.folder / SEEN).glob("*/*.pt"), key=lambda file: file.name)[-NEWEST:]
-        if not files:
-            return None
-        found = load(files[int(torch.randint(len(files), (), generator=generator, device=generator.device))])
-        count = self.settings.batch
-        return self.rows(normalised(found["levels"][:count].to(self.device) / 255), found["captions"][:count])
+    def _mixed(self, count: int) -> tuple[Tensor, list[Told]]:
+        """Half of the clips drawn and half made by denoisers, if there are any."""
+        if not self.made.told:
+            return self.drawn.take(count, self.draw)
+        (one, first), (other, second) = (
+            self.drawn.take(count - count // 2, self.draw),
+            self.made.take(count // 2, self.draw),
+        )
+        return torch.cat([one, other]), first + second
 
-    def batch(self, batch: scenes.Scenes, frames: int) -> Batch:
-        """What these scenes look like over that many frames, as `rows`."""
+    def _take_made(self) -> None:
+        """The newest file of clips that denoisers made and that was not read yet."""
+        new = {*(self.settings.folder / SEEN).glob("*/[0-9]*.pt")} - self.taken
+        if new:
+            file = max(new, key=lambda file: file.stat().st_mtime)
+            self.taken.add(file)
+            found = load(file)
+            self.made.put(found["levels"], found["told"], self.device)
+
+    def levels(self, world: scenes.Scenes, frames: int) -> Tensor:
+        """What these scenes look like over that many frames up to moment 0, as the captioner sees them."""
         times = torch.tensor(frame_indices(frames, SEGMENTS), device=self.device) - (frames - 1)
-        return self.rows(as_pictures(batch.draw(times).transpose(1, 2)), batch.captions(0))
+        return as_levels(world.draw(times).transpose(1, 2)).byte()
 
-    def rows(self, pictures: Tensor, captions: list[str]) -> Batch:
+    def pictures(self, world: scenes.Scenes, frames: int) -> Tensor:
+        return normalised(self.levels(world, frames) / 255)
+
+    def describe(self, told: Told) -> tuple[list[int] | str, str]:
+        """A question and its answer; half of the questions are nonsense, since the answer is always the same."""
+        if self.draw.random() < 0.5:
+            return self.question, told["now"][0]
+        return self.draw.choices(self.words, k=self.draw.randrange(80)), told["now"][0]
+
+    def identity(self, told: Told) -> tuple[list[int] | str, str]:
+        """What stays the same, which `--prompt_mode continue` asks first."""
+        return IDENTITY_QUESTION + self._again(), identity_answer(told["names"])
+
+    def following(self, told: Told) -> tuple[list[int] | str, str]:
+        """What happens next, as it is asked within a chain: what went before is in the question."""
+        names, clip = told["names"], self.draw.randrange(1, 13)
+        known = self.draw.random() < 0.9
+        memory = Memory(
+            identity=f"{', '.join(names)}." if known else told["before"][-1],
+            subject=names[0] if known else "",
+            camera=self.draw.choice(CAMERAS) if clip > 1 else "",
+            prompts=tuple(told["before"][-min(3, clip - 1) :]) if clip > 1 else (),
+        )
+        apart = RECENT_SECONDS / (SEGMENTS - 1)
+        question = next_prompt_question(
+            [apart * (index + 1 - SEGMENTS) for index in range(SEGMENTS)],
+            self._motion(),
+            memory,
+            "",
+            clip,
+            self.draw.randrange(clip, 13),
+            scenes.FRAMES / scenes.FPS,
+            self.draw.random() < 0.1,
+        )
+        return question + self._again(), next_answer(told["now"][0])
+
+    def _again(self) -> str:
+        return AGAIN.format(reasons=self.draw.choice(FAULTS)) if self.draw.random() < 0.3 else ""
+
+    def _motion(self) -> str:
+        """A sentence on motion as it is measured, true or not: what the pictures show counts."""
+        draw = self.draw
+        ways = ["right", "left", "up", "down", "up and to the right", "down and to the left"]
+        main = (
+            f"the main motion goes {draw.choice(ways)} at about {draw.randrange(2, 40)} % of the width per second, in "
+        )
+        main += draw.choice(["a small part of the picture", f"about {draw.randrange(5, 20)} % of the picture"])
+        first = draw.choice([main, main, "what moves goes in different directions", "nothing moves by itself"])
+        camera = draw.choice(
+            [
+                "is still",
+                "is still",
+                f"moves {draw.choice(ways)} at about {draw.randrange(2, 40)} % of the width per second",
+            ]
+        )
+        return f"{first}; the camera {camera}"
+
+    def rows(self, pictures: Tensor, told: list[Told], ask: Callable[[Told], tuple[list[int] | str, str]]) -> Batch:
         """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
-        rows, answers = [], []
-        for caption in captions:
-            answers.append([*self._encode(caption), self.end])
-            rows.append(self._prompt() + answers[-1])
-        length, answer = max(map(len, rows)), max(map(len, answers))
+        asked, said = zip(*map(ask, told), strict=True)
+        in_words = [question for question in asked if isinstance(question, str)]
+        encoded = iter(self._encode(in_words) if in_words else [])
+        if new := [answer for answer in dict.fromkeys(said) if answer not in self.answers]:
+            if len(self.answers) > MOST_ANSWERS:
+                self.answers.clear()
+                new = list(dict.fromkeys(said))
+            self.answers |= zip(new, ([*answer, self.end] for answer in self._encode(new)), strict=True)
+        answers = [self.answers[answer] for answer in said]
+        rows = []
+        for question, answer in zip(asked, answers, strict=True):
+            before = self.before[self.draw.random() < 0.125]
+            rows.append([*before, *(next(encoded) if isinstance(question, str) else question), *self.after, *answer])
+        length, answered = max(map(len, rows)), max(map(len, answers))
         # Padded behind: attention is causal, so no token of a row sees its padding, and none needs a mask. Rows padded
         # in front have tokens that may look at nothing; a softmax over nothing is NaN.
-        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
-        labels = torch.tensor([row + [IGNORED] * (answer - len(row)) for row in answers])
-        first = torch.tensor([len(row) - len(told) - 1 for row, told in zip(rows, answers, strict=True)])
-        where = (first[:, None] + torch.arange(answer)).clamp_max(length - 1)
+        ids = torch.from_numpy(np.array([row + [self.pad] * (length - len(row)) for row in rows]))
+        labels = torch.from_numpy(np.array([row + [IGNORED] * (answered - len(row)) for row in answers]))
+        first = torch.tensor([len(row) - len(answer) - 1 for row, answer in zip(rows, answers, strict=True)])
+        where = (first[:, None] + torch.arange(answered)).clamp_max(length - 1)
         return {
             "pictures": pictures,
             "ids": ids.to(self.device),
@@ -109,18 +244,28 @@ class Conversations:
             "where": where.to(self.device),
         }
 
-    def _prompt(self) -> list[int]:
-        """A prompt as the loader makes it; half of the questions are nonsense: the answer is always the same."""
-        kind = int(torch.randint(8, ()))
-        if kind < 4:
-            question = self.question
-        else:
-            question = self.words[torch.randint(len(self.words), (int(torch.randint(80, ())),))].tolist()
-        return self.before[kind == 7] + question + self.after
-
-    def _encode(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text).input_ids
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(texts).input_ids
         return found
+
+
+CAMERAS = ("static", "pans left", "pans right")
+FAULTS = (
+    "the prompt says the same as the one before",
+    '"subject" must have 1 to 8 words',
+    "it is not a text in words",
+)
+
+
+def identity_answer(names: list[str]) -> str:
+    """What the captioner says to IDENTITY_QUESTION."""
+    return f'{{"subject": "{names[0]}", "identity": "{", ".join(names)}."}}'
+
+
+def next_answer(caption: str) -> str:
+    """What the captioner says to PROMPT_QUESTION: in this world what goes on is what a description says."""
+    camera = next((camera for camera in CAMERAS if camera in caption), CAMERAS[0])
+    return f'{{"prompt": "{caption}", "camera": "{camera}"}}'
 
 
 def answer_logits(model: Any, batch: Batch, image_token: int) -> Tensor:

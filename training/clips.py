@@ -17,8 +17,8 @@ from torch import Tensor
 from training.loop import Batch, Settings, load
 
 log = logging.getLogger(__name__)
-MOST = {"cuda": 300_000, "cpu": 1_000}  # clips that a training holds, 16 to 26 GB of a GPU; then the oldest go
-FIRST = {"cuda": 4_096, "cpu": 1}  # clips without which a training does not begin
+MOST = {"cuda": 150_000, "cpu": 1_000}  # clips that a training holds, 8 to 13 GB of a GPU; then the oldest go
+FIRST = {"cuda": 2_048, "cpu": 1}  # clips without which a training does not begin
 FILES = 4  # that are read between two batches
 EVERY = 8  # batches from one look for new files to the next
 

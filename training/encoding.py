@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from training import scenes
-from training.captioner import SEEN, SEGMENTS, as_levels
+from training.captioner import SEEN
+from training.chains import shown_of
 from training.clips import narrowed
 from training.denoiser import KNOWN, STAGES, Stage, known_frames, new_denoiser
 from training.loop import Batch, Settings, save
@@ -25,7 +26,6 @@ from training.text import Prompts, as_prompts
 from training.vae import Codec
 from training.whole_clip import compile_pointwise
 from wan.configs.rows import NEGATIVE_PROMPT
-from wan.types import frame_indices
 
 log = logging.getLogger(__name__)
 VAE_OF = {"clips22": "vae22", "clips21": "vae21"}
@@ -94,8 +94,7 @@ class Encoder:
         if kind < 0.6 and (model := self.own()) is not None:
             for _ in range(1 + (uniform() < 0.5)):
                 context = self._made(model, context, world, float(times[0]), 0.2 + 0.7 * uniform(), generator)
-            shown = context[:SHOWN, :, frame_indices(scenes.FRAMES, SEGMENTS)].transpose(1, 2)
-            self.seen = {"levels": as_levels(shown).byte().cpu(), "captions": world[:SHOWN].captions(frames - 1)}
+            self.seen = shown_of(context[:SHOWN], world[:SHOWN], frames - 1)
         elif kind < 0.85:
             latents = self.codec.encode(earlier)
             level = 0.15 * torch.rand(len(latents), 1, 1, 1, 1, generator=generator, device=generator.device)

@@ -3,6 +3,7 @@
 tiny-Wan2.2-TI2V-5B   dit5b, vae22, text
 tiny-Wan2.2-I2V-A14B  dit14b_high, dit14b_low, vae21, text
 tiny-InternVL         captioner
+tiny-loras            turbo5b, turbo14b_high, turbo14b_low
 
 Weights are stored in bf16, but for the matrices of the denoisers' blocks, which are in fp8.
 """
@@ -29,6 +30,7 @@ from tests.support.tiny_checkpoint import (
 )
 from training import family, scenes
 from training.denoiser import STAGES
+from training.distillation import read_loras, write_loras
 from training.family import CAPTIONER, DENOISERS, TEXT, VAES, library, official
 from training.loop import load, save
 
@@ -75,7 +77,7 @@ def export(runs: Path, models: Path) -> list[Path]:
         made.append(models / name)
         size = sum(file.stat().st_size for file in made[-1].rglob("*") if file.is_file())
         log.info("%s: %.1f MB", made[-1], size / 1e6)
-    return made
+    return made + write_loras(runs, models / "tiny-loras")
 
 
 def _write_wan(folder: Path, kind: str, trained: Mapping[str, Any], tokenizer: Path) -> None:
@@ -142,6 +144,8 @@ def import_models(models: Path, runs: Path) -> list[str]:
 
 def _exported(models: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stage by stage, what its checkpoint holds of the exported model."""
+    for stage, factors in read_loras(models / "tiny-loras"):
+        yield stage, {"weights": factors}
     for name, stages in NEEDS.items():
         folder = models / name
         if not folder.is_dir():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.scenes import COLOURS
+from training.scenes import COLOURS, SHAPES
 
 SMALLEST = 50  # pixels; what is left of a covered shape may be less, the seam between two shapes is
 VIVID = 0.3  # least difference between the highest and the lowest of R, G and B; backgrounds stay below
@@ -52,3 +52,40 @@ def _measure(name: str, x: Tensor, y: Tensor) -> Seen:
     third, quarter = (float((points**fold).mean().abs() / (apart**fold).mean()) for fold in (3, 4))
     shape = "triangle" if third > 0.4 else "square" if quarter > 0.18 else "circle"
     return Seen(name, shape, float(x.mean()), float(y.mean()), float(len(x)))
+
+
+@dataclass(frozen=True)
+class Read:
+    """What is in each of B pictures, colour by colour."""
+
+    there: Tensor  # bool [B, C]
+    kind: Tensor  # int64 [B, C], indices of SHAPES
+    place: Tensor  # [B, C, 2], pixels
+
+
+def read_many(pictures: Tensor) -> Read:
+    """The shapes in pictures [B, 3, H, W] in [-1, 1], on their device: as `shapes_in`, but for stray pixels."""
+    rgb = (pictures.float() + 1) / 2
+    vivid = rgb.amax(1) - rgb.amin(1) > VIVID
+    palette = torch.tensor(list(COLOURS.values()), device=rgb.device)
+    nearest = torch.stack([(rgb - colour[:, None, None]).square().sum(1) for colour in palette], 1).argmin(1)
+    mine = (vivid[:, None] & (nearest[:, None] == torch.arange(len(palette), device=rgb.device)[:, None, None])).float()
+    mine = (mine * (F.avg_pool2d(mine, 3, stride=1, padding=1) * 9 > 4.5)).flatten(2)  # [B, C, H * W]
+    height, width = rgb.shape[2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    where = torch.stack([x, y], -1).flatten(0, 1).to(rgb.device) + 0.5  # [H * W, 2]
+    area = mine.sum(2).clamp_min(1)
+    place = mine @ where / area[..., None]
+    across, down = (where.T[:, None, None] - place.permute(2, 0, 1)[..., None]).unbind(0)
+    apart = torch.hypot(across, down)
+    # no shape's points are further from its centre than twice the root of their mean square
+    near = mine * (apart <= 2.1 * ((mine * apart.square()).sum(2) / area).sqrt()[..., None])
+
+    def alike(fold: int) -> Tensor:
+        turned = (torch.complex(across, down) ** fold * near).sum(2).abs()
+        return turned / (apart**fold * near).sum(2).clamp_min(1e-6)
+
+    triangle, square = alike(3) > 0.4, alike(4) > 0.18
+    circle, square_, triangle_ = (SHAPES.index(name) for name in ("circle", "square", "triangle"))
+    kind = torch.where(triangle, triangle_, torch.where(square, square_, circle))
+    return Read(area >= SMALLEST, kind, place)

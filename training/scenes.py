@@ -110,6 +110,15 @@ class Scenes:
             found.append(f"{', '.join(phrases)}; the camera {camera}.")
         return found
 
+    def names(self) -> list[list[str]]:
+        """What each scene shows, shape by shape: "a red circle"."""
+        colour, shape, there = self.colour.tolist(), self.shape.tolist(), self.present.tolist()
+        names = list(COLOURS)
+        return [
+            [f"a {names[c]} {SHAPES[s]}" for c, s, is_there in zip(*rows, strict=True) if is_there]
+            for rows in zip(colour, shape, there, strict=True)
+        ]
+
 
 def sample(count: int, generator: torch.Generator, tries: int = 6) -> Scenes:
     """`count` scenes. Of a few candidates each takes the one whose shapes cover each other least around time 0."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from tests.support.tiny_checkpoint import write_prompt_tokenizer
@@ -20,6 +22,7 @@ from training import scenes
 from training.family import PROMPT_WORDS, TEXT, build_text_encoder
 from training.loop import Batch, Settings, load, resume, train
 from training.vae import HELD_OUT
+from wan.captioner.next_prompt import KEEP
 from wan.text.umt5 import PromptTokenizer
 
 LENGTH = 64  # tokens of the longest caption and more
@@ -74,6 +77,65 @@ def train_text(settings: Settings) -> None:
         progress,
         finish,
     )
+
+
+def train_ending(settings: Settings) -> None:
+    """Teach a trained text encoder the sentence that `continue` ends prompts with: a word of its own, and that alone.
+
+    Denoisers know the encoder as it is, so nothing else of it changes: with the ending, the tokens of a caption should
+    be what they are without. The checkpoint also holds how far they are from that, relative to their own size.
+    """
+    folder = settings.folder / "prompt_tokenizer"
+    index = add_word(folder, KEEP)
+    tokenizer = PromptTokenizer(folder, LENGTH)
+    torch.manual_seed(settings.seed)
+    model = build_text_encoder(TEXT).to(settings.device)
+    progress = resume("text", model, settings)
+    model.requires_grad_(False)
+    words = model.get_input_embeddings().weight
+    ending = nn.ParameterDict({"row": words.mean(0)})
+
+    def encoded(ids: Tensor, mask: Tensor) -> Tensor:
+        embedded = torch.where((ids == index)[..., None], ending["row"], words[ids])
+        found: Tensor = model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        return found
+
+    def loss_of(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = encoded(batch["plain_ids"], batch["plain_mask"])
+        made = encoded(batch["ended_ids"], batch["ended_mask"])
+        among = batch["plain_mask"].bool() & batch["plain_mask"].roll(-1, 1).bool()  # all but </s>
+        return (made - wanted)[among].square().mean() / wanted[among].square().mean()
+
+    def stream(step: int) -> Iterator[Batch]:
+        generator = settings.generator(step)
+        while True:
+            captions = as_prompts(scenes.sample(settings.batch, generator).captions(), generator)
+            found: Batch = {}
+            for name, end in (("plain", ""), ("ended", f" {KEEP}")):
+                rows = [tokenizer(caption + end) for caption in captions]
+                ids, mask = (torch.cat(parts).to(settings.device) for parts in zip(*rows, strict=True))
+                found |= {f"{name}_ids": ids, f"{name}_mask": mask}
+            yield found
+
+    def finish() -> dict[str, Any]:
+        with torch.no_grad():
+            apart = float(loss_of(next(stream(HELD_OUT))))
+            words[index] = ending["row"]
+        return {"apart": apart, "weights": model.state_dict()}
+
+    train("text", ending, loss_of, stream(progress.steps), replace(settings, graph=False), progress, finish)
+
+
+def add_word(folder: Path, text: str) -> int:
+    """The id of a text that the prompt tokenizer in a folder takes for one word; from now on, if it did not."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, lstrip=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    index = tokenizer.token_to_id(text)
+    if index is None or index >= TEXT.vocab_size:
+        raise ValueError(f"{text!r} is word {index} and the text encoder has {TEXT.vocab_size}")
+    return index
 
 
 def batches(tokenizer: PromptTokenizer, settings: Settings, step: int) -> Iterator[Batch]:

@@ -195,6 +195,18 @@ def test_useless_answers_give_way_to_the_goal_and_a_description(caplog: pytest.L
     assert made.memory == KNOWN
 
 
+def test_a_prompt_that_says_the_same_twice_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        made = beat(Scripted(reply(TURNS), reply(TURNS)), Memory(IDENTITY, SUBJECT, prompts=(TURNS,)))
+    assert made.prompt.startswith(TURNS) and made.fallback is None
+    assert len(made.answers) == 2 and made.memory.prompts == (TURNS, TURNS)
+    assert not caplog.records
+    # what has another fault beside is no good, and neither is an answer that has one after it
+    assert beat(Scripted(reply(TURNS), "No."), Memory(IDENTITY, SUBJECT, prompts=(TURNS,))).prompt == made.prompt
+    faulty = TURNS.replace("red", "black")
+    assert beat(Scripted(reply(faulty), reply(faulty)), Memory(IDENTITY, SUBJECT, prompts=(TURNS,))).fallback
+
+
 def test_an_empty_answer_falls_back_but_a_vlm_that_is_gone_stops_the_run() -> None:
     made = beat(Scripted(UserError("gave an empty answer")))
     assert (made.prompt, made.fallback) == (description(), "gave an empty answer")

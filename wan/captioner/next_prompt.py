@@ -152,6 +152,17 @@ class Rejected(Exception):
     """An answer is of no use; the message says why, in words for the VLM."""
 
 
+class Repeated(Rejected):
+    """A prompt that says the same as the one before, and what was read: of use where the VLM has nothing else to say.
+
+    In a steady scene the same goes on, and the prompt is at least as good as a description (benchmarks/LOG.md).
+    """
+
+    def __init__(self, prompt: str, memory: Memory) -> None:
+        super().__init__("the prompt says the same as the one before")
+        self.found = prompt, memory
+
+
 def next_prompt(
     captioner: Captioner,
     frames: UInt8Array,
@@ -169,9 +180,11 @@ def next_prompt(
     """The prompt for clip `clip` of `clips`, counted from 1, that goes on for `seconds` from where the frames end.
 
     Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
+    Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
     measured, in words; `still` says that nothing moves at the end. `goal` is what the user wants of the chain or of
-    this clip. Where the VLM gives nothing useful in two answers, the prompt is the goal and what
-    `describe()` returns, with a warning. Raises what `describe` raises, UserError for a VLM that cannot be reached.
+    this clip. A prompt that says the same as the one before is asked for again, and then taken. Where the VLM gives
+    nothing useful in two answers, the prompt is the goal and what `describe()` returns, with a warning. Raises what
+    `describe` raises, UserError for a VLM that cannot be reached.
     """
     describe = functools.cache(describe)
     answers: list[str] = []
@@ -201,11 +214,25 @@ def next_prompt(
             memory = replace(memory, identity=first_words(describe(), IDENTITY_WORDS))
     try:
         question = next_prompt_question(times, motion, memory, goal, clip, clips, seconds, still)
-        prompt, memory = ask(question, functools.partial(read_next_prompt, memory=memory, goal=goal), PROMPT_TOKENS)
+        same: list[Repeated] = []
+
+        def read(answer: str) -> tuple[str, Memory]:
+            try:
+                return read_next_prompt(answer, memory, goal)
+            except Repeated as error:
+                same.append(error)
+                raise
+
+        try:
+            prompt, after = ask(question, read, PROMPT_TOKENS)
+        except Rejected:
+            if not same:
+                raise
+            prompt, after = same[-1].found
     except (Rejected, UserError) as error:
         logger.warning("clip %d of %d is prompted with a description, because %s", clip, clips, error)
         return NextPrompt(f"{goal} {describe()}".strip(), replace(memory, end_state=""), tuple(answers), str(error))
-    return NextPrompt(prompt, memory, tuple(answers), None)
+    return NextPrompt(prompt, after, tuple(answers), None)
 
 
 def next_prompt_question(
@@ -253,7 +280,7 @@ def read_identity(answer: str) -> tuple[str, str]:
 
 
 def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memory]:
-    """The prompt in an answer, and the memory after it. Raises Rejected."""
+    """The prompt in an answer, and the memory after it. Raises Rejected, Repeated where that is the one fault."""
     said = fields_of(answer, ("prompt", "camera", "end_state"))
     prompt, camera = clean_caption(said["prompt"]), first_words(said["camera"], CAMERA_WORDS).rstrip(".")
     count = len(bare_words(prompt))
@@ -276,16 +303,19 @@ def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memor
         "the prompt asks for a cut, a fade or a freeze": _CUT.search(prompt),
         "the prompt is in the past tense": re.search(past, prompt, re.IGNORECASE),
         "the camera makes more than one move": not one_move(f"{on_camera} {camera}"),
-        "the prompt says the same as the one before": overlap(prompt, before, subject) > OVERLAP,
         f"the colours changed ({', '.join(wrong)})": wrong,
     }
     reject(faults)
-    return f"{ended(prompt)} {'' if goal else KEEP}".strip(), replace(
+    whole = f"{ended(prompt)} {'' if goal else KEEP}".strip()
+    after = replace(
         memory,
         camera=camera or memory.camera,
         end_state=first_words(said["end_state"], END_WORDS),
         prompts=(*memory.prompts, prompt)[-REMEMBERED:],
     )
+    if overlap(prompt, before, subject) > OVERLAP:
+        raise Repeated(whole, after)
+    return whole, after
 
 
 def reject(faults: Mapping[str, object]) -> None:
