@@ -246,6 +246,8 @@ def test_a_name_that_no_file_has_is_refused_before_anything_loads(
     if name in ("vlm_path", "image"):
         del given["prompt" if name == "vlm_path" else "video"]
         given |= {"prompt": "x", "task": "ti2v-5B"} if name == "image" else {}
+    if name == "prune":
+        given = {}
     if name == "anchor_image":
         given |= {"continuation": "svi2pro", "lora_high": "a.safetensors", "lora_low": "a.safetensors"}
     no_file = {} if name in ("ckpt_dir", "vlm_path", "output_dir") else {str(world / "empty"): ""}

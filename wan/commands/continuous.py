@@ -116,6 +116,8 @@ class Chain:
 
     def __iter__(self) -> Iterator[FinishedClip]:
         settings = self.job.settings
+        if not self.folder.exists():  # what cannot be made is refused before there is a folder
+            self._scripts.run(RunFolder(self.folder))
         with RunFolder(self.folder, lock=not settings.no_lock) as folder:
             run = self._scripts.run(folder)
             for line in _damaged(run):

@@ -151,7 +151,8 @@ def parse(command: Command, argv: Sequence[str] | None = None) -> Settings:
     if prunes and len(given) > 1:
         raise UserError("`prune` is given alone; it makes no clips")
     settings = Settings(**{name: _read(OPTIONS[name], value) for name, value in given.items()})
-    check_together(command, settings)
+    if not prunes:
+        check_together(command, settings)
     return settings
 
 
