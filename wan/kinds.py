@@ -382,6 +382,17 @@ class Interval(Kind):
         return [repr(sigma) for sigma in value]
 
 
+def _check_once(pairs: Any) -> None:
+    """Raise Unfit unless the first of each pair is the number of a clip, and none is there twice."""
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise Unfit("must be pairs that begin with the number of a clip")
+    numbers = [number for number, _ in pairs]
+    for number in numbers:
+        Whole().check(number)
+        if numbers.count(number) > 1:
+            raise Unfit(f"{number} is there twice; leave one of them out")
+
+
 @dataclass(frozen=True)
 class PromptFor(Kind):
     """Pairs of a clip's number and its prompt, each in two words."""
@@ -390,12 +401,9 @@ class PromptFor(Kind):
         return tuple((Whole().read(number), prompt) for number, prompt in text)
 
     def check(self, value: Any) -> None:
-        numbers = [number for number, _ in value]
-        for number, prompt in value:
-            Whole().check(number)
+        _check_once(value)
+        for _, prompt in value:
             Words().check(prompt)
-            if numbers.count(number) > 1:
-                raise Unfit(f"{number} is there twice; leave one of them out")
 
     def write(self, value: Any) -> list[str]:
         return [str(one) for one in value]
@@ -418,12 +426,9 @@ class TakeOf(Kind):
         return tuple(found)
 
     def check(self, value: Any) -> None:
-        numbers = [number for number, _ in value]
-        for number, take in value:
-            Whole().check(number)
+        _check_once(value)
+        for _, take in value:
             Whole().check(take)
-            if numbers.count(number) > 1:
-                raise Unfit(f"{number} is there twice; leave one of them out")
 
     def write(self, value: Any) -> list[str]:
         return [f"{number}={take}" for number, take in value]

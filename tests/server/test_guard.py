@@ -12,11 +12,11 @@ import pytest
 
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
-from wan.server.chains import CLIENT, read_clip, read_settings
 from wan.server.errors import ApiError, public
 from wan.server.guard import COOKIE, TOKEN, Guard, Keys
 from wan.server.main import is_loopback, read_key
 from wan.server.metrics import Metrics
+from wan.server.orders import CLIENT, read_clip, read_settings
 from wan.server.tickets import MAKING, Queue, Ticket, new_id
 
 KEY = "a-key-of-some-length"
@@ -140,6 +140,8 @@ def test_clients_set_the_rows_that_are_marked_for_them() -> None:
         "from": "1.5",
         "size": "160x96",
         "include_source": "true",
+        "take": [[5, 2]],
+        "prompt_for": [[5, "it turns"]],
     }
     found = read_settings(said)
     assert found == {
@@ -148,13 +150,17 @@ def test_clients_set_the_rows_that_are_marked_for_them() -> None:
         "from_": 1.5,
         "size": "160*96",
         "include_source": True,
+        "take": ((5, 2),),
+        "prompt_for": ((5, "it turns"),),
     }
+    assert read_settings({"take": "5=2 6=1", "include_source": "false"})["take"] == ((5, 2), (6, 1))
     for name, value in {
         "sample_steps": "x",
         "prompt": {},
         "prompt_mode": "sing",
         "sample_shift": True,
         "prompt_for": [[1]],
+        "take": [[5, 2], [5, 1]],
     }.items():
         with pytest.raises(ApiError):
             read_settings({name: value})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def everything_fp8(state: State, file: Path) -> State:
     return {key: value.float() for key, value in stored.items()}
 
 
+def store(writer: Any, name: str, values: Any, kind: Any) -> torch.Tensor:
+    """Add numbers to a GGUF file in a kind; returns what a reader then gets, in float32."""
+    stored = gguf.quants.quantize(values, kind)
+    writer.add_tensor(name, stored, raw_dtype=kind)
+    return torch.from_numpy(gguf.quants.dequantize(stored, kind).copy())
+
+
+def finish(writer: Any) -> None:
+    """Write a GGUF file to which everything was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def gguf_file(kind: str, arch: str = "wan", prefix: str = "", flat: bool = False) -> Callable[[State, Path], State]:
     """A writer of GGUF files: linear weights in `kind` where their rows allow it, as converters do."""
 
@@ -89,13 +105,8 @@ def gguf_file(kind: str, arch: str = "wan", prefix: str = "", flat: bool = False
             if flat and array.ndim == 5:
                 writer.add_array(f"comfy.gguf.orig_shape.{prefix}{key}", list(array.shape))
                 array = array.reshape(-1)
-            stored = gguf.quants.quantize(array, kept)
-            writer.add_tensor(prefix + key, stored, raw_dtype=kept)
-            meant[key] = torch.from_numpy(gguf.quants.dequantize(stored, kept).copy()).reshape(value.shape)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+            meant[key] = store(writer, prefix + key, array, kept).reshape(value.shape)
+        finish(writer)
         return meant
 
     return write

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from tests.support.quantized_files import State, gguf
+from tests.support.quantized_files import State, finish, gguf, store
 from tests.support.tiny_checkpoint import CORPUS
 
 
@@ -79,11 +79,6 @@ def in_gguf(
     for key, value in (state or {"shared.weight": torch.zeros(2, 2)}).items():
         packs = value.ndim == 2 and "bias" not in key and value.shape[1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
         kept = wanted if packs else gguf.GGMLQuantizationType.F32
-        stored = gguf.quants.quantize(value.float().numpy(), kept)
-        writer.add_tensor(gguf_name(key), stored, raw_dtype=kept)
-        meant[key] = torch.from_numpy(gguf.quants.dequantize(stored, kept).copy()).reshape(value.shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        meant[key] = store(writer, gguf_name(key), value.float().numpy(), kept).reshape(value.shape)
+    finish(writer)
     return meant

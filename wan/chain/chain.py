@@ -15,7 +15,7 @@ from wan.chain.changes import Change, find_change, other_run
 from wan.chain.draft import ClipDraft, discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.report import render_report, seam_thumbnails
-from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder
+from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder, Told
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
@@ -397,7 +397,7 @@ class ChainRun:
         """Put the next clip on disk, with what was measured of it."""
         number = self.first_missing
         self.clips[number] = self.found[number] = self.folder.save(
-            number, self._digits, made, self.wanted[number], **self._kept_of(number, made)
+            number, self._digits, made, self.wanted[number], self._told_of(number, made)
         )
         self._renew_joined()
         self._prune()
@@ -406,10 +406,10 @@ class ChainRun:
         """Put a take of a clip that is being made on disk; returns its mp4."""
         self.writer.wait()  # what it is measured against is there then
         settings = {key: value for key, value in self.wanted[number].items() if key != "take"} | {"take": take}
-        return self.folder.save_take(number, self._digits, take, made, settings, **self._kept_of(number, made))
+        return self.folder.save_take(number, self._digits, take, made, settings, self._told_of(number, made))
 
-    def _kept_of(self, number: int, made: Generation) -> dict[str, Any]:
-        """What is kept of a clip beside its frames and latents."""
+    def _told_of(self, number: int, made: Generation) -> Told:
+        """What is kept of a clip next to its frames and latents."""
         from wan.prompting import RECENT_SECONDS
         from wan.quality import measure_look
 
@@ -427,12 +427,12 @@ class ChainRun:
             tail = from_uint8(media.read_tail(before.video, SHEET_FRAMES, fps))
         else:
             tail = (before or self.source).tail(SHEET_FRAMES, fps)
-        return {
-            "describe": record,
-            "samples": (following.num_segments, recent),
-            "sheet": seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
-            "metadata": not self.settings.no_video_metadata,
-        }
+        return Told(
+            record,
+            samples=(following.num_segments, recent),
+            sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
+            metadata=not self.settings.no_video_metadata,
+        )
 
     def report(self, status: str) -> None:
         """`prompts_log.txt`, `run.json` and the report as things stand."""

@@ -134,6 +134,16 @@ class FinishedClip:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is kept of a clip next to its frames and latents."""
+
+    describe: Callable[[], Mapping[str, Any]]  # makes the record, when the state is on disk
+    samples: tuple[int, float | None]  # the arguments of `Generation.samples` for what the captioner will see of it
+    sheet: Sequence[bytes]  # JPEGs of its seam
+    metadata: bool  # whether the mp4 holds the settings
+
+
+@dataclass(frozen=True)
 class _Fault:
     """Why a clip does not count as finished."""
 
@@ -313,42 +323,19 @@ class RunFolder:
         write_json(clip.record_path, said)
         return dataclasses.replace(clip, record=current(said))
 
-    def save(
-        self,
-        number: int,
-        digits: int,
-        made: Generation,
-        settings: Mapping[str, Any],
-        describe: Callable[[], Mapping[str, Any]],
-        *,
-        samples: tuple[int, float | None],
-        sheet: Sequence[bytes],
-        metadata: bool,
-    ) -> FinishedClip:
+    def save(self, number: int, digits: int, made: Generation, settings: Mapping[str, Any], told: Told) -> FinishedClip:
         """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`.
 
-        First comes what cannot be made again in no time, its state; then its record is made with `describe`.
-        `samples` are the arguments of `Generation.samples` for what the captioner will see of it, `sheet` the JPEGs of
-        its seam.
+        First comes what cannot be made again in no time, its state; then its record is made with `told.describe`.
         """
         stem = self.path / f"video_{number:0{digits}d}_seed{made.request.seed}"
         self._make_room(number, stem.name)
-        record = self._write(stem, made, settings, describe, samples, sheet, metadata)
+        record = self._write(stem, made, settings, told)
         discard(self.path, number)
         return FinishedClip(number, stem.with_suffix(".json"), record, settings)
 
     def save_take(
-        self,
-        number: int,
-        digits: int,
-        take: int,
-        made: Generation,
-        settings: Mapping[str, Any],
-        describe: Callable[[], Mapping[str, Any]],
-        *,
-        samples: tuple[int, float | None],
-        sheet: Sequence[bytes],
-        metadata: bool,
+        self, number: int, digits: int, take: int, made: Generation, settings: Mapping[str, Any], told: Told
     ) -> Path:
         """Put a take of a clip on disk, as `save` does; returns its mp4. Another one of its name is set aside."""
         home = self.path / TAKES / f"{number:0{digits}d}"
@@ -358,39 +345,30 @@ class RunFolder:
         if there and _settings(stem.with_suffix(".safetensors")) != settings:
             self._set_aside(there)
         self._digests.clear()
-        self._write(stem, made, settings, describe, samples, sheet, metadata)
+        self._write(stem, made, settings, told)
         return stem.with_suffix(".mp4")
 
-    def _write(
-        self,
-        stem: Path,
-        made: Generation,
-        settings: Mapping[str, Any],
-        describe: Callable[[], Mapping[str, Any]],
-        samples: tuple[int, float | None],
-        sheet: Sequence[bytes],
-        metadata: bool,
-    ) -> dict[str, Any]:
+    def _write(self, stem: Path, made: Generation, settings: Mapping[str, Any], told: Told) -> dict[str, Any]:
         """The three files of a clip, one after the other; returns its record."""
         path = stem.with_suffix(".json")
         frames = made.clip.frames
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
-            "samples": torch.from_numpy(made.samples(*samples)).contiguous(),
-            **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(sheet)},
+            "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
+            **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
-        said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(samples)}
+        said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(told.samples)}
         # the library's own writer would leave a file of its own when killed
         write_bytes(stem.with_suffix(".safetensors"), as_bytes(tensors, said))
-        record = dict(describe())
+        record = dict(told.describe())
         # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
         media.write_video(
             stem.with_suffix(".mp4"),
             (to_uint8(frame) for frame in frames),
             made.clip.fps,
             keyframes=frozenset({0, record.get("dropped", 1)}),
-            metadata=settings_of(record) if metadata else None,
+            metadata=settings_of(record) if told.metadata else None,
         )
         record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}
         write_json(path, record)

@@ -19,10 +19,11 @@ from wan import __version__
 from wan.configs import ModelConfig
 from wan.options import Settings
 from wan.server import chain_routes, page_routes, videos
-from wan.server.chains import Chains, as_json
+from wan.server.chains import Chains
 from wan.server.errors import ApiError
 from wan.server.guard import Guard, Keys
 from wan.server.metrics import Metrics
+from wan.server.orders import as_json
 from wan.server.supervisor import WORKER, Supervisor
 from wan.server.tickets import Queue
 

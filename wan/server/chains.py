@@ -23,11 +23,11 @@ from wan.commands.job import CHAIN_FRAMES
 from wan.configs import ModelConfig, parse_size
 from wan.errors import UserError
 from wan.files import link_or_copy
-from wan.kinds import Interval, Kind, Picture, Real, Unfit
-from wan.options import OPTIONS, Option, Settings, by_scene_key, options_of
+from wan.options import Settings
 from wan.server.decode import decode
 from wan.server.errors import ApiError, from_user_error, not_found
 from wan.server.folders import ChainFolder
+from wan.server.orders import as_json, read_clip, read_settings
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, Queue, Ticket, new_id
 from wan.server.wire import settings_of_chain
@@ -35,14 +35,9 @@ from wan.settings import Context
 
 MODELS = {"wan2.2-i2v-a14b": 2, "v2v-14B": 2, "i2v-A14B": 2, "wan2.2-ti2v-5b": 1, "v2v-5B": 1, "ti2v-5B": 1}  # experts
 DRAFTS_LIVE = 24 * 3600.0  # seconds until a chain that nobody started is removed
-LONGEST_TEXT = 20_000  # characters
 MOST_PICTURES = 50
 _SHOWN = (16, 48)  # channels of the latents that a preview can show
 _PLANS = asyncio.Semaphore(1)
-
-CLIENT = {one.name: one for one in options_of("continuous") if one.client and one.flag}
-# what a client may say of one clip; pictures are names of files that it sends
-CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in ("cut", "end_image", "name")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -542,74 +537,6 @@ class Chains:
         gone = self.jobs / f".gone-{name}"
         (self.jobs / name).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a client writes them, by name -> their values. Raises ApiError."""
-    found: dict[str, Any] = {}
-    for name, value in said.items():
-        one = CLIENT.get(name) or CLIENT.get(f"{name}_")
-        if one is None:
-            known = name in OPTIONS or f"{name}_" in OPTIONS
-            raise ApiError(
-                f"{name[:60]!r} is no setting" + (" that a client may choose" if known else ""), param=name[:60]
-            )
-        # a prompt may go without words before it; of all else a form leaves empty what nobody chose
-        if value is not None and (value != "" or one.name == "custom_prompt"):
-            found[one.name] = _value(one, value, name)
-    return found
-
-
-def read_clip(said: Mapping[str, Any], pictures: Mapping[str, str], number: int) -> dict[str, Any]:
-    """What a client says of one clip -> an entry of a storyboard. Raises ApiError."""
-    found: dict[str, Any] = {}
-    for key, value in said.items():
-        if (one := CLIP.get(key)) is None:
-            raise ApiError(
-                f"clip {number}: {key[:60]!r} is nothing that a clip has; it has {', '.join(CLIP)}", param="clips"
-            )
-        if value in (None, "", False):
-            continue
-        if isinstance(one.kind, Picture) and value is not True:
-            if value not in pictures:
-                raise ApiError(f"clip {number}: no picture {str(value)[:80]!r} came with this", param="clips")
-            found[key] = pictures[value]
-        elif value is True and key != "cut":
-            raise ApiError(f"clip {number}: {key} cannot be true", param="clips")
-        else:
-            read = value if value is True else _value(one, value, f"clip {number}: {key}")
-            found[key] = list(read) if isinstance(read, tuple) else read
-    return found
-
-
-def _value(one: Option, value: Any, name: str) -> Any:
-    """A value as JSON or as a form writes it. Raises ApiError."""
-    try:
-        if isinstance(value, str):
-            if len(value) > LONGEST_TEXT:
-                raise Unfit(f"is too long; {LONGEST_TEXT} characters are the most")
-            if one.name == "size":
-                value = value.replace("x", "*")
-            if isinstance(one.kind, Interval):
-                value = tuple(Real().read(word) for word in value.replace(",", " ").split())
-            elif type(one.kind).__name__ == "Switch":
-                value = {"true": True, "on": True, "false": False, "off": False}.get(value.lower(), value)
-            elif type(one.kind) is not Kind:
-                value = one.kind.read(value)
-        elif isinstance(value, list):
-            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        elif isinstance(value, dict) or type(one.kind) is Kind:
-            raise Unfit("must be text" if type(one.kind) is Kind else "must be a plain value")
-        for item in value if one.name in ("take", "prompt_for") else [value]:
-            one.kind.check(item)
-    except (Unfit, UserError, TypeError, ValueError) as error:
-        raise ApiError(f"{name} {error}", param=name.rpartition(" ")[2]) from error
-    return value
-
-
-def as_json(settings: Settings) -> dict[str, Any]:
-    """Settings that differ from their defaults, as JSON values."""
-    return {one.name: value for one in OPTIONS.values() if (value := getattr(settings, one.name)) != one.default}
 
 
 def _title(source: Upload | None) -> str:

@@ -18,10 +18,11 @@ from wan.kinds import Choice, Interval, Kind, Switch, Words
 from wan.options import GROUPS, Option
 from wan.server.bodies import body_of
 from wan.server.chain_routes import chain_of
-from wan.server.chains import CLIENT, Chains
+from wan.server.chains import Chains
 from wan.server.errors import ApiError, not_found
 from wan.server.folders import PAGE, ChainFolder
 from wan.server.guard import COOKIE, Keys
+from wan.server.orders import CLIENT
 from wan.server.tickets import DRAFT
 
 _HERE = Path(__file__).parent
