@@ -25,7 +25,7 @@ from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
 from wan.server import folders, supervisor, worker
-from wan.server.chains import Chains
+from wan.server.chains import SHOWN, Chains
 from wan.server.decode import decode
 from wan.server.errors import ApiError
 from wan.server.folders import ChainFolder
@@ -33,6 +33,7 @@ from wan.server.main import serve
 from wan.server.metrics import Metrics
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import FAILED, QUEUED, Queue, Ticket, new_id
+from wan.vae.preview import CHANNELS
 
 
 def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
@@ -43,6 +44,10 @@ def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
 def test_names_of_files_are_those_of_the_run_folder() -> None:
     for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW", "SHEET"):
         assert getattr(folders, name) == getattr(run_folder, name)
+
+
+def test_a_preview_is_asked_for_where_there_can_be_one() -> None:
+    assert set(SHOWN) == set(CHANNELS)
 
 
 def test_a_server_takes_the_flags_of_a_chain_that_are_not_of_one_alone() -> None:

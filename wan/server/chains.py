@@ -36,7 +36,7 @@ from wan.settings import Context
 MODELS = {"wan2.2-i2v-a14b": 2, "v2v-14B": 2, "i2v-A14B": 2, "wan2.2-ti2v-5b": 1, "v2v-5B": 1, "ti2v-5B": 1}  # experts
 DRAFTS_LIVE = 24 * 3600.0  # seconds until a chain that nobody started is removed
 MOST_PICTURES = 50
-_SHOWN = (16, 48)  # channels of the latents that a preview can show
+SHOWN = (16, 48)  # channels of the latents that a preview can show: `wan.vae.preview.CHANNELS`, without PyTorch
 _PLANS = asyncio.Semaphore(1)
 
 
@@ -86,7 +86,7 @@ class Chains:
             "output_dir": str(folder.run),
             "num_videos": ticket.count,
             "yes": True,
-            "preview": self.config.z_dim in _SHOWN,
+            "preview": self.config.z_dim in SHOWN,
             "quiet": True,
             "log_file": None,
         }

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wan import __version__
 from wan.errors import spell
-from wan.kinds import Choice, Interval, Kind, Switch, Words
+from wan.kinds import Choice, Interval, Kind, PromptFor, Switch, TakeOf, Words
 from wan.options import GROUPS, Option
 from wan.server.bodies import body_of
 from wan.server.chain_routes import chain_of
@@ -73,7 +73,7 @@ def _field(one: Option, chains: Chains) -> dict[str, Any]:
     elif isinstance(one.kind, Choice):
         choices = one.kind.names
     kind = "select" if choices else "switch" if isinstance(one.kind, Switch) else "text"
-    if one.name in ("take", "prompt_for"):
+    if isinstance(one.kind, TakeOf | PromptFor):  # which the clips' own forms set
         kind = "none"
     if isinstance(one.kind, Words) or type(one.kind) is Kind:
         kind = "text"
