@@ -19,6 +19,7 @@ from tests.support.commands import Seen, frames_in
 from wan import Chain, Settings, cli
 from wan.chain.chain import ChainRun
 from wan.chain.changes import Change, find_change, in_words, other_run
+from wan.chain.fingerprint import difference
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
 from wan.errors import UserError
@@ -106,6 +107,11 @@ def test_a_run_that_would_make_finished_clips_again_asks(
     # one clip alone is made again without a question, and says why
     seen = command(f"{count} {board(story, 'one', 'changed', 'three', 'last')}")
     assert seen.code == 0 and "clip 4: its prompt changed\n" in seen.told and len(made) == 5
+
+
+def test_a_setting_that_was_not_there_is_said_so() -> None:
+    assert difference("best_of", None, 3) == "`best_of` or `takes` not set, now 3"
+    assert difference("steps", 4, 6) == "`sample_steps` 4, now 6"
 
 
 def test_another_video_is_offered_a_folder_of_its_own(command: Command, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def difference(key: str, old: Any, new: Any) -> str:
     if key in plain:
         return plain[key]
     setting = " or ".join(f"`{one.name}`" for one in by_fingerprint_key().get(key, ()) if one.flag) or key
-    return f"{setting} {old!r}, now {new!r}"
+    before, now = ("not set" if value is None else repr(value) for value in (old, new))
+    return f"{setting} {before}, now {now}"
 
 
 def clip_settings(config: ModelConfig, continuation: VideoContinuation, plans: Sequence[Plan]) -> list[dict[str, Any]]:
