@@ -116,10 +116,10 @@ class Chain:
 
     def __iter__(self) -> Iterator[FinishedClip]:
         settings = self.job.settings
-        if not self.folder.exists():  # what cannot be made is refused before there is a folder
-            self._scripts.run(RunFolder(self.folder))
+        # what cannot be made is refused before there is a folder
+        script = None if self.folder.exists() else self._scripts.run(RunFolder(self.folder)).script
         with RunFolder(self.folder, lock=not settings.no_lock) as folder:
-            run = self._scripts.run(folder)
+            run = self._scripts.run(folder, script)
             for line in _damaged(run):
                 print(line, file=sys.stderr)
             _agree(run)
@@ -209,11 +209,12 @@ class _Scripts:
         self.job, self.continuation, self.footage = job, continuation, footage
         self.read = self.scenes = job.scenes  # as the storyboard has them, and as the run follows them
 
-    def run(self, folder: RunFolder) -> ChainRun:
-        """The run in a folder. Raises UserError."""
+    def run(self, folder: RunFolder, script: Script | None = None) -> ChainRun:
+        """The run in a folder, with the script of a run that begins there if it is known. Raises UserError."""
         job = self.job
-        scenes = _edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt)
-        return ChainRun(job.settings, self.script(scenes), folder, self.footage, job.describe)
+        if script is None:
+            script = self.script(_edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt))
+        return ChainRun(job.settings, script, folder, self.footage, job.describe)
 
     def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
