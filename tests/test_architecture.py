@@ -36,6 +36,7 @@ LAYERS = [
     ("wan.chain",),
     ("wan.commands",),
     ("wan.server",),
+    ("wan.batch",),
     ("wan.cli",),
     ("wan.server.__main__",),
 ]
