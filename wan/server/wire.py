@@ -8,6 +8,8 @@ from typing import Any
 
 from wan.options import OPTIONS, Settings
 
+CHECKED = "checked"  # how the check of a chain ends, where a chain ends in one of the states of `tickets`
+
 
 def settings_of_chain(owner: Settings, said: Mapping[str, Any]) -> Settings:
     """The server's settings, with those of a chain, which are JSON values. Raises UserError."""
