@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +60,7 @@ class Crew:
         self.threads = os.environ.get("OMP_NUM_THREADS")
         # nothing of what is made is anybody's business
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        before = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if self.address is None:
@@ -71,6 +74,8 @@ class Crew:
             raise UserError(
                 f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at ray status"
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray has put its own there
         try:
             self.size, self.siblings = self._places(settings.workers)
         except BaseException:
@@ -130,8 +135,11 @@ class Crew:
         if not self._futures:
             time.sleep(seconds)
             return []
-        done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
-        more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
+        try:
+            done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
+            more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
+        except (RayError, ConnectionError) as error:
+            raise UserError(f"Ray has gone ({_reason(error)}); the same command goes on") from error
         events = []
         for future in dict.fromkeys([*done, *more]):
             if future not in self._futures:  # of a worker that was lost a moment ago
@@ -200,7 +208,7 @@ class Crew:
         self._futures = {future: said for future, said in self._futures.items() if said[1] != worker}
 
 
-def _reason(error: RayError) -> str:
+def _reason(error: Exception) -> str:
     """Why a worker is lost, in a line."""
     name = type(error).__name__
     said = {

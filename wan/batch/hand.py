@@ -28,6 +28,7 @@ LOST = "lost"
 _LINE = 1 << 24  # bytes of one that a process may say
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
+_LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
 _ALL_OF_IT = 0.9  # of the host's memory are for the workers of a node together
 
 
@@ -143,12 +144,17 @@ class Hand:
 
     async def _why(self) -> str:
         """Why the processes have ended; those that have not are ended."""
+        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
+        # one that has closed its stdout and lives on is ended, too
+        done, _ = await asyncio.wait(waits, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        code = next((wait.result() for wait in waits if wait in done and wait.result()), 0)
+        for wait in waits:
+            wait.cancel()
         await self.end()
-        codes = [process.returncode for process in self._processes]
-        code = next((code for code in codes if code), 0)
         said = next((line for line in reversed(self._tail) if line.strip()), "")
-        how = f"was ended by signal {-code}" if code and code < 0 else f"ended with {code}"
-        return f"the process that makes videos {how}" + (f": {said.strip()[:300]}" if said and not code < 0 else "")
+        if code < 0:
+            return f"the process that makes videos was ended by signal {-code}"
+        return f"the process that makes videos ended with {code}" + (f": {said.strip()[:300]}" if said else "")
 
     async def look(self) -> dict[str, Any]:
         """How far it is. Durations are by this machine's own clock."""

@@ -80,6 +80,7 @@ class Batch:
         self._idle: set[int] = set()
         self._opened: set[int] = set()
         self._false_starts = 0
+        self._schedule = Schedule((), 1)
 
     def check(self) -> None:
         """Check every task, as making it does before its first clip."""
@@ -101,9 +102,9 @@ class Batch:
         for event in self.crew.stop(STOP_SECONDS):
             task = self._at.pop(event.worker, None)
             if task is not None and event.kind == "ended":
-                task.state, task.done = WAITING, max(task.done, event.said["done"])
+                self._schedule.end(task, event.said)
         for task in self._at.values():
-            task.state = WAITING
+            task.state, task.worker = WAITING, None
         if self.report is not None:
             self.report.write(self.tasks, {}, status="stopped")
         told.warning(
@@ -114,6 +115,7 @@ class Batch:
 
     def _work(self, schedule: Schedule, title: str, over: Callable[[Task], None]) -> None:
         """Let the workers do what is scheduled; `over` is told of each task with which that is done."""
+        self._schedule = schedule
         with Table(title, schedule.tasks, self.settings.quiet) as table:
             while not schedule.is_over:
                 self._give(schedule, check=title == "check")
