@@ -1,6 +1,6 @@
 """How a batch stands kills: `python -m benchmarks.batch fake|tiny|twice|gpus`. The last line is JSON.
 
-`fake`: jobs of a model that sleeps, while a worker's processes are killed every few seconds; each process has a clock of
+`fake`: jobs of a model that sleeps, while a worker's process is killed every few seconds; each process has a clock of
 its own, up to a day off, and one job ends whichever process makes it. `tiny`: jobs of the tiny 5B with kills, whose
 states are compared with those of lone runs. `twice`: two commands make one list at once. `gpus`: chains on all GPUs of
 this machine against one after another on one GPU, with a real checkpoint.
@@ -53,9 +53,9 @@ def work() -> int:
                 if name == "poison":
                     os.abort()
                 file = folder / f"clip_{number}.json"
+                write_json(file, {"clip": number})
                 with (folder / LINE).open("a", encoding="utf-8") as log:
                     log.write(f"{number}\n")
-                write_json(file, {"clip": number})
                 os.utime(file, (time.time() + skew, time.time() + skew))
                 write_json(folder / "run.json", {"clips_finished": number, "when": time.time() + skew})
                 say("clip_finished", clip=number, count=CLIPS, seam=None)
@@ -69,7 +69,12 @@ def work() -> int:
         name, folder = order["id"], Path(order["settings"]["output_dir"])
         if order["check"]:
             missing = CLIPS - len(list(folder.glob("clip_*.json")))
-            found = {"clips": CLIPS, "missing": missing, "work": float(missing), "seconds": pause * missing}
+            found: dict[str, Any] = {
+                "clips": CLIPS,
+                "missing": missing,
+                "work": float(missing),
+                "seconds": pause * missing,
+            }
             found |= {"measured": False, "disk_bytes": 0.0, "status": "" if missing else "finished"}
             say("end", state="checked", found=found)
             continue
@@ -155,8 +160,7 @@ def fake(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
         "states": Counter(row["state"] for row in found),
         "poison": next((row["state"], row["failures"]) for row in found if row["name"] == "poison"),
         "failures": sum(row["failures"] for row in found),
-        # a kill between the log's line and the file writes one line more, and no clip
-        "logged_twice": sum(len(log) - len(set(log)) for log in logs.values()),
+        "made_twice": sum(len(log) - len(set(log)) for log in logs.values()),
         "clips": len(list((folder / "runs").glob("job */clip_*.json"))),
         "again_exit": again_code,
         "made_again": sum(row["clips_made_now"] for row in rows_of(folder)),
@@ -189,7 +193,9 @@ def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     from benchmarks.serve import states
     from tests.support.served import MODELS, SHAPES
 
-    rows = [{"video": str(SHAPES), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)]
+    rows: list[dict[str, Any]] = [
+        {"video": str(SHAPES), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)
+    ]
     each = ["--ckpt_dir", str(MODELS / "tiny-Wan2.2-TI2V-5B"), "--vlm_path", str(MODELS / "tiny-InternVL")]
     each += ["--num_videos", str(CLIPS), "--frame_num", "5", "--sample_steps", "2"]
     began = time.monotonic()
@@ -225,9 +231,8 @@ def gpus(videos: Path, words: Sequence[str], jobs: int, folder: Path) -> dict[st
     for workers in (count, 1):
         place = folder / str(workers)
         place.mkdir()
-        running = begin(
-            place, rows[: jobs if workers > 1 else jobs // count], "--workers", str(workers), *words, fake=False
-        )
+        some = rows if workers > 1 else rows[: max(1, jobs // count)]
+        running = begin(place, some, "--workers", str(workers), *words, fake=False)
         used, free, began = list[list[int]](), list[float](), time.monotonic()
         while running.poll() is None:
             used.append([torch.cuda.utilization(gpu) for gpu in range(count)])
