@@ -192,6 +192,7 @@ def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     """Kills among jobs of the tiny 5B, against lone runs."""
     from benchmarks.serve import states
     from tests.support.served import MODELS, SHAPES
+    from wan.cli import continuous_main
 
     rows: list[dict[str, Any]] = [
         {"video": str(SHAPES), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)
@@ -206,7 +207,7 @@ def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     for row in rows:
         alone = folder / "alone" / row["name"]
         words = ["--video", row["video"], "--base_seed", str(row["seed"]), "--output_dir", str(alone), "--quiet"]
-        subprocess.run([sys.executable, "generate_continuous.py", *words, *each], check=True, stdout=subprocess.DEVNULL)
+        assert continuous_main([*words, *each]) == 0
         if not states(alone) or states(alone) != states(folder / "runs" / row["name"]):
             differ.append(row["name"])
     return {

@@ -126,6 +126,31 @@ def test_one_module_imports_ray_and_only_a_batch_imports_that() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
+def test_two_processes_share_one_chain_after_the_other(tmp_path: Path) -> None:
+    each: dict[str, Any] = {"video": str(SHAPES), "num_videos": 1, "frame_num": 5, "sample_steps": 1, "prompt": "On."}
+    each |= {"ckpt_dir": str(MODELS / "tiny-Wan2.2-TI2V-5B"), "vlm_path": str(MODELS / "tiny-InternVL")}
+
+    async def work() -> None:
+        group = Hand((sys.executable, "-m", "wan.server.worker"), 2, 1, str(ROOT), "1")
+        pids = (await group.start())["pids"]
+        assert len(pids) == 2
+        for name in ("a", "b"):
+            said = await group.do(order(name, tmp_path / name, base_seed=7, **each))
+            assert (said["state"], said["made"]) == ("completed", 1), said
+        await group.end()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+
+    asyncio.run(work())
+    lone = ["--video", str(SHAPES), "--output_dir", str(tmp_path / "lone"), "--base_seed", "7", "--num_videos", "1"]
+    lone += ["--frame_num", "5", "--sample_steps", "1", "--prompt", "On.", "--ckpt_dir", each["ckpt_dir"]]
+    assert cli.continuous_main([*lone, "--vlm_path", each["vlm_path"]]) == 0
+    assert states(tmp_path / "a") == states(tmp_path / "b") and list(states(tmp_path / "a")) == list(
+        states(tmp_path / "lone")
+    )
+
+
+@pytest.mark.slow
 def test_six_chains_with_a_kill_are_those_of_lone_runs(tmp_path: Path) -> None:
     rows = [{"video": str(SHAPES), "name": f"job {n}", "seed": 10 * n, "num_videos": 1 + (n < 3)} for n in range(6)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -50,14 +50,11 @@ class Hand:
         self._tail: deque[str] = deque(maxlen=_TAIL)
         self._reading: list[asyncio.Task[None]] = []
         # this may be in place of one that ended, beside others that have taken their shares
-        share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // siblings) / GIB
+        share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // (siblings * ranks)) / GIB
         self._share = max(1.0, round(share, 2))
 
     async def start(self) -> dict[str, Any]:
         """Start the processes; says where, or what went wrong."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
         for rank in range(self.ranks):
             process = await asyncio.create_subprocess_exec(
                 *self.command,
@@ -66,7 +63,7 @@ class Hand:
                 stderr=asyncio.subprocess.PIPE,
                 limit=_LINE,
                 cwd=self.folder if os.path.isdir(self.folder) else None,
-                env=self._environment(rank, port),
+                env=self._environment(rank),
                 start_new_session=sys.platform != "win32",  # Ctrl-C is for the command, which ends this
             )
             self._processes.append(process)
@@ -79,14 +76,14 @@ class Hand:
             return {"error": await self._why()}
         return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
 
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
+    def _environment(self, rank: int) -> dict[str, str]:
         # Ray sets this to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         if self.ranks > 1:
             said |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         return dict(os.environ) | said
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,11 +101,14 @@ class Hand:
         return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The order with this hand's share of the machine's memory, where it is to be what is free."""
+        """The order with this hand's share of the machine's memory, where it is to be what is free.
+
+        Processes that share a chain meet anew for each, at a port where nobody is left from the one before.
+        """
         settings = order["settings"]
-        if self.siblings == 1 or "host_memory" in settings:
-            return order
-        return {**order, "settings": {**settings, "host_memory": self._share}}
+        if self.siblings * self.ranks > 1 and "host_memory" not in settings:
+            settings = {**settings, "host_memory": self._share}
+        return {**order, "settings": settings, **({"port": _free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
         while (said := await self._next()) is not None:
@@ -198,6 +198,12 @@ class Hand:
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text)
             sys.stderr.write(f"{text}\n")  # Ray's log of the actor
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 async def _drain(process: asyncio.subprocess.Process) -> None:

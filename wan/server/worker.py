@@ -166,6 +166,8 @@ def main() -> int:
             cancelled.clear()
             now["id"] = order["id"]
             settings = settings_of_chain(owner, order["settings"])
+            if "port" in order:
+                os.environ["MASTER_PORT"] = str(order["port"])
             if not world.is_first:
                 if not order.get("check"):
                     follow(models, settings)
