@@ -20,7 +20,7 @@ import torch
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.model import WanModel
 from wan.device.host import host_peak_gib
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 
 def main() -> None:

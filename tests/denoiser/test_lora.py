@@ -30,8 +30,10 @@ from wan.files import sampled_digest
 from wan.models import Models
 from wan.settings import LoraFile
 from wan.weights import quantized
-from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_denoiser, open_file, open_safetensors
+from wan.weights.checkpoint import Names, open_checkpoint
 from wan.weights.quantized import QuantizedLinear
+from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights, open_file, open_safetensors
 
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]

@@ -25,7 +25,8 @@ from wan.files import unreadable
 from wan.options import OPTIONS, Settings
 from wan.settings import LoraFile
 from wan.text.umt5 import _library_name
-from wan.weights.checkpoint import Names, identify, open_denoiser
+from wan.weights.checkpoint import Names, identify
+from wan.weights.single_file import open_denoiser
 
 VAES = {"14b": "Wan2.1_VAE.pth", "5b": "Wan2.2_VAE.pth"}
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"

@@ -33,8 +33,10 @@ from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
+from wan.weights.checkpoint import resolve_folder
 from wan.weights.quantized import GGUF_TYPES, QuantizedLinear, _expand
+from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights, open_safetensors
 
 pytestmark = pytest.mark.slow
 

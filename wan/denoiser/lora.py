@@ -27,8 +27,9 @@ from wan.denoiser.model import WanModel, key_map
 from wan.errors import UserError
 from wan.foreign import fit, parse_json, read_json
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Shape, Weights, check_expert, open_file
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
+from wan.weights.single_file import check_expert
+from wan.weights.tensors import Shape, Weights, open_file
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 

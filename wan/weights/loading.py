@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
-from wan.weights.checkpoint import Weights, listing
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
+from wan.weights.tensors import Weights, listing
 
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
