@@ -30,7 +30,7 @@ from wan.chain.report import render_report
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import read_storyboard
 from wan.configs import config_for
-from wan.denoiser.lora import open_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.settings import LoraFile

@@ -18,7 +18,8 @@ from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
 from wan.commands.job import choose_task
 from wan.configs import WAN_CONFIGS
-from wan.denoiser.lora import merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import unreadable

@@ -28,7 +28,8 @@ from tests.support.quantized_files import (
     plain_fp8,
 )
 from wan.cli import continuous_main, generate_main
-from wan.denoiser.lora import merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
 from wan.errors import UserError

@@ -107,14 +107,14 @@ def open_checkpoint(
         both = dict.fromkeys(("high_noise_model", "low_noise_model"), single)
         files = {name: file for name, file in files.items() if name != "model"} | both
     if (folder / "model_index.json").is_file():
-        found = _open_diffusers(folder, experts, files)
+        checkpoint = _open_diffusers(folder, experts, files)
     else:
-        found = _open_official(folder, experts, names, files)
-    widths = {name: _patch_embedding(weights)[0] for name, weights in found.experts.items()}
+        checkpoint = _open_official(folder, experts, names, files)
+    widths = {name: _patch_embedding(weights)[0] for name, weights in checkpoint.experts.items()}
     if len(set(widths.values())) > 1:
-        said = " and ".join(f"{found.experts[name].path} of {width}" for name, width in widths.items())
-        raise UserError(f"the experts are of different widths, {said}; give two of one model")
-    for name, weights in found.experts.items():
+        listed = " and ".join(f"{checkpoint.experts[name].path} of {width}" for name, width in widths.items())
+        raise UserError(f"the experts are of different widths, {listed}; give two of one model")
+    for name, weights in checkpoint.experts.items():
         channels = _patch_embedding(weights)[1]
         if channels == in_channels:
             continue
@@ -124,11 +124,11 @@ def open_checkpoint(
                 "give the file of that model"
             )
         raise UserError(
-            f"{folder}: {name} is {kind_of(len(found.experts), channels)}, expected "
+            f"{folder}: {name} is {kind_of(len(checkpoint.experts), channels)}, expected "
             f"{kind_of(experts, in_channels)}; give that checkpoint or the task that fits this one"
         )
-    _check_vae(found)
-    return found
+    _check_vae(checkpoint)
+    return checkpoint
 
 
 def kind_of(experts: int, channels: int) -> str:
@@ -170,19 +170,19 @@ def _open_official(folder: Path, experts: int, names: Names, files: Mapping[str,
     missing = [part for part in wanted if not list((folder / part).glob("diffusion_pytorch_model*"))]
     if missing:
         try:
-            found = kind_of(*identify(folder, names))
+            holds = kind_of(*identify(folder, names))
         except UserError:
             listed = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6])
-            found = f"no Wan2.2 checkpoint (files: {listed or 'none'})"
-        there = [part for part in wanted if part not in missing]
-        if there:
+            holds = f"no Wan2.2 checkpoint (files: {listed or 'none'})"
+        complete = [part for part in wanted if part not in missing]
+        if complete:
             settings = {parts[expert]: name for name, expert in EXPERT_OF_DIT.items() if expert in parts}
             raise UserError(
-                f"{folder}: {there[0]} is there and {missing[0]} is not, the download is not complete; run it again "
+                f"{folder}: {complete[0]} is there and {missing[0]} is not, the download is not complete; run it again "
                 f"(it goes on where it stopped), or give that expert's file with `{settings[missing[0]]}`"
             )
         where = " and ".join(part for part in missing if part != ".") or "the folder itself"
-        raise UserError(f"{folder}: expected diffusion_pytorch_model*.safetensors in {where}, found {found}")
+        raise UserError(f"{folder}: expected diffusion_pytorch_model*.safetensors in {where}, found {holds}")
     opened = _open_experts(folder, parts, files)
     vae = _open_named(folder / names.vae, "vae", files)
     text_encoder = _open_named(folder / names.text_encoder, "text_encoder", files)
@@ -246,32 +246,32 @@ def _check_names(files: Container[str], parts: Container[str]) -> None:
     settings = {expert: f"`{name}`" for name, expert in EXPERT_OF_DIT.items()}
     for name, setting in settings.items():
         if name in files and name not in parts:
-            there = " and ".join(settings[expert] for expert in settings if expert in parts)
-            raise UserError(f"{setting} is not for this model, which takes {there}")
+            taken = " and ".join(settings[expert] for expert in settings if expert in parts)
+            raise UserError(f"{setting} is not for this model, which takes {taken}")
 
 
 def _open_named(file: Path, part: str, files: Mapping[str, Path]) -> Weights:
     """A part from its own file, by its official name, that name as safetensors, or the names of other publishers."""
     if part in files:
         return open_part(files[part], part)
-    found, word = _named(file, part), _WORD[part]
-    if len(found) > 1:
+    candidates, word = _named(file, part), _WORD[part]
+    if len(candidates) > 1:
         raise UserError(
-            f"{file.parent}: {' and '.join(one.name for one in found[:3])} may each be the {word.upper()}; "
+            f"{file.parent}: {' and '.join(one.name for one in candidates[:3])} may each be the {word.upper()}; "
             f"name one with `{word}`"
         )
-    if not found:
+    if not candidates:
         raise UserError(
             f"{file.parent}: expected {file.name}, found no such file, nor one as .safetensors; name it with `{word}`"
         )
-    return open_part(found[0], part)
+    return open_part(candidates[0], part)
 
 
 def _named(file: Path, part: str) -> list[Path]:
     """The files that a part may be: the one of its official name, that name as safetensors, or what bears its word."""
-    for own in (file, file.with_suffix(".safetensors")):
-        if own.is_file():
-            return [own]
+    for name in (file, file.with_suffix(".safetensors")):
+        if name.is_file():
+            return [name]
     folders = [file.parent, *(one for one in file.parent.iterdir() if one.name.lower() in _FOLDERS[part])]
     ends = {end for end in SUFFIXES[part] if end != ".pth"}
     return [
@@ -290,18 +290,18 @@ def parts_in(folder: Path, names: Names) -> set[str]:
         places |= {part: part for part in ("vae", "text_encoder", "tokenizer")}
         return {part for part, place in places.items() if (folder / place).is_dir()}
     places = {"model": ".", "low_noise_model": names.low_noise, "high_noise_model": names.high_noise}
-    found = {part for part, place in places.items() if list((folder / place).glob("diffusion_pytorch_model*"))}
-    found |= {part for part in ("vae", "text_encoder") if _named(folder / getattr(names, part), part)}
-    return found | ({"tokenizer"} if (folder / names.tokenizer).is_dir() else set())
+    parts = {part for part, place in places.items() if list((folder / place).glob("diffusion_pytorch_model*"))}
+    parts |= {part for part in ("vae", "text_encoder") if _named(folder / getattr(names, part), part)}
+    return parts | ({"tokenizer"} if (folder / names.tokenizer).is_dir() else set())
 
 
-def _check_vae(found: Checkpoint) -> None:
+def _check_vae(checkpoint: Checkpoint) -> None:
     """Raise UserError for a VAE whose pixels or latents are not those of the denoisers."""
 
     def side(weights: Weights, names: Sequence[str], axis: int) -> int:
         return next((weights.shapes[name][axis] for name in names if name in weights.shapes), 0)
 
-    vae = found.vae
+    vae = checkpoint.vae
     into = side(vae, ("encoder.conv1.weight", "encoder.conv_in.weight"), 1)
     out = side(vae, ("decoder.head.2.weight", "decoder.conv_out.weight"), 0)
     if into != out:
@@ -310,7 +310,7 @@ def _check_vae(found: Checkpoint) -> None:
             "the model"
         )
     latents = side(vae, ("conv2.weight", "post_quant_conv.weight"), 0)
-    for weights in found.experts.values():
+    for weights in checkpoint.experts.values():
         rows = side(weights, ("head.head.weight", "proj_out.weight"), 0)
         expected = rows // math.prod(_patch_embedding(weights)[2:])
         if latents and expected and latents != expected:

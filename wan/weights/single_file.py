@@ -57,9 +57,9 @@ def check_expert(what: str, path: Path, expert: str, setting: str) -> None:
     `what` goes before the path in the message; `setting` is the one that ends in _high or _low.
     """
     asked = expert.removesuffix("_noise_model")
-    said = experts_named(path.stem)
-    if asked in ("high", "low") and len(said) == 1 and asked not in said:
-        word = said.pop()
+    experts = experts_named(path.stem)
+    if asked in ("high", "low") and len(experts) == 1 and asked not in experts:
+        word = experts.pop()
         raise UserError(
             f"{what}{path} is for the {word}-noise expert by its name, and is given for {asked} noise; "
             f"give it with `{setting}_{word}`, or rename it if that is not meant"
@@ -87,9 +87,11 @@ def open_denoiser(file: Path, beside: Path | None = None) -> Weights:
         raise UserError(f"{file}: {name} is stored as {kind}, which cannot be read; there is {known}")
     config = read_json(beside / "config.json") if beside and (beside / "config.json").is_file() else {}
     width = shapes["patch_embedding.weight"][0]
-    there = config.get("dim", width)
-    if there != width:
-        raise UserError(f"{file} is of a model of width {width}, {beside} is of one of width {there}; give one for it")
+    expected = config.get("dim", width)
+    if expected != width:
+        raise UserError(
+            f"{file} is of a model of width {width}, {beside} is of one of width {expected}; give one for it"
+        )
     if not config.keys() & {"num_heads", "num_attention_heads"}:
         if width % _RELEASED_HEAD and beside is not None:
             raise UserError(f"{file} does not say how many heads there are; put its model's config.json into {beside}")
@@ -140,8 +142,8 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
             if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
                 raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
         readable, known = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2"), "scaled fp8"
-    found = (prefix for prefix in _PREFIXES[part] if any(prefix + name in shapes for name in _KNOWN_BY[part]))
-    prefix = next(found, "")
+    prefixes = (prefix for prefix in _PREFIXES[part] if any(prefix + name in shapes for name in _KNOWN_BY[part]))
+    prefix = next(prefixes, "")
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     kinds = {name: kind for name, kind in kinds.items() if name.removeprefix(prefix) in shapes and kind not in readable}
     scales = {key.removeprefix(prefix): name for key, name in scales.items() if key.startswith(prefix)}
@@ -150,14 +152,14 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
 
 def _with_lost_dimensions(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """The shapes of a denoiser as the model has them; writers of GGUF drop a leading 1 or fold dimensions."""
-    found = {
+    restored = {
         name: (1, *shape) if len(shape) == 2 and name.endswith(("modulation", "scale_shift_table")) else shape
         for name, shape in shapes.items()
     }
     patch, width = shapes.get("patch_embedding.weight", ()), shapes.get("patch_embedding.bias", (0,))[0]
     if len(patch) == 4 and width and patch[0] % width == 0:  # stable-diffusion.cpp: [D * channels, 1, 2, 2]
-        found["patch_embedding.weight"] = (width, patch[0] // width, *patch[1:])
-    return found
+        restored["patch_embedding.weight"] = (width, patch[0] // width, *patch[1:])
+    return restored
 
 
 def has_vocabulary(file: Path) -> bool:

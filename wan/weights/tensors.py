@@ -44,15 +44,15 @@ class Weights:
 
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """The dtype in which the files hold each tensor that is plain there."""
-        found: dict[str, torch.dtype] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for file in self.files:
             if file.suffix == ".pth":
-                found |= {name: tensor.dtype for name, tensor in _read_pth(file).items()}
+                dtypes |= {name: tensor.dtype for name, tensor in _read_pth(file).items()}
             elif file.suffix.lower() == ".safetensors":
-                found |= {
+                dtypes |= {
                     name: PLAIN_TYPES[kind] for name, kind in safetensors_dtypes(file).items() if kind in PLAIN_TYPES
                 }
-        return {key: found[name] for key in self.shapes if (name := self.prefix + key) in found}
+        return {key: dtypes[name] for key in self.shapes if (name := self.prefix + key) in dtypes}
 
     @property
     def is_distilled(self) -> bool:
@@ -99,19 +99,19 @@ def listing(what: str, keys: Iterable[str]) -> str:
 
 def stored_types(weights: Weights) -> dict[str, str]:
     """How each tensor is stored in a GGUF or safetensors file, in the words of its format."""
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for file in weights.files:
-        found |= open_gguf(file).types if file.suffix.lower() == ".gguf" else safetensors_dtypes(file)
-    return {key: found[weights.prefix + key] for key in weights.shapes}
+        kinds |= open_gguf(file).types if file.suffix.lower() == ".gguf" else safetensors_dtypes(file)
+    return {key: kinds[weights.prefix + key] for key in weights.shapes}
 
 
 def open_safetensors(folder: Path, stem: str) -> Weights:
     """A folder of `stem.safetensors`, or of shards with their index."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        said = read_json(index)
-        files = tuple(folder / name for name in shards(said, index))
-        listed = said["weight_map"]
+        index_json = read_json(index)
+        files = tuple(folder / name for name in shards(index_json, index))
+        listed = index_json["weight_map"]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise UserError(f"{folder}: {len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])})")
