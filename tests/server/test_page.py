@@ -82,7 +82,7 @@ def test_a_chain_from_the_upload_to_the_joined_video(quick: Served, page: Any) -
     page.fill("#num_videos", "2")
     page.get_by_text("Settings", exact=True).click()
     page.get_by_text("Sampling", exact=True).click()
-    page.fill("#s_sample_steps", "8")
+    page.fill("#s_sample_steps", "60")  # three seconds a clip, so that there is a preview to see
     assert serious(page) == []
     page.click("#look")
     page.wait_for_selector("#start:not([disabled])")
@@ -133,6 +133,7 @@ def test_a_chain_from_the_upload_to_the_joined_video(quick: Served, page: Any) -
     }
 
 
+@pytest.mark.rare
 def test_takes_a_cut_and_another_seed_by_mouse_and_by_keys(quick: Served, page: Any, tmp_path: Path) -> None:
     finished = "#now-words[data-status=completed]"
     page.goto(quick.url)
