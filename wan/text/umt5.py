@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 from wan.weights.vocabulary import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)
