@@ -316,6 +316,40 @@ def test_the_anchor_is_a_sharp_frame_from_before_the_end() -> None:
     assert np.asarray(choose_anchor(Clip(from_uint8(frames[:1]), Fraction(16)))).shape == (8, 12, 3)
 
 
+# More motion
+
+
+@pytest.mark.parametrize("context", [Context(), Context("tail", 5)])
+def test_an_amplitude_changes_what_a14b_sees_behind_the_known_frames_and_so_the_clip(
+    context: Context, a14b: Any
+) -> None:
+    footage = moving()
+    clips, seen = [], []
+    for amplitude in (1.0, 1.3):
+        request, plan = request_of(a14b, footage, context=context, motion_amplitude=amplitude)
+        made = a14b.extend(footage, 7, plan)
+        assert made.request.motion_amplitude == amplitude
+        seen.append(a14b.condition(made.request, a14b.noise(request), CPU).channels[4:])
+        clips.append(made.clip.frames)
+    known = (context.frames - 1) // 4 + 1
+    assert torch.equal(seen[0][:, :known], seen[1][:, :known])
+    away = [one[:, known:] - one[:, :1] for one in seen]
+    assert float(away[1].std() / away[0].std()) == pytest.approx(1.3, abs=0.02)
+    assert torch.equal(clips[0][0], clips[1][0]) is (context.frames > 1)  # several known frames are held
+    assert not torch.equal(clips[0], clips[1])
+
+
+def test_an_amplitude_is_refused_where_nothing_is_to_be_amplified(
+    a14b: Any, b5: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    with pytest.raises(UserError, match="motion_amplitude is for I2V-A14B"):
+        b5.plan(moving(fps=24), motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="svi2pro's LoRAs were trained to find empty"):
+        a14b.plan(moving(), context=Context("svi2pro", 5), loras=svi, motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="motion_amplitude must be from 1 to 1.5, 1.6 is not"):
+        a14b.plan(moving(), motion_amplitude=1.6, **OPTIONS)
+
+
 # End images and cuts
 
 

@@ -324,6 +324,12 @@ class Settings:
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
     )
+    motion_amplitude: float = option(
+        CONTINUITY, Real("A", 1, 1.5, "; more is untried"),
+        "more motion, for LoRAs that make it slow: 1 to 1.5; A14B with last_frame or tail", 1.0,
+        unset="1: as trained",
+        scene="motion_amplitude", client=True, fingerprint="motion_amplitude", record=True,
+    )
     drift_correction: float = option(
         CONTINUITY, Strength("S", 0, 1, unsaid=0.9),
         "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,

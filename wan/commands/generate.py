@@ -15,7 +15,7 @@ from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
 from wan.files import numbered, write_json
 from wan.options import settings_of
-from wan.settings import check_end_image
+from wan.settings import check_end_image, check_motion_amplitude
 from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
     if settings.end_image is not None:
         check_end_image(config)
         known = dataclasses.replace(known, end=media.read_image(settings.end_image))
+    check_motion_amplitude(settings.motion_amplitude, config)
     loras = lora_files(settings)
     pipeline.models.check_loras(loras)
     pipeline.check_distilled(settings.preset, loras)
@@ -98,4 +99,5 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         ),
         draw_seed(settings.base_seed),
         loras,
+        settings.motion_amplitude,
     )

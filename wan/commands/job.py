@@ -259,6 +259,7 @@ class Job:
                 "context": Context.choose(settings.continuation, settings.context_frames),
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
+                "motion_amplitude": settings.motion_amplitude,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
@@ -318,6 +319,7 @@ class Job:
             "precision": config.low_precision or settings.precision,
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
+            "motion_amplitude": request.motion_amplitude,
         }
         if plan is not None:
             used |= {
