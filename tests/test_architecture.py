@@ -20,6 +20,7 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
     (
         "wan.device.ranks",
+        "wan.device.watch",
         "wan.device.parallel",
         "wan.device.hardware",
         "wan.device.host",

@@ -72,7 +72,6 @@ class Pipeline(ABC):
 
     vae_class: type[WanVAE] = Wan2_1_VAE
     team = ALONE
-    is_sampling = False  # while the processes of a team wait for each other
 
     def __init__(
         self,
@@ -325,9 +324,7 @@ class Pipeline(ABC):
         if sampled is None:
             # pictures are encoded here and sent as latents
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
-            self.is_sampling = True
             sampled = self._sample(request, placements, watch, clips)
-            self.is_sampling = False
             if on_sampled is not None:
                 on_sampled(sampled)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):

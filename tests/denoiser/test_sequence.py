@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,23 +38,6 @@ def in_a_rank(rank: int, size: int, cases: list[Any]) -> list[Any]:
     found = [forward(team, *case) for case in cases]
     team.end()
     return found
-
-
-def waits(rank: int, size: int) -> str:
-    team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 2)
-    assert team.tokens is not None
-    if rank == 1:
-        time.sleep(8)  # it hangs
-        return ""
-    try:
-        team.tokens.gather(torch.ones(1))
-    except RuntimeError as error:
-        return str(error)
-    return "it did not wait"
-
-
-def test_a_process_that_hangs_is_not_waited_for(ranks: Ranks) -> None:
-    assert "imed out" in ranks.run(waits, 2)[0]
 
 
 CASES = [

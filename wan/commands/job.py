@@ -183,12 +183,14 @@ class Job:
         self._join(pipeline)
         logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
         try:
-            yield
-        except BaseException:
-            # in the middle of a clip nobody listens; the launcher ends the others
-            if not pipeline.is_sampling:
-                pipeline.release()
+            with pipeline.team.watched():
+                yield
+        except GeneratorExit:  # between two clips
+            self._part(pipeline)
             raise
+        self._part(pipeline)
+
+    def _part(self, pipeline: Pipeline) -> None:
         pipeline.release()
         pipeline.team.end()
 
@@ -198,7 +200,8 @@ class Job:
             return
         pipeline = self.open()
         self._join(pipeline)
-        pipeline.follow()
+        with pipeline.team.watched():
+            pipeline.follow()
         pipeline.team.end()
 
     def _join(self, pipeline: Pipeline) -> None:

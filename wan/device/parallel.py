@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan.device.ranks import Sizes, World
+from wan.device.watch import Ended, Watch
 from wan.errors import UserError
 
 Value = TypeVar("Value")
@@ -49,14 +51,31 @@ class Team:
         self.tokens: Group | None = None
         self.guidance: Group | None = None
         self._said: Any = None
+        self._watch: Watch | None = None
 
     @classmethod
     def start(cls, world: World, sizes: Sizes, device: torch.device, timeout: float) -> Team:
-        """Meet the other processes; a collective operation that takes longer than `timeout` seconds is an error."""
+        """Meet the other processes; one that lets them wait for longer than `timeout` seconds is an error.
+
+        Raises UserError where some do not come.
+        """
         team = cls(world, sizes)
         if world.size == 1:
             return team
-        wait = timedelta(seconds=timeout)
+        try:
+            team._meet(device, timeout)
+        except dist.DistError as error:
+            raise UserError(
+                f"the {world.size} processes did not all come together within {timeout:g} s (`collective_timeout`): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        team._watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
+        team._watch.start(team.share, world.address)
+        return team
+
+    def _meet(self, device: torch.device, timeout: float) -> None:
+        # the watch comes first, and it knows whom they wait for
+        wait = timedelta(seconds=1.1 * timeout + 10)
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -64,15 +83,14 @@ class Team:
             else:
                 dist.init_process_group("gloo", timeout=wait)
         # a caption on a CPU or a long clip's writing may take much longer than a step
-        team._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
-        rows = [range(first, first + sizes.ulysses) for first in range(0, world.size, sizes.ulysses)]
-        columns = [range(first, world.size, sizes.ulysses) for first in range(sizes.ulysses)]
-        if sizes.ulysses > 1:
-            team.tokens = team._group([list(row) for row in rows], wait)
-        if sizes.cfg > 1:
-            team.guidance = team._group([list(column) for column in columns], wait)
-        return team
+        rows = [range(first, first + self.sizes.ulysses) for first in range(0, self.world.size, self.sizes.ulysses)]
+        columns = [range(first, self.world.size, self.sizes.ulysses) for first in range(self.sizes.ulysses)]
+        if self.sizes.ulysses > 1:
+            self.tokens = self._group([list(row) for row in rows], wait)
+        if self.sizes.cfg > 1:
+            self.guidance = self._group([list(column) for column in columns], wait)
 
     def _group(self, members: list[list[int]], wait: timedelta) -> Group:
         mine = None
@@ -118,8 +136,33 @@ class Team:
             raise Ended(f"the first process has failed ({value.reason})")
         return value
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """An error in the block ends all processes. What is raised is its cause, which may be that of another one."""
+        try:
+            yield
+        except GeneratorExit:  # a loop over clips was left, which is no error
+            raise
+        except BaseException as error:
+            cause = error if self._watch is None else self._watch.end(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _begun(self) -> int:
+        """Operations of this process with others; each process begins as many."""
+        groups = [group for group in (self.tokens, self.guidance) if group is not None]
+        return sum(group.handle._get_sequence_number_for_group() for group in groups)
+
+    def _abort(self) -> None:
+        for group in (self.tokens, self.guidance):
+            if group is not None:
+                group.handle.abort()
+
     def end(self) -> None:
         """Leave the other processes."""
+        if self._watch is not None:
+            self._watch.close()
         if self.world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -127,10 +170,6 @@ class Team:
 @dataclass(frozen=True)
 class _Failed:
     reason: str
-
-
-class Ended(UserError):
-    """The first process has ended with an error, which it says itself."""
 
 
 ALONE = Team(World(), Sizes())

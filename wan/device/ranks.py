@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wan.errors import UserError
 
@@ -12,11 +12,15 @@ ULYSSES_LOSS = 0.035  # of a step's speed with each doubling, measured: 1.88x on
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that a launcher such as torchrun has started; alone without one."""
+    """This process among those that a launcher such as torchrun has started; alone without one.
+
+    `address` is where the first of them can be reached.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    address: str = field(default="127.0.0.1", compare=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> World:
@@ -27,7 +31,8 @@ class World:
             if not text.isdecimal():
                 raise UserError(f"the launcher's {name}={text!r} is no number; start the command with torchrun")
             found[name] = int(text)
-        world = cls(found["RANK"], max(1, found["WORLD_SIZE"]), found["LOCAL_RANK"])
+        address = environment.get("MASTER_ADDR") or cls.address
+        world = cls(found["RANK"], max(1, found["WORLD_SIZE"]), found["LOCAL_RANK"], address)
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if world.size > 1 and missing:
             raise UserError(f"WORLD_SIZE is {world.size} without {', '.join(missing)}: start the command with torchrun")
