@@ -323,7 +323,7 @@ CASES: dict[str, Case] = {
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+    "collective_timeout": Case(  # tests/device/test_watch.py waits for it
         "--collective_timeout 60",
         lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
         60.0,

@@ -408,8 +408,14 @@ class Settings:
         SPEED, Real("SECONDS", 1, 1e6, "; that is 11 days"), "give up when a GPU lets the others wait so long", 600.0,
         same=_FASTER,
     )
-    t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
-    dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
+    t5_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the text encoder, and all encode together (torchrun)", False,
+        same=_FASTER,
+    )
+    dit_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the denoisers; a layer is whole while it is used (torchrun)", False,
+        same=_FASTER,
+    )
 
     # Weights and LoRAs
     ckpt_dir: str | None = option(

@@ -72,6 +72,7 @@ def run(ranks: Ranks, size: int, given: list[str], folder: Path) -> list[tuple[i
     [
         ("5b", 2, "--cfg_size 2, --ulysses_size 1", []),
         ("5b", 2, "--cfg_size 1, --ulysses_size 2", ["--ulysses_size", "2", "--cache", "first_block:0.01"]),
+        pytest.param("14b", 2, "--cfg_size 2, --ulysses_size 1", ["--dit_fsdp", "--t5_fsdp"], marks=pytest.mark.rare),
         pytest.param("14b", 2, "--cfg_size 1, --ulysses_size 2", ["--cfg_size", "1"], marks=pytest.mark.slow),
         pytest.param("14b", 4, "--cfg_size 2, --ulysses_size 2", [], marks=pytest.mark.slow),
         pytest.param("5b", 4, "--cfg_size 1, --ulysses_size 4", ["--ulysses_size", "4"], marks=pytest.mark.slow),
@@ -81,7 +82,7 @@ def test_a_chain_of_several_processes_is_that_of_one_and_goes_on_with_another_co
     family: str, size: int, plan: str, more: list[str], ranks: Ranks, alone: Alone, tmp_path: Path
 ) -> None:
     together = tmp_path / "together"
-    cached = more[more.index("--cache") :] if "--cache" in more else []
+    cached = [one for one in more if "cache" in one or "first_block" in one]
     said = run(ranks, size, words(family, together, "--num_videos", "1", *more), tmp_path / "said")
     assert [code for code, _ in said] == [0] * size
     assert f"{size} GPUs: {plan}" in said[0][1] and str(together / "joined.mp4") in said[0][1]
@@ -235,7 +236,7 @@ def test_a_launcher_s_environment_is_read() -> None:
             ["--ulysses_size", "2"],
             "--ulysses_size 2 needs 2 processes: start the command with torchrun --nproc_per_node=2",
         ),
-        (["--dit_fsdp"], "--dit_fsdp: sharded weights are not supported yet"),
+        (["--dit_fsdp"], "--dit_fsdp: weights are shared among GPUs; start the command with torchrun"),
     ],
 )
 def test_one_process_is_told_how_to_start_several(

@@ -135,6 +135,8 @@ class Job:
             self.config,
             self.folder,
             device_id=self.world.local_rank,
+            t5_fsdp=settings.t5_fsdp,
+            dit_fsdp=settings.dit_fsdp,
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
@@ -379,8 +381,9 @@ def _or_example(settings: Settings, task: str) -> Settings:
 
 def check_world(settings: Settings, world: World) -> None:
     """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
-    if asked := [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]:
-        raise UserError(f"{', '.join(asked)}: sharded weights are not supported yet; leave it out")
+    asked = [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
+    if asked and world.size == 1 and not settings.dry_run:
+        raise UserError(f"{' and '.join(asked)}: weights are shared among GPUs; start the command with torchrun")
     given = {name: size for name in ("ulysses_size", "cfg_size") if (size := getattr(settings, name)) != "auto"}
     ranks = math.prod(given.values())
     said = ", ".join(f"`{name}` {size}" for name, size in given.items())

@@ -24,6 +24,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from torch import Tensor
 
 from wan.denoiser.model import WanModel, key_map
+from wan.device.sharding import write
 from wan.errors import UserError
 from wan.foreign import fit, parse_json, read_json
 from wan.settings import LoraFile
@@ -134,7 +135,7 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
             file.add(name_of[key], value, base)
-        parameter.copy_(value if model.rounding is None else value.to(model.rounding))
+        write(parameter, value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)

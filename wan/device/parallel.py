@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,13 +44,15 @@ class Group:
 class Team:
     """The processes that make a clip together. With one of them there is nothing to do.
 
-    `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared.
+    `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared. `node` are the
+    processes of one machine, or all where each has a machine of its own.
     """
 
     def __init__(self, world: World, sizes: Sizes) -> None:
         self.world, self.sizes = world, sizes
         self.tokens: Group | None = None
         self.guidance: Group | None = None
+        self.node: Group | None = None
         self._said: Any = None
         self._watch: Watch | None = None
 
@@ -91,6 +94,14 @@ class Team:
             self.tokens = self._group([list(row) for row in rows], wait)
         if self.sizes.cfg > 1:
             self.guidance = self._group([list(column) for column in columns], wait)
+        self.node = self._group(self._machines(), wait)
+
+    def _machines(self) -> list[list[int]]:
+        """The processes of each machine; all in one list where each has a machine of its own."""
+        names: list[Any] = [None] * self.world.size
+        dist.all_gather_object(names, platform.node(), group=self._said)
+        found = [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
+        return found if min(map(len, found)) > 1 else [list(range(self.world.size))]
 
     def _group(self, members: list[list[int]], wait: timedelta) -> Group:
         mine = None
