@@ -184,6 +184,7 @@ def main() -> None:
     teams[f"ulysses {world.size}"] = both
     if world.size % 2 == 0:
         teams[f"cfg 2 x ulysses {world.size // 2}"] = Team.start(world, Sizes(2, world.size // 2), device, 120)
+    teams[f"ring {world.size}"] = Team.start(world, Sizes(1, 1, world.size), device, 120)
     if args.slices:
         teams[f"ulysses {world.size}, slices"] = both  # last, since the whole weights go for them
     if world.is_first:
@@ -193,7 +194,8 @@ def main() -> None:
     rows = [row for name in args.scenarios for row in measure(name, world, teams, args)]
     if args.out and world.is_first:
         args.out.write_text(json.dumps(rows, indent=1))
-    both.end()
+    for team in teams.values():
+        team.end()
 
 
 if __name__ == "__main__":

@@ -156,20 +156,21 @@ class Pipeline(ABC):
         *,
         cfg: int | None = None,
         ulysses: int | None = None,
+        ring: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         """Make clips together with the other processes of a launcher, each of which calls this, too.
 
-        `cfg` and `ulysses` are the sizes of `choose_sizes` where they are given, `guided` the share of steps that have
-        guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
+        `cfg`, `ulysses` and `ring` are the sizes of `choose_sizes` where they are given, `guided` the share of steps
+        that have guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
         Raises UserError.
         """
-        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses)
+        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
         self.team = Team.start(world, sizes, self.device, timeout)
         shards = 1 if self.team.node is None else self.team.node.size
         self.budget = dataclasses.replace(
             self.budget,
-            token_ranks=sizes.ulysses,
+            token_ranks=sizes.tokens,
             dit_shards=shards if self.sharded - {"text_encoder"} else 1,
             t5_shards=shards if "text_encoder" in self.sharded else 1,
         )
@@ -415,7 +416,7 @@ class Pipeline(ABC):
         """Let a denoiser run on what is fastest for so many forwards, with the same results."""
         use_fastest_attention(model, tokens, forwards, self.device, self.team)
         if self.compile_blocks:
-            compile_where_it_pays(model, tokens // self.team.sizes.ulysses, forwards, self.device)
+            compile_where_it_pays(model, tokens // self.team.sizes.tokens, forwards, self.device)
 
     def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
         noise = self.noise(request)

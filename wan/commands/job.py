@@ -159,7 +159,8 @@ class Job:
 
     @property
     def _given_sizes(self) -> dict[str, int | None]:
-        given = {"cfg": self.settings.cfg_size, "ulysses": self.settings.ulysses_size}
+        settings = self.settings
+        given = {"cfg": settings.cfg_size, "ulysses": settings.ulysses_size, "ring": settings.ring_size}
         return {name: None if size == "auto" else size for name, size in given.items()}
 
     def _guided(self, pipeline: Pipeline) -> float:
@@ -379,17 +380,20 @@ def _or_example(settings: Settings, task: str) -> Settings:
     return dataclasses.replace(settings, **example)
 
 
+_SIZES = ("ulysses_size", "cfg_size", "ring_size")
+
+
 def check_world(settings: Settings, world: World) -> None:
     """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
     asked = [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
     if asked and world.size == 1 and not settings.dry_run:
         raise UserError(f"{' and '.join(asked)}: weights are shared among GPUs; start the command with torchrun")
-    given = {name: size for name in ("ulysses_size", "cfg_size") if (size := getattr(settings, name)) != "auto"}
+    given = {name: size for name in _SIZES if (size := getattr(settings, name)) != "auto"}
     ranks = math.prod(given.values())
     said = ", ".join(f"`{name}` {size}" for name, size in given.items())
     if world.size == 1 and ranks > 1 and not settings.dry_run:
         raise UserError(f"{said} needs {ranks} processes: start the command with torchrun --nproc_per_node={ranks}")
-    if world.size > 1 and (world.size % ranks or (len(given) == 2 and ranks != world.size)):
+    if world.size > 1 and (world.size % ranks or (len(given) == len(_SIZES) and ranks != world.size)):
         raise UserError(f"{said} does not make up the {world.size} processes that are started")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,11 +23,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the processes, in order: how many, which of them this one is, and PyTorch's name for them."""
+    """Some of the processes, in order: how many, which of them this one is, and PyTorch's name for them.
+
+    Of those that share tokens: neighbours, who share the heads of attention (`by_heads`), and those that have the same
+    heads for other tokens (`ring`), each None where there is but one.
+    """
 
     handle: Any
     size: int
     index: int
+    by_heads: Group | None = None
+    ring: Group | None = None
 
     @property
     def name(self) -> str:
@@ -88,25 +94,33 @@ class Team:
         # a caption on a CPU or a long clip's writing may take much longer than a step
         self._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
-        rows = [range(first, first + self.sizes.ulysses) for first in range(0, self.world.size, self.sizes.ulysses)]
-        columns = [range(first, self.world.size, self.sizes.ulysses) for first in range(self.sizes.ulysses)]
-        if self.sizes.ulysses > 1:
-            self.tokens = self._group([list(row) for row in rows], wait)
+        tokens, ulysses = self.sizes.tokens, self.sizes.ulysses
+        halves = [range(first, first + tokens) for first in range(0, self.world.size, tokens)]
+        if tokens > 1:
+            parts = [half[first : first + ulysses] for half in halves for first in range(0, tokens, ulysses)]
+            rings = [half[first::ulysses] for half in halves for first in range(ulysses)]
+            self.tokens = replace(
+                self._group(halves, wait),
+                by_heads=self._group(parts, wait) if ulysses > 1 else None,
+                ring=self._group(rings, wait) if self.sizes.ring > 1 else None,
+            )
         if self.sizes.cfg > 1:
-            self.guidance = self._group([list(column) for column in columns], wait)
+            self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
         self.node = self._group(self._machines(), wait)
 
-    def _machines(self) -> list[list[int]]:
+    def _machines(self) -> list[Sequence[int]]:
         """The processes of each machine; all in one list where each has a machine of its own."""
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, platform.node(), group=self._said)
-        found = [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
+        found: list[Sequence[int]] = []
+        for machine in dict.fromkeys(names):
+            found.append([rank for rank, name in enumerate(names) if name == machine])
         return found if min(map(len, found)) > 1 else [list(range(self.world.size))]
 
-    def _group(self, members: list[list[int]], wait: timedelta) -> Group:
+    def _group(self, members: Sequence[Sequence[int]], wait: timedelta) -> Group:
         mine = None
         for ranks in members:
-            handle = dist.new_group(ranks, timeout=wait)
+            handle = dist.new_group(list(ranks), timeout=wait)
             if self.world.rank in ranks:
                 mine = Group(handle, len(ranks), ranks.index(self.world.rank))
         assert mine is not None  # they hold every rank once
@@ -162,13 +176,18 @@ class Team:
 
     def _begun(self) -> int:
         """Operations of this process with others; each process begins as many."""
-        groups = [group for group in (self.tokens, self.guidance) if group is not None]
-        return sum(group.handle._get_sequence_number_for_group() for group in groups)
+        return sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
 
     def _abort(self) -> None:
-        for group in (self.tokens, self.guidance):
-            if group is not None:
-                group.handle.abort()
+        for group in self._of_steps:
+            group.handle.abort()
+
+    @property
+    def _of_steps(self) -> list[Group]:
+        """The groups whose processes wait for each other in a step."""
+        tokens = self.tokens
+        within = [] if tokens is None else [tokens, tokens.by_heads, tokens.ring]
+        return [group for group in (*within, self.guidance, self.node) if group is not None]
 
     def end(self) -> None:
         """Leave the other processes."""

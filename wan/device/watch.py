@@ -8,6 +8,7 @@ goes wrong is told to all: the others end at once, the first one when it has wri
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -17,6 +18,7 @@ import secrets
 import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -142,6 +144,15 @@ class Watch:
             target=self._lead if self.rank == 0 else self._follow, daemon=True, name="watch"
         )
         self._thread.start()
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        """A process that ends without a word to the others: by itself, or by an error that nothing has caught."""
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            self.close()
+        elif not self._closed:
+            self.end(error)
 
     def _accept(self, listener: socket.socket, key: str) -> None:
         connection = listener.accept()[0]
@@ -193,6 +204,7 @@ class Watch:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self._at_exit)
         self._tell_all(done=True)
         self._wake_up()
         if threading.current_thread() is not self._thread:
