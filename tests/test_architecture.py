@@ -20,7 +20,9 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline", "wan.weights.prefetch"),
     (
         "wan.device.ranks",
+        "wan.device.watch",
         "wan.device.parallel",
+        "wan.device.sharding",
         "wan.device.hardware",
         "wan.device.host",
         "wan.device.streaming",

@@ -323,8 +323,9 @@ CASES: dict[str, Case] = {
     "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "ring_size": Case("--ring_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+    "collective_timeout": Case(  # tests/device/test_watch.py waits for it
         "--collective_timeout 60",
         lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
         60.0,
@@ -434,6 +435,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
         "prune",
         "ulysses_size",
         "cfg_size",
+        "ring_size",
         "t5_fsdp",
         "dit_fsdp",
         "dry_run",

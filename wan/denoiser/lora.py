@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wan.denoiser.lora_file import LOHA, OpenedLora
 from wan.denoiser.model import WanModel, key_map
+from wan.device.sharding import write
 from wan.errors import UserError
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
 from wan.weights.tensors import Weights
@@ -54,7 +55,7 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
             _add(file, name_of[key], value, base)
-        parameter.copy_(value if model.rounding is None else value.to(model.rounding))
+        write(parameter, value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
+from wan.device.sharding import shard
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
 from wan.weights.loading import check_fit, load_into
@@ -73,16 +74,19 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         low_precision: str | None = None,
         rounded_on: torch.device | None = None,
         mapped: bool = False,
+        shards: Group | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
-        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. Raises UserError when the
-        weights do not fit.
+        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. `shards`: the processes of
+        which each keeps a slice of every parameter. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
+        if shards is not None:
+            shard(model, "blocks", lambda name: policy_dtype(name, dtype), device, shards, ["text_keys"])
         model.rounding = dtype if convert_model_dtype else None
         load_into(
             model,
@@ -92,7 +96,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             device,
             rounding=model.rounding,
             stays_quantized=lambda name: not name.startswith(FLOAT32_PARTS),
-            layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
+            # other weights may take their place, and what is left would hold it
+            layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
         )
         model.to(device).eval()

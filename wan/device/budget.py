@@ -49,6 +49,13 @@ class StageMemory:
     count: int = 0
     beside: int = 0  # what is kept as well where all layers stay
 
+    def sliced(self, shards: int) -> StageMemory:
+        """With a slice of each layer on each of so many GPUs; two layers are whole at a time."""
+        if shards == 1:
+            return self
+        whole = SLOTS * self.layer
+        return StageMemory(self.weights // shards + whole, self.working, beside=self.beside)
+
     def weight_budget(self, budget: int) -> int:
         """What is left of a budget for weights."""
         return budget - self.working - self.beside
@@ -104,6 +111,8 @@ class MemoryBudget:
     vram: int | None = None
     free: int | None = None
     token_ranks: int = 1  # GPUs that share a clip's tokens
+    dit_shards: int = 1  # of which each keeps a slice of the denoisers
+    t5_shards: int = 1
 
     def for_clip(self, geometry: Geometry, offload: bool) -> MemoryBudget:
         """The budget of a clip: where it was not given one and its models take turns, what is free if that is less."""
@@ -126,7 +135,8 @@ class MemoryBudget:
         denoising = max(self._denoisers(geometry), key=lambda stage: stage.least)
         found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
-            found["text"] = text_memory(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+            text = text_memory(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+            found["text"] = text.sliced(self.t5_shards)
         return found
 
     def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
@@ -134,7 +144,7 @@ class MemoryBudget:
         return [
             denoiser_memory(
                 weights, config.param_dtype, in_8_bits, -(-geometry.tokens // self.token_ranks), config.text_len
-            )
+            ).sliced(self.dit_shards)
             for weights in self.checkpoint.experts.values()
         ]
 

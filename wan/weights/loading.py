@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from wan.device import sharding
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
@@ -54,7 +55,8 @@ def load_into(
     every value through that dtype first. What is quantized in the file is expanded, but for the weights of
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
     offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. Host memory never holds
-    more than the model and one file.
+    more than the model and one file. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
+    expanded.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
@@ -66,12 +68,18 @@ def load_into(
     blocks = _Blocks()
     for key, tensor in weights.tensors():
         name = name_of[key]
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        sliced = sharding.slice_of(module._parameters.get(leaf))
+        if sliced is not None:
+            tensor = dequantize(tensor).view(weights.shapes[key])[sliced.rows]
         if not blocks.see(name, tensor):
             raise UserError(
                 f"{weights.place_of(key)} holds numbers in {key} that are NaN or infinite; download it again"
             )
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        if sliced is not None:
+            _fill(sliced.numbers, tensor, rounding)
+            continue
         if (
             isinstance(tensor, QuantizedTensor)
             and isinstance(module, nn.Linear)
