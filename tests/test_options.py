@@ -124,7 +124,7 @@ def test_no_remote_client_sets_what_names_something_of_this_machine() -> None:
         Option("x", Local(), None, "Input", "x", same="x", client=True)
     for name in ("ckpt_dir", "vlm_path", "vlm_url", "vlm_trust_remote_code", "output_dir", "save_file", "lora", "dit"):
         assert "client" not in OPTIONS[name].setters
-    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client"}
+    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client", "row"}
     assert OPTIONS["cut"].setters == {"storyboard"}
 
 
@@ -386,11 +386,12 @@ CASES: dict[str, Case] = {
 }
 
 
-SERVED = {name for name, one in OPTIONS.items() if one.only == ("serve",)}  # tests/server has their cases
+# tests/server and tests/batch have their cases
+ELSEWHERE = {name for name, one in OPTIONS.items() if one.only in (("serve",), ("batch",))}
 
 
 def test_every_setting_has_a_case() -> None:
-    assert set(CASES) == set(OPTIONS) - SERVED
+    assert set(CASES) == set(OPTIONS) - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", CASES)

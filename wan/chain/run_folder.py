@@ -32,7 +32,7 @@ from wan import media
 from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.records import check_record, read_run
-from wan.errors import UserError
+from wan.errors import InUse, UserError
 from wan.files import digest_of, file_digest, link_or_copy, numbered, write_bytes, write_json, write_text
 from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
@@ -167,7 +167,7 @@ class RunFolder:
                 # a lock of the system, which goes with the process; a mark in its place would outlast a kill
                 self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise UserError(f"{self.path} is in use by another run; wait for it, or give another folder") from error
+            raise InUse(f"{self.path} is in use by another run; wait for it, or give another folder") from error
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(

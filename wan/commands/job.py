@@ -148,6 +148,15 @@ class Job:
         )
 
     @property
+    def models_key(self) -> tuple[Any, ...]:
+        """Equal for two jobs whose pipeline may be the same."""
+        names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
+        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        said = tuple(getattr(self.settings, name) for name in names)
+        files = dit_files(self.settings) | part_files(self.settings)
+        return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said
+
+    @property
     def offload(self) -> bool:
         """Whether only the model in use is on the GPU: what is given, or as in Wan2.2's script."""
         given = self.settings.offload_model
@@ -197,11 +206,11 @@ class Job:
         pipeline.release()
         pipeline.team.end()
 
-    def follow(self) -> None:
-        """In any other process: make its shares until the first has done."""
+    def follow(self, pipeline: Pipeline | None = None) -> None:
+        """In any other process: make its shares until the first has done, with a pipeline that may be there already."""
         if self.settings.dry_run:
             return
-        pipeline = self.open()
+        pipeline = self.open() if pipeline is None else pipeline
         self._join(pipeline)
         with pipeline.team.watched():
             pipeline.follow()

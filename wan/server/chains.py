@@ -27,10 +27,10 @@ from wan.options import Settings
 from wan.server.decode import decode
 from wan.server.errors import ApiError, from_user_error, not_found
 from wan.server.folders import ChainFolder
-from wan.server.orders import as_json, read_clip, read_settings
+from wan.server.orders import read_clip, read_settings
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, Queue, Ticket, new_id
-from wan.server.wire import settings_of_chain
+from wan.server.wire import as_json, settings_of_chain
 from wan.settings import Context
 
 MODELS = {"wan2.2-i2v-a14b": 2, "v2v-14B": 2, "i2v-A14B": 2, "wan2.2-ti2v-5b": 1, "v2v-5B": 1, "ti2v-5B": 1}  # experts
