@@ -305,6 +305,7 @@ CASES: dict[str, Case] = {
         "--end_image red.png", lambda s: [one.known.end is not None for one in s.requests], [False, True], A14B
     ),
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
+    "motion_amplitude": Case("--motion_amplitude 1.25", lambda s: s.first.motion_amplitude, 1.25, A14B),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
     "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
@@ -322,8 +323,9 @@ CASES: dict[str, Case] = {
     "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "ring_size": Case("--ring_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+    "collective_timeout": Case(  # tests/device/test_watch.py waits for it
         "--collective_timeout 60",
         lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
         60.0,
@@ -434,6 +436,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
         "prune",
         "ulysses_size",
         "cfg_size",
+        "ring_size",
         "t5_fsdp",
         "dit_fsdp",
         "dry_run",

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
+from wan.device.watch import Ended, is_collective
 from wan.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     except UserError as error:
         if first:
             return _fail(error.marked)
-        # what is wrong for all processes the first one says, and then the launcher ends this one
+        if isinstance(error, Ended):
+            return USER
+        # what is wrong for all processes the first one says, and then it or the launcher ends this one
         time.sleep(OTHERS_WAIT)
         return _fail(f"process {os.environ['RANK']} on {platform.node()}: {error.marked}")
     except OSError as error:
@@ -155,6 +158,8 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
             print("interrupted", file=sys.stderr)
         return 128 + (stopped[-1] if stopped else signal.SIGINT)
     except RuntimeError as error:
+        if not first and is_collective(error):
+            return USER  # its cause is in another process, which is told of there
         if not _out_of_memory(error):
             raise
         # outside of a clip, whose own line says what the estimate found

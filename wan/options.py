@@ -83,7 +83,7 @@ NOT_SERVED = frozenset(
     (
         *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
-        *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
+        *("keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
     )
 )
 # Those that a batch does not take: of one video, of a person who looks on, and of how its processes are started.
@@ -337,6 +337,12 @@ class Settings:
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
     )
+    motion_amplitude: float = option(
+        CONTINUITY, Real("A", 1, 1.5, "; more is untried"),
+        "more motion, for LoRAs that make it slow: 1 to 1.5; A14B with last_frame or tail", 1.0,
+        unset="1: as trained",
+        scene="motion_amplitude", client=True, fingerprint="motion_amplitude", record=True,
+    )
     drift_correction: float = option(
         CONTINUITY, Strength("S", 0, 1, unsaid=0.9),
         "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,
@@ -417,12 +423,22 @@ class Settings:
         SPEED, Count("N", 1, 2, "; guidance has two forwards"),
         "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto", same=_FASTER,
     )
+    ring_size: int | Literal["auto"] = option(
+        SPEED, Count("N"), "share tokens among so many times as many GPUs, where heads are too few (torchrun)", "auto",
+        same=_FASTER,
+    )
     collective_timeout: float = option(
         SPEED, Real("SECONDS", 1, 1e6, "; that is 11 days"), "give up when a GPU lets the others wait so long", 600.0,
         same=_FASTER,
     )
-    t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
-    dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
+    t5_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the text encoder, and all encode together (torchrun)", False,
+        same=_FASTER,
+    )
+    dit_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the denoisers; a layer is whole while it is used (torchrun)", False,
+        same=_FASTER,
+    )
 
     # Weights and LoRAs
     ckpt_dir: str | None = option(

@@ -78,6 +78,7 @@ clips:
     lora_low: b.safetensors:-1e-1
     lora: []
     end_image: end.png
+    motion_amplitude: 1.25
     context: 5
     cut: end.png
   - the boat sinks
@@ -100,11 +101,12 @@ def test_a_clip_says_all_that_can_differ(folder: Path) -> None:
             lora_high=(f"{a}:0.8", f"{b}:1.0"),
             lora_low=(f"{b}:-0.1",),
             end_image=str(folder / "end.png"),
+            motion_amplitude=1.25,
             context=5,
             cut=str(folder / "end.png"),
         ),
-        clip(14, "the boat sinks"),
-        clip(15),
+        clip(15, "the boat sinks"),
+        clip(16),
     )
 
 
@@ -432,6 +434,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "task", "problem"),
     [
+        (
+            "motion_amplitude: 1.2",
+            "v2v-5B",
+            "motion_amplitude is for I2V-A14B; v2v-5B has no image latents behind the known ones",
+        ),
         ("end_image: end.png", "v2v-5B", "end_image is for I2V-A14B; v2v-5B knows no last frame"),
         (
             "cut: true",

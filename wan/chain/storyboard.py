@@ -15,6 +15,7 @@
         end_image: end.png               # the last frame; A14B
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+        motion_amplitude: 1.2            # 1 to 1.5; A14B
         takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
@@ -64,7 +65,7 @@ from wan.kinds import (
     Words,
 )
 from wan.options import Option, Settings, by_scene_key
-from wan.settings import LoraFile, check_end_image
+from wan.settings import LoraFile, check_end_image, check_motion_amplitude
 
 MOST_BYTES = 2**20
 MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
@@ -176,11 +177,12 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
-        if "end_image" in scene.said:
-            try:
+        try:
+            if "end_image" in scene.said:
                 check_end_image(config)
-            except UserError as error:
-                problems.append((scene.line, str(error)))
+            check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
+        except UserError as error:
+            problems.append((scene.line, str(error)))
     _refuse(path, problems)
 
 

@@ -377,7 +377,8 @@ def _plans(
 
 def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
     """A line about how several GPUs would share the work."""
-    given = [size for size in (job.settings.ulysses_size, job.settings.cfg_size) if size != "auto"]
+    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
+    given = [size for size in asked if size != "auto"]
     world = job.world if job.world.size > 1 else World(size=math.prod(given))
     if world.size == 1:
         return []

@@ -280,8 +280,10 @@ class Chains:
         takes effect there; where something before it did, the run stops after that clip and begins again from what
         changed. Raises ApiError.
         """
-        ticket, folder = self.get(name), self.folder(name)
+        self.get(name)
+        folder = self.folder(name)
         names = await self._take_pictures(folder, pictures)
+        ticket = self.get(name)  # as it is now: a picture takes a while
         given = dict(ticket.settings)
         if settings:
             read = read_settings(settings)
