@@ -86,12 +86,9 @@ NOT_SERVED = frozenset(
         *("keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
     )
 )
-# Those that a batch does not take: of one video, of a person who looks on, and of how its processes are started.
+# Those that a batch does not take: of one video, and of a person who looks on.
 NOT_BATCHED = frozenset(
-    (
-        *("video", "from_", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),
-        *("t5_fsdp", "dit_fsdp"),
-    )
+    (*("video", "from_", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),)
 )
 
 

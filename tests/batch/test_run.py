@@ -142,7 +142,8 @@ def test_what_the_user_can_put_right_is_not_tried_again_and_costs_no_worker() ->
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"), [("out_of_memory", "x"), ("internal", "KeyError: 'a'"), ("disk_full", "x")]
+    ("code", "reason"),
+    [("out_of_memory", "x"), ("internal", "KeyError: 'a'"), ("disk_full", "x"), ("worker_lost", "x")],
 )
 def test_other_failures_are_tried_again_and_the_reason_is_kept(code: str, reason: str) -> None:
     crew = Crew(lambda name, count: failed(code, why="KeyError: 'a'") if count < 3 else {"state": DONE, **MADE}, 1)
@@ -295,3 +296,23 @@ def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path:
     assert [line["state"] for line in lines] == [FAILED, "bad"] and lines[0]["reason"] == evil
     report.write([task], {}, status="finished")
     assert 'http-equiv="refresh"' not in (tmp_path / "runs/batch.html").read_text(encoding="utf-8")
+
+
+def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
+    from wan.server.worker import Models
+
+    closed: list[str] = []
+
+    class Job:
+        def __init__(self, key: str, question: str) -> None:
+            self.models_key, self.settings = key, Settings(vlm_question=question)
+
+        def open_continuation(self) -> Any:
+            key = self.models_key
+            vlm = type("Vlm", (), {})()
+            return type("Pipeline", (), {"vlm": vlm, "close": lambda self: closed.append(key)})()
+
+    models: Any = Models()
+    first = models.open(Job("5B", "Why?"))
+    assert models.open(Job("5B", "How?")) is first and first.vlm.question == "How?" and closed == []
+    assert models.open(Job("A14B", "Why?")) is not first and closed == ["5B"]
