@@ -304,6 +304,11 @@ CASES: dict[str, Case] = {
     "end_image": Case(
         "--end_image red.png", lambda s: [one.known.end is not None for one in s.requests], [False, True], A14B
     ),
+    "end_images": Case(
+        "--end_images ends",
+        lambda s: [round(s.mean(one.known.end), 2) for one in s.requests if one.known.end is not None],
+        [-1.0, -0.33],
+    ),
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
     "motion_amplitude": Case("--motion_amplitude 1.25", lambda s: s.first.motion_amplitude, 1.25, A14B),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),

@@ -331,7 +331,7 @@ class VideoContinuation(Pipeline):
         if plan.context.mode == "svi2pro" and not two_experts:
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None:
-            check_end_image(self.config)
+            check_end_image(self.config, plan.geometry.frames, plan.leading, plan.context.mode)
         check_motion_amplitude(plan.motion_amplitude, self.config, plan.context.mode)
         if plan.cut is True and two_experts:
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
@@ -463,18 +463,19 @@ class VideoContinuation(Pipeline):
         size = plan.geometry.width, plan.geometry.height
         end = None if plan.end is None else self.frame_for(plan.end, *size)
         if plan.cut is True:
-            return KnownFrames()
+            return KnownFrames(end=end)
         if plan.cut is not None and plan.cut is not False:
             picture = self.frame_for(plan.cut, *size)
             # the first clip of a shot has an anchor and no motion yet (source: Stable Video Infinity 2.0 Pro)
-            return KnownFrames(anchor=picture) if plan.context.mode == "svi2pro" else KnownFrames((picture,), end)
+            is_svi = plan.context.mode == "svi2pro"
+            return KnownFrames(end=end, anchor=picture) if is_svi else KnownFrames((picture,), end)
         if plan.context.mode == "svi2pro":
             assert plan.anchor is not None
             anchor = self.frame_for(plan.anchor, *size)
             if footage.motion is not None:
-                return KnownFrames(anchor=anchor, motion=footage.motion)
+                return KnownFrames(end=end, anchor=anchor, motion=footage.motion)
             tail = self.pictures(footage, LONGEST_CONTEXT, plan)
-            return KnownFrames(tail[(len(tail) - 1) % 4 :], anchor=anchor)
+            return KnownFrames(tail[(len(tail) - 1) % 4 :], end, anchor)
         if plan.context.frames == 1:
             return KnownFrames((self.frame_for(footage.last, *size),), end)
         return KnownFrames(self.pictures(footage, plan.context.frames, plan), end)

@@ -122,6 +122,11 @@ class Picture(Local):
 
 
 @dataclass(frozen=True)
+class Pictures(Local):
+    """A folder of picture files."""
+
+
+@dataclass(frozen=True)
 class Cut(Picture):
     """A picture file, or True for a shot of text alone."""
 

@@ -34,6 +34,7 @@ from wan.kinds import (
     Name,
     Output,
     Picture,
+    Pictures,
     PromptFor,
     Real,
     Seed,
@@ -81,7 +82,18 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
 NOT_SERVED = frozenset(
     (
         *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
-        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
+        *(
+            "end_image",
+            "end_images",
+            "take",
+            "redo",
+            "keep_following",
+            "yes",
+            "review",
+            "dry_run",
+            "no_lock",
+            "preview",
+        ),
         *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
     )
 )
@@ -212,7 +224,7 @@ class Settings:
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
-        unset="the storyboard's, or 12",
+        unset="as many as `storyboard` or `end_images` has, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -317,8 +329,12 @@ class Settings:
         fingerprint="anchor", continues=True,
     )
     end_image: str | None = option(
-        CONTINUITY, Picture("FILE"), "the last frame (of the last clip); A14B", unset="none",
+        CONTINUITY, Picture("FILE"), "the last frame (of the last clip)", unset="none",
         scene="end_image", fingerprint="end_image", record=True,
+    )
+    end_images: str | None = option(
+        CONTINUITY, Pictures("DIR"), "a folder of last frames, one for each clip in the order of their names",
+        unset="none", only=("continuous",), fingerprint="end_image", continues=True,
     )
     cut: str | bool | None = option(
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",

@@ -439,7 +439,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             "v2v-5B",
             "motion_amplitude is for I2V-A14B; v2v-5B has no image latents behind the known ones",
         ),
-        ("end_image: end.png", "v2v-5B", "end_image is for I2V-A14B; v2v-5B knows no last frame"),
         (
             "cut: true",
             "v2v-14B",

@@ -113,6 +113,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("other.mp4", "theirs.mp4"):
         shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / name)
     Image.new("RGB", (64, 32), "red").save(world / "red.png")
+    (world / "ends").mkdir()
+    for name, colour in (("10.png", "red"), ("2.png", "black")):  # in this order a sort by letters has them
+        Image.new("RGB", (64, 32), colour).save(world / "ends" / name)
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")
     (world / "name.yaml").write_text("- {name: the fog, prompt: it-goes-on}\n- it-goes-on\n")

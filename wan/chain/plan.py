@@ -53,15 +53,18 @@ class Plan:
             raise UserError(
                 f"`context_frames` {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
             )
-        if self.context.mode == "svi2pro" and self.end is not None:
-            raise UserError(
-                "svi2pro takes no end image: the last frames turn grey; use tail or last_frame for that clip"
-            )
 
     @property
     def dropped(self) -> int:
         """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
         return 0 if self.is_cut else self.context.frames
+
+    @property
+    def leading(self) -> int:
+        """Leading frames of the clip that are known: after a cut its picture, or none of a shot of text alone."""
+        if self.is_cut:
+            return 0 if self.cut is True else 1
+        return self.context.frames
 
     @property
     def is_cut(self) -> bool:

@@ -12,7 +12,7 @@
         shift: 5.0
         lora_high: [light.safetensors:0.8, style.safetensors]    # or one text; [] for none
         lora_low: light_low.safetensors  # the 5B model has `lora` instead of these two
-        end_image: end.png               # the last frame; A14B
+        end_image: end.png               # the last frame
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
         motion_amplitude: 1.2            # 1 to 1.5; A14B
@@ -65,7 +65,7 @@ from wan.kinds import (
     Words,
 )
 from wan.options import Option, Settings, by_scene_key
-from wan.settings import LoraFile, check_end_image, check_motion_amplitude
+from wan.settings import LoraFile, check_motion_amplitude
 
 MOST_BYTES = 2**20
 MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
@@ -178,8 +178,6 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
         try:
-            if "end_image" in scene.said:
-                check_end_image(config)
             check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
         except UserError as error:
             problems.append((scene.line, str(error)))

@@ -220,7 +220,13 @@ class _Scripts:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
         settings = self.job.settings
         by_scenes = len(scenes) if settings.storyboard else 0
-        count = settings.num_videos or max(begun, by_scenes or USUAL_CLIPS)
+        ends = self.job.ends
+        count = settings.num_videos or max(begun, by_scenes or len(ends) or USUAL_CLIPS)
+        if ends and len(ends) != count:
+            raise UserError(
+                f"`end_images` {settings.end_images} holds {len(ends)} pictures, and {count} clips are to be made; "
+                "give one for each"
+            )
         if count < by_scenes:
             log.warning("the storyboard has %d clips, `num_videos` makes the first %d of them", by_scenes, count)
         plans = _plans(self.job, self.continuation, self.footage, scenes[:count], count)
@@ -345,9 +351,12 @@ def _plans(
 
     plans: list[Plan] = []
     anchor = common.anchor
+    ends = [picture(file) for file in job.ends]
+    if ends:
+        continuation.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
-        end = common.end if number == count else None
+        end = ends[number - 1] if ends else common.end if number == count else None
         plan = dataclasses.replace(common, number=number, count=count, end=end, anchor=anchor)
         if number <= len(scenes):
             scene = scenes[number - 1]

@@ -189,6 +189,8 @@ def check_together(command: Command, settings: Settings) -> None:
     fewest = Frames().fewest_in_chain
     if chain and settings.frame_num is not None and settings.frame_num < fewest:
         raise UserError(f"`frame_num` {settings.frame_num}: a clip of a chain needs at least {fewest} frames")
+    if settings.end_image is not None and settings.end_images is not None:
+        raise UserError("`end_images` says how each clip ends, also the last; leave `end_image` out")
     if settings.vram is not None and settings.offload_model is False:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
