@@ -348,6 +348,26 @@ def test_an_amplitude_is_refused_where_nothing_is_to_be_amplified(
         a14b.plan(moving(), motion_amplitude=1.6, **OPTIONS)
 
 
+# The way on, clip by clip
+
+
+def test_what_is_discarded_is_handed_on_neither_as_pixels_nor_as_latents(a14b: Any) -> None:
+    footage = moving()
+    whole = a14b.extend(footage, 7, a14b.plan(footage, **OPTIONS))
+    made = a14b.extend(footage, 7, a14b.plan(footage, discard=8, **OPTIONS))
+    assert torch.equal(made.clip.frames, whole.clip.frames[:-8]) and torch.equal(made.latents, whole.latents[:, :-2])
+    assert torch.equal(made.motion, whole.latents[:, -3:-2]) and torch.equal(
+        made.last, whole.clip.frames[-9].permute(2, 0, 1)
+    )
+    for options, problem in (
+        ({"discard": 20, "frame_num": 21}, "discard 20 leaves nothing new of a clip of 21 frames"),
+        ({"discard": 6}, "discard must be 0, 4, 8"),
+        ({"discard": 4, "end": Image.new("RGB", (96, 64))}, "would leave out the clip's end image"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            a14b.plan(footage, **OPTIONS | options)
+
+
 # End images and cuts
 
 

@@ -259,6 +259,7 @@ class VideoContinuation(Pipeline):
         prompt_mode: str = "describe",
         num_segments: int = 8,
         motion_amplitude: float = 1.0,
+        discard: int = 0,
         drift_correction: float = 0.0,
         best_of: int = 1,
         keeps_takes: bool = False,
@@ -302,6 +303,7 @@ class VideoContinuation(Pipeline):
             prompt_mode=prompt_mode,
             num_segments=num_segments,
             motion_amplitude=motion_amplitude,
+            discard=discard,
             drift_correction=drift_correction,
             best_of=best_of,
             keeps_takes=keeps_takes,
@@ -452,6 +454,11 @@ class VideoContinuation(Pipeline):
             sampled=None if draft is None else draft.find(seed),
             on_sampled=None if draft is None else lambda sampled: draft.keep(seed, sampled, prompt),
         )
+        if plan.discard:
+            kept = len(made.clip.frames) - plan.discard
+            cells = plan.discard // self.config.vae_stride[0]
+            clip = Clip(made.clip.frames[:kept], made.clip.fps)
+            made = dataclasses.replace(made, clip=clip, latents=made.latents[:, :-cells])
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)

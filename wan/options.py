@@ -56,6 +56,7 @@ CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block":
 CONTINUATIONS = ("last_frame", "tail", "svi2pro")
 CONTEXTS = (1, 5, 9, 13, 17)  # pixel frames of the clip before that a continuation can be conditioned on
 LONGEST_CONTEXT = CONTEXTS[-1]
+DISCARDS = (0, 4, 8, 12, 16, 20, 24)  # pixel frames; a latent frame holds four
 PROMPT_MODES = ("describe", "continue")
 PRECISIONS = ("bf16", "fp8", "fp8_attention")
 READERS = ("auto", "pyav", "decord")
@@ -316,7 +317,7 @@ class Settings:
     continuation: str | None = option(
         CONTINUITY, Choice(None, CONTINUATIONS), "which frames of the clip before a clip starts from",
         unset="last_frame; tail with more than one of `context_frames`",
-        client=True, fingerprint="continuation", record=True, continues=True,
+        scene="continuation", client=True, fingerprint="continuation", record=True, continues=True,
     )
     context_frames: int | None = option(
         CONTINUITY, Among("K", numbers=CONTEXTS),
@@ -326,7 +327,7 @@ class Settings:
     )
     anchor_image: str | None = option(
         CONTINUITY, Picture("FILE"), "the picture that svi2pro holds on to", unset="a sharp one from before the end",
-        fingerprint="anchor", continues=True,
+        scene="anchor", fingerprint="anchor", continues=True,
     )
     end_image: str | None = option(
         CONTINUITY, Picture("FILE"), "the last frame (of the last clip)", unset="none",
@@ -339,6 +340,10 @@ class Settings:
     cut: str | bool | None = option(
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
+    )
+    discard: int = option(
+        CONTINUITY, Among("K", numbers=DISCARDS), "leave the last K frames of each clip out before the next starts", 0,
+        only=("continuous",), scene="discard", client=True, fingerprint="discard", record=True, continues=True,
     )
     motion_amplitude: float = option(
         CONTINUITY, Real("A", 1, 1.5, "; more is untried"),

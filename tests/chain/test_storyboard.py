@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from PIL import Image
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.options import by_scene_key
+from wan.options import Settings, by_scene_key
 
 KEYS = by_scene_key()
 
@@ -79,6 +80,8 @@ clips:
     lora: []
     end_image: end.png
     motion_amplitude: 1.25
+    continuation: tail
+    discard: 8
     context: 5
     cut: end.png
   - the boat sinks
@@ -102,11 +105,13 @@ def test_a_clip_says_all_that_can_differ(folder: Path) -> None:
             lora_low=(f"{b}:-0.1",),
             end_image=str(folder / "end.png"),
             motion_amplitude=1.25,
+            continuation="tail",
+            discard=8,
             context=5,
             cut=str(folder / "end.png"),
         ),
-        clip(15, "the boat sinks"),
-        clip(16),
+        clip(17, "the boat sinks"),
+        clip(18),
     )
 
 
@@ -463,6 +468,27 @@ def test_what_asks_for_nothing_suits_any_model(folder: Path) -> None:
     path = write(folder, "- {lora: [], lora_high: [], lora_low: [], guidance: [3, 3], context: 17, cut: end.png}\n- a")
     for task in ("v2v-5B", "v2v-14B"):
         check_storyboard(path, read_storyboard(path), config=WAN_CONFIGS[task])
+
+
+def test_one_word_about_known_frames_replaces_all_that_the_command_line_says_of_them() -> None:
+    svi = Settings(
+        continuation="svi2pro",
+        lora_high=("SVI_v2_pro_high.safetensors", "light.safetensors:0.5"),
+        lora_low=("SVI_v2_pro_low.safetensors",),
+    )
+    first = Scene(1, {"continuation": "last_frame"}).over(svi)
+    assert (first.continuation, first.lora_high, first.lora_low) == ("last_frame", ("light.safetensors:0.5",), ())
+    assert Scene(1, {"context_frames": 9}).over(svi).lora_low == ()
+    assert Scene(1, {"continuation": "last_frame", "lora_low": ("x.safetensors",)}).over(svi).lora_low == (
+        "x.safetensors",
+    )
+    assert Scene(1, {"prompt": "x"}).over(svi) == dataclasses.replace(svi, prompt="x")
+    tail = Settings(continuation="tail", context_frames=9)
+    assert Scene(1, {"continuation": "last_frame"}).over(tail).context_frames is None
+    with pytest.raises(UserError, match="last_frame knows 1 frame"):
+        Scene(1, {"continuation": "last_frame", "context_frames": 9})
+    with pytest.raises(UserError, match="give anchor to the clip after it"):
+        Scene(1, {"cut": "a.png", "anchor_image": "b.png"})
 
 
 def test_a_scene_that_exists_is_valid() -> None:

@@ -28,6 +28,7 @@ from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings
+from wan.settings import Context
 from wan.types import Footage, Frame, Generation, OnStep, Step
 from wan.vae.preview import CHANNELS
 
@@ -350,7 +351,7 @@ def _plans(
         return continuation.frame_for(media.read_image(file), common.geometry.width, common.geometry.height)
 
     plans: list[Plan] = []
-    anchor = common.anchor
+    anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
     ends = [picture(file) for file in job.ends]
     if ends:
         continuation.check(dataclasses.replace(common, end=ends[0]))
@@ -362,13 +363,25 @@ def _plans(
             scene = scenes[number - 1]
             own: dict[str, Any] = {} if "end_image" in scene.said else {"end": end}
             try:
+                of_scene = scene.over(settings)
+                is_svi = Context.choose(of_scene.continuation, of_scene.context_frames).mode == "svi2pro"
+                if "anchor_image" in scene.said:
+                    if not is_svi:
+                        raise UserError("anchor goes with `continuation` svi2pro")
+                    anchor = picture(scene.said["anchor_image"])
+                if is_svi and anchor is None:
+                    anchor = shot
                 of_clip = {"anchor": anchor, "number": number, "count": count} | own
-                plan = job.plan(continuation, footage, scene.over(settings), picture, **of_clip)
+                plan = job.plan(continuation, footage, of_scene, picture, **of_clip)
             except UserError as error:
                 where = f"{settings.storyboard}, line {scene.line}" if scene.line else f"clip {number}"
                 raise UserError(f"{where}: {error.marked}") from error
-            if isinstance(scene.said.get("cut"), str) and anchor is not None and not settings.anchor_image:
-                anchor = picture(scene.said["cut"])  # what is held on to is the new shot
+            if is_svi:
+                anchor = plan.anchor
+            if isinstance(scene.said.get("cut"), str):
+                shot = picture(scene.said["cut"])
+                if anchor is not None and not settings.anchor_image:
+                    anchor = shot
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
     return plans
 

@@ -261,6 +261,7 @@ class Job:
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
                 "motion_amplitude": settings.motion_amplitude,
+                "discard": settings.discard,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
@@ -332,6 +333,7 @@ class Job:
                 "continuation": plan.context.mode,
                 "context_frames": made.context_frames,
                 "cut": plan.is_cut,
+                "discard": plan.discard,
                 "drift_correction": plan.drift_correction,
             }
         return used

@@ -1,0 +1,67 @@
+"""What a storyboard changes of the way from clip to clip, with stand-ins for the models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.support.commands import Seen, frames_in
+
+SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
+
+
+def told(world: Path, *clips: dict[str, object]) -> str:
+    (world / "clips.json").write_text(json.dumps(clips))
+    return f"--frame_num 13 --num_videos {len(clips)} --storyboard clips.json"
+
+
+def test_the_first_clip_goes_without_svi_and_anchors_change_without_a_cut(
+    command: Callable[..., Seen], world: Path
+) -> None:
+    clips = told(world, {"continuation": "last_frame"}, {}, {"anchor": "red.png"}, {}, {"cut": "small.png"}, {})
+    seen = command(f"{SVI} {clips}")
+    assert seen.code == 0, seen.said
+    first, *others = seen.requests
+    assert len(first.known.leading) == 1 and first.known.anchor is None and not any(first.loras.values())
+    assert all(one.known.anchor is not None and len(one.loras) == 2 for one in others)
+    assert torch.equal(others[0].known.motion, seen.made[0].motion)
+    anchors = [float(one.known.anchor.mean()) for one in others]
+    red = torch.tensor(-1 / 3)
+    assert [bool(torch.isclose(torch.tensor(one), red, atol=0.01)) for one in anchors] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert anchors[3] == anchors[4]  # of the new shot
+    kept = command(f"{SVI} {clips}")
+    assert (kept.code, kept.requests) == (0, [])
+
+
+def test_a_clip_of_svi_after_others_holds_on_to_the_picture_of_its_shot(
+    command: Callable[..., Seen], world: Path
+) -> None:
+    both = {"lora_high": "svi_pro_high.safetensors", "lora_low": "svi_pro_low.safetensors"}
+    clips = told(world, {"cut": "red.png"}, {"continuation": "svi2pro", **both})
+    seen = command(f"--ckpt_dir i2v {clips}")
+    assert seen.code == 0, seen.said
+    assert seen.requests[0].known.anchor is None
+    assert float(seen.requests[1].known.anchor.mean()) == seen.mean(seen.requests[0].known.leading[0])
+    wrong = command(f"--ckpt_dir i2v {told(world, {'anchor': 'red.png'})} --output_dir wrong")
+    assert wrong.code == 2 and "clips.json, line 1: anchor goes with --continuation svi2pro" in wrong.told
+
+
+def test_what_is_discarded_is_in_no_file_and_the_next_clip_starts_before_it(
+    command: Callable[..., Seen], world: Path
+) -> None:
+    seen = command(told(world, {"discard": 4}, {}))
+    assert seen.code == 0, seen.said
+    assert [frames_in(seen.clips[number].video) for number in (1, 2)] == [9, 13]
+    known = seen.requests[1].known.leading[0]
+    frames = seen.made[0].clip.frames  # as they were sampled
+    assert torch.equal(known, frames[8].permute(2, 0, 1))
+    assert frames_in(seen.folder / "joined.mp4") == 9 + 12
