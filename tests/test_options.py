@@ -311,6 +311,11 @@ CASES: dict[str, Case] = {
     ),
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
     "discard": Case("--discard 4", lambda s: [frames_in(clip.video) for clip in s.clips.values()], [5, 5]),
+    "handoff_command": Case(
+        f"--handoff_command '{sys.executable} paint.py {{frames}}'",
+        lambda s: [round(s.mean(one.known.leading[0]), 2) for one in s.requests],
+        [-0.33, -0.33],
+    ),
     "motion_amplitude": Case("--motion_amplitude 1.25", lambda s: s.first.motion_amplitude, 1.25, A14B),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),

@@ -35,6 +35,7 @@ from wan.kinds import (
     Output,
     Picture,
     Pictures,
+    Program,
     PromptFor,
     Real,
     Seed,
@@ -83,18 +84,8 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
 NOT_SERVED = frozenset(
     (
         *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
-        *(
-            "end_image",
-            "end_images",
-            "take",
-            "redo",
-            "keep_following",
-            "yes",
-            "review",
-            "dry_run",
-            "no_lock",
-            "preview",
-        ),
+        *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review"),
+        *("dry_run", "no_lock", "preview"),
         *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
     )
 )
@@ -344,6 +335,11 @@ class Settings:
     discard: int = option(
         CONTINUITY, Among("K", numbers=DISCARDS), "leave the last K frames of each clip out before the next starts", 0,
         only=("continuous",), scene="discard", client=True, fingerprint="discard", record=True, continues=True,
+    )
+    handoff_command: str | None = option(
+        CONTINUITY, Program("COMMAND"),
+        "a program that may change the known frames of each clip, which are PNGs in the folder {frames}",
+        unset="none", only=("continuous",), fingerprint="handoff", continues=True,
     )
     motion_amplitude: float = option(
         CONTINUITY, Real("A", 1, 1.5, "; more is untried"),

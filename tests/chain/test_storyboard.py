@@ -291,7 +291,7 @@ TEXT = "must be text (in quotes if YAML takes it for something else)"
         ("frame_num: 5", "unknown key 'frame_num'; did you mean frames?"),
         (
             "zzz: 3",
-            "unknown key 'zzz'; known are frames, seed, name, prompt, custom_prompt, steps, shift, guidance, context,",
+            "unknown key 'zzz'; known are frames, seed, name, prompt, custom_prompt, steps, shift, guidance,",
         ),
         ("[a, b]: 3", "unknown key a list; known are"),
         ("5: 3", "unknown key 5; known are"),

@@ -19,7 +19,7 @@ class Plan:
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
     that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`; its last
-    `discard` frames are left out. `preset` is the row
+    `discard` frames are left out. `handoff` is a command that may change the known frames. `preset` is the row
     that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
     the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
     does not go together.
@@ -41,6 +41,7 @@ class Plan:
     preset: str = "quality"
     motion_amplitude: float = 1.0
     discard: int = 0
+    handoff: str | None = None
     drift_correction: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False

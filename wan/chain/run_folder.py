@@ -355,6 +355,7 @@ class RunFolder:
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
+            **({} if made.handed is None else {"handed": made.handed.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
