@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_a_run_keeps_what_a_program_left_and_knows_when_it_is_another(
     seen = command(words)
     assert seen.code == 0, seen.said
     for request, clip in zip(seen.requests, seen.clips.values(), strict=True):
-        known = torch.stack([frame.permute(1, 2, 0) for frame in request.known.leading])
+        leading: Any = request.known.leading
+        known = torch.stack([frame.permute(1, 2, 0) for frame in leading])
         assert len(known) == 5 and torch.allclose(known.mean((0, 1, 2)), torch.tensor([1.0, -1.0, -1.0]))
         with safe_open(clip.state, framework="pt") as opened:
             assert torch.equal(opened.get_tensor("handed"), known)

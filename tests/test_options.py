@@ -379,6 +379,12 @@ CASES: dict[str, Case] = {
     "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.said, "theirs.mp4\n", generate=True),
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
+    "fade": Case(
+        "--fade 3 --storyboard second.yaml",
+        lambda s: frames_in(s.folder / "joined.mp4"),
+        15,
+        "--storyboard second.yaml",
+    ),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
     "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),

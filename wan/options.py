@@ -486,6 +486,10 @@ class Settings:
         OUTPUT, Output("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
         only=("continuous",), same=_SHOWN,
     )
+    fade: int = option(
+        OUTPUT, Whole("K", 0, 100, "; that is no fade but another clip"), "cross-fade over K frames at each cut", 0,
+        only=("continuous",), scene="fade", client=True, same=_SHOWN,
+    )
     include_source: bool = option(
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
         only=("continuous",), client=True, same=_SHOWN,

@@ -82,6 +82,7 @@ clips:
     motion_amplitude: 1.25
     continuation: tail
     discard: 8
+    fade: 8
     context: 5
     cut: end.png
   - the boat sinks
@@ -107,11 +108,12 @@ def test_a_clip_says_all_that_can_differ(folder: Path) -> None:
             motion_amplitude=1.25,
             continuation="tail",
             discard=8,
+            fade=8,
             context=5,
             cut=str(folder / "end.png"),
         ),
-        clip(17, "the boat sinks"),
-        clip(18),
+        clip(18, "the boat sinks"),
+        clip(19),
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from tests.support.commands import Seen, frames_in
+from wan.media import PIECE, writing
 
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
 
@@ -25,10 +28,11 @@ def test_the_first_clip_goes_without_svi_and_anchors_change_without_a_cut(
     seen = command(f"{SVI} {clips}")
     assert seen.code == 0, seen.said
     first, *others = seen.requests
+    known: list[Any] = [one.known for one in others]
     assert len(first.known.leading) == 1 and first.known.anchor is None and not any(first.loras.values())
     assert all(one.known.anchor is not None and len(one.loras) == 2 for one in others)
-    assert torch.equal(others[0].known.motion, seen.made[0].motion)
-    anchors = [float(one.known.anchor.mean()) for one in others]
+    assert torch.equal(known[0].motion, seen.made[0].motion)
+    anchors = [float(one.anchor.mean()) for one in known]
     red = torch.tensor(-1 / 3)
     assert [bool(torch.isclose(torch.tensor(one), red, atol=0.01)) for one in anchors] == [
         False,
@@ -50,7 +54,8 @@ def test_a_clip_of_svi_after_others_holds_on_to_the_picture_of_its_shot(
     seen = command(f"--ckpt_dir i2v {clips}")
     assert seen.code == 0, seen.said
     assert seen.requests[0].known.anchor is None
-    assert float(seen.requests[1].known.anchor.mean()) == seen.mean(seen.requests[0].known.leading[0])
+    known: Any = seen.requests[1].known
+    assert float(known.anchor.mean()) == seen.mean(seen.requests[0].known.leading[0])
     wrong = command(f"--ckpt_dir i2v {told(world, {'anchor': 'red.png'})} --output_dir wrong")
     assert wrong.code == 2 and "clips.json, line 1: anchor goes with --continuation svi2pro" in wrong.told
 
@@ -61,7 +66,35 @@ def test_what_is_discarded_is_in_no_file_and_the_next_clip_starts_before_it(
     seen = command(told(world, {"discard": 4}, {}))
     assert seen.code == 0, seen.said
     assert [frames_in(seen.clips[number].video) for number in (1, 2)] == [9, 13]
-    known = seen.requests[1].known.leading[0]
+    known: Any = seen.requests[1].known.leading[0]
     frames = seen.made[0].clip.frames  # as they were sampled
     assert torch.equal(known, frames[8].permute(2, 0, 1))
     assert frames_in(seen.folder / "joined.mp4") == 9 + 12
+
+
+def test_cuts_fade_and_nothing_but_the_fade_is_encoded_again(
+    command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[str, int]] = []
+    write = writing.write_video
+
+    def counted(path: Any, *options: Any, **more: Any) -> int:
+        written.append((Path(path).name, write(path, *options, **more)))
+        return written[-1][1]
+
+    monkeypatch.setattr(writing, "write_video", counted)
+    words = told(world, {}, {"cut": "red.png"}, {"cut": "red.png"}, {})
+    seen = command(f"{words} --fade 4")
+    assert seen.code == 0, seen.said
+    assert frames_in(seen.folder / "joined.mp4") == 13 + 9 + 9 + 12
+    assert {count for name, count in written if name.endswith(PIECE)} == {4} and not list(seen.folder.glob(".joined*"))
+    assert [clip.settings.get("fade") for clip in seen.clips.values()] == [None] * 4
+    # nothing is made again for it
+    plain = command(words)
+    assert (plain.code, plain.requests) == (0, []) and frames_in(plain.folder / "joined.mp4") == 13 + 13 + 13 + 12
+    for wrong, problem in (
+        (f"{words} --fade 7 --output_dir a", "--fade 7 is more than half of clip 2"),
+        (f"{words} --fade 4 --include_source --output_dir b", "leave --include_source out"),
+    ):
+        refused = command(wrong)
+        assert refused.code == 2 and problem in refused.told

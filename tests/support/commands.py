@@ -126,6 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (world / "paint.py").write_text(PAINT)
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")
+    (world / "second.yaml").write_text("- {}\n- {cut: red.png}\n")
     (world / "name.yaml").write_text("- {name: the fog, prompt: it-goes-on}\n- it-goes-on\n")
     (world / "seed.yaml").write_text("- {seed: 77}\n")
     (world / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot

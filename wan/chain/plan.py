@@ -19,7 +19,8 @@ class Plan:
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
     that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`; its last
-    `discard` frames are left out. `handoff` is a command that may change the known frames. `preset` is the row
+    `discard` frames are left out. `handoff` is a command that may change the known frames. Over
+    `fade` frames a cut fades in when the clips are joined. `preset` is the row
     that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
     the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
     does not go together.
@@ -42,6 +43,7 @@ class Plan:
     motion_amplitude: float = 1.0
     discard: int = 0
     handoff: str | None = None
+    fade: int = 0
     drift_correction: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
@@ -65,6 +67,16 @@ class Plan:
     def dropped(self) -> int:
         """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
         return 0 if self.is_cut else self.context.frames
+
+    @property
+    def shown(self) -> int:
+        """Frames of the clip that are shown where clips are joined."""
+        return self.geometry.frames - self.discard - self.dropped
+
+    @property
+    def fade_in(self) -> int:
+        """Frames over which the clip before fades into this one."""
+        return self.fade if self.is_cut and self.number > 1 else 0
 
     @property
     def leading(self) -> int:

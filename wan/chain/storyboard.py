@@ -19,6 +19,7 @@
         discard: 8                       # of the clip's last frames: 4, 8, 12, 16, 20, 24
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
         motion_amplitude: 1.2            # 1 to 1.5; A14B
+        fade: 8                          # frames over which a cut fades in
         takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -383,6 +384,13 @@ def _plans(
                 if anchor is not None and not settings.anchor_image:
                     anchor = shot
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
+    for before, plan in pairwise(plans):
+        if 2 * plan.fade_in > min(before.shown, plan.shown):
+            raise UserError(
+                f"`fade` {plan.fade_in} is more than half of clip {plan.number} or of the one before it; give less"
+            )
+        if plan.fade_in and settings.include_source:
+            raise UserError("`fade` is for a joined video without the source in front; leave `include_source` out")
     return plans
 
 

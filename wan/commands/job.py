@@ -263,6 +263,7 @@ class Job:
                 "motion_amplitude": settings.motion_amplitude,
                 "discard": settings.discard,
                 "handoff": settings.handoff_command,
+                "fade": settings.fade,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,

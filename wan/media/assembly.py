@@ -22,11 +22,10 @@ from wan.media.colour import deinterlace, to_rgb, upright_size
 from wan.media.reading import FIELDS, find_ending, first_frame
 from wan.media.sound import Hearing, Sound, SoundError, SoundTrack, choose_track, listen
 from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
-from wan.media.writing import join_videos, write_video
+from wan.media.writing import PIECE, join_videos, write_video
 from wan.pictures import cover
 from wan.timeline import Part, Timeline, shared_rate
 
-PIECE = ".piece.mp4"  # how the names of files end that are there only while a video is written
 _FRAME = 0.15  # seconds; a last picture that stays no longer is one of a film, and the clip takes over at its own pace
 _LOOSE_END = 1.0  # seconds of sound after the pictures that are an untidy end; more of it goes with a held picture
 _AUDIBLE = 0.3
