@@ -250,6 +250,12 @@ CASES: dict[str, Case] = {
         "--image picture.png --task ti2v-5B --prompt x",
         generate=True,
     ),
+    "until": Case(
+        "--until other.mp4",
+        lambda s: [one.known.end is not None for one in s.requests] + [frames_in(s.folder / "joined.mp4") > 40],
+        [False, True, True],
+        "--include_source",
+    ),
     "size": Case("--size 128*64", lambda s: s.first.geometry.width * s.first.geometry.height > 3000, True),
     "frame_num": Case("--frame_num 13", lambda s: s.first.geometry.frames, 13),
     "base_seed": Case("--base_seed 9", lambda s: [one.seed for one in s.requests], [9, 10]),

@@ -83,7 +83,7 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
 # Flags of a chain that a server does not take: those of one video, and of several GPUs.
 NOT_SERVED = frozenset(
     (
-        *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
+        *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review"),
         *("dry_run", "no_lock", "preview"),
         *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
@@ -187,6 +187,10 @@ class Settings:
         "take the video to end at this time, and continue from there",
         unset="its end", client=True, fingerprint="parent", record=True, continues=True,
     )
+    until: str | None = option(
+        INPUT, Video("FILE"), "a video that the last clip leads into; the joined one holds both and their sound",
+        unset="none", only=("continuous",), fingerprint="end_image", continues=True,
+    )
     size: str | None = option(
         INPUT, Size("W*H"), "the area to fill, as width*height; the aspect is the input's",
         unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
@@ -216,7 +220,7 @@ class Settings:
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
-        unset="as many as `storyboard` or `end_images` has, or 12",
+        unset="as many as `storyboard` or `end_images` has, or 1 with `until`, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 

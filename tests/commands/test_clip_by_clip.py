@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.commands import Seen, frames_in
+from wan import media
 from wan.media import PIECE, writing
 
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
@@ -98,3 +99,27 @@ def test_cuts_fade_and_nothing_but_the_fade_is_encoded_again(
     ):
         refused = command(wrong)
         assert refused.code == 2 and problem in refused.told
+
+
+def test_a_bridge_ends_on_the_first_frame_of_what_follows_and_joins_all(
+    command: Callable[..., Seen], world: Path
+) -> None:
+    seen = command("--until other.mp4")
+    assert seen.code == 0, seen.said
+    first, last = seen.requests
+    end: Any = last.known.end
+    assert first.known.end is None
+    picture = seen.pipeline.frame_for(media.read_first_frame(world / "other.mp4"), 64, 32)
+    assert torch.equal(end, picture)
+    # the model and the source have 24 frames per second, what follows has 30: no picture of it is lost at 48
+    parts = [frames_in(world / name) for name in ("source.mp4", "other.mp4")]
+    assert frames_in(seen.folder / "joined.mp4") == 2 * (parts[0] + 2 * 8) + round((parts[1] - 1) / 30 * 48)
+    again = command("--until other.mp4")
+    assert (again.code, again.requests) == (0, [])
+    for wrong, problem in (
+        ("--until other.mp4 --end_image red.png", "leave --end_image and --end_images out"),
+        ("--until nowhere.mp4", "cannot read video 'nowhere.mp4'"),
+        (f"--until other.mp4 {told(world, {'end_image': 'red.png'})}", "ends with the first frame of --until"),
+    ):
+        refused = command(f"{wrong} --output_dir {world / 'none'}")
+        assert refused.code == 2 and problem in refused.told, refused.told

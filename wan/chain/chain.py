@@ -305,7 +305,9 @@ class ChainRun:
     @functools.cached_property
     def _assembly(self) -> media.Assembly:
         """The joined video that begins with the source, of which each picture is encoded once in a run."""
-        return media.Assembly(self.video, self.folder.path / JOINED, until=self.settings.from_)
+        return media.Assembly(
+            self.video, self.folder.path / JOINED, until=self.settings.from_, into=self.settings.until
+        )
 
     @functools.cached_property
     def _source_digest(self) -> str:
@@ -492,6 +494,8 @@ class ChainRun:
             for clip, fade in zip(clips, self._fades(len(clips)), strict=True)
         ]
         parts = [self._source_digest, *parts] if self.settings.include_source else parts
+        if self.settings.until is not None and len(clips) == self.count:
+            parts.append(file_digest(Path(self.settings.until)))
         if parts == self.joined_here:
             return joined
         if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
@@ -512,7 +516,7 @@ class ChainRun:
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
         metadata = None if settings.no_video_metadata else summary
         if settings.include_source:
-            self._assembly.renew(videos, drops, metadata)
+            self._assembly.renew(videos, drops, metadata, complete=len(clips) == self.count)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
         drops[0] = 0 if drops[0] == 1 else drops[0]

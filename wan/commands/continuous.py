@@ -223,7 +223,9 @@ class _Scripts:
         settings = self.job.settings
         by_scenes = len(scenes) if settings.storyboard else 0
         ends = self.job.ends
-        count = settings.num_videos or max(begun, by_scenes or len(ends) or USUAL_CLIPS)
+        count = settings.num_videos or max(
+            begun, by_scenes or len(ends) or (USUAL_CLIPS if settings.until is None else 1)
+        )
         if ends and len(ends) != count:
             raise UserError(
                 f"`end_images` {settings.end_images} holds {len(ends)} pictures, and {count} clips are to be made; "
@@ -366,6 +368,8 @@ def _plans(
             try:
                 of_scene = scene.over(settings)
                 is_svi = Context.choose(of_scene.continuation, of_scene.context_frames).mode == "svi2pro"
+                if number == count and settings.until is not None and "end_image" in scene.said:
+                    raise UserError("end_image: the last clip ends with the first frame of `until`")
                 if "anchor_image" in scene.said:
                     if not is_svi:
                         raise UserError("anchor goes with `continuation` svi2pro")

@@ -65,6 +65,8 @@ class Job:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
+        if settings.until is not None:
+            settings = dataclasses.replace(settings, include_source=True)
         scenes, ends = read_scenes(settings), read_ends(settings)
 
         from wan.weights.checkpoint import Names, identify, identify_files, parts_in, resolve_folder
@@ -240,6 +242,8 @@ class Job:
         settings = settings or self.settings
         pictures = {"anchor": settings.anchor_image, "end": settings.end_image, "cut": settings.cut}
         found = {name: read(file) if isinstance(file, str) else file for name, file in pictures.items()}
+        if settings.until is not None and found["end"] is None and "end" not in more:
+            found["end"] = media.read_first_frame(settings.until)
         plan = continuation.plan(
             footage,
             **found
