@@ -54,7 +54,15 @@ class Plan:
     count: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_segments", "best_of", "prompt_mode", "motion_amplitude", "discard", "drift_correction"):
+        for name in (
+            "num_segments",
+            "best_of",
+            "prompt_mode",
+            "motion_amplitude",
+            "discard",
+            "fade",
+            "drift_correction",
+        ):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:
             raise UserError(
