@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import queue
 import random
 import shutil
 import subprocess
@@ -16,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/denoiser/conditioning.py": ("test_conditioning", "test_golden", "test_modes"),
     "wan/denoiser/fp8.py": ("test_fp8", "test_precision"),
     "wan/denoiser/lora.py": ("test_lora", "test_faults", "test_parts"),
+    "wan/denoiser/lora_file.py": ("test_lora", "test_faults", "test_parts"),
     "wan/denoiser/sequence.py": ("test_sequence",),
     "wan/vae": ("test_chunked", "test_golden", "test_not_finite"),
     "wan/text": ("test_golden", "test_parts", "test_memory"),
@@ -178,11 +183,11 @@ class Copy:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
 
-    def seconds(self, tests: Sequence[str]) -> float:
-        """How long the tests take without a fault. Raises SystemExit where they fail."""
+    def seconds(self, test: str) -> float:
+        """How long a file of tests takes without a fault. Raises SystemExit where one fails."""
         start = time.monotonic()
-        if self._run(tests, None) != 0:
-            raise SystemExit(f"without any fault the tests fail: {' '.join(tests)}")
+        if self._run((test,), None) != 0:
+            raise SystemExit(f"without any fault a test fails: {test}")
         return time.monotonic() - start
 
     def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
@@ -196,26 +201,60 @@ class Copy:
             return True
         finally:
             file.write_text(whole, "utf-8")
-        if code not in (0, 1, 2, 3, 4):  # 2 to 4: the fault is in what an import or a fixture runs
-            raise SystemExit(f"pytest ended with {code} for {mutant.file}: {mutant.change}")
-        return code != 0
+        if code == 5:
+            raise SystemExit(f"no tests were found for {mutant.file}: {mutant.change}")
+        return code != 0  # also where an import or a fixture fails, or the interpreter is ended by a signal
 
     def _run(self, tests: Sequence[str], limit: float | None) -> int:
         words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(
-            words, cwd=self.folder, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words,
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=limit,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         return done.returncode
 
 
-def measure(mutants: Sequence[Mutant], copy: Copy) -> Iterator[tuple[Mutant, bool]]:
-    """Each fault, and whether it is seen."""
-    whole: dict[tuple[str, ...], float] = {}
+def measure(mutants: Sequence[Mutant], copies: Sequence[Copy]) -> Iterator[tuple[Mutant, bool]]:
+    """Each fault, and whether it is seen, as soon as that is known. Each copy tests one fault at a time."""
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def whole(test: str) -> float:
+        copy = free.get()
+        try:
+            return copy.seconds(test)
+        finally:
+            free.put(copy)
+
+    def seen(mutant: Mutant) -> bool:
+        copy, tests = free.get(), covering_tests(mutant.file)
+        try:
+            return copy.sees(mutant, tests, 30 + 3 * sum(seconds[test] for test in tests))
+        finally:
+            free.put(copy)
+
+    pool = ThreadPoolExecutor(len(copies))
+    try:
+        needed = sorted({test for mutant in mutants for test in covering_tests(mutant.file)})
+        seconds = dict(zip(needed, pool.map(whole, needed), strict=True))
+        running = {pool.submit(seen, mutant): mutant for mutant in mutants}
+        for done in as_completed(running):
+            yield running[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # nothing more is begun after an error
+
+
+def by_turns(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """One of each package after the other, so that a run that is stopped has seen as many of each."""
+    groups: dict[str, list[Mutant]] = {}
     for mutant in mutants:
-        tests = covering_tests(mutant.file)
-        if tests not in whole:
-            whole[tests] = copy.seconds(tests)
-        yield mutant, copy.sees(mutant, tests, 3 * whole[tests] + 30)
+        groups.setdefault(package_of(mutant.file), []).append(mutant)
+    return [one for turn in zip_longest(*groups.values()) for one in turn if one is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,24 +263,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all by default")
     parser.add_argument("--count", type=int, default=20, help="faults for each package (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="faults that are tested at once (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     given = parser.parse_args(argv)
     packages = given.packages or PACKAGES
+    if given.processes < 1:
+        parser.error("--processes: at least 1")
     if unknown := sorted(set(packages) - set(PACKAGES)):
         parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(PACKAGES)}")
     mutants = sample(given.count, given.seed, packages)
     if given.list:
         print(*(f"{mutant.file}  {mutant.operator}  {mutant.change}" for mutant in mutants), sep="\n")
         return
-    seen: dict[str, list[bool]] = {}
+    seen: dict[str, list[bool]] = {package: [] for package in packages}
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
-        for mutant, is_seen in measure(mutants, Copy(Path(folder))):
-            seen.setdefault(package_of(mutant.file), []).append(is_seen)
+        copies = [Copy(Path(folder) / str(number)) for number in range(given.processes)]
+        for mutant, is_seen in measure(by_turns(mutants), copies):
+            seen[package_of(mutant.file)].append(is_seen)
             print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
     print(f"\n{'package':<22} seen  all")
     seen["all"] = [one for results in seen.values() for one in results]
     for package, results in seen.items():
-        print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
+        if results:
+            print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
 
 
 if __name__ == "__main__":

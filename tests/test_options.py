@@ -124,7 +124,7 @@ def test_no_remote_client_sets_what_names_something_of_this_machine() -> None:
         Option("x", Local(), None, "Input", "x", same="x", client=True)
     for name in ("ckpt_dir", "vlm_path", "vlm_url", "vlm_trust_remote_code", "output_dir", "save_file", "lora", "dit"):
         assert "client" not in OPTIONS[name].setters
-    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client"}
+    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client", "row"}
     assert OPTIONS["cut"].setters == {"storyboard"}
 
 
@@ -340,8 +340,9 @@ CASES: dict[str, Case] = {
     "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "ring_size": Case("--ring_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+    "collective_timeout": Case(  # tests/device/test_watch.py waits for it
         "--collective_timeout 60",
         lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
         60.0,
@@ -408,11 +409,12 @@ CASES: dict[str, Case] = {
 }
 
 
-SERVED = {name for name, one in OPTIONS.items() if one.only == ("serve",)}  # tests/server has their cases
+# tests/server and tests/batch have their cases
+ELSEWHERE = {name for name, one in OPTIONS.items() if one.only in (("serve",), ("batch",))}
 
 
 def test_every_setting_has_a_case() -> None:
-    assert set(CASES) == set(OPTIONS) - SERVED
+    assert set(CASES) == set(OPTIONS) - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -457,6 +459,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
         "prune",
         "ulysses_size",
         "cfg_size",
+        "ring_size",
         "t5_fsdp",
         "dit_fsdp",
         "dry_run",

@@ -355,11 +355,11 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
         ("- a\n- *b", "FILE, line 2: found undefined alias 'b'"),
         ('- a\n- "\\UFFFFFFFF"', "FILE, line 2: YAML cannot read this: "),
         ("- a\n- \x07", "FILE, line 2: YAML takes no character U+0007; remove it"),
-        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply for a storyboard"),
-        ("- " * 41 + "a", "FILE is nested too deeply for a storyboard"),
+        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply"),
+        ("- " * 41 + "a", "FILE is nested too deeply"),
         (
             "- <<: [&a0 {}, " + ", ".join(f"&a{n + 1} {{<<: *a{n}}}" for n in range(2000)) + "]",
-            "FILE is nested too deeply for a storyboard",
+            "FILE is nested too deeply",
         ),
         ("[" + "a, " * 10_001 + "]", "FILE, line 1: there are 10001 clips; a chain has at most 10000, start another"),
         (b"- a\n- caf\xe9", "FILE, line 2: this is not UTF-8; save the file as UTF-8"),
@@ -383,7 +383,7 @@ def test_a_wrong_file_is_said_with_its_line(folder: Path, content: str | bytes, 
         ("", "FILE, line 1: this is not JSON: "),
         ('"a"', "FILE, line 1: a storyboard in JSON is an object or a list"),
         ("[null]", "FILE, line 1: a clip must be a prompt or a mapping"),
-        ("[" * 100000, "FILE is nested too deeply for a storyboard"),
+        ("[" * 100000, "FILE is nested too deeply"),
     ],
 )
 def test_wrong_json_is_said_with_its_line(folder: Path, content: str, problem: str) -> None:

@@ -124,14 +124,14 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
     text, kind = _read(path), path.suffix.lower()
     if kind == ".txt":
         return _prompts(path, text)
-    root = _compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
+    root = compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
     if root is None or (isinstance(root, ScalarNode) and root.tag == _YAML + "str"):
         return _prompts(path, text)
     structure = _Structure(path.parent)
     try:
         scenes = structure.scenes(root)
     except RecursionError as error:  # mappings that are merged into one another by aliases
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     _refuse(path, [*structure.problems, *_names_twice(scenes)])
     return tuple(scenes)
 
@@ -241,7 +241,7 @@ def _json_as_yaml(path: Path, text: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: this is not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     if not isinstance(top, dict | list):
         raise UserError(f"{path}, line 1: a storyboard in JSON is an object or a list")
     return re.sub(
@@ -249,8 +249,8 @@ def _json_as_yaml(path: Path, text: str) -> str:
     )
 
 
-def _compose(path: Path, text: str) -> Node | None:
-    """The graph of YAML nodes, which know their lines and of which nothing is constructed."""
+def compose(path: Path, text: str) -> Node | None:
+    """The graph of a YAML file's nodes, which know their lines; nothing is constructed. Raises UserError."""
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
@@ -289,7 +289,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth, self.values = self.depth + 1, self.values + 1
         if self.depth > DEEPEST:
-            raise _Excess("is nested too deeply for a storyboard")
+            raise _Excess("is nested too deeply")
         if self.values > MOST_VALUES:
             raise _Excess(f"holds more than {MOST_VALUES} values; is it the right file?")
         node: Node | None = super().compose_node(parent, index)
