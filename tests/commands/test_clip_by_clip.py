@@ -132,8 +132,8 @@ def test_identity_is_measured_against_the_shot_s_first_picture(
     command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def view(self: Speaking, picture: Image.Image) -> torch.Tensor:
-        seen: torch.Tensor = torch.tensor(np.asarray(picture).mean((0, 1)) / 255, dtype=torch.float32)
-        return seen / seen.norm()
+        seen = torch.tensor(np.asarray(picture).mean((0, 1)) / 255, dtype=torch.float32)
+        return torch.nn.functional.normalize(seen, dim=0)
 
     words = told(world, {}, {}, {"cut": "red.png"}, {}, {"prompt": "it-goes-on"})
     plain = command(f"{words} --output_dir {world / 'plain'}")

@@ -169,8 +169,8 @@ class InternVLCaptioner(LocalModel):
             model = self.model  # which is layered where it does not fit
             with nullcontext() if self._layered is None else self._placement.on_device(self._layered):
                 found = model.model.vision_tower(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
-        mean: Tensor = found[0, 1:].float().mean(0).cpu()  # the first token is of no place
-        return mean / mean.norm()
+        mean = found[0, 1:].float().mean(0)  # the first token is of no place
+        return torch.nn.functional.normalize(mean, dim=0).cpu()
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         ids = self.generate(*self.prepare(frames, question, system), max_new_tokens)
