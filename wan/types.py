@@ -279,6 +279,13 @@ def frame_size(frame: Frame) -> tuple[int, int]:
     return (frame.shape[2], frame.shape[1]) if isinstance(frame, Tensor) else as_shown(frame).size
 
 
+def as_picture(frame: Frame) -> Image.Image:
+    """A frame as an 8-bit RGB image, as it is shown."""
+    if isinstance(frame, Tensor):
+        return Image.fromarray(to_uint8(frame.permute(1, 2, 0)))
+    return as_shown(frame)
+
+
 def image_to_frame(image: Image.Image) -> Tensor:
     """A PIL image, as it is shown -> float32 [3, H, W] in [-1, 1]."""
     return from_uint8(np.asarray(as_shown(image))).permute(2, 0, 1)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.support.commands import Seen, frames_in
+from tests.support.commands import Seen, Speaking, frames_in
 from wan import media
 from wan.media import PIECE, writing
 
@@ -71,6 +73,7 @@ def test_what_is_discarded_is_in_no_file_and_the_next_clip_starts_before_it(
     frames = seen.made[0].clip.frames  # as they were sampled
     assert torch.equal(known, frames[8].permute(2, 0, 1))
     assert frames_in(seen.folder / "joined.mp4") == 9 + 12
+    assert [one["new_frames"] for one in json.loads((seen.folder / "report.json").read_text())["clips"]] == [8, 12]
 
 
 def test_cuts_fade_and_nothing_but_the_fade_is_encoded_again(
@@ -123,3 +126,27 @@ def test_a_bridge_ends_on_the_first_frame_of_what_follows_and_joins_all(
     ):
         refused = command(f"{wrong} --output_dir {world / 'none'}")
         assert refused.code == 2 and problem in refused.told, refused.told
+
+
+def test_identity_is_measured_against_the_shot_s_first_picture(
+    command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def view(self: Speaking, picture: Image.Image) -> torch.Tensor:
+        seen = torch.tensor(np.asarray(picture).mean((0, 1)) / 255, dtype=torch.float32)
+        return torch.nn.functional.normalize(seen, dim=0)
+
+    words = told(world, {}, {}, {"cut": "red.png"}, {}, {"prompt": "it-goes-on"})
+    plain = command(f"{words} --output_dir {world / 'plain'}")
+    assert plain.code == 0 and not any("identity" in clip.record for clip in plain.clips.values())
+    monkeypatch.setattr(Speaking, "view", view, raising=False)
+    seen = command(words)
+    assert seen.code == 0, seen.said
+    measured = [clip.record.get("identity") for clip in seen.clips.values()]
+    assert measured[0] == measured[2] == 1  # a shot's first clip begins with the picture itself
+    assert measured[4] is None  # nobody looked
+    red, grey = torch.tensor([1.0, 0, 0]), seen.made[2].clip.frames[-1].mean((0, 1)) / 2 + 0.5
+    assert measured[3] == pytest.approx(float(red @ grey / grey.norm()), abs=0.01)
+    report = json.loads((seen.folder / "report.json").read_text())
+    assert report["drift"]["identity"] == measured and "Identity" in (seen.folder / "report.html").read_text()
+    assert report["clips"][0]["new_frames"] == 12
+    assert "Identity" not in (world / "plain" / "report.html").read_text()

@@ -20,7 +20,8 @@ class Plan:
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
     that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`; its last
     `discard` frames are left out. `handoff` is a command that may change the known frames. Over
-    `fade` frames a cut fades in when the clips are joined. `preset` is the row
+    `fade` frames a cut fades in when the clips are joined. `likeness` is a
+    picture of what is to stay the same, to measure against. `preset` is the row
     that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
     the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
     does not go together.
@@ -44,6 +45,7 @@ class Plan:
     discard: int = 0
     handoff: str | None = None
     fade: int = 0
+    likeness: Frame | None = None
     drift_correction: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
@@ -52,7 +54,15 @@ class Plan:
     count: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_segments", "best_of", "prompt_mode", "motion_amplitude", "discard", "drift_correction"):
+        for name in (
+            "num_segments",
+            "best_of",
+            "prompt_mode",
+            "motion_amplitude",
+            "discard",
+            "fade",
+            "drift_correction",
+        ):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:
             raise UserError(

@@ -366,6 +366,7 @@ def _plans(
 
     plans: list[Plan] = []
     anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
+    begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
     ends = [picture(file) for file in job.ends]
     if ends:
         continuation.check(dataclasses.replace(common, end=ends[0]))
@@ -398,6 +399,10 @@ def _plans(
                 shot = picture(scene.said["cut"])
                 if anchor is not None and not settings.anchor_image:
                     anchor = shot
+            if plan.is_cut:
+                begin = shot if isinstance(scene.said["cut"], str) else None
+        held = anchor if plan.context.mode == "svi2pro" else begin
+        plan = dataclasses.replace(plan, likeness=held)
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
     for before, plan in pairwise(plans):
         if 2 * plan.fade_in > min(before.shown, plan.shown):
