@@ -55,6 +55,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/denoiser/conditioning.py": ("test_conditioning", "test_golden", "test_modes"),
     "wan/denoiser/fp8.py": ("test_fp8", "test_precision"),
     "wan/denoiser/lora.py": ("test_lora", "test_faults", "test_parts"),
+    "wan/denoiser/lora_file.py": ("test_lora", "test_faults", "test_parts"),
     "wan/denoiser/sequence.py": ("test_sequence",),
     "wan/vae": ("test_chunked", "test_golden", "test_not_finite"),
     "wan/text": ("test_golden", "test_parts", "test_memory"),

@@ -316,6 +316,40 @@ def test_the_anchor_is_a_sharp_frame_from_before_the_end() -> None:
     assert np.asarray(choose_anchor(Clip(from_uint8(frames[:1]), Fraction(16)))).shape == (8, 12, 3)
 
 
+# More motion
+
+
+@pytest.mark.parametrize("context", [Context(), Context("tail", 5)])
+def test_an_amplitude_changes_what_a14b_sees_behind_the_known_frames_and_so_the_clip(
+    context: Context, a14b: Any
+) -> None:
+    footage = moving()
+    clips, seen = [], []
+    for amplitude in (1.0, 1.3):
+        request, plan = request_of(a14b, footage, context=context, motion_amplitude=amplitude)
+        made = a14b.extend(footage, 7, plan)
+        assert made.request.motion_amplitude == amplitude
+        seen.append(a14b.condition(made.request, a14b.noise(request), CPU).channels[4:])
+        clips.append(made.clip.frames)
+    known = (context.frames - 1) // 4 + 1
+    assert torch.equal(seen[0][:, :known], seen[1][:, :known])
+    away = [one[:, known:] - one[:, :1] for one in seen]
+    assert float(away[1].std() / away[0].std()) == pytest.approx(1.3, abs=0.02)
+    assert torch.equal(clips[0][0], clips[1][0]) is (context.frames > 1)  # several known frames are held
+    assert not torch.equal(clips[0], clips[1])
+
+
+def test_an_amplitude_is_refused_where_nothing_is_to_be_amplified(
+    a14b: Any, b5: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    with pytest.raises(UserError, match="motion_amplitude is for I2V-A14B"):
+        b5.plan(moving(fps=24), motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="svi2pro's LoRAs were trained to find empty"):
+        a14b.plan(moving(), context=Context("svi2pro", 5), loras=svi, motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="motion_amplitude must be from 1 to 1.5, 1.6 is not"):
+        a14b.plan(moving(), motion_amplitude=1.6, **OPTIONS)
+
+
 # End images and cuts
 
 
@@ -373,20 +407,25 @@ AREAS = (1280 * 720, 832 * 480, 160 * 96)
 @pytest.mark.parametrize("area", AREAS)
 def test_the_size_rule_settles_at_once_for_every_size(area: int) -> None:
     """For each of the 16.8 million sizes up to 4096 x 4096: f(f(x)) = f(x)."""
-    width, height = np.meshgrid(np.arange(1, 4097), np.arange(1, 4097))
+    sides = np.arange(1, 4097)
 
-    def rule(width: Any, height: Any) -> tuple[Any, Any]:
-        wide = np.sqrt((area * width // height).astype(np.float64)).astype(np.int64) // 16 * 16
-        high = np.sqrt((area * height // width).astype(np.float64)).astype(np.int64) // 16 * 16
-        fills = (width % 16 == 0) & (height % 16 == 0) & (width * height <= area)
-        fills &= area < (width + 16) * (height + 16)
-        return np.where(fills, width, wide), np.where(fills, height, high)
+    def rule(width: Any, height: Any) -> Any:
+        return np.sqrt((area * width // height).astype(np.float64)).astype(np.int64) // 16 * 16
 
-    once = rule(width, height)
-    valid = (once[0] > 0) & (once[1] > 0)
-    sizes = np.unique(np.stack([once[0][valid], once[1][valid]]), axis=1)
-    twice = rule(*sizes)
-    assert np.array_equal(np.stack(twice), sizes)
+    def fills(width: Any, height: Any) -> Any:
+        return (width * height <= area) & (area < (width + 16) * (height + 16))
+
+    wide = np.stack([rule(sides, height) for height in sides])  # [height, width]
+    high = wide.T.copy()  # the rule is the same for both sides
+    wholes = slice(15, None, 16)  # only sizes of whole blocks can fill the area
+    width, height = np.meshgrid(sides[wholes], sides[wholes])
+    kept = fills(width, height)
+    wide[wholes, wholes][kept], high[wholes, wholes][kept] = width[kept], height[kept]
+    once, valid = (wide, high), (wide > 0) & (high > 0)
+    reached = np.zeros((wide.max() // 16 + 1, high.max() // 16 + 1), bool)
+    reached[wide // 16, high // 16] = True
+    sizes = 16 * (np.argwhere(reached[1:, 1:]).T + 1)
+    assert (fills(*sizes) | ((rule(*sizes) == sizes[0]) & (rule(*sizes[::-1]) == sizes[1]))).all()
     for wide, high in sizes.T[:: max(len(sizes.T) // 500, 1)]:  # the arrays say what the function says
         assert exact_size(int(wide), int(high), area) == (wide, high)
     rng = np.random.default_rng(0)
@@ -396,6 +435,6 @@ def test_the_size_rule_settles_at_once_for_every_size(area: int) -> None:
 
 
 def test_the_5b_size_rule_settles_at_once(b5: Any) -> None:
-    sizes = {b5.fit(width, height, 1280 * 704) for width in range(64, 4097, 5) for height in range(64, 2200, 5)}
+    sizes = {b5.fit(width, height, 1280 * 704) for width in range(64, 4097, 13) for height in range(64, 2200, 7)}
     assert all(b5.fit(*size, 1280 * 704) == size for size in sizes)
     assert b5.fit(1920, 1080, 1280 * 704) == (1248, 704)

@@ -21,7 +21,7 @@ from wan.chain.storyboard import read_storyboard
 from wan.commands.flags import parse
 from wan.options import OPTIONS
 from wan.text.umt5 import _library_name
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 pytestmark = pytest.mark.slow
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
+from wan.device.watch import Ended, is_collective
 from wan.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +91,23 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+def batch_main(argv: Sequence[str] | None = None) -> int:
+    """`generate_batch.py`: returns the exit code."""
+
+    def command(given: Sequence[str] | None) -> None:
+        settings = _settings("batch", given)
+        from wan.batch.run import make_batch
+
+        try:
+            make_batch(settings)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise UserError('a batch needs Ray: in your clone, pip install -e ".[cluster]"') from error
+
+    return run(command, argv)
+
+
 def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
     """What the flags say. Each import comes after what the one before it can refuse."""
     from wan.commands.flags import parse
@@ -123,7 +141,9 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     except UserError as error:
         if first:
             return _fail(error.marked)
-        # what is wrong for all processes the first one says, and then the launcher ends this one
+        if isinstance(error, Ended):
+            return USER
+        # what is wrong for all processes the first one says, and then it or the launcher ends this one
         time.sleep(OTHERS_WAIT)
         return _fail(f"process {os.environ['RANK']} on {platform.node()}: {error.marked}")
     except OSError as error:
@@ -137,6 +157,8 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
             print("interrupted", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except RuntimeError as error:
+        if not first and is_collective(error):
+            return USER  # its cause is in another process, which is told of there
         if not _out_of_memory(error):
             raise
         # outside of a clip, whose own line says what the estimate found

@@ -29,7 +29,7 @@ from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
 from wan.quality import correct_drift, score_seam
-from wan.settings import Context, LoraFile, check_end_image
+from wan.settings import Context, LoraFile, check_end_image, check_motion_amplitude
 from wan.types import (
     Clip,
     Footage,
@@ -186,6 +186,7 @@ class VideoContinuation(Pipeline):
         end: Frame | None = None,
         loras: Loras = (),
         prompt_mode: str = "describe",
+        motion_amplitude: float = 1.0,
         drift_correction: float = 0.0,
         best_of: int = 1,
     ) -> tuple[Tensor, str]:
@@ -219,6 +220,7 @@ class VideoContinuation(Pipeline):
             end=end,
             loras=loras,
             prompt_mode=prompt_mode,
+            motion_amplitude=motion_amplitude,
             drift_correction=drift_correction,
             best_of=best_of,
         )
@@ -256,6 +258,7 @@ class VideoContinuation(Pipeline):
         prefix: str = "",
         prompt_mode: str = "describe",
         num_segments: int = 8,
+        motion_amplitude: float = 1.0,
         drift_correction: float = 0.0,
         best_of: int = 1,
         keeps_takes: bool = False,
@@ -298,6 +301,7 @@ class VideoContinuation(Pipeline):
             prefix=prefix,
             prompt_mode=prompt_mode,
             num_segments=num_segments,
+            motion_amplitude=motion_amplitude,
             drift_correction=drift_correction,
             best_of=best_of,
             keeps_takes=keeps_takes,
@@ -328,6 +332,7 @@ class VideoContinuation(Pipeline):
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None:
             check_end_image(self.config)
+        check_motion_amplitude(plan.motion_amplitude, self.config, plan.context.mode)
         if plan.cut is True and two_experts:
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
         if plan.cut is True and plan.prompt is None:
@@ -429,7 +434,14 @@ class VideoContinuation(Pipeline):
         draft: Draft | None,
     ) -> Generation:
         request = Request(
-            prompt.text, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
+            prompt.text,
+            plan.negative,
+            self.known(footage, plan),
+            plan.geometry,
+            plan.sampling,
+            seed,
+            plan.loras,
+            plan.motion_amplitude,
         )
         # of the whole chain, so that a run that goes on with it computes with the same kernels
         made = self.run(

@@ -137,7 +137,9 @@ class WanI2V(TwoExperts):
         if known.end is not None:
             pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
         latents = self.encode_frames(pixels, placement)
-        channels = ImageChannels.from_latents(latents, len(leading), end=known.end is not None)
+        channels = ImageChannels.from_latents(
+            latents, len(leading), end=known.end is not None, amplitude=request.motion_amplitude
+        )
         if len(leading) == 1:
             return channels
         # the VAE is causal: these are the latents of the known frames alone

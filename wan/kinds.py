@@ -448,6 +448,34 @@ class Files(Local):
         return [public_path(file) for file in value]
 
 
+def read_plain(kind: Kind, value: Any) -> Any:
+    """What a value means as JSON, a form or a cell of a table writes it. Raises Unfit."""
+    is_text = type(kind) is Kind or (isinstance(kind, Words | Local) and not isinstance(kind, Files))
+    if isinstance(value, str):
+        if isinstance(kind, Size):
+            value = value.replace("x", "*")
+        if isinstance(kind, Interval):
+            value = tuple(Real().read(word) for word in value.replace(",", " ").split())
+        elif isinstance(kind, Switch):
+            value = {"true": True, "on": True, "false": False, "off": False}.get(value.lower(), value)
+        elif isinstance(kind, TakeOf):
+            value = kind.read(value.split())
+        elif isinstance(kind, PromptFor):
+            raise Unfit("must be pairs of a clip and its prompt")
+        elif isinstance(kind, Files):
+            value = (value,)
+        elif type(kind) is not Kind:
+            value = kind.read(value)
+    elif isinstance(value, dict) or is_text:
+        raise Unfit("must be text" if is_text else "must be a plain value")
+    elif isinstance(value, list):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    elif isinstance(kind, Guidance) and _is_number(value):
+        value = (value, value)
+    kind.check(value)
+    return value
+
+
 def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 

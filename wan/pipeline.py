@@ -72,7 +72,6 @@ class Pipeline(ABC):
 
     vae_class: type[WanVAE] = Wan2_1_VAE
     team = ALONE
-    is_sampling = False  # while the processes of a team wait for each other
 
     def __init__(
         self,
@@ -93,11 +92,9 @@ class Pipeline(ABC):
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
     ) -> None:
-        if t5_fsdp or dit_fsdp or use_sp:
-            raise UserError(
-                "t5_fsdp, dit_fsdp and use_sp are not supported yet; several GPUs share a clip after `Pipeline.join`"
-            )
+        _check_shards(config, vram, t5_fsdp, dit_fsdp, t5_cpu)
         self.config = config
+        self.sharded = {"text_encoder"} if t5_fsdp else set[str]()
         self.device = main_device(device_id)
         self.text_device = torch.device("cpu") if t5_cpu else self.device
         self.convert_model_dtype = convert_model_dtype
@@ -118,6 +115,8 @@ class Pipeline(ABC):
             names=Names.of(config),
             files=files | parts,
         )
+        if dit_fsdp:
+            self.sharded |= self.checkpoint.experts.keys()
         for weights in self.checkpoint.experts.values():
             if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
                 WanModel.check(weights)
@@ -135,6 +134,7 @@ class Pipeline(ABC):
             # layers that come one by one wait in host memory
             load_device=torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device,
             convert_model_dtype=convert_model_dtype,
+            shards=lambda name: self.team.node if name in self.sharded else None,
         )
         self.models = Models(config.name, self.checkpoint, load)
 
@@ -156,17 +156,25 @@ class Pipeline(ABC):
         *,
         cfg: int | None = None,
         ulysses: int | None = None,
+        ring: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         """Make clips together with the other processes of a launcher, each of which calls this, too.
 
-        `cfg` and `ulysses` are the sizes of `choose_sizes` where they are given, `guided` the share of steps that have
-        guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
+        `cfg`, `ulysses` and `ring` are the sizes of `choose_sizes` where they are given, `guided` the share of steps
+        that have guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
         Raises UserError.
         """
-        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses)
+        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
         self.team = Team.start(world, sizes, self.device, timeout)
-        self.budget = dataclasses.replace(self.budget, token_ranks=sizes.ulysses)
+        shards = 1 if self.team.node is None else self.team.node.size
+        self.budget = dataclasses.replace(
+            self.budget,
+            token_ranks=sizes.tokens,
+            dit_shards=shards if self.sharded - {"text_encoder"} else 1,
+            t5_shards=shards if "text_encoder" in self.sharded else 1,
+        )
+        self.host = dataclasses.replace(self.host, elsewhere=frozenset(self.sharded))
 
     def follow(self) -> None:
         """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
@@ -325,9 +333,7 @@ class Pipeline(ABC):
         if sampled is None:
             # pictures are encoded here and sent as latents
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
-            self.is_sampling = True
             sampled = self._sample(request, placements, watch, clips)
-            self.is_sampling = False
             if on_sampled is not None:
                 on_sampled(sampled)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):
@@ -354,7 +360,10 @@ class Pipeline(ABC):
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
         with watch.stage("text"):
-            context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
+            if "text_encoder" in self.sharded:  # all encode together
+                context = self._encode_text(request, placements("text"))
+            else:
+                context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
         with watch.stage("encode"):
             noise, condition = self.team.share(lambda: self._begin(request, placements("encoding")), self.device)
         with watch.stage("load"):
@@ -407,7 +416,7 @@ class Pipeline(ABC):
         """Let a denoiser run on what is fastest for so many forwards, with the same results."""
         use_fastest_attention(model, tokens, forwards, self.device, self.team)
         if self.compile_blocks:
-            compile_where_it_pays(model, tokens // self.team.sizes.ulysses, forwards, self.device)
+            compile_where_it_pays(model, tokens // self.team.sizes.tokens, forwards, self.device)
 
     def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
         noise = self.noise(request)
@@ -446,6 +455,20 @@ class _Call:
     offload: bool
     clips: int
     host: HostPlan
+
+
+def _check_shards(config: ModelConfig, vram: float | str | None, t5: bool, dit: bool, t5_cpu: bool) -> None:
+    """Raise UserError for what goes with no slices of weights on each GPU."""
+    names = ["`t5_fsdp`"] * t5 + ["`dit_fsdp`"] * dit
+    if names and vram is not None:
+        raise UserError(f"{' and '.join(names)} keep weights on all GPUs, so no layers come to them: leave out `vram`")
+    if t5 and t5_cpu:
+        raise UserError("`t5_fsdp` slices the text encoder for GPUs, and `t5_cpu` runs it on the CPU: leave out one")
+    if dit and config.low_precision:
+        raise UserError(
+            f"`dit_fsdp` slices bf16 weights, and `precision` {config.low_precision} rounds whole ones: leave out one; "
+            "in 8 bits they take half of the memory"
+        )
 
 
 class OneExpert(Pipeline):

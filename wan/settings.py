@@ -173,6 +173,19 @@ def check_end_image(config: ModelConfig) -> None:
         raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
 
 
+def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:
+    """Raise UserError where a clip has no image latents that it could act on."""
+    if amplitude == 1:
+        return
+    if config.model_type != "i2v":
+        raise UserError(f"`motion_amplitude` is for I2V-A14B; {config.name} has no image latents behind the known ones")
+    if mode == "svi2pro":
+        raise UserError(
+            "`motion_amplitude` changes what svi2pro's LoRAs were trained to find empty; leave it out, or use "
+            "`continuation` last_frame or tail for that clip"
+        )
+
+
 @dataclass(frozen=True)
 class Context:
     """How a clip goes on from the one before it, and how many of its leading frames repeat that one.

@@ -137,7 +137,8 @@ class Footage(Protocol):
 class Request:
     """One clip to make: what is known of it, and how to sample the rest.
 
-    `loras` are (path, strength) by the attribute name of the expert that they are merged into.
+    `loras` are (path, strength) by the attribute name of the expert that they are merged into. `motion_amplitude` is
+    how much further than trained A14B's image latents behind the known ones lie from the first, see `amplified`.
     """
 
     prompt: str
@@ -147,6 +148,7 @@ class Request:
     sampling: Sampling
     seed: int
     loras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    motion_amplitude: float = 1.0
 
 
 @dataclass(frozen=True)

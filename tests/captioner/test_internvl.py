@@ -342,13 +342,13 @@ def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, m
     from wan.captioner import decode_attention_kernel
 
     calls: list[Any] = []
-    attend = decode_attention_kernel.attend
+    attend = decode_attention_kernel.attend_with_one_query
 
     def counted(*given: Any) -> torch.Tensor:
         calls.append(given)
         return attend(*given)
 
-    monkeypatch.setattr(decode_attention_kernel, "attend", counted)
+    monkeypatch.setattr(decode_attention_kernel, "attend_with_one_query", counted)
     monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()
@@ -382,7 +382,7 @@ def test_an_attention_that_does_not_work_here_is_left_out(
             raise RuntimeError("no such machine")
         return query.transpose(1, 2)
 
-    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend", attend)
+    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend_with_one_query", attend)
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()
     with caplog.at_level("INFO", logger="wan"):

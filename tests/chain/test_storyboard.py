@@ -78,6 +78,7 @@ clips:
     lora_low: b.safetensors:-1e-1
     lora: []
     end_image: end.png
+    motion_amplitude: 1.25
     context: 5
     cut: end.png
   - the boat sinks
@@ -100,11 +101,12 @@ def test_a_clip_says_all_that_can_differ(folder: Path) -> None:
             lora_high=(f"{a}:0.8", f"{b}:1.0"),
             lora_low=(f"{b}:-0.1",),
             end_image=str(folder / "end.png"),
+            motion_amplitude=1.25,
             context=5,
             cut=str(folder / "end.png"),
         ),
-        clip(14, "the boat sinks"),
-        clip(15),
+        clip(15, "the boat sinks"),
+        clip(16),
     )
 
 
@@ -346,11 +348,11 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
         ("- a\n- *b", "FILE, line 2: found undefined alias 'b'"),
         ('- a\n- "\\UFFFFFFFF"', "FILE, line 2: YAML cannot read this: "),
         ("- a\n- \x07", "FILE, line 2: YAML takes no character U+0007; remove it"),
-        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply for a storyboard"),
-        ("- " * 41 + "a", "FILE is nested too deeply for a storyboard"),
+        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply"),
+        ("- " * 41 + "a", "FILE is nested too deeply"),
         (
             "- <<: [&a0 {}, " + ", ".join(f"&a{n + 1} {{<<: *a{n}}}" for n in range(2000)) + "]",
-            "FILE is nested too deeply for a storyboard",
+            "FILE is nested too deeply",
         ),
         ("[" + "a, " * 10_001 + "]", "FILE, line 1: there are 10001 clips; a chain has at most 10000, start another"),
         (b"- a\n- caf\xe9", "FILE, line 2: this is not UTF-8; save the file as UTF-8"),
@@ -374,7 +376,7 @@ def test_a_wrong_file_is_said_with_its_line(folder: Path, content: str | bytes, 
         ("", "FILE, line 1: this is not JSON: "),
         ('"a"', "FILE, line 1: a storyboard in JSON is an object or a list"),
         ("[null]", "FILE, line 1: a clip must be a prompt or a mapping"),
-        ("[" * 100000, "FILE is nested too deeply for a storyboard"),
+        ("[" * 100000, "FILE is nested too deeply"),
     ],
 )
 def test_wrong_json_is_said_with_its_line(folder: Path, content: str, problem: str) -> None:
@@ -432,6 +434,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "task", "problem"),
     [
+        (
+            "motion_amplitude: 1.2",
+            "v2v-5B",
+            "motion_amplitude is for I2V-A14B; v2v-5B has no image latents behind the known ones",
+        ),
         ("end_image: end.png", "v2v-5B", "end_image is for I2V-A14B; v2v-5B knows no last frame"),
         (
             "cut: true",

@@ -19,7 +19,7 @@ from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder, To
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, readable, write_json, write_text
+from wan.files import file_digest, numbered, readable, write_json, write_text
 from wan.options import CANDIDATE_STEP, Settings, options_of
 from wan.types import Footage, Generation, from_uint8
 
@@ -511,8 +511,7 @@ class ChainRun:
 
 def _free(path: Path) -> Path:
     """The path, or one with a number after it where something is there."""
-    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 10**6)))
-    return next(name for name in names if not name.exists())
+    return next(free for name in numbered(path.name) if not (free := path.with_name(name)).exists())
 
 
 def _base_seed(given: int, before: dict[str, Any]) -> int:

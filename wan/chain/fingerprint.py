@@ -121,6 +121,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
         {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None
     ),
     "prompt_mode": lambda models, plan: plan.prompt_mode if plan.prompt_mode != "describe" else None,
+    "motion_amplitude": lambda models, plan: plan.motion_amplitude if plan.motion_amplitude != 1 else None,
     "drift_correction": lambda models, plan: plan.drift_correction or None,
     "best_of": lambda models, plan: plan.best_of if plan.best_of > 1 else None,
     "video_reader": lambda models, plan: (

@@ -18,10 +18,10 @@ class Plan:
     `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
-    that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
-    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
-    not go together.
+    that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`. `preset` is the row
+    that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
+    the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
+    does not go together.
     """
 
     geometry: Geometry
@@ -38,6 +38,7 @@ class Plan:
     loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
     prompt_mode: str = "describe"
     preset: str = "quality"
+    motion_amplitude: float = 1.0
     drift_correction: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
@@ -46,7 +47,7 @@ class Plan:
     count: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_segments", "best_of", "prompt_mode", "drift_correction"):
+        for name in ("num_segments", "best_of", "prompt_mode", "motion_amplitude", "drift_correction"):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:
             raise UserError(

@@ -15,6 +15,7 @@
         end_image: end.png               # the last frame; A14B
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+        motion_amplitude: 1.2            # 1 to 1.5; A14B
         takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
@@ -64,7 +65,7 @@ from wan.kinds import (
     Words,
 )
 from wan.options import Option, Settings, by_scene_key
-from wan.settings import LoraFile, check_end_image
+from wan.settings import LoraFile, check_end_image, check_motion_amplitude
 
 MOST_BYTES = 2**20
 MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
@@ -109,14 +110,14 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
     text, kind = _read(path), path.suffix.lower()
     if kind == ".txt":
         return _prompts(path, text)
-    root = _compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
+    root = compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
     if root is None or (isinstance(root, ScalarNode) and root.tag == _YAML + "str"):
         return _prompts(path, text)
     structure = _Structure(path.parent)
     try:
         scenes = structure.scenes(root)
     except RecursionError as error:  # mappings that are merged into one another by aliases
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     _refuse(path, [*structure.problems, *_names_twice(scenes)])
     return tuple(scenes)
 
@@ -176,11 +177,12 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
-        if "end_image" in scene.said:
-            try:
+        try:
+            if "end_image" in scene.said:
                 check_end_image(config)
-            except UserError as error:
-                problems.append((scene.line, str(error)))
+            check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
+        except UserError as error:
+            problems.append((scene.line, str(error)))
     _refuse(path, problems)
 
 
@@ -227,7 +229,7 @@ def _json_as_yaml(path: Path, text: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: this is not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     if not isinstance(top, dict | list):
         raise UserError(f"{path}, line 1: a storyboard in JSON is an object or a list")
     return re.sub(
@@ -235,8 +237,8 @@ def _json_as_yaml(path: Path, text: str) -> str:
     )
 
 
-def _compose(path: Path, text: str) -> Node | None:
-    """The graph of YAML nodes, which know their lines and of which nothing is constructed."""
+def compose(path: Path, text: str) -> Node | None:
+    """The graph of a YAML file's nodes, which know their lines; nothing is constructed. Raises UserError."""
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
@@ -275,7 +277,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth, self.values = self.depth + 1, self.values + 1
         if self.depth > DEEPEST:
-            raise _Excess("is nested too deeply for a storyboard")
+            raise _Excess("is nested too deeply")
         if self.values > MOST_VALUES:
             raise _Excess(f"holds more than {MOST_VALUES} values; is it the right file?")
         node: Node | None = super().compose_node(parent, index)

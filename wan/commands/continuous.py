@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wan import media
 from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
-from wan.chain.dry_run import outline
+from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
@@ -102,6 +102,11 @@ class Chain:
         """Free the memory of the models; they are loaded again when they are next used."""
         self._pipeline.close()
 
+    @property
+    def status(self) -> str:
+        """What the folder says of its last run: "finished", say; nothing before the first."""
+        return str(RunFolder(self.folder).run.get("status") or "")
+
     def stop(self) -> None:
         """Stop after the clip that is being made; may be called from another thread or from `on_step`."""
         self._steering.stop()
@@ -113,6 +118,12 @@ class Chain:
         yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
+
+    def estimate(self) -> Estimate:
+        """What is still to be made, when all was checked that a run checks before its first clip. Raises UserError."""
+        run = self._scripts.run(RunFolder(self.folder))
+        _agree(run)
+        return estimate(self._pipeline, run)
 
     def __iter__(self) -> Iterator[FinishedClip]:
         settings = self.job.settings
@@ -366,7 +377,8 @@ def _plans(
 
 def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
     """A line about how several GPUs would share the work."""
-    given = [size for size in (job.settings.ulysses_size, job.settings.cfg_size) if size != "auto"]
+    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
+    given = [size for size in asked if size != "auto"]
     world = job.world if job.world.size > 1 else World(size=math.prod(given))
     if world.size == 1:
         return []

@@ -135,6 +135,8 @@ class Job:
             self.config,
             self.folder,
             device_id=self.world.local_rank,
+            t5_fsdp=settings.t5_fsdp,
+            dit_fsdp=settings.dit_fsdp,
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
@@ -144,6 +146,15 @@ class Job:
             host_memory=settings.host_memory,
             **continuing,
         )
+
+    @property
+    def models_key(self) -> tuple[Any, ...]:
+        """Equal for two jobs whose pipeline may be the same."""
+        names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
+        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        said = tuple(getattr(self.settings, name) for name in names)
+        files = dit_files(self.settings) | part_files(self.settings)
+        return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said
 
     @property
     def offload(self) -> bool:
@@ -157,7 +168,8 @@ class Job:
 
     @property
     def _given_sizes(self) -> dict[str, int | None]:
-        given = {"cfg": self.settings.cfg_size, "ulysses": self.settings.ulysses_size}
+        settings = self.settings
+        given = {"cfg": settings.cfg_size, "ulysses": settings.ulysses_size, "ring": settings.ring_size}
         return {name: None if size == "auto" else size for name, size in given.items()}
 
     def _guided(self, pipeline: Pipeline) -> float:
@@ -183,22 +195,25 @@ class Job:
         self._join(pipeline)
         logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
         try:
-            yield
-        except BaseException:
-            # in the middle of a clip nobody listens; the launcher ends the others
-            if not pipeline.is_sampling:
-                pipeline.release()
+            with pipeline.team.watched():
+                yield
+        except GeneratorExit:  # between two clips
+            self._part(pipeline)
             raise
+        self._part(pipeline)
+
+    def _part(self, pipeline: Pipeline) -> None:
         pipeline.release()
         pipeline.team.end()
 
-    def follow(self) -> None:
-        """In any other process: make its shares until the first has done."""
+    def follow(self, pipeline: Pipeline | None = None) -> None:
+        """In any other process: make its shares until the first has done, with a pipeline that may be there already."""
         if self.settings.dry_run:
             return
-        pipeline = self.open()
+        pipeline = self.open() if pipeline is None else pipeline
         self._join(pipeline)
-        pipeline.follow()
+        with pipeline.team.watched():
+            pipeline.follow()
         pipeline.team.end()
 
     def _join(self, pipeline: Pipeline) -> None:
@@ -259,6 +274,7 @@ class Job:
                 "context": Context.choose(settings.continuation, settings.context_frames),
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
+                "motion_amplitude": settings.motion_amplitude,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
@@ -318,6 +334,7 @@ class Job:
             "precision": config.low_precision or settings.precision,
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
+            "motion_amplitude": request.motion_amplitude,
         }
         if plan is not None:
             used |= {
@@ -374,16 +391,20 @@ def _or_example(settings: Settings, task: str) -> Settings:
     return dataclasses.replace(settings, **example)
 
 
+_SIZES = ("ulysses_size", "cfg_size", "ring_size")
+
+
 def check_world(settings: Settings, world: World) -> None:
     """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
-    if asked := [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]:
-        raise UserError(f"{', '.join(asked)}: sharded weights are not supported yet; leave it out")
-    given = {name: size for name in ("ulysses_size", "cfg_size") if (size := getattr(settings, name)) != "auto"}
+    asked = [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
+    if asked and world.size == 1 and not settings.dry_run:
+        raise UserError(f"{' and '.join(asked)}: weights are shared among GPUs; start the command with torchrun")
+    given = {name: size for name in _SIZES if (size := getattr(settings, name)) != "auto"}
     ranks = math.prod(given.values())
     said = ", ".join(f"`{name}` {size}" for name, size in given.items())
     if world.size == 1 and ranks > 1 and not settings.dry_run:
         raise UserError(f"{said} needs {ranks} processes: start the command with torchrun --nproc_per_node={ranks}")
-    if world.size > 1 and (world.size % ranks or (len(given) == 2 and ranks != world.size)):
+    if world.size > 1 and (world.size % ranks or (len(given) == len(_SIZES) and ranks != world.size)):
         raise UserError(f"{said} does not make up the {world.size} processes that are started")
 
 

@@ -53,17 +53,20 @@ class ImageChannels:
         return is_finite(self.channels)
 
     @classmethod
-    def from_latents(cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False) -> ImageChannels:
+    def from_latents(
+        cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False, amplitude: float = 1.0
+    ) -> ImageChannels:
         """Image latents [z, F, h, w] of `known_frames` leading pixel frames (4n+1), grey ones, and at the `end` one.
 
         Channel c of latent frame j > 0 is the flag of pixel frame 4(j-1)+1+c, and all four of latent frame 0 that of
-        pixel frame 0 (source: the official image-to-video code, which knows one frame).
+        pixel frame 0 (source: the official image-to-video code, which knows one frame). `amplitude`: see `amplified`.
         """
         mask = torch.zeros_like(image_latents[:1]).repeat(4, 1, 1, 1)
         mask[:, : latent_frames(known_frames)] = 1
         if end:
             mask[3, -1] = 1
-        return cls(torch.cat([mask, image_latents]))
+        free = slice(latent_frames(known_frames), -1 if end else None)
+        return cls(torch.cat([mask, amplified(image_latents, free, amplitude)]))
 
     @classmethod
     def from_anchor(cls, anchor: Tensor, motion: Tensor, frames: int) -> ImageChannels:
@@ -135,6 +138,23 @@ class KnownLatents:
 def latent_frames(frames: int) -> int:
     """Latent frames of so many pixel frames (4n+1)."""
     return (frames - 1) // 4 + 1
+
+
+def amplified(latents: Tensor, free: slice, amplitude: float) -> Tensor:
+    """Image latents [z, F, h, w] whose `free` frames lie `amplitude` times as far from the first; 1 changes nothing.
+
+    The mean of each frame's distance, over channels and space, stays, so that the picture does not get lighter or
+    darker as a whole. What is far from what the VAE makes is clamped (source: ComfyUI's PainterI2V, which answers
+    step-distilled LoRAs that make slow motion).
+    """
+    if amplitude == 1:
+        return latents
+    first, rest = latents[:, :1], latents[:, free]
+    away = rest - first
+    mean = away.mean(dim=(0, 2, 3), keepdim=True)
+    found = latents.clone()
+    found[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
+    return found
 
 
 def _with_leading(known: Tensor, latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wan.device.hardware import drop_cache, same_device
+from wan.device.sharding import is_sharded
 from wan.device.streaming import SLOTS, LayerStreamer, MappedTensors, PinnedBuffer, layers_that_stay, tensors_of
 from wan.errors import UserError
 
@@ -40,6 +41,9 @@ class Placement:
         takes longer than bringing them (27 GiB for an A14B expert).
         """
         home = device or self.device
+        if is_sharded(model):  # a slice of it is on each GPU, and stays there
+            yield model
+            return
         if not self.offload or (home.type == "cpu" and self.weight_budget is None):
             yield model.to(home)
             return
@@ -65,7 +69,11 @@ class Placement:
 
     def streams(self, model: nn.Module) -> bool:
         """Whether layers of the model come to the device again in every pass."""
-        return self.offload and len(self._layers_that_stay(model)) < len(getattr(model, "layers", ()))
+        return (
+            self.offload
+            and not is_sharded(model)
+            and len(self._layers_that_stay(model)) < len(getattr(model, "layers", ()))
+        )
 
     def _layers_that_stay(self, model: Any) -> range | frozenset[int]:
         """The layers that fit beside the rest of the model, spread evenly. Raises UserError where not even two do."""
@@ -86,8 +94,9 @@ class Placement:
 
 
 def move_home(model: nn.Module) -> None:
-    """Let a model wait in host memory."""
-    model.to("cpu")
+    """Let a model wait in host memory, but for one of slices."""
+    if not is_sharded(model):
+        model.to("cpu")
 
 
 def bytes_on(model: nn.Module, device: torch.device) -> int:

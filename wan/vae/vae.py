@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from wan.errors import UserError
 from wan.foreign import fit, parsing
 from wan.vae import chunked
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 
