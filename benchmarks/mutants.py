@@ -176,19 +176,25 @@ def _leave_out_call() -> Any:
     return LeaveOutCall()
 
 
+def copy_project(folder: Path) -> Path:
+    """Copy what Git knows of the project; returns the folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in listed.stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@dataclass(frozen=True)
 class Copy:
     """A copy of the project in which the tests of one fault at a time run, on these cores (none: on all).
 
     Encoders and OpenCV start a thread a core: many copies with all cores each would wait for each other.
     """
 
-    def __init__(self, folder: Path, cores: Sequence[int] = ()) -> None:
-        self.folder, self.cores = folder, cores
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-        for name in listed.stdout.split("\0"):
-            if name and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
+    folder: Path
+    cores: Sequence[int] = ()
 
     def seconds(self, test: str) -> float:
         """How long a file of tests takes without a fault. Raises SystemExit where one fails."""
@@ -288,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         count = given.processes
-        copies = [Copy(Path(folder) / str(number), cores[number::count]) for number in range(count)]
+        copies = [Copy(copy_project(Path(folder, str(number))), cores[number::count]) for number in range(count)]
         for mutant, is_seen in measure(by_turns(mutants), copies):
             seen[package_of(mutant.file)].append(is_seen)
             print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
