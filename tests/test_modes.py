@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect, exact_size
 from wan.image2video import preprocess as stretched
+from wan.pipeline import Stopwatch, fills
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Generation, KnownFrames, Request, from_uint8
+from wan.types import Clip, Generation, KnownFrames, Request, TextContext, from_uint8
 
 pytestmark = pytest.mark.slow
 
@@ -505,3 +507,48 @@ def test_the_5b_size_rule_settles_at_once(b5: Any) -> None:
     sizes = {b5.fit(width, height, 1280 * 704) for width in range(64, 4097, 13) for height in range(64, 2200, 7)}
     assert all(b5.fit(*size, 1280 * 704) == size for size in sizes)
     assert b5.fit(1920, 1080, 1280 * 704) == (1248, 704)
+
+
+def test_a_size_fills_an_area_up_to_its_last_pixel() -> None:
+    assert fills(64, 32, 64 * 32, 16) and not fills(64, 32, 64 * 32 - 1, 16)
+    assert fills(64, 32, 80 * 48 - 1, 16) and not fills(64, 32, 80 * 48, 16)
+    assert not fills(64, 40, 64 * 40, 16)
+
+
+def test_denoisers_are_loaded_before_sampling_is_timed(b5: Any) -> None:
+    b5.models.forget("model")
+    loaded = []
+    request, _ = request_of(b5, moving(fps=24))
+    b5.run(request, on_step=lambda step: loaded.append((step.stage, b5.models.is_loaded("model"))))
+    assert ("sample", True) in loaded
+
+
+@pytest.mark.parametrize(
+    ("task", "expert", "words"), [("14b", "low", "the low expert in "), ("5b", "", "the denoiser in ")]
+)
+def test_the_model_that_gave_numbers_that_are_not_finite_is_named(
+    task: str, expert: str, words: str, a14b: Any, b5: Any
+) -> None:
+    pipeline = a14b if task == "14b" else b5
+    part = "low_noise_model" if expert else "model"
+    error: Any = SimpleNamespace(expert=SimpleNamespace(name=expert, part=part), step=3)
+    text: Any = TextContext(torch.zeros(1, 512, 8), torch.zeros(1, 512, 8))
+    why = pipeline._why_not_finite(error, text, SimpleNamespace(is_finite=True))
+    assert why.startswith(words) and " in step 3" in why
+
+
+def test_a_stage_is_charged_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 12.5, 100.0, 101.0])
+    monkeypatch.setattr("wan.pipeline.time.perf_counter", lambda: next(moments))
+    watch = Stopwatch(torch.device("cpu"), 4)
+    for _ in range(2):
+        with watch.stage("decode"):
+            pass
+    assert watch.seconds == {"decode": 3.5}
+
+
+@pytest.mark.parametrize("available", range(1, 9))
+def test_a_tail_is_no_longer_than_its_footage_and_stays_4n_plus_1(available: int) -> None:
+    context = Context("tail", 9).within(available)
+    assert context == Context("tail", 5 if available >= 5 else 1) and isinstance(context.frames, int)
+    assert Context("tail", 9).within(9).frames == 9 and Context("svi2pro", 5).within(1).frames == 5

@@ -141,7 +141,7 @@ class ChunkedVae:
 
     def __init__(self, by_frame: bool = False) -> None:
         self.before: dict[nn.Module, Tensor] = {}
-        self.is_first = True
+        self.is_first = True  # the decoder's first chunk, whose first frame is not doubled
         self.by_frame = by_frame
 
     def encoder(self, network: Any, x: Tensor) -> Tensor:
@@ -156,9 +156,7 @@ class ChunkedVae:
                 x = part(x)
             else:
                 x = self.stage(part, x, part.downsampler)
-        x = self.ends(network, self.middle(network.mid_block, x))
-        self.is_first = False
-        return x
+        return self.ends(network, self.middle(network.mid_block, x))
 
     def decoder(self, network: Any, x: Tensor) -> Tensor:
         """Latents -> pixels of one chunk."""
