@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from wan.device.hardware import (
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
-from wan.device.parallel import ALONE, Team
+from wan.device.parallel import ALONE, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
@@ -66,8 +67,11 @@ class Pipeline(ABC):
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
-    that is too little for all models, they take turns in it and are read again. Raises UserError for a
-    checkpoint that is not whole or not the one that `config` describes.
+    that is too little for all models, they take turns in it and are read again. `use_sp`: all processes share a clip,
+    as in Wan2.2 (Ulysses); `t5_fsdp`, `dit_fsdp`: each keeps a slice of the weights. For these each calls
+    `torch.distributed.init_process_group` before, and makes the same calls, which give the video in the process of
+    rank 0 and None in the others. Raises UserError for a checkpoint that is not whole or not the one that `config`
+    describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
@@ -137,6 +141,9 @@ class Pipeline(ABC):
             shards=lambda name: self.team.node if name in self.sharded else None,
         )
         self.models = Models(config.name, self.checkpoint, load)
+        if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
+            world = world_met(rank, self.device.index or 0)
+            self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
 
     def close(self) -> None:
         """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
@@ -176,9 +183,11 @@ class Pipeline(ABC):
         )
         self.host = dataclasses.replace(self.host, elsewhere=frozenset(self.sharded))
 
-    def follow(self) -> None:
-        """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
-        while (call := self.team.hear()) is not None:
+    def follow(self, count: int | None = None) -> None:
+        """In all processes but the first: make this one's share of `count` clips, or until that one calls `release`."""
+        for _ in itertools.count() if count is None else range(count):
+            if (call := self.team.hear()) is None:
+                return
             budget = self.budget.for_clip(call.request.geometry, call.offload)
             self.models.live_by(call.host)
             placements = self._placements(call.request, budget, call.offload, call.host.mapped)
@@ -278,6 +287,13 @@ class Pipeline(ABC):
                 f"`preset` {preset} needs {needed}: 4-step distillation LoRAs of {self.config.name}, for A14B "
                 "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning; or a distilled model with `dit`"
             )
+
+    def video(self, request: Request, *, offload: bool, on_step: OnStep | None) -> Any:
+        """Make one clip -> its video float32 [3, T, H, W]; None in all processes of a team but the first."""
+        if self.team.is_first:
+            return self.run(request, offload=offload, on_step=on_step).video
+        self.follow(1)
+        return None
 
     def run(
         self,

@@ -47,6 +47,23 @@ class Group:
         return found
 
 
+def is_met() -> bool:
+    """Whether this process has met others by `torch.distributed.init_process_group`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_met(rank: int, local_rank: int) -> World:
+    """This process among those that it has met. Raises UserError."""
+    if not is_met():
+        raise UserError(
+            "use_sp shares a clip among processes: start the script with torchrun, and call "
+            "torch.distributed.init_process_group before this, as Wan2.2's does"
+        )
+    if rank != dist.get_rank():
+        raise UserError(f"rank is {rank} in the process that torch.distributed has as {dist.get_rank()}")
+    return World(rank, dist.get_world_size(), local_rank, "")
+
+
 class Team:
     """The processes that make a clip together. With one of them there is nothing to do.
 
@@ -79,7 +96,7 @@ class Team:
                 f"{str(error).splitlines()[0]}"
             ) from error
         team._watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
-        team._watch.start(team.share, world.address)
+        team._watch.start(team.share, world.address or team._address())
         return team
 
     def _meet(self, device: torch.device, timeout: float) -> None:
@@ -107,6 +124,11 @@ class Team:
         if self.sizes.cfg > 1:
             self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
         self.node = self._group(self._machines(), wait)
+
+    def _address(self) -> str:
+        """Where the first process can be reached: the name of its machine, or this one."""
+        name = self.share(platform.node)
+        return "127.0.0.1" if name == platform.node() else name
 
     def _machines(self) -> list[Sequence[int]]:
         """The processes of each machine; all in one list where each has a machine of its own."""
