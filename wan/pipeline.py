@@ -40,7 +40,7 @@ from wan.device.hardware import (
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
-from wan.device.parallel import ALONE, Team, is_met, world_met
+from wan.device.parallel import ALONE, Group, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
@@ -191,7 +191,9 @@ class Pipeline(ABC):
             budget = self.budget.for_clip(call.request.geometry, call.offload)
             self.models.live_by(call.host)
             placements = self._placements(call.request, budget, call.offload, call.host.mapped)
-            self._sample(call.request, placements, Stopwatch(self.device, call.request.sampling.steps), call.clips)
+            watch = Stopwatch(self.device, call.request.sampling.steps)
+            sampled = self._sample(call.request, placements, watch, call.clips)
+            self._decode(sampled.latents, placements, self.team.all_)
 
     def release(self) -> None:
         """In the first process: let the others go."""
@@ -346,15 +348,15 @@ class Pipeline(ABC):
         placements = self._placements(request, budget, offload, host.mapped)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
+        group = None if sampled is not None else self.team.all_
         if sampled is None:
             # pictures are encoded here and sent as latents
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
             sampled = self._sample(request, placements, watch, clips)
             if on_sampled is not None:
                 on_sampled(sampled)
-        with watch.stage("decode"), placements("decoding").on_device(self.vae):
-            latents = sampled.latents.to(self.device)
-            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
+        with watch.stage("decode"):
+            pixels = self._decode(sampled.latents, placements, group)
         if not is_finite(pixels):
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
@@ -364,6 +366,11 @@ class Pipeline(ABC):
         peaks = [peak for peak in (sampled.peak_gib, peak_gib(self.device)) if peak is not None]
         seconds = dict(sampled.seconds) | watch.seconds
         return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
+
+    def _decode(self, latents: Tensor, placements: Callable[[str], Placement], group: Group | None) -> Tensor:
+        """Latents [z, F, h, w] -> pixels [3, T, H, W] in host memory, in the first process of a `group`."""
+        with placements("decoding").on_device(self.vae):
+            return self.vae.decode([latents.to(self.device)], home=torch.device("cpu"), group=group)[0]
 
     def _placements(
         self, request: Request, budget: MemoryBudget, offload: bool, mapped: bool
@@ -381,7 +388,7 @@ class Pipeline(ABC):
             else:
                 context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
         with watch.stage("encode"):
-            noise, condition = self.team.share(lambda: self._begin(request, placements("encoding")), self.device)
+            noise, condition = self._begin(request, placements("encoding"))
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self.models.merge_loras(request.loras)
@@ -435,8 +442,18 @@ class Pipeline(ABC):
             compile_where_it_pays(model, tokens // self.team.sizes.tokens, forwards, self.device)
 
     def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
-        noise = self.noise(request)
-        return noise, self.condition(request, noise, placement)
+        """The initial latents and what is known, of the first process in all; they encode its pictures together."""
+
+        def make() -> tuple[Tensor, Condition]:
+            noise = self.noise(request)
+            return noise, self.condition(request, noise, placement)
+
+        if self.team.is_first:
+            return self.team.share(make)
+        while isinstance(heard := self.team.hear(self.device), _Pictures):
+            self._encode(torch.empty(heard.shape, device=self.device), placement)
+        noise, condition = heard
+        return noise, condition
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
@@ -456,8 +473,21 @@ class Pipeline(ABC):
 
     def encode_frames(self, frames: Tensor, placement: Placement) -> Tensor:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
+        self.team.tell(_Pictures(frames.shape))
+        return self._encode(frames.to(self.device, torch.float32).contiguous(), placement)
+
+    def _encode(self, frames: Tensor, placement: Placement) -> Tensor:
+        """The same, of the first process's pixels on the device, by all."""
+        self.team.send(frames)
         with placement.on_device(self.vae):
-            return self.vae.encode([frames.to(self.device)])[0]
+            return self.vae.encode([frames], group=self.team.all_)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """That pixels of this shape are encoded next."""
+
+    shape: torch.Size
 
 
 @dataclasses.dataclass(frozen=True)
