@@ -229,6 +229,9 @@ class VideoContinuation(Pipeline):
             drift_correction=drift_correction,
             best_of=best_of,
         )
+        if not self.team.is_first:
+            self.follow(len(plan.candidates))
+            return None, None  # type: ignore[return-value]  # in other processes than that of rank 0, as in Wan2.2
         made = self.extend(footage, draw_seed(seed), plan, on_step)
         return made.video, made.request.prompt
 

@@ -105,7 +105,7 @@ class WanI2V(TwoExperts):
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
-        return self.run(request, offload=offload_model, on_step=on_step).video
+        return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
 
     def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
         """The size of a continuation of a width x height video -> (width, height)."""

@@ -87,7 +87,7 @@ class WanTI2V(OneExpert):
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
-        return self.run(request, offload=offload_model, on_step=on_step).video
+        return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
 
     def t2v(
         self,
