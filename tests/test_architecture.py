@@ -30,7 +30,7 @@ LAYERS = [
     ),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
-    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.comfy"),
+    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.handoff", "wan.comfy"),
     ("wan.models", "wan.prompting", "wan.chain.plan"),
     ("wan.pipeline",),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),

@@ -62,6 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         declaration.write_text(json.dumps(json.loads(declaration.read_text()) | {"frame_num": 5, "sample_steps": 2}))
     (folder / "tiny-InternVL").rename(folder / "InternVL3_5-8B")
     (folder / "input.mp4").symlink_to(ROOT / "examples" / "shapes.mp4")
+    (folder / "second.mp4").symlink_to(ROOT / "examples" / "shapes.mp4")
     for side in ("high", "low"):
         expert = folder / "Wan2.2-I2V-A14B" / f"{side}_noise_model"
         rows, columns = open_safetensors(expert, "diffusion_pytorch_model").shapes["blocks.0.self_attn.q.weight"]

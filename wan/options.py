@@ -34,6 +34,8 @@ from wan.kinds import (
     Name,
     Output,
     Picture,
+    Pictures,
+    Program,
     PromptFor,
     Real,
     Seed,
@@ -55,6 +57,7 @@ CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block":
 CONTINUATIONS = ("last_frame", "tail", "svi2pro")
 CONTEXTS = (1, 5, 9, 13, 17)  # pixel frames of the clip before that a continuation can be conditioned on
 LONGEST_CONTEXT = CONTEXTS[-1]
+DISCARDS = (0, 4, 8, 12, 16, 20, 24)  # pixel frames; a latent frame holds four
 PROMPT_MODES = ("describe", "continue")
 PRECISIONS = ("bf16", "fp8", "fp8_attention")
 READERS = ("auto", "pyav", "decord")
@@ -81,14 +84,15 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER, BATCH = GRO
 # Flags of a chain that a server does not take: those of one video, and of several GPUs.
 NOT_SERVED = frozenset(
     (
-        *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
-        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
-        *("keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
+        *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
+        *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
+        *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
+        *("t5_fsdp", "dit_fsdp"),
     )
 )
 # Those that a batch does not take: of one video, and of a person who looks on.
 NOT_BATCHED = frozenset(
-    (*("video", "from_", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),)
+    ("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune")
 )
 
 
@@ -193,6 +197,10 @@ class Settings:
         "take the video to end at this time, and continue from there",
         unset="its end", client=True, fingerprint="parent", record=True, continues=True,
     )
+    until: str | None = option(
+        INPUT, Video("FILE"), "a video that the last clip leads into; the joined one holds both and their sound",
+        unset="none", only=("continuous",), row=True, fingerprint="end_image", continues=True,
+    )
     size: str | None = option(
         INPUT, Size("W*H"), "the area to fill, as width*height; the aspect is the input's",
         unset="the task's first size", client=True, fingerprint=("width", "height"), record=True,
@@ -222,7 +230,7 @@ class Settings:
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
-        unset="the storyboard's, or 12",
+        unset="as many as `storyboard` or `end_images` has, or 1 with `until`, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -314,7 +322,7 @@ class Settings:
     continuation: str | None = option(
         CONTINUITY, Choice(None, CONTINUATIONS), "which frames of the clip before a clip starts from",
         unset="last_frame; tail with more than one of `context_frames`",
-        client=True, fingerprint="continuation", record=True, continues=True,
+        scene="continuation", client=True, fingerprint="continuation", record=True, continues=True,
     )
     context_frames: int | None = option(
         CONTINUITY, Among("K", numbers=CONTEXTS),
@@ -324,15 +332,28 @@ class Settings:
     )
     anchor_image: str | None = option(
         CONTINUITY, Picture("FILE"), "the picture that svi2pro holds on to", unset="a sharp one from before the end",
-        row=True, fingerprint="anchor", continues=True,
+        scene="anchor", row=True, fingerprint="anchor", continues=True,
     )
     end_image: str | None = option(
-        CONTINUITY, Picture("FILE"), "the last frame (of the last clip); A14B", unset="none",
+        CONTINUITY, Picture("FILE"), "the last frame (of the last clip)", unset="none",
         scene="end_image", row=True, fingerprint="end_image", record=True,
+    )
+    end_images: str | None = option(
+        CONTINUITY, Pictures("DIR"), "a folder of last frames, one for each clip in the order of their names",
+        unset="none", only=("continuous",), row=True, fingerprint="end_image", continues=True,
     )
     cut: str | bool | None = option(
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
+    )
+    discard: int = option(
+        CONTINUITY, Among("K", numbers=DISCARDS), "leave the last K frames of each clip out before the next starts", 0,
+        only=("continuous",), scene="discard", client=True, fingerprint="discard", record=True, continues=True,
+    )
+    handoff_command: str | None = option(
+        CONTINUITY, Program("COMMAND"),
+        "a program that may change the known frames of each clip, which are PNGs in the folder {frames}",
+        unset="none", only=("continuous",), fingerprint="handoff", continues=True,
     )
     motion_amplitude: float = option(
         CONTINUITY, Real("A", 1, 1.5, "; more is untried"),
@@ -490,6 +511,10 @@ class Settings:
     output_dir: str = option(
         OUTPUT, Output("DIR"), "folder for clips, joined video and logs; of a batch with {name} for that of a row",
         "./continuous_outputs", only=("continuous",), required=("batch",), same=_SHOWN,
+    )
+    fade: int = option(
+        OUTPUT, Whole("K", 0, 100, "; that is no fade but another clip"), "cross-fade over K frames at each cut", 0,
+        only=("continuous",), scene="fade", client=True, same=_SHOWN,
     )
     include_source: bool = option(
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,

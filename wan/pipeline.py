@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from wan.device.hardware import (
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
-from wan.device.parallel import ALONE, Team
+from wan.device.parallel import ALONE, Group, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
@@ -66,8 +67,11 @@ class Pipeline(ABC):
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
-    that is too little for all models, they take turns in it and are read again. Raises UserError for a
-    checkpoint that is not whole or not the one that `config` describes.
+    that is too little for all models, they take turns in it and are read again. `use_sp`: all processes share a clip,
+    as in Wan2.2 (Ulysses); `t5_fsdp`, `dit_fsdp`: each keeps a slice of the weights. For these each calls
+    `torch.distributed.init_process_group` before, and makes the same calls, which give the video in the process of
+    rank 0 and None in the others. Raises UserError for a checkpoint that is not whole or not the one that `config`
+    describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
@@ -137,6 +141,9 @@ class Pipeline(ABC):
             shards=lambda name: self.team.node if name in self.sharded else None,
         )
         self.models = Models(config.name, self.checkpoint, load)
+        if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
+            world = world_met(rank, self.device.index or 0)
+            self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
 
     def close(self) -> None:
         """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
@@ -176,13 +183,17 @@ class Pipeline(ABC):
         )
         self.host = dataclasses.replace(self.host, elsewhere=frozenset(self.sharded))
 
-    def follow(self) -> None:
-        """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
-        while (call := self.team.hear()) is not None:
+    def follow(self, count: int | None = None) -> None:
+        """In all processes but the first: make this one's share of `count` clips, or until that one calls `release`."""
+        for _ in itertools.count() if count is None else range(count):
+            if (call := self.team.hear()) is None:
+                return
             budget = self.budget.for_clip(call.request.geometry, call.offload)
             self.models.live_by(call.host)
             placements = self._placements(call.request, budget, call.offload, call.host.mapped)
-            self._sample(call.request, placements, Stopwatch(self.device, call.request.sampling.steps), call.clips)
+            watch = Stopwatch(self.device, call.request.sampling.steps)
+            sampled = self._sample(call.request, placements, watch, call.clips)
+            self._decode(sampled.latents, placements, self.team.all_)
 
     def release(self) -> None:
         """In the first process: let the others go."""
@@ -279,6 +290,13 @@ class Pipeline(ABC):
                 "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning; or a distilled model with `dit`"
             )
 
+    def video(self, request: Request, *, offload: bool, on_step: OnStep | None) -> Any:
+        """Make one clip -> its video float32 [3, T, H, W]; None in all processes of a team but the first."""
+        if self.team.is_first:
+            return self.run(request, offload=offload, on_step=on_step).video
+        self.follow(1)
+        return None
+
     def run(
         self,
         request: Request,
@@ -330,15 +348,15 @@ class Pipeline(ABC):
         placements = self._placements(request, budget, offload, host.mapped)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
+        group = None if sampled is not None else self.team.all_
         if sampled is None:
             # pictures are encoded here and sent as latents
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
             sampled = self._sample(request, placements, watch, clips)
             if on_sampled is not None:
                 on_sampled(sampled)
-        with watch.stage("decode"), placements("decoding").on_device(self.vae):
-            latents = sampled.latents.to(self.device)
-            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
+        with watch.stage("decode"):
+            pixels = self._decode(sampled.latents, placements, group)
         if not is_finite(pixels):
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
@@ -348,6 +366,11 @@ class Pipeline(ABC):
         peaks = [peak for peak in (sampled.peak_gib, peak_gib(self.device)) if peak is not None]
         seconds = dict(sampled.seconds) | watch.seconds
         return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
+
+    def _decode(self, latents: Tensor, placements: Callable[[str], Placement], group: Group | None) -> Tensor:
+        """Latents [z, F, h, w] -> pixels [3, T, H, W] in host memory, in the first process of a `group`."""
+        with placements("decoding").on_device(self.vae):
+            return self.vae.decode([latents.to(self.device)], home=torch.device("cpu"), group=group)[0]
 
     def _placements(
         self, request: Request, budget: MemoryBudget, offload: bool, mapped: bool
@@ -365,7 +388,7 @@ class Pipeline(ABC):
             else:
                 context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
         with watch.stage("encode"):
-            noise, condition = self.team.share(lambda: self._begin(request, placements("encoding")), self.device)
+            noise, condition = self._begin(request, placements("encoding"))
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self.models.merge_loras(request.loras)
@@ -419,8 +442,18 @@ class Pipeline(ABC):
             compile_where_it_pays(model, tokens // self.team.sizes.tokens, forwards, self.device)
 
     def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
-        noise = self.noise(request)
-        return noise, self.condition(request, noise, placement)
+        """The initial latents and what is known, of the first process in all; they encode its pictures together."""
+
+        def make() -> tuple[Tensor, Condition]:
+            noise = self.noise(request)
+            return noise, self.condition(request, noise, placement)
+
+        if self.team.is_first:
+            return self.team.share(make)
+        while isinstance(heard := self.team.hear(self.device), _Pictures):
+            self._encode(torch.empty(heard.shape, device=self.device), placement)
+        noise, condition = heard
+        return noise, condition
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
@@ -440,8 +473,21 @@ class Pipeline(ABC):
 
     def encode_frames(self, frames: Tensor, placement: Placement) -> Tensor:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
+        self.team.tell(_Pictures(frames.shape))
+        return self._encode(frames.to(self.device, torch.float32).contiguous(), placement)
+
+    def _encode(self, frames: Tensor, placement: Placement) -> Tensor:
+        """The same, of the first process's pixels on the device, by all."""
+        self.team.send(frames)
         with placement.on_device(self.vae):
-            return self.vae.encode([frames.to(self.device)])[0]
+            return self.vae.encode([frames], group=self.team.all_)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """That pixels of this shape are encoded next."""
+
+    shape: torch.Size
 
 
 @dataclasses.dataclass(frozen=True)

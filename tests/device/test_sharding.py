@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tests.support.golden import ROOT
@@ -70,6 +71,31 @@ def test_slices_give_the_numbers_of_whole_weights_with_loras_too(ranks: Ranks, t
     for found in ranks.run(in_a_rank, 2, str(lora)):
         for one, other in zip(expected, found, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+def as_in_wan(rank: int, size: int) -> Any:
+    """What a script of Wan2.2's does in each process."""
+    dist.init_process_group("gloo")
+    pipeline = WanTI2V(
+        config_for("ti2v-5B", FOLDER), FOLDER, device_id=rank, rank=rank, t5_fsdp=True, dit_fsdp=True, use_sp=size > 1
+    )
+    made = clip(pipeline)
+    dist.barrier()  # as that script does
+    pipeline.team.end()
+    return made
+
+
+def clip(pipeline: WanTI2V) -> Any:
+    return pipeline.generate("a red square", size=(96, 64), frame_num=5, sampling_steps=2, guide_scale=2.0, seed=4)
+
+
+def test_constructor_arguments_mean_what_they_do_in_wan(ranks: Ranks) -> None:
+    alone = clip(WanTI2V(config_for("ti2v-5B", FOLDER), FOLDER))
+    first, second = ranks.run(as_in_wan, 2)
+    assert second is None and first.shape == alone.shape
+    assert (first - alone).norm() <= 1e-4 * alone.norm()
+    with pytest.raises(UserError, match="use_sp shares a clip among processes: start the script with torchrun"):
+        WanTI2V(config_for("ti2v-5B", FOLDER), FOLDER, use_sp=True)
 
 
 def test_what_does_not_go_with_slices_is_refused() -> None:

@@ -57,7 +57,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     yield f"{'clip':>4}  {'frames':>6}  {'new':>4}  {'from s':>7}  {'seed':>19}  {'known':<12}  prompt"
     start = 0.0
     for number, plan in enumerate(plans, 1):
-        new = plan.geometry.frames - plan.dropped
+        new = plan.shown - plan.fade_in
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
         seed = run.clips[number].record["seed"] if there else run.seed(number)

@@ -141,6 +141,7 @@ class Told:
     samples: tuple[int, float | None]  # the arguments of `Generation.samples` for what the captioner will see of it
     sheet: Sequence[bytes]  # JPEGs of its seam
     metadata: bool  # whether the mp4 holds the settings
+    keyframes: frozenset[int] = frozenset()  # frames at which the mp4 is cut when clips are joined with fades
 
 
 @dataclass(frozen=True)
@@ -355,6 +356,7 @@ class RunFolder:
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
+            **({} if made.handed is None else {"handed": made.handed.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
@@ -367,7 +369,7 @@ class RunFolder:
             stem.with_suffix(".mp4"),
             (to_uint8(frame) for frame in frames),
             made.clip.fps,
-            keyframes=frozenset({0, record.get("dropped", 1)}),
+            keyframes=frozenset({0, record.get("dropped", 1)}) | told.keyframes,
             metadata=settings_of(record) if told.metadata else None,
         )
         record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}

@@ -12,10 +12,14 @@
         shift: 5.0
         lora_high: [light.safetensors:0.8, style.safetensors]    # or one text; [] for none
         lora_low: light_low.safetensors  # the 5B model has `lora` instead of these two
-        end_image: end.png               # the last frame; A14B
+        end_image: end.png               # the last frame
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
+        continuation: tail               # last_frame, tail or svi2pro; without svi2pro its LoRAs are left out
+        anchor: face.png                 # the picture that svi2pro holds on to from this clip on
+        discard: 8                       # of the clip's last frames: 4, 8, 12, 16, 20, 24
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
         motion_amplitude: 1.2            # 1 to 1.5; A14B
+        fade: 8                          # frames over which a cut fades in
         takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
@@ -51,6 +55,7 @@ from wan.kinds import (
     LARGEST_SEED,
     MOST_CLIPS,
     Among,
+    Choice,
     Cut,
     Files,
     Frames,
@@ -64,8 +69,8 @@ from wan.kinds import (
     Whole,
     Words,
 )
-from wan.options import Option, Settings, by_scene_key
-from wan.settings import LoraFile, check_end_image, check_motion_amplitude
+from wan.options import EXPERT_OF_LORA, Option, Settings, by_scene_key
+from wan.settings import Context, LoraFile, check_motion_amplitude
 
 MOST_BYTES = 2**20
 MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
@@ -93,12 +98,21 @@ class Scene:
         frames, context = self.said.get("frame_num"), self.said.get("context_frames")
         if frames is not None and context is not None and context >= frames:
             raise UserError(f"context {context} must be fewer than the clip's {frames} frames")
+        if "continuation" in self.said:
+            Context.choose(self.said["continuation"], context)
+        if "anchor_image" in self.said and self.said.get("cut") is not None:
+            raise UserError("a shot holds on to the picture of its cut; give anchor to the clip after it")
 
     def over(self, settings: Settings) -> Settings:
         """The settings of the clip: the command line's, with what is said here in their place."""
         said = dict(self.said)
-        if "context_frames" in said:
-            said["continuation"] = None  # one frame is the last frame, more are a tail
+        if said.keys() & {"continuation", "context_frames"}:
+            # one frame is the last frame, more are a tail; what the command line says of the other is for its own way
+            said = {"continuation": None, "context_frames": None} | said
+            if Context.choose(said["continuation"], said["context_frames"]).mode != "svi2pro":
+                for name in EXPERT_OF_LORA.keys() - said.keys():
+                    files = getattr(settings, name)
+                    said[name] = tuple(file for file in files if not LoraFile.parse(file).is_svi)
         return dataclasses.replace(settings, **said)
 
 
@@ -178,8 +192,6 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
         try:
-            if "end_image" in scene.said:
-                check_end_image(config)
             check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
         except UserError as error:
             problems.append((scene.line, str(error)))
@@ -506,6 +518,7 @@ def _read_value(node: Node, kind: Kind, folder: Path) -> Any:
 _READERS: Mapping[type[Kind], Callable[[Node, Any, Path], Any]] = {
     Kind: _text,
     Words: _words,
+    Choice: _words,
     Name: _words,
     Whole: _whole,
     Frames: _whole,

@@ -206,13 +206,17 @@ def check_together(command: Command, settings: Settings) -> None:
     fewest = Frames().fewest_in_chain
     if chain and settings.frame_num is not None and settings.frame_num < fewest:
         raise UserError(f"`frame_num` {settings.frame_num}: a clip of a chain needs at least {fewest} frames")
+    if settings.end_image is not None and settings.end_images is not None:
+        raise UserError("`end_images` says how each clip ends, also the last; leave `end_image` out")
+    if settings.until is not None and not (settings.end_image is None is settings.end_images):
+        raise UserError("`until` says how the last clip ends; leave `end_image` and `end_images` out")
     if settings.vram is not None and settings.offload_model is False:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
         StepCache.parse(settings.cache)
     if settings.prompt_for and settings.storyboard is not None:
         raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
-    most = settings.num_videos or 12
+    most = settings.num_videos or (12 if settings.until is None else 1)
     if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
         raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
     context = Context.choose(settings.continuation, settings.context_frames)

@@ -76,7 +76,7 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         size = rule(image.width, image.height, size[0] * size[1])
         known = KnownFrames((image,))
     if settings.end_image is not None:
-        check_end_image(config)
+        check_end_image(config, settings.frame_num or config.frame_num, len(known.leading))
         known = dataclasses.replace(known, end=media.read_image(settings.end_image))
     check_motion_amplitude(settings.motion_amplitude, config)
     loras = lora_files(settings)

@@ -47,11 +47,28 @@ class Group:
         return found
 
 
+def is_met() -> bool:
+    """Whether this process has met others by `torch.distributed.init_process_group`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_met(rank: int, local_rank: int) -> World:
+    """This process among those that it has met. Raises UserError."""
+    if not is_met():
+        raise UserError(
+            "use_sp shares a clip among processes: start the script with torchrun, and call "
+            "torch.distributed.init_process_group before this, as Wan2.2's does"
+        )
+    if rank != dist.get_rank():
+        raise UserError(f"rank is {rank} in the process that torch.distributed has as {dist.get_rank()}")
+    return World(rank, dist.get_world_size(), local_rank, "")
+
+
 class Team:
     """The processes that make a clip together. With one of them there is nothing to do.
 
     `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared. `node` are the
-    processes of one machine, or all where each has a machine of its own.
+    processes of one machine, or all where each has a machine of its own. `all_` are all.
     """
 
     def __init__(self, world: World, sizes: Sizes) -> None:
@@ -59,6 +76,7 @@ class Team:
         self.tokens: Group | None = None
         self.guidance: Group | None = None
         self.node: Group | None = None
+        self.all_: Group | None = None
         self._said: Any = None
         self._watch: Watch | None = None
 
@@ -79,7 +97,7 @@ class Team:
                 f"{str(error).splitlines()[0]}"
             ) from error
         team._watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
-        team._watch.start(team.share, world.address)
+        team._watch.start(team.share, world.address or team._address())
         return team
 
     def _meet(self, device: torch.device, timeout: float) -> None:
@@ -107,6 +125,12 @@ class Team:
         if self.sizes.cfg > 1:
             self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
         self.node = self._group(self._machines(), wait)
+        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
+
+    def _address(self) -> str:
+        """Where the first process can be reached: the name of its machine, or this one."""
+        name = self.share(platform.node)
+        return "127.0.0.1" if name == platform.node() else name
 
     def _machines(self) -> list[Sequence[int]]:
         """The processes of each machine; all in one list where each has a machine of its own."""
@@ -152,6 +176,11 @@ class Team:
             torch.save(value, written)
             dist.broadcast_object_list([written.getvalue()], src=0, group=self._said)
 
+    def send(self, x: Tensor) -> None:
+        """Send a tensor on the team's device to all other processes, in which one of its shape takes its place."""
+        if self.world.size > 1:
+            dist.broadcast(x, src=0)
+
     def hear(self, device: torch.device | str = "cpu") -> Any:
         """What the first process tells."""
         heard: list[Any] = [None]
@@ -187,7 +216,7 @@ class Team:
         """The groups whose processes wait for each other in a step."""
         tokens = self.tokens
         within = [] if tokens is None else [tokens, tokens.by_heads, tokens.ring]
-        return [group for group in (*within, self.guidance, self.node) if group is not None]
+        return [group for group in (*within, self.guidance, self.node, self.all_) if group is not None]
 
     def end(self) -> None:
         """Leave the other processes."""

@@ -15,7 +15,7 @@ RING_LOSS = 0.3  # the same, guessed high: keys and values of all heads travel, 
 class World:
     """This process among those that a launcher such as torchrun has started; alone without one.
 
-    `address` is where the first of them can be reached.
+    `address` is where the first of them can be reached, "" where that is asked of it.
     """
 
     rank: int = 0

@@ -14,7 +14,8 @@ LONGEST_TEXT = 20_000  # characters
 
 CLIENT = {one.name: one for one in options_of("continuous") if one.client and one.flag}
 # what a client may say of one clip; pictures are names of files that it sends
-CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in ("cut", "end_image", "name")}
+_SENT = ("cut", "end_image", "anchor_image", "name")
+CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in _SENT}
 
 
 def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,6 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
             "preview": folder.preview.is_file(),
             "report": (folder.run / PAGE).is_file(),
             "pictures": [path.name for path in sorted(folder.path.glob("picture_*.png"))],
-            "a14b": chains.experts == 2,
         }
 
     @routes.get("/chains/{name}")
