@@ -249,6 +249,7 @@ def test_a_batch_that_is_left_says_how_to_go_on(caplog: pytest.LogCaptureFixture
     for task in tasks:
         task.state = WAITING
     schedule = batch._schedule = Schedule(tasks, 3)
+    batch.made = tasks
     batch._hear(schedule, "ready", 0, {"node": "here"})
     batch._give(schedule, check=False)
     with caplog.at_level(logging.WARNING):
@@ -286,11 +287,13 @@ def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path:
     task.row = Row("b & c", f"{evil}, line 1", Settings(output_dir=str(tmp_path / "runs/b & c#?"), video=evil))
     task.state, task.done, task.clips, task.reason, task.lost = FAILED, 1, 2, evil, 3
     task.attention, task.picture, task.warnings = [{"clip": 2, "score": 2.5, "warnings": [evil]}], "QUJD", [evil]
-    report = Report(tmp_path / "runs", Settings(videos=evil), [BadRow("x", evil)])
+    given = Settings(videos=evil, vlm_url="http://me:secret@host/v1", output_dir="runs/{name}")
+    report = Report(tmp_path / "runs", given, [BadRow("x", evil)])
     report.write([task], {}, status="running")
     page = (tmp_path / "runs/batch.html").read_text(encoding="utf-8")
     assert "<script" not in page and page.count("&lt;script&gt;") >= 6
     assert 'href="b%20%26%20c%23%3F/report.html#clip-2"' in page and "data:image/jpeg;base64,QUJD" in page
+    assert "secret" not in page and "--vlm_url http://host/v1 --output_dir" in page
     assert "script-src 'none'" in page and 'http-equiv="refresh"' in page
     lines = [json.loads(line) for line in (tmp_path / "runs/batch.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["state"] for line in lines] == [FAILED, "bad"] and lines[0]["reason"] == evil
