@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from torch.distributed.tensor import DTensor
 
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
+from benchmarks.timing import timed
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.attention_backends import use_attention
 from wan.denoiser.fp8 import quantize_model
@@ -72,17 +73,11 @@ def inputs(task: str, width: int, height: int, frames: int, device: torch.device
 
 def milliseconds(work: Callable[[], Any], repeats: int) -> float:
     """The median time of some work on the GPU, of the slowest rank."""
-    times = []
+    device, taken = torch.device("cuda"), []
     for _ in range(repeats):
         dist.barrier()
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    slowest = torch.tensor(statistics.median(times), device="cuda")
+        taken += timed(work, device)
+    slowest = torch.tensor(1000 * statistics.median(taken), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 

@@ -24,6 +24,7 @@ from tests.support.media_samples import numbered
 from wan import cli, media
 from wan.captioner import EndpointCaptioner, endpoint
 from wan.captioner.next_prompt import IDENTITY_QUESTION
+from wan.chain.chain import _free
 from wan.device.budget import StageMemory
 from wan.device.placement import Placement
 from wan.device.streaming import SLOTS
@@ -250,6 +251,15 @@ def test_every_file_of_weights_tells_one_checkpoint_from_another(
     file.write_bytes(content)
     again = command(words)
     assert again.code == 2 and "another checkpoint" in again.said
+
+
+def test_a_free_name_is_looked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain_2").mkdir()
+    tried, with_name = [], Path.with_name
+    monkeypatch.setattr(Path, "with_name", lambda path, name: tried.append(name) or with_name(path, name))
+    assert _free(tmp_path / "chain") == tmp_path / "chain_3"
+    assert tried == ["chain", "chain_2", "chain_3"]  # and not a million, as once before every refusal
 
 
 # --- what is refused, and how

@@ -91,6 +91,23 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+def batch_main(argv: Sequence[str] | None = None) -> int:
+    """`generate_batch.py`: returns the exit code."""
+
+    def command(given: Sequence[str] | None) -> None:
+        settings = _settings("batch", given)
+        from wan.batch.run import make_batch
+
+        try:
+            make_batch(settings)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise UserError('a batch needs Ray: in your clone, pip install -e ".[cluster]"') from error
+
+    return run(command, argv)
+
+
 def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
     """What the flags say. Each import comes after what the one before it can refuse."""
     from wan.commands.flags import parse

@@ -122,8 +122,6 @@ class WanI2V(TwoExperts):
         known, (frames, height, width) = request.known, request.geometry.size
         leading = [preprocess(frame, width, height) for frame in known.leading]
         if known.anchor is not None:
-            if known.end is not None:
-                raise UserError("a clip with an anchor picture takes no end image")
             anchor = self.encode_frames(preprocess(known.anchor, width, height)[:, None], placement)
             if known.motion is not None:
                 motion = known.motion.to(anchor)
@@ -131,13 +129,18 @@ class WanI2V(TwoExperts):
                 motion = self.encode_frames(torch.stack(leading, dim=1), placement)[:, -1:]
             else:
                 motion = anchor[:, :0]
-            return ImageChannels.from_anchor(anchor, motion, noise.shape[1])
+            end = None
+            if known.end is not None:
+                end = self.encode_frames(preprocess(known.end, width, height)[:, None], placement)
+            return ImageChannels.from_anchor(anchor, motion, noise.shape[1], end)
         pixels = torch.zeros(3, frames, height, width, device=self.device)
         pixels[:, : len(leading)] = torch.stack(leading, dim=1).to(self.device)
         if known.end is not None:
             pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
         latents = self.encode_frames(pixels, placement)
-        channels = ImageChannels.from_latents(latents, len(leading), end=known.end is not None)
+        channels = ImageChannels.from_latents(
+            latents, len(leading), end=known.end is not None, amplitude=request.motion_amplitude
+        )
         if len(leading) == 1:
             return channels
         # the VAE is causal: these are the latents of the known frames alone

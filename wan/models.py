@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from wan.configs import ModelConfig
-from wan.denoiser.lora import LoraMatch, OpenedLora, merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import LoraMatch, OpenedLora, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.host import host_bytes
 from wan.device.host_budget import HostPlan

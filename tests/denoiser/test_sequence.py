@@ -10,6 +10,7 @@ import torch
 
 from tests.support import tiny_denoiser
 from tests.support.ranks import Ranks
+from wan.denoiser.sequence import Share
 from wan.device.parallel import Team
 from wan.device.ranks import Sizes, World
 
@@ -63,3 +64,10 @@ def test_a_forward_of_several_processes_is_that_of_one(size: int, ring: int, ran
                 assert (output - exact).norm() <= 1e-5 * exact.norm(), case
             else:
                 assert (output - exact).norm() <= 1.1 * (one - exact).norm(), case
+
+
+def test_tokens_are_dealt_out_in_equal_numbers_with_filling_at_the_end() -> None:
+    shares = [Share(10, 4, index, "group") for index in range(4)]
+    assert [share.count for share in shares] == [3, 3, 3, 3]
+    assert [share.real for share in shares] == [3, 3, 3, 1]
+    assert Share(9, 8, 7, "group").real == 0

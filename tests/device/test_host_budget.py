@@ -19,7 +19,7 @@ from wan.device.host_budget import PLANS, HostBudget, HostPlan, host_limit
 from wan.device.placement import Placement
 from wan.device.streaming import MappedTensors, PinnedBuffer
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Weights
+from wan.weights.tensors import Weights
 
 ALL, IN_TURN, MAPPED = PLANS
 

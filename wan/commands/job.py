@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Job:
     scenes: tuple[Scene, ...] = ()
     world: World = World()
     tokenizer: Path | None = None  # where it is in neither of the checkpoint's folders
+    ends: tuple[str, ...] = ()  # the last frame of each clip, where each has one
 
     @classmethod
     def read(cls, command: Command, settings: Settings) -> Job:
@@ -63,7 +65,9 @@ class Job:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
-        scenes = read_scenes(settings)
+        if settings.until is not None:
+            settings = dataclasses.replace(settings, include_source=True)
+        scenes, ends = read_scenes(settings), read_ends(settings)
 
         from wan.weights.checkpoint import Names, identify, identify_files, parts_in, resolve_folder
 
@@ -101,9 +105,8 @@ class Job:
             settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
         if settings.storyboard:
             check_storyboard(Path(settings.storyboard), scenes, config=config)
-        return cls(
-            command, settings, folder, config, choose_size(settings.size, config, folder), scenes, world, tokenizer
-        )
+        size = choose_size(settings.size, config, folder)
+        return cls(command, settings, folder, config, size, scenes, world, tokenizer, ends)
 
     @property
     def video(self) -> Path:
@@ -146,6 +149,15 @@ class Job:
             host_memory=settings.host_memory,
             **continuing,
         )
+
+    @property
+    def models_key(self) -> tuple[Any, ...]:
+        """Equal for two jobs whose pipeline may be the same."""
+        names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
+        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        said = tuple(getattr(self.settings, name) for name in names)
+        files = dit_files(self.settings) | part_files(self.settings)
+        return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said
 
     @property
     def offload(self) -> bool:
@@ -197,11 +209,11 @@ class Job:
         pipeline.release()
         pipeline.team.end()
 
-    def follow(self) -> None:
-        """In any other process: make its shares until the first has done."""
+    def follow(self, pipeline: Pipeline | None = None) -> None:
+        """In any other process: make its shares until the first has done, with a pipeline that may be there already."""
         if self.settings.dry_run:
             return
-        pipeline = self.open()
+        pipeline = self.open() if pipeline is None else pipeline
         self._join(pipeline)
         with pipeline.team.watched():
             pipeline.follow()
@@ -245,6 +257,8 @@ class Job:
         settings = settings or self.settings
         pictures = {"anchor": settings.anchor_image, "end": settings.end_image, "cut": settings.cut}
         found = {name: read(file) if isinstance(file, str) else file for name, file in pictures.items()}
+        if settings.until is not None and found["end"] is None and "end" not in more:
+            found["end"] = media.read_first_frame(settings.until)
         plan = continuation.plan(
             footage,
             **found
@@ -265,6 +279,10 @@ class Job:
                 "context": Context.choose(settings.continuation, settings.context_frames),
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
+                "motion_amplitude": settings.motion_amplitude,
+                "discard": settings.discard,
+                "handoff": settings.handoff_command,
+                "fade": settings.fade,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
@@ -324,6 +342,7 @@ class Job:
             "precision": config.low_precision or settings.precision,
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
+            "motion_amplitude": request.motion_amplitude,
         }
         if plan is not None:
             used |= {
@@ -335,6 +354,7 @@ class Job:
                 "continuation": plan.context.mode,
                 "context_frames": made.context_frames,
                 "cut": plan.is_cut,
+                "discard": plan.discard,
                 "drift_correction": plan.drift_correction,
             }
         return used
@@ -365,6 +385,26 @@ def read_scenes(settings: Settings) -> tuple[Scene, ...]:
     said = dict(settings.prompt_for)
     numbers = range(1, max(said, default=0) + 1)
     return tuple(Scene(0, {"prompt": said[number]} if number in said else {}) for number in numbers)
+
+
+def read_ends(settings: Settings) -> tuple[str, ...]:
+    """The picture files of `end_images`, which are whole, in the order of their names. Raises UserError."""
+    if settings.end_images is None:
+        return ()
+    try:
+        files = [file for file in os.scandir(settings.end_images) if not file.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"`end_images` {settings.end_images!r} cannot be read: {error.strerror}") from error
+    if not files:
+        raise UserError(f"`end_images` {settings.end_images!r} holds no pictures")
+    for file in files:
+        media.read_image(file.path)
+    return tuple(file.path for file in sorted(files, key=lambda file: _by_numbers(file.name)))
+
+
+def _by_numbers(name: str) -> list[Any]:
+    """A key for names in which 2 comes before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
 
 
 def _or_example(settings: Settings, task: str) -> Settings:

@@ -31,8 +31,8 @@ from wan.device.parallel import Group
 from wan.device.sharding import shard
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +320,7 @@ class _SelfAttention:
 
     _attention_backend = None  # `set_attention_backend` of the library writes it
     _parallel_config = None
-    kernel: str | None = None  # the name of what kernels.py has put in place of `attend`
+    kernel: str | None = None  # the name of what attention_backends.py has put in place of `attend`
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, share: Share | None, mask: None, rotary_emb: tuple[Tensor, Tensor]
@@ -340,7 +340,7 @@ class _SelfAttention:
         return attn.to_out[0](mixed.flatten(2).type_as(hidden_states))  # type: ignore[no-any-return]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention [B, L, heads, head_dim]; kernels.py and low_precision.py put others in place of it."""
+        """Softmax attention [B, L, heads, head_dim]; attention_backends.py and fp8.py put others in place of it."""
         mixed: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return mixed
 

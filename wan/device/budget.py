@@ -20,7 +20,8 @@ from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.types import Geometry
 from wan.vae import chunked
-from wan.weights.checkpoint import Checkpoint, Weights
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.tensors import Weights
 
 GIB = 2**30
 # What CUDA and its libraries take beside tensors, as the driver counts, and what of it is taken as soon as a process

@@ -15,7 +15,8 @@ from wan.device.budget import MemoryBudget, weight_sizes
 from wan.device.host import GIB, host_free_bytes
 from wan.errors import UserError
 from wan.types import Geometry
-from wan.weights.checkpoint import Checkpoint, Weights
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.tensors import Weights
 
 # Beside weights and frames. A14B on a GPU was seen with 67.8 GiB that cannot be reclaimed, of which 64.3 were weights
 # and 0.8 frames.

@@ -19,8 +19,8 @@ from wan.device.parallel import Group
 from wan.device.sharding import shard
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 from wan.weights.vocabulary import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)

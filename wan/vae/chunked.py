@@ -159,7 +159,7 @@ class ChunkedVae:
     def __init__(self, by_frame: bool = False, band: Band | None = None) -> None:
         self.band = band
         self.before: dict[nn.Module, Tensor] = {}
-        self.is_first = True
+        self.is_first = True  # the decoder's first chunk, whose first frame is not doubled
         self.by_frame = by_frame
 
     def encoder(self, network: Any, x: Tensor) -> Tensor:
@@ -174,9 +174,7 @@ class ChunkedVae:
                 x = self.attention(part, x)
             else:
                 x = self.stage(part, x, part.downsampler)
-        x = self.ends(network, self.middle(network.mid_block, x))
-        self.is_first = False
-        return x
+        return self.ends(network, self.middle(network.mid_block, x))
 
     def decoder(self, network: Any, x: Tensor) -> Tensor:
         """Latents -> pixels of one chunk."""

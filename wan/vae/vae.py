@@ -19,8 +19,8 @@ from wan.errors import UserError
 from wan.foreign import fit, parsing
 from wan.vae import chunked
 from wan.vae.bands import Band
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from wan.device import sharding
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
-from wan.weights.checkpoint import Weights, listing
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
+from wan.weights.tensors import Weights, listing
 
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
@@ -155,16 +155,16 @@ def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
     if tensor.gguf_type is None:
         sides = (0.0, 1.0) if tensor.scale is None else _range(tensor.scale)
         if tensor.data.dtype not in FLOAT8:
-            found = _range(tensor.data)
-            return found[0] * sides[1], found[1] * sides[1]
+            span = _range(tensor.data)
+            return span[0] * sides[1], span[1] * sides[1]
         largest = int((tensor.data.view(torch.uint8) & 0x7F).max())  # without the sign
         finite = largest <= {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}[tensor.data.dtype]
         return 0.0, largest * sides[1] if finite else math.nan
     step = max(1, (1 << 20) // max(1, math.prod(tensor.data.shape[1:])))
     for start in range(0, len(tensor.data), step):
-        found = _range(tensor.rows(slice(start, start + step)))
-        if found != (0.0, 0.0):
-            return found
+        span = _range(tensor.rows(slice(start, start + step)))
+        if span != (0.0, 0.0):
+            return span
     return 0.0, 0.0
 
 
