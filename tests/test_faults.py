@@ -256,8 +256,13 @@ def test_every_file_of_weights_tells_one_checkpoint_from_another(
 def test_a_free_name_is_looked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chain").mkdir()
     (tmp_path / "chain_2").mkdir()
-    tried, with_name = [], Path.with_name
-    monkeypatch.setattr(Path, "with_name", lambda path, name: tried.append(name) or with_name(path, name))
+    tried, with_name = list[str](), Path.with_name
+
+    def note(path: Path, name: str) -> Path:
+        tried.append(name)
+        return with_name(path, name)
+
+    monkeypatch.setattr(Path, "with_name", note)
     assert _free(tmp_path / "chain") == tmp_path / "chain_3"
     assert tried == ["chain", "chain_2", "chain_3"]  # and not a million, as once before every refusal
 

@@ -132,10 +132,11 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     lines = Lines()
     logging.root.addHandler(lines)
     first = os.environ.get("RANK", "0") in ("", "0")
+    stopped: list[int] = []
     if not first:
         lines.setLevel(logging.ERROR)
     try:
-        with _stopping():
+        with _stopping(stopped):
             command(argv)
         return OK
     except UserError as error:
@@ -152,10 +153,10 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space or choose another folder" if full else "look at the disk, or choose another folder"
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; {advice}")
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         if first:
             print("interrupted", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+        return 128 + (stopped[-1] if stopped else signal.SIGINT)
     except RuntimeError as error:
         if not first and is_collective(error):
             return USER  # its cause is in another process, which is told of there
@@ -169,10 +170,14 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop as Ctrl-C does, which joins what is finished; one that is ignored (nohup) stays so."""
+def _stopping(stopped: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP stop as Ctrl-C does, which joins what is finished; one that is ignored (nohup) stays so.
+
+    `stopped` gets their numbers: a library, as Ray does, may raise another KeyboardInterrupt in place of this one.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
         raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals

@@ -67,7 +67,7 @@ def test_a_forward_of_several_processes_is_that_of_one(size: int, ring: int, ran
 
 
 def test_tokens_are_dealt_out_in_equal_numbers_with_filling_at_the_end() -> None:
-    shares = [Share(10, 4, index, "group") for index in range(4)]
+    shares = [Share(10, 4, index, "group", 4, "group", 1, "") for index in range(4)]
     assert [share.count for share in shares] == [3, 3, 3, 3]
     assert [share.real for share in shares] == [3, 3, 3, 1]
-    assert Share(9, 8, 7, "group").real == 0
+    assert Share(9, 8, 7, "group", 8, "group", 1, "").real == 0

@@ -65,7 +65,7 @@ def test_the_smallest_encoder_is_one_and_an_empty_one_is_not() -> None:
     attention, feed = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
 
     def sizes(heads: int) -> dict[str, Any]:
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "shared.weight": (8, 4),
             f"{attention}.relative_attention_bias.weight": (32, heads),
             f"{attention}.q.weight": (4, 4),

@@ -79,7 +79,7 @@ class Report:
         shown = [
             {
                 **row,
-                "picture": task.picture if number < MOST_PICTURES or task.attention else None,
+                "picture": task.picture if number < MOST_PICTURES else None,
                 "report": self._address(task, "report.html"),
                 "joined": self._address(task, "joined.mp4"),
             }

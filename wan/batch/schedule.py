@@ -93,6 +93,9 @@ class Schedule:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tasks = sorted((task for task in tasks if not task.is_over), key=lambda task: repr(task.key))
+        known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for task in self.tasks:  # equal keys are one object, which is told by its id
+            task.key = known.setdefault(task.key, task.key)
         self.max_failures, self.done_of, self.now = max_failures, done_of, now
         self._rates: list[float] = []  # seconds a unit of work of clips that were finished
 
@@ -103,7 +106,8 @@ class Schedule:
 
     def next(self, like: tuple[Any, ...] | None = None) -> Task | None:
         """The chain to make now, one with the weights `like` those that a worker has if there is one."""
-        ready = [task for task in self.tasks if task.state == WAITING and task.not_before <= self.now()]
+        now = self.now()
+        ready = [task for task in self.tasks if task.state == WAITING and task.not_before <= now]
         if not ready:
             return None
         alike = [task for task in ready if like is not None and task.key == like]
@@ -111,10 +115,10 @@ class Schedule:
         if alike:
             return alike[0]
         # not what others are at work on, as long as there is something else
-        most = Counter(task.key for task in ready)
-        busy = Counter(task.key for task in self.tasks if task.state == MAKING)
+        most = Counter(id(task.key) for task in ready)
+        busy = Counter(id(task.key) for task in self.tasks if task.state == MAKING)
         best = max(most, key=lambda key: most[key] / (1 + busy[key]))
-        return next(task for task in ready if task.key == best)
+        return next(task for task in ready if id(task.key) == best)
 
     def begin(self, task: Task, worker: int) -> None:
         """A worker was given it."""
