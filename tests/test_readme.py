@@ -173,7 +173,11 @@ def test_every_flag_of_a_page_exists(name: str) -> None:
         "--nnodes",
         "--rdzv_backend",
         "--rdzv_endpoint",
+        "--rdzv_id",
+        "--nodes",
         "--ntasks-per-node",
         "--head",
+        "--gpus-per-node",
+        "--signal",
     }
     assert set(re.findall(r"(?<![-\w])--[A-Za-z_0-9]+(?:-[a-z]+)*", TEXTS[name])) - others <= known
