@@ -20,9 +20,10 @@ from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile
-from wan.prompting import CaptionerOwner, default_vlm
+from wan.prompting import CaptionerOwner
 from wan.settings import Context, LoraFile, Sampling
 from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
+from wan.weights.checkpoint import default_vlm
 from wan.weights.prefetch import ReadAhead
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -145,7 +146,7 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     v2v.v2v(VIDEO, **CALL)
     parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
     assert read[1] == [file.name for part in parts for file in part.files]
-    monkeypatch.setattr("wan.models.host_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
+    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
     v2v.models.forget("text_encoder")
     v2v.v2v(VIDEO, **CALL)
     assert read[2] == [parts[0].files[0].name]

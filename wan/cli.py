@@ -42,13 +42,13 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     """`generate.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
-        job = _job("generate", _settings("generate", given))
-        if not job.world.is_first:
-            job.follow()
-            return
-        from wan.commands.generate import generate
+        with _job("generate", _settings("generate", given), given is None) as job:
+            if not job.world.is_first:
+                job.follow()
+                return
+            from wan.commands.generate import generate
 
-        generate(job)
+            generate(job)
 
     return run(command, argv)
 
@@ -63,13 +63,13 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
 
             prune(Path(settings.prune))
             return
-        job = _job("continuous", settings)
-        if not job.world.is_first:
-            job.follow()
-            return
-        from wan.commands.continuous import continue_video
+        with _job("continuous", settings, given is None) as job:
+            if not job.world.is_first:
+                job.follow()
+                return
+            from wan.commands.continuous import continue_video
 
-        continue_video(job)
+            continue_video(job)
 
     return run(command, argv)
 
@@ -99,11 +99,20 @@ def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
     return settings
 
 
-def _job(command: Command, settings: Settings) -> Job:
-    """What that means for the files it names."""
+@contextmanager
+def _job(command: Command, settings: Settings, own_process: bool) -> Iterator[Job]:
+    """What that means for the files it names, whose weights are read from now on."""
     from wan.commands.job import Job
+    from wan.commands.start import leave_out_unused, read_ahead
 
-    return Job.read(command, settings)
+    if own_process:
+        leave_out_unused(settings)
+    job = Job.read(command, settings)
+    reading = read_ahead(job)
+    try:
+        yield job
+    finally:
+        reading.stop()
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:

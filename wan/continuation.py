@@ -27,7 +27,7 @@ from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile, choose_anchor
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, draw_seed
-from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
+from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image
 from wan.types import (
@@ -43,6 +43,7 @@ from wan.types import (
     UInt8Array,
     frame_size,
 )
+from wan.weights.checkpoint import default_vlm
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from tests.support.golden import DATA, ROOT, small_checkpoints
 def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., Seen]) -> None:
     seen = command("")
     lines = seen.told.splitlines()
-    assert lines[0] == "clip 1/2 seed 3"
+    assert re.fullmatch(r"v2v-5B with ti2v: PyTorch starts, \d\.\d GB of weights are read meanwhile", lines[0])
+    assert lines[1] == "clip 1/2 seed 3"
     for number in (1, 2):
         assert f"clip {number}/2 prompt: continue video A red square slides to the right." in lines
         assert any(re.fullmatch(rf"clip {number}/2 caption: \d+\.\d s", line) for line in lines)
@@ -46,7 +47,9 @@ def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[...
     log = tmp_path / "run.log"
     assert command(f"--quiet --log_file {log}").told == ""
     first = log.read_text()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} clip \d/2", line) for line in first.splitlines())
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (clip \d/2|v2v-5B with)", line) for line in first.splitlines()
+    )
     assert " clip 2/2 finished" in first and " clip 1/2 caption: " in first
     assert command(f"--quiet --log_file {log} --sample_steps 3").code == 2
     assert log.read_text().startswith(first)

@@ -31,9 +31,9 @@ def host_of(
     budget = at_real_size(task)
     budget = dataclasses.replace(budget, config=dataclasses.replace(budget.config, vae_dtype=torch.float32))
 
-    def stored_dtypes(weights: Weights) -> dict[str, torch.dtype]:
+    def stored_dtypes(weights: Weights) -> dict[str, str]:
         text = weights is budget.checkpoint.text_encoder
-        return dict.fromkeys(weights.shapes, torch.bfloat16 if text else stored)
+        return dict.fromkeys(weights.shapes, str(torch.bfloat16 if text else stored).removeprefix("torch."))
 
     monkeypatch.setattr(Weights, "stored_dtypes", stored_dtypes)
     geometry = clip_of(budget, *MEASURED[task][0])

@@ -34,7 +34,8 @@ from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
-from wan.weights.quantized import GGUF_TYPES, QuantizedLinear, _expand
+from wan.weights.gguf_files import GGUF_TYPES
+from wan.weights.quantized import QuantizedLinear, _expand
 
 pytestmark = pytest.mark.slow
 

@@ -112,4 +112,4 @@ def _bytes(weights: Weights, dtype_of: Callable[[str], torch.dtype], mapped: boo
     """A model in host memory; `mapped`: without what its file holds as it is used."""
     sizes = weight_sizes(weights, dtype_of)
     stored = weights.stored_dtypes() if mapped else {}
-    return sum(size for name, size in sizes.items() if stored.get(name) != dtype_of(name))
+    return sum(size for name, size in sizes.items() if stored.get(name) != str(dtype_of(name)).removeprefix("torch."))

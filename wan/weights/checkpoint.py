@@ -10,36 +10,33 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from wan.configs import ModelConfig
 from wan.errors import UserError
 from wan.files import unreadable
-from wan.foreign import parsing, read_json, shards
+from wan.foreign import read_json, shards
 from wan.options import EXPERT_OF_DIT
+from wan.weights.gguf_files import GGUF_TYPES, open_gguf, read_gguf_fields
 from wan.weights.hub import unreachable
 from wan.weights.prefetch import ReadAhead
-from wan.weights.quantized import (
-    FLOAT8,
-    GGUF_TYPES,
-    PLAIN_TYPES,
-    QuantizedTensor,
-    dequantize,
-    open_gguf,
-    read_gguf,
-    read_gguf_fields,
-)
+from wan.weights.pth import OtherPickleError, StoredTensor, pth_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wan.weights.quantized import QuantizedTensor
 
 Shape = tuple[int, ...]
+
+VLM_NAME = "InternVL3_5-8B"
+VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
 
 VOCABULARY = "spiece_model"  # sentencepiece's model as a tensor, in ComfyUI's text encoders
 VOCABULARY_OF_GGUF = tuple(
@@ -70,6 +67,7 @@ _EXPERT = re.compile(
     r"(?<![a-z])(high|low)(?=[ _.-]*(?:noise|expert|model|lora|rank|wan|svi|lightx2v|lightning|distill|rapid|scaled"
     r"|comfy|pro(?![a-z])|steps?(?![a-z])|epoch|[ait]2v|a?14b|fp\d|bf16|i?q\d|[evr]?\d|$))"
 )
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes of safetensors and GGUF files
 _DISTILLED = re.compile(r"rapid|lightning|lightx2v|distill|turbo|(?<![a-z0-9])[48][ _-]?steps?(?![a-z])")
 _RELEASED_HEAD = 128  # the width of an attention head in every released model (source: the official configs)
 
@@ -86,16 +84,14 @@ class Weights:
     prefix: str = ""  # what stands before the keys in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
-    def stored_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype in which the files hold each tensor that is plain there."""
-        found: dict[str, torch.dtype] = {}
+    def stored_dtypes(self) -> dict[str, str]:
+        """The name of the dtype in which the files hold each tensor that is plain there."""
+        found: dict[str, str] = {}
         for file in self.files:
             if file.suffix == ".pth":
-                found |= {name: tensor.dtype for name, tensor in _read_pth(file).items()}
+                found |= {name: tensor.dtype for name, tensor in _pth_tensors(file).items()}
             elif file.suffix.lower() == ".safetensors":
-                found |= {
-                    name: PLAIN_TYPES[kind] for name, kind in _safetensors_dtypes(file).items() if kind in PLAIN_TYPES
-                }
+                found |= {name: _PLAIN[kind] for name, kind in _safetensors_dtypes(file).items() if kind in _PLAIN}
         return {key: found[name] for key in self.shapes if (name := self.prefix + key) in found}
 
     @property
@@ -105,6 +101,8 @@ class Weights:
 
     def place_of(self, key: str) -> str:
         """The file in which a tensor is, with the expert that it is for; for messages."""
+        from wan.weights.tensors import read_tensors
+
         name = self.prefix + key
         file = next(file for file in self.files if any(read_tensors(file, {name})))
         return f"{file} ({self.expert})" if self.expert else str(file)
@@ -118,18 +116,16 @@ class Weights:
         self, keys: Container[str], ahead: ReadAhead | None = None
     ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Those of the tensors that are named, in the order of the files; what is quantized there stays so."""
+        from wan.weights.tensors import read_quantized, read_tensors
+
         key_of = {self.prefix + key: key for key in self.shapes if key in keys}
         scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
         beside = self.files if scale_of else ()
-        scales = {
-            name: dequantize(value) for file in beside for name, value in read_tensors(file, set(scale_of.values()))
-        }
+        scales = {name: value for file in beside for name, value in read_tensors(file, set(scale_of.values()))}
         for number, file in enumerate(self.files):
             if ahead is not None:
                 ahead.begin(number)
-            for name, value in read_tensors(file, key_of):
-                if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
-                    value = QuantizedTensor(value, scales[scale_of[name]] if name in scale_of else None)
+            for name, value in read_quantized(file, key_of, {name: scales[key] for name, key in scale_of.items()}):
                 yield key_of[name], value
 
 
@@ -142,6 +138,11 @@ class Checkpoint:
     vae: Weights
     text_encoder: Weights
     tokenizer: Path  # its folder, or a text encoder's file that carries it
+
+    @property
+    def parts(self) -> list[tuple[str, Weights]]:
+        """The models by name, in the order in which a clip uses them: high noise first."""
+        return [("text_encoder", self.text_encoder), ("vae", self.vae), *sorted(self.experts.items())]
 
     @property
     def single(self) -> bool:
@@ -260,6 +261,15 @@ def identify(folder: Path, names: Names) -> tuple[int, int]:
     raise UserError(
         f"{folder} holds no Wan2.2 checkpoint: neither {names.low_noise}/ nor diffusion_pytorch_model files"
     )
+
+
+def default_vlm(checkpoint: Path) -> str:
+    """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
+    # beside a link to the checkpoint, and beside the checkpoint itself
+    for folder in (checkpoint, checkpoint.absolute().parent, checkpoint.resolve().parent):
+        if (folder / VLM_NAME).is_dir():
+            return str(folder / VLM_NAME)
+    return VLM_HUB_ID
 
 
 def listing(what: str, keys: Iterable[str]) -> str:
@@ -453,7 +463,7 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
     if suffix == ".gguf":
         header = open_gguf(file)
         shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
-        kinds, readable = dict(header.types), (*GGUF_TYPES, *PLAIN_TYPES)
+        kinds, readable = dict(header.types), (*GGUF_TYPES, *_PLAIN)
         scales, known = {}, ", ".join(GGUF_TYPES)
     else:
         shapes, kinds = dict(_safetensors_shapes(file)), _safetensors_dtypes(file)
@@ -463,7 +473,7 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
         for key, name in scales.items():
             if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
                 raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
-        readable, known = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2"), "scaled fp8"
+        readable, known = (*_PLAIN, "F8_E4M3", "F8_E5M2"), "scaled fp8"
     found = (prefix for prefix in _PREFIXES[part] if any(prefix + name in shapes for name in _KNOWN_BY[part]))
     prefix = next(found, "")
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -588,44 +598,29 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
 def open_file(file: Path) -> Weights:
     """One safetensors file by itself; its `config` is what the header says in words. Raises UserError."""
     shapes = dict(_safetensors_shapes(file))
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="numpy") as opened:
         return Weights(file, (file,), shapes, opened.metadata() or {})
 
 
 def _open_pth(file: Path) -> Weights:
     if not file.is_file():
         raise UserError(f"{file.parent}: expected {file.name}, found no such file")
-    return Weights(file, (file,), {key: tuple(tensor.shape) for key, tensor in _read_pth(file).items()}, {})
+    return Weights(file, (file,), {key: one.shape for key, one in _pth_tensors(file).items()}, {})
 
 
-def _read_pth(file: Path) -> dict[str, Tensor]:
-    """A state dict, mapped from the file; nothing in it is executed."""
-    with parsing(file, "download it again"):
-        # only the zip format, torch's own since 1.6, can be mapped
-        mapped = zipfile.is_zipfile(file)
-        if mapped:
-            _check_zip(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{file} is not a state dict of tensors")
-    for name, value in state.items():
-        # strides of 0 make any size of a single number, and filling a model with that takes all memory
-        if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
-    return state
+def _pth_tensors(file: Path) -> Mapping[str, StoredTensor]:
+    try:
+        return pth_header(file)
+    except OtherPickleError:
+        from wan.weights.tensors import read_pth
 
-
-def _check_zip(file: Path) -> None:
-    """Raise UserError for one that is larger inside than outside: torch compresses nothing, and would unpack it all."""
-    with zipfile.ZipFile(file) as opened:
-        inside = sum(one.file_size for one in opened.infolist())
-    if inside > file.stat().st_size:
-        raise UserError(f"{file} is compressed, as no weights are, and would take {inside} bytes; download it again")
+        found = read_pth(file).items()
+        return {key: StoredTensor(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in found}
 
 
 def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="numpy") as opened:
             for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield key, tuple(opened.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
@@ -633,22 +628,8 @@ def _safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
 
 
 def _safetensors_dtypes(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="numpy") as opened:
         return {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
-
-
-def read_tensors(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    """The named tensors of a file of any kind."""
-    if file.suffix == ".pth":
-        return ((name, tensor) for name, tensor in _read_pth(file).items() if name in names)
-    return read_gguf(file, names) if file.suffix.lower() == ".gguf" else _read_safetensors(file, names)
-
-
-def _read_safetensors(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            if key in keys:
-                yield key, opened.get_tensor(key)
 
 
 def _patch_embedding(weights: Weights) -> Shape:
