@@ -109,7 +109,7 @@ def test_a_command_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
     for name in ("peft", "sklearn", "scipy", "pandas", "torchaudio", "torchvision", "torchao", "bitsandbytes"):
         (tmp_path / "there" / name).mkdir(parents=True)
         (tmp_path / "there" / name / "__init__.py").write_text(f"print('TOOK {name}')\n__version__ = '99.0'\n")
-    code = "from wan.cli import generate_main\nsys.exit(generate_main())"
+    code = "from wan.cli import generate_program\ngenerate_program()"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}", "--video", video, *folders, *target],
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import platform
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
 from wan.errors import UserError
@@ -38,11 +39,11 @@ SERVER_PACKAGES = (
 OTHERS_WAIT = 10.0  # seconds; a launcher ends the others at once when the first has failed
 
 
-def generate_main(argv: Sequence[str] | None = None) -> int:
-    """`generate.py`: returns the exit code."""
+def generate_main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
+    """`generate.py`: returns the exit code. `own_process`: nothing else is in this process, see `leave_out_unused`."""
 
     def command(given: Sequence[str] | None) -> None:
-        with _job("generate", _settings("generate", given), given is None) as job:
+        with _job("generate", _settings("generate", given), own_process) as job:
             if not job.world.is_first:
                 job.follow()
                 return
@@ -53,7 +54,7 @@ def generate_main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def continuous_main(argv: Sequence[str] | None = None) -> int:
+def continuous_main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """`generate_continuous.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
@@ -63,7 +64,7 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
 
             prune(Path(settings.prune))
             return
-        with _job("continuous", settings, given is None) as job:
+        with _job("continuous", settings, own_process) as job:
             if not job.world.is_first:
                 job.follow()
                 return
@@ -72,6 +73,34 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
             continue_video(job)
 
     return run(command, argv)
+
+
+def generate_program() -> NoReturn:
+    """`wan-generate`: ends the process."""
+    _leave(generate_main(own_process=True))
+
+
+def continuous_program() -> NoReturn:
+    """`wan-continuous`: ends the process."""
+    _leave(continuous_main(own_process=True))
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once. All is written by now, and Python would take seconds to take its modules apart.
+
+    A debugger, a profiler or a prompt still has something to do, and so has a launcher's process with the others.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more, see `say`
+                continue
+    others = "WORLD_SIZE" in os.environ or bool(multiprocessing.active_children())
+    if others or sys.gettrace() or sys.getprofile() or sys.flags.interactive or hasattr(sys, "ps1"):
+        sys.exit(code)
+    os._exit(code)
 
 
 def serve_main(argv: Sequence[str] | None = None) -> int:

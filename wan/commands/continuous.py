@@ -75,6 +75,7 @@ class Chain:
         watch: Callable[[str, int, bool], Progress] = Progress,
     ) -> None:
         self.job = job = settings if isinstance(settings, Job) else Job.read("continuous", settings)
+        self._is_commands = isinstance(settings, Job) and pipeline is None  # which makes nothing after this
         self.folder = Path(job.settings.output_dir)
         self.joined: Path | None = None  # the joined video, once the loop has ended
         self._on_step = on_step
@@ -165,6 +166,10 @@ class Chain:
                     self._steering.stop()
                 if number not in run.clips:
                     progress.take_back()
+        if (
+            self._is_commands
+        ):  # giving tens of GB back takes the system seconds, which the last clip's writing takes too
+            self._pipeline.close()
         run.writer.wait()
         yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,12 @@ def generate(job: Job) -> None:
     target = _target(job)
     check_file(job, target)
 
+    pipeline: Pipeline
     if settings.video is not None:
         from wan.pipeline import draw_seed
 
         footage = job.footage()
-        continuation = job.open_continuation()
+        pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
@@ -42,10 +44,14 @@ def generate(job: Job) -> None:
         with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
     record = job.describe(made, settings.video or settings.image, plan)
-    frames = (to_uint8(frame) for frame in made.clip.frames)
-    metadata = None if settings.no_video_metadata else settings_of(record)
-    media.write_video(target, frames, made.clip.fps, metadata=metadata)
-    write_json(target.with_suffix(".json"), record)
+    # giving tens of GB back takes the system seconds, which the writing takes as well
+    with ThreadPoolExecutor(1) as beside:
+        freed = beside.submit(pipeline.close)
+        frames = (to_uint8(frame) for frame in made.clip.frames)
+        metadata = None if settings.no_video_metadata else settings_of(record)
+        media.write_video(target, frames, made.clip.fps, metadata=metadata)
+        write_json(target.with_suffix(".json"), record)
+    freed.result()
     say(str(target))
 
 
