@@ -101,6 +101,16 @@ def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, sai
     assert said in output and heavy == []
 
 
+@pytest.mark.parametrize(("main", "words"), [("generate", []), ("continuous", ["--num_videos", "2"])])
+def test_a_budget_that_is_too_small_is_refused_before_pytorch_is_imported(main: str, words: list[str]) -> None:
+    code = f"import wan.device.host as host\nhost.has_gpu_driver = lambda: True\nfrom wan.cli import {main}_main\n"
+    code += f"print({main}_main(sys.argv[1:], own_process=True))"
+    folder = str(ROOT / "models" / "tiny-Wan2.2-I2V-A14B")
+    given = ["--ckpt_dir", folder, "--video", str(MADE / "source.mp4"), "--vram", "1"]
+    _, output, heavy = imported(code, *given, *words)
+    assert "error: --vram 1: decoding of 17 frames of 160x80 needs 1.3 GiB; give " in output and heavy == []
+
+
 def test_a_command_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
     models, video = ROOT / "models", str(ROOT / "examples" / "shapes.mp4")
     folders = ["--ckpt_dir", str(models / "tiny-Wan2.2-TI2V-5B"), "--vlm_path", str(models / "tiny-InternVL")]

@@ -515,15 +515,6 @@ def draw_seed(seed: int) -> int:
     return seed if seed >= 0 else random.randrange(2**32)
 
 
-def fills(width: int, height: int, max_area: int, cell: int) -> bool:
-    """Whether a size is on the grid and within the area, and a cell more on both sides would not be.
-
-    What a size rule f makes has this property; where such a size is left as it is, f(f(x)) = f(x).
-    """
-    on_grid = width % cell == 0 and height % cell == 0
-    return on_grid and width * height <= max_area < (width + cell) * (height + cell)
-
-
 # Which module has the pipeline of a task, and under which name.
 _CLASSES = {
     "t2v-A14B": ("wan.text2video", "WanT2V"),

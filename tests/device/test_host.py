@@ -81,7 +81,7 @@ def test_a_device_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     drivers: set[str] = set()
-    monkeypatch.setattr(hardware, "_has_driver", lambda *names: bool(drivers & set(names)))
+    monkeypatch.setattr(hardware, "has_driver", lambda *names: bool(drivers & set(names)))
     assert hardware.main_device().type == "cpu" and not caplog.text
     for driver, said in (("libcuda.so.1", "install one for CUDA"), ("amdhip64.dll", "install one for ROCm")):
         drivers.clear()

@@ -17,6 +17,7 @@ from wan.commands.progress import Progress, say
 from wan.files import write_json
 from wan.options import settings_of
 from wan.settings import check_end_image
+from wan.sizes import begun_size
 from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
@@ -72,15 +73,12 @@ def _target(job: Job) -> Path:
 
 def _request(job: Job, pipeline: Pipeline) -> Request:
     """The request of a t2v, i2v or ti2v run."""
-    from wan.image2video import official_size
     from wan.pipeline import draw_seed
-    from wan.textimage2video import best_size
 
     settings, size, config, known = job.settings, job.size, pipeline.config, KnownFrames()
     if settings.image is not None:
         image = media.read_image(settings.image)
-        rule = official_size if config.model_type == "i2v" else best_size
-        size = rule(image.width, image.height, size[0] * size[1])
+        size = begun_size(config.model_type, image.width, image.height, size[0] * size[1])
         known = KnownFrames((image,))
     if settings.end_image is not None:
         check_end_image(config)

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan import media
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
+from wan.device.host import GIB, has_gpu_driver
 from wan.errors import UserError
 from wan.foreign import read_json
 from wan.options import Settings
+from wan.settings import Geometry
+from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
 from wan.weights.prefetch import ReadAhead, that_fit
 
@@ -56,6 +60,30 @@ def _vlm_folder(settings: Settings, checkpoint: Path) -> Path:
     return Path(settings.vlm_path or default_vlm(checkpoint.expanduser())).expanduser()
 
 
+def check_budget(job: Job) -> None:
+    """Raise UserError where headers tell that a clip of the usual size needs more of a GPU than `vram` gives.
+
+    What is not known before PyTorch, such as what is free, and clips that a storyboard changes are checked after it.
+    """
+    # it asks for torchvision, which is left out by now
+    from wan.device.budget import MemoryBudget, NamedDevice
+
+    settings, config = job.settings, job.config
+    if not isinstance(settings.vram, int | float) or not has_gpu_driver():
+        return
+    width, height = job.size
+    if settings.video is not None:
+        info = media.probe(settings.video)
+        width, height = continued_size(config.model_type, info.width, info.height, width * height)
+    elif settings.image is not None:
+        image = media.read_image(settings.image)
+        width, height = begun_size(config.model_type, image.width, image.height, width * height)
+    frames = settings.frame_num or config.frame_num
+    gpu = NamedDevice("cuda")
+    budget = MemoryBudget(job.checkpoint, config, gpu, None if settings.t5_cpu else gpu, int(settings.vram * GIB))
+    budget.check(Geometry(frames, height, width, config.vae_stride, config.patch_size))
+
+
 def read_ahead(job: Job) -> ReadAhead:
     """Begin to read the weights in the order of their use, as far as memory goes, and say so: the first line.
 
@@ -67,7 +95,7 @@ def read_ahead(job: Job) -> ReadAhead:
     files = [file for _, weights in checkpoint.parts for file in weights.files]
     if settings.video is not None and settings.prompt is None and settings.vlm_url is None:
         files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
-    limit = None if settings.host_memory == "auto" else int(settings.host_memory * 2**30)
+    limit = None if settings.host_memory == "auto" else int(settings.host_memory * GIB)
     chosen = [] if settings.dry_run else that_fit(dict.fromkeys(files), limit)
     size = sum(file.stat().st_size for file in chosen) / 1e9
     what = f", {size:.1f} GB of weights are read meanwhile" if chosen else ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wan.errors import UserError
 from wan.foreign import fit, parsing
-from wan.vae import chunked
+from wan.vae import chunked, chunks
 from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
 
@@ -106,7 +106,7 @@ class WanVAE(nn.Module):
     def _chunk(self, height: int, width: int) -> int:
         """How many latent frames of a clip of that size are computed at a time."""
         channels, patch = len(self.model.decoder.norm_out.gamma), self.model.config.patch_size or 1
-        return chunked.chunk_for(chunked.widest(channels, patch, height, width) * self.model.dtype.itemsize)
+        return chunks.chunk_for(chunks.widest(channels, patch, height, width) * self.model.dtype.itemsize)
 
 
 def lay_out(model: AutoencoderKLWan) -> None:
