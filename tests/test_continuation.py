@@ -22,7 +22,7 @@ from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile
 from wan.prompting import CaptionerOwner
 from wan.settings import Context, LoraFile, Sampling
-from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
+from wan.types import Clip, Generation, Geometry, KnownFrames, Request, Step, frame_indices, from_uint8, to_uint8
 from wan.weights.checkpoint import default_vlm
 from wan.weights.prefetch import ReadAhead
 
@@ -150,6 +150,30 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     v2v.models.forget("text_encoder")
     v2v.v2v(VIDEO, **CALL)
     assert read[2] == [parts[0].files[0].name]
+
+
+def test_the_low_noise_expert_is_read_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[str]] = []
+    there: dict[str, bool] = {}
+
+    class Watched(ReadAhead):
+        def __init__(self, files: Any, distance: int) -> None:
+            read.append([str(file) for file in files])
+            super().__init__(files, distance)
+
+    def on_step(step: Step) -> None:
+        there.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
+
+    monkeypatch.setattr("wan.models.ReadAhead", Watched)
+    model = WanI2V(float32("i2v-A14B"), GOLDEN / "14b" / "ckpt")
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    request = Request(
+        "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.sampling(4, guide_scale=1.0), 1
+    )
+    made = model.run(request, on_step=on_step)
+    assert read == [[str(file) for file in model.checkpoint.experts["low_noise_model"].files]]
+    assert there["high noise True"] is False and there["low noise True"] is True
+    assert {"load", "sample"} < made.seconds.keys()
 
 
 def test_what_is_none_comes_from_the_config(v2v: Any) -> None:

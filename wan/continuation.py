@@ -22,11 +22,12 @@ from wan import media
 from wan.captioner import Captioner, build_transform, dynamic_preprocess
 from wan.chain.plan import Plan
 from wan.configs import ModelConfig
+from wan.detail import heard_by
 from wan.device.hardware import parse_device
 from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile, choose_anchor
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
-from wan.pipeline import Pipeline, draw_seed
+from wan.pipeline import Pipeline, detail_to, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image
@@ -390,7 +391,8 @@ class VideoContinuation(Pipeline):
                 self.vlm.takes_turns = host.in_turn
                 if host.in_turn:
                     self.models.live_by(host)  # they leave before it comes
-            with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
+            ahead = self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext()
+            with ahead, heard_by(detail_to(on_step, lambda: 0, plan.sampling.steps, "caption")):
                 prompt = self.build_prompt(footage, plan, memory)
         if on_step is not None:
             on_step(Step(0, plan.sampling.steps, "prompt", prompt=prompt.text))

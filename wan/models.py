@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -98,9 +98,10 @@ class Models:
         for model in self.loaded:
             move_home(model)
 
-    def read_ahead(self) -> ReadAhead:
-        """Reads the files of models that are not loaded yet, in the order of their use, as far as memory goes."""
-        files = [file for name, weights in self.checkpoint.parts if not self.is_loaded(name) for file in weights.files]
+    def read_ahead(self, names: Collection[str] | None = None) -> ReadAhead:
+        """Reads the files of models (all, or these) that are not loaded, in the order of use, as far as memory goes."""
+        parts = [(name, weights) for name, weights in self.checkpoint.parts if names is None or name in names]
+        files = [file for name, weights in parts if not self.is_loaded(name) for file in weights.files]
         return ReadAhead(that_fit(files), len(files))
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:

@@ -123,7 +123,7 @@ class Step:
     """Where a clip stands: `index` of `total` solver steps are done, and `stage` is what goes on.
 
     After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None. `prompt` is the
-    clip's, when it is first known.
+    clip's, when it is first known; `detail` says what is done inside a stage, such as "shard 2 of 6".
     """
 
     index: int
@@ -131,6 +131,7 @@ class Step:
     stage: str
     latents: Tensor | None = None
     prompt: str | None = None
+    detail: str = ""
 
 
 class OnStep(Protocol):

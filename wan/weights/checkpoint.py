@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wan.configs import ModelConfig
+from wan.detail import tell_detail
 from wan.errors import UserError
 from wan.files import unreadable
 from wan.foreign import read_json, shards
@@ -125,6 +126,8 @@ class Weights:
         for number, file in enumerate(self.files):
             if ahead is not None:
                 ahead.begin(number)
+                if len(self.files) > 1:
+                    tell_detail(f"shard {number + 1} of {len(self.files)}")
             for name, value in read_quantized(file, key_of, {name: scales[key] for name, key in scale_of.items()}):
                 yield key_of[name], value
 
