@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 import weakref
 from fractions import Fraction
 from pathlib import Path
@@ -220,6 +221,30 @@ def test_closed_models_are_gone_and_come_again(v2v: Any) -> None:
     assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], before)
 
 
+def test_every_second_of_a_clip_is_in_a_stage_of_its_record(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(work: Any) -> Any:
+        def slow(*given: Any, **named: Any) -> Any:
+            time.sleep(0.6)
+            return work(*given, **named)
+
+        return slow
+
+    class Kept:
+        prompt = None
+        find = staticmethod(lambda seed: None)
+        keep = staticmethod(slowly(lambda *_: None))
+
+    monkeypatch.setattr("wan.continuation.correct_drift", slowly(lambda frames, *_, **__: frames))
+    monkeypatch.setattr("wan.pipeline.is_finite", slowly(lambda *_: True))
+    monkeypatch.setattr(v2v, "known", slowly(v2v.known))
+    footage = VideoFile(VIDEO)
+    plan = v2v.plan(footage, max_area=6144, frame_num=5, steps=1, guidance=1.0, prefix="go on", drift_correction=1.0)
+    start = time.perf_counter()
+    made = v2v.extend(footage, 1, plan, draft=Kept())
+    whole = time.perf_counter() - start
+    assert {"prepare", "keep", "correct"} < made.seconds.keys() and whole - sum(made.seconds.values()) < 0.55
+
+
 def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     footage = VideoFile(VIDEO)
     options = {"frame_num": 5, "steps": 1, "guidance": 1.0, "prefix": "go on"}
@@ -231,7 +256,7 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     assert made[0].clip.frames.shape == made[1].clip.frames.shape
     (leading,) = made[1].request.known.leading
     assert isinstance(leading, torch.Tensor) and torch.equal(leading, made[0].clip.last)
-    assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
+    assert set(made[0].seconds) == {"caption", "prepare", "text", "encode", "load", "sample", "decode"}
 
 
 def owner(main: str, device: str, captioner: Any) -> CaptionerOwner:

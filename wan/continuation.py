@@ -27,7 +27,7 @@ from wan.device.hardware import parse_device
 from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile, choose_anchor
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
-from wan.pipeline import Pipeline, detail_to, draw_seed
+from wan.pipeline import Pipeline, Stopwatch, detail_to, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image
@@ -431,9 +431,11 @@ class VideoContinuation(Pipeline):
         on_step: OnStep | None,
         draft: Draft | None,
     ) -> Generation:
-        request = Request(
-            prompt.text, plan.negative, self.known(footage, plan), plan.geometry, plan.sampling, seed, plan.loras
-        )
+        steps = plan.sampling.steps
+        watch = Stopwatch(self.device, steps, on_step)
+        with watch.stage("prepare"):
+            known = self.known(footage, plan)
+        request = Request(prompt.text, plan.negative, known, plan.geometry, plan.sampling, seed, plan.loras)
         # of the whole chain, so that a run that goes on with it computes with the same kernels
         made = self.run(
             request,
@@ -444,10 +446,14 @@ class VideoContinuation(Pipeline):
             on_sampled=None if draft is None else lambda sampled: draft.keep(seed, sampled, prompt),
         )
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
-            before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
-            frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
+            correcting = Stopwatch(self.device, steps, on_step, done=steps)
+            with correcting.stage("correct"):
+                before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
+                frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
-        return dataclasses.replace(made, score_seam=self.score_seam_later(footage, made, plan))
+            made = dataclasses.replace(made, seconds=dict(made.seconds) | correcting.seconds)
+        seconds = watch.seconds | dict(made.seconds)
+        return dataclasses.replace(made, seconds=seconds, score_seam=self.score_seam_later(footage, made, plan))
 
     def known(self, footage: Footage, plan: Plan) -> KnownFrames:
         """What the clip is conditioned on."""

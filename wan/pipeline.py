@@ -330,11 +330,13 @@ class Pipeline(ABC):
             sampled = self._sample(request, placements, watch, clips)
             self.is_sampling = False
             if on_sampled is not None:
-                on_sampled(sampled)
+                with watch.stage("keep"):
+                    on_sampled(sampled)
         with watch.stage("decode"), placements("decoding").on_device(self.vae):
             latents = sampled.latents.to(self.device)
             pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
-        if not is_finite(pixels):
+            finite = is_finite(pixels)
+        if not finite:
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
             )
@@ -384,13 +386,14 @@ class Pipeline(ABC):
             with watch.stage("sample"), self.models.read_ahead(later) if later else nullcontext():
                 placement, on_step = placements("sampling"), watch.on_step
                 latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching, self.team)
+                latents = latents.cpu()
         except NotFinite as error:
             raise UserError(self._why_not_finite(error, context, condition)) from error
         loras = {
             name: [match.as_json() for match in matches] for name, matches in self.models.matches.items() if matches
         }
         notes = stages[-1].expert.load().kernels | ({"loras": loras} if loras else {})
-        return Sampled(latents.cpu(), dict(watch.seconds), peak_gib(self.device), notes)
+        return Sampled(latents, dict(watch.seconds), peak_gib(self.device), notes)
 
     def _why_not_finite(self, error: NotFinite, context: TextContext, condition: Condition) -> str:
         """Which model gave the first numbers that are not finite, and what may be the cause."""
@@ -496,13 +499,13 @@ class Stopwatch:
     every stage that begins, and of what is done in it.
     """
 
-    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None) -> None:
+    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None, done: int = 0) -> None:
         self.device = device
         self.steps = steps
         self.on_step: OnStep | None = None if on_step is None else self._hear
         self.seconds: dict[str, float] = {}
         self._told = on_step
-        self._done = 0  # solver steps
+        self._done = done  # solver steps
         self._inside = 0.0  # seconds of the stages inside the one that goes on
 
     def _hear(self, step: Step) -> None:

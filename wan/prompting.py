@@ -110,7 +110,11 @@ class CaptionerOwner:
             return True
         fits = (weight_bytes(self.path) or VLM_BYTES) + VLM_WORKING <= self._vram
         if not fits:
-            log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.path)
+            log.warning(
+                "%s does not fit into `vram` and describes on the CPU, which takes minutes a clip: a smaller InternVL "
+                "with `vlm_path`, a server with `vlm_url` or your own `prompt` is quicker",
+                self.path,
+            )
         return fits
 
     def _room(self) -> int:

@@ -74,7 +74,7 @@ def test_generate_continues_a_video_with_its_description(
     assert record["task"] == {"i2v": "v2v-14B", "ti2v": "v2v-5B"}[name]
     assert record["seed"] == 3 and record["frame_num"] == 9 and record["sample_steps"] == 2
     assert record["prompt"] and record["negative_prompt"].startswith("色调")
-    assert {"caption", "text", "encode", "load", "sample", "decode"} == set(record["seconds"])
+    assert {"caption", "prepare", "text", "encode", "load", "sample", "decode"} == set(record["seconds"])
     assert record["versions"]["torch"] == torch.__version__
 
 

@@ -467,6 +467,7 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
         assert not caplog.text  # and a run with prompts of its own does not ask
         assert owner.captioner.type == owner.device.type == home
     assert "does not fit into `vram` and describes on the CPU" in caplog.text
+    assert all(way in caplog.text for way in ("smaller InternVL with `vlm_path`", "`vlm_url`", "`prompt`"))
     assert vlm("a name", 4 * GIB, url="http://localhost:1").device.type == "cuda"
     assert vlm(None, 4 * GIB).device.type == "cuda"
 
