@@ -134,6 +134,7 @@ class Chain:
                 except BaseException as error:
                     if said := run.writer.settle():
                         print(said, file=sys.stderr)
+                    progress.rest()  # what is said next is the last, and in no bar's line
                     _say_what_is_there(run, error)
                     raise
             missing = run.first_missing <= run.count
