@@ -36,7 +36,7 @@ quick: .venv/.ready  ## the tests that are not marked slow
 test: lint  ## lint, format, types and all tests, as CI runs them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: lint demo  ## the same with the demo, a browser, ten times the fuzzing, and the share of wan/ that the tests run
+test-all: lint demo  ## the same with the demo, ten times the fuzzing, and the share of wan/ that the tests run
 	$(BIN)/python -m pytest --rare --fuzz 10 --cov --cov-report=term:skip-covered
 
 lint: .venv/.ready  ## ruff and mypy

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.real_size import DEVICE, commit
 from benchmarks.timing import timed
 from wan.denoiser.attention_backends import kernels_there
-from wan.denoiser.int8_attention_kernel import Tiles, attend
+from wan.denoiser.int8_attention_kernel import Tiles, attend_in_int8
 
 VARIANTS = [
     Tiles(),
@@ -62,7 +62,7 @@ def errors(found: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[fl
 def candidates(count: int) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
     yield from kernels_there().items()
     for tiles in VARIANTS[:count]:
-        yield str(tiles), partial(attend, tiles=tiles)
+        yield str(tiles), partial(attend_in_int8, tiles=tiles)
 
 
 @torch.no_grad()

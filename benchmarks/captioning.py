@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -82,9 +81,7 @@ class RandomCaptioner:
 
     def describe(self, frames: Pictures, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         """Other words every time, after the time that a caption takes."""
-        start = time.perf_counter()
-        self.tokens(ANSWER)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds += timed(partial(self.tokens, ANSWER), self.device)
         return f"A ball rolls over a wooden floor while the camera follows it, for the {len(self.seconds)}th time."
 
     def close(self) -> None:

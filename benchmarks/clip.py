@@ -33,7 +33,7 @@ from PIL import Image
 from benchmarks.captioning import RandomCaptioner, captions
 from benchmarks.floor import floors
 from benchmarks.real_size import DEVICE, DIT, HALFS, SCENARIOS, build, commit, materialise
-from benchmarks.timing import timed
+from benchmarks.timing import Timer, timed
 from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import PRESETS
@@ -296,9 +296,8 @@ def main() -> None:
     args = parser.parse_args()
 
     task, width, height, frames = SCENARIOS[args.scenario]
-    start = time.perf_counter()
-    pipeline = build(task, args.packed, args.precision)
-    built = time.perf_counter() - start
+    with Timer(DEVICE) as building:
+        pipeline = build(task, args.packed, args.precision)
     pipeline.vae.model.to(getattr(torch, args.vae_dtype))
     lay_out(pipeline.vae.model)
     pipeline.config = dataclasses.replace(
@@ -334,7 +333,7 @@ def main() -> None:
         "vae_dtype": args.vae_dtype,
         "estimated_gib": {name: round(stage.peak(None) / 2**30, 2) for name, stage in stages},
         "compile": not args.no_compile,
-        "build_seconds": round(built, 1),
+        "build_seconds": round(building.seconds, 1),
         "first": runs[0],
         "second": runs[1],
         "presets": presets,

@@ -15,7 +15,6 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.timing import Timer
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WAN_CONFIGS, WanI2V, WanTI2V, WanV2V5B, cli
 from wan.captioner import InternVLCaptioner
@@ -100,20 +100,19 @@ class Speaking(InternVLCaptioner):
 def captioner(layers: int, folder: Path) -> None:
     """Time and memory of describing, and that the memory is free before the diffusion model samples."""
     size = InternVL(448, 1024, 24, 4096, layers, 32, 8, 128)
-    start = time.perf_counter()
-    write_internvl(folder / "vlm", size)
+    with Timer(torch.device("cpu")) as watch:
+        write_internvl(folder / "vlm", size)
     print(f"     wrote {sum(f.stat().st_size for f in (folder / 'vlm').iterdir()) / 2**30:.1f} GiB "
-          f"in {time.perf_counter() - start:.0f} s")  # fmt: skip
+          f"in {watch.seconds:.0f} s")  # fmt: skip
     frames = sample_frames(VIDEO, 8)
     vlm = Speaking(folder / "vlm", "cuda")
     for turn in ("first", "second", "after close"):
         if turn == "after close":
             vlm.close()
             check("captioner frees the GPU", torch.cuda.memory_allocated() < 2**28, gib(torch.cuda.memory_allocated()))
-        start = time.perf_counter()
-        answer = vlm.describe(frames, "Describe this video in detail.")
-        torch.cuda.synchronize()
-        print(f"     {turn} description: {time.perf_counter() - start:.1f} s, {answer}, "
+        with Timer(torch.device("cuda")) as watch:
+            answer = vlm.describe(frames, "Describe this video in detail.")
+        print(f"     {turn} description: {watch.seconds:.1f} s, {answer}, "
               f"peak {gib(torch.cuda.max_memory_allocated())}")  # fmt: skip
     vlm.close()
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import Timer
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.model import WanModel
 from wan.device.host import host_peak_gib
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 
 def main() -> None:
@@ -40,9 +40,9 @@ def main() -> None:
         write_denoiser(args.folder, Denoiser("ti2v", 48, 48, **sizes), shards=args.shards)
         sys.exit("written; run again to measure (the peak of this process is the writer's)")
     weights = open_safetensors(args.folder, "diffusion_pytorch_model")
-    before, start = host_peak_gib(), time.perf_counter()
-    model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=torch.device("cpu"))
-    seconds = time.perf_counter() - start
+    before, cpu = host_peak_gib(), torch.device("cpu")
+    with Timer(cpu) as watch:
+        model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu)
     loaded = sum(value.numel() * value.element_size() for value in model.parameters()) / 2**30
     shard = max(file.stat().st_size for file in weights.files) / 2**30
     peak = host_peak_gib() - before
@@ -52,7 +52,7 @@ def main() -> None:
         "loaded_gib": loaded,
         "peak_above_start_gib": peak,
         "allowed_gib": 1.2 * loaded + shard,
-        "seconds": seconds,
+        "seconds": watch.seconds,
     }
     print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import queue
 import random
 import shutil
 import subprocess
@@ -16,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +41,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/chain/storyboard.py": ("test_storyboard", "test_faults", "test_options"),
     "wan/chain/dry_run.py": ("test_faults", "test_options", "test_long_video"),
     "wan/continuation.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
-    "wan/pipeline.py": ("test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
-    "wan/models.py": ("test_continuation_pairs", "test_faults", "test_lora", "test_continuation"),
+    "wan/pipeline.py": (
+        *("test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
+        "test_not_finite",
+    ),
+    "wan/models.py": ("test_continuation_pairs", "test_faults", "test_lora", "test_parts", "test_continuation"),
     "wan/prompting.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_memory", "test_options"),
-    "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options"),
+    "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options", "test_modes"),
     "wan/options.py": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_storyboard"),
     "wan/media": (
         *("test_faults", "test_timeline", "test_writing", "test_reading", "test_sound", "test_colour", "test_dull_end"),
@@ -51,18 +58,27 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/denoiser/conditioning.py": ("test_conditioning", "test_golden", "test_modes"),
     "wan/denoiser/fp8.py": ("test_fp8", "test_precision"),
     "wan/denoiser/lora.py": ("test_lora", "test_faults", "test_parts"),
+    "wan/denoiser/lora_file.py": ("test_lora", "test_faults", "test_parts"),
     "wan/denoiser/sequence.py": ("test_sequence",),
-    "wan/vae": ("test_chunked", "test_golden", "test_not_finite"),
-    "wan/text": ("test_golden", "test_parts", "test_memory"),
-    "wan/weights": ("test_checkpoint", "test_parts", "test_faults", "test_quantized", "test_readers"),
-    "wan/weights/quantized.py": ("test_quantized", "test_fp8", "test_parts"),
+    "wan/vae": ("test_preview", "test_chunked", "test_golden", "test_not_finite"),
+    "wan/text": ("test_umt5", "test_vocabulary", "test_golden", "test_parts", "test_memory"),
+    "wan/weights": (
+        *("test_checkpoint", "test_vocabulary", "test_parts", "test_faults", "test_quantized", "test_readers"),
+    ),
+    "wan/weights/quantized.py": (
+        *("test_quantized", "test_fp8", "test_vocabulary", "test_checkpoint", "test_lora", "test_parts"),
+    ),
     "wan/device": ("test_memory", "test_faults", "test_host_budget", "test_host"),
     "wan/device/parallel.py": ("test_sequence", "test_several"),
     "wan/device/ranks.py": ("test_sequence", "test_several"),
 }
 PACKAGES = tuple(name for name in TESTS if name.count("/") == 1)
 # Only a GPU runs what they do.
-NOT_HERE = ("wan/denoiser/int8_attention_kernel.py", "wan/vae/kernels.py")
+NOT_HERE = (
+    "wan/captioner/decode_attention_kernel.py",
+    "wan/denoiser/int8_attention_kernel.py",
+    "wan/vae/kernels.py",
+)
 
 # One or two of each kind: a test that sees `<` become `>=` hardly ever misses `<` becoming `!=`. Not among them are the
 # operator `|`, which is mostly a type, `/`, which is mostly a path and not seen by luck, and decorators.
@@ -167,22 +183,31 @@ def _leave_out_call() -> Any:
     return LeaveOutCall()
 
 
+def copy_project(folder: Path) -> Path:
+    """Copy what Git knows of the project; returns the folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    for name in listed.stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@dataclass(frozen=True)
 class Copy:
-    """A copy of the project in which the tests of one fault at a time run."""
+    """A copy of the project in which the tests of one fault at a time run, on these cores (none: on all).
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
-        for name in listed.stdout.split("\0"):
-            if name and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
+    Encoders and OpenCV start a thread a core: many copies with all cores each would wait for each other.
+    """
 
-    def seconds(self, tests: Sequence[str]) -> float:
-        """How long the tests take without a fault. Raises SystemExit where they fail."""
+    folder: Path
+    cores: Sequence[int] = ()
+
+    def seconds(self, test: str) -> float:
+        """How long a file of tests takes without a fault. Raises SystemExit where one fails."""
         start = time.monotonic()
-        if self._run(tests, None) != 0:
-            raise SystemExit(f"without any fault the tests fail: {' '.join(tests)}")
+        if self._run((test,), None) != 0:
+            raise SystemExit(f"without any fault a test fails: {test}")
         return time.monotonic() - start
 
     def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
@@ -196,26 +221,62 @@ class Copy:
             return True
         finally:
             file.write_text(whole, "utf-8")
-        if code not in (0, 1, 2, 3, 4):  # 2 to 4: the fault is in what an import or a fixture runs
-            raise SystemExit(f"pytest ended with {code} for {mutant.file}: {mutant.change}")
-        return code != 0
+        if code == 5:
+            raise SystemExit(f"no tests were found for {mutant.file}: {mutant.change}")
+        return code != 0  # also where an import or a fixture fails, or the interpreter is ended by a signal
 
     def _run(self, tests: Sequence[str], limit: float | None) -> int:
         words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(
-            words, cwd=self.folder, timeout=limit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        return done.returncode
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(
+            words, cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=quiet, stderr=quiet
+        ) as process:
+            if self.cores:
+                os.sched_setaffinity(process.pid, self.cores)
+            try:
+                return process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
-def measure(mutants: Sequence[Mutant], copy: Copy) -> Iterator[tuple[Mutant, bool]]:
-    """Each fault, and whether it is seen."""
-    whole: dict[tuple[str, ...], float] = {}
+def measure(mutants: Sequence[Mutant], copies: Sequence[Copy]) -> Iterator[tuple[Mutant, bool]]:
+    """Each fault, and whether it is seen, as soon as that is known. Each copy tests one fault at a time."""
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def whole(test: str) -> float:
+        copy = free.get()
+        try:
+            return copy.seconds(test)
+        finally:
+            free.put(copy)
+
+    def seen(mutant: Mutant) -> bool:
+        copy, tests = free.get(), covering_tests(mutant.file)
+        try:
+            return copy.sees(mutant, tests, 30 + 3 * sum(seconds[test] for test in tests))
+        finally:
+            free.put(copy)
+
+    pool = ThreadPoolExecutor(len(copies))
+    try:
+        needed = sorted({test for mutant in mutants for test in covering_tests(mutant.file)})
+        seconds = dict(zip(needed, pool.map(whole, needed), strict=True))
+        running = {pool.submit(seen, mutant): mutant for mutant in mutants}
+        for done in as_completed(running):
+            yield running[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # nothing more is begun after an error
+
+
+def by_turns(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """One of each package after the other, so that a run that is stopped has seen as many of each."""
+    groups: dict[str, list[Mutant]] = {}
     for mutant in mutants:
-        tests = covering_tests(mutant.file)
-        if tests not in whole:
-            whole[tests] = copy.seconds(tests)
-        yield mutant, copy.sees(mutant, tests, 3 * whole[tests] + 30)
+        groups.setdefault(package_of(mutant.file), []).append(mutant)
+    return [one for turn in zip_longest(*groups.values()) for one in turn if one is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,24 +285,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all by default")
     parser.add_argument("--count", type=int, default=20, help="faults for each package (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="faults that are tested at once (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     given = parser.parse_args(argv)
     packages = given.packages or PACKAGES
+    if given.processes < 1:
+        parser.error("--processes: at least 1")
     if unknown := sorted(set(packages) - set(PACKAGES)):
         parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(PACKAGES)}")
     mutants = sample(given.count, given.seed, packages)
     if given.list:
         print(*(f"{mutant.file}  {mutant.operator}  {mutant.change}" for mutant in mutants), sep="\n")
         return
-    seen: dict[str, list[bool]] = {}
+    seen: dict[str, list[bool]] = {package: [] for package in packages}
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
-        for mutant, is_seen in measure(mutants, Copy(Path(folder))):
-            seen.setdefault(package_of(mutant.file), []).append(is_seen)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        count = given.processes
+        copies = [Copy(copy_project(Path(folder, str(number))), cores[number::count]) for number in range(count)]
+        for mutant, is_seen in measure(by_turns(mutants), copies):
+            seen[package_of(mutant.file)].append(is_seen)
             print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
     print(f"\n{'package':<22} seen  all")
     seen["all"] = [one for results in seen.values() for one in results]
     for package, results in seen.items():
-        print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
+        if results:
+            print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from torch.distributed.tensor import DTensor
 
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
+from benchmarks.timing import timed
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.attention_backends import use_attention
 from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
 from wan.device.hardware import peak_gib, reset_peak
-from wan.device.parallel import Team
+from wan.device.parallel import Group, Team
 from wan.device.ranks import Sizes, World
+from wan.device.sharding import shard, write
 
 
 def build(
@@ -40,6 +43,19 @@ def build(
     if precision:
         quantize_model(model, precision, device)
     return model.float() if float32 else model
+
+
+@torch.no_grad()
+def sliced(whole: WanModel, task: str, device: torch.device, group: Group) -> WanModel:
+    """The same denoiser with a slice of its weights on each GPU."""
+    dtype = WAN_CONFIGS[task].param_dtype
+    with init_empty_weights():
+        model = WanModel(**DIT[task] | {"num_layers": len(whole.blocks)})
+    shard(model, "blocks", lambda name: policy_dtype(name, dtype), device, group, ["text_keys"])
+    for name, parameter in model.named_parameters():
+        write(parameter, whole.get_parameter(name))
+    model.eval()
+    return model
 
 
 def inputs(task: str, width: int, height: int, frames: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -57,17 +73,11 @@ def inputs(task: str, width: int, height: int, frames: int, device: torch.device
 
 def milliseconds(work: Callable[[], Any], repeats: int) -> float:
     """The median time of some work on the GPU, of the slowest rank."""
-    times = []
+    device, taken = torch.device("cuda"), []
     for _ in range(repeats):
         dist.barrier()
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    slowest = torch.tensor(statistics.median(times), device="cuda")
+        taken += timed(work, device)
+    slowest = torch.tensor(1000 * statistics.median(taken), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 
@@ -87,6 +97,14 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
         model.compile_blocks()
     flows = {}
     for label, team in teams.items():
+        if "slices" in label:
+            assert team.node is not None
+            for count, model in list(models.items()):
+                models[count] = sliced(model, task, device, team.node)
+                if args.precision != "fp8_attention":
+                    use_attention(models[count], args.attention)
+                models[count].compile_blocks()
+            del model  # the whole ones are gone
         found = {}
         reset_peak(device)
         for count, model in models.items():
@@ -106,7 +124,8 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
         whole = found[few] + block * (tall - few)
         step = whole * (1 if team.sizes.cfg == 2 else 2)
         row = {"scenario": name, "plan": label, "block_ms": block, "forward_ms": whole, "step_ms": step}
-        row |= {"peak_gib": peak_gib(device)}
+        weights = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in models[many].parameters())
+        row |= {"peak_gib": peak_gib(device), "weights_gib": weights / 2**30}
         rows.append(row)
         row["speedup"] = rows[0]["step_ms"] / step
         flow, alone = flows[label].double(), flows["1 GPU"].double()
@@ -130,6 +149,8 @@ def exactness(world: World, teams: dict[str, Team], attention: str) -> None:
                 use_attention(model, attention)
             flows = {}
             for label, team in teams.items():
+                if "slices" in label:
+                    continue
                 model.token_group = team.tokens
                 flows[label] = model(latents, steps, text, return_dict=False)[0].double()
             if float32:
@@ -146,6 +167,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--attention", default="_native_cudnn")
     parser.add_argument("--precision")
+    parser.add_argument("--slices", action="store_true", help="also with a slice of the weights on each GPU (FSDP)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     world = World.read(os.environ)
@@ -157,6 +179,9 @@ def main() -> None:
     teams[f"ulysses {world.size}"] = both
     if world.size % 2 == 0:
         teams[f"cfg 2 x ulysses {world.size // 2}"] = Team.start(world, Sizes(2, world.size // 2), device, 120)
+    teams[f"ring {world.size}"] = Team.start(world, Sizes(1, 1, world.size), device, 120)
+    if args.slices:
+        teams[f"ulysses {world.size}, slices"] = both  # last, since the whole weights go for them
     if world.is_first:
         print(commit(), torch.cuda.get_device_name(device), "x", world.size, "torch", torch.__version__)
     if not args.precision:
@@ -164,7 +189,8 @@ def main() -> None:
     rows = [row for name in args.scenarios for row in measure(name, world, teams, args)]
     if args.out and world.is_first:
         args.out.write_text(json.dumps(rows, indent=1))
-    both.end()
+    for team in teams.values():
+        team.end()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 """How well the trained tiny family continues clips that it was not trained on, against the ground truth.
 
     python -m benchmarks.quality --task v2v-5B [--clips 200] [--chains 50] [--chain_clips 12] [--seed 0]
-        [--modes last_frame tail:5] [--prompt_mode continue] [--preset turbo --loras FILE ...] [--jobs 1]
-        [--output q.json]
+        [--modes last_frame tail:5] [--prompt_mode continue] [--preset turbo --loras FILE ...] [--cache C]
+        [--precision fp8] [--jobs 1] [--output q.json]
 
 Prints a table and, as the last line, JSON. Runs on a CPU as well: a clip takes seconds. `tail:5` knows five frames of
 its footage; --loras are those of the high and the low expert, or of the one. Directions, positions and chains are
@@ -85,9 +85,13 @@ def held_out(count: int, seed: int = 0) -> list[Scene]:
 
 
 @lru_cache(1)
-def open_pipeline(models: Path, task: str) -> VideoContinuation:
+def open_pipeline(models: Path, task: str, precision: str | None = None) -> VideoContinuation:
     name, pipeline = FOLDERS[task]
-    return pipeline(config_for(task, models / name), models / name, vlm_path=models / "tiny-InternVL")
+    return pipeline(
+        config_for(task, models / name).variant(low_precision=precision),
+        models / name,
+        vlm_path=models / "tiny-InternVL",
+    )
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -317,11 +321,13 @@ class Maker:
     drift_correction: float = 0.0
     prompt_mode: str = "describe"
     preset: str = "quality"
+    cache: str | None = None
+    precision: str | None = None
     loras: tuple[Path, ...] = ()  # of the high and the low expert, or of the one
 
     def __call__(self, footage: Any, seed: int) -> Generation:
         name, _, frames = self.mode.partition(":")
-        pipeline = open_pipeline(self.models, self.task)
+        pipeline = open_pipeline(self.models, self.task, self.precision)
         plan: Plan = pipeline.plan(
             footage,
             context=Context.choose(name, int(frames) if frames else None),
@@ -330,6 +336,7 @@ class Maker:
             drift_correction=self.drift_correction,
             prompt_mode=self.prompt_mode,
             preset=self.preset,
+            cache=self.cache,
             loras={
                 expert: (LoraFile(file),)
                 for expert, file in zip(sorted(pipeline.checkpoint.experts), self.loras, strict=False)
@@ -355,6 +362,8 @@ def main() -> None:
     parser.add_argument("--drift_correction", type=float, default=0.0)
     parser.add_argument("--prompt_mode", default="describe")
     parser.add_argument("--preset", default="quality")
+    parser.add_argument("--cache", help="of steps, in place of the preset's")
+    parser.add_argument("--precision", choices=("fp8", "fp8_attention"), help="of the denoisers; on a GPU")
     parser.add_argument("--loras", type=Path, nargs="*", default=[])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -383,6 +392,8 @@ def main() -> None:
                 arguments.drift_correction,
                 arguments.prompt_mode,
                 arguments.preset,
+                arguments.cache,
+                arguments.precision,
                 tuple(arguments.loras),
             )
             found: dict[str, Any] = dict(measure_clips(clips, make, each)) if clips else {}

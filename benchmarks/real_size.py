@@ -21,8 +21,9 @@ from wan.prompting import CaptionerOwner, PromptBuilder
 from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
-from wan.weights.checkpoint import Checkpoint, Weights
+from wan.weights.checkpoint import Checkpoint
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
+from wan.weights.tensors import Weights
 
 SCENARIOS: dict[str, tuple[str, int, int, int]] = {
     "a14b-480p-81": ("i2v-A14B", 832, 480, 81),

@@ -200,7 +200,7 @@ def kill(kills: int, folder: Path, *, clips: int = 4, step: float = 0.1) -> dict
         names = [order(served, clips, seed) for seed in seeds]
         for name in names:
             served.wait(name, "completed")
-    wanted = [states(folder / "peace", name) for name in names]
+    wanted = [states(folder / "peace" / "jobs" / name / "run") for name in names]
     names, killed = [], 0
     while True:
         with serving(folder / "war", *WORDS, program=("benchmarks.sleeping",)) as served:
@@ -226,16 +226,16 @@ def kill(kills: int, folder: Path, *, clips: int = 4, step: float = 0.1) -> dict
     return {
         "kills": killed,
         "ends": ends,
-        "bit_equal": [states(folder / "war", name) for name in names] == wanted,
+        "bit_equal": [states(run) for run in runs] == wanted,
         "made_twice": sum(len(list(run.glob("redone/*"))) for run in runs),
         "left": sorted(path.name for path in (folder / "war" / "jobs").glob(".*")),
     }
 
 
-def states(folder: Path, name: str) -> dict[str, Any]:
-    """What is in the states of a chain's clips: digests of their tensors, and what they were made with."""
+def states(run: Path) -> dict[str, Any]:
+    """What is in the states of the clips in a folder: digests of their tensors, and what they were made with."""
     found: dict[str, Any] = {}
-    for path in sorted((folder / "jobs" / name / "run").glob("video_*.safetensors")):
+    for path in sorted(run.glob("video_*.safetensors")):
         with safe_open(path, framework="numpy") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             digests = {key: hashlib.sha256(tensor.tobytes()).hexdigest() for key, tensor in tensors.items()}

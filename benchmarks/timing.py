@@ -1,9 +1,10 @@
-"""Seconds of a call, with the GPU waited for."""
+"""Seconds of a call or of a block of code, with the GPU waited for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,13 +12,29 @@ import torch
 from wan.device.hardware import synchronize
 
 
+class Timer:
+    """Measures its `with` block: `seconds` are there when it ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> Timer:
+        synchronize(self.device)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+
+
 def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1, warm: int = 0) -> list[float]:
     """Seconds of each of `repeats` calls, after `warm` ones that do not count."""
     taken = []
     for _ in range(warm + repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
+        with Timer(device) as watch:
+            call()
+        taken.append(watch.seconds)
     return taken[warm:]

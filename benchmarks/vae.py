@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.real_size import SCENARIOS, VAE, commit, materialise
+from benchmarks.timing import Timer
 from wan.device.hardware import peak_gib, reset_peak, synchronize
 from wan.vae import chunked
 from wan.vae.vae import lay_out
@@ -59,16 +59,13 @@ def measured(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    there = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     reset_peak(device)
-    synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    seconds = time.perf_counter() - start
+    with Timer(device) as watch:
+        result = call()
     peak = peak_gib(device)
-    found = {"seconds": round(seconds, 3)}
-    return result, found if peak is None else found | {"peak_gib": round(peak - there / 2**30, 2)}
+    row = {"seconds": round(watch.seconds, 3)}
+    return result, row if peak is None else row | {"peak_gib": round(peak - before / 2**30, 2)}
 
 
 def decibels(value: Tensor, exact: Tensor, signal: float | None = None) -> float:

@@ -20,7 +20,9 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline"),
     (
         "wan.device.ranks",
+        "wan.device.watch",
         "wan.device.parallel",
+        "wan.device.sharding",
         "wan.device.hardware",
         "wan.device.host",
         "wan.device.layers",
@@ -29,7 +31,7 @@ LAYERS = [
     ),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
-    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.comfy"),
+    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.handoff", "wan.comfy"),
     ("wan.models", "wan.prompting", "wan.chain.plan"),
     ("wan.pipeline",),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),
@@ -37,6 +39,7 @@ LAYERS = [
     ("wan.chain",),
     ("wan.commands",),
     ("wan.server",),
+    ("wan.batch",),
     ("wan.cli",),
     ("wan.server.__main__",),
 ]
@@ -94,9 +97,10 @@ def test_policy_has_an_address() -> None:
         r"empty_cache|\.cuda\(\)|cuda\.synchronize": {"wan/device/hardware.py"},
         r"\bimport av\b|from av\b": {"wan/media/"},
         r"\bargparse\b": {"wan/commands/"},
-        r"os\.environ": {"wan/cli.py", "wan/commands/job.py", "wan/captioner/endpoint.py", "wan/server/main.py"},
+        r"os\.environ": {"wan/cli.py", "wan/commands/job.py", "wan/captioner/endpoint.py", "wan/server/main.py"}
+        | {"wan/server/worker.py", "wan/batch/hand.py", "wan/batch/crew.py"},
         r"torch\.load\(|safe_open\(": {
-            "wan/weights/checkpoint.py",
+            "wan/weights/reading.py",
             "wan/weights/tensors.py",
             "wan/device/parallel.py",
             "wan/captioner/",

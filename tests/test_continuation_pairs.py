@@ -42,9 +42,8 @@ class Chosen(NamedTuple):
         """What the command says to options that do not go together."""
         for wrong, message in {
             "svi2pro is for I2V-A14B": self.mode == "svi2pro" and self.model == "ti2v",
-            "end_image is for I2V-A14B": self.end and self.model == "ti2v",
             "which v2v-14B cannot": self.cut == "text" and self.model == "i2v",
-            "svi2pro takes no end image": self.mode == "svi2pro" and self.end,
+            "must have 17 or more": self.mode == "tail:9" and self.end and self.model == "ti2v",
         }.items():
             if message:
                 return wrong

@@ -24,6 +24,7 @@ from tests.support.media_samples import numbered
 from wan import cli, media
 from wan.captioner import EndpointCaptioner, endpoint
 from wan.captioner.next_prompt import IDENTITY_QUESTION
+from wan.chain.chain import _free
 from wan.device.budget import StageMemory
 from wan.device.layers import SLOTS
 from wan.device.placement import Placement
@@ -250,6 +251,20 @@ def test_every_file_of_weights_tells_one_checkpoint_from_another(
     file.write_bytes(content)
     again = command(words)
     assert again.code == 2 and "another checkpoint" in again.said
+
+
+def test_a_free_name_is_looked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain_2").mkdir()
+    tried, with_name = list[str](), Path.with_name
+
+    def note(path: Path, name: str) -> Path:
+        tried.append(name)
+        return with_name(path, name)
+
+    monkeypatch.setattr(Path, "with_name", note)
+    assert _free(tmp_path / "chain") == tmp_path / "chain_3"
+    assert tried == ["chain", "chain_2", "chain_3"]  # and not a million, as once before every refusal
 
 
 # --- what is refused, and how

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect
 from wan.image2video import preprocess as stretched
+from wan.pipeline import Stopwatch
 from wan.settings import Context, LoraFile
-from wan.sizes import exact_size
-from wan.types import Clip, Generation, KnownFrames, Request, from_uint8
+from wan.sizes import exact_size, fills
+from wan.types import Clip, Generation, KnownFrames, Request, TextContext, from_uint8
 
 pytestmark = pytest.mark.slow
 
@@ -285,9 +287,7 @@ def test_svi_and_its_loras_are_used_together_or_refused(
         (a14b, {"context": pro}, "needs its pair of LoRAs"),
         (a14b, {"context": pro, "loras": {"high_noise_model": svi["high_noise_model"]}}, "needs its pair"),
         (a14b, {"loras": svi}, "use it with continuation svi2pro"),
-        (a14b, {"context": pro, "loras": svi, "end": Image.new("RGB", (96, 64))}, "takes no end image"),
         (b5, {"context": pro}, "is for I2V-A14B"),
-        (b5, {"end": Image.new("RGB", (96, 64))}, "end_image is for I2V-A14B"),
         (a14b, {"cut": True}, "text alone"),
         (a14b, {"context": Context("tail", 17), "frame_num": 17}, "must be longer"),
     ]
@@ -317,6 +317,60 @@ def test_the_anchor_is_a_sharp_frame_from_before_the_end() -> None:
     assert np.asarray(choose_anchor(Clip(from_uint8(frames[:1]), Fraction(16)))).shape == (8, 12, 3)
 
 
+# More motion
+
+
+@pytest.mark.parametrize("context", [Context(), Context("tail", 5)])
+def test_an_amplitude_changes_what_a14b_sees_behind_the_known_frames_and_so_the_clip(
+    context: Context, a14b: Any
+) -> None:
+    footage = moving()
+    clips, seen = [], []
+    for amplitude in (1.0, 1.3):
+        request, plan = request_of(a14b, footage, context=context, motion_amplitude=amplitude)
+        made = a14b.extend(footage, 7, plan)
+        assert made.request.motion_amplitude == amplitude
+        seen.append(a14b.condition(made.request, a14b.noise(request), CPU).channels[4:])
+        clips.append(made.clip.frames)
+    known = (context.frames - 1) // 4 + 1
+    assert torch.equal(seen[0][:, :known], seen[1][:, :known])
+    away = [one[:, known:] - one[:, :1] for one in seen]
+    assert float(away[1].std() / away[0].std()) == pytest.approx(1.3, abs=0.02)
+    assert torch.equal(clips[0][0], clips[1][0]) is (context.frames > 1)  # several known frames are held
+    assert not torch.equal(clips[0], clips[1])
+
+
+def test_an_amplitude_is_refused_where_nothing_is_to_be_amplified(
+    a14b: Any, b5: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    with pytest.raises(UserError, match="motion_amplitude is for I2V-A14B"):
+        b5.plan(moving(fps=24), motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="svi2pro's LoRAs were trained to find empty"):
+        a14b.plan(moving(), context=Context("svi2pro", 5), loras=svi, motion_amplitude=1.2, **OPTIONS)
+    with pytest.raises(UserError, match="motion_amplitude must be from 1 to 1.5, 1.6 is not"):
+        a14b.plan(moving(), motion_amplitude=1.6, **OPTIONS)
+
+
+# The way on, clip by clip
+
+
+def test_what_is_discarded_is_handed_on_neither_as_pixels_nor_as_latents(a14b: Any) -> None:
+    footage = moving()
+    whole = a14b.extend(footage, 7, a14b.plan(footage, **OPTIONS))
+    made = a14b.extend(footage, 7, a14b.plan(footage, discard=8, **OPTIONS))
+    assert torch.equal(made.clip.frames, whole.clip.frames[:-8]) and torch.equal(made.latents, whole.latents[:, :-2])
+    assert torch.equal(made.motion, whole.latents[:, -3:-2]) and torch.equal(
+        made.last, whole.clip.frames[-9].permute(2, 0, 1)
+    )
+    for options, problem in (
+        ({"discard": 20, "frame_num": 21}, "discard 20 leaves nothing new of a clip of 21 frames"),
+        ({"discard": 6}, "discard must be 0, 4, 8"),
+        ({"discard": 4, "end": Image.new("RGB", (96, 64))}, "would leave out the clip's end image"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            a14b.plan(footage, **OPTIONS | options)
+
+
 # End images and cuts
 
 
@@ -330,6 +384,55 @@ def test_an_end_image_is_the_last_known_frame(a14b: Any, i2v: Any) -> None:
     assert condition.channels[3, -1].eq(1).all() and condition.channels[:3, -1].eq(0).all()
     video = i2v.generate("x", end, max_area=AREA, frame_num=5, sampling_steps=1, seed=1, last_image=end)
     assert video.shape == (3, 5, 64, 96)
+
+
+@pytest.mark.parametrize("context", [Context(), Context("tail", 5)])
+def test_the_5b_model_holds_the_last_latent_frame_to_the_end_image(context: Context, b5: Any) -> None:
+    footage, end = moving(fps=24), Image.fromarray(np.full((64, 96, 3), 77, np.uint8))
+    made = b5.extend(footage, 7, b5.plan(footage, end=end, context=context, **OPTIONS))
+    # four frames of it, and not the one that a picture alone is encoded to
+    last = b5.vae.encode([b5.frame_for(end, 96, 64)[:, None].repeat(1, 5, 1, 1)])[0][:, -1:]
+    assert torch.equal(made.latents[:, -1:], last)
+    plain = b5.extend(footage, 7, b5.plan(footage, context=context, **OPTIONS))
+    known = (context.frames - 1) // 4 + 1
+    assert torch.equal(made.latents[:, :known], plain.latents[:, :known])
+    # the frames between are on their way there
+    assert not torch.equal(made.latents[:, known:-1], plain.latents[:, known:-1])
+    of_text = b5.extend(footage, 7, b5.plan(footage, end=end, cut=True, **OPTIONS))
+    assert torch.equal(of_text.latents[:, -1:], last) and not torch.equal(of_text.latents, made.latents)
+
+
+def test_svi_takes_an_end_image_alone_in_all_channels_of_the_last_latent_frame(
+    a14b: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    footage, end = moving(), Image.fromarray(np.full((64, 96, 3), 77, np.uint8))
+    request, _ = request_of(a14b, footage, context=Context("svi2pro", 5), loras=svi, end=end)
+    channels = a14b.condition(request, a14b.noise(request), CPU).channels
+    assert torch.equal(channels[4:, -1:], a14b.vae.encode([a14b.frame_for(end, 96, 64)[:, None]])[0])
+    assert channels[:4, [0, -1]].eq(1).all() and channels[:4, 1:-1].eq(0).all()
+    without = dataclasses.replace(request, known=dataclasses.replace(request.known, end=None))
+    plain = a14b.condition(without, a14b.noise(request), CPU).channels
+    assert torch.equal(channels[:, :-1], plain[:, :-1]) and plain[:, -1].eq(0).all()
+    assert not torch.equal(a14b.run(request).latents, a14b.run(without).latents)
+
+
+def test_an_end_image_leaves_something_to_be_made_or_is_refused(
+    a14b: Any, b5: Any, svi: dict[str, tuple[LoraFile, ...]]
+) -> None:
+    end = Image.new("RGB", (96, 64))
+    for pipeline, fewest, more in (
+        (b5, 9, {}),
+        (b5, 13, {"context": Context("tail", 5)}),
+        (b5, 5, {"cut": True}),
+        (a14b, 13, {"context": Context("svi2pro", 5), "loras": svi}),
+        (a14b, 9, {"context": Context("svi2pro", 5), "loras": svi, "cut": end}),
+    ):
+        options = OPTIONS | {"end": end} | more
+        footage = moving(fps=int(pipeline.fps))
+        assert pipeline.plan(footage, **options | {"frame_num": fewest}).end is end
+        if fewest > 5:
+            with pytest.raises(UserError, match=f"must have {fewest} or more|must be longer"):
+                pipeline.plan(footage, **options | {"frame_num": fewest - 4})
 
 
 def test_a_cut_starts_from_its_picture_and_repeats_nothing(a14b: Any, b5: Any) -> None:
@@ -374,20 +477,25 @@ AREAS = (1280 * 720, 832 * 480, 160 * 96)
 @pytest.mark.parametrize("area", AREAS)
 def test_the_size_rule_settles_at_once_for_every_size(area: int) -> None:
     """For each of the 16.8 million sizes up to 4096 x 4096: f(f(x)) = f(x)."""
-    width, height = np.meshgrid(np.arange(1, 4097), np.arange(1, 4097))
+    sides = np.arange(1, 4097)
 
-    def rule(width: Any, height: Any) -> tuple[Any, Any]:
-        wide = np.sqrt((area * width // height).astype(np.float64)).astype(np.int64) // 16 * 16
-        high = np.sqrt((area * height // width).astype(np.float64)).astype(np.int64) // 16 * 16
-        fills = (width % 16 == 0) & (height % 16 == 0) & (width * height <= area)
-        fills &= area < (width + 16) * (height + 16)
-        return np.where(fills, width, wide), np.where(fills, height, high)
+    def rule(width: Any, height: Any) -> Any:
+        return np.sqrt((area * width // height).astype(np.float64)).astype(np.int64) // 16 * 16
 
-    once = rule(width, height)
-    valid = (once[0] > 0) & (once[1] > 0)
-    sizes = np.unique(np.stack([once[0][valid], once[1][valid]]), axis=1)
-    twice = rule(*sizes)
-    assert np.array_equal(np.stack(twice), sizes)
+    def fills(width: Any, height: Any) -> Any:
+        return (width * height <= area) & (area < (width + 16) * (height + 16))
+
+    wide = np.stack([rule(sides, height) for height in sides])  # [height, width]
+    high = wide.T.copy()  # the rule is the same for both sides
+    wholes = slice(15, None, 16)  # only sizes of whole blocks can fill the area
+    width, height = np.meshgrid(sides[wholes], sides[wholes])
+    kept = fills(width, height)
+    wide[wholes, wholes][kept], high[wholes, wholes][kept] = width[kept], height[kept]
+    once, valid = (wide, high), (wide > 0) & (high > 0)
+    reached = np.zeros((wide.max() // 16 + 1, high.max() // 16 + 1), bool)
+    reached[wide // 16, high // 16] = True
+    sizes = 16 * (np.argwhere(reached[1:, 1:]).T + 1)
+    assert (fills(*sizes) | ((rule(*sizes) == sizes[0]) & (rule(*sizes[::-1]) == sizes[1]))).all()
     for wide, high in sizes.T[:: max(len(sizes.T) // 500, 1)]:  # the arrays say what the function says
         assert exact_size(int(wide), int(high), area) == (wide, high)
     rng = np.random.default_rng(0)
@@ -397,6 +505,51 @@ def test_the_size_rule_settles_at_once_for_every_size(area: int) -> None:
 
 
 def test_the_5b_size_rule_settles_at_once(b5: Any) -> None:
-    sizes = {b5.fit(width, height, 1280 * 704) for width in range(64, 4097, 5) for height in range(64, 2200, 5)}
+    sizes = {b5.fit(width, height, 1280 * 704) for width in range(64, 4097, 13) for height in range(64, 2200, 7)}
     assert all(b5.fit(*size, 1280 * 704) == size for size in sizes)
     assert b5.fit(1920, 1080, 1280 * 704) == (1248, 704)
+
+
+def test_a_size_fills_an_area_up_to_its_last_pixel() -> None:
+    assert fills(64, 32, 64 * 32, 16) and not fills(64, 32, 64 * 32 - 1, 16)
+    assert fills(64, 32, 80 * 48 - 1, 16) and not fills(64, 32, 80 * 48, 16)
+    assert not fills(64, 40, 64 * 40, 16)
+
+
+def test_denoisers_are_loaded_before_sampling_is_timed(b5: Any) -> None:
+    b5.models.forget("model")
+    loaded = []
+    request, _ = request_of(b5, moving(fps=24))
+    b5.run(request, on_step=lambda step: loaded.append((step.stage, b5.models.is_loaded("model"))))
+    assert ("sample", True) in loaded
+
+
+@pytest.mark.parametrize(
+    ("task", "expert", "words"), [("14b", "low", "the low expert in "), ("5b", "", "the denoiser in ")]
+)
+def test_the_model_that_gave_numbers_that_are_not_finite_is_named(
+    task: str, expert: str, words: str, a14b: Any, b5: Any
+) -> None:
+    pipeline = a14b if task == "14b" else b5
+    part = "low_noise_model" if expert else "model"
+    error: Any = SimpleNamespace(expert=SimpleNamespace(name=expert, part=part), step=3)
+    text: Any = TextContext(torch.zeros(1, 512, 8), torch.zeros(1, 512, 8))
+    why = pipeline._why_not_finite(error, text, SimpleNamespace(is_finite=True))
+    assert why.startswith(words) and " in step 3" in why
+
+
+def test_a_stage_is_charged_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 12.5, 100.0, 101.0])
+    monkeypatch.setattr("wan.pipeline.time.perf_counter", lambda: next(moments))
+    watch = Stopwatch(torch.device("cpu"), 4)
+    for _ in range(2):
+        with watch.stage("decode"):
+            pass
+    assert watch.seconds == {"decode": 3.5}
+
+
+@pytest.mark.parametrize("available", range(1, 9))
+def test_a_tail_is_no_longer_than_its_footage_and_stays_4n_plus_1(available: int) -> None:
+    context = Context("tail", 9).within(available)
+    assert context == Context("tail", 5 if available >= 5 else 1) and isinstance(context.frames, int)
+    assert Context("tail", 9).within(9).frames == 9 and Context("svi2pro", 5).within(1).frames == 5

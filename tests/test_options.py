@@ -173,7 +173,7 @@ def test_no_remote_client_sets_what_names_something_of_this_machine() -> None:
         Option("x", Local(), None, "Input", "x", same="x", client=True)
     for name in ("ckpt_dir", "vlm_path", "vlm_url", "vlm_trust_remote_code", "output_dir", "save_file", "lora", "dit"):
         assert "client" not in OPTIONS[name].setters
-    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client"}
+    assert OPTIONS["sample_steps"].setters == {"command line", "storyboard", "client", "row"}
     assert OPTIONS["cut"].setters == {"storyboard"}
 
 
@@ -299,6 +299,12 @@ CASES: dict[str, Case] = {
         "--image picture.png --task ti2v-5B --prompt x",
         generate=True,
     ),
+    "until": Case(
+        "--until other.mp4",
+        lambda s: [one.known.end is not None for one in s.requests] + [frames_in(s.folder / "joined.mp4") > 40],
+        [False, True, True],
+        "--include_source",
+    ),
     "size": Case("--size 128*64", lambda s: s.first.geometry.width * s.first.geometry.height > 3000, True),
     "frame_num": Case("--frame_num 13", lambda s: s.first.geometry.frames, 13),
     "base_seed": Case("--base_seed 9", lambda s: [one.seed for one in s.requests], [9, 10]),
@@ -353,7 +359,19 @@ CASES: dict[str, Case] = {
     "end_image": Case(
         "--end_image red.png", lambda s: [one.known.end is not None for one in s.requests], [False, True], A14B
     ),
+    "end_images": Case(
+        "--end_images ends",
+        lambda s: [round(s.mean(one.known.end), 2) for one in s.requests if one.known.end is not None],
+        [-1.0, -0.33],
+    ),
     "cut": Case("--storyboard cut.yaml", lambda s: round(s.mean(s.first.known.leading[0]), 2), -0.33, also="parent"),
+    "discard": Case("--discard 4", lambda s: [frames_in(clip.video) for clip in s.clips.values()], [5, 5]),
+    "handoff_command": Case(
+        f"--handoff_command '{sys.executable} paint.py {{frames}}'",
+        lambda s: [round(s.mean(one.known.leading[0]), 2) for one in s.requests],
+        [-0.33, -0.33],
+    ),
+    "motion_amplitude": Case("--motion_amplitude 1.25", lambda s: s.first.motion_amplitude, 1.25, A14B),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
     "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
@@ -371,8 +389,9 @@ CASES: dict[str, Case] = {
     "compile": Case("--compile off", lambda s: s.pipeline.compile_blocks, False),
     "t5_cpu": Case("--t5_cpu", lambda s: s.pipeline.text_device.type, "cpu"),
     "ulysses_size": Case("--ulysses_size 2", lambda s: s.code, 2),
+    "ring_size": Case("--ring_size 2", lambda s: s.code, 2),
     "cfg_size": Case("--cfg_size 2", lambda s: s.code, 2),
-    "collective_timeout": Case(  # tests/denoiser/test_sequence.py waits for it
+    "collective_timeout": Case(  # tests/device/test_watch.py waits for it
         "--collective_timeout 60",
         lambda s: json.loads((s.folder / "run.json").read_text())["arguments"]["collective_timeout"],
         60.0,
@@ -416,6 +435,12 @@ CASES: dict[str, Case] = {
     "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.said, "theirs.mp4\n", generate=True),
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
+    "fade": Case(
+        "--fade 3 --storyboard second.yaml",
+        lambda s: frames_in(s.folder / "joined.mp4"),
+        15,
+        "--storyboard second.yaml",
+    ),
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
     "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
@@ -433,11 +458,12 @@ CASES: dict[str, Case] = {
 }
 
 
-SERVED = {name for name, one in OPTIONS.items() if one.only == ("serve",)}  # tests/server has their cases
+# tests/server and tests/batch have their cases
+ELSEWHERE = {name for name, one in OPTIONS.items() if one.only in (("serve",), ("batch",))}
 
 
 def test_every_setting_has_a_case() -> None:
-    assert set(CASES) == set(OPTIONS) - SERVED
+    assert set(CASES) == set(OPTIONS) - ELSEWHERE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -482,6 +508,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
         "prune",
         "ulysses_size",
         "cfg_size",
+        "ring_size",
         "t5_fsdp",
         "dit_fsdp",
         "dry_run",

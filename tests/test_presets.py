@@ -23,7 +23,7 @@ from wan.denoiser.schedule import build_scheduler
 from wan.errors import UserError
 from wan.settings import Sampling, StepCache
 from wan.types import KnownFrames, Request
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 IMAGE = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")

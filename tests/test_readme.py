@@ -21,7 +21,7 @@ from wan.chain.storyboard import read_storyboard
 from wan.commands.flags import parse
 from wan.options import OPTIONS
 from wan.text.umt5 import _library_name
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         declaration.write_text(json.dumps(json.loads(declaration.read_text()) | {"frame_num": 5, "sample_steps": 2}))
     (folder / "tiny-InternVL").rename(folder / "InternVL3_5-8B")
     (folder / "input.mp4").symlink_to(ROOT / "examples" / "shapes.mp4")
+    (folder / "second.mp4").symlink_to(ROOT / "examples" / "shapes.mp4")
     for side in ("high", "low"):
         expert = folder / "Wan2.2-I2V-A14B" / f"{side}_noise_model"
         rows, columns = open_safetensors(expert, "diffusion_pytorch_model").shapes["blocks.0.self_attn.q.weight"]

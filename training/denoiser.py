@@ -84,7 +84,7 @@ def known_frames(batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """What one denoiser is trained on. `sigma_of` makes noise levels of numbers that are uniform in [0, 1]."""
 
     sizes: str  # in family.DENOISERS
@@ -98,10 +98,10 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-STAGES: Mapping[str, Stage] = {
-    "dit5b": Stage("dit5b", "clips22", InPlace(), lambda u: shifted(u, 3)),
-    "dit14b_high": Stage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY + (1 - BOUNDARY) * u),
-    "dit14b_low": Stage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY * shifted(u, 2)),
+STAGES: Mapping[str, TrainingStage] = {
+    "dit5b": TrainingStage("dit5b", "clips22", InPlace(), lambda u: shifted(u, 3)),
+    "dit14b_high": TrainingStage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY + (1 - BOUNDARY) * u),
+    "dit14b_low": TrainingStage("dit14b", "clips21", InChannels(), lambda u: BOUNDARY * shifted(u, 2)),
 }
 
 
@@ -131,7 +131,7 @@ def train_denoiser(name: str, settings: Settings) -> None:
     train(name, model, loss_of, batches, lasting, progress, in_fp8=in_fp8)
 
 
-def noised_batches(stage: Stage, settings: Settings, generator: torch.Generator) -> Iterator[Batch]:
+def noised_batches(stage: TrainingStage, settings: Settings, generator: torch.Generator) -> Iterator[Batch]:
     """Batches with noise, sigma in [0, 1] and, for one in ten, no text."""
     null = Prompts(settings)([NEGATIVE_PROMPT, ""])
     clips = Clips(settings.folder / stage.clips, settings, generator)

@@ -20,7 +20,7 @@ from training import scenes
 from training.captioner import SEEN
 from training.chains import shown_of
 from training.clips import narrowed
-from training.denoiser import KNOWN, STAGES, Stage, known_frames, new_denoiser
+from training.denoiser import KNOWN, STAGES, TrainingStage, known_frames, new_denoiser
 from training.loop import Batch, Settings, save
 from training.text import Prompts, as_prompts
 from training.vae import Codec
@@ -67,7 +67,7 @@ class Encoder:
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.settings, self.size = settings, settings.batch
-        self.stage: Stage = STAGES[OWN[name]]
+        self.stage: TrainingStage = STAGES[OWN[name]]
         self.conditioning = self.stage.conditioning
         self.codec, self.prompts = Codec(VAE_OF[name], settings), Prompts(settings)
         self.null = self.prompts([NEGATIVE_PROMPT])

@@ -21,7 +21,7 @@ from wan.captioner.internvl import SYSTEM, native_config, native_tensors
 from wan.denoiser import model as denoiser
 from wan.text import umt5 as text_encoder
 from wan.vae import vae
-from wan.weights.checkpoint import Shape, Weights
+from wan.weights.tensors import Shape, Weights
 
 VAES = {
     "vae21": Vae(z_dim=16, dim=16, decoder_dim=16, nested=False, multiples=(1, 2, 2, 2)),

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
+from wan.device.watch import Ended, is_collective
 from wan.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,6 +120,23 @@ def serve_main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+def batch_main(argv: Sequence[str] | None = None) -> int:
+    """`generate_batch.py`: returns the exit code."""
+
+    def command(given: Sequence[str] | None) -> None:
+        settings = _settings("batch", given)
+        from wan.batch.run import make_batch
+
+        try:
+            make_batch(settings)
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise UserError('a batch needs Ray: in your clone, pip install -e ".[cluster]"') from error
+
+    return run(command, argv)
+
+
 def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
     """What the flags say. Each import comes after what the one before it can refuse."""
     from wan.commands.flags import parse
@@ -153,16 +171,19 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
     lines = Lines()
     logging.root.addHandler(lines)
     first = os.environ.get("RANK", "0") in ("", "0")
+    stopped: list[int] = []
     if not first:
         lines.setLevel(logging.ERROR)
     try:
-        with _stopping():
+        with _stopping(stopped):
             command(argv)
         return OK
     except UserError as error:
         if first:
             return _fail(error.marked)
-        # what is wrong for all processes the first one says, and then the launcher ends this one
+        if isinstance(error, Ended):
+            return USER
+        # what is wrong for all processes the first one says, and then it or the launcher ends this one
         time.sleep(OTHERS_WAIT)
         return _fail(f"process {os.environ['RANK']} on {platform.node()}: {error.marked}")
     except OSError as error:
@@ -171,11 +192,13 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free space or choose another folder" if full else "look at the disk, or choose another folder"
         return _fail(f"{error.strerror}: {error.filename or 'while writing'}; {advice}")
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         if first:
             print("interrupted", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+        return 128 + (stopped[-1] if stopped else signal.SIGINT)
     except RuntimeError as error:
+        if not first and is_collective(error):
+            return USER  # its cause is in another process, which is told of there
         if not _out_of_memory(error):
             raise
         # outside of a clip, whose own line says what the estimate found
@@ -186,10 +209,14 @@ def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | N
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop as Ctrl-C does, which joins what is finished; one that is ignored (nohup) stays so."""
+def _stopping(stopped: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP stop as Ctrl-C does, which joins what is finished; one that is ignored (nohup) stays so.
+
+    `stopped` gets their numbers: a library, as Ray does, may raise another KeyboardInterrupt in place of this one.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
         raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals

@@ -18,15 +18,9 @@ from wan.files import readable
 from wan.options import EXPERT_OF_DIT, PART_OF_FILE
 from wan.text.umt5 import TextEncoder
 from wan.vae.vae import WanVAE
-from wan.weights.checkpoint import (
-    Weights,
-    experts_named,
-    has_vocabulary,
-    kind_of,
-    open_denoiser,
-    open_part,
-    stored_types,
-)
+from wan.weights.checkpoint import kind_of
+from wan.weights.single_file import experts_named, has_vocabulary, open_denoiser, open_part
+from wan.weights.tensors import Weights, stored_types
 
 HIGH, LOW = "high_noise_model", "low_noise_model"
 # ComfyUI's folders of a part, and where checkpoints lie that hold several parts.

@@ -25,12 +25,13 @@ from wan.configs import ModelConfig
 from wan.detail import heard_by
 from wan.device.hardware import parse_device
 from wan.errors import UserError
-from wan.footage import FramesInMemory, VideoFile, choose_anchor
+from wan.footage import ChangedEnd, FramesInMemory, VideoFile, choose_anchor
+from wan.handoff import check_program, hand_off
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
 from wan.pipeline import Pipeline, Stopwatch, detail_to, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
-from wan.settings import Context, LoraFile, check_end_image
+from wan.settings import Context, LoraFile, check_end_image, check_motion_amplitude
 from wan.types import (
     Clip,
     Footage,
@@ -81,11 +82,15 @@ class Draft(Protocol):
     def prompt(self) -> ClipPrompt | None:
         """The prompt that its candidates are made with, None before the first of them is sampled."""
 
+    @property
+    def handed(self) -> Tensor | None:
+        """The known frames of its candidates [n, H, W, 3] as a program has left them, None before that."""
+
     def find(self, seed: int) -> Sampled | None:
         """What sampling the candidate with this seed came to, None for one that is to be sampled."""
 
-    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt) -> None:
-        """Keep what sampling came to."""
+    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt, handed: Tensor | None) -> None:
+        """Keep what sampling came to, and what it began with."""
 
 
 class VideoContinuation(Pipeline):
@@ -188,6 +193,7 @@ class VideoContinuation(Pipeline):
         end: Frame | None = None,
         loras: Loras = (),
         prompt_mode: str = "describe",
+        motion_amplitude: float = 1.0,
         drift_correction: float = 0.0,
         best_of: int = 1,
     ) -> tuple[Tensor, str]:
@@ -221,9 +227,13 @@ class VideoContinuation(Pipeline):
             end=end,
             loras=loras,
             prompt_mode=prompt_mode,
+            motion_amplitude=motion_amplitude,
             drift_correction=drift_correction,
             best_of=best_of,
         )
+        if not self.team.is_first:
+            self.follow(len(plan.candidates))
+            return None, None  # type: ignore[return-value]  # in other processes than that of rank 0, as in Wan2.2
         made = self.extend(footage, draw_seed(seed), plan, on_step)
         return made.video, made.request.prompt
 
@@ -258,6 +268,10 @@ class VideoContinuation(Pipeline):
         prefix: str = "",
         prompt_mode: str = "describe",
         num_segments: int = 8,
+        motion_amplitude: float = 1.0,
+        discard: int = 0,
+        handoff: str | None = None,
+        fade: int = 0,
         drift_correction: float = 0.0,
         best_of: int = 1,
         keeps_takes: bool = False,
@@ -300,6 +314,10 @@ class VideoContinuation(Pipeline):
             prefix=prefix,
             prompt_mode=prompt_mode,
             num_segments=num_segments,
+            motion_amplitude=motion_amplitude,
+            discard=discard,
+            handoff=handoff,
+            fade=fade,
             drift_correction=drift_correction,
             best_of=best_of,
             keeps_takes=keeps_takes,
@@ -308,6 +326,8 @@ class VideoContinuation(Pipeline):
             number=number,
             count=count,
         )
+        if handoff is not None:
+            check_program(handoff)
         self.check(plan)
         return plan
 
@@ -329,7 +349,8 @@ class VideoContinuation(Pipeline):
         if plan.context.mode == "svi2pro" and not two_experts:
             raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {self.config.name}")
         if plan.end is not None:
-            check_end_image(self.config)
+            check_end_image(self.config, plan.geometry.frames, plan.leading, plan.context.mode)
+        check_motion_amplitude(plan.motion_amplitude, self.config, plan.context.mode)
         if plan.cut is True and two_experts:
             raise UserError("cut: true makes a clip of text alone, which I2V-A14B cannot; give a picture to cut to")
         if plan.cut is True and plan.prompt is None:
@@ -397,6 +418,7 @@ class VideoContinuation(Pipeline):
         if on_step is not None:
             on_step(Step(0, plan.sampling.steps, "prompt", prompt=prompt.text))
         caption = {"caption": prompt.seconds} if plan.described else {}
+        start, handed = self.hand_off(footage, plan, None if draft is None else draft.handed)
 
         def finish(made: Generation, seconds: Mapping[str, float], **notes: Any) -> Generation:
             return dataclasses.replace(
@@ -405,12 +427,15 @@ class VideoContinuation(Pipeline):
                 dropped=plan.dropped,
                 context_frames=plan.context.frames,
                 prompt_memory=prompt.memory,
+                handed=handed,
                 notes=dict(prompt.notes) | dict(made.notes) | notes,
             )
 
         seconds, candidates, kept = Counter[str](), [], None
         for number in plan.candidates:
-            made = self._candidate(footage, prompt, seed + (number - 1) * CANDIDATE_STEP, plan, on_step, draft)
+            candidate_seed = seed + (number - 1) * CANDIDATE_STEP
+            made = self._candidate(start, prompt, candidate_seed, plan, on_step, draft, handed)
+            made = dataclasses.replace(made, score_seam=self.score_seam_later(footage, made, plan))
             seconds.update(made.seconds)
             if on_take is not None and plan.keeps_takes:
                 on_take(number, finish(made, made.seconds))
@@ -430,12 +455,22 @@ class VideoContinuation(Pipeline):
         plan: Plan,
         on_step: OnStep | None,
         draft: Draft | None,
+        handed: Tensor | None,
     ) -> Generation:
         steps = plan.sampling.steps
         watch = Stopwatch(self.device, steps, on_step)
         with watch.stage("prepare"):
             known = self.known(footage, plan)
-        request = Request(prompt.text, plan.negative, known, plan.geometry, plan.sampling, seed, plan.loras)
+        request = Request(
+            prompt.text,
+            plan.negative,
+            known,
+            plan.geometry,
+            plan.sampling,
+            seed,
+            plan.loras,
+            plan.motion_amplitude,
+        )
         # of the whole chain, so that a run that goes on with it computes with the same kernels
         made = self.run(
             request,
@@ -443,8 +478,13 @@ class VideoContinuation(Pipeline):
             on_step=on_step,
             clips=plan.count * plan.best_of,
             sampled=None if draft is None else draft.find(seed),
-            on_sampled=None if draft is None else lambda sampled: draft.keep(seed, sampled, prompt),
+            on_sampled=None if draft is None else lambda sampled: draft.keep(seed, sampled, prompt, handed),
         )
+        if plan.discard:
+            kept = len(made.clip.frames) - plan.discard
+            cells = plan.discard // self.config.vae_stride[0]
+            clip = Clip(made.clip.frames[:kept], made.clip.fps)
+            made = dataclasses.replace(made, clip=clip, latents=made.latents[:, :-cells])
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
             correcting = Stopwatch(self.device, steps, on_step, done=steps)
             with correcting.stage("correct"):
@@ -452,26 +492,45 @@ class VideoContinuation(Pipeline):
                 frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
             made = dataclasses.replace(made, seconds=dict(made.seconds) | correcting.seconds)
-        seconds = watch.seconds | dict(made.seconds)
-        return dataclasses.replace(made, seconds=seconds, score_seam=self.score_seam_later(footage, made, plan))
+        return dataclasses.replace(made, seconds=watch.seconds | dict(made.seconds))
+
+    def hand_off(self, footage: Footage, plan: Plan, handed: Tensor | None) -> tuple[Footage, Tensor | None]:
+        """What the clip starts from, and its known frames [n, H, W, 3] where the plan's command has seen them.
+
+        `handed` are those frames where they are known already. Raises UserError where the command fails.
+        """
+        if plan.handoff is None or plan.is_cut:
+            return footage, None
+        tail = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
+        if plan.context.frames == 1:
+            last = self.frame_for(footage.last, plan.geometry.width, plan.geometry.height)
+            tail = torch.cat([tail[:-1], last.permute(1, 2, 0)[None]])  # as it would be known without this
+        # svi2pro knows the last latent frame, which is encoded from all of these
+        known = tail if plan.context.mode == "svi2pro" else tail[-plan.context.frames :]
+        if handed is None:
+            handed = hand_off(plan.handoff, known)
+        if torch.equal(handed, known):
+            return footage, handed
+        return ChangedEnd(footage, torch.cat([tail[: len(tail) - len(handed)], handed])), handed
 
     def known(self, footage: Footage, plan: Plan) -> KnownFrames:
         """What the clip is conditioned on."""
         size = plan.geometry.width, plan.geometry.height
         end = None if plan.end is None else self.frame_for(plan.end, *size)
         if plan.cut is True:
-            return KnownFrames()
+            return KnownFrames(end=end)
         if plan.cut is not None and plan.cut is not False:
             picture = self.frame_for(plan.cut, *size)
             # the first clip of a shot has an anchor and no motion yet (source: Stable Video Infinity 2.0 Pro)
-            return KnownFrames(anchor=picture) if plan.context.mode == "svi2pro" else KnownFrames((picture,), end)
+            is_svi = plan.context.mode == "svi2pro"
+            return KnownFrames(end=end, anchor=picture) if is_svi else KnownFrames((picture,), end)
         if plan.context.mode == "svi2pro":
             assert plan.anchor is not None
             anchor = self.frame_for(plan.anchor, *size)
             if footage.motion is not None:
-                return KnownFrames(anchor=anchor, motion=footage.motion)
+                return KnownFrames(end=end, anchor=anchor, motion=footage.motion)
             tail = self.pictures(footage, LONGEST_CONTEXT, plan)
-            return KnownFrames(tail[(len(tail) - 1) % 4 :], anchor=anchor)
+            return KnownFrames(tail[(len(tail) - 1) % 4 :], end, anchor)
         if plan.context.frames == 1:
             return KnownFrames((self.frame_for(footage.last, *size),), end)
         return KnownFrames(self.pictures(footage, plan.context.frames, plan), end)

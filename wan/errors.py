@@ -24,6 +24,10 @@ class UserError(Exception):
         return spell(self.marked, str)
 
 
+class InUse(UserError):
+    """Somebody else is at work there, and later may not be."""
+
+
 def spell(message: str, spelling: Callable[[str], str]) -> str:
     """The message with each setting in backquotes as `spelling` writes its name."""
     return _SETTING.sub(lambda found: spelling(found[1]), message)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def sampled_digest(path: Path) -> str:
             opened.seek(start)
             digest.update(opened.read(block))
     return digest.hexdigest()[:16]
+
+
+def numbered(name: str) -> Iterator[str]:
+    """The name, then the same with _2, _3 and so on after it, to choose the first that is free."""
+    return itertools.chain((name,), (f"{name}_{number}" for number in itertools.count(2)))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

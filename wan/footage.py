@@ -79,6 +79,23 @@ class FramesInMemory:
         return self.frames[[number for number in numbers if number >= 0]]
 
 
+class ChangedEnd:
+    """Footage whose last frames were changed since it was made: float32 [n, H, W, 3] in [-1, 1], all that is asked for.
+
+    What a captioner sees of it is as it was, and its latents are not known.
+    """
+
+    def __init__(self, footage: Footage, frames: Tensor) -> None:
+        self.frames = frames
+        self.samples = footage.samples
+        self.last: Frame = frames[-1].permute(2, 0, 1).contiguous()
+        self.motion: Tensor | None = None
+
+    def tail(self, count: int, fps: Fraction) -> Tensor:
+        """The last frames, up to `count` and no more than there are."""
+        return self.frames[-count:].clone()
+
+
 def choose_anchor(footage: Footage) -> Frame:
     """The sharpest frame from between three seconds and one second before the end, or the first of shorter footage."""
     frames = footage.samples(13, 3.0)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
 from wan.device.placement import Placement
-from wan.errors import UserError
 from wan.pictures import as_shown
 from wan.pipeline import TwoExperts, draw_seed
 from wan.sizes import continued_size, official_size
@@ -73,7 +72,7 @@ class WanI2V(TwoExperts):
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
-        return self.run(request, offload=offload_model, on_step=on_step).video
+        return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
 
     def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
         """The size of a continuation of a width x height video -> (width, height)."""
@@ -90,8 +89,6 @@ class WanI2V(TwoExperts):
         known, (frames, height, width) = request.known, request.geometry.size
         leading = [preprocess(frame, width, height) for frame in known.leading]
         if known.anchor is not None:
-            if known.end is not None:
-                raise UserError("a clip with an anchor picture takes no end image")
             anchor = self.encode_frames(preprocess(known.anchor, width, height)[:, None], placement)
             if known.motion is not None:
                 motion = known.motion.to(anchor)
@@ -99,13 +96,18 @@ class WanI2V(TwoExperts):
                 motion = self.encode_frames(torch.stack(leading, dim=1), placement)[:, -1:]
             else:
                 motion = anchor[:, :0]
-            return ImageChannels.from_anchor(anchor, motion, noise.shape[1])
+            end = None
+            if known.end is not None:
+                end = self.encode_frames(preprocess(known.end, width, height)[:, None], placement)
+            return ImageChannels.from_anchor(anchor, motion, noise.shape[1], end)
         pixels = torch.zeros(3, frames, height, width, device=self.device)
         pixels[:, : len(leading)] = torch.stack(leading, dim=1).to(self.device)
         if known.end is not None:
             pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
         latents = self.encode_frames(pixels, placement)
-        channels = ImageChannels.from_latents(latents, len(leading), end=known.end is not None)
+        channels = ImageChannels.from_latents(
+            latents, len(leading), end=known.end is not None, amplitude=request.motion_amplitude
+        )
         if len(leading) == 1:
             return channels
         # the VAE is causal: these are the latents of the known frames alone

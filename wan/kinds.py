@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from numbers import Integral
 from numbers import Real as Number
@@ -122,8 +123,47 @@ class Picture(Local):
 
 
 @dataclass(frozen=True)
+class Pictures(Local):
+    """A folder of picture files."""
+
+
+@dataclass(frozen=True)
 class Cut(Picture):
     """A picture file, or True for a shot of text alone."""
+
+
+FRAMES = "{frames}"
+
+
+def words_in(command: str) -> list[str]:
+    """The words of a command line as this system reads it: on Windows a backslash is a letter like any other."""
+    if os.name == "nt":
+        return [word.strip('"') for word in shlex.split(command, posix=False)]
+    return shlex.split(command)
+
+
+@dataclass(frozen=True)
+class Program(Words):
+    """A command line of this machine, in which {frames} stands for a folder of pictures."""
+
+    @property
+    def local(self) -> bool:
+        return True
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if FRAMES not in value:
+            raise Unfit(f"must hold {FRAMES}, for the folder of the pictures: restore.sh {FRAMES}, say")
+        try:
+            words = words_in(value)
+        except ValueError as error:
+            raise Unfit(f"cannot be taken apart: {error}") from error
+        if FRAMES in words[0] or "\0" in value:
+            raise Unfit("must begin with a program, and hold no zero byte")
+
+    def public(self, value: Any) -> Any:
+        """Only the program: what it is told may be secret."""
+        return value and f"{os.path.basename(words_in(value)[0])} {FRAMES}"
 
 
 @dataclass(frozen=True)
@@ -446,6 +486,34 @@ class Files(Local):
 
     def public(self, value: Any) -> Any:
         return [public_path(file) for file in value]
+
+
+def read_plain(kind: Kind, value: Any) -> Any:
+    """What a value means as JSON, a form or a cell of a table writes it. Raises Unfit."""
+    is_text = type(kind) is Kind or (isinstance(kind, Words | Local) and not isinstance(kind, Files))
+    if isinstance(value, str):
+        if isinstance(kind, Size):
+            value = value.replace("x", "*")
+        if isinstance(kind, Interval):
+            value = tuple(Real().read(word) for word in value.replace(",", " ").split())
+        elif isinstance(kind, Switch):
+            value = {"true": True, "on": True, "false": False, "off": False}.get(value.lower(), value)
+        elif isinstance(kind, TakeOf):
+            value = kind.read(value.split())
+        elif isinstance(kind, PromptFor):
+            raise Unfit("must be pairs of a clip and its prompt")
+        elif isinstance(kind, Files):
+            value = (value,)
+        elif type(kind) is not Kind:
+            value = kind.read(value)
+    elif isinstance(value, dict) or is_text:
+        raise Unfit("must be text" if is_text else "must be a plain value")
+    elif isinstance(value, list):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    elif isinstance(kind, Guidance) and _is_number(value):
+        value = (value, value)
+    kind.check(value)
+    return value
 
 
 def _bytes(text: str) -> int:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from wan.configs import ModelConfig
-from wan.denoiser.lora import LoraMatch, OpenedLora, merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import LoraMatch, OpenedLora, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.host_budget import HostPlan
+from wan.device.parallel import Group
 from wan.device.placement import move_home
 from wan.errors import UserError
 from wan.options import EXPERT_OF_LORA
@@ -161,32 +163,38 @@ def loaders(
     device: torch.device,
     load_device: torch.device,
     convert_model_dtype: bool,
+    shards: Callable[[str], Group | None] = lambda name: None,
 ) -> dict[str, Callable[[bool], Any]]:
     """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
 
     Each is called with whether weights may stay mapped from their files.
 
-    Weights that `config` wants in 8 bits are rounded on `device`.
+    Weights that `config` wants in 8 bits are rounded on `device`. `shards`, asked when a model loads, are the processes
+    of which each keeps a slice of it on `device`.
     """
     cpu = torch.device("cpu")
 
     def text_encoder(mapped: bool) -> TextEncoder:
         weights, dtype = checkpoint.text_encoder, config.t5_dtype
-        return TextEncoder.from_weights(weights, tokenizer, dtype=dtype, device=cpu, mapped=mapped)
+        group = shards("text_encoder")
+        home = cpu if group is None else device
+        return TextEncoder.from_weights(weights, tokenizer, dtype=dtype, device=home, mapped=mapped, shards=group)
 
     def vae(mapped: bool) -> WanVAE:
         mean, std = config.vae_mean, config.vae_std
         return vae_class.from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
 
     def expert(name: str, mapped: bool) -> WanModel:
+        group = shards(name)
         return WanModel.from_weights(
             checkpoint.experts[name],
             dtype=config.param_dtype,
-            device=load_device,
+            device=load_device if group is None else device,
             convert_model_dtype=convert_model_dtype,
             low_precision=config.low_precision,
             rounded_on=device,
             mapped=mapped,
+            shards=group,
         )
 
     experts = {name: functools.partial(expert, name) for name in checkpoint.experts}

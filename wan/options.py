@@ -34,6 +34,8 @@ from wan.kinds import (
     Name,
     Output,
     Picture,
+    Pictures,
+    Program,
     PromptFor,
     Real,
     Seed,
@@ -55,6 +57,7 @@ CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block":
 CONTINUATIONS = ("last_frame", "tail", "svi2pro")
 CONTEXTS = (1, 5, 9, 13, 17)  # pixel frames of the clip before that a continuation can be conditioned on
 LONGEST_CONTEXT = CONTEXTS[-1]
+DISCARDS = (0, 4, 8, 12, 16, 20, 24)  # pixel frames; a latent frame holds four
 PROMPT_MODES = ("describe", "continue")
 PRECISIONS = ("bf16", "fp8", "fp8_attention")
 READERS = ("auto", "pyav", "decord")
@@ -64,10 +67,10 @@ V2V_TASKS = ("v2v-14B", "v2v-5B")
 QUESTION = "Describe this video in detail."
 CANDIDATE_STEP = 1_000_000  # from one candidate's seed to the next's: past the seeds of any chain
 
-Command = Literal["generate", "continuous", "serve"]
+Command = Literal["generate", "continuous", "serve", "batch"]
 BOTH: tuple[Command, ...] = ("generate", "continuous")
 
-INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
+INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER, BATCH = GROUPS = (
     "Input",
     "Prompt and captions",
     "Sampling",
@@ -76,13 +79,22 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER = GROUPS = (
     "Weights and LoRAs",
     "Output",
     "Server",
+    "Batch",
 )
 # Flags of a chain that a server does not take: those of one video, and of several GPUs.
 NOT_SERVED = frozenset(
     (
-        *("video", "from_", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
-        *("end_image", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock", "preview"),
-        *("keep_state", "prune", "ulysses_size", "cfg_size", "collective_timeout", "t5_fsdp", "dit_fsdp"),
+        *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
+        *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
+        *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
+        *("t5_fsdp", "dit_fsdp"),
+    )
+)
+# Those that a batch does not take: of one video, of a person who looks on, and of how its processes are started.
+NOT_BATCHED = frozenset(
+    (
+        *("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),
+        *("t5_fsdp", "dit_fsdp"),
     )
 )
 
@@ -93,7 +105,8 @@ class Option:
 
     `help` and `unset`, which says what None means, have other settings in backquotes. `flag` is False for one that
     only a storyboard sets. `scene` is its key in a storyboard, "" where that may not say it; `client` whether a remote
-    client may. `record` is its key in a clip's record, "" where it is not there, and `was` that of 0.1.0's records.
+    client may; `row` whether a row of a batch may, as it may all that a client may. `record` is its key in a clip's
+    record, "" where it is not there, and `was` that of 0.1.0's records.
     `fingerprint` are the keys that it is in; `same` says why it is in none. `continues`: it means nothing unless a
     video is continued.
     """
@@ -109,6 +122,7 @@ class Option:
     flag: bool = True
     scene: str = ""
     client: bool = False
+    row: bool = False
     record: str = ""
     was: str = ""
     fingerprint: tuple[str, ...] = ()
@@ -130,8 +144,9 @@ class Option:
 
     @property
     def setters(self) -> frozenset[str]:
-        """Who may set it: "command line", "storyboard", "client"."""
+        """Who may set it: "command line", "storyboard", "client", "row"."""
         may = {"command line": self.flag, "storyboard": bool(self.scene), "client": self.client}
+        may["row"] = self.flag and (self.client or self.row)
         return frozenset(who for who, allowed in may.items() if allowed)
 
 
@@ -155,6 +170,7 @@ _ALONE = "a lone clip has no fingerprint"
 _ORDER = "it says which clips are made, not how one is made"
 _SHOWN = "clips are made alike, however they are shown or joined"
 _SERVED = "clips are made alike, whoever asks for them"
+_BATCHED = "clips are made alike, whichever worker makes them"
 _FASTER = "the result is the same"
 _DIT = "a .gguf or .safetensors denoiser in place of the folder's"
 
@@ -170,10 +186,11 @@ class Settings:
     # Input
     task: str | None = option(
         INPUT, Choice(None, tuple(WAN_CONFIGS)), "which model, and what to make with it",
-        unset="chosen by `ckpt_dir` and the inputs", fingerprint="task", record=True,
+        unset="chosen by `ckpt_dir` and the inputs", row=True, fingerprint="task", record=True,
     )
     video: str | None = option(
-        INPUT, Video("FILE"), "the video to continue", unset="none", required=("continuous",), fingerprint="parent",
+        INPUT, Video("FILE"), "the video to continue", unset="none", required=("continuous",), row=True,
+        fingerprint="parent",
     )
     image: str | None = option(
         INPUT, Picture("FILE"), "the first frame (i2v-A14B, ti2v-5B)", unset="none", only=("generate",), same=_ALONE,
@@ -182,6 +199,10 @@ class Settings:
         INPUT, Real("SECONDS", 0, 1e6, "; no video is that long", above=True),
         "take the video to end at this time, and continue from there",
         unset="its end", client=True, fingerprint="parent", record=True, continues=True,
+    )
+    until: str | None = option(
+        INPUT, Video("FILE"), "a video that the last clip leads into; the joined one holds both and their sound",
+        unset="none", only=("continuous",), row=True, fingerprint="end_image", continues=True,
     )
     size: str | None = option(
         INPUT, Size("W*H"), "the area to fill, as width*height; the aspect is the input's",
@@ -203,7 +224,7 @@ class Settings:
     )
     storyboard: str | None = option(
         INPUT, Local("FILE"), "what is different in which clip: YAML, JSON or text", unset="none",
-        only=("continuous",), same="what it says is in the settings of each clip",
+        only=("continuous",), row=True, same="what it says is in the settings of each clip",
     )
     name: str | None = option(
         INPUT, Name("NAME"), "the clip's name, by which it is the same clip wherever it stands", unset="none",
@@ -212,7 +233,7 @@ class Settings:
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
-        unset="the storyboard's, or 12",
+        unset="as many as `storyboard` or `end_images` has, or 1 with `until`, or 12",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -237,11 +258,11 @@ class Settings:
     vlm_path: str | None = option(
         PROMPT, Local("DIR"), "InternVL folder or hub id (owner/name@COMMIT), or the endpoint's model",
         unset="InternVL3_5-8B in `ckpt_dir` or next to it, else from the hub",
-        fingerprint="vlm", record=True, was="vlm", continues=True,
+        row=True, fingerprint="vlm", record=True, was="vlm", continues=True,
     )
     vlm_url: str | None = option(
         PROMPT, Address("URL"), "describe with an OpenAI-compatible endpoint instead of a local VLM",
-        unset="none", fingerprint="vlm", record=True, continues=True,
+        unset="none", row=True, fingerprint="vlm", record=True, continues=True,
     )
     vlm_question: str = option(
         PROMPT, Words("TEXT"), "what the VLM is asked", QUESTION,
@@ -257,7 +278,7 @@ class Settings:
     )
     video_reader: str = option(
         PROMPT, Choice(None, READERS), "the library that reads the VLM's frames", "auto",
-        fingerprint="video_reader", record=True, continues=True,
+        row=True, fingerprint="video_reader", record=True, continues=True,
     )
     vlm_device: str | None = option(
         PROMPT, Local("DEVICE"), "where the VLM runs, for instance cuda:1", unset="with the model",
@@ -304,7 +325,7 @@ class Settings:
     continuation: str | None = option(
         CONTINUITY, Choice(None, CONTINUATIONS), "which frames of the clip before a clip starts from",
         unset="last_frame; tail with more than one of `context_frames`",
-        client=True, fingerprint="continuation", record=True, continues=True,
+        scene="continuation", client=True, fingerprint="continuation", record=True, continues=True,
     )
     context_frames: int | None = option(
         CONTINUITY, Among("K", numbers=CONTEXTS),
@@ -314,15 +335,34 @@ class Settings:
     )
     anchor_image: str | None = option(
         CONTINUITY, Picture("FILE"), "the picture that svi2pro holds on to", unset="a sharp one from before the end",
-        fingerprint="anchor", continues=True,
+        scene="anchor", row=True, fingerprint="anchor", continues=True,
     )
     end_image: str | None = option(
-        CONTINUITY, Picture("FILE"), "the last frame (of the last clip); A14B", unset="none",
-        scene="end_image", fingerprint="end_image", record=True,
+        CONTINUITY, Picture("FILE"), "the last frame (of the last clip)", unset="none",
+        scene="end_image", row=True, fingerprint="end_image", record=True,
+    )
+    end_images: str | None = option(
+        CONTINUITY, Pictures("DIR"), "a folder of last frames, one for each clip in the order of their names",
+        unset="none", only=("continuous",), row=True, fingerprint="end_image", continues=True,
     )
     cut: str | bool | None = option(
         CONTINUITY, Cut("FILE"), "a new shot that starts from this picture; true: from the text alone (5B)",
         only=("continuous",), flag=False, scene="cut", fingerprint="cut", record=True, continues=True,
+    )
+    discard: int = option(
+        CONTINUITY, Among("K", numbers=DISCARDS), "leave the last K frames of each clip out before the next starts", 0,
+        only=("continuous",), scene="discard", client=True, fingerprint="discard", record=True, continues=True,
+    )
+    handoff_command: str | None = option(
+        CONTINUITY, Program("COMMAND"),
+        "a program that may change the known frames of each clip, which are PNGs in the folder {frames}",
+        unset="none", only=("continuous",), fingerprint="handoff", continues=True,
+    )
+    motion_amplitude: float = option(
+        CONTINUITY, Real("A", 1, 1.5, "; more is untried"),
+        "more motion, for LoRAs that make it slow: 1 to 1.5; A14B with last_frame or tail", 1.0,
+        unset="1: as trained",
+        scene="motion_amplitude", client=True, fingerprint="motion_amplitude", record=True,
     )
     drift_correction: float = option(
         CONTINUITY, Strength("S", 0, 1, unsaid=0.9),
@@ -379,16 +419,16 @@ class Settings:
     precision: str | None = option(
         SPEED, Choice(None, PRECISIONS),
         "number format of the denoiser's matrix products; fp8_attention: of its attention too",
-        unset="the checkpoint's, or bf16", fingerprint="config", record=True, was="low_precision",
+        unset="the checkpoint's, or bf16", row=True, fingerprint="config", record=True, was="low_precision",
     )
     vae_dtype: str | None = option(
         SPEED, Choice(None, ("float32", "float16")),
         "number format of the VAE; float16 takes half of the time and memory, at about 60 dB from float32",
-        unset="float32", fingerprint="config", record=True,
+        unset="float32", row=True, fingerprint="config", record=True,
     )
     convert_model_dtype: bool = option(
         SPEED, Switch(), "round also the float32 parameters to the compute dtype", False,
-        fingerprint="convert_model_dtype", record=True,
+        row=True, fingerprint="convert_model_dtype", record=True,
     )
     compile: str = option(
         SPEED, Choice(None, ("auto", "off")), "auto: compile the denoiser where it saves time", "auto",
@@ -404,51 +444,63 @@ class Settings:
         SPEED, Count("N", 1, 2, "; guidance has two forwards"),
         "2: share guidance's two forwards between two halves of the GPUs (torchrun)", "auto", same=_FASTER,
     )
+    ring_size: int | Literal["auto"] = option(
+        SPEED, Count("N"), "share tokens among so many times as many GPUs, where heads are too few (torchrun)", "auto",
+        same=_FASTER,
+    )
     collective_timeout: float = option(
         SPEED, Real("SECONDS", 1, 1e6, "; that is 11 days"), "give up when a GPU lets the others wait so long", 600.0,
         same=_FASTER,
     )
-    t5_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
-    dit_fsdp: bool = option(SPEED, Switch(), "not supported yet", False, same=_FASTER)
+    t5_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the text encoder, and all encode together (torchrun)", False,
+        same=_FASTER,
+    )
+    dit_fsdp: bool = option(
+        SPEED, Switch(), "each GPU keeps a slice of the denoisers; a layer is whole while it is used (torchrun)", False,
+        same=_FASTER,
+    )
 
     # Weights and LoRAs
     ckpt_dir: str | None = option(
         WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
-        unset="none; needed without `comfy_dir`", fingerprint="checkpoint", record=True, was="checkpoint",
+        unset="none; needed without `comfy_dir`", row=True, fingerprint="checkpoint", record=True, was="checkpoint",
     )
     comfy_dir: str | None = option(
         WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
-        unset="none", fingerprint="checkpoint", record=True,
+        unset="none", row=True, fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
         WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
-        fingerprint="checkpoint", record=True,
+        row=True, fingerprint="checkpoint", record=True,
     )
     dit_high: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, high noise)", unset="none", fingerprint="checkpoint", record=True,
+        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, high noise)", unset="none", row=True,
+        fingerprint="checkpoint", record=True,
     )
     dit_low: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, low noise)", unset="none", fingerprint="checkpoint", record=True,
+        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, low noise)", unset="none", row=True,
+        fingerprint="checkpoint", record=True,
     )
     vae: str | None = option(
         WEIGHTS, Local("FILE"), "a .safetensors or .pth VAE in place of the folder's", unset="none",
-        fingerprint="checkpoint", record=True,
+        row=True, fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
         WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
-        fingerprint="checkpoint", record=True,
+        row=True, fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (5B); repeatable", (), unset="none",
-        scene="lora", fingerprint="loras",
+        scene="lora", row=True, fingerprint="loras",
     )
     lora_high: tuple[str, ...] = option(
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, high noise); repeatable", (), unset="none",
-        scene="lora_high", fingerprint="loras",
+        scene="lora_high", row=True, fingerprint="loras",
     )
     lora_low: tuple[str, ...] = option(
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, low noise); repeatable", (), unset="none",
-        scene="lora_low", fingerprint="loras",
+        scene="lora_low", row=True, fingerprint="loras",
     )
 
     # Output
@@ -460,8 +512,12 @@ class Settings:
         OUTPUT, Switch(), "replace `save_file` also where it was not made here", False, only=("generate",), same=_SHOWN,
     )
     output_dir: str = option(
-        OUTPUT, Output("DIR"), "folder for clips, joined video and logs", "./continuous_outputs",
-        only=("continuous",), same=_SHOWN,
+        OUTPUT, Output("DIR"), "folder for clips, joined video and logs; of a batch with {name} for that of a row",
+        "./continuous_outputs", only=("continuous",), required=("batch",), same=_SHOWN,
+    )
+    fade: int = option(
+        OUTPUT, Whole("K", 0, 100, "; that is no fade but another clip"), "cross-fade over K frames at each cut", 0,
+        only=("continuous",), scene="fade", client=True, same=_SHOWN,
     )
     include_source: bool = option(
         OUTPUT, Switch(), "begin the joined video with the source and its sound", False,
@@ -484,7 +540,7 @@ class Settings:
         OUTPUT, Choice(None, ("all", "last")),
         "which clips' frames and latents stay; last: of the last two, and none before can then be made again by itself",
         "all",
-        only=("continuous",), same=_SHOWN,
+        only=("continuous",), row=True, same=_SHOWN,
     )
     prune: str | None = option(
         OUTPUT, Output("DIR"), "do to a run's folder what `keep_state` last does, and nothing else", unset="none",
@@ -523,6 +579,42 @@ class Settings:
         SERVER, Whole("N", 1, 10**6, "; that many are months of work"),
         "how many frames one chain may ask for, with all its takes", 20_000, only=("serve",), same=_SERVED,
     )
+
+    # Batch
+    videos: str | None = option(
+        BATCH, Local("DIR|GLOB|FILE"),
+        "the videos, a chain each: a folder, a pattern, or a list in .txt, .csv, .jsonl or .yaml, whose rows may set "
+        "other things, too", unset="none", only=("batch",), required=("batch",), same=_BATCHED,
+    )
+    gpus_per_job: int = option(
+        BATCH, Whole("N", 1, 64, "; no machine has more"), "GPUs of one machine that share each chain", 1,
+        only=("batch",), same=_BATCHED,
+    )
+    workers: int | None = option(
+        BATCH, Whole("N", 1, 10_000, "; one Ray holds no more"), "how many chains are made at once",
+        unset="the GPUs by `gpus_per_job`; 1 without a GPU", only=("batch",), same=_BATCHED,
+    )
+    address: str | None = option(
+        BATCH, Local("ADDRESS"), "the Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT",
+        unset="a Ray on this machine, which is started and ended", only=("batch",), same=_BATCHED,
+    )
+    max_failures: int = option(
+        BATCH, Whole("N", 1, 1000, "; a chain that fails so often fails always"),
+        "give a chain up that has failed so often without finishing a clip", 3, only=("batch",), same=_BATCHED,
+    )
+    patience: float = option(
+        BATCH, Real("SECONDS", 1, 1e6, "; that is 11 days"),
+        "replace a worker that says nothing for so long, or takes 4 times as long for a clip as others did", 1800.0,
+        only=("batch",), same=_BATCHED,
+    )
+    skip_bad: bool = option(
+        BATCH, Switch(), "leave rows out that cannot be made, and make the others", False, only=("batch",),
+        same=_BATCHED,
+    )
+    report_dir: str | None = option(
+        BATCH, Output("DIR"), "folder for batch.html and batch.jsonl", unset="what is before {name} in `output_dir`",
+        only=("batch",), same=_BATCHED,
+    )
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -560,13 +652,19 @@ def check(name: str, value: Any) -> None:
 
 
 def options_of(command: Command) -> list[Option]:
-    """The options of a command, in the order of the table. A server takes those of a chain but not of one alone."""
-    chains = command == "serve"
+    """The options of a command, in the order of the table. A server and a batch take those of a chain but not of one
+    alone."""
+    left_out = {"serve": NOT_SERVED, "batch": NOT_BATCHED}.get(command)
     return [
         one
         for one in OPTIONS.values()
-        if command in one.only or (chains and "continuous" in one.only and one.name not in NOT_SERVED)
+        if command in one.only or (left_out is not None and "continuous" in one.only and one.name not in left_out)
     ]
+
+
+def by_row_key() -> dict[str, Option]:
+    """What a row of a batch may set, by its name there, which is that of the flag."""
+    return {one.word.removeprefix("--"): one for one in options_of("continuous") if "row" in one.setters}
 
 
 def by_scene_key() -> dict[str, Option]:

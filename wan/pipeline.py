@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from wan.device.hardware import (
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
-from wan.device.parallel import ALONE, Team
+from wan.device.parallel import ALONE, Group, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
@@ -67,13 +68,15 @@ class Pipeline(ABC):
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
-    that is too little for all models, they take turns in it and are read again. Raises UserError for a
-    checkpoint that is not whole or not the one that `config` describes.
+    that is too little for all models, they take turns in it and are read again. `use_sp`: all processes share a clip,
+    as in Wan2.2 (Ulysses); `t5_fsdp`, `dit_fsdp`: each keeps a slice of the weights. For these each calls
+    `torch.distributed.init_process_group` before, and makes the same calls, which give the video in the process of
+    rank 0 and None in the others. Raises UserError for a checkpoint that is not whole or not the one that `config`
+    describes.
     """
 
     vae_class: type[WanVAE] = Wan2_1_VAE
     team = ALONE
-    is_sampling = False  # while the processes of a team wait for each other
 
     def __init__(
         self,
@@ -94,11 +97,9 @@ class Pipeline(ABC):
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
     ) -> None:
-        if t5_fsdp or dit_fsdp or use_sp:
-            raise UserError(
-                "t5_fsdp, dit_fsdp and use_sp are not supported yet; several GPUs share a clip after `Pipeline.join`"
-            )
+        _check_shards(config, vram, t5_fsdp, dit_fsdp, t5_cpu)
         self.config = config
+        self.sharded = {"text_encoder"} if t5_fsdp else set[str]()
         self.device = main_device(device_id)
         self.text_device = torch.device("cpu") if t5_cpu else self.device
         self.convert_model_dtype = convert_model_dtype
@@ -119,6 +120,8 @@ class Pipeline(ABC):
             names=Names.of(config),
             files=files | parts,
         )
+        if dit_fsdp:
+            self.sharded |= self.checkpoint.experts.keys()
         for weights in self.checkpoint.experts.values():
             if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
                 WanModel.check(weights)
@@ -136,8 +139,12 @@ class Pipeline(ABC):
             # layers that come one by one wait in host memory
             load_device=torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device,
             convert_model_dtype=convert_model_dtype,
+            shards=lambda name: self.team.node if name in self.sharded else None,
         )
         self.models = Models(config.name, self.checkpoint, load)
+        if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
+            world = world_met(rank, self.device.index or 0)
+            self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
 
     def close(self) -> None:
         """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
@@ -157,25 +164,37 @@ class Pipeline(ABC):
         *,
         cfg: int | None = None,
         ulysses: int | None = None,
+        ring: int | None = None,
         timeout: float = 600.0,
     ) -> None:
         """Make clips together with the other processes of a launcher, each of which calls this, too.
 
-        `cfg` and `ulysses` are the sizes of `choose_sizes` where they are given, `guided` the share of steps that have
-        guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
+        `cfg`, `ulysses` and `ring` are the sizes of `choose_sizes` where they are given, `guided` the share of steps
+        that have guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
         Raises UserError.
         """
-        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses)
+        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
         self.team = Team.start(world, sizes, self.device, timeout)
-        self.budget = dataclasses.replace(self.budget, token_ranks=sizes.ulysses)
+        shards = 1 if self.team.node is None else self.team.node.size
+        self.budget = dataclasses.replace(
+            self.budget,
+            token_ranks=sizes.tokens,
+            dit_shards=shards if self.sharded - {"text_encoder"} else 1,
+            t5_shards=shards if "text_encoder" in self.sharded else 1,
+        )
+        self.host = dataclasses.replace(self.host, elsewhere=frozenset(self.sharded))
 
-    def follow(self) -> None:
-        """In all processes but the first: make this one's share of each clip, until that one calls `release`."""
-        while (call := self.team.hear()) is not None:
+    def follow(self, count: int | None = None) -> None:
+        """In all processes but the first: make this one's share of `count` clips, or until that one calls `release`."""
+        for _ in itertools.count() if count is None else range(count):
+            if (call := self.team.hear()) is None:
+                return
             budget = self.budget.for_clip(call.request.geometry, call.offload)
             self.models.live_by(call.host)
             placements = self._placements(call.request, budget, call.offload, call.host.mapped)
-            self._sample(call.request, placements, Stopwatch(self.device, call.request.sampling.steps), call.clips)
+            watch = Stopwatch(self.device, call.request.sampling.steps)
+            sampled = self._sample(call.request, placements, watch, call.clips)
+            self._decode(sampled.latents, placements, self.team.all_)
 
     def release(self) -> None:
         """In the first process: let the others go."""
@@ -272,6 +291,13 @@ class Pipeline(ABC):
                 "those of lightx2v's Wan2.2-Distill-Loras or Wan2.2-Lightning; or a distilled model with `dit`"
             )
 
+    def video(self, request: Request, *, offload: bool, on_step: OnStep | None) -> Any:
+        """Make one clip -> its video float32 [3, T, H, W]; None in all processes of a team but the first."""
+        if self.team.is_first:
+            return self.run(request, offload=offload, on_step=on_step).video
+        self.follow(1)
+        return None
+
     def run(
         self,
         request: Request,
@@ -323,18 +349,16 @@ class Pipeline(ABC):
         placements = self._placements(request, budget, offload, host.mapped)
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
+        group = None if sampled is not None else self.team.all_
         if sampled is None:
             # pictures are encoded here and sent as latents
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
-            self.is_sampling = True
             sampled = self._sample(request, placements, watch, clips)
-            self.is_sampling = False
             if on_sampled is not None:
                 with watch.stage("keep"):
                     on_sampled(sampled)
-        with watch.stage("decode"), placements("decoding").on_device(self.vae):
-            latents = sampled.latents.to(self.device)
-            pixels = self.vae.decode([latents], home=torch.device("cpu"))[0]
+        with watch.stage("decode"):
+            pixels = self._decode(sampled.latents, placements, group)
             finite = is_finite(pixels)
         if not finite:
             of_half = (
@@ -345,6 +369,11 @@ class Pipeline(ABC):
         peaks = [peak for peak in (sampled.peak_gib, peak_gib(self.device)) if peak is not None]
         seconds = dict(sampled.seconds) | watch.seconds
         return Generation(clip, sampled.latents, request, seconds, max(peaks, default=None), notes=sampled.notes)
+
+    def _decode(self, latents: Tensor, placements: Callable[[str], Placement], group: Group | None) -> Tensor:
+        """Latents [z, F, h, w] -> pixels [3, T, H, W] in host memory, in the first process of a `group`."""
+        with placements("decoding").on_device(self.vae):
+            return self.vae.decode([latents.to(self.device)], home=torch.device("cpu"), group=group)[0]
 
     def _placements(
         self, request: Request, budget: MemoryBudget, offload: bool, mapped: bool
@@ -357,9 +386,12 @@ class Pipeline(ABC):
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
         with watch.stage("text"):
-            context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
+            if "text_encoder" in self.sharded:  # all encode together
+                context = self._encode_text(request, placements("text"))
+            else:
+                context = self.team.share(lambda: self._encode_text(request, placements("text")), self.device)
         with watch.stage("encode"):
-            noise, condition = self.team.share(lambda: self._begin(request, placements("encoding")), self.device)
+            noise, condition = self._begin(request, placements("encoding"))
         with watch.stage("load"):
             experts = self.experts(request.sampling.guidance)
             self.models.merge_loras(request.loras)
@@ -412,11 +444,21 @@ class Pipeline(ABC):
         """Let a denoiser run on what is fastest for so many forwards, with the same results."""
         use_fastest_attention(model, tokens, forwards, self.device, self.team)
         if self.compile_blocks:
-            compile_where_it_pays(model, tokens // self.team.sizes.ulysses, forwards, self.device)
+            compile_where_it_pays(model, tokens // self.team.sizes.tokens, forwards, self.device)
 
     def _begin(self, request: Request, placement: Placement) -> tuple[Tensor, Condition]:
-        noise = self.noise(request)
-        return noise, self.condition(request, noise, placement)
+        """The initial latents and what is known, of the first process in all; they encode its pictures together."""
+
+        def make() -> tuple[Tensor, Condition]:
+            noise = self.noise(request)
+            return noise, self.condition(request, noise, placement)
+
+        if self.team.is_first:
+            return self.team.share(make)
+        while isinstance(heard := self.team.hear(self.device), _Pictures):
+            self._encode(torch.empty(heard.shape, device=self.device), placement)
+        noise, condition = heard
+        return noise, condition
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""
@@ -436,8 +478,21 @@ class Pipeline(ABC):
 
     def encode_frames(self, frames: Tensor, placement: Placement) -> Tensor:
         """Pixels [3, T, H, W] in [-1, 1] -> normalised latents [z, F, h, w] on the device."""
+        self.team.tell(_Pictures(frames.shape))
+        return self._encode(frames.to(self.device, torch.float32).contiguous(), placement)
+
+    def _encode(self, frames: Tensor, placement: Placement) -> Tensor:
+        """The same, of the first process's pixels on the device, by all."""
+        self.team.send(frames)
         with placement.on_device(self.vae):
-            return self.vae.encode([frames.to(self.device)])[0]
+            return self.vae.encode([frames], group=self.team.all_)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """That pixels of this shape are encoded next."""
+
+    shape: torch.Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,6 +506,20 @@ class _Call:
     offload: bool
     clips: int
     host: HostPlan
+
+
+def _check_shards(config: ModelConfig, vram: float | str | None, t5: bool, dit: bool, t5_cpu: bool) -> None:
+    """Raise UserError for what goes with no slices of weights on each GPU."""
+    names = ["`t5_fsdp`"] * t5 + ["`dit_fsdp`"] * dit
+    if names and vram is not None:
+        raise UserError(f"{' and '.join(names)} keep weights on all GPUs, so no layers come to them: leave out `vram`")
+    if t5 and t5_cpu:
+        raise UserError("`t5_fsdp` slices the text encoder for GPUs, and `t5_cpu` runs it on the CPU: leave out one")
+    if dit and config.low_precision:
+        raise UserError(
+            f"`dit_fsdp` slices bf16 weights, and `precision` {config.low_precision} rounds whole ones: leave out one; "
+            "in 8 bits they take half of the memory"
+        )
 
 
 class OneExpert(Pipeline):

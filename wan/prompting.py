@@ -23,13 +23,13 @@ from wan.captioner import (
     refusal,
     weight_bytes,
 )
-from wan.captioner.base import Pictures
+from wan.captioner.base import Pictures, Viewer
 from wan.device.budget import GIB
 from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.quality import measure_motion
-from wan.types import Footage
+from wan.types import Footage, as_picture
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
@@ -213,6 +213,9 @@ class PromptBuilder:
                 summary, remembered = described.text, {}
                 notes = {"answers": list(described.answers)}
                 notes |= {"fallback": described.fallback} if described.fallback else {}
+            if plan.likeness is not None and isinstance(captioner := self.owner.captioner, Viewer):
+                views = [captioner.view(as_picture(frame)) for frame in (plan.likeness, footage.last)]
+                notes["identity"] = round(float(views[0] @ views[1]), 4)
         finally:
             self.owner.make_room(stays)
         prompt = compose_prompt(plan.prefix, summary, self._count_tokens, self._limit)

@@ -206,10 +206,29 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def check_end_image(config: ModelConfig) -> None:
-    """Raise UserError for a model that cannot end on a given frame."""
+def check_end_image(config: ModelConfig, frames: int, known: int = 1, mode: str = "last_frame") -> None:
+    """Raise UserError for a model that cannot end a clip of so many frames, of which `known` lead, on a given one."""
+    if config.model_type == "t2v":
+        raise UserError(f"`end_image`: {config.name} makes clips of text alone; use I2V-A14B or TI2V-5B")
+    if config.model_type == "ti2v" or mode == "svi2pro":  # it takes a latent frame, and one must be left to be made
+        fewest = 4 * ((known - 1) // 4 + 2) + 1
+        if frames < fewest:
+            raise UserError(
+                f"`end_image`: a clip with {known} known frames must have {fewest} or more, {frames} is fewer"
+            )
+
+
+def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:
+    """Raise UserError where a clip has no image latents that it could act on."""
+    if amplitude == 1:
+        return
     if config.model_type != "i2v":
-        raise UserError(f"`end_image` is for I2V-A14B; {config.name} knows no last frame")
+        raise UserError(f"`motion_amplitude` is for I2V-A14B; {config.name} has no image latents behind the known ones")
+    if mode == "svi2pro":
+        raise UserError(
+            "`motion_amplitude` changes what svi2pro's LoRAs were trained to find empty; leave it out, or use "
+            "`continuation` last_frame or tail for that clip"
+        )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class WanT2V(TwoExperts):
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
-        return self.run(request, offload=offload_model, on_step=on_step).video
+        return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
 
     def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
         return TextOnly()

@@ -64,7 +64,7 @@ class WanTI2V(OneExpert):
             self.sampling(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
-        return self.run(request, offload=offload_model, on_step=on_step).video
+        return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
 
     def t2v(
         self,
@@ -135,9 +135,16 @@ class WanTI2V(OneExpert):
 
     def condition(self, request: Request, noise: Tensor, placement: Placement) -> Condition:
         known, (_, height, width) = request.known, request.geometry.size
-        if known.end is not None or known.anchor is not None:
-            raise UserError(f"{self.config.name} takes no end image and no anchor picture; those are A14B's")
-        if not known.leading:
+        if known.anchor is not None:
+            raise UserError(f"{self.config.name} takes no anchor picture; that is A14B's")
+        if not known.leading and known.end is None:
             return TextOnly()
-        pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
-        return KnownLatents(self.encode_frames(pixels, placement))
+        leading, end = noise[:, :0], None
+        if known.leading:
+            pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
+            leading = self.encode_frames(pixels, placement)
+        if known.end is not None:
+            # a latent frame of four, which all show it: one that is encoded alone is of another kind, the first
+            still = preprocess(known.end, width, height)[:, None].repeat(1, 1 + self.config.vae_stride[0], 1, 1)
+            end = self.encode_frames(still, placement)[:, -1:]
+        return KnownLatents(leading, end)

@@ -98,7 +98,8 @@ class Footage(Protocol):
 class Request:
     """One clip to make: what is known of it, and how to sample the rest.
 
-    `loras` are (path, strength) by the attribute name of the expert that they are merged into.
+    `loras` are (path, strength) by the attribute name of the expert that they are merged into. `motion_amplitude` is
+    how much further than trained A14B's image latents behind the known ones lie from the first, see `amplified`.
     """
 
     prompt: str
@@ -108,6 +109,7 @@ class Request:
     sampling: Sampling
     seed: int
     loras: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    motion_amplitude: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class Generation:
     `latents` float32 [z, F, h, w], normalised; `seconds` per stage; `peak_gib` the highest GPU memory in GiB, None on
     a CPU. `context_frames` of the clip before were known, of which `dropped` leading frames repeat that clip.
     `prompt_memory` is for the next clip's prompt, `notes` what else is to be written down; both are JSON values.
-    `score_seam` computes `seam`. It is the `Footage` that the next clip goes on from.
+    `score_seam` computes `seam`. `handed` float32 [n, H, W, 3] are its known frames where a program has seen them.
+    It is the `Footage` that the next clip goes on from.
     """
 
     clip: Clip
@@ -173,6 +176,7 @@ class Generation:
     prompt_memory: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     score_seam: Callable[[], Mapping[str, Any] | None] = lambda: None
+    handed: Tensor | None = None
 
     @property
     def seam(self) -> Mapping[str, Any] | None:
@@ -235,6 +239,13 @@ def from_uint8(levels: UInt8Array) -> Tensor:
 def frame_size(frame: Frame) -> tuple[int, int]:
     """(width, height) of a frame, upright."""
     return (frame.shape[2], frame.shape[1]) if isinstance(frame, Tensor) else as_shown(frame).size
+
+
+def as_picture(frame: Frame) -> Image.Image:
+    """A frame as an 8-bit RGB image, as it is shown."""
+    if isinstance(frame, Tensor):
+        return Image.fromarray(to_uint8(frame.permute(1, 2, 0)))
+    return as_shown(frame)
 
 
 def image_to_frame(image: Image.Image) -> Tensor:

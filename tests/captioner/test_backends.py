@@ -30,6 +30,7 @@ from wan.captioner import (
     hide_broken_torchvision,
     open_captioner,
 )
+from wan.captioner.base import one_line
 from wan.captioner.internvl import weight_files
 from wan.errors import UserError
 
@@ -510,3 +511,14 @@ def test_a_broken_torchvision_counts_as_absent(
         assert caplog.text.count("nms does not exist") == 1
     finally:
         sys.modules.pop("torchvision", None)
+
+
+def test_a_folder_without_a_config_is_refused_before_its_model_is_wanted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a VLM folder, it has no config.json"):
+        GenericCaptioner(tmp_path, "cpu")
+
+
+def test_an_error_of_bearable_length_is_told_whole() -> None:
+    assert one_line(ValueError("x" * 200)) == "x" * 200
+    assert one_line(ValueError("x" * 201)) == "x" * 197 + "..."
+    assert one_line(ValueError("two\n  lines")) == "two lines" and one_line(KeyError()) == "KeyError"

@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
+from wan.captioner.base import Viewer
 from wan.captioner.decoding import GreedyDecoder
 from wan.device.streaming import LayerStreamer
 from wan.errors import UserError
@@ -77,6 +78,16 @@ def test_new_tokens_are_the_official_ones(
     ids, pixels = captioner.prepare(FRAMES, QUESTION, system)
     assert ids.tolist() == [ARRAYS[f"{prefix}input_ids"].tolist()]
     assert captioner.generate(ids, pixels, count).tolist() == EXPECTED[f"{prefix}greedy_ids"]
+
+
+def test_a_view_is_the_mean_of_the_vision_tower_s_patches(captioner: InternVLCaptioner) -> None:
+    picture = Image.fromarray(FRAMES[0])
+    view = captioner.view(picture)
+    _, pixels = captioner.prepare(FRAMES[:1], QUESTION)
+    with torch.inference_mode():
+        patches = captioner.model.model.vision_tower(pixel_values=pixels).last_hidden_state[0, 1:]
+    torch.testing.assert_close(view, torch.nn.functional.normalize(patches.mean(0), dim=0))
+    assert isinstance(captioner, Viewer) and float(view @ view) == pytest.approx(1)
 
 
 def test_text_is_the_official_one_and_again_after_close(captioner: InternVLCaptioner) -> None:
@@ -342,13 +353,13 @@ def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, m
     from wan.captioner import decode_attention_kernel
 
     calls: list[Any] = []
-    attend = decode_attention_kernel.attend
+    attend = decode_attention_kernel.attend_with_one_query
 
     def counted(*given: Any) -> torch.Tensor:
         calls.append(given)
         return attend(*given)
 
-    monkeypatch.setattr(decode_attention_kernel, "attend", counted)
+    monkeypatch.setattr(decode_attention_kernel, "attend_with_one_query", counted)
     monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()
@@ -382,7 +393,7 @@ def test_an_attention_that_does_not_work_here_is_left_out(
             raise RuntimeError("no such machine")
         return query.transpose(1, 2)
 
-    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend", attend)
+    monkeypatch.setattr("wan.captioner.decode_attention_kernel.attend_with_one_query", attend)
     monkeypatch.setattr("wan.captioner.decoding.runs_triton", lambda device: True)
     captioner.close()
     with caplog.at_level("INFO", logger="wan"):
@@ -424,6 +435,8 @@ def test_a_vlm_whose_layers_come_one_by_one_says_the_same(
     streamed = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32, room=lambda: layer)
     for _ in range(2):
         assert streamed.describe(FRAMES, QUESTION, max_new_tokens=12) == words
+    picture = Image.fromarray(FRAMES[0])
+    torch.testing.assert_close(streamed.view(picture), whole.view(picture))
     assert came[: len(layers)] == list(range(len(layers))) and len(came) > 12
     assert caplog.text.count("its layers come one by one") == 1
     roomy = InternVLCaptioner(GOLDEN_VLM / name, "cpu", torch.float32, room=lambda: 2 * sum(x.nbytes for x in tensors))

@@ -26,7 +26,7 @@ from wan.chain.chain import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.options import OPTIONS
 from wan.types import Generation, Request
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.chain.report import render_report, seam_thumbnails
+from wan.chain.report import _time_chart, _walk, render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
 
@@ -328,3 +328,20 @@ def test_a_long_chain_is_reported_quickly() -> None:
     start = time.perf_counter()
     render_report(run(), records, sheets)
     assert time.perf_counter() - start < 1.0  # 0.1 s on an idle machine
+
+
+def test_each_stage_has_a_colour_of_its_own_up_to_eight() -> None:
+    names = [f"stage {number}" for number in range(9)]
+    chart = _time_chart([1], [dict.fromkeys(names, 1.0)])
+    assert [style for style, _ in chart.legend] == [*(f"stage{number}" for number in range(8)), "stage0"]
+
+
+def test_a_walk_of_colours_is_told_from_half_a_step_on() -> None:
+    assert _walk((0.5, -0.49, 0.0)) == "so far 0.5 lighter"
+    assert _walk((-0.5, -1, 2)) == "so far 0.5 darker, 1.0 greener, 2.0 yellower"
+    assert _walk((0, 0, 0)) == "so far no direction" and _walk(None) == "sum of the seams' colour steps"
+
+
+def test_the_page_has_no_lines_that_the_template_s_statements_left() -> None:
+    page = render_report(run(), [clip(1), clip(2)], [[], []])[0]
+    assert not [line for line in page.splitlines() if line and not line.strip()]

@@ -69,7 +69,9 @@ def test_changes_are_said_clip_by_clip_with_their_reasons() -> None:
     assert (
         in_words([second, *(Change(number, (), 2) for number in range(3, 13))])[1] == "clips 3 to 12 follow from clip 2"
     )
-    assert in_words([find_change(1, old, old | {"end_image": "2"}, None)]) == ["clip 1: `end_image` changed"]
+    assert in_words([find_change(1, old, old | {"end_image": "2"}, None)]) == [
+        "clip 1: `until` or `end_image` or `end_images` changed"
+    ]
 
 
 def test_another_source_task_checkpoint_or_size_is_another_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from PIL import Image
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.options import by_scene_key
+from wan.options import Settings, by_scene_key
 
 KEYS = by_scene_key()
 
@@ -78,6 +79,10 @@ clips:
     lora_low: b.safetensors:-1e-1
     lora: []
     end_image: end.png
+    motion_amplitude: 1.25
+    continuation: tail
+    discard: 8
+    fade: 8
     context: 5
     cut: end.png
   - the boat sinks
@@ -100,11 +105,15 @@ def test_a_clip_says_all_that_can_differ(folder: Path) -> None:
             lora_high=(f"{a}:0.8", f"{b}:1.0"),
             lora_low=(f"{b}:-0.1",),
             end_image=str(folder / "end.png"),
+            motion_amplitude=1.25,
+            continuation="tail",
+            discard=8,
+            fade=8,
             context=5,
             cut=str(folder / "end.png"),
         ),
-        clip(14, "the boat sinks"),
-        clip(15),
+        clip(18, "the boat sinks"),
+        clip(19),
     )
 
 
@@ -284,7 +293,7 @@ TEXT = "must be text (in quotes if YAML takes it for something else)"
         ("frame_num: 5", "unknown key 'frame_num'; did you mean frames?"),
         (
             "zzz: 3",
-            "unknown key 'zzz'; known are frames, seed, name, prompt, custom_prompt, steps, shift, guidance, context,",
+            "unknown key 'zzz'; known are frames, seed, name, prompt, custom_prompt, steps, shift, guidance,",
         ),
         ("[a, b]: 3", "unknown key a list; known are"),
         ("5: 3", "unknown key 5; known are"),
@@ -346,11 +355,11 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
         ("- a\n- *b", "FILE, line 2: found undefined alias 'b'"),
         ('- a\n- "\\UFFFFFFFF"', "FILE, line 2: YAML cannot read this: "),
         ("- a\n- \x07", "FILE, line 2: YAML takes no character U+0007; remove it"),
-        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply for a storyboard"),
-        ("- " * 41 + "a", "FILE is nested too deeply for a storyboard"),
+        ("- a\n- [" + "[" * 5000, "FILE is nested too deeply"),
+        ("- " * 41 + "a", "FILE is nested too deeply"),
         (
             "- <<: [&a0 {}, " + ", ".join(f"&a{n + 1} {{<<: *a{n}}}" for n in range(2000)) + "]",
-            "FILE is nested too deeply for a storyboard",
+            "FILE is nested too deeply",
         ),
         ("[" + "a, " * 10_001 + "]", "FILE, line 1: there are 10001 clips; a chain has at most 10000, start another"),
         (b"- a\n- caf\xe9", "FILE, line 2: this is not UTF-8; save the file as UTF-8"),
@@ -374,7 +383,7 @@ def test_a_wrong_file_is_said_with_its_line(folder: Path, content: str | bytes, 
         ("", "FILE, line 1: this is not JSON: "),
         ('"a"', "FILE, line 1: a storyboard in JSON is an object or a list"),
         ("[null]", "FILE, line 1: a clip must be a prompt or a mapping"),
-        ("[" * 100000, "FILE is nested too deeply for a storyboard"),
+        ("[" * 100000, "FILE is nested too deeply"),
     ],
 )
 def test_wrong_json_is_said_with_its_line(folder: Path, content: str, problem: str) -> None:
@@ -432,7 +441,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "task", "problem"),
     [
-        ("end_image: end.png", "v2v-5B", "end_image is for I2V-A14B; v2v-5B knows no last frame"),
+        (
+            "motion_amplitude: 1.2",
+            "v2v-5B",
+            "motion_amplitude is for I2V-A14B; v2v-5B has no image latents behind the known ones",
+        ),
         (
             "cut: true",
             "v2v-14B",
@@ -457,6 +470,27 @@ def test_what_asks_for_nothing_suits_any_model(folder: Path) -> None:
     path = write(folder, "- {lora: [], lora_high: [], lora_low: [], guidance: [3, 3], context: 17, cut: end.png}\n- a")
     for task in ("v2v-5B", "v2v-14B"):
         check_storyboard(path, read_storyboard(path), config=WAN_CONFIGS[task])
+
+
+def test_one_word_about_known_frames_replaces_all_that_the_command_line_says_of_them() -> None:
+    svi = Settings(
+        continuation="svi2pro",
+        lora_high=("SVI_v2_pro_high.safetensors", "light.safetensors:0.5"),
+        lora_low=("SVI_v2_pro_low.safetensors",),
+    )
+    first = Scene(1, {"continuation": "last_frame"}).over(svi)
+    assert (first.continuation, first.lora_high, first.lora_low) == ("last_frame", ("light.safetensors:0.5",), ())
+    assert Scene(1, {"context_frames": 9}).over(svi).lora_low == ()
+    assert Scene(1, {"continuation": "last_frame", "lora_low": ("x.safetensors",)}).over(svi).lora_low == (
+        "x.safetensors",
+    )
+    assert Scene(1, {"prompt": "x"}).over(svi) == dataclasses.replace(svi, prompt="x")
+    tail = Settings(continuation="tail", context_frames=9)
+    assert Scene(1, {"continuation": "last_frame"}).over(tail).context_frames is None
+    with pytest.raises(UserError, match="last_frame knows 1 frame"):
+        Scene(1, {"continuation": "last_frame", "context_frames": 9})
+    with pytest.raises(UserError, match="give anchor to the clip after it"):
+        Scene(1, {"cut": "a.png", "anchor_image": "b.png"})
 
 
 def test_a_scene_that_exists_is_valid() -> None:

@@ -67,6 +67,34 @@ def test_an_anchor_and_motion_are_followed_by_literal_zeros_and_only_the_anchor_
     assert image[:, 2:].eq(0).all() and image.shape == (2, 5, 4, 6)
 
 
+@pytest.mark.parametrize(("known", "end"), [(1, False), (5, False), (1, True)])
+def test_an_amplitude_drives_only_what_is_free_away_from_the_first_frame(known: int, end: bool) -> None:
+    image = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(known)) * 2
+    plain = ImageChannels.from_latents(image, known, end=end)
+    found = ImageChannels.from_latents(image, known, end=end, amplitude=1.5)
+    assert torch.equal(found.channels[:4], plain.channels[:4])
+    moved = found.channels[4:]
+    free = range((known - 1) // 4 + 1, 4 if end else 5)
+    for j in range(5):
+        if j not in free:
+            assert torch.equal(moved[:, j], image[:, j])
+            continue
+        away = image[:, j] - image[:, 0]
+        expected = image[:, 0] + (away - away.mean()) * 1.5 + away.mean()
+        torch.testing.assert_close(moved[:, j], expected.clamp(-6, 6))
+        # half again as far from the first frame, and as light as before
+        if expected.abs().max() < 6:
+            assert float((moved[:, j] - image[:, 0]).std() / away.std()) == pytest.approx(1.5)
+            assert float(moved[:, j].mean()) == pytest.approx(float(image[:, j].mean()), abs=1e-5)
+    assert torch.equal(plain.channels[4:], image)
+
+
+def test_an_amplitude_leaves_no_latent_beyond_what_a_vae_makes() -> None:
+    image = torch.full((2, 3, 4, 6), 5.0)
+    image[:, 1, 0, 0] = -5.9
+    assert float(ImageChannels.from_latents(image, amplitude=1.5).channels[4:].abs().max()) == 6.0
+
+
 def test_held_frames_are_shown_at_the_noise_level_of_the_others_and_come_out_clean() -> None:
     known, noise = torch.randn(2, 2, 4, 6), torch.randn(2, 5, 4, 6)
     plain = ImageChannels.from_latents(torch.randn(2, 5, 4, 6), 5)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support.golden import DATA, GOLDEN
 from wan import WanTI2V, cli
 from wan.denoiser import fp8
-from wan.denoiser.fp8 import attend, check_precision, multiply, quantize, quantize_model
+from wan.denoiser.fp8 import attend_in_fp8, check_precision, multiply, quantize, quantize_model
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.weights.quantized import Addition, QuantizedLinear, QuantizedTensor
@@ -61,7 +61,7 @@ def test_a_product_has_the_error_of_its_roundings() -> None:
 def test_attention_is_5_per_cent_from_exact_whatever_the_keys_have_in_common(common: float) -> None:
     query, key, value = random(3, 1, 500, 2, 64)
     key = key + common * random(1, 1, 2, 64, seed=1)
-    assert 1e-2 < relative(attend(query, key, value), exact_attention(query, key, value)) < 7e-2
+    assert 1e-2 < relative(attend_in_fp8(query, key, value), exact_attention(query, key, value)) < 7e-2
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
@@ -76,7 +76,7 @@ def test_the_kernel_is_attention(length: int, columns: int, monkeypatch: pytest.
     key = key + 4
     for integers, bar in ((False, 5e-3), (True, 2e-2)):
         tiles = int8_attention_kernel.Tiles(64, columns, by_descriptor=False, integers=integers)
-        found = int8_attention_kernel.attend(query, key, value, tiles)
+        found = int8_attention_kernel.attend_in_int8(query, key, value, tiles)
         assert relative(found, exact_attention(query, key, value)) < bar
 
 
@@ -97,8 +97,8 @@ def test_a_gpu_rounds_as_a_cpu_does() -> None:
     inputs = random(3, 2, 700, 3, 128)
     inputs[1] += 4
     exact = exact_attention(*inputs)
-    found = attend(*inputs.cuda().bfloat16()).cpu()
-    assert abs(relative(found, exact) - relative(attend(*inputs), exact)) < 1.5e-2
+    found = attend_in_fp8(*inputs.cuda().bfloat16()).cpu()
+    assert abs(relative(found, exact) - relative(attend_in_fp8(*inputs), exact)) < 1.5e-2
 
 
 @pytest.fixture

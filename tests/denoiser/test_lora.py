@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.support.golden import GOLDEN
-from wan.denoiser import lora as lora_module
-from wan.denoiser.lora import LoraMatch, merge_loras, open_loras
+from wan.denoiser import lora_file as lora_file_module
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import LoraMatch, open_loras
 from wan.denoiser.model import WanModel, infer_config, key_map
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -30,8 +31,10 @@ from wan.files import sampled_digest
 from wan.models import Models
 from wan.settings import LoraFile
 from wan.weights import quantized
-from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_denoiser, open_file, open_safetensors
+from wan.weights.checkpoint import Names, open_checkpoint
 from wan.weights.quantized import QuantizedLinear
+from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights, open_file, open_safetensors
 
 CPU = torch.device("cpu")
 ATTENTION = [f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "qkvo"]
@@ -656,7 +659,7 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
         read.append(file)
         return open_file(file)
 
-    monkeypatch.setattr(lora_module, "open_file", counted)
+    monkeypatch.setattr(lora_file_module, "open_file", counted)
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
     models = Models("x", checkpoint, {name: lambda mapped: load(a14b) for name in checkpoint.experts})
     for strength in (1.0, 0.5, 1.0):  # clips that differ

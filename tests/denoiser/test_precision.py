@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from wan.denoiser.model import WanModel
-from wan.weights.checkpoint import open_safetensors
+from wan.weights.tensors import open_safetensors
 
 # Official error (relative L2 of a 30-layer random model against float32), without --convert_model_dtype and with it.
 OFFICIAL = {"14b": (3.6e-3, 4.5e-3), "5b": (4.5e-3, 5.8e-3)}

@@ -95,3 +95,13 @@ def test_a_device_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, cap
         hardware.parse_device("mps")
     with pytest.raises(UserError, match="'xpu' is not supported; use cpu, cuda"):
         hardware.parse_device("xpu")
+
+
+def test_a_driver_is_looked_for_under_each_of_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        if name != "libcuda.so.1":
+            raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    assert host.has_driver("nvcuda.dll", "libcuda.so.1")
+    assert not host.has_driver("amdhip64.dll", "libamdhip64.so")

@@ -19,7 +19,7 @@ from wan.device.host_budget import PLANS, HostBudget, HostPlan, host_limit
 from wan.device.placement import Placement
 from wan.device.streaming import MappedTensors, PinnedBuffer
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Weights
+from wan.weights.tensors import Weights
 
 ALL, IN_TURN, MAPPED = PLANS
 
@@ -131,7 +131,8 @@ def test_models_that_take_turns_give_the_same_clip(
     pipeline = WanI2V(config, checkpoint)
     found, there = made(pipeline, plan, monkeypatch)
     assert torch.equal(found, expected)
-    assert {len(names) for names in together} == {4}
+    counts = [len(names) for names in together]  # the low-noise expert comes when it is needed, and all stay
+    assert counts == sorted(counts) and set(counts) == {3, 4}
     assert [names for n, names in enumerate(there) if names not in there[:n]] == [
         ["high_noise_model"],
         ["low_noise_model"],

@@ -23,7 +23,7 @@ from tests.support.tiny_denoiser import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V5B
 from wan.captioner import weight_bytes
 from wan.denoiser.model import WanModel
-from wan.device import streaming
+from wan.device import layers, streaming
 from wan.device.budget import BARE_CONTEXT, CONTEXT, GIB, MemoryBudget, StageMemory, for_tensors, gpu_limit
 from wan.device.hardware import hold_to
 from wan.device.layers import layers_that_stay
@@ -595,3 +595,15 @@ def test_floors_are_the_arithmetic_of_the_released_models(task: str, decoding: f
     latents = torch.empty(1, VAE[task].get("z_dim", 16), *geometry.latent, device="meta")
     assert counted(lambda: chunked.decode(vae, latents, 1)) / 1e12 == pytest.approx(decoding, rel=0.01)
     assert denoiser_flops(denoiser, geometry.tokens, 512) / 1e12 == pytest.approx(forward, rel=0.01)
+
+
+@pytest.mark.parametrize(("weight_budget", "left"), [(100 << 20, "0.1"), (-5 << 20, "0.0")])
+def test_a_model_that_does_not_fit_layer_by_layer_says_what_it_needs(weight_budget: int, left: str) -> None:
+    with torch.device("meta"):
+        model = nn.Module()
+        model.layers = nn.ModuleList(nn.Linear(1 << 14, 1 << 13, bias=False) for _ in range(8))  # of 0.5 GiB each
+        model.rest = nn.Linear(1 << 14, 1 << 13, bias=False)
+    needed = 0.5 * (1 + layers.SLOTS)
+    placement = Placement(torch.device("cpu"), offload=True, weight_budget=weight_budget)
+    with pytest.raises(UserError, match=f"needs {needed:.1f} GiB even layer by layer, {left} are left"):
+        placement.streams(model)

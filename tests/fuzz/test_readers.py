@@ -30,13 +30,15 @@ from wan.chain.report import render_report
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import read_storyboard
 from wan.configs import config_for
-from wan.denoiser.lora import open_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.vae.vae import Wan2_2_VAE
-from wan.weights.checkpoint import Names, Weights, open_checkpoint, open_denoiser, open_file, open_safetensors
+from wan.weights.checkpoint import Names, open_checkpoint
+from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights, open_file, open_safetensors
 
 pytestmark = pytest.mark.slow
 

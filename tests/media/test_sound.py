@@ -199,3 +199,32 @@ def test_a_sound_that_fails_on_the_way_does_not_cost_the_video(
 def test_a_file_without_sound_has_none_to_be_missed(caplog: pytest.LogCaptureFixture) -> None:
     assert media.find_sound(CORPUS / "h264_faststart.mp4") is None
     assert not caplog.records
+
+
+@pytest.mark.parametrize("silent", ["", "first", "last"])
+def test_a_bridge_keeps_the_pictures_and_the_sound_of_both_videos_where_they_belong(
+    silent: str, tmp_path: Path
+) -> None:
+    first, last, out = (tmp_path / f"{name}.mp4" for name in ("first", "last", "joined"))
+    film(first, [] if silent == "first" else [("aac", beeps(3, [1.0, 2.0], 44100), 44100, "mono")])
+    film(last, [] if silent == "last" else [("aac", beeps(3, [0.5, 2.5]), 48000, "stereo")])
+    seconds = [sum(1 for _ in pictures_of(path)) / 24 for path in (first, last)]
+    clip = tmp_path / "clip.mp4"
+    media.write_video(clip, numbered([*range(1000, 1012), 0], 64, 36), 24, keyframes=frozenset({0, 1}))
+    joined = media.Assembly(first, out, into=last)
+    joined.renew([clip], [1])  # the last clip is not there yet
+    begun = [] if silent == "first" else [1.0, 2.0]
+    assert len(pictures_of(out)) == round(24 * seconds[0]) + 12
+    count = joined.renew([clip, clip], [1, 1], complete=True)
+    shown = pictures_of(out)
+    assert count == len(shown) == round(24 * seconds[0]) + 24 + round(24 * seconds[1]) - 1
+    # the last clip ends with the first picture of what it leads into, which is shown once
+    assert shown[-round(24 * seconds[1]) :] == list(range(round(24 * seconds[1])))
+    moment = seconds[0] + 1 - 1 / 24
+    expected = begun if silent == "last" else [*begun, moment + 0.5, moment + 2.5]
+    assert beeps_in(out) == pytest.approx(expected, abs=0.04)
+
+
+def pictures_of(path: Path) -> list[int]:
+    with av.open(str(path)) as container:
+        return [number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]

@@ -25,7 +25,8 @@ from tests.support.golden import ROOT
 from tests.support.media_samples import CORPUS, bias, moment_of, natural, number, numbered, restless
 from wan import media
 from wan.errors import UserError
-from wan.media.source import exact_rate, open_video
+from wan.media.colour import to_rgb
+from wan.media.source import Pictures, exact_rate, inspect, open_video
 
 pytestmark = pytest.mark.slow
 
@@ -384,3 +385,33 @@ def test_files_of_another_make_are_refused(file: str, clips: list[Path], tmp_pat
 def test_nothing_to_join_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no videos"):
         media.join_videos([], tmp_path / "joined.mp4")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_a_fade_mixes_the_frames_around_a_cut_and_leaves_the_others_alone(keyed: bool, tmp_path: Path) -> None:
+    paths, shown = [], []
+    for level in (40, 200, 90):
+        frames = np.full((20, 32, 48, 3), level, np.uint8)
+        frames[:, :, :24] += np.arange(20, dtype=np.uint8)[:, None, None, None]
+        paths.append(tmp_path / f"{level}.mp4")
+        media.write_video(paths[-1], frames, 16, keyframes=frozenset({0, 4, 16} if keyed else {0}))
+        shown.append(rgb_of(paths[-1]))
+    joined = tmp_path / "joined.mp4"
+    assert media.join_videos(paths, joined, drops=[0, 0, 0], fades=[0, 4, 4]) == 20 + 16 + 16
+    found = rgb_of(joined)
+    assert not list(tmp_path.glob(".*"))
+    whole = [(slice(0, 16), shown[0][:16]), (slice(20, 32), shown[1][4:16]), (slice(36, 52), shown[2][4:])]
+    for place, before in whole:
+        apart = np.abs(found[place].astype(int) - before)
+        assert apart.max() == 0 if keyed else apart.max() <= 6
+    for first, (end, begin) in ((16, (shown[0][16:], shown[1][:4])), (32, (shown[1][16:], shown[2][:4]))):
+        for step in range(4):
+            share = (step + 1) / 5
+            wanted = (1 - share) * end[step] + share * begin[step]
+            assert np.abs(found[first + step] - wanted).mean() < 2
+
+
+def rgb_of(path: Path) -> np.ndarray:
+    """All pictures uint8 [T, H, W, 3]."""
+    source = inspect(str(path))
+    return np.stack([to_rgb(frame, source) for frame in Pictures(source)])

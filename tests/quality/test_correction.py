@@ -212,3 +212,13 @@ def test_arguments_out_of_range_are_refused_in_one_line() -> None:
         correct_drift(frames, frames, known=5)
     with pytest.raises(UserError, match="64x64 and 32x64"):
         correct_drift(frames, frames[:, :, :32], known=1)
+
+
+def test_frames_that_do_not_drift_with_the_others_are_not_believed() -> None:
+    times = np.arange(25.0)
+    share = (times + 1) / 25
+    truth = share[:, None] * 0.2 * np.ones(10)
+    changes = 0.3 + truth
+    changes[8:11] += 1.0  # a flash
+    drift = correction._Drift.fit(times, changes, np.zeros(10))
+    assert np.abs(drift.growth(24.0) - truth[-1]).max() < 0.02

@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.support.quality_footage import Scene, pan, still, to_and_fro, to_frames, unit
 from wan.errors import UserError
 from wan.quality import LookPart, SeamScore, measure_look, score_seam
+from wan.quality.metrics import _noise
 
 pytestmark = pytest.mark.slow
 
@@ -193,3 +194,8 @@ def test_without_opencv_the_message_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="pip install opencv-python-headless"):
         measure_look(torch.zeros(2, 64, 64, 3))
+
+
+def test_the_last_line_of_an_odd_picture_is_not_needed_for_its_noise() -> None:
+    grey = np.random.default_rng(0).normal(0, 0.1, (65, 97))
+    assert _noise(grey) == _noise(grey[:64, :96]) == pytest.approx(0.1, rel=0.05)

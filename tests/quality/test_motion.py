@@ -11,6 +11,7 @@ import torch
 from tests.support.quality_footage import Path, Scene, pan, still, to_and_fro, to_frames
 from wan.errors import UserError
 from wan.quality import Motion, measure_motion
+from wan.quality.vision import spread
 
 
 def motion(camera: Path = still, shapes: Path | None = None) -> Motion:
@@ -67,3 +68,14 @@ def test_nothing_moves_in_a_still_or_in_a_single_frame() -> None:
 def test_a_rate_must_be_above_zero() -> None:
     with pytest.raises(UserError, match="fps"):
         measure_motion(torch.zeros(4, 64, 64, 3), 0)
+
+
+def test_a_camera_is_followed_past_frames_in_which_nothing_can_be() -> None:
+    clip = Scene(0, pan(2), None, (256, 144)).clip(range(4))
+    faded = torch.cat([torch.zeros(6, *clip.shape[1:]), clip])
+    assert measure_motion(faded, 16).pan == pytest.approx(measure_motion(clip, 16).pan, rel=0.2)
+
+
+def test_frames_are_spread_over_a_clip_with_its_ends() -> None:
+    assert list(spread(1, 1)) == [0] and list(spread(4, 4)) == [0, 1, 2, 3]
+    assert list(spread(9, 3)) == [0, 4, 8]

@@ -128,6 +128,49 @@ def test_a_request_that_is_too_large_ends(asking: Callable[..., Any]) -> None:
     assert asking("POST", body=[b"x" * 600], most=1000, **form)[0] == 200
 
 
+async def send_slowly(guard: Guard, parts: list[tuple[float, bytes]]) -> int:
+    """The status of an upload whose parts come after so many seconds each."""
+    coming = iter([*enumerate(parts, 1)])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        number, (seconds, part) = next(coming, (0, (3600.0, b"")))
+        await asyncio.sleep(seconds)
+        return {"type": "http.request", "body": part, "more_body": number < len(parts)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    await guard({"type": "http", "method": "POST", "path": "/v1/videos", "headers": headers}, receive, send)
+    return int(sent[0]["status"])
+
+
+def test_an_upload_may_take_long_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*parts: tuple[float, bytes]) -> int:
+        keys = Keys(None, b"secret")
+        return asyncio.run(
+            send_slowly(Guard(inner, keys=keys, hosts=None, most_bytes=1 << 20, metrics=Metrics()), list(parts))
+        )
+
+    monkeypatch.setattr("wan.server.guard._SILENT_SECONDS", 0.2)
+    assert ask((0.1, b"x"), (0.1, b"x"), (0.1, b"x")) == 200
+    assert ask((0.0, b"x"), (30.0, b"x")) == 408  # a client that fell silent
+    monkeypatch.setattr("wan.server.guard._UPLOAD_SECONDS", 0.25)
+    assert ask(*[(0.1, b"x")] * 5) == 408  # one that sends a byte now and then
+
+
+def test_more_uploads_than_there_is_room_for_are_asked_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.guard._UPLOADS", 2)
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+
+    async def ask() -> list[int]:
+        first = await asyncio.gather(*(send_slowly(guard, [(0.05, b"x"), (0.05, b"x")]) for _ in range(3)))
+        return sorted([*first, await send_slowly(guard, [(0.0, b"x")])])
+
+    assert asyncio.run(ask()) == [200, 200, 200, 429]  # the last came when the others had gone
+
+
 def test_clients_set_the_rows_that_are_marked_for_them() -> None:
     assert set(CLIENT) == {one.name for one in options_of("continuous") if one.client and one.flag}
     for one in OPTIONS.values():

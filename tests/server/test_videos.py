@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.support.commands import frames_in
+from tests.support.golden import ROOT
 from tests.support.served import SHAPES, Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API")]
@@ -125,3 +131,38 @@ def test_what_cannot_be_is_refused_in_openai_s_words(server: Served, client: Any
     assert status == 404
     assert server.ask("/v1/videos", "POST", [1])[0] == 400 and server.ask("/v1/videos?limit=0")[0] == 400
     assert not list((server.folder / "jobs").glob(".*"))  # what was refused leaves nothing
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_lines_of_the_page_for_programs_do_what_it_says(quick: Served, tmp_path: Path) -> None:
+    shutil.copy(SHAPES, tmp_path / "input.mp4")
+    Image.new("RGB", (320, 192), "navy").save(tmp_path / "night.png")
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```\n(curl .*?)^```$", text, re.MULTILINE | re.DOTALL)
+    create, extend, download, chain, events = "".join(blocks).splitlines()
+
+    def run(line: str, name: str = "", *more: str) -> str:
+        words = shlex.split(line.replace("http://127.0.0.1:8188", quick.url).replace("video_…", name))
+        done = subprocess.run([*words, *more, "-sS", "--fail-with-body"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        return done.stdout
+
+    first = json.loads(run(create.replace("seconds=10", "seconds=0.5")))["id"]
+    quick.wait(first, "completed")
+    longer = json.loads(run(extend.replace('"5"', '"0.5"'), first))
+    quick.wait(longer["id"], "completed")
+    run(download, longer["id"])
+    assert longer["status"] == "queued" and frames_in(tmp_path / "out.mp4") == 9
+    made = json.loads(run(chain))
+    assert [clip["said"].get("takes") for clip in made["clips"]] == [None, 3, None]
+    quick.wait(made["id"], "completed")
+    last = quick.ask(f"/v1/chains/{made['id']}")[1]["clips"]
+    assert [len(clip["takes"]) for clip in last] == [0, 3, 0] and last[2]["said"]["cut"].startswith("picture_")
+    assert last[1]["prompt"].endswith("It rains")
+    with pytest.raises(subprocess.TimeoutExpired) as watched:  # it streams until the client goes
+        subprocess.run(
+            shlex.split(events.replace("http://127.0.0.1:8188", quick.url).replace("video_…", made["id"])),
+            capture_output=True,
+            timeout=1,
+        )
+    assert b"event: state" in (watched.value.stdout or b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,12 @@ from wan.types import Clip, Generation, Request, UInt8Array
 
 DATA = Path(__file__).parent.parent / "data"
 MADE = DATA / "run_0_1_0"
+PAINT = """import sys
+from pathlib import Path
+from PIL import Image
+for path in Path(sys.argv[1]).glob("*.png"):
+    Image.new("RGB", Image.open(path).size, "red").save(path)
+"""
 
 
 @dataclass
@@ -113,8 +120,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("other.mp4", "theirs.mp4"):
         shutil.copy(DATA / "corpus" / "h264_faststart.mp4", world / name)
     Image.new("RGB", (64, 32), "red").save(world / "red.png")
+    (world / "ends").mkdir()
+    for name, colour in (("10.png", "red"), ("2.png", "black")):  # in this order a sort by letters has them
+        Image.new("RGB", (64, 32), colour).save(world / "ends" / name)
+    (world / "paint.py").write_text(PAINT)
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")
+    (world / "second.yaml").write_text("- {}\n- {cut: red.png}\n")
     (world / "name.yaml").write_text("- {name: the fog, prompt: it-goes-on}\n- it-goes-on\n")
     (world / "seed.yaml").write_text("- {seed: 77}\n")
     (world / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot
@@ -181,11 +193,11 @@ def command(
         capsys.readouterr()
         if generate:
             common = [*weights.split(), "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
-            now.code = cli.generate_main([*common, *words.split()])
+            now.code = cli.generate_main([*common, *shlex.split(words)])
         else:
             common = [*weights.split(), "--video", "source.mp4", "--vlm_path", "vlm", "--num_videos", "2"]
             common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
-            now.code = cli.continuous_main([*common, *words.split()])
+            now.code = cli.continuous_main([*common, *shlex.split(words)])
         output = capsys.readouterr()
         now.said, now.told = output.out or output.err, output.err
         return now

@@ -25,14 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2  # noqa: F401  (here once rather than in each of seventy runs)
 import torch
+from PIL import Image
+from pydantic import type_adapter  # noqa: F401
 from safetensors.torch import load_file
 
 from wan import cli
+from wan.chain import report
 from wan.commands.progress import Progress
 from wan.wan22video2video5B import WanV2V5B
 
 torch.set_num_threads(1)
+Image.preinit()
+report._template()
 CLIPS = 3
 
 

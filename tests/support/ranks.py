@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -37,6 +39,43 @@ class Ranks:
 
     def run(self, work: Callable[..., Any], size: int, *given: Any, seconds: float = 240) -> list[Any]:
         """What `work(rank, size, *given)` returns in each process."""
+        pipes, running = self.start(work, size, *given)
+        found = []
+        try:
+            for rank, pipe in enumerate(pipes):
+                assert pipe.poll(seconds), f"process {rank} of {size} is not done after {seconds} s"
+                good, value = pipe.recv()
+                assert good, value
+                found.append(pickle.loads(value))
+        finally:
+            for process in running:
+                process.join(0 if len(found) < size else 30)
+                process.kill()
+        return found
+
+    def codes(
+        self,
+        work: Callable[..., Any],
+        size: int,
+        *given: Any,
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
+        seconds: float = 60,
+    ) -> list[int | None]:
+        """How each process ends, as `multiprocessing` has exit codes; None where it does not. `meanwhile` is given
+        their ids."""
+        pipes, running = self.start(work, size, *given)
+        try:
+            meanwhile([int(process.pid or 0) for process in running])
+            until = time.monotonic() + seconds
+            for process in running:
+                process.join(max(0, until - time.monotonic()))
+            return [process.exitcode for process in running]
+        finally:
+            for process in running:
+                process.kill()
+
+    def start(self, work: Callable[..., Any], size: int, *given: Any) -> tuple[list[Connection], list[Any]]:
+        """The processes, and a pipe from each of them."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -51,18 +90,7 @@ class Ranks:
             there.close()
             pipes.append(here)
             running.append(process)
-        found = []
-        try:
-            for rank, pipe in enumerate(pipes):
-                assert pipe.poll(seconds), f"process {rank} of {size} is not done after {seconds} s"
-                good, value = pipe.recv()
-                assert good, value
-                found.append(pickle.loads(value))
-        finally:
-            for process in running:
-                process.join(0 if len(found) < size else 30)
-                process.kill()
-        return found
+        return pipes, running
 
 
 def _work(
@@ -86,3 +114,37 @@ def command(rank: int, size: int, main: str, words: list[str], folder: str) -> t
         sys.stdout = sys.stderr = file
         code = getattr(cli, main)(words)
     return code, said.read_text()
+
+
+def faulty_command(rank: int, size: int, words: list[str], folder: str, who: int, stage: str, do: str) -> int:
+    """`generate_continuous.py`, in which process `who` is killed, raises or hangs in a stage of the second clip."""
+    from wan.chain.run_folder import RunFolder
+    from wan.denoiser.model import WanModel
+    from wan.device.parallel import Team
+
+    where: dict[
+        str, tuple[Any, str, int]
+    ] = {  # what is called there, and how many times before it is the second clip's
+        "load": (WanModel, "from_weights", 0),
+        "sample": (WanModel, "forward", 3),
+        "wait": (Team, "hear", 4),
+        "write": (RunFolder, "save", 1),
+    }
+    home, name, before = where[stage]
+    works = getattr(home, name)
+    calls = [0]
+
+    def breaks(*given: Any, **more: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= before:
+            return works(*given, **more)
+        if do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif do == "hang":
+            time.sleep(600)
+        raise ValueError("a bug")
+
+    if rank == who:
+        setattr(home, name, breaks)
+    code, _ = command(rank, size, "continuous_main", words, folder)
+    sys.exit(code)

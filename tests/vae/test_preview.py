@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 
 from wan.commands.preview import SHARE, Preview
 from wan.types import Step
-from wan.vae.preview import CHANNELS, preview
+from wan.vae.preview import _MAPS, CHANNELS, preview
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -51,3 +51,10 @@ def test_a_preview_moves_at_the_pace_of_the_clip(tmp_path: Path) -> None:
         shown.seek(1)
         shown.load()
         assert shown.info["duration"] == 250
+
+
+def test_no_factor_of_a_preview_has_slipped() -> None:
+    # a digit that is lost or a sign colours every preview; the sums are those of the published tables
+    factors = [torch.tensor(_MAPS[count][0], dtype=torch.float64) for count in (16, 48)]
+    assert [round(1e4 * float(table.sum())) for table in factors] == [25810, 2105]
+    assert [round(1e4 * float(table.abs().sum())) for table in factors] == [66518, 73741]

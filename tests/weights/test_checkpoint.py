@@ -20,8 +20,10 @@ from tests.support.golden import GOLDEN, ROOT, float32
 from wan import WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
-from wan.weights.checkpoint import Names, identify, resolve_folder
+from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, resolve_folder
+from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.prefetch import ReadAhead
+from wan.weights.tensors import Weights
 
 pytestmark = pytest.mark.slow
 
@@ -298,3 +300,28 @@ def test_files_are_read_ahead_in_their_order_and_not_too_far(tmp_path: Path, mon
         ahead.begin(2)
         assert settled(4) == ["0", "not there", "1", "2"]
     assert settled(4) == ["0", "not there", "1", "2"] and not ahead.threads[0].is_alive()
+
+
+def test_a_vae_of_which_the_size_is_not_told_is_not_taken_for_another_model_s() -> None:
+    def weights(**shapes: tuple[int, ...]) -> Weights:
+        return Weights(Path("x"), (), {name.replace("__", "."): shape for name, shape in shapes.items()}, {})
+
+    denoiser = weights(patch_embedding__weight=(8, 16, 1, 2, 2), head__head__weight=(64, 8))
+    _check_vae(Checkpoint(Path("x"), {"model": denoiser}, weights(), weights(), Path("x")))
+    with pytest.raises(UserError, match="has 48 latent channels, the denoiser x has 16"):
+        _check_vae(Checkpoint(Path("x"), {"model": denoiser}, weights(conv2__weight=(48, 48)), weights(), Path("x")))
+
+
+def test_a_gguf_s_long_array_of_numbers_is_read_in_one_piece_and_a_cut_one_is_refused(tmp_path: Path) -> None:
+    import gguf
+
+    numbers, file = [float(number) for number in range(5000)], tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(file, "wan")
+    writer.add_array("tokenizer.ggml.scores", numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert read_gguf_fields(file, ("tokenizer.ggml.scores",)) == [numbers]
+    file.write_bytes(file.read_bytes()[:9000])
+    with pytest.raises(UserError, match=r"long\.gguf"):
+        read_gguf_fields(file, ("tokenizer.ggml.scores",))

@@ -18,14 +18,16 @@ from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
 from wan.commands.job import choose_task
 from wan.configs import WAN_CONFIGS
-from wan.denoiser.lora import merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import unreadable
 from wan.options import OPTIONS, Settings
 from wan.settings import LoraFile
 from wan.text.umt5 import _library_name
-from wan.weights.checkpoint import Names, identify, open_denoiser
+from wan.weights.checkpoint import Names, identify
+from wan.weights.single_file import open_denoiser
 
 VAES = {"14b": "Wan2.1_VAE.pth", "5b": "Wan2.2_VAE.pth"}
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"

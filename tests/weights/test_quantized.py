@@ -28,14 +28,17 @@ from tests.support.quantized_files import (
     plain_fp8,
 )
 from wan.cli import continuous_main, generate_main
-from wan.denoiser.lora import merge_loras, open_loras
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import LoraFile
-from wan.weights.checkpoint import Weights, open_denoiser, open_safetensors, resolve_folder
+from wan.weights.checkpoint import resolve_folder
 from wan.weights.gguf_files import GGUF_TYPES
 from wan.weights.quantized import QuantizedLinear, _expand
+from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights, open_safetensors
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 
 from wan.compat import hide_broken_torchvision
 from wan.device.hardware import release_memory
@@ -39,6 +40,14 @@ class Captioner(Protocol):
 
     def close(self) -> None:
         """Free the memory; a later `describe` loads again."""
+
+
+@runtime_checkable
+class Viewer(Protocol):
+    """A captioner that also tells what a picture looks like to it."""
+
+    def view(self, picture: Image.Image) -> Tensor:
+        """A picture -> float32 [D] of length 1, on the CPU; near for pictures of one subject."""
 
 
 class BackEnd(ABC):

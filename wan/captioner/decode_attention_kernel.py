@@ -14,7 +14,7 @@ _KEYS = 128  # that one program looks at
 _LEAST = 16  # rows of a product
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+def attend_with_one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     """Query [1, H, 1, D], keys and values [1, K, L, D], `seen` bool [1, 1, 1, L] -> [1, 1, H, D].
 
     H is a multiple of K, D a power of two from 16 up. Sums are in float32. Keys are shared out among programs, whose

@@ -41,14 +41,14 @@ def use_own_attention(model: Any) -> None:
     config, name = language.config, "one_query"
     if not runs_triton(language.device):
         return
-    from wan.captioner.decode_attention_kernel import attend
+    from wan.captioner.decode_attention_kernel import attend_with_one_query
 
     library = AttentionInterface()["sdpa"]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if query.shape[2] > 1 or mask is None:
             return library(module, query, key, value, mask, **options)
-        return attend(query, key, value, mask, options["scaling"]), None
+        return attend_with_one_query(query, key, value, mask, options["scaling"]), None
 
     try:
         generator = torch.Generator(language.device).manual_seed(0)
@@ -60,7 +60,7 @@ def use_own_attention(model: Any) -> None:
         seen = torch.arange(ROUND, device=language.device)[None, None, None] < ROUND // 3
         keys, values = (part.double().repeat_interleave(sizes[0] // sizes[1], 1) for part in (key, value))
         exact = nn.functional.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen).transpose(1, 2)
-        found = attend(query, key, value, seen, config.head_dim**-0.5)
+        found = attend_with_one_query(query, key, value, seen, config.head_dim**-0.5)
         error = float((found - exact).norm() / exact.norm())
     except Exception as reason:  # what Triton raises where it does not fit the machine is its own affair
         log.info("the VLM keeps PyTorch's attention, ours does not run here: %s", reason)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, number_frames, read_config, reading, to_images
+from wan.captioner.base import LocalModel, Pictures, foreseen_failures, number_frames, read_config, reading, to_images
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.device.placement import Placement
@@ -158,6 +160,17 @@ class InternVLCaptioner(LocalModel):
         text = "".join(f"<|im_start|>{role}\n{said}{TURN_END}\n" for role, said in turns)
         ids = self.tokenizer(f"{text}<|im_start|>assistant\n", return_tensors="pt").input_ids
         return ids, torch.stack([transform(tile) for tile in tiles])
+
+    @torch.inference_mode()
+    def view(self, picture: Image.Image) -> Tensor:
+        """See `Viewer.view`: the mean of what the vision tower says of the picture's patches."""
+        pixels = build_transform(self.image_size)(picture)[None]
+        with foreseen_failures(self.source):
+            model = self.model  # which is layered where it does not fit
+            with nullcontext() if self._layered is None else self._placement.on_device(self._layered):
+                found = model.model.vision_tower(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
+        mean = found[0, 1:].float().mean(0)  # the first token is of no place
+        return torch.nn.functional.normalize(mean, dim=0).cpu()
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         ids = self.generate(*self.prepare(frames, question, system), max_new_tokens)

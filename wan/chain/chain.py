@@ -19,7 +19,7 @@ from wan.chain.run_folder import DATA, JOINED, PAGE, FinishedClip, RunFolder, To
 from wan.chain.storyboard import Scene
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, readable, write_json, write_text
+from wan.files import file_digest, numbered, readable, write_json, write_text
 from wan.options import CANDIDATE_STEP, Settings, options_of
 from wan.types import Footage, Generation, from_uint8
 
@@ -305,7 +305,9 @@ class ChainRun:
     @functools.cached_property
     def _assembly(self) -> media.Assembly:
         """The joined video that begins with the source, of which each picture is encoded once in a run."""
-        return media.Assembly(self.video, self.folder.path / JOINED, until=self.settings.from_)
+        return media.Assembly(
+            self.video, self.folder.path / JOINED, until=self.settings.from_, into=self.settings.until
+        )
 
     @functools.cached_property
     def _source_digest(self) -> str:
@@ -422,7 +424,8 @@ class ChainRun:
             said = self.describe(made, str(before.video) if before else self.settings.video, plan)
             return said | {"look": measure_look(made.clip.frames).as_json()}
 
-        fps = made.clip.fps
+        fps, fades = made.clip.fps, (plan.fade_in, plans[number].fade_in if number < len(plans) else 0)
+        cuts = {fades[0], len(made.clip.frames) - fades[1]}
         if before is not None and before.is_pruned:  # the clip begins a shot, and these are only looked at
             tail = from_uint8(media.read_tail(before.video, SHEET_FRAMES, fps))
         else:
@@ -432,6 +435,7 @@ class ChainRun:
             samples=(following.num_segments, recent),
             sheet=seam_thumbnails(tail, made.clip.frames[made.dropped : made.dropped + SHEET_FRAMES]),
             metadata=not self.settings.no_video_metadata,
+            keyframes=frozenset(cuts) if any(fades) else frozenset(),
         )
 
     def report(self, status: str) -> None:
@@ -485,8 +489,13 @@ class ChainRun:
         if not clips:
             return None
         joined = self.folder.path / JOINED
-        parts = [clip.fingerprint for clip in clips]
+        parts = [
+            clip.fingerprint + (f" fade {fade}" if fade else "")
+            for clip, fade in zip(clips, self._fades(len(clips)), strict=True)
+        ]
         parts = [self._source_digest, *parts] if self.settings.include_source else parts
+        if self.settings.until is not None and len(clips) == self.count:
+            parts.append(file_digest(Path(self.settings.until)))
         if parts == self.joined_here:
             return joined
         if self.joined_of != parts[: len(self.joined_of)] or not self.joined_of:
@@ -497,22 +506,26 @@ class ChainRun:
         self.joined_here = parts
         return joined
 
+    def _fades(self, count: int) -> list[int]:
+        """Over how many frames each of the first clips fades in."""
+        return [plan.fade_in for plan in self.plans[:count]]
+
     def _join(self, clips: Sequence[FinishedClip], path: Path) -> None:
         settings = self.settings
         videos, drops = [clip.video for clip in clips], [clip.dropped for clip in clips]
         summary = {"clips": [video.name for video in videos], "base_seed": self.base_seed}
         metadata = None if settings.no_video_metadata else summary
         if settings.include_source:
-            self._assembly.renew(videos, drops, metadata)
+            self._assembly.renew(videos, drops, metadata, complete=len(clips) == self.count)
             return
         # one repeated frame is the source's last; more of them are another rendering of what is known
-        media.join_videos(videos, path, drops=[0 if drops[0] == 1 else drops[0], *drops[1:]], metadata=metadata)
+        drops[0] = 0 if drops[0] == 1 else drops[0]
+        media.join_videos(videos, path, drops=drops, fades=self._fades(len(clips)), metadata=metadata)
 
 
 def _free(path: Path) -> Path:
     """The path, or one with a number after it where something is there."""
-    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 10**6)))
-    return next(name for name in names if not name.exists())
+    return next(free for name in numbered(path.name) if not (free := path.with_name(name)).exists())
 
 
 def _base_seed(given: int, before: dict[str, Any]) -> int:

@@ -56,7 +56,7 @@ def _reason(key: str, old: Any, new: Any) -> str:
         return f"its seed {old}, now {new}"
     if key == "take":
         return f"take {new} of it was chosen" if new else "its best take was chosen"
-    if key in ("anchor", "end_image", "cut", "loras"):  # digests say nothing to a reader
+    if key in ("anchor", "end_image", "cut", "loras", "handoff"):  # digests say nothing to a reader
         return f"{difference(key, 0, 0).partition(' 0')[0]} changed"
     return difference(key, old, new)
 

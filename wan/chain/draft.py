@@ -40,16 +40,24 @@ class ClipDraft:
                 return ClipPrompt(**found[0]["prompt"])
         return None
 
+    @property
+    def handed(self) -> Tensor | None:
+        """The known frames of the candidates as a program has left them, if one of them is there."""
+        for path in sorted(self.folder.glob(f".draft_{self.number}_*.safetensors")):
+            if (found := self._read(path)) is not None:
+                return found[2]
+        return None
+
     def find(self, seed: int) -> Sampled | None:
         """What sampling the candidate with this seed came to."""
         found = self._read(self._path(seed))
         if found is None:
             return None
-        said, latents = found
+        said, latents, _ = found
         return Sampled(latents, said["seconds"], said["peak_gib"], said["notes"])
 
-    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt) -> None:
-        """Put what sampling came to on disk."""
+    def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt, handed: Tensor | None) -> None:
+        """Put what sampling came to on disk, and the known frames that a program has left."""
         said = json.dumps(
             {
                 "settings": self.settings,
@@ -59,24 +67,28 @@ class ClipDraft:
                 "notes": dict(sampled.notes),
             }
         )
-        latents = sampled.latents.float().contiguous()
-        metadata = {"said": said, "digest": _digest(latents, said)}
-        write_bytes(self._path(seed), as_bytes({"latents": latents}, metadata))
+        tensors = {"latents": sampled.latents.float().contiguous()}
+        if handed is not None:
+            tensors["handed"] = handed.contiguous()
+        metadata = {"said": said, "digest": _digest(tensors, said)}
+        write_bytes(self._path(seed), as_bytes(tensors, metadata))
 
     def _path(self, seed: int) -> Path:
         return self.folder / f".draft_{self.number}_{seed}.safetensors"
 
-    def _read(self, path: Path) -> tuple[dict[str, Any], Tensor] | None:
+    def _read(self, path: Path) -> tuple[dict[str, Any], Tensor, Tensor | None] | None:
         if not path.is_file():  # opening a pipe would wait for ever
             return None
         try:
             with safe_open(path, framework="pt") as opened:
-                metadata, latents = opened.metadata(), opened.get_tensor("latents")
-            whole = metadata["digest"] == _digest(latents, metadata["said"])
+                metadata = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            latents, handed = tensors["latents"], tensors.get("handed")
+            whole = metadata["digest"] == _digest(tensors, metadata["said"])
             said = parse_json(metadata["said"], str(path))
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        return (said, latents) if whole and said["settings"] == json.loads(json.dumps(self.settings)) else None
+        return (said, latents, handed) if whole and said["settings"] == json.loads(json.dumps(self.settings)) else None
 
 
 def discard(folder: Path, number: int | None = None) -> None:
@@ -85,7 +97,9 @@ def discard(folder: Path, number: int | None = None) -> None:
         path.unlink()
 
 
-def _digest(latents: Tensor, said: str) -> str:
-    digest = hashlib.sha256(latents.contiguous().numpy().tobytes())
+def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors, reverse=True):  # latents first: alone they have the digest that they always had
+        digest.update(tensors[name].contiguous().numpy().tobytes())
     digest.update(said.encode())
     return digest.hexdigest()

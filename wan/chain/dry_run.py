@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan.chain.chain import ChainRun
@@ -21,6 +22,34 @@ H200_FLOPS = 5.5e14  # reached by the denoiser at real sizes (benchmarks/README.
 MP4_BYTES = 0.03  # per pixel and frame at the crf that clips are written with; footage differs by a factor of three
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What is still to be made of a run: `missing` of its `clips`, and about what that takes.
+
+    `work` is the denoiser's arithmetic in floating point operations, and `seconds` its time: as finished clips took
+    where `measured`, else on an H200. `disk_bytes` is what the folder grows by.
+    """
+
+    clips: int
+    missing: int
+    work: float
+    seconds: float
+    measured: bool
+    disk_bytes: float
+
+
+def estimate(continuation: VideoContinuation, run: ChainRun) -> Estimate:
+    """What is still to be made. Raises UserError where no GPU or host of this machine's has the memory for it."""
+    missing = [plan for number, plan in enumerate(run.plans, 1) if number not in run.clips]
+    if not missing:
+        return Estimate(run.count, 0, 0.0, 0.0, False, 0.0)
+    _memory(continuation, missing)
+    _host_memory(continuation, missing)
+    work, (seconds, measured) = _work(continuation, missing), _seconds(continuation, missing, run)
+    disk, _ = _disk_bytes(missing, continuation.config.z_dim, run.settings.keep_state)
+    return Estimate(run.count, len(missing), work, seconds, measured, disk)
+
+
 def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRun) -> Iterator[str]:
     """The lines of the plan: a table of the clips, then sums."""
     width, height = plans[0].geometry.width, plans[0].geometry.height
@@ -28,7 +57,7 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     yield f"{'clip':>4}  {'frames':>6}  {'new':>4}  {'from s':>7}  {'seed':>19}  {'known':<12}  prompt"
     start = 0.0
     for number, plan in enumerate(plans, 1):
-        new = plan.geometry.frames - plan.dropped
+        new = plan.shown - plan.fade_in
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
         seed = run.clips[number].record["seed"] if there else run.seed(number)
@@ -84,6 +113,14 @@ def _words(plan: Plan) -> str:
 
 def _disk(missing: Sequence[Plan], z_dim: int, keep_state: str) -> str:
     """What the folder grows by, and what of it are frames and latents that `keep_state` is about."""
+    size, kept = _disk_bytes(missing, z_dim, keep_state)
+    last = _disk_bytes(missing, z_dim, "last")[1]
+    less = f"; {_size(last)} with `keep_state` last" if keep_state == "all" and len(missing) > 2 else ""
+    return f"about {_size(size)} of disk, of which {_size(kept)} are frames and latents to go on from{less}"
+
+
+def _disk_bytes(missing: Sequence[Plan], z_dim: int, keep_state: str) -> tuple[float, float]:
+    """Bytes that the folder grows by, and those of frames and latents among them."""
     states = [state_bytes(plan, z_dim) for plan in missing]
     takes = sum(
         (state + mp4_bytes(plan)) * plan.best_of
@@ -93,8 +130,7 @@ def _disk(missing: Sequence[Plan], z_dim: int, keep_state: str) -> str:
     # an mp4 is there once in the joined video, too
     rest = takes + sum(2 * mp4_bytes(plan) for plan in missing)
     kept = sum(states[-2:] if keep_state == "last" else states)
-    less = f"; {_size(sum(states[-2:]))} with `keep_state` last" if keep_state == "all" and len(states) > 2 else ""
-    return f"about {_size(rest + kept)} of disk, of which {_size(kept)} are frames and latents to go on from{less}"
+    return rest + kept, kept
 
 
 def _size(size: float) -> str:
@@ -127,15 +163,25 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:
     """Sampling time, from this run's finished clips if it has any."""
-    work = sum(flops(continuation, plan) for plan in missing)
+    seconds, measured = _seconds(continuation, missing, run)
+    if measured:
+        return f"about {_span(seconds)} of sampling, as its finished clips took"
+    return f"about {_span(seconds)} of sampling on an H200; elsewhere the first clip will tell"
+
+
+def _work(continuation: VideoContinuation, missing: Sequence[Plan]) -> float:
+    return sum(flops(continuation, plan) for plan in missing)
+
+
+def _seconds(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> tuple[float, bool]:
+    """Seconds of sampling, and whether this run's finished clips tell them."""
+    work = _work(continuation, missing)
     rates = [
         flops(continuation, run.plans[number - 1]) / seconds
         for number, clip in run.clips.items()
         if (seconds := (clip.record.get("seconds") or {}).get("sample"))
     ]
-    if rates:
-        return f"about {_span(work / statistics.median(rates))} of sampling, as its finished clips took"
-    return f"about {_span(work / H200_FLOPS)} of sampling on an H200; elsewhere the first clip will tell"
+    return (work / statistics.median(rates), True) if rates else (work / H200_FLOPS, False)
 
 
 def _span(seconds: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from wan.files import readable, sampled_digest
+from wan.handoff import identity
 from wan.kinds import public_url
 from wan.options import by_fingerprint_key
 from wan.types import Frame
@@ -121,6 +122,9 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
         {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None
     ),
     "prompt_mode": lambda models, plan: plan.prompt_mode if plan.prompt_mode != "describe" else None,
+    "motion_amplitude": lambda models, plan: plan.motion_amplitude if plan.motion_amplitude != 1 else None,
+    "handoff": lambda models, plan: None if plan.handoff is None or plan.is_cut else identity(plan.handoff),
+    "discard": lambda models, plan: plan.discard or None,
     "drift_correction": lambda models, plan: plan.drift_correction or None,
     "best_of": lambda models, plan: plan.best_of if plan.best_of > 1 else None,
     "video_reader": lambda models, plan: (

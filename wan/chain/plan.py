@@ -18,10 +18,13 @@ class Plan:
     `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
     clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
-    that `svi2pro` holds on to, `end` the clip's last frame. `preset` is the row that
-    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
-    not go together.
+    that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`; its last
+    `discard` frames are left out. `handoff` is a command that may change the known frames. Over
+    `fade` frames a cut fades in when the clips are joined. `likeness` is a
+    picture of what is to stay the same, to measure against. `preset` is the row
+    that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
+    the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
+    does not go together.
     """
 
     geometry: Geometry
@@ -38,6 +41,11 @@ class Plan:
     loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
     prompt_mode: str = "describe"
     preset: str = "quality"
+    motion_amplitude: float = 1.0
+    discard: int = 0
+    handoff: str | None = None
+    fade: int = 0
+    likeness: Frame | None = None
     drift_correction: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
@@ -46,21 +54,46 @@ class Plan:
     count: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_segments", "best_of", "prompt_mode", "drift_correction"):
+        for name in (
+            "num_segments",
+            "best_of",
+            "prompt_mode",
+            "motion_amplitude",
+            "discard",
+            "fade",
+            "drift_correction",
+        ):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:
             raise UserError(
                 f"`context_frames` {self.context.frames}: a clip of {self.geometry.frames} frames must be longer"
             )
-        if self.context.mode == "svi2pro" and self.end is not None:
-            raise UserError(
-                "svi2pro takes no end image: the last frames turn grey; use tail or last_frame for that clip"
-            )
+        if self.discard and self.dropped + self.discard >= self.geometry.frames:
+            raise UserError(f"`discard` {self.discard} leaves nothing new of a clip of {self.geometry.frames} frames")
+        if self.discard and self.end is not None:
+            raise UserError("`discard` would leave out the clip's end image; leave one of them out")
 
     @property
     def dropped(self) -> int:
         """Leading frames of the clip that repeat the footage, and are left out when the clips are joined."""
         return 0 if self.is_cut else self.context.frames
+
+    @property
+    def shown(self) -> int:
+        """Frames of the clip that are shown where clips are joined."""
+        return self.geometry.frames - self.discard - self.dropped
+
+    @property
+    def fade_in(self) -> int:
+        """Frames over which the clip before fades into this one."""
+        return self.fade if self.is_cut and self.number > 1 else 0
+
+    @property
+    def leading(self) -> int:
+        """Leading frames of the clip that are known: after a cut its picture, or none of a shot of text alone."""
+        if self.is_cut:
+            return 0 if self.cut is True else 1
+        return self.context.frames
 
     @property
     def is_cut(self) -> bool:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from wan.errors import UserError
 from wan.foreign import fit, read_json
 from wan.kinds import LARGEST_SEED, MOST_CLIPS
-from wan.options import LONGEST_CONTEXT
+from wan.options import DISCARDS, LONGEST_CONTEXT
 
 _MOST_BYTES = 256 << 20  # of run.json, which holds the record of up to 10000 clips
 
@@ -46,6 +46,8 @@ class _Record(_Partly):
     fps: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}(/[1-9][0-9]{0,8})?$")]
     frame_num: Annotated[int, Field(ge=1, le=100_000)]
     dropped: Annotated[int, Field(ge=0, le=LONGEST_CONTEXT)] = 1
+    discard: Annotated[int, Field(ge=0, le=DISCARDS[-1])] = 0
+    identity: Figure = None
     seam: _Seam | None = None
     look: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None

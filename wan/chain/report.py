@@ -49,7 +49,7 @@ _THUMBNAIL = (160, 200)  # pixels, at most
 _NUMBER = re.compile(r"video_0*(\d+)_")
 
 # What a report repeats of a clip's record, and what else is not a setting of it.
-_OF_A_CLIP = ("prompt", "seed", "cut", "seam", "look", "candidates", "memory", "answers", "fallback")
+_OF_A_CLIP = ("prompt", "seed", "cut", "seam", "look", "candidates", "memory", "answers", "fallback", "identity")
 _COSTS = ("seconds", "peak_gpu_gib", "peak_host_gib")
 _NO_SETTING = {*_OF_A_CLIP, *_COSTS, "file", "versions", "fingerprint", "source", "dropped", "digests"}
 _LOOKS = {"lightness": "Lightness", "contrast": "Contrast", "chroma": "Colour strength", "sharpness": "Sharpness"}
@@ -186,7 +186,8 @@ def render_report(
     - `common`, `versions`: the settings and packages of most clips.
     - `drift`, a value a clip: `colour`, length of the summed colour steps of the seams so far, in Lab units;
       `lightness`, `contrast`, `chroma`, `sharpness`, change against the first clip in percent; `moving`, percent of the
-      picture. Also `colour_shift`, the sum itself after the last clip, as (L, a, b).
+      picture; `identity`, how like the shot's first picture or its anchor the picture is that the clip goes on from,
+      to the captioner's eye (a cosine, at most 1). Also `colour_shift`, the sum itself after the last clip: (L, a, b).
     - `clips`: `number`, `file`, `start` (seconds of new footage before it, None after a gap), `length` (seconds),
       `new_frames`, `fps`, `prompt`, `seed`, `cut`, `seam` (`SeamScore.as_json()`), `look` (`Look.as_json()`),
       `candidates`, `memory`, `answers`, `fallback`, `seconds` by stage, `peak_gpu_gib`, `peak_host_gib`, `settings`
@@ -247,7 +248,8 @@ def _title(arguments: Mapping[str, Any], common: Mapping[str, Any]) -> str:
 
 def _new_frames(record: Mapping[str, Any]) -> int | None:
     frames: int | None = record.get("frame_num")
-    return None if frames is None else frames - int(record.get("dropped", 1))
+    left_out = int(record.get("dropped", 1)) + int(record.get("discard") or 0)
+    return None if frames is None else frames - left_out
 
 
 def _length(record: Mapping[str, Any]) -> float | None:
@@ -305,6 +307,7 @@ def _drift(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "colour_shift": shift if any(value is not None for value in colour) else None,
         **{name: _percent_change([_drawable(look.get(name)) for look in looks]) for name in _LOOKS},
         "moving": [None if share is None else 100 * share for share in moving],
+        "identity": [_drawable(clip["identity"]) for clip in clips],
     }
 
 
@@ -409,6 +412,11 @@ def _charts(facts: Mapping[str, Any]) -> dict[str, Any]:
                 for name, title in _LOOKS.items()
             ),
             _line_chart("Motion", "share of the picture that moves", "%", numbers, drift["moving"], 0, 20),
+            *(
+                [_line_chart("Identity", "likeness at the clip's start", "cosine", numbers, drift["identity"], 0.9, 1)]
+                if any(value is not None for value in drift["identity"])
+                else []
+            ),
         ],
         "time": _time_chart(numbers, [clip["seconds"] or {} for clip in clips]),
         "memory": _line_chart("Peak memory", "of the GPU" if gpu else "of the host", "GiB", numbers, peaks, 0, 1),

@@ -32,8 +32,8 @@ from wan import media
 from wan.chain.draft import discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.records import check_record, read_run
-from wan.errors import UserError
-from wan.files import digest_of, file_digest, link_or_copy, write_bytes, write_json, write_text
+from wan.errors import InUse, UserError
+from wan.files import digest_of, file_digest, link_or_copy, numbered, write_bytes, write_json, write_text
 from wan.foreign import parse_json, read_json
 from wan.options import LONGEST_CONTEXT, current, settings_of
 from wan.types import Generation, UInt8Array, is_finite, to_uint8
@@ -141,6 +141,7 @@ class Told:
     samples: tuple[int, float | None]  # the arguments of `Generation.samples` for what the captioner will see of it
     sheet: Sequence[bytes]  # JPEGs of its seam
     metadata: bool  # whether the mp4 holds the settings
+    keyframes: frozenset[int] = frozenset()  # frames at which the mp4 is cut when clips are joined with fades
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class RunFolder:
                 # a lock of the system, which goes with the process; a mark in its place would outlast a kill
                 self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise UserError(f"{self.path} is in use by another run; wait for it, or give another folder") from error
+            raise InUse(f"{self.path} is in use by another run; wait for it, or give another folder") from error
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -355,6 +356,7 @@ class RunFolder:
         tensors = {
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
+            **({} if made.handed is None else {"handed": made.handed.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
@@ -367,7 +369,7 @@ class RunFolder:
             stem.with_suffix(".mp4"),
             (to_uint8(frame) for frame in frames),
             made.clip.fps,
-            keyframes=frozenset({0, record.get("dropped", 1)}),
+            keyframes=frozenset({0, record.get("dropped", 1)}) | told.keyframes,
             metadata=settings_of(record) if told.metadata else None,
         )
         record |= {"fingerprint": fingerprint(settings), "digests": _digests(path)}
@@ -401,8 +403,8 @@ class RunFolder:
         home, stem = self.path / REDONE, files[0].stem
         home.mkdir(exist_ok=True)
         self._digests.clear()
-        names = (f"{stem}{again}" for again in ("", *(f"_{n}" for n in range(2, 10**6))))
-        return home / next(one for one in names if not any((home / f"{one}{file.suffix}").exists() for file in files))
+        ends = [file.suffix for file in files]
+        return home / next(name for name in numbered(stem) if not any((home / f"{name}{end}").exists() for end in ends))
 
     def set_joined_aside(self) -> None:
         """Move the joined video to `redone/`, if there is one."""

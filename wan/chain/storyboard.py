@@ -12,9 +12,14 @@
         shift: 5.0
         lora_high: [light.safetensors:0.8, style.safetensors]    # or one text; [] for none
         lora_low: light_low.safetensors  # the 5B model has `lora` instead of these two
-        end_image: end.png               # the last frame; A14B
+        end_image: end.png               # the last frame
         context: 5                       # known frames of the clip before: 1, 5, 9, 13, 17; fewer than `frames`
+        continuation: tail               # last_frame, tail or svi2pro; without svi2pro its LoRAs are left out
+        anchor: face.png                 # the picture that svi2pro holds on to from this clip on
+        discard: 8                       # of the clip's last frames: 4, 8, 12, 16, 20, 24
         cut: next_scene.png              # a new shot from this picture; `true`: from the text alone (5B)
+        motion_amplitude: 1.2            # 1 to 1.5; A14B
+        fade: 8                          # frames over which a cut fades in
         takes: 3                         # candidates that are all kept
       - name: the fog                    # by which the clip is known, and keeps its seed, wherever it is moved
       - {}                               # nothing of its own
@@ -50,6 +55,7 @@ from wan.kinds import (
     LARGEST_SEED,
     MOST_CLIPS,
     Among,
+    Choice,
     Cut,
     Files,
     Frames,
@@ -63,8 +69,8 @@ from wan.kinds import (
     Whole,
     Words,
 )
-from wan.options import Option, Settings, by_scene_key
-from wan.settings import LoraFile, check_end_image
+from wan.options import EXPERT_OF_LORA, Option, Settings, by_scene_key
+from wan.settings import Context, LoraFile, check_motion_amplitude
 
 MOST_BYTES = 2**20
 MOST_VALUES = 150_000  # that YAML makes of a file; 10,000 clips with six keys each have as many
@@ -92,12 +98,21 @@ class Scene:
         frames, context = self.said.get("frame_num"), self.said.get("context_frames")
         if frames is not None and context is not None and context >= frames:
             raise UserError(f"context {context} must be fewer than the clip's {frames} frames")
+        if "continuation" in self.said:
+            Context.choose(self.said["continuation"], context)
+        if "anchor_image" in self.said and self.said.get("cut") is not None:
+            raise UserError("a shot holds on to the picture of its cut; give anchor to the clip after it")
 
     def over(self, settings: Settings) -> Settings:
         """The settings of the clip: the command line's, with what is said here in their place."""
         said = dict(self.said)
-        if "context_frames" in said:
-            said["continuation"] = None  # one frame is the last frame, more are a tail
+        if said.keys() & {"continuation", "context_frames"}:
+            # one frame is the last frame, more are a tail; what the command line says of the other is for its own way
+            said = {"continuation": None, "context_frames": None} | said
+            if Context.choose(said["continuation"], said["context_frames"]).mode != "svi2pro":
+                for name in EXPERT_OF_LORA.keys() - said.keys():
+                    files = getattr(settings, name)
+                    said[name] = tuple(file for file in files if not LoraFile.parse(file).is_svi)
         return dataclasses.replace(settings, **said)
 
 
@@ -109,14 +124,14 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
     text, kind = _read(path), path.suffix.lower()
     if kind == ".txt":
         return _prompts(path, text)
-    root = _compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
+    root = compose(path, _json_as_yaml(path, text) if kind == ".json" else text)
     if root is None or (isinstance(root, ScalarNode) and root.tag == _YAML + "str"):
         return _prompts(path, text)
     structure = _Structure(path.parent)
     try:
         scenes = structure.scenes(root)
     except RecursionError as error:  # mappings that are merged into one another by aliases
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     _refuse(path, [*structure.problems, *_names_twice(scenes)])
     return tuple(scenes)
 
@@ -176,11 +191,10 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
-        if "end_image" in scene.said:
-            try:
-                check_end_image(config)
-            except UserError as error:
-                problems.append((scene.line, str(error)))
+        try:
+            check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
+        except UserError as error:
+            problems.append((scene.line, str(error)))
     _refuse(path, problems)
 
 
@@ -227,7 +241,7 @@ def _json_as_yaml(path: Path, text: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: this is not JSON: {error.msg}") from error
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply for a storyboard") from error
+        raise UserError(f"{path} is nested too deeply") from error
     if not isinstance(top, dict | list):
         raise UserError(f"{path}, line 1: a storyboard in JSON is an object or a list")
     return re.sub(
@@ -235,8 +249,8 @@ def _json_as_yaml(path: Path, text: str) -> str:
     )
 
 
-def _compose(path: Path, text: str) -> Node | None:
-    """The graph of YAML nodes, which know their lines and of which nothing is constructed."""
+def compose(path: Path, text: str) -> Node | None:
+    """The graph of a YAML file's nodes, which know their lines; nothing is constructed. Raises UserError."""
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
@@ -275,7 +289,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth, self.values = self.depth + 1, self.values + 1
         if self.depth > DEEPEST:
-            raise _Excess("is nested too deeply for a storyboard")
+            raise _Excess("is nested too deeply")
         if self.values > MOST_VALUES:
             raise _Excess(f"holds more than {MOST_VALUES} values; is it the right file?")
         node: Node | None = super().compose_node(parent, index)
@@ -504,6 +518,7 @@ def _read_value(node: Node, kind: Kind, folder: Path) -> Any:
 _READERS: Mapping[type[Kind], Callable[[Node, Any, Path], Any]] = {
     Kind: _text,
     Words: _words,
+    Choice: _words,
     Name: _words,
     Whole: _whole,
     Frames: _whole,

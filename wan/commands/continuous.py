@@ -8,13 +8,14 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
-from wan.chain.dry_run import outline
+from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
@@ -28,6 +29,7 @@ from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings
+from wan.settings import Context
 from wan.types import Footage, Frame, Generation, OnStep, Step
 from wan.vae.preview import CHANNELS
 
@@ -103,6 +105,11 @@ class Chain:
         """Free the memory of the models; they are loaded again when they are next used."""
         self._pipeline.close()
 
+    @property
+    def status(self) -> str:
+        """What the folder says of its last run: "finished", say; nothing before the first."""
+        return str(RunFolder(self.folder).run.get("status") or "")
+
     def stop(self) -> None:
         """Stop after the clip that is being made; may be called from another thread or from `on_step`."""
         self._steering.stop()
@@ -114,6 +121,12 @@ class Chain:
         yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
+
+    def estimate(self) -> Estimate:
+        """What is still to be made, when all was checked that a run checks before its first clip. Raises UserError."""
+        run = self._scripts.run(RunFolder(self.folder))
+        _agree(run)
+        return estimate(self._pipeline, run)
 
     def __iter__(self) -> Iterator[FinishedClip]:
         settings = self.job.settings
@@ -226,7 +239,15 @@ class _Scripts:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
         settings = self.job.settings
         by_scenes = len(scenes) if settings.storyboard else 0
-        count = settings.num_videos or max(begun, by_scenes or USUAL_CLIPS)
+        ends = self.job.ends
+        count = settings.num_videos or max(
+            begun, by_scenes or len(ends) or (USUAL_CLIPS if settings.until is None else 1)
+        )
+        if ends and len(ends) != count:
+            raise UserError(
+                f"`end_images` {settings.end_images} holds {len(ends)} pictures, and {count} clips are to be made; "
+                "give one for each"
+            )
         if count < by_scenes:
             log.warning("the storyboard has %d clips, `num_videos` makes the first %d of them", by_scenes, count)
         plans = _plans(self.job, self.continuation, self.footage, scenes[:count], count)
@@ -350,29 +371,59 @@ def _plans(
         return continuation.frame_for(media.read_image(file), common.geometry.width, common.geometry.height)
 
     plans: list[Plan] = []
-    anchor = common.anchor
+    anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
+    begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
+    ends = [picture(file) for file in job.ends]
+    if ends:
+        continuation.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
-        end = common.end if number == count else None
+        end = ends[number - 1] if ends else common.end if number == count else None
         plan = dataclasses.replace(common, number=number, count=count, end=end, anchor=anchor)
         if number <= len(scenes):
             scene = scenes[number - 1]
             own: dict[str, Any] = {} if "end_image" in scene.said else {"end": end}
             try:
+                of_scene = scene.over(settings)
+                is_svi = Context.choose(of_scene.continuation, of_scene.context_frames).mode == "svi2pro"
+                if number == count and settings.until is not None and "end_image" in scene.said:
+                    raise UserError("end_image: the last clip ends with the first frame of `until`")
+                if "anchor_image" in scene.said:
+                    if not is_svi:
+                        raise UserError("anchor goes with `continuation` svi2pro")
+                    anchor = picture(scene.said["anchor_image"])
+                if is_svi and anchor is None:
+                    anchor = shot
                 of_clip = {"anchor": anchor, "number": number, "count": count} | own
-                plan = job.plan(continuation, footage, scene.over(settings), picture, **of_clip)
+                plan = job.plan(continuation, footage, of_scene, picture, **of_clip)
             except UserError as error:
                 where = f"{settings.storyboard}, line {scene.line}" if scene.line else f"clip {number}"
                 raise UserError(f"{where}: {error.marked}") from error
-            if isinstance(scene.said.get("cut"), str) and anchor is not None and not settings.anchor_image:
-                anchor = picture(scene.said["cut"])  # what is held on to is the new shot
+            if is_svi:
+                anchor = plan.anchor
+            if isinstance(scene.said.get("cut"), str):
+                shot = picture(scene.said["cut"])
+                if anchor is not None and not settings.anchor_image:
+                    anchor = shot
+            if plan.is_cut:
+                begin = shot if isinstance(scene.said["cut"], str) else None
+        held = anchor if plan.context.mode == "svi2pro" else begin
+        plan = dataclasses.replace(plan, likeness=held)
         plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
+    for before, plan in pairwise(plans):
+        if 2 * plan.fade_in > min(before.shown, plan.shown):
+            raise UserError(
+                f"`fade` {plan.fade_in} is more than half of clip {plan.number} or of the one before it; give less"
+            )
+        if plan.fade_in and settings.include_source:
+            raise UserError("`fade` is for a joined video without the source in front; leave `include_source` out")
     return plans
 
 
 def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
     """A line about how several GPUs would share the work."""
-    given = [size for size in (job.settings.ulysses_size, job.settings.cfg_size) if size != "auto"]
+    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
+    given = [size for size in asked if size != "auto"]
     world = job.world if job.world.size > 1 else World(size=math.prod(given))
     if world.size == 1:
         return []

@@ -33,7 +33,9 @@ PROGRAMS: Mapping[Command, str] = {
     "generate": "generate.py",
     "continuous": "generate_continuous.py",
     "serve": "wan-serve",
+    "batch": "generate_batch.py",
 }
+NAME = "{name}"  # in the folder of a batch
 _ABOUT: Mapping[Command, str] = {
     "generate": """Make one clip with Wan2.2, or continue a video by one clip.
 
@@ -47,6 +49,16 @@ example:
 
 example:
   wan-serve --ckpt_dir ./Wan2.2-TI2V-5B --output_dir ./served""",
+    "batch": """Continue many videos, each by a chain, on all GPUs of this machine or of a Ray cluster. The flags are
+what each chain has unless its row in the list says otherwise.
+
+example:
+  python generate_batch.py --videos ./clips --ckpt_dir ./Wan2.2-TI2V-5B --output_dir runs/{name}""",
+}
+
+_USAGE: Mapping[Command, str] = {
+    "continuous": "--video FILE ",
+    "batch": "--videos DIR|GLOB|FILE --output_dir DIR/{name} ",
 }
 
 
@@ -98,7 +110,7 @@ def parser_of(command: Command, *, whole: bool = True) -> Parser:
     """
     parser = Parser(
         prog=PROGRAMS[command],
-        usage="%(prog)s " + ("--video FILE " if command == "continuous" else "") + "--ckpt_dir DIR [flags]",
+        usage=f"%(prog)s {_USAGE.get(command, '')}--ckpt_dir DIR [flags]",
         description=_ABOUT[command],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -172,7 +184,12 @@ def _read(one: Option, words: Any) -> Any:
 
 def check_together(command: Command, settings: Settings) -> None:
     """Raise UserError for settings that do not go together."""
-    if settings.ckpt_dir is None and settings.comfy_dir is None:
+    if command == "batch":
+        if NAME not in settings.output_dir:
+            raise UserError(
+                f"`output_dir` {settings.output_dir} must hold {NAME}, for the name of each row: runs/{NAME}, say"
+            )
+    elif settings.ckpt_dir is None and settings.comfy_dir is None:  # rows may say it
         raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command != "generate"
     if chain and settings.task not in (None, *V2V_TASKS):
@@ -189,13 +206,17 @@ def check_together(command: Command, settings: Settings) -> None:
     fewest = Frames().fewest_in_chain
     if chain and settings.frame_num is not None and settings.frame_num < fewest:
         raise UserError(f"`frame_num` {settings.frame_num}: a clip of a chain needs at least {fewest} frames")
+    if settings.end_image is not None and settings.end_images is not None:
+        raise UserError("`end_images` says how each clip ends, also the last; leave `end_image` out")
+    if settings.until is not None and not (settings.end_image is None is settings.end_images):
+        raise UserError("`until` says how the last clip ends; leave `end_image` and `end_images` out")
     if settings.vram is not None and settings.offload_model is False:
         raise UserError("`vram` needs `offload_model` True, with which only the model in use is on the GPU")
     if settings.cache is not None:
         StepCache.parse(settings.cache)
     if settings.prompt_for and settings.storyboard is not None:
         raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
-    most = settings.num_videos or 12
+    most = settings.num_videos or (12 if settings.until is None else 1)
     if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
         raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
     context = Context.choose(settings.continuation, settings.context_frames)
@@ -223,8 +244,8 @@ def reference() -> str:
         "# Commands",
         "",
         "`generate.py` (installed as `wan-generate`) makes one clip, `generate_continuous.py` (`wan-continuous`) a",
-        "chain. `wan-serve` takes the flags of a chain, but for those of one video. All print their flags with",
-        "`--help`. This page is made from `wan/options.py` by `make reference`.",
+        "chain. `wan-serve` and `generate_batch.py` (`wan-batch`) take the flags of a chain, but for those of one",
+        "video. All print their flags with `--help`. This page is made from `wan/options.py` by `make reference`.",
         "",
         "A **key** is how a [storyboard](guide.md#a-storyboard) sets the option for one clip.",
     ]
@@ -268,7 +289,9 @@ def _default_cell(one: Option) -> str:
     if isinstance(one.kind, Switch) and one.default is False:
         return "off"
     default = one.unset or f"`{one.default}`"
-    return f"{default}; required in a chain" if one.required else default
+    needed = {"continuous": "a chain", "batch": "a batch"}
+    where = ", ".join(needed[command] for command in one.required)
+    return "required" if one.only == one.required else f"{default}; required in {where}" if where else default
 
 
 if __name__ == "__main__":

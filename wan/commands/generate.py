@@ -14,9 +14,9 @@ from wan import media
 from wan.commands.job import Job, lora_files
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
-from wan.files import write_json
+from wan.files import numbered, write_json
 from wan.options import settings_of
-from wan.settings import check_end_image
+from wan.settings import check_end_image, check_motion_amplitude
 from wan.sizes import begun_size
 from wan.types import KnownFrames, Request, to_uint8
 
@@ -67,8 +67,7 @@ def _target(job: Job) -> Path:
     slug = re.sub(r"[^\w-]+", "_", name)[:50].encode()[:100].decode(errors="ignore").strip("_") or "clip"
     # the process number keeps runs that begin in the same second apart
     name = f"{job.config.name}_{width}x{height}_{slug}_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
-    names = (Path(f"{name}{again}.mp4") for again in ("", *(f"_{n}" for n in range(2, 1000))))
-    return next(path for path in names if not path.exists())
+    return next(path for free in numbered(name) if not (path := Path(f"{free}.mp4")).exists())
 
 
 def _request(job: Job, pipeline: Pipeline) -> Request:
@@ -81,8 +80,9 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         size = begun_size(config.model_type, image.width, image.height, size[0] * size[1])
         known = KnownFrames((image,))
     if settings.end_image is not None:
-        check_end_image(config)
+        check_end_image(config, settings.frame_num or config.frame_num, len(known.leading))
         known = dataclasses.replace(known, end=media.read_image(settings.end_image))
+    check_motion_amplitude(settings.motion_amplitude, config)
     loras = lora_files(settings)
     pipeline.models.check_loras(loras)
     pipeline.check_distilled(settings.preset, loras)
@@ -103,4 +103,5 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         ),
         draw_seed(settings.base_seed),
         loras,
+        settings.motion_amplitude,
     )

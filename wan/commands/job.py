@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Job:
     scenes: tuple[Scene, ...] = ()
     world: World = World()
     tokenizer: Path | None = None  # where it is in neither of the checkpoint's folders
+    ends: tuple[str, ...] = ()  # the last frame of each clip, where each has one
 
     @classmethod
     def read(cls, command: Command, settings: Settings) -> Job:
@@ -65,7 +67,9 @@ class Job:
             settings = _or_example(settings, given)
             check_task(settings, given)  # before anything is downloaded
         _check_files(settings)
-        scenes = read_scenes(settings)
+        if settings.until is not None:
+            settings = dataclasses.replace(settings, include_source=True)
+        scenes, ends = read_scenes(settings), read_ends(settings)
 
         from wan.weights.checkpoint import (
             Names,
@@ -119,7 +123,7 @@ class Job:
             names=Names.of(config),
             files=dit_files(settings) | parts,
         )
-        return cls(command, settings, folder, config, size, checkpoint, scenes, world, tokenizer)
+        return cls(command, settings, folder, config, size, checkpoint, scenes, world, tokenizer, ends)
 
     @property
     def video(self) -> Path:
@@ -151,6 +155,8 @@ class Job:
             self.config,
             self.folder,
             device_id=self.world.local_rank,
+            t5_fsdp=settings.t5_fsdp,
+            dit_fsdp=settings.dit_fsdp,
             t5_cpu=settings.t5_cpu,
             convert_model_dtype=settings.convert_model_dtype,
             dit_files=dit_files(settings),
@@ -160,6 +166,15 @@ class Job:
             host_memory=settings.host_memory,
             **continuing,
         )
+
+    @property
+    def models_key(self) -> tuple[Any, ...]:
+        """Equal for two jobs whose pipeline may be the same."""
+        names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
+        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        said = tuple(getattr(self.settings, name) for name in names)
+        files = dit_files(self.settings) | part_files(self.settings)
+        return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said
 
     @property
     def offload(self) -> bool:
@@ -173,7 +188,8 @@ class Job:
 
     @property
     def _given_sizes(self) -> dict[str, int | None]:
-        given = {"cfg": self.settings.cfg_size, "ulysses": self.settings.ulysses_size}
+        settings = self.settings
+        given = {"cfg": settings.cfg_size, "ulysses": settings.ulysses_size, "ring": settings.ring_size}
         return {name: None if size == "auto" else size for name, size in given.items()}
 
     def _guided(self, pipeline: Pipeline) -> float:
@@ -199,22 +215,25 @@ class Job:
         self._join(pipeline)
         logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
         try:
-            yield
-        except BaseException:
-            # in the middle of a clip nobody listens; the launcher ends the others
-            if not pipeline.is_sampling:
-                pipeline.release()
+            with pipeline.team.watched():
+                yield
+        except GeneratorExit:  # between two clips
+            self._part(pipeline)
             raise
+        self._part(pipeline)
+
+    def _part(self, pipeline: Pipeline) -> None:
         pipeline.release()
         pipeline.team.end()
 
-    def follow(self) -> None:
-        """In any other process: make its shares until the first has done."""
+    def follow(self, pipeline: Pipeline | None = None) -> None:
+        """In any other process: make its shares until the first has done, with a pipeline that may be there already."""
         if self.settings.dry_run:
             return
-        pipeline = self.open()
+        pipeline = self.open() if pipeline is None else pipeline
         self._join(pipeline)
-        pipeline.follow()
+        with pipeline.team.watched():
+            pipeline.follow()
         pipeline.team.end()
 
     def _join(self, pipeline: Pipeline) -> None:
@@ -255,6 +274,8 @@ class Job:
         settings = settings or self.settings
         pictures = {"anchor": settings.anchor_image, "end": settings.end_image, "cut": settings.cut}
         found = {name: read(file) if isinstance(file, str) else file for name, file in pictures.items()}
+        if settings.until is not None and found["end"] is None and "end" not in more:
+            found["end"] = media.read_first_frame(settings.until)
         plan = continuation.plan(
             footage,
             **found
@@ -275,6 +296,10 @@ class Job:
                 "context": Context.choose(settings.continuation, settings.context_frames),
                 "loras": lora_files(settings),
                 "prompt_mode": settings.prompt_mode,
+                "motion_amplitude": settings.motion_amplitude,
+                "discard": settings.discard,
+                "handoff": settings.handoff_command,
+                "fade": settings.fade,
                 "drift_correction": settings.drift_correction,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
@@ -334,6 +359,7 @@ class Job:
             "precision": config.low_precision or settings.precision,
             "vae_dtype": str(config.vae_dtype).removeprefix("torch."),
             "end_image": request.known.end is not None,
+            "motion_amplitude": request.motion_amplitude,
         }
         if plan is not None:
             used |= {
@@ -345,6 +371,7 @@ class Job:
                 "continuation": plan.context.mode,
                 "context_frames": made.context_frames,
                 "cut": plan.is_cut,
+                "discard": plan.discard,
                 "drift_correction": plan.drift_correction,
             }
         return used
@@ -377,6 +404,26 @@ def read_scenes(settings: Settings) -> tuple[Scene, ...]:
     return tuple(Scene(0, {"prompt": said[number]} if number in said else {}) for number in numbers)
 
 
+def read_ends(settings: Settings) -> tuple[str, ...]:
+    """The picture files of `end_images`, which are whole, in the order of their names. Raises UserError."""
+    if settings.end_images is None:
+        return ()
+    try:
+        files = [file for file in os.scandir(settings.end_images) if not file.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"`end_images` {settings.end_images!r} cannot be read: {error.strerror}") from error
+    if not files:
+        raise UserError(f"`end_images` {settings.end_images!r} holds no pictures")
+    for file in files:
+        media.read_image(file.path)
+    return tuple(file.path for file in sorted(files, key=lambda file: _by_numbers(file.name)))
+
+
+def _by_numbers(name: str) -> list[Any]:
+    """A key for names in which 2 comes before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.casefold())]
+
+
 def _or_example(settings: Settings, task: str) -> Settings:
     """What the task makes when it is given neither a prompt nor an input, as in Wan2.2's script; this is said."""
     if settings.prompt is not None or settings.video is not None or settings.image is not None:
@@ -390,16 +437,20 @@ def _or_example(settings: Settings, task: str) -> Settings:
     return dataclasses.replace(settings, **example)
 
 
+_SIZES = ("ulysses_size", "cfg_size", "ring_size")
+
+
 def check_world(settings: Settings, world: World) -> None:
     """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
-    if asked := [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]:
-        raise UserError(f"{', '.join(asked)}: sharded weights are not supported yet; leave it out")
-    given = {name: size for name in ("ulysses_size", "cfg_size") if (size := getattr(settings, name)) != "auto"}
+    asked = [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
+    if asked and world.size == 1 and not settings.dry_run:
+        raise UserError(f"{' and '.join(asked)}: weights are shared among GPUs; start the command with torchrun")
+    given = {name: size for name in _SIZES if (size := getattr(settings, name)) != "auto"}
     ranks = math.prod(given.values())
     said = ", ".join(f"`{name}` {size}" for name, size in given.items())
     if world.size == 1 and ranks > 1 and not settings.dry_run:
         raise UserError(f"{said} needs {ranks} processes: start the command with torchrun --nproc_per_node={ranks}")
-    if world.size > 1 and (world.size % ranks or (len(given) == 2 and ranks != world.size)):
+    if world.size > 1 and (world.size % ranks or (len(given) == len(_SIZES) and ranks != world.size)):
         raise UserError(f"{said} does not make up the {world.size} processes that are started")
 
 

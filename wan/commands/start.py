@@ -69,7 +69,8 @@ def check_budget(job: Job) -> None:
     from wan.device.budget import MemoryBudget, NamedDevice
 
     settings, config = job.settings, job.config
-    if not isinstance(settings.vram, int | float) or not has_gpu_driver():
+    # several GPUs may share a model, which is arranged later
+    if not isinstance(settings.vram, int | float) or job.world.size > 1 or not has_gpu_driver():
         return
     width, height = job.size
     if settings.video is not None:

@@ -53,27 +53,37 @@ class ImageChannels:
         return is_finite(self.channels)
 
     @classmethod
-    def from_latents(cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False) -> ImageChannels:
+    def from_latents(
+        cls, image_latents: Tensor, known_frames: int = 1, *, end: bool = False, amplitude: float = 1.0
+    ) -> ImageChannels:
         """Image latents [z, F, h, w] of `known_frames` leading pixel frames (4n+1), grey ones, and at the `end` one.
 
         Channel c of latent frame j > 0 is the flag of pixel frame 4(j-1)+1+c, and all four of latent frame 0 that of
-        pixel frame 0 (source: the official image-to-video code, which knows one frame).
+        pixel frame 0 (source: the official image-to-video code, which knows one frame). `amplitude`: see `amplified`.
         """
         mask = torch.zeros_like(image_latents[:1]).repeat(4, 1, 1, 1)
         mask[:, : latent_frames(known_frames)] = 1
         if end:
             mask[3, -1] = 1
-        return cls(torch.cat([mask, image_latents]))
+        free = slice(latent_frames(known_frames), -1 if end else None)
+        return cls(torch.cat([mask, amplified(image_latents, free, amplitude)]))
 
     @classmethod
-    def from_anchor(cls, anchor: Tensor, motion: Tensor, frames: int) -> ImageChannels:
+    def from_anchor(cls, anchor: Tensor, motion: Tensor, frames: int, end: Tensor | None = None) -> ImageChannels:
         """Stable Video Infinity 2.0 Pro: the anchor's latent frame [z, 1, h, w], the motion's [z, M, h, w], then zeros.
 
         `frames` is F. The zeros are literal, not the latents of grey pixels, and only latent frame 0 is marked as
-        known: the LoRA that is trained for this reads the motion by its position.
+        known: the LoRA that is trained for this reads the motion by its position. The LoRA was not trained with an
+        `end` [z, 1, h, w]: it takes the last latent frame, which is marked as known in all four channels (source:
+        ComfyUI-Wan-SVI2Pro-FLF).
         """
         rest = anchor.new_zeros(anchor.shape[0], frames - 1 - motion.shape[1], *anchor.shape[2:])
-        return cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
+        if end is not None:
+            rest = torch.cat([rest[:, 1:], end], dim=1)
+        found = cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
+        if end is not None:
+            found.channels[:4, -1] = 1
+        return found
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([latents, self.channels])[None], t[None]
@@ -111,30 +121,51 @@ class HeldImageChannels(ImageChannels):
 
 @dataclass(frozen=True)
 class KnownLatents:
-    """5B: leading latent frames are known, and they are given timestep 0.
+    """5B: leading latent frames, and the last one where there is an `end`, are known, and they are given timestep 0.
 
-    `known` float32 [z, K, h, w] with K <= F. A token of the model is one latent frame deep.
+    `known` float32 [z, K, h, w] with K <= F, `end` [z, 1, h, w]. A token of the model is one latent frame deep.
     """
 
     known: Tensor
+    end: Tensor | None = None
 
     @property
     def is_finite(self) -> bool:
-        return is_finite(self.known)
+        return is_finite(self.known) and (self.end is None or is_finite(self.end))
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         placed = self.finish(latents)
         steps = t.to(torch.float32).repeat(placed.shape[1])  # float32 as in the official code: mask * t
         steps[: self.known.shape[1]] = 0
+        if self.end is not None:
+            steps[-1] = 0
         return placed[None], steps[None]
 
     def finish(self, latents: Tensor) -> Tensor:
-        return _with_leading(self.known, latents)
+        placed = _with_leading(self.known, latents)
+        return placed if self.end is None else torch.cat([placed[:, :-1], self.end], dim=1)
 
 
 def latent_frames(frames: int) -> int:
     """Latent frames of so many pixel frames (4n+1)."""
     return (frames - 1) // 4 + 1
+
+
+def amplified(latents: Tensor, free: slice, amplitude: float) -> Tensor:
+    """Image latents [z, F, h, w] whose `free` frames lie `amplitude` times as far from the first; 1 changes nothing.
+
+    The mean of each frame's distance, over channels and space, stays, so that the picture does not get lighter or
+    darker as a whole. What is far from what the VAE makes is clamped (source: ComfyUI's PainterI2V, which answers
+    step-distilled LoRAs that make slow motion).
+    """
+    if amplitude == 1:
+        return latents
+    first, rest = latents[:, :1], latents[:, free]
+    away = rest - first
+    mean = away.mean(dim=(0, 2, 3), keepdim=True)
+    found = latents.clone()
+    found[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
+    return found
 
 
 def _with_leading(known: Tensor, latents: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def _fault(precision: str, device: torch.device) -> str:
     rows, scale = quantize(weight)
     heads = torch.randn(3, 1, 256, 2, 128, generator=generator).bfloat16()
     checks: list[tuple[Any, list[Tensor]]] = [(multiply, [x, rows, scale, torch.zeros(128, dtype=torch.bfloat16)])]
-    checks += [(attend, list(heads))] if precision == "fp8_attention" else []
+    checks += [(attend_in_fp8, list(heads))] if precision == "fp8_attention" else []
     for compute, given in checks:
         expected = compute(*given).float()
         try:
@@ -86,7 +86,7 @@ def quantize_model(model: Denoiser, precision: str, device: torch.device) -> Non
                 layer.scale = torch.ones(1, 1, device=layer.weight.device)
             layer.multiply = multiply
         if precision == "fp8_attention":
-            block.attn1.processor.attend = attend
+            block.attn1.processor.attend = attend_in_fp8
     model.low_precision = precision
 
 
@@ -116,7 +116,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return found.to(bias.dtype).view(*x.shape[:-1], -1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_in_fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Self-attention [B, L, heads, head_dim] in 8 bits; on a CPU the same roundings in plain PyTorch."""
     if query.is_cuda:
         from wan.denoiser.int8_attention_kernel import attention8

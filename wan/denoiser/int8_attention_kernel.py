@@ -44,7 +44,7 @@ def attention8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     head_dim is a power of two from 16 to 256. On Gaussian numbers the result is 4e-2 (relative L2) from exact
     arithmetic.
     """
-    return attend(query, key, value, DEFAULT)
+    return attend_in_int8(query, key, value, DEFAULT)
 
 
 @attention8.register_fake
@@ -52,7 +52,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
+def attend_in_int8(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
     """`attention8` with work cut in a given way."""
     batch, length, heads, dim = query.shape
     keys = key.shape[1]
@@ -72,7 +72,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles) -> Tensor:
                 TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape)
                 for tensor, shape in zip(flat, shapes, strict=True)
             )
-        _attend[(triton.cdiv(length, tiles.rows), batch * heads)](
+        _attend_kernel[(triton.cdiv(length, tiles.rows), batch * heads)](
             *inputs, query_scale, key_scale, value_scale, out, length, keys, query8.shape[1], key8.shape[1], heads,
             (dim**-0.5) * 1.4426950408889634,
             out.stride(0), out.stride(1), out.stride(2),
@@ -210,7 +210,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
+def _attend_kernel(  # type: ignore[no-untyped-def]
     query, key, value, query_scale, key_scale, value_scale, out, length, keys, query_padded, key_padded, heads, root,
     stride_b, stride_l, stride_h,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,

@@ -1,4 +1,4 @@
-"""LoRA files -> the weights of a denoiser: W + strength * alpha / rank * B @ A, whatever the file calls its layers.
+"""LoRAs -> the weights of a denoiser: W + strength * alpha / rank * B @ A.
 
 LoKr and LoHa put other products in the place of B @ A, and DoRA scales the rows or columns of the sum; its strength
 says how far the weights go from the checkpoint's to the scaled ones.
@@ -10,101 +10,22 @@ whose weight stays quantized holds the LoRA beside it and does the same sum when
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-import re
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 
+from wan.denoiser.lora_file import LOHA, OpenedLora
 from wan.denoiser.model import WanModel, key_map
+from wan.device.sharding import write
 from wan.errors import UserError
-from wan.foreign import fit, parse_json, read_json
-from wan.settings import LoraFile
-from wan.weights.checkpoint import Shape, Weights, check_expert, open_file
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
+from wan.weights.tensors import Weights
 
 _LOGGER = logging.getLogger(__name__)
-
-# The layers by their official names. A modulation is a parameter by itself, of which a LoRA may hold the difference.
-_LAYERS = (
-    *("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"),
-    *("time_projection.1", "head.head", "head.modulation"),
-)
-_BLOCK_LAYERS = (
-    *(f"{kind}_attn.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "o", "norm_q", "norm_k")),
-    *("norm3", "ffn.0", "ffn.2", "modulation"),
-)
-# What image-to-video models of Wan2.1 have and Wan2.2 does without.
-_LEFTOVER = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
-_PREFIX = re.compile(
-    r"(?:(?:lora_)?(?P<half>transformer_[12]|high_noise_model|low_noise_model|pipe\.dit2|dit2)[._]"
-    r"|(?:base_model\.model|diffusion\.model|diffusion_model|model|module|transformer|pipe\.dit|dit)\."
-    r"|lora_unet__?|lora_transformer_|lycoris_)*"  # VideoX-Fun writes two underscores
-)
-_COMPILED = re.compile(r"_orig_mod[._]")  # torch.compile puts it before the names of what it wraps
-# Which of the two experts a part of a file is for, where one file holds both (ai-toolkit, diffusers, DiffSynth).
-_HALVES = {
-    "transformer_1": "high",
-    "high_noise_model": "high",
-    "transformer_2": "low",
-    "low_noise_model": "low",
-    "pipe.dit2": "low",
-    "dit2": "low",
-}
-# Between role and leaf may stand the name that peft gave the adapter. `diff_m` is the difference of a modulation.
-_KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora(?:[._]|_linear_layer\.)(?P<role>A|B|down|up|mid)(?:\.(?!bias$)[^.]+)?(?:\.weight)?"
-    r"|lora[._](?:B|up)(?:\.[^.]+)?\.(?P<bias>bias)"
-    r"|(?P<other>alpha|diff|diff_b|diff_m|dora_scale|lora_magnitude_vector|lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]"
-    r"|hada_t[12])"
-    r"(?:\.[^.]+)?(?:\.weight)?)"
-)
-_ROLES = {"A": "down", "down": "down", "B": "up", "up": "up", "mid": "mid", "lora_magnitude_vector": "dora_scale"}
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
-
-
-@dataclass(frozen=True)
-class LoraMatch:
-    """How a LoRA fits a model: `matched` of its `total` layers are there, and the names in the file of the others.
-
-    Layers that only Wan2.1 has are not counted. `ranks` are all that occur, ascending.
-    """
-
-    lora: LoraFile
-    matched: int
-    total: int
-    ranks: tuple[int, ...]
-    unmatched: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The LoRA and how much of it fits, for a record."""
-        return self.lora.as_json() | {"matched": self.matched, "total": self.total}
-
-    def __str__(self) -> str:
-        ranks = "/".join(map(str, self.ranks)) or "none"
-        return (
-            f"{self.lora.path.name}: {self.matched} of {self.total} layers, rank {ranks}, strength {self.lora.strength}"
-        )
-
-
-def open_loras(loras: Sequence[LoraFile], weights: Weights) -> list[OpenedLora]:
-    """These LoRAs as they fit the model; reads headers and alphas only. Layers that do not fit are warned of.
-
-    Raises UserError for a file that is none or broken, is for another expert, or does not fit by half or in width.
-    """
-    opened = [_open(lora, weights) for lora in loras]
-    for match in (one.match for one in opened):
-        if match.unmatched:
-            _LOGGER.warning("%s; left out: %s", match, _listing(match.unmatched))
-    return opened
 
 
 @torch.no_grad()
@@ -127,14 +48,14 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
         if any(file.has_magnitude(name) for file in opened):
             ((_, original),) = weights.read({source_of[name]})
             base = dequantize(original).to(device, torch.float32)
-        linear.set_loras([addition for file in opened for addition in file.additions(name, device, base)])
+        linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base)])
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
         value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
-            file.add(name_of[key], value, base)
-        parameter.copy_(value if model.rounding is None else value.to(model.rounding))
+            _add(file, name_of[key], value, base)
+        write(parameter, value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
@@ -147,59 +68,41 @@ def _packed(model: WanModel, name: str) -> QuantizedLinear | None:
     return module if leaf == "weight" and isinstance(module, QuantizedLinear) else None
 
 
-@dataclass(frozen=True)
-class _LayerKeys:
-    """What a file holds for one parameter: keys by role (down, up, bias, diff), and alpha / rank."""
+def _add(opened: OpenedLora, name: str, value: Tensor, base: Tensor | None) -> None:
+    """Add what a LoRA holds for a parameter to its float32 value; no more of the file is read.
 
-    keys: Mapping[str, str]
-    scale: float
+    `base` are the checkpoint's own values, which only DoRA needs.
+    """
+    additions = _additions(opened, name, value.device, base)
+    for addition in additions:
+        addition.add_to(value, base=base)
+    if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
+        raise _not_finite(opened, name)
 
 
-@dataclass(frozen=True)
-class OpenedLora:
-    """A LoRA file that fits: its parts by the name of the parameter in the model."""
+def _additions(opened: OpenedLora, name: str, device: torch.device, base: Tensor | None) -> list[Addition]:
+    """What a LoRA adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
+    part = opened.parts.get(name)
+    if part is None:
+        return []
+    read = {key: dequantize(tensor).to(device, copy=True) for key, tensor in opened.file.read(part.keys.values())}
+    tensors = {role: read[key] for role, key in part.keys.items()}
+    if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
+        raise _not_finite(opened, name)
+    additions = _products(tensors, part.scale)
+    if "bias" in tensors:
+        additions.append(Addition(tensors["bias"], None, part.scale))
+    if "diff" in tensors:
+        additions.append(Addition(tensors["diff"], None, 1.0))
+    if "dora_scale" in tensors:
+        assert base is not None
+        additions = _with_magnitude(additions, tensors["dora_scale"].float(), base)
+    strength = opened.match.lora.strength
+    return [replace(addition, strength=strength * addition.strength) for addition in additions]
 
-    file: Weights
-    parts: Mapping[str, _LayerKeys]
-    match: LoraMatch
 
-    def has_magnitude(self, name: str) -> bool:
-        """Whether what this file holds for a parameter depends on the checkpoint's values (DoRA)."""
-        return name in self.parts and "dora_scale" in self.parts[name].keys
-
-    def add(self, name: str, value: Tensor, base: Tensor | None) -> None:
-        """Add what this file holds for a parameter to its float32 value; no more of the file is read.
-
-        `base` are the checkpoint's own values, which only DoRA needs.
-        """
-        additions = self.additions(name, value.device, base)
-        for addition in additions:
-            addition.add_to(value, base=base)
-        if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
-            raise self._not_finite(name)
-
-    def additions(self, name: str, device: torch.device, base: Tensor | None) -> list[Addition]:
-        """What this file adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
-        part = self.parts.get(name)
-        if part is None:
-            return []
-        read = {key: dequantize(tensor).to(device, copy=True) for key, tensor in self.file.read(part.keys.values())}
-        tensors = {role: read[key] for role, key in part.keys.items()}
-        if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
-            raise self._not_finite(name)
-        strength = self.match.lora.strength
-        found = _products(tensors, part.scale)
-        if "bias" in tensors:
-            found.append(Addition(tensors["bias"], None, part.scale))
-        if "diff" in tensors:
-            found.append(Addition(tensors["diff"], None, 1.0))
-        if "dora_scale" in tensors:
-            assert base is not None
-            found = _with_magnitude(found, tensors["dora_scale"].float(), base)
-        return [replace(addition, strength=strength * addition.strength) for addition in found]
-
-    def _not_finite(self, name: str) -> UserError:
-        return UserError(f"{self.file.path} makes {name} infinite or NaN; download it again or lower its strength")
+def _not_finite(opened: OpenedLora, name: str) -> UserError:
+    return UserError(f"{opened.file.path} makes {name} infinite or NaN; download it again or lower its strength")
 
 
 def _products(tensors: Mapping[str, Tensor], scale: float) -> list[Addition]:
@@ -214,7 +117,7 @@ def _products(tensors: Mapping[str, Tensor], scale: float) -> list[Addition]:
         return [Addition(first * second, None, scale)]
     if "hada_w1_a" in tensors:
         # The elementwise product of two products is one product, of every pair of their columns and rows.
-        a, b, c, d = (tensors[role].float().flatten(1) for role in _LOHA)
+        a, b, c, d = (tensors[role].float().flatten(1) for role in LOHA)
         left = (a[:, :, None] * c[:, None]).flatten(1)
         return [Addition(left, (b[:, None] * d[None]).flatten(0, 1), scale)]
     if (one := _factor(tensors, "lokr_w1")) is not None and (two := _factor(tensors, "lokr_w2")) is not None:
@@ -251,294 +154,15 @@ def _with_magnitude(changes: Sequence[Addition], magnitude: Tensor, base: Tensor
     shape = [out if by_row else 1, 1 if by_row else inner, *(1 for _ in base.shape[2:])]
     axes = [axis for axis in range(base.ndim) if axis != (0 if by_row else 1)]
     gain = magnitude.view(shape) / torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
-    found = [Addition(gain - 1, None, 1.0, "gain")]
+    additions = [Addition(gain - 1, None, 1.0, "gain")]
     for change in changes:
         flat = gain.expand(*shape[:2], *base.shape[2:]).flatten(1)
         if change.form == "product" and change.right is not None and by_row:
-            found.append(replace(change, left=change.left.float() * flat[:, :1]))
+            additions.append(replace(change, left=change.left.float() * flat[:, :1]))
         elif change.form == "product" and change.right is not None:
-            found.append(replace(change, right=change.right.float() * flat))
+            additions.append(replace(change, right=change.right.float() * flat))
         else:  # a Kronecker product that is scaled by rows is none any more
             whole = torch.zeros_like(base)
             change.add_to(whole)
-            found.append(Addition(whole * gain, None, 1.0))
-    return found
-
-
-def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
-    """The file, checked against the model and its expert. Raises UserError."""
-    _check_path(lora.path)
-    check_expert("LoRA ", lora.path, weights.expert, "lora")
-    file = open_file(lora.path)
-    lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
-    half, chosen = _half(file, weights.expert)
-    layers = _layers(file, chosen)
-    shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
-    spellings = _spellings(shapes)
-    known = {layer: spellings[flat] for layer in layers if (flat := layer.replace(".", "_")) in spellings}
-    if not known:
-        raise UserError(f"{file.path} holds no layer of this model (its first is {next(iter(layers))}); is it for Wan?")
-    by_telling = sorted(known.items(), key=lambda item: "attn" not in item[1])  # a wrong width is seen there
-    known = {layer: stem for layer, stem in by_telling if _fits(file, layers[layer], stem, shapes)}
-    unmatched = tuple(layer for layer in layers if layer not in known)
-    if 2 * len(known) < len(layers):
-        raise UserError(
-            f"{file.path} is for another model: only {len(known)} of its {len(layers)} layers are in this one, "
-            f"not {_listing(unmatched)}"
-        )
-    scales = _scales(file, layers, half)
-    parts: dict[str, _LayerKeys] = {}
-    for layer, stem in known.items():
-        for name, keys in _by_parameter(layers[layer], stem, shapes).items():
-            if name in parts:
-                raise UserError(f"{file.path} holds {layer} twice, under two names; merge each once, from its own file")
-            parts[name] = _LayerKeys(keys, scales[layer])
-    ranks = {rank for layer in known if (rank := _rank(file, layers[layer]))}
-    match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
-    return OpenedLora(file, parts, match)
-
-
-def _check_path(path: Path) -> None:
-    if not path.is_file():
-        what = "is a folder; name the .safetensors file in it" if path.is_dir() else "does not exist"
-        raise UserError(f"LoRA {path} {what}")
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(
-            f"LoRA {path} is no .safetensors file; others may run code when they are opened: convert it "
-            "(torch.load with weights_only=True, then safetensors.torch.save_file) or download it as .safetensors"
-        )
-
-
-def _half(file: Weights, expert: str) -> tuple[str, list[str]]:
-    """Which keys of a file are for this expert, and the word for it where the file says one: high or low.
-
-    Raises UserError where they are all for another.
-    """
-    by_half: dict[str, list[str]] = {}
-    for key in file.shapes:
-        match = _PREFIX.match(_COMPILED.sub("", key))
-        half = _HALVES.get(match["half"], "") if match is not None and match["half"] else ""
-        by_half.setdefault(half, []).append(key)
-    if by_half.keys() == {"", "low"}:  # diffusers and DiffSynth say nothing of the first expert
-        by_half["high"] = by_half.pop("")
-    if by_half.keys() <= {""}:
-        return "", list(file.shapes)
-    asked, plain = expert.removesuffix("_noise_model"), by_half.pop("", [])
-    if asked in by_half:
-        return asked, by_half[asked] + plain
-    if len(by_half) > 1:
-        raise UserError(f"{file.path} is for a model of two experts, this one has one; give a LoRA of this model")
-    (half,) = by_half
-    if asked in ("high", "low"):
-        raise UserError(f"{file.path} holds layers of the {half}-noise expert only; give it with `lora_{half}`")
-    return half, by_half[half] + plain
-
-
-def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The chosen keys of each layer by role. Raises UserError for what is no LoRA.
-
-    Roles: down, up, bias, alpha, diff, diff_b, dora_scale, and the names of the factors of LoKr and LoHa.
-    """
-    layers: dict[str, dict[str, str]] = {}
-    odd = []
-    for key in chosen:
-        if _LEFTOVER.search(key):
-            continue
-        match = _KEY.fullmatch(_PREFIX.sub("", _COMPILED.sub("", key), count=1))
-        if match is None:
-            odd.append(key)
-            continue
-        layer, role = match["layer"], match["other"] or match["bias"] or match["role"]
-        role = _ROLES.get(role, role)
-        if role == "diff_m":
-            layer, role = f"{layer}.modulation", "diff"
-        keys = layers.setdefault(layer, {})
-        if keys.setdefault(role, key) != key:
-            raise UserError(f"{file.path} holds {layer} twice, as {keys[role]} and {key}; give each in its own file")
-    if odd:
-        more = f" and {len(odd) - 1} more like it" if len(odd) > 1 else ""
-        raise UserError(
-            f"{file.path} is no LoRA that can be merged, it holds {odd[0]}{more}; LoRA, DoRA, LoKr, LoHa "
-            "and full differences can be"
-        )
-    layers = {layer: keys for layer, keys in layers.items() if keys.keys() != {"alpha"}}
-    if not layers:
-        raise UserError(f"{file.path} holds no LoRA for any layer of Wan2.2")
-    for layer, keys in layers.items():
-        factors = [file.shapes[keys[role]] for role in keys if role in ("up", "down")]
-        if any(len(shape) < 2 for shape in factors):
-            raise UserError(f"{file.path} is damaged: a half of {layer} is no matrix; download it again")
-        roles = keys.keys()
-        lokr = [one for one in ("lokr_w1", "lokr_w2") if one in roles or {f"{one}_a", f"{one}_b"} <= roles]
-        whole = ({"up", "down"} <= roles, roles >= set(_LOHA), len(lokr) == 2)
-        cores = roles & {"hada_t1", "hada_t2"}
-        begun = (
-            roles & {"up", "down", "mid", "bias"},
-            roles & set(_LOHA) or cores,
-            any(role.startswith("lokr") for role in roles),
-        )
-        if any(some and not all_ for some, all_ in zip(begun, whole, strict=True)) or (
-            ("dora_scale" in roles and not any(whole))
-            or len(cores) == 1
-            or ("lokr_t2" in roles and "lokr_w2_a" not in roles)
-        ):
-            raise UserError(f"{file.path} holds one half of {layer} only; it is damaged, download it again")
-        if sum(whole) > 1:
-            raise UserError(f"{file.path} holds {layer} in two forms; give each in its own file")
-        if not _halves_fit(file, keys):
-            shapes = " and ".join(str(file.shapes[key]) for role, key in keys.items() if role not in _ASIDE)
-            raise UserError(f"{file.path} is damaged: the two halves of {layer} are {shapes}; download it again")
-    return layers
-
-
-# The core that may stand between the factors of a convolution (Tucker), and these.
-_CORES = (
-    ("mid", "up", "down"),
-    ("hada_t1", *_LOHA[:2]),
-    ("hada_t2", *_LOHA[2:]),
-    ("", "lokr_w1_a", "lokr_w1_b"),
-    ("lokr_t2", "lokr_w2_a", "lokr_w2_b"),
-)
-_ASIDE = ("alpha", "bias", "diff", "diff_b", "dora_scale")
-
-
-def _halves_fit(file: Weights, keys: Mapping[str, str]) -> bool:
-    """Whether the factors of a layer can be multiplied."""
-    shape = {role: file.shapes[key] for role, key in keys.items()}
-    for core, left, right in _CORES:
-        if left not in keys or right not in keys:
-            continue
-        one, other = shape[left], shape[right]
-        if core in keys:
-            # LyCORIS lays the matrices about a core the other way round, except that of a LoRA
-            outer = math.prod(one[1:]) if core == "mid" else one[0] if one else 0
-            inner = other[0] if other else 0
-            flat = core == "mid" or len(one) == len(other) == 2
-            if not (one and other and flat and len(shape[core]) > 1 and shape[core][:2] == (outer, inner)):
-                return False
-            continue
-        alike = len(one) == len(other) or left != "up"
-        if not (one and other and alike and math.prod(one[1:]) == other[0]):
-            return False
-    return all(len(shape[role]) > 1 for role in keys if role.startswith(("lokr", "hada", "mid")))
-
-
-def _rank(file: Weights, keys: Mapping[str, str]) -> int:
-    """The rank by which alpha is divided; 0 where nothing in a layer has one."""
-    roles = ("down", "lokr_w1_b", "lokr_w2_b", "hada_w1_b")
-    return next((file.shapes[keys[role]][0] for role in roles if role in keys), 0)
-
-
-def _change(file: Weights, keys: Mapping[str, str]) -> Shape:
-    """The shape of what the factors of a layer stand for; () without any."""
-
-    def factor(role: str) -> Shape:
-        if role in keys:
-            return file.shapes[keys[role]]
-        if (core := role.replace("w", "t")) in keys:
-            left, right = (file.shapes[keys[f"{role}_{side}"]] for side in "ab")
-            return (left[1], right[1], *file.shapes[keys[core]][2:])
-        return (file.shapes[keys[f"{role}_a"]][0], *file.shapes[keys[f"{role}_b"]][1:])
-
-    if "mid" in keys:
-        down = file.shapes[keys["down"]]
-        return (file.shapes[keys["up"]][0], math.prod(down[1:]), *file.shapes[keys["mid"]][2:])
-    if "up" in keys:
-        return (file.shapes[keys["up"]][0], *file.shapes[keys["down"]][1:])
-    if "hada_w1_a" in keys:
-        return factor("hada_w1")
-    if "lokr_w1" in keys or "lokr_w1_a" in keys:
-        (a, b, *_), (c, d, *rest) = factor("lokr_w1"), factor("lokr_w2")
-        return (a * c, b * d, *rest)
-    return ()
-
-
-def _spellings(names: Container[str]) -> dict[str, str]:
-    """Every spelling of a layer, with underscores for dots -> its name in the model: official and diffusers' names."""
-    blocks = itertools.takewhile(lambda n: f"blocks.{n}.attn1.to_q.weight" in names, itertools.count())
-    official = [*_LAYERS, *(f"blocks.{n}.{layer}" for n in blocks for layer in _BLOCK_LAYERS)]
-    renamed = convert_wan_transformer_to_diffusers({f"{layer}.weight": layer for layer in official})
-    spellings: dict[str, str] = {}
-    for name, layer in renamed.items():
-        stem = name.removesuffix(".weight")
-        if stem in names or name in names:
-            spellings |= {dotted.replace(".", "_"): stem for dotted in (layer, stem)}
-    return spellings
-
-
-def _by_parameter(keys: Mapping[str, str], stem: str, names: Container[str]) -> dict[str, dict[str, str]]:
-    """The keys of a layer by the parameter of the model that they change, and by role."""
-    weight = {role: key for role, key in keys.items() if role not in ("alpha", "bias", "diff_b")}
-    bias = {new: keys[role] for role, new in (("bias", "bias"), ("diff_b", "diff")) if role in keys}
-    parts = {stem if stem in names else f"{stem}.weight": weight, f"{stem}.bias": bias}
-    return {name: part for name, part in parts.items() if part}
-
-
-def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a layer has the model's shape; False where other channels go in or out, as in text-to-video's LoRAs.
-
-    Raises UserError for a LoRA of another width, or of other sizes inside.
-    """
-    for name, part in _by_parameter(keys, stem, shapes).items():
-        here = shapes.get(name, ())
-        found = [file.shapes[part[role]] for role in ("diff", "bias") if role in part]
-        if change := _change(file, part):
-            found.append(change)
-        if "dora_scale" in part and math.prod(file.shapes[part["dora_scale"]]) not in here[:2]:
-            magnitude = file.shapes[part["dora_scale"]]
-            raise UserError(f"{file.path} is damaged: the magnitude of {stem} is {magnitude}; download it again")
-        for there in found:
-            if there[:1] == here[:1] and math.prod(there) == math.prod(here):
-                continue
-            width = shapes["patch_embedding.weight"][0]
-            if (name, there[:1]) == ("patch_embedding.weight", (width,)) or name.startswith("proj_out"):
-                return False
-            if "attn" in stem and there[:1] not in ((), (width,)):
-                raise UserError(f"{file.path} is for a model of width {there[0]}, this one is {width}; give one for it")
-            raise UserError(f"{file.path} is for another model: its {stem} is {there}, here it is {here}")
-    return True
-
-
-def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]], half: str) -> dict[str, float]:
-    """alpha / rank by layer. Where the file says nothing of alpha, or a layer has no rank, it is 1."""
-    read = file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys})
-    alphas = {key: dequantize(value) for key, value in read}
-    adapter = _adapter(file, half)
-    scales = {}
-    try:
-        for layer, keys in layers.items():
-            # peft's LoKr divides by a rank that its factors may not show
-            rank = _rank(file, keys) or _said(adapter, "rank_pattern", layer) or adapter.get("r") or 0
-            if not rank or ("alpha" in keys and not _rank(file, keys)):
-                scales[layer] = 1.0
-                continue
-            said = _said(adapter, "alpha_pattern", layer)
-            alpha = alphas[keys["alpha"]] if "alpha" in keys else said
-            if alpha is None:
-                alpha = adapter.get("lora_alpha", adapter.get("alpha", rank))
-            scales[layer] = float(alpha) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
-    except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError, re.error) as error:
-        raise UserError(f"{file.path} says no alpha that can be read ({error}); download it again") from error
-    return scales
-
-
-def _said(adapter: Mapping[str, Any], pattern: str, layer: str) -> Any:
-    """What one of peft's tables of name patterns says about a layer, or None."""
-    table = adapter.get(pattern) or {}
-    return next((value for name, value in table.items() if re.fullmatch(rf"(?:.*\.)?(?:{name})", layer)), None)
-
-
-def _adapter(file: Weights, half: str) -> dict[str, Any]:
-    """peft's configuration, as diffusers writes it into the header and peft into a file beside its own."""
-    header = file.config.get("lora_adapter_metadata")
-    if header is None:
-        beside = file.path.with_name("adapter_config.json")
-        return read_json(beside) if file.path.name == "adapter_model.safetensors" and beside.is_file() else {}
-    said = fit(dict[str, Any], parse_json(header, f"the header of {file.path}"), f"the header of {file.path}")
-    order = ("transformer_2.", "transformer.") if half == "low" else ("transformer.", "transformer_2.")
-    model = next((one for one in order if any(name.startswith(one) for name in said)), "")
-    return {name.removeprefix(model): value for name, value in said.items() if name.startswith(model)}
-
-
-def _listing(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            additions.append(Addition(whole * gain, None, 1.0))
+    return additions

@@ -29,10 +29,11 @@ from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
+from wan.device.sharding import shard
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +71,19 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         low_precision: str | None = None,
         rounded_on: torch.device | None = None,
         mapped: bool = False,
+        shards: Group | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
-        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. Raises UserError when the
-        weights do not fit.
+        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. `shards`: the processes of
+        which each keeps a slice of every parameter. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
+        if shards is not None:
+            shard(model, "blocks", lambda name: policy_dtype(name, dtype), device, shards, ["text_keys"])
         model.rounding = dtype if convert_model_dtype else None
         load_into(
             model,
@@ -89,7 +93,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             device,
             rounding=model.rounding,
             stays_quantized=lambda name: not name.startswith(FLOAT32_PARTS),
-            layers="" if low_precision else "blocks",  # other weights take their place, and what is left would hold it
+            # other weights may take their place, and what is left would hold it
+            layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
         )
         model.to(device).eval()
@@ -312,7 +317,7 @@ class _SelfAttention:
 
     _attention_backend = None  # `set_attention_backend` of the library writes it
     _parallel_config = None
-    kernel: str | None = None  # the name of what kernels.py has put in place of `attend`
+    kernel: str | None = None  # the name of what attention_backends.py has put in place of `attend`
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, share: Share | None, mask: None, rotary_emb: tuple[Tensor, Tensor]
@@ -332,7 +337,7 @@ class _SelfAttention:
         return attn.to_out[0](mixed.flatten(2).type_as(hidden_states))  # type: ignore[no-any-return]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention [B, L, heads, head_dim]; kernels.py and low_precision.py put others in place of it."""
+        """Softmax attention [B, L, heads, head_dim]; attention_backends.py and fp8.py put others in place of it."""
         mixed: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return mixed
 

@@ -15,7 +15,8 @@ from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
 from wan.settings import Geometry
 from wan.vae import chunks
-from wan.weights.checkpoint import Checkpoint, Weights
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.tensors import Weights
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,13 @@ class StageMemory:
     layer: int = 0
     count: int = 0
     beside: int = 0  # what is kept as well where all layers stay
+
+    def sliced(self, shards: int) -> StageMemory:
+        """With a slice of each layer on each of so many GPUs; two layers are whole at a time."""
+        if shards == 1:
+            return self
+        whole = SLOTS * self.layer
+        return StageMemory(self.weights // shards + whole, self.working, beside=self.beside)
 
     def weight_budget(self, budget: int) -> int:
         """What is left of a budget for weights."""
@@ -122,6 +130,8 @@ class MemoryBudget:
     vram: int | None = None
     free: int | None = None
     token_ranks: int = 1  # GPUs that share a clip's tokens
+    dit_shards: int = 1  # of which each keeps a slice of the denoisers
+    t5_shards: int = 1
 
     def for_clip(self, geometry: Geometry, offload: bool) -> MemoryBudget:
         """The budget of a clip: where it was not given one and its models take turns, what is free if that is less."""
@@ -144,7 +154,8 @@ class MemoryBudget:
         denoising = max(self._denoisers(geometry), key=lambda stage: stage.least)
         found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
-            found["text"] = text_memory(checkpoint.text_encoder, config.dtype_name("t5_dtype"), config.text_len)
+            text = text_memory(checkpoint.text_encoder, config.dtype_name("t5_dtype"), config.text_len)
+            found["text"] = text.sliced(self.t5_shards)
         return found
 
     def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
@@ -156,7 +167,7 @@ class MemoryBudget:
                 in_8_bits,
                 -(-geometry.tokens // self.token_ranks),
                 config.text_len,
-            )
+            ).sliced(self.dit_shards)
             for weights in self.checkpoint.experts.values()
         ]
 

@@ -13,7 +13,8 @@ from wan.device.budget import MemoryBudget, denoiser_dtypes, weight_sizes
 from wan.device.host import GIB, host_free_bytes
 from wan.errors import UserError
 from wan.settings import Geometry
-from wan.weights.checkpoint import Checkpoint, Weights
+from wan.weights.checkpoint import Checkpoint
+from wan.weights.tensors import Weights
 
 # Beside weights and frames. A14B on a GPU was seen with 67.8 GiB that cannot be reclaimed, of which 64.3 were weights
 # and 0.8 frames.
@@ -50,13 +51,14 @@ def host_limit(host_memory: float | Literal["auto"]) -> int:
 class HostBudget:
     """What a checkpoint's models and a clip take of the host's memory that cannot be reclaimed, and what fits `limit`.
 
-    `given`: the limit is the user's, and not what is free.
+    `given`: the limit is the user's, and not what is free. Models that are `elsewhere` go to GPUs in slices at once.
     """
 
     checkpoint: Checkpoint
     config: ModelConfig
     limit: int
     given: bool = False
+    elsewhere: frozenset[str] = frozenset()
 
     def need(
         self,
@@ -73,14 +75,16 @@ class HostBudget:
         checkpoint, config = self.checkpoint, self.config
         parts = [
             captioner,
-            _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped),
+            _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped)
+            * ("text_encoder" not in self.elsewhere),
             # convolutions are laid out anew, so their file is no place for them
             _bytes(checkpoint.vae, lambda name: config.dtype_name("vae_dtype"), False),
         ]
         for name, weights in checkpoint.experts.items():
             # what is changed or rounded is no longer what is in the file
             stays = plan.mapped and name not in merged and config.low_precision is None
-            parts.append(_bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays))
+            size = _bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays)
+            parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
         beside = 2 * 12 * frames * height * width  # float32 pixels, as they are decoded and as they are handed on
         if budget.device.type == "cpu":

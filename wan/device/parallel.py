@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan.device.ranks import Sizes, World
+from wan.device.watch import Ended, Watch
 from wan.errors import UserError
 
 Value = TypeVar("Value")
@@ -20,11 +23,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the processes, in order: how many, which of them this one is, and PyTorch's name for them."""
+    """Some of the processes, in order: how many, which of them this one is, and PyTorch's name for them.
+
+    Of those that share tokens: neighbours, who share the heads of attention (`by_heads`), and those that have the same
+    heads for other tokens (`ring`), each None where there is but one.
+    """
 
     handle: Any
     size: int
     index: int
+    by_heads: Group | None = None
+    ring: Group | None = None
 
     @property
     def name(self) -> str:
@@ -38,25 +47,62 @@ class Group:
         return found
 
 
+def is_met() -> bool:
+    """Whether this process has met others by `torch.distributed.init_process_group`."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_met(rank: int, local_rank: int) -> World:
+    """This process among those that it has met. Raises UserError."""
+    if not is_met():
+        raise UserError(
+            "use_sp shares a clip among processes: start the script with torchrun, and call "
+            "torch.distributed.init_process_group before this, as Wan2.2's does"
+        )
+    if rank != dist.get_rank():
+        raise UserError(f"rank is {rank} in the process that torch.distributed has as {dist.get_rank()}")
+    return World(rank, dist.get_world_size(), local_rank, "")
+
+
 class Team:
     """The processes that make a clip together. With one of them there is nothing to do.
 
-    `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared.
+    `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared. `node` are the
+    processes of one machine, or all where each has a machine of its own. `all_` are all.
     """
 
     def __init__(self, world: World, sizes: Sizes) -> None:
         self.world, self.sizes = world, sizes
         self.tokens: Group | None = None
         self.guidance: Group | None = None
+        self.node: Group | None = None
+        self.all_: Group | None = None
         self._said: Any = None
+        self._watch: Watch | None = None
 
     @classmethod
     def start(cls, world: World, sizes: Sizes, device: torch.device, timeout: float) -> Team:
-        """Meet the other processes; a collective operation that takes longer than `timeout` seconds is an error."""
+        """Meet the other processes; one that lets them wait for longer than `timeout` seconds is an error.
+
+        Raises UserError where some do not come.
+        """
         team = cls(world, sizes)
         if world.size == 1:
             return team
-        wait = timedelta(seconds=timeout)
+        try:
+            team._meet(device, timeout)
+        except dist.DistError as error:
+            raise UserError(
+                f"the {world.size} processes did not all come together within {timeout:g} s (`collective_timeout`): "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        team._watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
+        team._watch.start(team.share, world.address or team._address())
+        return team
+
+    def _meet(self, device: torch.device, timeout: float) -> None:
+        # the watch comes first, and it knows whom they wait for
+        wait = timedelta(seconds=1.1 * timeout + 10)
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -64,20 +110,41 @@ class Team:
             else:
                 dist.init_process_group("gloo", timeout=wait)
         # a caption on a CPU or a long clip's writing may take much longer than a step
-        team._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
-        rows = [range(first, first + sizes.ulysses) for first in range(0, world.size, sizes.ulysses)]
-        columns = [range(first, world.size, sizes.ulysses) for first in range(sizes.ulysses)]
-        if sizes.ulysses > 1:
-            team.tokens = team._group([list(row) for row in rows], wait)
-        if sizes.cfg > 1:
-            team.guidance = team._group([list(column) for column in columns], wait)
-        return team
+        tokens, ulysses = self.sizes.tokens, self.sizes.ulysses
+        halves = [range(first, first + tokens) for first in range(0, self.world.size, tokens)]
+        if tokens > 1:
+            parts = [half[first : first + ulysses] for half in halves for first in range(0, tokens, ulysses)]
+            rings = [half[first::ulysses] for half in halves for first in range(ulysses)]
+            self.tokens = replace(
+                self._group(halves, wait),
+                by_heads=self._group(parts, wait) if ulysses > 1 else None,
+                ring=self._group(rings, wait) if self.sizes.ring > 1 else None,
+            )
+        if self.sizes.cfg > 1:
+            self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
+        self.node = self._group(self._machines(), wait)
+        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
 
-    def _group(self, members: list[list[int]], wait: timedelta) -> Group:
+    def _address(self) -> str:
+        """Where the first process can be reached: the name of its machine, or this one."""
+        name = self.share(platform.node)
+        return "127.0.0.1" if name == platform.node() else name
+
+    def _machines(self) -> list[Sequence[int]]:
+        """The processes of each machine; all in one list where each has a machine of its own."""
+        names: list[Any] = [None] * self.world.size
+        dist.all_gather_object(names, platform.node(), group=self._said)
+        found: list[Sequence[int]] = []
+        for machine in dict.fromkeys(names):
+            found.append([rank for rank, name in enumerate(names) if name == machine])
+        return found if min(map(len, found)) > 1 else [list(range(self.world.size))]
+
+    def _group(self, members: Sequence[Sequence[int]], wait: timedelta) -> Group:
         mine = None
         for ranks in members:
-            handle = dist.new_group(ranks, timeout=wait)
+            handle = dist.new_group(list(ranks), timeout=wait)
             if self.world.rank in ranks:
                 mine = Group(handle, len(ranks), ranks.index(self.world.rank))
         assert mine is not None  # they hold every rank once
@@ -109,6 +176,11 @@ class Team:
             torch.save(value, written)
             dist.broadcast_object_list([written.getvalue()], src=0, group=self._said)
 
+    def send(self, x: Tensor) -> None:
+        """Send a tensor on the team's device to all other processes, in which one of its shape takes its place."""
+        if self.world.size > 1:
+            dist.broadcast(x, src=0)
+
     def hear(self, device: torch.device | str = "cpu") -> Any:
         """What the first process tells."""
         heard: list[Any] = [None]
@@ -118,8 +190,38 @@ class Team:
             raise Ended(f"the first process has failed ({value.reason})")
         return value
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """An error in the block ends all processes. What is raised is its cause, which may be that of another one."""
+        try:
+            yield
+        except GeneratorExit:  # a loop over clips was left, which is no error
+            raise
+        except BaseException as error:
+            cause = error if self._watch is None else self._watch.end(error)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _begun(self) -> int:
+        """Operations of this process with others; each process begins as many."""
+        return sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
+
+    def _abort(self) -> None:
+        for group in self._of_steps:
+            group.handle.abort()
+
+    @property
+    def _of_steps(self) -> list[Group]:
+        """The groups whose processes wait for each other in a step."""
+        tokens = self.tokens
+        within = [] if tokens is None else [tokens, tokens.by_heads, tokens.ring]
+        return [group for group in (*within, self.guidance, self.node, self.all_) if group is not None]
+
     def end(self) -> None:
         """Leave the other processes."""
+        if self._watch is not None:
+            self._watch.close()
         if self.world.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -127,10 +229,6 @@ class Team:
 @dataclass(frozen=True)
 class _Failed:
     reason: str
-
-
-class Ended(UserError):
-    """The first process has ended with an error, which it says itself."""
 
 
 ALONE = Team(World(), Sizes())

@@ -12,6 +12,7 @@ from torch import nn
 
 from wan.device.hardware import drop_cache, same_device
 from wan.device.layers import SLOTS, layers_that_stay
+from wan.device.sharding import is_sharded
 from wan.device.streaming import LayerStreamer, MappedTensors, PinnedBuffer, tensors_of
 from wan.errors import UserError
 
@@ -41,6 +42,9 @@ class Placement:
         takes longer than bringing them (27 GiB for an A14B expert).
         """
         home = device or self.device
+        if is_sharded(model):  # a slice of it is on each GPU, and stays there
+            yield model
+            return
         if not self.offload or (home.type == "cpu" and self.weight_budget is None):
             yield model.to(home)
             return
@@ -66,7 +70,11 @@ class Placement:
 
     def streams(self, model: nn.Module) -> bool:
         """Whether layers of the model come to the device again in every pass."""
-        return self.offload and len(self._layers_that_stay(model)) < len(getattr(model, "layers", ()))
+        return (
+            self.offload
+            and not is_sharded(model)
+            and len(self._layers_that_stay(model)) < len(getattr(model, "layers", ()))
+        )
 
     def _layers_that_stay(self, model: Any) -> range | frozenset[int]:
         """The layers that fit beside the rest of the model, spread evenly. Raises UserError where not even two do."""
@@ -87,8 +95,9 @@ class Placement:
 
 
 def move_home(model: nn.Module) -> None:
-    """Let a model wait in host memory."""
-    model.to("cpu")
+    """Let a model wait in host memory, but for one of slices."""
+    if not is_sharded(model):
+        model.to("cpu")
 
 
 def bytes_on(model: nn.Module, device: torch.device) -> int:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wan.errors import UserError
 
 ULYSSES_LOSS = 0.035  # of a step's speed with each doubling, measured: 1.88x on 2 GPUs and 3.60x on 4
+RING_LOSS = 0.3  # the same, guessed high: keys and values of all heads travel, so it is for what Ulysses cannot do
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that a launcher such as torchrun has started; alone without one."""
+    """This process among those that a launcher such as torchrun has started; alone without one.
+
+    `address` is where the first of them can be reached, "" where that is asked of it.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    address: str = field(default="127.0.0.1", compare=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> World:
@@ -27,7 +32,8 @@ class World:
             if not text.isdecimal():
                 raise UserError(f"the launcher's {name}={text!r} is no number; start the command with torchrun")
             found[name] = int(text)
-        world = cls(found["RANK"], max(1, found["WORLD_SIZE"]), found["LOCAL_RANK"])
+        address = environment.get("MASTER_ADDR") or cls.address
+        world = cls(found["RANK"], max(1, found["WORLD_SIZE"]), found["LOCAL_RANK"], address)
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if world.size > 1 and missing:
             raise UserError(f"WORLD_SIZE is {world.size} without {', '.join(missing)}: start the command with torchrun")
@@ -41,42 +47,56 @@ class World:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the work of a step is shared: its two forwards over `cfg` groups, a forward's tokens over `ulysses` GPUs."""
+    """How the work of a step is shared: its two forwards over `cfg` groups, a forward's tokens over `ulysses` * `ring`.
+
+    For attention `ulysses` GPUs share the heads, and each has all keys of its heads from `ring` of them.
+    """
 
     cfg: int = 1
     ulysses: int = 1
+    ring: int = 1
 
     @property
     def ranks(self) -> int:
         """Processes that this takes."""
-        return self.cfg * self.ulysses
+        return self.cfg * self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Processes that share a forward's tokens."""
+        return self.ulysses * self.ring
 
     def __str__(self) -> str:
-        return f"`cfg_size` {self.cfg}, `ulysses_size` {self.ulysses}"
+        ring = f", `ring_size` {self.ring}" if self.ring > 1 else ""
+        return f"`cfg_size` {self.cfg}, `ulysses_size` {self.ulysses}{ring}"
 
     def step(self, guided: float) -> float:
         """The time of a step, in forwards of one GPU; `guided` is the share of steps with guidance's second forward."""
         forwards = 1.0 if self.cfg == 2 else 1 + guided
-        doublings = (self.ulysses - 1).bit_length()
-        return forwards / self.ulysses * (1 + ULYSSES_LOSS) ** doublings
+        loss = (1 + ULYSSES_LOSS) ** (self.ulysses - 1).bit_length() * (1 + RING_LOSS) ** (self.ring - 1).bit_length()
+        return forwards / self.tokens * loss
 
 
-def choose_sizes(ranks: int, heads: int, guided: float, *, cfg: int | None = None, ulysses: int | None = None) -> Sizes:
+def choose_sizes(
+    ranks: int,
+    heads: int,
+    guided: float,
+    *,
+    cfg: int | None = None,
+    ulysses: int | None = None,
+    ring: int | None = None,
+) -> Sizes:
     """The fastest sizes for so many GPUs, with those that are given. Raises UserError that lists what goes."""
     going = [
-        Sizes(one, ranks // one)
+        Sizes(one, other, ranks // one // other)
         for one in (1, 2)
-        if ranks % one == 0 and heads % (ranks // one) == 0 and (one == 1 or guided > 0)
+        for other in range(1, ranks // one + 1)
+        if ranks % (one * other) == 0 and heads % other == 0 and (one == 1 or guided > 0)
     ]
-    fitting = [one for one in going if cfg in (None, one.cfg) and ulysses in (None, one.ulysses)]
+    given = {"cfg": cfg, "ulysses": ulysses, "ring": ring}
+    fitting = [one for one in going if all(size in (None, getattr(one, name)) for name, size in given.items())]
     if fitting:
         return min(fitting, key=lambda one: (one.step(guided), one.cfg))
-    asked = [f"`cfg_size` {cfg}"] * (cfg is not None) + [f"`ulysses_size` {ulysses}"] * (ulysses is not None)
-    if going:
-        listed = "; ".join(map(str, going))
-        why = ", without guidance" if not guided else ""
-        raise UserError(f"{', '.join(asked)} does not go with {ranks} GPUs and {heads} heads{why}; what goes: {listed}")
-    counts = [n for n in range(2, 17) if heads % n == 0 or (guided and n % 2 == 0 and heads % (n // 2) == 0)]
-    raise UserError(
-        f"{ranks} GPUs cannot share a clip of a model with {heads} heads; give it {', '.join(map(str, counts))} of them"
-    )
+    asked = ", ".join(f"`{name}_size` {size}" for name, size in given.items() if size is not None)
+    listed, why = "; ".join(map(str, going)), ", without guidance" if not guided else ""
+    raise UserError(f"{asked} does not go with {ranks} GPUs and {heads} heads{why}; what goes: {listed}")

@@ -1,13 +1,13 @@
 """Video files in and out: exact pictures from any file, and mp4 files that give back what was put in."""
 
-from wan.media.assembly import PIECE, Assembly, assemble
+from wan.media.assembly import Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
 from wan.media.image import read_image, write_webp
-from wan.media.reading import READERS, VideoInfo, probe, read_last_frame, read_tail, sample_frames
+from wan.media.reading import READERS, VideoInfo, probe, read_first_frame, read_last_frame, read_tail, sample_frames
 from wan.media.sound import SoundTrack, find_sound
 from wan.media.source import VideoError
-from wan.media.writing import check_output, join_videos, write_video
+from wan.media.writing import PIECE, check_output, join_videos, write_video
 
 __all__ = [
     "PIECE",
@@ -24,6 +24,7 @@ __all__ = [
     "find_sound",
     "join_videos",
     "probe",
+    "read_first_frame",
     "read_image",
     "read_last_frame",
     "read_tail",

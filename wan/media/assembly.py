@@ -20,13 +20,12 @@ from wan.errors import UserError
 from wan.files import say_once
 from wan.media.colour import deinterlace, to_rgb, upright_size
 from wan.media.reading import FIELDS, find_ending, first_frame
-from wan.media.sound import Hearing, Sound, SoundError, SoundTrack, choose_track, listen
+from wan.media.sound import Hearing, Sound, SoundError, SoundsInTurn, SoundTrack, choose_track, listen
 from wan.media.source import Picture, Pictures, Source, exact_rate, inspect
-from wan.media.writing import join_videos, write_video
+from wan.media.writing import PIECE, join_videos, write_video
 from wan.pictures import cover
 from wan.timeline import Part, Timeline, shared_rate
 
-PIECE = ".piece.mp4"  # how the names of files end that are there only while a video is written
 _FRAME = 0.15  # seconds; a last picture that stays no longer is one of a film, and the clip takes over at its own pace
 _LOOSE_END = 1.0  # seconds of sound after the pictures that are an untidy end; more of it goes with a held picture
 _AUDIBLE = 0.3
@@ -55,15 +54,22 @@ class Assembly:
     last one is held for as long as the file says; a still, one of a recording that shows a picture when something
     changes, and one of which the file says nothing are held until the sound ends. The source is scaled to cover the
     clips' size and cropped around its centre; its sound (`find_sound`) is kept where its pictures are. With `until` the
-    source ends at that moment. One picture is in memory at a time.
+    source ends at that moment. The clips may lead `into` another video, of which the same holds, and whose first
+    picture the last clip ends with. One picture is in memory at a time.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str], path: str | os.PathLike[str], *, until: float | None = None
+        self,
+        source: str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        until: float | None = None,
+        into: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.source, self.path, self.until = source, path, until
+        self.source, self.path, self.until, self.into = source, path, until, into
         self._joined: list[tuple[str, int, int, int]] = []  # what is in the file after the source
         self._begin: _Begin | None = None
+        self._end: _Begin | None = None  # what the clips lead into
         self._parts: list[Part] = []
 
     def renew(
@@ -71,16 +77,19 @@ class Assembly:
         clips: Sequence[str | os.PathLike[str]],
         drops: Sequence[int],
         metadata: Mapping[str, Any] | None = None,
+        *,
+        complete: bool = False,
     ) -> int:
         """Write the video of the source and these clips; returns the frame count. Raises UserError.
 
+        With `complete` they are all clips, and what they lead into follows.
+
         What it was before stays as it is encoded, if the clips begin with those that were in it.
         """
-        found = [os.stat(clip) for clip in clips]  # another clip may come under the same name
-        wanted = [
-            (os.fspath(clip), drop, stat.st_size, stat.st_mtime_ns)
-            for clip, drop, stat in zip(clips, drops, found, strict=True)
-        ]
+        wanted = [_seen(clip, drop) for clip, drop in zip(clips, drops, strict=True)]
+        into = self.into if complete else None
+        if into is not None:
+            wanted.append(_seen(into, 1))
         following = [inspect(clip) for clip in clips]
         sizes = [upright_size(first_frame(clip), clip) for clip in following]
         for clip, size in zip(following, sizes, strict=True):
@@ -89,13 +98,20 @@ class Assembly:
                     f"cannot join {clip.path!r}: its size differs from that of the first clip; make it again"
                 )
         if self._begin is None or wanted[: len(self._joined)] != self._joined or not os.path.exists(self.path):
-            self._joined, self._begin = [], _Begin.read(self.source, self.until, following[0])
+            self._joined, self._end = [], None if self.into is None else _Begin.read(self.into, None)
+            self._begin = _Begin.read(self.source, self.until)
             self._parts = [self._begin.part]
         begin, there = self._begin, len(self._joined)
         for clip, drop in zip(following[there:], drops[there:], strict=True):
             self._parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
-        timeline = Timeline(self._parts, begin.rate)
         files = [(begin.source, begin.pictures), *((clip, Pictures(clip)) for clip in following)]
+        if into is not None and self._end is not None:
+            files.append((self._end.source, self._end.pictures))
+            if len(self._parts) < len(files):
+                # its first picture is the last clip's last
+                self._parts.append(replace(self._end.part, drop=min(1, self._end.part.frames - 1)))
+        fastest = max(following[0].fps, self._end.part.fps if self._end is not None else Fraction(0))
+        timeline = Timeline(self._parts, shared_rate(begin.part.fps, fastest))
         new = range(there + 1 if there else 0, len(self._parts))
         home, name = os.path.split(os.fspath(self.path))
         pieces = [os.path.join(home, f".{name}.{index}{PIECE}") for index in new]
@@ -104,13 +120,26 @@ class Assembly:
                 shown = (frame for frame in timeline.frames() if frame[0] == index)
                 write_video(piece, _shown(shown, files, sizes[0]), timeline.rate)
             parts = [*([os.fspath(self.path)] if there else []), *pieces]
-            count = self._join(parts, begin.sound(float(timeline.starts[1])), metadata)
+            count = self._join(parts, self._sound(timeline, into is not None), metadata)
         finally:
             for piece in pieces:
                 with suppress(FileNotFoundError):
                     os.unlink(piece)
         self._joined = wanted
         return count
+
+    def _sound(self, timeline: Timeline, complete: bool) -> Sound | None:
+        """That of the source, and of what the clips lead into where that is there."""
+        assert self._begin is not None
+        first = self._begin.sound(float(timeline.starts[1]))
+        if not complete or self._end is None:
+            return first
+        moment = timeline.starts[-1]
+        skipped = float(self._end.part.moment(timeline.parts[-1].drop))
+        second = self._end.sound(float(timeline.count / timeline.rate - moment), skipped)
+        if second is None:
+            return first
+        return SoundsInTurn([*([] if first is None else [(0.0, first)]), (float(moment), second)])
 
     def _join(self, parts: Sequence[str], sound: Sound | None, metadata: Mapping[str, Any] | None) -> int:
         drops = [0] * len(parts)
@@ -124,6 +153,12 @@ class Assembly:
             return join_videos(parts, self.path, drops=drops, metadata=metadata, sound=None)
 
 
+def _seen(file: str | os.PathLike[str], drop: int) -> tuple[str, int, int, int]:
+    """A file as it is now: another may come under the same name."""
+    stat = os.stat(file)
+    return os.fspath(file), drop, stat.st_size, stat.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class _Begin:
     """What is known of a source before the first clip is joined to it."""
@@ -131,13 +166,12 @@ class _Begin:
     source: Source
     pictures: Pictures
     part: Part
-    rate: Fraction
     start: float  # of its first picture on the file's clock
     track: SoundTrack | None
     hearing: Hearing | None
 
     @classmethod
-    def read(cls, file: str | os.PathLike[str], until: float | None, first_clip: Source) -> _Begin:
+    def read(cls, file: str | os.PathLike[str], until: float | None) -> _Begin:
         source = inspect(file, until)
         whole = find_ending(source, math.inf)
         first = first_frame(source).time
@@ -149,17 +183,21 @@ class _Begin:
         is_open = not whole.stay or part.frames == 1 or part.moments is not None
         stay = _stay(source, last, whole.stay, hearing if is_open else None)
         part = replace(part, stay=Fraction(stay).limit_denominator(10**6))
-        return cls(source, whole.pictures, part, shared_rate(part.fps, first_clip.fps), start, track, hearing)
+        return cls(source, whole.pictures, part, start, track, hearing)
 
-    def sound(self, seconds: float) -> Sound | None:
-        """Its sound as far as its pictures are shown, which is for so long; a new one for each file that is written."""
-        end = self.start + seconds
-        if self.track is None or self.hearing is None or self.hearing.start >= end or self.hearing.end <= self.start:
+    def sound(self, seconds: float, skipped: float = 0.0) -> Sound | None:
+        """Its sound as far as its pictures are shown, which is for so long; a new one for each file that is written.
+
+        `skipped`: seconds of its pictures that are not.
+        """
+        start = self.start + skipped
+        end = start + seconds
+        if self.track is None or self.hearing is None or self.hearing.start >= end or self.hearing.end <= start:
             return None
         if self.source.until is None and self.hearing.end - end > _AUDIBLE:
             lost = self.hearing.end - end
             say_once(self.source.path, f"the last {lost:.1f} s of its sound, after its last picture, are left out")
-        return Sound(self.track, self.hearing, self.start, end)
+        return Sound(self.track, self.hearing, start, end)
 
 
 def _stay(source: Source, last: float, stated: float, hearing: Hearing | None) -> float:

@@ -73,6 +73,12 @@ def read_last_frame(path: str | os.PathLike[str], until: float | None = None) ->
     return Image.fromarray(to_rgb(deinterlace(find_ending(source).last), source))
 
 
+def read_first_frame(path: str | os.PathLike[str]) -> Image.Image:
+    """The first displayed frame of a video, as `read_last_frame`. Raises VideoError."""
+    source = inspect(path)
+    return Image.fromarray(to_rgb(deinterlace([first_frame(source)]), source))
+
+
 def read_tail(path: str | os.PathLike[str], count: int, fps: Fraction | float, until: float | None = None) -> Picture:
     """The last frames of a video at another rate, uint8 [n, H, W, 3], oldest first; the last is `read_last_frame`'s.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -146,10 +146,7 @@ class Sound:
             with closing(open_video(self.track.path)) as container:
                 self._packets = self._copied(output.add_stream_from_template(_stream(container, self.track)))
         else:
-            rate = next((rate for rate in _AAC_RATES if rate >= self.hearing.rate), _AAC_RATES[-1])
-            stream = output.add_stream("aac", rate=rate)
-            stream.codec_context.layout = "mono" if self.hearing.channels == 1 else "stereo"
-            self._packets = self._encoded(stream)
+            self._packets = self._encoded(_add_aac(output, self.hearing.rate, self.hearing.channels))
         self._waiting = self._next()
 
     def mux_until(self, output: OutputContainer, seconds: float) -> None:
@@ -232,6 +229,43 @@ class Sound:
         length = float((packet.duration or 0) * tick)
         begin = float(packet.pts * tick)
         return begin + length > self.start - _PREROLL and begin + length / 2 < self.end
+
+
+class SoundsInTurn(Sound):
+    """Sounds one after the other as one AAC track, each from its moment of the output in seconds; silent between them.
+
+    None begins before the one before it ends.
+    """
+
+    def __init__(self, placed: Sequence[tuple[float, Sound]]) -> None:
+        self._sounds = placed
+        self.last = None
+        self._packets = iter(())
+        self._waiting = None
+
+    def open(self, output: OutputContainer) -> None:
+        heard = [sound.hearing for _, sound in self._sounds]
+        stream = _add_aac(output, max(one.rate for one in heard), max(one.channels for one in heard))
+        self._packets = self._encoded(stream)
+        self._waiting = self._next()
+
+    def _placed(self, rate: int, layout: str) -> Iterator[Samples]:
+        written = 0
+        for moment, sound in self._sounds:
+            while written < (begin := round(moment * rate)):
+                silence = np.zeros((1 if layout == "mono" else 2, min(begin - written, rate)), np.float32)
+                written += silence.shape[1]
+                yield silence
+            for samples in sound._placed(rate, layout):
+                written += samples.shape[1]
+                yield samples
+
+
+def _add_aac(output: OutputContainer, rate: int, channels: int) -> AudioStream:
+    """A stream for sound of at most so many samples a second and channels."""
+    stream = output.add_stream("aac", rate=next((one for one in _AAC_RATES if one >= rate), _AAC_RATES[-1]))
+    stream.codec_context.layout = "mono" if channels == 1 else "stereo"
+    return stream
 
 
 def _flushed(resampler: AudioResampler | None) -> Iterator[tuple[None, Samples]]:

@@ -40,6 +40,7 @@ _X264 = {
     "rc-lookahead": "20",
     "x264-params": "cpu-independent=1",
 }
+PIECE = ".piece.mp4"  # how the names of files end that are there only while a video is written
 _X264_THREADS = 4  # a number of x264's own choice follows the machine's cores, and the pictures follow the number
 _FASTSTART = {"movflags": "+faststart"}  # the index goes first: the video plays while it downloads
 _PACKET_SECONDS = 0.1  # of sound at the most
@@ -104,6 +105,7 @@ def join_videos(
     path: str | os.PathLike[str],
     *,
     drops: Sequence[int] | None = None,
+    fades: Sequence[int] = (),
     metadata: Mapping[str, Any] | None = None,
     sound: Sound | None = None,
 ) -> int:
@@ -112,14 +114,24 @@ def join_videos(
     With `sound`, which begins with the first frame, that of the clips themselves is left out.
 
     `drops` says how many leading frames of each part are left out: none of the first and one of the others by default.
-    Nothing is encoded again where every part begins with a keyframe then and was written with the same settings, as
-    `write_video` does. Raises UserError, before anything is written, when the parts do not fit together.
+    `fades` says over how many frames each part fades in from the last ones of the part before, 0 for not at all: these
+    frames are encoded anew, and so is a part that has no keyframe where they end. Nothing else is encoded again where
+    every part begins with a keyframe then and was written with the same settings, as `write_video` does. Raises
+    UserError, before anything is written, when the parts do not fit together.
     """
     if not parts:
         raise ValueError("there are no videos to join")
     if drops is None:
         drops = [0] + [1] * (len(parts) - 1)
-    plans = [_Part.read(part, drop=drop) for part, drop in zip(parts, drops, strict=True)]
+    if any(fades):
+        with _faded(parts, drops, fades, os.fspath(path)) as pieces:
+            return _join([_Part.read(*piece) for piece in pieces], path, metadata, sound)
+    return _join([_Part.read(part, drop) for part, drop in zip(parts, drops, strict=True)], path, metadata, sound)
+
+
+def _join(
+    plans: list[_Part], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None, sound: Sound | None
+) -> int:
     if sound is not None:
         plans = [replace(plan, format=replace(plan.format, streams=1)) for plan in plans]
     for plan in plans[1:]:
@@ -144,7 +156,7 @@ def join_videos(
                             sound.open(container)
                     packets = (packet for packet in clip.demux(template) if packet.size)
                     for order, (number, packet) in enumerate(zip(plan.numbers, packets, strict=True)):
-                        if number < plan.drop:
+                        if not plan.drop <= number < plan.stop:
                             continue
                         packet.stream, packet.time_base = stream, tick
                         packet.pts = written + number - plan.drop
@@ -153,12 +165,59 @@ def join_videos(
                         container.mux(packet)
                         if sound is not None:
                             sound.mux_until(container, float((written + order - plan.drop) * tick))
-                written += len(plan.numbers) - plan.drop
+                written += plan.stop - plan.drop
             if sound is not None:
                 sound.mux_until(container, math.inf)
         size = plans[0].format.width, plans[0].format.height
         _verify(temporary, written, size, None if sound is None else sound.last)
     return written
+
+
+@contextmanager
+def _faded(
+    parts: Sequence[str | os.PathLike[str]], drops: Sequence[int], fades: Sequence[int], path: str
+) -> Iterator[list[tuple[str, int, int | None]]]:
+    """What is put end to end of parts that fade into one another: files, with the frames that each begins and ends at.
+
+    Files that are made for it lie beside `path` and go with the block.
+    """
+    home, name = os.path.split(path)
+    made: list[str] = []
+
+    def piece(frames: Iterable[Picture], fps: Fraction) -> tuple[str, int, None]:
+        made.append(os.path.join(home, f".{name}.{len(made)}{PIECE}"))
+        write_video(made[-1], frames, fps)
+        return made[-1], 0, None
+
+    try:
+        found: list[tuple[str, int, int | None]] = []
+        before: _Part | None = None
+        for index, (part, drop, fade) in enumerate(zip(parts, drops, fades, strict=True)):
+            following = fades[index + 1] if index + 1 < len(fades) else 0
+            here = _Part.read(part, drop + fade)
+            here = replace(here, stop=len(here.numbers) - following)
+            if fade:
+                assert before is not None  # there is nothing to fade from
+                ends = replace(before, drop=before.stop, stop=len(before.numbers)).pictures()
+                begins = replace(here, drop=drop, stop=drop + fade).pictures()
+                found.append(piece(_blend(ends, begins, fade), here.format.fps))
+            if here.can_be_cut:
+                found.append((here.path, here.drop, here.stop))
+            else:
+                found.append(piece(here.pictures(), here.format.fps))
+            before = here
+        yield found
+    finally:
+        for file in made:
+            with suppress(FileNotFoundError):
+                os.unlink(file)
+
+
+def _blend(ends: Iterable[Picture], begins: Iterable[Picture], count: int) -> Iterator[Picture]:
+    """Pictures uint8 [H, W, 3] on the way from the one to the other, of which neither is shown whole."""
+    for number, (end, begin) in enumerate(zip(ends, begins, strict=True), 1):
+        share = number / (count + 1)
+        yield np.rint((1 - share) * end.astype(np.float32) + share * begin.astype(np.float32)).astype(np.uint8)
 
 
 _MUST_AGREE = ("width", "height", "fps", "sample_aspect_ratio", "streams")  # the rest can be made equal by encoding
@@ -184,11 +243,12 @@ class _Part:
     path: str
     format: _Format
     numbers: list[int]  # display numbers of the frames in the order of decoding
+    keys: frozenset[int]  # those that are keyframes
     drop: int  # frames left out at the beginning
-    begins_with_key: bool  # after that
+    stop: int  # the frame after the last that is shown
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], drop: int) -> _Part:
+    def read(cls, path: str | os.PathLike[str], drop: int, stop: int | None = None) -> _Part:
         source = inspect(path)
         if "mp4" not in source.format.split(","):
             raise UserError(f"cannot join {source.path!r}: it is no mp4 file; only clips of equal make can be joined")
@@ -213,8 +273,13 @@ class _Part:
             raise UserError(f"cannot join {source.path!r}: its frames are not evenly spaced from 0 on; write it again")
         if drop >= len(numbers):
             raise UserError(f"cannot join {source.path!r} without its first {drop} frames: it has {len(numbers)}")
-        keys = {number for number, (_, key) in zip(numbers, stamps, strict=True) if key}
-        return cls(source.path, made, numbers, drop, drop in keys)
+        keys = frozenset(number for number, (_, key) in zip(numbers, stamps, strict=True) if key)
+        return cls(source.path, made, numbers, keys, drop, len(numbers) if stop is None else stop)
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether a decoder can begin with its first frame, and needs nothing of what comes after its last."""
+        return self.drop in self.keys and (self.stop in self.keys or self.stop == len(self.numbers))
 
     def check_fits(self, first: _Part) -> None:
         pairs = [(name, getattr(self.format, name), getattr(first.format, name)) for name in _MUST_AGREE]
@@ -228,11 +293,11 @@ class _Part:
             )
 
     def can_be_copied_after(self, first: _Part) -> bool:
-        return self.begins_with_key and self.format == first.format
+        return self.can_be_cut and self.format == first.format
 
     def pictures(self) -> Iterator[Picture]:
         source = inspect(self.path)
-        return (to_rgb(frame, source) for frame in islice(Pictures(source), self.drop, None))
+        return (to_rgb(frame, source) for frame in islice(Pictures(source), self.drop, self.stop))
 
 
 @contextmanager

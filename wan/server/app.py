@@ -23,9 +23,9 @@ from wan.server.chains import Chains
 from wan.server.errors import ApiError
 from wan.server.guard import Guard, Keys
 from wan.server.metrics import Metrics
-from wan.server.orders import as_json
 from wan.server.supervisor import WORKER, Supervisor
 from wan.server.tickets import Queue
+from wan.server.wire import as_json
 
 
 def create_app(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -75,10 +76,17 @@ def clips_of(folder: ChainFolder, count: int) -> list[dict[str, Any]]:
                 "finished": bool(clip),
                 "said": said[number - 1] if number <= len(said) else {},
                 "takes": sorted(takes.get(number, ())),
+                "version": folder.version(number),
+                "take": _taken(takes.get(number, {}), clip.get("seed")),
                 **{name: clip.get(name) for name in _OF_A_CLIP},
             }
         )
     return found
+
+
+def _taken(takes: Mapping[int, Path], seed: Any) -> int | None:
+    """Which take the clip is: the one with its seed."""
+    return next((take for take, path in takes.items() if path.stem.endswith(f"_seed{seed}")), None)
 
 
 def router(chains: Chains) -> APIRouter:

@@ -27,10 +27,10 @@ from wan.options import Settings
 from wan.server.decode import decode
 from wan.server.errors import ApiError, from_user_error, not_found
 from wan.server.folders import ChainFolder
-from wan.server.orders import as_json, read_clip, read_settings
+from wan.server.orders import read_clip, read_settings
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, Queue, Ticket, new_id
-from wan.server.wire import settings_of_chain
+from wan.server.wire import as_json, settings_of_chain
 from wan.settings import Context
 
 MODELS = {"wan2.2-i2v-a14b": 2, "v2v-14B": 2, "i2v-A14B": 2, "wan2.2-ti2v-5b": 1, "v2v-5B": 1, "ti2v-5B": 1}  # experts
@@ -280,8 +280,10 @@ class Chains:
         takes effect there; where something before it did, the run stops after that clip and begins again from what
         changed. Raises ApiError.
         """
-        ticket, folder = self.get(name), self.folder(name)
+        self.get(name)
+        folder = self.folder(name)
         names = await self._take_pictures(folder, pictures)
+        ticket = self.get(name)  # as it is now: a picture takes a while
         given = dict(ticket.settings)
         if settings:
             read = read_settings(settings)

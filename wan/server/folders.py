@@ -68,9 +68,9 @@ class ChainFolder:
 
     def report(self) -> dict[str, Any]:
         """The facts of the run's report, empty before its first clip."""
-        stamp = _stamp(self.run / DATA)
-        if stamp != self._data[0]:
-            self._data = stamp, _read(self.run / DATA) if stamp else {}
+        now = stamp(self.run / DATA)
+        if now != self._data[0]:
+            self._data = now, _read(self.run / DATA) if now else {}
             self._by_number = {clip.get("number"): clip for clip in self._data[1].get("clips", ())}
         return self._data[1]
 
@@ -83,13 +83,18 @@ class ChainFolder:
     @property
     def stamps(self) -> tuple[int, ...]:
         """What changes when anything of the clips does."""
-        return tuple(_stamp(path) for path in (self.run / DATA, self.storyboard, self.run / "takes"))
+        return tuple(stamp(path) for path in (self.run / DATA, self.joined, self.storyboard, self.run / "takes"))
 
     def video(self, number: int) -> Path | None:
         """The mp4 of a finished clip."""
         name = str(self.made(number).get("file") or "")
         path = self.run / name
         return path if name.endswith(".mp4") and name == os.path.basename(name) and path.is_file() else None
+
+    def version(self, number: int) -> int | None:
+        """What changes when a finished clip is another; None for one that is not finished."""
+        path = self.video(number)
+        return None if path is None else stamp(path)
 
     def all_takes(self) -> dict[int, dict[int, Path]]:
         """The mp4s of takes that are whole, by the number of their clip and their own."""
@@ -130,7 +135,8 @@ class ChainFolder:
         return done
 
 
-def _stamp(path: Path) -> int:
+def stamp(path: Path) -> int:
+    """What changes when a file does; 0 where there is none."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

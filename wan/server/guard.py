@@ -21,7 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 COOKIE, TOKEN = "wan_session", "x-wan-token"
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _OPEN = ("/health", "/login", "/static/app.css", "/static/app.js", "/static/icon.svg")  # without a key
-_UPLOAD_SECONDS = 3600.0
+_UPLOAD_SECONDS, _SILENT_SECONDS = 3600.0, 60.0  # for all of a request, and between two parts of it
 _UPLOADS = 100  # at once
 _SMALL = 1 << 20  # bytes of a request without files
 POLICY = (
@@ -175,15 +175,19 @@ class Guard:
                 code="rate_limit_exceeded",
                 headers={"retry-after": "2"},
             )
-        got, deadline = 0, asyncio.get_running_loop().time() + _UPLOAD_SECONDS
+        got, whole, deadline = 0, False, asyncio.get_running_loop().time() + _UPLOAD_SECONDS
 
         async def receiving() -> Message:
-            nonlocal got
+            nonlocal got, whole
+            if whole:  # what may still come is that the client leaves, whenever that is
+                return await receive()
+            left = deadline - asyncio.get_running_loop().time()
             try:
-                message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
+                message = await asyncio.wait_for(receive(), min(left, _SILENT_SECONDS))
             except TimeoutError as error:
                 raise ApiError("the request takes too long", status=408, code="timeout") from error
             got += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if got > most:
                 raise too_much
             return message

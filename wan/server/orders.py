@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan.errors import UserError
-from wan.kinds import Interval, Kind, Picture, PromptFor, Real, Switch, TakeOf, Unfit
-from wan.options import OPTIONS, Option, Settings, by_scene_key, options_of
+from wan.kinds import Picture, Unfit, read_plain
+from wan.options import OPTIONS, Option, by_scene_key, options_of
 from wan.server.errors import ApiError
 
 LONGEST_TEXT = 20_000  # characters
 
 CLIENT = {one.name: one for one in options_of("continuous") if one.client and one.flag}
 # what a client may say of one clip; pictures are names of files that it sends
-CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in ("cut", "end_image", "name")}
+_SENT = ("cut", "end_image", "anchor_image", "name")
+CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in _SENT}
 
 
 def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,31 +59,8 @@ def read_clip(said: Mapping[str, Any], pictures: Mapping[str, str], number: int)
 def _value(one: Option, value: Any, name: str) -> Any:
     """A value as JSON or as a form writes it. Raises ApiError."""
     try:
-        if isinstance(value, str):
-            if len(value) > LONGEST_TEXT:
-                raise Unfit(f"is too long; {LONGEST_TEXT} characters are the most")
-            if one.name == "size":
-                value = value.replace("x", "*")
-            if isinstance(one.kind, Interval):
-                value = tuple(Real().read(word) for word in value.replace(",", " ").split())
-            elif isinstance(one.kind, Switch):
-                value = {"true": True, "on": True, "false": False, "off": False}.get(value.lower(), value)
-            elif isinstance(one.kind, TakeOf):
-                value = one.kind.read(value.split())
-            elif isinstance(one.kind, PromptFor):
-                raise Unfit("must be pairs of a clip and its prompt")
-            elif type(one.kind) is not Kind:
-                value = one.kind.read(value)
-        elif isinstance(value, list):
-            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        elif isinstance(value, dict) or type(one.kind) is Kind:
-            raise Unfit("must be text" if type(one.kind) is Kind else "must be a plain value")
-        one.kind.check(value)
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise Unfit(f"is too long; {LONGEST_TEXT} characters are the most")
+        return read_plain(one.kind, value)
     except (Unfit, UserError, TypeError, ValueError) as error:
         raise ApiError(f"{name} {error}", param=name.rpartition(" ")[2]) from error
-    return value
-
-
-def as_json(settings: Settings) -> dict[str, Any]:
-    """Settings that differ from their defaults, as JSON values."""
-    return {one.name: value for one in OPTIONS.values() if (value := getattr(settings, one.name)) != one.default}

@@ -20,7 +20,7 @@ from wan.server.bodies import body_of
 from wan.server.chain_routes import chain_of
 from wan.server.chains import Chains
 from wan.server.errors import ApiError, not_found
-from wan.server.folders import PAGE, ChainFolder
+from wan.server.folders import PAGE, ChainFolder, stamp
 from wan.server.guard import COOKIE, Keys
 from wan.server.orders import CLIENT
 from wan.server.tickets import DRAFT
@@ -166,11 +166,10 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         return {
             "chain": whole,
             "drift": charts(whole["drift"]),
-            "joined": folder.joined.is_file(),
+            "joined": stamp(folder.joined),
             "preview": folder.preview.is_file(),
             "report": (folder.run / PAGE).is_file(),
             "pictures": [path.name for path in sorted(folder.path.glob("picture_*.png"))],
-            "a14b": chains.experts == 2,
         }
 
     @routes.get("/chains/{name}")

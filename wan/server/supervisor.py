@@ -9,13 +9,12 @@ import logging
 import sqlite3
 import sys
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wan.server.errors import public
+from wan.server.live import Live
 from wan.server.metrics import Metrics
 from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
 
@@ -25,39 +24,8 @@ WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 MOST_ATTEMPTS = 3  # that one chain may take a worker down without finishing a clip
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two workers that end at once
 _END_SECONDS = 5.0  # until a worker that was told to end is killed
-_KEPT = 200  # events of a chain that a client which comes back may ask for
 _BEHIND = 500  # events that a client may be behind before it is let go
 _LINE = 1 << 24
-
-
-@dataclass
-class Live:
-    """What is known of a chain beside its row and its folder: how far the clip is that is being made."""
-
-    clip: int = 0
-    stage: str = ""
-    step: int = 0
-    steps: int = 0
-    prompt: str = ""
-    since: float = 0.0  # when its stage of steps began
-    warnings: list[str] = field(default_factory=list)
-    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    listeners: set[asyncio.Queue[dict[str, Any] | None]] = field(default_factory=set)
-
-    @property
-    def share(self) -> float:
-        """The share of the clip's steps that are done."""
-        return (
-            min(self.step / self.steps, 1.0)
-            if self.steps and self.stage == "sample"
-            else float(self.stage in ("decode", "write"))
-        )
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of the clip's steps, as those so far took."""
-        taken = time.monotonic() - self.since
-        return taken / self.step * (self.steps - self.step) if self.step and self.stage == "sample" else None
 
 
 class Supervisor:
@@ -224,18 +192,11 @@ class Supervisor:
         if not name or name != self.making:
             return
         live = self.live.setdefault(name, Live())
-        if event == "clip_started":
-            live.clip, live.stage, live.step, live.steps, live.prompt = said["clip"], "", 0, 0, ""
-        elif event == "stage":
-            live.stage, live.step, live.since = said["stage"], 0, time.monotonic()
-        elif event == "step":
-            live.step, live.steps = said["step"], said["steps"]
-            self.metrics.steps.inc()
-        elif event == "prompt":
-            live.prompt = said["prompt"]
-        elif event == "warning":
+        if event == "warning":
             said["message"] = public(said["message"])
-            live.warnings.append(said["message"])
+        live.hear(event, said)
+        if event == "step":
+            self.metrics.steps.inc()
         elif event in ("there", "clip_finished"):
             if event == "clip_finished":
                 self.metrics.clips.inc()

@@ -1,4 +1,4 @@
-"""A chain's settings from JSON, for the process that answers and for those that work. Needs no PyTorch."""
+"""A chain's settings as JSON and back, for the process that answers and for those that work. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan.options import OPTIONS, Settings
+
+CHECKED = "checked"  # how the check of a chain ends, where a chain ends in one of the states of `tickets`
 
 
 def settings_of_chain(owner: Settings, said: Mapping[str, Any]) -> Settings:
@@ -17,6 +19,11 @@ def settings_of_chain(owner: Settings, said: Mapping[str, Any]) -> Settings:
 def owner_settings(said: Mapping[str, Any]) -> Settings:
     """The server's own settings, from JSON. Raises UserError."""
     return Settings(**{name: _from_json(value) for name, value in said.items() if name in OPTIONS})
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """Settings that differ from their defaults, as JSON values."""
+    return {one.name: value for one in OPTIONS.values() if (value := getattr(settings, one.name)) != one.default}
 
 
 def _from_json(value: Any) -> Any:

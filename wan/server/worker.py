@@ -1,11 +1,13 @@
-"""The process that owns the models: makes one chain after the other, as the server tells it, and says how far it is.
+"""The process that owns the models: makes one chain after the other, as it is told, and says how far it is.
 
-Lines of JSON come in on stdin and go out on stdout. It ends when stdin does, so that it never outlives the server; what
-it was making goes on from there in the next one.
+A server has one of them, a batch one for each GPU or group of GPUs. Lines of JSON come in on stdin and go out on
+stdout. It ends when stdin does, so that it never outlives who started it; what it was making goes on from there in the
+next one. Where a launcher's environment says that it is one of several, all get the same lines; the first answers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -16,16 +18,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from filelock import FileLock
 
 from wan.commands.progress import Progress
-from wan.errors import UserError
+from wan.device.ranks import World
+from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.server.tickets import DONE, PAUSED
-from wan.server.wire import owner_settings, settings_of_chain
+from wan.server.wire import CHECKED, owner_settings, settings_of_chain
 from wan.types import Step
 
 if TYPE_CHECKING:
@@ -45,15 +49,20 @@ class Cancelled(KeyboardInterrupt):
 
 
 class Models:
-    """The pipeline of this server, kept from chain to chain."""
+    """The pipeline of this process, kept from chain to chain of one checkpoint."""
 
     def __init__(self) -> None:
         self._opened: VideoContinuation | None = None
+        self._key: object = None
 
     def open(self, job: Job) -> VideoContinuation:
-        """The pipeline, which asks the VLM what this chain asks it."""
-        if self._opened is None:
-            self._opened = job.open_continuation()
+        """The pipeline, which asks the VLM what this chain asks it. That of another checkpoint is let go."""
+        key = job.models_key
+        if self._opened is None or self._key != key:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+            self._opened, self._key = job.open_continuation(), key
         self._opened.vlm.question, self._opened.vlm.fallback = job.settings.vlm_question, job.settings.vlm_fallback
         return self._opened
 
@@ -111,9 +120,25 @@ def make(models: Models, settings: Settings, watch: Callable[[str, int, bool], P
     from wan.commands.continuous import Chain
     from wan.commands.job import Job
 
+    shown = list[Progress]()
+
+    def watching(title: str, clips: int, quiet: bool) -> Progress:
+        shown.append(watch(title, clips, quiet))
+        return shown[-1]
+
     job = Job.read("continuous", settings)
-    finished = sum(1 for _ in Chain(job, pipeline=models.open(job), watch=watch))
-    return DONE if finished == settings.num_videos else PAUSED
+    finished = sum(1 for _ in Chain(job, pipeline=models.open(job), watch=watching))
+    return DONE if finished == shown[-1].clips else PAUSED
+
+
+def check(models: Models, settings: Settings) -> dict[str, Any]:
+    """What a chain would be, when all was checked that making it checks, as JSON values. Raises UserError."""
+    from wan.commands.continuous import Chain
+    from wan.commands.job import Job
+
+    job = Job.read("continuous", settings)
+    chain = Chain(job, pipeline=models.open(job))
+    return dataclasses.asdict(chain.estimate()) | {"status": chain.status}
 
 
 def main() -> int:
@@ -121,6 +146,7 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what is printed is for the log
     first = json.loads(sys.stdin.readline())
+    world, root = World.read(os.environ), first.get("root")
     owner, orders = owner_settings(first["settings"]), queue.Queue[dict[str, Any]]()
     cancelled, now = threading.Event(), {"id": ""}
     threading.Thread(target=_listen, args=(orders, cancelled, now), daemon=True).start()
@@ -131,7 +157,7 @@ def main() -> int:
             _write(out, {"event": event, "id": now["id"], **more})
 
     # the one of a server that was killed may still be there for a moment
-    with FileLock(Path(first["root"]) / LOCK):
+    with nullcontext() if root is None else FileLock(Path(root) / LOCK):
         logging.root.addHandler(_Warnings(send))
         models = Models()
         send("ready", pid=os.getpid())
@@ -139,24 +165,47 @@ def main() -> int:
             order = orders.get()
             cancelled.clear()
             now["id"] = order["id"]
-            if not _work(models, settings_of_chain(owner, order["settings"]), send, cancelled):
+            settings = settings_of_chain(owner, order["settings"])
+            if "port" in order:
+                os.environ["MASTER_PORT"] = str(order["port"])
+            if not world.is_first:
+                if not order.get("check"):
+                    follow(models, settings)
+            elif not _work(models, settings, send, cancelled, only_check=bool(order.get("check"))):
                 return 1
             now["id"] = ""
 
 
-def _work(models: Models, settings: Settings, send: Send, cancelled: threading.Event) -> bool:
-    """Make a chain and say what came of it; whether this process is still good for another."""
+def follow(models: Models, settings: Settings) -> None:
+    """In any process of several but the first: make this one's shares of a chain."""
+    from wan.commands.job import Job
 
-    def failed(code: str, message: str) -> None:
-        send("end", state="failed", error={"code": code, "message": message})
+    job = Job.read("continuous", settings)
+    job.follow(models.open(job))
+
+
+def _work(
+    models: Models, settings: Settings, send: Send, cancelled: threading.Event, *, only_check: bool = False
+) -> bool:
+    """Make a chain, or check it, and say what came of it; whether this process is still good for another."""
+
+    def failed(code: str, message: str, cause: BaseException | None = None) -> None:
+        # the cause is for who started this process, and not for clients
+        why = None if cause is None else f"{type(cause).__name__}: {cause}"
+        send("end", state="failed", error={"code": code, "message": message}, why=why)
 
     try:
+        if only_check:
+            send("end", state=CHECKED, found=check(models, settings))
+            return True
         state = make(models, settings, lambda title, clips, quiet: Telling(send, cancelled, clips))
         send("end", state=state)
     except Cancelled:
         send("end", state="cancelled")
+    except InUse as error:
+        failed("in_use", str(error))
     except UserError as error:
-        failed("invalid_request", str(error))
+        failed("invalid_request", str(error), error)
     except OSError as error:
         if error.errno is None:
             raise
@@ -164,6 +213,7 @@ def _work(models: Models, settings: Settings, send: Send, cancelled: threading.E
         failed(
             "disk_full" if full else "input_output",
             f"{error.strerror}; {'free space on' if full else 'look at'} the disk of the server",
+            error,
         )
     except Exception as error:
         traceback.print_exc()
@@ -171,6 +221,7 @@ def _work(models: Models, settings: Settings, send: Send, cancelled: threading.E
         failed(
             "out_of_memory" if memory else "internal",
             "out of GPU memory" if memory else "the server has an error, which its log tells",
+            error,
         )
         return False
     return True

@@ -15,10 +15,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from wan.device.parallel import Group
+from wan.device.sharding import shard
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
-from wan.weights.checkpoint import Weights
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 from wan.weights.vocabulary import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -104,11 +106,18 @@ class TextEncoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         mapped: bool = False,
+        shards: Group | None = None,
     ) -> TextEncoder:
-        """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError."""
+        """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError.
+
+        `shards`: the processes of which each keeps a slice of every parameter.
+        """
         model, source_of = cls._empty(weights)
-        load_into(model, weights, source_of, lambda name: dtype, device, layers="encoder.block", mapped=mapped)
-        model.encoder.embed_tokens.weight = model.shared.weight
+        model.encoder.embed_tokens = model.shared
+        if shards is not None:
+            shard(model, "encoder.block", lambda name: dtype, device, shards)
+        layers = "encoder.block" if shards is None else ""
+        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped)
         return cls(model.to(device).eval(), tokenizer)
 
     @classmethod

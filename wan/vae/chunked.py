@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,42 +26,56 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from wan.device.hardware import runs_triton
+from wan.vae.bands import Band
 from wan.vae.chunks import FIRST, PER_LATENT
 
 LAYOUT = torch.channels_last_3d
 
 
-def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int) -> Tensor:
+def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int, band: Band | None = None) -> Tensor:
     """Pixels [1, 3, T, H, W] in [-1, 1], T = 4n+1 -> the mode of the latents [1, z, n+1, h, w], not normalised.
 
     `chunk` is how many latent frames are computed at a time, at least one. All is computed in the weights' dtype, norms
-    in float32. Raises OverflowError for numbers that are too large for that dtype.
+    in float32. With a `band` each rank is given all pixels, computes its rows, and has all latents in the end. Raises
+    OverflowError for numbers that are too large for that dtype.
     """
-    through, chunk = ChunkedVae(), max(1, chunk)
+    through, chunk = ChunkedVae(band=band), max(1, chunk)
     pixels = patchify(pixels.to(_dtype(vae)), vae.config.patch_size or 1)
+    if band is not None:
+        pixels = band.mine(pixels)
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
     parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
     modes: Tensor = through.conv(vae.quant_conv, torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
-    _check([_finite(modes)])
-    return modes
+    _check([_finite(modes)], band)
+    return modes if band is None else band.whole(modes)
 
 
-def decode(vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.device | None = None) -> Tensor:
+def decode(
+    vae: AutoencoderKLWan, latents: Tensor, chunk: int, home: torch.device | None = None, band: Band | None = None
+) -> Tensor:
     """Latents [1, z, F, h, w], not normalised -> pixels float32 [1, 3, 4F-3, H, W], clamped to [-1, 1].
 
     `chunk` as above; 0 is 1 with what comes after the last doubling of frames, the widest part, by single frames.
-    Pixels are put on `home`, by default where the latents are. Raises OverflowError as above.
+    Pixels are put on `home`, by default where the latents are. With a `band` each rank is given all latents, computes
+    its rows, and the first one has the pixels in the end, the others no frame. Raises OverflowError as above.
     """
-    through = ChunkedVae(by_frame=chunk == 0)
+    through = ChunkedVae(by_frame=chunk == 0, band=band)
     latents = through.conv(vae.post_quant_conv, latents.to(_dtype(vae)))
     frames, scale = 1 + PER_LATENT * (latents.shape[2] - 1), vae.config.scale_factor_spatial
+    frames = frames if band is None or band.group.index == 0 else 0
     size = (1, 3, frames, *(side * scale for side in latents.shape[3:]))
     pixels, finite = HostCopy(torch.empty(size, dtype=torch.float32, device=home or latents.device)), []
+    if band is not None:
+        latents = band.mine(latents)
     for part in _chunks(latents, [max(1, chunk)] * latents.shape[2]):
         made = unpatchify(through.decoder(vae.decoder, part), vae.config.patch_size or 1)
         finite.append(_finite(made))
-        pixels.put(made.float().clamp_(-1, 1))
-    _check(finite)
+        made = made.float().clamp_(-1, 1)
+        if band is not None:
+            made = band.whole(made)
+        if frames:
+            pixels.put(made)
+    _check(finite, band)
     return pixels.done()
 
 
@@ -115,18 +129,22 @@ def _finite(x: Tensor) -> Tensor | None:
     return x.isfinite().all() if x.dtype == torch.float16 else None
 
 
-def _check(finite: list[Tensor | None]) -> None:
+def _check(finite: list[Tensor | None], band: Band | None) -> None:
     found = [one for one in finite if one is not None]
-    if found and not torch.stack(found).all():
+    if not found:
+        return
+    good = torch.stack(found).all()
+    if not (good if band is None else band.agrees(good)):
         raise OverflowError("numbers of the VAE are too large for float16")
 
 
 class ChunkedVae:
     """What one pass remembers from chunk to chunk: the last frames that went into each convolution over time."""
 
-    def __init__(self, by_frame: bool = False) -> None:
+    def __init__(self, by_frame: bool = False, band: Band | None = None) -> None:
+        self.band = band
         self.before: dict[nn.Module, Tensor] = {}
-        self.is_first = True
+        self.is_first = True  # the decoder's first chunk, whose first frame is not doubled
         self.by_frame = by_frame
 
     def encoder(self, network: Any, x: Tensor) -> Tensor:
@@ -138,12 +156,10 @@ class ChunkedVae:
             elif isinstance(part, WanResample):
                 x = self.resample(part, x)
             elif isinstance(part, WanAttentionBlock):
-                x = part(x)
+                x = self.attention(part, x)
             else:
                 x = self.stage(part, x, part.downsampler)
-        x = self.ends(network, self.middle(network.mid_block, x))
-        self.is_first = False
-        return x
+        return self.ends(network, self.middle(network.mid_block, x))
 
     def decoder(self, network: Any, x: Tensor) -> Tensor:
         """Latents -> pixels of one chunk."""
@@ -185,8 +201,16 @@ class ChunkedVae:
         first, *others = middle.resnets
         x = self.residual(first, x)
         for attention, block in zip(middle.attentions, others, strict=True):
-            x = self.residual(block, attention(x).contiguous(memory_format=LAYOUT))
+            x = self.residual(block, self.attention(attention, x))
         return x
+
+    def attention(self, attention: WanAttentionBlock, x: Tensor) -> Tensor:
+        """Of each frame's places to all others of it."""
+        if self.band is None:
+            mixed: Tensor = attention(x)
+        else:
+            mixed = self.band.mine(attention(self.band.whole(x)))
+        return mixed.contiguous(memory_format=LAYOUT)
 
     def residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
         short = x if isinstance(block.conv_shortcut, nn.Identity) else self.conv(block.conv_shortcut, x)
@@ -205,7 +229,7 @@ class ChunkedVae:
         """A causal convolution; if a norm is given, of its input plus that bias, normalised and activated."""
         width, _, height, _, behind, _ = conv._padding
         after = conv.bias if add_bias else None
-        if norm is None and not behind:
+        if norm is None and not behind and not (height and self.band):
             return F.conv3d(x, conv.weight, after, conv.stride, (0, height, width))
         shape = (*x.shape[:2], behind + x.shape[2], *x.shape[3:])
         whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAYOUT)
@@ -218,6 +242,8 @@ class ChunkedVae:
             before = self.before.get(conv)
             whole[:, :, :behind] = 0 if before is None else before
             self.before[conv] = whole[:, :, -behind:].clone()
+        if self.band is not None and height:
+            whole, height = self.band.beside(whole, height, height).contiguous(memory_format=LAYOUT), 0
         found: Tensor = F.conv3d(whole, conv.weight, after, conv.stride, (0, height, width))
         return found
 
@@ -233,7 +259,7 @@ class ChunkedVae:
                 for parity, frames in enumerate(both):
                     doubled[:, :, start + parity :: 2] = frames
                 x = doubled
-        x = _by_frame(x, module.resample)
+        x = _by_frame(x, module.resample, self.band)
         if module.mode != "downsample3d":
             return x
         before = self.before.get(module)
@@ -265,18 +291,26 @@ def _kernels(x: Tensor) -> ModuleType | None:
     return kernels
 
 
-def _by_frame(x: Tensor, change: nn.Sequential) -> Tensor:
+def _by_frame(x: Tensor, change: nn.Sequential, band: Band | None) -> Tensor:
     """The two-dimensional layers of a change of size, on each frame of [1, C, T, H, W]."""
-    before, conv = change
+    before, conv = change[0], cast(nn.Conv2d, change[1])
     kernels = _kernels(x)
-    if kernels and isinstance(before, nn.Upsample):
-        return conv(kernels.double_sides(x).transpose(1, 2).flatten(0, 1))[None].transpose(1, 2)  # type: ignore[no-any-return]
-    frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
-    if isinstance(before, nn.Upsample):  # its own forward goes through float32
-        frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+    grows = isinstance(before, nn.Upsample)
+    if kernels and grows:
+        frames = kernels.double_sides(x).transpose(1, 2).flatten(0, 1)
     else:
-        frames = before(frames)
-    return conv(frames)[None].transpose(1, 2)  # type: ignore[no-any-return]
+        frames = x.transpose(1, 2).flatten(0, 1)  # a view of what is laid out channels last
+        if grows:  # its own forward goes through float32
+            frames = F.interpolate(frames, scale_factor=2.0, mode="nearest-exact")
+    if band is None:
+        made: Tensor = conv(frames if grows else before(frames))
+    elif grows:
+        frames = band.beside(frames, 1, 1).contiguous(memory_format=torch.channels_last)
+        made = F.conv2d(frames, conv.weight, conv.bias, conv.stride, (0, 1))
+    else:  # a column and a row of zeros on the right and below
+        frames = F.pad(band.beside(frames, 0, 1), (0, 1)).contiguous(memory_format=torch.channels_last)
+        made = conv(frames)
+    return made[None].transpose(1, 2)
 
 
 def _chunks(x: Tensor, lengths: list[int]) -> Iterator[Tensor]:

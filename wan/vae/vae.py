@@ -14,11 +14,13 @@ from diffusers import AutoencoderKLWan
 from pydantic import Field
 from torch import Tensor, nn
 
+from wan.device.parallel import Group
 from wan.errors import UserError
 from wan.foreign import fit, parsing
 from wan.vae import chunked, chunks
-from wan.weights.checkpoint import Weights
+from wan.vae.bands import Band
 from wan.weights.loading import check_fit, load_into
+from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +78,39 @@ class WanVAE(nn.Module):
         with init_empty_weights(), parsing(str(weights.path), "download it again"):
             return AutoencoderKLWan(**config), source_of
 
-    def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
-        """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior."""
-        modes = [self._run(chunked.encode, video, video.shape[2:]) for video in videos]
+    def encode(self, videos: Iterable[Tensor], group: Group | None = None) -> list[Tensor]:
+        """Pixels [3, T, H, W] in [-1, 1] -> normalised latents float32 [z, F, h, w], the mode of the posterior.
+
+        The ranks of a `group` share the work; each is given all pixels and has all latents.
+        """
+        scale = self.model.config.scale_factor_spatial
+        modes = []
+        for video in videos:
+            band = _band(group, video.shape[2] // scale)
+            through = partial(chunked.encode, band=band)
+            modes.append(self._run(through, video, _largest(video.shape[2:], band)))
         # multiplied by the inverse, not divided: that is the official arithmetic to the last bit
         return [(mode - self.mean) * (1.0 / self.std) for mode in modes]
 
-    def decode(self, zs: Iterable[Tensor], home: torch.device | None = None) -> list[Tensor]:
+    def decode(
+        self, zs: Iterable[Tensor], home: torch.device | None = None, group: Group | None = None
+    ) -> list[Tensor]:
         """Normalised latents [z, F, h, w] -> pixels float32 [3, T, H, W], clamped to [-1, 1].
 
-        Pixels go to `home` as they are made, by default to where the latents are.
+        Pixels go to `home` as they are made, by default to where the latents are. The ranks of a `group` share the
+        work; each is given all latents, and the first has the pixels, the others no frame.
         """
-        scale, through = self.model.config.scale_factor_spatial, partial(chunked.decode, home=home)
-        latents = [z.float() / (1.0 / self.std) + self.mean for z in zs]
-        return [self._run(through, one, [side * scale for side in one.shape[2:]]) for one in latents]
+        scale = self.model.config.scale_factor_spatial
+        found = []
+        for z in zs:
+            band = _band(group, z.shape[2])
+            if band is None and group is not None and group.index:  # too few rows to share
+                found.append(z.new_empty(3, 0, *(side * scale for side in z.shape[2:])))
+                continue
+            through = partial(chunked.decode, home=home, band=band)
+            size = _largest([side * scale for side in z.shape[2:]], band)
+            found.append(self._run(through, z.float() / (1.0 / self.std) + self.mean, size))
+        return found
 
     @torch.no_grad()
     def _run(
@@ -107,6 +128,17 @@ class WanVAE(nn.Module):
         """How many latent frames of a clip of that size are computed at a time."""
         channels, patch = len(self.model.decoder.norm_out.gamma), self.model.config.patch_size or 1
         return chunks.chunk_for(chunks.widest(channels, patch, height, width) * self.model.dtype.itemsize)
+
+
+def _band(group: Group | None, rows: int) -> Band | None:
+    """This rank's rows of the latents; None where there are not two for each rank."""
+    return None if group is None or rows < 2 * group.size else Band(group, rows)
+
+
+def _largest(size: Sequence[int], band: Band | None) -> Sequence[int]:
+    """Height and width of the largest band of a picture of that size."""
+    height, width = size
+    return size if band is None else (height * band.counts[0] // band.rows, width)
 
 
 def lay_out(model: AutoencoderKLWan) -> None:

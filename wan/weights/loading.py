@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from wan.device import sharding
 from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
-from wan.weights.checkpoint import Weights, listing
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
+from wan.weights.tensors import Weights, listing
 
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
@@ -54,7 +55,8 @@ def load_into(
     every value through that dtype first. What is quantized in the file is expanded, but for the weights of
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
     offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. Host memory never holds
-    more than the model and one file.
+    more than the model and one file. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
+    expanded.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
@@ -66,12 +68,18 @@ def load_into(
     blocks = _Blocks()
     for key, tensor in weights.tensors():
         name = name_of[key]
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        sliced = sharding.slice_of(module._parameters.get(leaf))
+        if sliced is not None:
+            tensor = dequantize(tensor).view(weights.shapes[key])[sliced.rows]
         if not blocks.see(name, tensor):
             raise UserError(
                 f"{weights.place_of(key)} holds numbers in {key} that are NaN or infinite; download it again"
             )
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        if sliced is not None:
+            _fill(sliced.numbers, tensor, rounding)
+            continue
         if (
             isinstance(tensor, QuantizedTensor)
             and isinstance(module, nn.Linear)
@@ -147,16 +155,16 @@ def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
     if tensor.gguf_type is None:
         sides = (0.0, 1.0) if tensor.scale is None else _range(tensor.scale)
         if tensor.data.dtype not in FLOAT8:
-            found = _range(tensor.data)
-            return found[0] * sides[1], found[1] * sides[1]
+            span = _range(tensor.data)
+            return span[0] * sides[1], span[1] * sides[1]
         largest = int((tensor.data.view(torch.uint8) & 0x7F).max())  # without the sign
         finite = largest <= {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}[tensor.data.dtype]
         return 0.0, largest * sides[1] if finite else math.nan
     step = max(1, (1 << 20) // max(1, math.prod(tensor.data.shape[1:])))
     for start in range(0, len(tensor.data), step):
-        found = _range(tensor.rows(slice(start, start + step)))
-        if found != (0.0, 0.0):
-            return found
+        span = _range(tensor.rows(slice(start, start + step)))
+        if span != (0.0, 0.0):
+            return span
     return 0.0, 0.0
 
 

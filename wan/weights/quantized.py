@@ -158,10 +158,10 @@ class QuantizedLinear(nn.Linear):
             return F.linear(input, self.dense(), self.bias)
         assert self.scale is not None
         plain = self.multiply(input, self.weight, self.scale, self.bias)
-        found = plain
+        outputs = plain
         for addition in self.additions:
-            found = found + addition.strength * self._added(addition, input, plain)
-        return found
+            outputs = outputs + addition.strength * self._added(addition, input, plain)
+        return outputs
 
     def _added(self, addition: Addition, input: Tensor, plain: Tensor) -> Tensor:
         """The outputs of an addition's own weight; `plain` are those of the layer without additions."""

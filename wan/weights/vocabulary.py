@@ -7,10 +7,10 @@ from pathlib import Path
 
 from wan.errors import UserError
 from wan.foreign import parsing
-from wan.weights.checkpoint import VOCABULARY, VOCABULARY_OF_GGUF, has_vocabulary
 from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.quantized import dequantize
-from wan.weights.tensors import read_tensors
+from wan.weights.reading import read_tensors
+from wan.weights.single_file import VOCABULARY, VOCABULARY_OF_GGUF, has_vocabulary
 
 _CONTROL, _OWN = 3, 4  # kinds of pieces that are never made of others (source: sentencepiece's model proto)
 _FIRST = ("<pad>", "</s>", "<unk>")
@@ -29,10 +29,10 @@ def read_vocabulary(file: Path) -> Vocabulary:
     """The vocabulary of a text encoder's file. Raises UserError for one that has none, or another model's."""
     if not has_vocabulary(file):
         raise UserError(f"{file} carries no tokenizer; give `ckpt_dir` with the folder google/umt5-xxl of Wan2.2")
-    found = _of_gguf(file) if file.suffix.lower() == ".gguf" else _of_model(file)
-    if tuple(piece for piece, _ in found.pieces[:3]) != _FIRST:
+    vocabulary = _of_gguf(file) if file.suffix.lower() == ".gguf" else _of_model(file)
+    if tuple(piece for piece, _ in vocabulary.pieces[:3]) != _FIRST:
         raise UserError(f"the tokenizer in {file} is not UMT5's, whose first pieces are {', '.join(_FIRST)}")
-    return found
+    return vocabulary
 
 
 def _of_model(file: Path) -> Vocabulary:

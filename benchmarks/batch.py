@@ -1,0 +1,281 @@
+"""How a batch stands kills: `python -m benchmarks.batch fake|tiny|twice|gpus`. The last line is JSON.
+
+`fake`: jobs of a model that sleeps, while a worker's process is killed every few seconds; each process has a clock of
+its own, up to a day off, and one job ends whichever process makes it. `tiny`: jobs of the tiny 5B with kills, whose
+states are compared with those of lone runs. `twice`: two commands make one list at once. `gpus`: chains on all GPUs of
+this machine against one after another on one GPU, with a real checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wan.files import write_json
+
+CLIPS = 3
+DAY = 86400.0
+LINE = "made.log"
+
+
+# --- the model that sleeps
+
+
+def work() -> int:
+    """A worker that speaks as `wan.server.worker` does, and whose clips are files that say who made them."""
+    from filelock import FileLock, Timeout
+
+    name, skew, pause = "", random.uniform(-DAY, DAY), float(os.environ.get("SLEEP_CLIP", "0.1"))
+
+    def say(event: str, **more: Any) -> None:
+        print(json.dumps({"event": event, "id": name, **more}), flush=True)
+
+    def make(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock").acquire(blocking=False):
+            there = len(list(folder.glob("clip_*.json")))
+            say("there", done=there, count=CLIPS)
+            for number in range(there + 1, CLIPS + 1):
+                say("clip_started", clip=number, count=CLIPS, seed=number)
+                time.sleep(pause)
+                if name == "poison":
+                    os.abort()
+                file = folder / f"clip_{number}.json"
+                write_json(file, {"clip": number})
+                with (folder / LINE).open("a", encoding="utf-8") as log:
+                    log.write(f"{number}\n")
+                os.utime(file, (time.time() + skew, time.time() + skew))
+                write_json(folder / "run.json", {"clips_finished": number, "when": time.time() + skew})
+                say("clip_finished", clip=number, count=CLIPS, seam=None)
+
+    sys.stdin.readline()
+    say("ready")
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "cancel" in order:
+            continue
+        name, folder = order["id"], Path(order["settings"]["output_dir"])
+        if order["check"]:
+            missing = CLIPS - len(list(folder.glob("clip_*.json")))
+            found: dict[str, Any] = {
+                "clips": CLIPS,
+                "missing": missing,
+                "work": float(missing),
+                "seconds": pause * missing,
+            }
+            found |= {"measured": False, "disk_bytes": 0.0, "status": "" if missing else "finished"}
+            say("end", state="checked", found=found)
+            continue
+        try:
+            make(folder)
+            say("end", state="completed")
+        except Timeout:
+            say("end", state="failed", error={"code": "in_use", "message": "in use"})
+    return 0
+
+
+def command(words: Sequence[str]) -> int:
+    """`generate_batch.py` with that model."""
+    from wan.batch import crew
+    from wan.cli import batch_main
+
+    crew.WORKER = (sys.executable, "-m", "benchmarks.batch", "work")
+    return batch_main(words)
+
+
+# --- what is measured
+
+
+def begin(folder: Path, jobs: Sequence[dict[str, Any]], *words: str, fake: bool) -> subprocess.Popen[str]:
+    """A batch command that runs."""
+    (folder / "list.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
+    program = ["-m", "benchmarks.batch", "command"] if fake else ["generate_batch.py"]
+    given = ["--videos", str(folder / "list.jsonl"), "--output_dir", str(folder / "runs" / "{name}"), *words]
+    return subprocess.Popen([sys.executable, *program, *given], stderr=subprocess.PIPE, text=True)
+
+
+def workers_of(running: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of a batch that make chains."""
+    found = []
+    for process in psutil.Process(running.pid).children(recursive=True):
+        try:
+            if process.cmdline()[-2:] in (["benchmarks.batch", "work"], ["-m", "wan.server.worker"]):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def harass(running: subprocess.Popen[str], every: float) -> int:
+    """Kill a worker every so many seconds until the batch ends; returns how many."""
+    kills = 0
+    while True:
+        try:
+            running.wait(every)
+            return kills
+        except subprocess.TimeoutExpired:
+            if there := workers_of(running):
+                random.choice(there).kill()
+                kills += 1
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """What batch.jsonl says."""
+    return [json.loads(line) for line in (folder / "runs/batch.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def fake(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
+    """Kills among jobs of the model that sleeps, one of which is poisoned."""
+    video = str(Path("examples/shapes.mp4").absolute())
+    rows = [{"video": video, "name": f"job {number}"} for number in range(jobs)] + [{"video": video, "name": "poison"}]
+    words = ("--ckpt_dir", "m", "--workers", str(workers), "--max_failures", "5")
+    began = time.monotonic()
+    running = begin(folder, rows, *words, fake=True)
+    kills = harass(running, every)
+    assert running.stderr is not None
+    said = running.stderr.read()
+    seconds = time.monotonic() - began
+    found = rows_of(folder)
+    logs = {path.parent.name: path.read_text(encoding="utf-8").split() for path in (folder / "runs").glob(f"*/{LINE}")}
+    again = begin(folder, rows[:-1], *words, fake=True)
+    again_code = again.wait()
+    return {
+        "jobs": jobs,
+        "kills": kills,
+        "seconds": round(seconds),
+        "exit": running.returncode,
+        "last_line": said.strip().splitlines()[-1][-200:],
+        "states": Counter(row["state"] for row in found),
+        "poison": next((row["state"], row["failures"]) for row in found if row["name"] == "poison"),
+        "failures": sum(row["failures"] for row in found),
+        "made_twice": sum(len(log) - len(set(log)) for log in logs.values()),
+        "clips": len(list((folder / "runs").glob("job */clip_*.json"))),
+        "again_exit": again_code,
+        "made_again": sum(row["clips_made_now"] for row in rows_of(folder)),
+    }
+
+
+def twice(jobs: int, workers: int, folder: Path) -> dict[str, Any]:
+    """Two commands on one list."""
+    video = str(Path("examples/shapes.mp4").absolute())
+    rows = [{"video": video, "name": f"job {number}"} for number in range(jobs)]
+    words = ("--ckpt_dir", "m", "--workers", str(workers))
+    both = [begin(folder, rows, *words, "--report_dir", str(folder / one), fake=True) for one in ("one", "two")]
+    codes = [one.wait() for one in both]
+    made = [
+        [json.loads(line) for line in (folder / one / "batch.jsonl").read_text(encoding="utf-8").splitlines()]
+        for one in ("one", "two")
+    ]
+    logs = [path.read_text(encoding="utf-8").split() for path in (folder / "runs").glob(f"*/{LINE}")]
+    return {
+        "exits": codes,
+        "states": [Counter(row["state"] for row in one) for one in made],
+        "clips_by_each": [sum(row["clips_made_now"] for row in one) for one in made],
+        "made_twice": sum(len(log) - len(set(log)) for log in logs),
+        "clips": sum(len(log) for log in logs),
+    }
+
+
+def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
+    """Kills among jobs of the tiny 5B, against lone runs."""
+    from benchmarks.serve import states
+    from tests.support.served import MODELS, SHAPES
+    from wan.cli import continuous_main
+
+    rows: list[dict[str, Any]] = [
+        {"video": str(SHAPES), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)
+    ]
+    each = ["--ckpt_dir", str(MODELS / "tiny-Wan2.2-TI2V-5B"), "--vlm_path", str(MODELS / "tiny-InternVL")]
+    each += ["--num_videos", str(CLIPS), "--frame_num", "5", "--sample_steps", "2"]
+    began = time.monotonic()
+    running = begin(folder, rows, "--workers", str(workers), "--max_failures", "10", *each, fake=False)
+    kills = harass(running, every)
+    seconds = time.monotonic() - began
+    differ = []
+    for row in rows:
+        alone = folder / "alone" / row["name"]
+        words = ["--video", row["video"], "--base_seed", str(row["seed"]), "--output_dir", str(alone), "--quiet"]
+        assert continuous_main([*words, *each]) == 0
+        if not states(alone) or states(alone) != states(folder / "runs" / row["name"]):
+            differ.append(row["name"])
+    return {
+        "jobs": jobs,
+        "kills": kills,
+        "seconds": round(seconds),
+        "exit": running.returncode,
+        "states": Counter(row["state"] for row in rows_of(folder)),
+        "failures": sum(row["failures"] for row in rows_of(folder)),
+        "made_twice": len(list((folder / "runs").glob("*/redone"))),
+        "differ": differ,
+    }
+
+
+def gpus(videos: Path, words: Sequence[str], jobs: int, folder: Path) -> dict[str, Any]:
+    """Clips an hour on all GPUs at once, and on one; idle shares and host memory as they are seen each second."""
+    import torch
+
+    count = torch.cuda.device_count()
+    rows = [{"video": str(videos), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)]
+    found: dict[str, Any] = {"gpus": count}
+    for workers in (count, 1):
+        place = folder / str(workers)
+        place.mkdir()
+        some = rows if workers > 1 else rows[: max(1, jobs // count)]
+        running = begin(place, some, "--workers", str(workers), *words, fake=False)
+        used, free, began = list[list[int]](), list[float](), time.monotonic()
+        while running.poll() is None:
+            used.append([torch.cuda.utilization(gpu) for gpu in range(count)])
+            free.append(psutil.virtual_memory().used / 2**30)
+            time.sleep(1)
+        hours = (time.monotonic() - began) / 3600
+        made = sum(row["clips_made_now"] for row in rows_of(place))
+        found[f"{workers} workers"] = {
+            "clips_an_hour": made / hours,
+            "idle": [sum(one[gpu] == 0 for one in used) / len(used) for gpu in range(count)],
+            "host_gib": max(free),
+        }
+    found["times"] = found[f"{count} workers"]["clips_an_hour"] / found["1 workers"]["clips_an_hour"]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words == ["work"]:
+        return work()
+    if words[:1] == ["command"]:
+        return command(words[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("fake", "tiny", "twice", "gpus"))
+    parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--every", type=float, default=3.0, help="seconds from one kill to the next")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--video", type=Path, help="gpus: what is continued; further flags are those of the batch")
+    given, more = parser.parse_known_args(words)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if given.what == "fake":
+            found = fake(given.jobs, given.every, given.workers, folder)
+        elif given.what == "tiny":
+            found = tiny(given.jobs, given.every, given.workers, folder)
+        elif given.what == "twice":
+            found = twice(given.jobs, given.workers, folder)
+        else:
+            found = gpus(given.video, more, given.jobs, folder)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

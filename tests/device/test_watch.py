@@ -1,0 +1,141 @@
+"""Processes that watch over each other: whichever dies, fails or hangs is named, and all end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import Ranks
+from wan.device import watch
+from wan.device.watch import Ended, Watch, is_collective
+
+SIZE = 3
+TIMEOUT = 2.0
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as found:
+        yield found
+
+
+def _work(rank: int, size: int, folder: str, do: str) -> None:
+    """Each process counts up, as it would begin operations; number 2 does something else at 5, in one case 0."""
+    where, begun = Path(folder), [0]
+
+    def share(make: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+        file = where / "port"
+        if rank == 0:
+            port, key = make()
+            file.with_suffix(".new").write_text(f"{port} {key}")
+            file.with_suffix(".new").rename(file)
+            return port, key
+        while not file.exists():
+            time.sleep(0.01)
+        text, key = file.read_text().split()
+        return int(text), key
+
+    one = Watch(rank, size, lambda: begun[0], lambda: None, TIMEOUT)
+    one.start(share, "127.0.0.1")
+    (where / f"pid_{rank}").write_text(str(os.getpid()))
+    at_fault = 0 if do.startswith("first") else 2
+    try:
+        while begun[0] < (10 if do == "nothing" else 10**6):
+            time.sleep(0.02)
+            begun[0] += do != "hangs" or begun[0] < 6  # they wait for number 2 then
+            if rank == at_fault and begun[0] == 5:
+                if do.endswith("dies"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if do.endswith("fails"):
+                    raise ValueError("a bug")
+                if do.endswith("stops"):
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if do == "hangs":
+                    time.sleep(100)
+        one.close()
+        (where / f"said_{rank}").write_text("done")
+    except BaseException as error:
+        cause = one.end(error)
+        (where / f"said_{rank}").write_text(f"{type(cause).__name__}: {cause}")
+        raise cause from None
+
+
+def said(folder: Path, rank: int) -> str:
+    file = folder / f"said_{rank}"
+    return file.read_text() if file.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("do", "line"),
+    [
+        ("nothing", "done"),
+        ("dies", "Ended: process 2 on HOST has died: it was killed, or is out of memory; what is finished is kept;"),
+        ("fails", "Ended: process 2 on HOST has failed: ValueError: a bug; what is finished is kept"),
+        ("hangs", "Ended: process 2 on HOST lets the others wait for more than 2 s (collective_timeout)"),
+        ("stops", "Ended: process 2 on HOST lets the others wait for more than 2 s"),
+        ("first fails", "ValueError: a bug"),
+        ("first dies", ""),
+    ],
+)
+def test_all_end_and_the_one_at_fault_is_named(do: str, line: str, ranks: Ranks, tmp_path: Path) -> None:
+    begun = time.monotonic()
+
+    def release(pids: list[int]) -> None:
+        """What is stopped cannot end itself, which is a launcher's work."""
+        while do == "stops" and not said(tmp_path, 0):
+            time.sleep(0.1)
+            assert time.monotonic() - begun < 30
+        if do == "stops":
+            os.kill(pids[2], signal.SIGKILL)
+
+    codes = ranks.codes(_work, SIZE, str(tmp_path), do, meanwhile=release, seconds=30)
+    assert said(tmp_path, 0).startswith(line.replace("HOST", os.uname().nodename))
+    expected: dict[str, list[Any]] = {
+        "nothing": [0, 0, 0],
+        "dies": [1, 1, -9],
+        "stops": [1, 1, -9],
+        "first dies": [-9, 1, 1],
+    }
+    assert codes == expected.get(do, [1, 1, 1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all(number: signal.Signals, ranks: Ranks, tmp_path: Path) -> None:
+    def stop(pids: list[int]) -> None:
+        while len(list(tmp_path.glob("pid_*"))) < SIZE:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        for pid in pids:  # as a launcher does, or a terminal
+            os.kill(pid, number)
+
+    codes = ranks.codes(_work, SIZE, str(tmp_path), "runs", meanwhile=stop, seconds=30)
+    assert None not in codes and 0 not in codes
+    assert said(tmp_path, 0).startswith("KeyboardInterrupt")
+
+
+def test_one_process_that_is_stopped_alone_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    def stop(pids: list[int]) -> None:
+        while len(list(tmp_path.glob("pid_*"))) < SIZE:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(pids[1], signal.SIGTERM)
+
+    codes = ranks.codes(_work, SIZE, str(tmp_path), "runs", meanwhile=stop, seconds=30)
+    assert None not in codes and 0 not in codes
+    assert said(tmp_path, 0).startswith(f"Ended: process 1 on {os.uname().nodename} was stopped by SIGTERM")
+
+
+def test_what_follows_from_a_death_is_not_its_cause() -> None:
+    kinds: list[watch.Kind] = ["signal", "waited", "hung", "died"]
+    found = Watch(0, 4, lambda: 0, lambda: None, 1.0)
+    found._signs = [watch._Sign(kind, rank, "host") for rank, kind in enumerate(kinds)]
+    found._decide()
+    assert found.fault is not None and found.fault.startswith("process 3 on host has died")
+    assert is_collective(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert not is_collective(RuntimeError("shapes differ")) and not is_collective(Ended("gloo"))

@@ -1,0 +1,224 @@
+"""The workers of a batch, on Ray: started where there are GPUs, given orders, watched and replaced.
+
+This module alone imports Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import ray
+from ray.exceptions import RayError
+
+from wan.batch.hand import Hand
+from wan.errors import UserError
+from wan.options import Settings
+
+log = logging.getLogger(__name__)
+
+WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
+LOOK_SECONDS = 1.0  # from one look at a worker to the next
+END_SECONDS = 10.0  # until an actor that was told to end its processes is killed
+START_SECONDS = 60.0  # until a worker that waits for a GPU is worth a word
+_OBJECTS = 100 << 20  # bytes of Ray's own store, of which words of some kB take nothing
+
+Kind: TypeAlias = Literal["ready", "ended", "lost", "seen"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a worker: it is ready, its order has ended, it is lost, or it was looked at."""
+
+    kind: Kind
+    worker: int
+    said: Mapping[str, Any]
+
+
+@dataclass
+class _Member:
+    hand: Any
+    began: float = field(default_factory=time.monotonic)
+    looked: float = 0.0
+    looking: bool = False
+    waited: bool = False
+
+
+class Crew:
+    """Workers 0 to `size` - 1. Raises UserError for a Ray that cannot be joined."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.gpus_per_job, self.address = settings.gpus_per_job, settings.address
+        self.threads = os.environ.get("OMP_NUM_THREADS")
+        # nothing of what is made is anybody's business
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        before = signal.getsignal(signal.SIGTERM)
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            if self.address is None:
+                cores = max(os.cpu_count() or 1, settings.workers or 1)
+                store = {"object_store_memory": _OBJECTS, "include_dashboard": False}
+                self._context = ray.init(address="local", num_cpus=cores, **store, **quiet)
+            else:
+                self._context = ray.init(address=self.address, **quiet)
+        except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at ray status"
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray has put its own there
+        try:
+            self.size, self.siblings = self._places(settings.workers)
+        except BaseException:
+            ray.shutdown()
+            raise
+        self._members: dict[int, _Member] = {}
+        self._futures: dict[Any, tuple[Kind, int]] = {}
+
+    def _places(self, wanted: int | None) -> tuple[int, int]:
+        """How many workers there are, and on one machine at most. Raises UserError."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        self.uses_gpus = any(gpus)
+        if not self.uses_gpus:
+            if self.gpus_per_job > 1:
+                raise UserError(
+                    f"`gpus_per_job` {self.gpus_per_job}: Ray sees no GPU; look at nvidia-smi and ray status"
+                )
+            size = wanted or 1
+            return size, math.ceil(size / len(nodes))
+        places = [count // self.gpus_per_job for count in gpus]
+        if not any(places):
+            raise UserError(f"`gpus_per_job` {self.gpus_per_job} is more than a machine has; the most are {max(gpus)}")
+        if wanted is not None and wanted > sum(places):
+            said = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
+            if self.address is None:
+                raise UserError(f"{said}; {sum(places)} are the most")
+            log.warning("%s: the others wait until the cluster has grown", said)
+        size = wanted or sum(places)
+        return size, min(size, max(places))
+
+    @property
+    def dashboard(self) -> str:
+        """The address of Ray's own page, where the cluster has one."""
+        return str(getattr(self._context, "dashboard_url", None) or "")
+
+    def open(self, worker: int) -> None:
+        """Start a worker, or the one in place of it; an event tells when it is ready."""
+        resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.uses_gpus else 0, "num_cpus": 1}
+        # the processes of a worker are of one actor, which Ray places on one machine
+        hand = ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
+        member = _Member(hand.remote(WORKER, self._ranks, self.siblings, os.getcwd(), self.threads))
+        self._members[worker] = member
+        self._futures[member.hand.start.remote()] = "ready", worker
+
+    @property
+    def _ranks(self) -> int:
+        return self.gpus_per_job
+
+    def give(self, worker: int, order: Mapping[str, Any]) -> None:
+        """Let a worker make or check a chain; an event tells what came of it."""
+        self._futures[self._members[worker].hand.do.remote(dict(order))] = "ended", worker
+
+    def wait(self, seconds: float) -> list[Event]:
+        """What has happened, after so many seconds at most."""
+        self._look()
+        if not self._futures:
+            time.sleep(seconds)
+            return []
+        try:
+            done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
+            more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
+        except (RayError, ConnectionError) as error:
+            raise UserError(f"Ray has gone ({_reason(error)}); the same command goes on") from error
+        events = []
+        for future in dict.fromkeys([*done, *more]):
+            if future not in self._futures:  # of a worker that was lost a moment ago
+                continue
+            kind, worker = self._futures.pop(future)
+            try:
+                said: Mapping[str, Any] = ray.get(future)
+            except RayError as error:
+                self._forget(worker)
+                events.append(Event("lost", worker, {"reason": _reason(error)}))
+                continue
+            if kind == "seen":
+                self._members[worker].looking = False
+            if kind == "ready" and "error" in said:
+                self.drop(worker)
+                events.append(Event("lost", worker, {"reason": said["error"]}))
+            else:
+                events.append(Event(kind, worker, said))
+        return events
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        busy = {worker for kind, worker in self._futures.values() if kind == "ended"}
+        for worker, member in self._members.items():
+            if worker in busy and not member.looking and now - member.looked >= LOOK_SECONDS:
+                member.looking, member.looked = True, now
+                self._futures[member.hand.look.remote()] = "seen", worker
+        for kind, worker in self._futures.values():
+            member = self._members[worker]
+            if kind == "ready" and not member.waited and now - member.began > START_SECONDS:
+                member.waited = True
+                log.warning("worker %d waits for a place in the cluster, or for its libraries to load", worker)
+
+    def drop(self, worker: int) -> None:
+        """End a worker, whatever it does."""
+        hand = self._members[worker].hand
+        self._forget(worker)
+        try:
+            # a process that hangs does not see that its actor has gone
+            ray.get(hand.end.remote(), timeout=END_SECONDS)
+        except (RayError, TimeoutError):
+            log.debug("worker %d could not end its processes", worker)
+        ray.kill(hand)
+
+    def stop(self, seconds: float) -> list[Event]:
+        """Let all workers leave what they make, and hear of those that have within so many seconds."""
+        for member in self._members.values():
+            member.hand.stop.remote()
+        events, end = list[Event](), time.monotonic() + seconds
+        while any(kind == "ended" for kind, _ in self._futures.values()) and time.monotonic() < end:
+            events += self.wait(0.2)
+        return events
+
+    def close(self) -> None:
+        """End all workers, and Ray where it was started here."""
+        ends = [member.hand.end.remote() for member in self._members.values()]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
+        for worker in list(self._members):
+            ray.kill(self._members[worker].hand)
+            self._forget(worker)
+        ray.shutdown()
+
+    def _forget(self, worker: int) -> None:
+        self._members.pop(worker, None)
+        self._futures = {future: said for future, said in self._futures.items() if said[1] != worker}
+
+
+def _reason(error: Exception) -> str:
+    """Why a worker is lost, in a line."""
+    name = type(error).__name__
+    said = {
+        "OutOfMemoryError": "its machine ran out of memory",
+        "ActorDiedError": "its worker died",
+        "ActorUnavailableError": "its machine cannot be reached",
+        "NodeDiedError": "its machine has gone",
+    }.get(name, name)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = next(
+        (line for line in lines if "cause" in line.lower() or "node" in line.lower()), lines[-1] if lines else ""
+    )
+    return f"{said} ({why[:300]})"

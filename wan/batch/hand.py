@@ -1,0 +1,227 @@
+"""What works on one GPU, or on a group of GPUs of one machine: the processes that own its models, and what they say.
+
+A `Hand` is the class of a Ray actor and knows no Ray. The process itself is the server's, `wan.server.worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wan
+from wan.device.host import GIB, host_bytes, host_free_bytes
+from wan.server.folders import ChainFolder
+from wan.server.live import Live
+
+LOST = "lost"
+_LINE = 1 << 24  # bytes of one that a process may say
+_TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
+_KEPT_WARNINGS = 5
+_LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
+_ALL_OF_IT = 0.9  # of the host's memory are for the workers of a node together
+
+
+class Hand:
+    """Owns `ranks` processes that make one chain after the other.
+
+    `siblings` is how many hands a machine has, which share its memory and cores; `command` starts a process; `folder`
+    is where the command was given, `threads` its OMP_NUM_THREADS.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, siblings: int, folder: str, threads: str | None) -> None:
+        self.command, self.ranks, self.siblings = command, ranks, siblings
+        self.folder, self.threads = folder, threads
+        self.live, self.done, self.count, self.made = Live(), 0, 0, 0
+        self._heard = time.monotonic()
+        self._clip_began: float | None = None
+        self._making: str | None = None
+        self._processes: list[asyncio.subprocess.Process] = []
+        self._tail: deque[str] = deque(maxlen=_TAIL)
+        self._reading: list[asyncio.Task[None]] = []
+        # this may be in place of one that ended, beside others that have taken their shares
+        share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // (siblings * ranks)) / GIB
+        self._share = max(1.0, round(share, 2))
+
+    async def start(self) -> dict[str, Any]:
+        """Start the processes; says where, or what went wrong."""
+        for rank in range(self.ranks):
+            process = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LINE,
+                cwd=self.folder if os.path.isdir(self.folder) else None,
+                env=self._environment(rank),
+                start_new_session=sys.platform != "win32",  # Ctrl-C is for the command, which ends this
+            )
+            self._processes.append(process)
+            self._reading.append(asyncio.create_task(self._keep_tail(process)))
+            if rank:
+                self._reading.append(asyncio.create_task(_drain(process)))
+        self._say({"settings": {}})
+        said = await self._next()
+        if said is None:
+            return {"error": await self._why()}
+        return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
+
+    def _environment(self, rank: int) -> dict[str, str]:
+        # Ray sets this to 1 for whoever asks for no cores
+        threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
+        path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+        said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        if self.ranks > 1:
+            said |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        return dict(os.environ) | said
+
+    async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Make or check a chain; what came of it, and what there is to see of it."""
+        self.live, self.done, self.count, self.made = Live(), 0, 0, 0
+        self._heard, self._clip_began, self._making = time.monotonic(), None, order["id"]
+        self._say(self._with_share(order))
+        end = await self._until_end(order["id"])
+        self._making = None
+        said: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
+        said["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
+        found = end.get("found")
+        if order.get("check") and (found is None or found["missing"] == found["clips"]):
+            return said | end
+        return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+
+    def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The order with this hand's share of the machine's memory, where it is to be what is free.
+
+        Processes that share a chain meet anew for each, at a port where nobody is left from the one before.
+        """
+        settings = order["settings"]
+        if self.siblings * self.ranks > 1 and "host_memory" not in settings:
+            settings = {**settings, "host_memory": self._share}
+        return {**order, "settings": settings, **({"port": _free_port()} if self.ranks > 1 else {})}
+
+    async def _until_end(self, name: str) -> dict[str, Any]:
+        while (said := await self._next()) is not None:
+            event = said.pop("event")
+            if said.get("id") != name:
+                continue
+            if event == "end":
+                return said
+            self.live.hear(event, said)
+            if event == "there":
+                self.done, self.count = said["done"], said["count"]
+            elif event == "clip_started":
+                self._clip_began = time.monotonic()
+            elif event == "clip_finished":
+                self.done, self.count, self.made = said["clip"], said["count"], self.made + 1
+        return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
+
+    async def _next(self) -> dict[str, Any] | None:
+        """The next word of the first process; None when any of them has ended."""
+        first = self._processes[0]
+        assert first.stdout is not None
+        line = asyncio.ensure_future(first.stdout.readline())
+        ends = [asyncio.ensure_future(process.wait()) for process in self._processes[1:]]
+        await asyncio.wait([line, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if not line.done() or not line.result():
+            line.cancel()
+            return None
+        self._heard = time.monotonic()
+        said: dict[str, Any] = json.loads(line.result())
+        return said
+
+    async def _why(self) -> str:
+        """Why the processes have ended; those that have not are ended."""
+        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
+        # one that has closed its stdout and lives on is ended, too
+        done, _ = await asyncio.wait(waits, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        code = next((wait.result() for wait in waits if wait in done and wait.result()), 0)
+        for wait in waits:
+            wait.cancel()
+        await self.end()
+        said = next((line for line in reversed(self._tail) if line.strip()), "")
+        if code < 0:
+            return f"the process that makes videos was ended by signal {-code}"
+        return f"the process that makes videos ended with {code}" + (f": {said.strip()[:300]}" if said else "")
+
+    async def look(self) -> dict[str, Any]:
+        """How far it is. Durations are by this machine's own clock."""
+        now, live = time.monotonic(), self.live
+        return {
+            "id": self._making,
+            "done": self.done,
+            "count": self.count,
+            "made": self.made,
+            "clip": live.clip,
+            "stage": live.stage,
+            "step": live.step,
+            "steps": live.steps,
+            "seconds_left": live.seconds_left,
+            "silent": now - self._heard,
+            "clip_seconds": None if self._clip_began is None else now - self._clip_began,
+        }
+
+    async def stop(self) -> None:
+        """Let it leave what it makes; finished clips are joined."""
+        if self._making is not None:
+            self._say({"cancel": self._making})
+
+    async def end(self) -> None:
+        """Kill the processes."""
+        for process in self._processes:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+            await process.wait()
+        await asyncio.gather(*self._reading, return_exceptions=True)
+
+    def _say(self, order: Mapping[str, Any]) -> None:
+        for process in self._processes:
+            if process.stdin is not None and not process.stdin.is_closing():
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+
+    async def _keep_tail(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        while line := await process.stderr.readline():
+            text = line.decode(errors="replace").rstrip()
+            self._tail.append(text)
+            sys.stderr.write(f"{text}\n")  # Ray's log of the actor
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+async def _drain(process: asyncio.subprocess.Process) -> None:
+    """Read what is said by a process that only follows."""
+    assert process.stdout is not None
+    while await process.stdout.readline():
+        pass
+
+
+def _seen(path: Path) -> dict[str, Any]:
+    """What there is to see of a chain: its seams to look at, and a picture as the text of a JPEG."""
+    folder = ChainFolder(path, path)
+    report = folder.report()
+    numbers = [clip.get("number") for clip in report.get("clips", ())]
+    jpegs = folder.seam(numbers[-1]) if numbers else []
+    return {
+        "attention": report.get("attention") or [],
+        "picture": base64.b64encode(jpegs[-1]).decode() if jpegs else None,
+        "video_seconds": report.get("video_seconds") or 0.0,
+        "clips_there": len(numbers),
+    }

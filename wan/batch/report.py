@@ -1,0 +1,125 @@
+"""`batch.html` and `batch.jsonl`: how far a batch is, what it made, which seams to look at, and what failed and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from wan.batch.rows import DATA, PAGE, BadRow
+from wan.batch.schedule import Task
+from wan.files import readable, write_text
+from wan.kinds import public_path
+from wan.options import Settings
+from wan.server.tickets import FAILED
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+RENEW_SECONDS = 5.0  # from one writing to the next, and no more than this share of the time
+_RENEW_SHARE = 0.02
+MOST_PICTURES = 500  # of chains on the page, of which each takes about 5 kB
+MOST_SEAMS = 200
+
+
+class Report:
+    """Both files in a folder, which are renewed as the batch runs."""
+
+    def __init__(self, folder: Path, settings: Settings, bad: Sequence[BadRow]) -> None:
+        self.folder, self.settings, self.bad = folder, settings, bad
+        self._next = 0.0
+        self._began = time.monotonic()
+
+    def renew(self, tasks: Sequence[Task], places: Mapping[int, str]) -> None:
+        """Write them again, unless that was a moment ago. `places` are the machines of workers that are at work."""
+        if time.monotonic() >= self._next:
+            self.write(tasks, places, status="running")
+
+    def write(self, tasks: Sequence[Task], places: Mapping[int, str], *, status: str) -> None:
+        """Write them as things stand."""
+        began = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = [self._row(task, places) for task in tasks]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        lines += [json.dumps({"where": one.where, "state": "bad", "reason": one.reason}) for one in self.bad]
+        write_text(self.folder / DATA, "".join(f"{line}\n" for line in lines))
+        write_text(self.folder / PAGE, self._page(tasks, rows, status))
+        now = time.monotonic()
+        self._next = now + max(RENEW_SECONDS, (now - began) / _RENEW_SHARE)
+
+    def _row(self, task: Task, places: Mapping[int, str]) -> dict[str, Any]:
+        return {
+            "name": task.row.name,
+            "where": task.row.where,
+            "video": public_path(task.row.settings.video or ""),
+            "folder": readable(os.path.relpath(task.row.folder, self.folder)),
+            "state": task.state,
+            "elsewhere": task.elsewhere,
+            "clips": task.clips,
+            "clips_finished": task.done,
+            "clips_made_now": task.made,
+            "video_seconds": round(task.video_seconds, 3),
+            "failures": task.lost,
+            "reason": task.reason,
+            "warnings": task.warnings,
+            "attention": list(task.attention),
+            "worker": task.worker,
+            "machine": None if task.worker is None else places.get(task.worker),
+        }
+
+    def _page(self, tasks: Sequence[Task], rows: Sequence[Mapping[str, Any]], status: str) -> str:
+        hours = (time.monotonic() - self._began) / 3600
+        shown = [
+            {
+                **row,
+                "picture": task.picture if number < MOST_PICTURES else None,
+                "report": self._address(task, "report.html"),
+                "joined": self._address(task, "joined.mp4"),
+            }
+            for number, (task, row) in enumerate(zip(tasks, rows, strict=True))
+        ]
+        seams = [{**row, **seam} for row in shown for seam in row["attention"]]
+        seams.sort(key=lambda one: -(one.get("score") or 0.0))
+        made = sum(task.made for task in tasks)
+        return _template().render(
+            status=status,
+            title=public_path(self.settings.videos or ""),
+            counts=Counter(task.state for task in tasks),
+            rows=shown,
+            failed=[row for row in shown if row["state"] == FAILED],
+            bad=self.bad,
+            seams=seams[:MOST_SEAMS],
+            more_seams=max(0, len(seams) - MOST_SEAMS),
+            clips=sum(task.clips for task in tasks),
+            finished=sum(task.done for task in tasks),
+            made=made,
+            per_hour=made / hours if made and hours else None,
+            video_seconds=sum(task.video_seconds for task in tasks),
+            command=shlex.join(["python", "generate_batch.py", *sys.argv[1:]]),
+        )
+
+    def _address(self, task: Task, name: str) -> str:
+        return quote(
+            os.path.relpath(task.row.folder / name, self.folder).replace(os.sep, "/"), errors="surrogateescape"
+        )
+
+
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # names and prompts are anyone's text: nothing in them may become part of the page
+    environment = Environment(
+        loader=PackageLoader("wan.batch", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("batch.html.jinja")

@@ -1,0 +1,280 @@
+"""A batch from its list to its report: all rows are checked, then made, and what stopped or failed is said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan.batch.report import Report
+from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
+from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
+from wan.batch.table import Table
+from wan.commands.lines import PROGRESS
+from wan.commands.progress import say, span
+from wan.errors import UserError
+from wan.foreign import read_json
+from wan.options import Settings
+from wan.server.tickets import DONE, FAILED
+from wan.server.wire import CHECKED, as_json
+
+if TYPE_CHECKING:
+    from wan.batch.crew import Crew
+
+log = logging.getLogger(__name__)
+told = logging.getLogger(PROGRESS)
+
+STOP_SECONDS = 20.0  # for workers to leave what they make and join what is finished
+WAIT_SECONDS = 0.5
+MOST_FALSE_STARTS = 3  # of workers in a row: then something is wrong with all of them
+
+
+def make_batch(settings: Settings) -> None:
+    """Make what is missing of a batch, or with `dry_run` say what that is. Raises UserError."""
+    rows, bad = read_rows(settings)
+    folder = report_folder(settings)
+    _check_report(folder, rows)
+    _refuse(bad, settings)
+    from wan.batch.crew import Crew  # which needs Ray
+
+    tasks = [Task(row) for row in rows]
+    crew = Crew(settings)
+    batch = Batch(settings, crew, tasks, None if settings.dry_run else Report(folder, settings, tuple(bad)))
+    try:
+        if crew.dashboard:
+            told.info("Ray's dashboard: http://%s", crew.dashboard)
+        batch.check()
+        unfit = [BadRow(task.row.where, task.reason) for task in tasks if task.state == FAILED]
+        _refuse(unfit, settings)
+        bad += unfit
+        if settings.dry_run:
+            say(*outline(tasks, bad, crew.size * crew.gpus_per_job if crew.uses_gpus else 0))
+            return
+        batch.make()
+    except BaseException as error:
+        if not isinstance(error, UserError) and not settings.dry_run:
+            batch.leave()
+        raise
+    finally:
+        crew.close()
+    if failed := _count(batch.made, FAILED):
+        raise UserError(
+            f"{failed} of {len(tasks)} chains failed, {folder / PAGE} says why; the same command tries them again"
+        )
+    if stopped := _count(tasks, STOPPED):
+        told.warning("%d chains were stopped by a file in their folders; the same command goes on with them", stopped)
+    say(str(folder / PAGE))
+
+
+class Batch:
+    """The tasks of a batch and its workers; brings the two together."""
+
+    def __init__(self, settings: Settings, crew: Crew, tasks: Sequence[Task], report: Report | None) -> None:
+        self.settings, self.crew, self.tasks, self.report = settings, crew, tasks, report
+        self.made: Sequence[Task] = ()  # those that passed their check and were not finished
+        self.lives: dict[int, Mapping[str, Any]] = {}
+        self.nodes: dict[int, str] = {}
+        self._at: dict[int, Task] = {}  # what each worker does
+        self._like: dict[int, tuple[Any, ...]] = {}  # the weights that it has
+        self._idle: set[int] = set()
+        self._opened: set[int] = set()
+        self._false_starts = 0
+        self._schedule = Schedule((), 1)
+
+    def check(self) -> None:
+        """Check every task, as making it does before its first clip."""
+        self._work(Schedule(self.tasks, self.settings.max_failures), "check", lambda task: None)
+
+    def make(self) -> None:
+        """Make all that passed the check and is not finished."""
+        for task in self.tasks:
+            if task.state == CHECKED:
+                task.state, task.failures, task.reason = WAITING, 0, ""
+        self.made = [task for task in self.tasks if task.state == WAITING]
+        finished = _count(self.tasks, DONE)
+        if finished:
+            told.info("%d of %d chains are finished already", finished, len(self.tasks))
+        self._work(Schedule(self.made, self.settings.max_failures, done_of=done_of), "make", self._say)
+
+    def leave(self) -> None:
+        """Stop in the middle, and say how to go on."""
+        for event in self.crew.stop(STOP_SECONDS):
+            task = self._at.pop(event.worker, None)
+            if task is not None and event.kind == "ended":
+                self._schedule.end(task, event.said)
+        for task in self._at.values():
+            task.state, task.worker = WAITING, None
+        if self.report is not None:
+            self.report.write(self.tasks, {}, status="stopped")
+        told.warning(
+            "%d of %d chains are finished; the same command goes on with the others",
+            _count(self.tasks, DONE),
+            len(self.tasks),
+        )
+
+    def _work(self, schedule: Schedule, title: str, over: Callable[[Task], None]) -> None:
+        """Let the workers do what is scheduled; `over` is told of each task with which that is done."""
+        self._schedule = schedule
+        with Table(title, schedule.tasks, self.settings.quiet) as table:
+            while not schedule.is_over:
+                self._give(schedule, check=title == "check")
+                for event in self.crew.wait(WAIT_SECONDS):
+                    task = self._hear(schedule, event.kind, event.worker, event.said)
+                    if task is not None and task.is_over:
+                        over(task)
+                self._replace_slow(schedule)
+                table.show({worker: (task, self.lives.get(worker, {})) for worker, task in self._at.items()})
+                if self.report is not None and title == "make":
+                    self.report.renew(self.tasks, self._places())
+        if self.report is not None and title == "make":
+            self.report.write(self.tasks, self._places(), status="finished")
+
+    def _places(self) -> dict[int, str]:
+        return {worker: self.nodes.get(worker, "") for worker in self._at}
+
+    def _give(self, schedule: Schedule, *, check: bool) -> None:
+        for worker in sorted(self._idle):
+            task = schedule.next(self._like.get(worker))
+            if task is None:
+                break
+            self._idle.discard(worker)
+            self._at[worker], self._like[worker] = task, task.key
+            self.lives.pop(worker, None)
+            schedule.begin(task, worker)
+            order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check}
+            self.crew.give(worker, order)
+        waiting = sum(not task.is_over and task not in self._at.values() for task in schedule.tasks)
+        for worker in range(self.crew.size):
+            if worker not in self._opened and waiting > len(self._opened - self._at.keys() - self._idle):
+                self._opened.add(worker)
+                self.crew.open(worker)
+
+    def _hear(self, schedule: Schedule, kind: str, worker: int, said: Mapping[str, Any]) -> Task | None:
+        """Take in an event; the task that it is about."""
+        task = self._at.get(worker)
+        if kind == "ready":
+            self._false_starts = 0
+            self.nodes[worker] = said["node"]
+            self._idle.add(worker)
+        elif kind == "seen":
+            if task is not None and said["id"] == task.row.name:
+                self.lives[worker] = said
+                schedule.see(task, said)
+        elif kind == "ended":
+            assert task is not None
+            del self._at[worker]
+            schedule.end(task, said)
+            if said["state"] in (DONE, CHECKED) or _is_fit(said, self.crew.gpus_per_job):
+                self._idle.add(worker)
+            else:
+                self._lose(worker)
+                self.crew.drop(worker)
+        else:
+            self._lose(worker)
+            if task is None:
+                self._false_starts += 1
+                if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
+                    raise UserError(f"no worker can start: {said['reason']}")
+                log.warning("worker %d could not start: %s", worker, said["reason"])
+            else:
+                self._at.pop(worker)
+                schedule.fail(task, str(said["reason"]))
+        return task
+
+    def _replace_slow(self, schedule: Schedule) -> None:
+        for worker, task in list(self._at.items()):
+            live = self.lives.get(worker)
+            if live and (why := schedule.too_slow(task, live, self.settings.patience)):
+                log.warning("%s: %s, and is replaced", task.row.name, why)
+                self.crew.drop(worker)
+                self._lose(worker)
+                self._at.pop(worker)
+                schedule.fail(task, why)
+
+    def _lose(self, worker: int) -> None:
+        """Forget a worker, whose place another takes."""
+        self._opened.discard(worker)
+        self._idle.discard(worker)
+        self._like.pop(worker, None)
+        self.lives.pop(worker, None)
+
+    def _say(self, task: Task) -> None:
+        over = sum(one.is_over for one in self.tasks)
+        if task.state == DONE:
+            seen = f", {len(task.attention)} seams to look at" if task.attention else ""
+            told.info(
+                "%d/%d %s: %d clips in %s%s", over, len(self.tasks), task.row.name, task.clips, task.row.folder, seen
+            )
+        else:
+            told.warning("%d/%d %s %s: %s", over, len(self.tasks), task.row.name, task.state, task.reason)
+
+
+def done_of(task: Task) -> int:
+    """The finished clips of a chain, as its folder has them where it can be seen from here."""
+    try:
+        return int(read_json(task.row.folder / "run.json").get("clips_finished") or 0)
+    except (UserError, TypeError, ValueError):
+        return 0
+
+
+def outline(tasks: Sequence[Task], bad: Sequence[BadRow], gpus: int) -> list[str]:
+    """The lines of `dry_run`."""
+    lines = [f"{'clips':>6} {'to make':>8} {'GPU time':>9} {'disk':>9}  chain"]
+    for task in tasks:
+        if task.state != FAILED:
+            sizes = f"{task.clips:>6} {task.missing:>8} {span(task.seconds):>9} {_gib(task.disk_bytes):>9}"
+            lines.append(f"{sizes}  {task.row.name}")
+    fit = [task for task in tasks if task.state != FAILED]
+    seconds, missing = sum(task.seconds for task in fit), sum(task.missing for task in fit)
+    measured = all(task.measured or not task.missing for task in fit)
+    basis = "as finished clips took" if measured else "on H200s, where no clip tells yet"
+    lines.append(
+        f"{len(fit)} chains with {sum(task.clips for task in fit)} clips, of which {missing} are to be made: about "
+        f"{seconds / 3600:.1f} GPU hours of sampling ({basis}) and {_gib(sum(task.disk_bytes for task in fit))} of disk"
+    )
+    if gpus > 1 and seconds:
+        lines.append(f"about {span(seconds / gpus)} on {gpus} GPUs")
+    if bad:
+        lines.append(f"{len(bad)} rows cannot be made and are left out")
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.0f} MiB"
+
+
+def _count(tasks: Sequence[Task], state: str) -> int:
+    return sum(task.state == state for task in tasks)
+
+
+def _is_fit(said: Mapping[str, Any], gpus: int) -> bool:
+    """Whether a worker whose chain was not made is good for another."""
+    code = (said.get("error") or {}).get("code")
+    # where several processes share a chain, the others may still wait for the first
+    return gpus == 1 and code in ("invalid_request", "in_use", "disk_full", "input_output", None)
+
+
+def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
+    """Say which rows cannot be made. Raises UserError unless they are to be left out."""
+    for one in bad:
+        told.log(logging.WARNING if settings.skip_bad else logging.ERROR, "%s", one)
+    if bad and not settings.skip_bad:
+        rows = "a row" if len(bad) == 1 else f"{len(bad)} rows"
+        raise UserError(
+            f"{rows} of `videos` {settings.videos} cannot be made; nothing was begun (`skip_bad` leaves them out)"
+        )
+
+
+def _check_report(folder: Path, rows: Sequence[Row]) -> None:
+    """Raise UserError where the report cannot be written."""
+    for name in (PAGE, DATA):
+        path = folder / name
+        if taken := next((row for row in rows if row.folder == path), None):
+            raise UserError(
+                f"{taken.where}: its folder {path} is where the report goes; give `report_dir` or another name"
+            )
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file, and the report needs that name; give `report_dir`")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`report_dir` {folder} is a file; give a folder")

@@ -1,0 +1,81 @@
+"""What a batch says while it works: a line a worker and the throughput on a terminal, a line now and then off one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from wan.batch.schedule import Task
+from wan.commands.lines import PROGRESS
+from wan.commands.progress import span
+
+told = logging.getLogger(PROGRESS)
+
+MOST_LINES = 32  # of workers on a terminal
+LINE_SECONDS = 60.0  # from one line to the next off a terminal
+
+
+class Table:
+    """The tasks of a batch, or of its checks, while they are worked on."""
+
+    def __init__(self, title: str, tasks: Sequence[Task], quiet: bool) -> None:
+        self.title, self.tasks = title, tasks
+        self.drawn = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._bars: list[tqdm[Any]] = []
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars:
+            bar.close()
+
+    def show(self, lives: Mapping[int, tuple[Task, Mapping[str, Any]]]) -> None:
+        """How things stand: what each worker is at, by its number."""
+        if not self.drawn:
+            if self.title == "make" and time.monotonic() - self._said >= LINE_SECONDS:
+                self._said = time.monotonic()
+                told.info(self.summary())
+            return
+        lines = [line_of(worker, *said) for worker, said in sorted(lives.items())[:MOST_LINES]]
+        if len(lives) > MOST_LINES:
+            lines.append(f"and {len(lives) - MOST_LINES} more workers")
+        lines.append(self.summary())
+        for place in range(max(len(lines), len(self._bars))):
+            if place == len(self._bars):
+                bars: dict[str, Any] = {"bar_format": "{desc}", "dynamic_ncols": True, "leave": False}
+                self._bars.append(tqdm(position=place, file=sys.stderr, **bars))
+            self._bars[place].set_description_str(lines[place] if place < len(lines) else "")
+
+    def summary(self) -> str:
+        """The whole in one line, with the throughput of this command."""
+        over = sum(task.is_over for task in self.tasks)
+        if self.title == "check":
+            return f"checked {over} of {len(self.tasks)} rows"
+        made, missing = sum(task.made for task in self.tasks), sum(task.missing for task in self.tasks)
+        line = f"{over} of {len(self.tasks)} chains, {made} of {missing} clips"
+        seconds = time.monotonic() - self._began
+        if made and seconds:
+            rest = max(0, missing - made)
+            line += f", {3600 * made / seconds:.1f} clips an hour, about {span(rest * seconds / made)} left"
+        if elsewhere := sum(task.elsewhere for task in self.tasks):
+            line += f", {elsewhere} chains are made by another run"
+        return line
+
+
+def line_of(worker: int, task: Task, live: Mapping[str, Any]) -> str:
+    """A worker's line."""
+    line = f"worker {worker}: {task.row.name}"
+    if live.get("clip"):
+        line += f", clip {live['clip']}/{live['count'] or task.clips} {live['stage']}"
+        if live["steps"]:
+            line += f" {live['step']}/{live['steps']}"
+        if live["seconds_left"] is not None:
+            line += f", {span(live['seconds_left'])} left"
+    return line

@@ -1,0 +1,55 @@
+"""How far a chain is, from what the worker says while it makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KEPT = 200  # events of a chain that a client which comes back may ask for
+
+
+@dataclass
+class Live:
+    """What is known of a chain beside its row and its folder: how far the clip is that is being made."""
+
+    clip: int = 0
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    prompt: str = ""
+    since: float = 0.0  # when its stage of steps began
+    warnings: list[str] = field(default_factory=list)
+    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    listeners: set[asyncio.Queue[dict[str, Any] | None]] = field(default_factory=set)
+
+    @property
+    def share(self) -> float:
+        """The share of the clip's steps that are done."""
+        return (
+            min(self.step / self.steps, 1.0)
+            if self.steps and self.stage == "sample"
+            else float(self.stage in ("decode", "write"))
+        )
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the clip's steps, as those so far took."""
+        taken = time.monotonic() - self.since
+        return taken / self.step * (self.steps - self.step) if self.step and self.stage == "sample" else None
+
+    def hear(self, event: str, said: Mapping[str, Any]) -> None:
+        """Take in what the worker says."""
+        if event == "clip_started":
+            self.clip, self.stage, self.step, self.steps, self.prompt = said["clip"], "", 0, 0, ""
+        elif event == "stage":
+            self.stage, self.step, self.since = said["stage"], 0, time.monotonic()
+        elif event == "step":
+            self.step, self.steps = said["step"], said["steps"]
+        elif event == "prompt":
+            self.prompt = said["prompt"]
+        elif event == "warning":
+            self.warnings.append(said["message"])
