@@ -23,10 +23,11 @@ from wan.denoiser.conditioning import HeldImageChannels, ImageChannels
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
-from wan.image2video import crop_to_aspect, exact_size
+from wan.image2video import crop_to_aspect
 from wan.image2video import preprocess as stretched
-from wan.pipeline import Stopwatch, fills
+from wan.pipeline import Stopwatch
 from wan.settings import Context, LoraFile
+from wan.sizes import exact_size, fills
 from wan.types import Clip, Generation, KnownFrames, Request, TextContext, from_uint8
 
 pytestmark = pytest.mark.slow
