@@ -95,9 +95,9 @@ def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="makes no video from text alone"):
         asyncio.run(a14b.create({"prompt": "x"}))
     with pytest.raises(ApiError, match="this server has no model"):
-        a14b.check_model("wan2.2-ti2v-5b")
+        a14b.offer.check_model("wan2.2-ti2v-5b")
     for name in ("wan2.2-i2v-a14b", "v2v-14B", None):
-        a14b.check_model(name)
+        a14b.offer.check_model(name)
 
 
 def test_folders_without_a_row_go_and_rows_without_a_folder_too(tmp_path: Path) -> None:
