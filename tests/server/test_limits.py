@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+import wan.server
 from tests.support.golden import ROOT
 from tests.support.served import serving
 from wan import cli
@@ -196,6 +197,7 @@ def test_a_server_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_without_the_extra_one_line_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(wan, "server", wan.server)  # it is imported anew, and later tests want it as it was
     for name in [name for name in sys.modules if name == "fastapi" or name.startswith("wan.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)

@@ -139,8 +139,7 @@ class Chains:
                 source=source_name,
                 still=still,
                 count=count,
-                seconds=self.offer.seconds_of(given, count, still)
-                + (looked_at.get("seconds") or 0.0 if whole else 0.0),
+                seconds=self.offer.seconds_of(given, count, still) + (source_seconds if whole else 0.0),
             )
             self.offer.check(ticket, scenes)
             return self._add(ticket, folder)
