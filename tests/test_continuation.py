@@ -323,13 +323,6 @@ def test_the_default_vlm_is_beside_a_link_to_the_checkpoint_too(tmp_path: Path) 
     assert default_vlm(tmp_path / "link") == str(tmp_path / "InternVL3_5-8B")
 
 
-def test_several_gpus_are_refused_for_now() -> None:
-    for name in ("t5_fsdp", "dit_fsdp", "use_sp"):
-        asked: dict[str, Any] = {name: True}
-        with pytest.raises(UserError, match="several GPUs"):
-            WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt", **asked)
-
-
 def test_helpers_keep_their_names(v2v: Any) -> None:
     assert v2v._extract_last_frame(VIDEO).size == (320, 180)
     assert v2v._load_vlm() is v2v.captioner

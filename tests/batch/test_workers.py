@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import json
 import os
 import re
@@ -181,8 +182,8 @@ def kill_one(running: subprocess.Popen[str], runs: Path) -> int:
     """Kill a worker that makes a chain; its number."""
     end = time.monotonic() + 90
     while time.monotonic() < end and running.poll() is None:
-        # a draft is there as long as a clip is made
-        if list(runs.glob("*/video_*.json")) and list(runs.glob("*/.lock")):
+        made, begun = (glob.glob(str(runs / "*" / name)) for name in ("video_*.json", ".lock"))  # not there at first
+        if made and begun:
             for process in psutil.Process(running.pid).children(recursive=True):
                 if is_worker(process):
                     process.kill()
