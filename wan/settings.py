@@ -213,9 +213,8 @@ def check_end_image(config: ModelConfig, frames: int, known: int = 1, mode: str 
     if config.model_type == "ti2v" or mode == "svi2pro":  # it takes a latent frame, and one must be left to be made
         fewest = 4 * ((known - 1) // 4 + 2) + 1
         if frames < fewest:
-            raise UserError(
-                f"`end_image`: a clip with {known} known frames must have {fewest} or more, {frames} is fewer"
-            )
+            count = f"{known} known frame" + ("" if known == 1 else "s")
+            raise UserError(f"`end_image`: a clip with {count} must have {fewest} or more, {frames} is fewer")
 
 
 def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:

@@ -158,7 +158,10 @@ CONTINUOUS: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --frame_num 9 --continuation svi2pro", "svi2pro is for I2V-A14B"),
     ("--ckpt_dir {i2v} --video {clip.mp4} --continuation svi2pro --frame_num 13", "needs its pair of LoRAs"),
     ("--ckpt_dir {i2v} --video {clip.mp4} --anchor_image {i2v.png}", "--anchor_image goes with --continuation svi2pro"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --end_image {i2v.png}", "--end_image is for I2V-A14B"),
+    (
+        "--ckpt_dir {ti2v} --video {clip.mp4} --end_image {i2v.png}",
+        "with 1 known frame must have 9 or more, 5 is fewer",
+    ),
     ("--ckpt_dir {i2v} --video {clip.mp4} --end_image {text.mp4}", "cannot read image"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --drift_correction 2", "--drift_correction must be from 0 to 1, 2.0 is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --best_of 0", "--best_of must be at least 1, 0 is not"),

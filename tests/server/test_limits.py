@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+import wan.server
 from tests.support.golden import ROOT
 from tests.support.served import serving
 from wan import cli
@@ -95,9 +96,9 @@ def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="makes no video from text alone"):
         asyncio.run(a14b.create({"prompt": "x"}))
     with pytest.raises(ApiError, match="this server has no model"):
-        a14b.check_model("wan2.2-ti2v-5b")
+        a14b.offer.check_model("wan2.2-ti2v-5b")
     for name in ("wan2.2-i2v-a14b", "v2v-14B", None):
-        a14b.check_model(name)
+        a14b.offer.check_model(name)
 
 
 def test_folders_without_a_row_go_and_rows_without_a_folder_too(tmp_path: Path) -> None:
@@ -196,6 +197,7 @@ def test_a_server_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_without_the_extra_one_line_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(wan, "server", wan.server)  # it is imported anew, and later tests want it as it was
     for name in [name for name in sys.modules if name == "fastapi" or name.startswith("wan.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)

@@ -171,7 +171,7 @@ class Job:
     def models_key(self) -> tuple[Any, ...]:
         """Equal for two jobs whose pipeline may be the same."""
         names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
-        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        names += ("t5_fsdp", "dit_fsdp", "t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
         said = tuple(getattr(self.settings, name) for name in names)
         files = dit_files(self.settings) | part_files(self.settings)
         return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said

@@ -97,7 +97,10 @@ def create_app(
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model of this server, by the names that requests may give it."""
-        return {"object": "list", "data": [{"id": chains.model, "object": "model", "created": 0, "owned_by": "wan"}]}
+        return {
+            "object": "list",
+            "data": [{"id": chains.offer.model, "object": "model", "created": 0, "owned_by": "wan"}],
+        }
 
     @app.exception_handler(ApiError)
     async def said(request: Request, error: ApiError) -> JSONResponse:

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 
 from wan.errors import UserError
 from wan.foreign import parse_json
-from wan.server.chains import Upload
 from wan.server.errors import ApiError
+from wan.server.jobs import Upload
 
 _MOST_FILES, _MOST_FIELDS, _LONGEST_FIELD = 60, 1000, 1 << 20
 _NESTED = re.compile(r"([a-z_]+)\[([a-z_]+)\]")
@@ -31,10 +31,10 @@ class Body:
 
     def file(self, name: str) -> Upload | None:
         """The one file of a field. Raises ApiError where there are several."""
-        found = self.files.get(name, [])
-        if len(found) > 1:
+        values = self.files.get(name, [])
+        if len(values) > 1:
             raise ApiError(f"{name} must be one file", param=name)
-        return found[0] if found else None
+        return values[0] if values else None
 
     def text(self, name: str, *, required: bool = False) -> str | None:
         """A field of text, taken out. Raises ApiError."""

@@ -69,7 +69,7 @@ def _field(one: Option, chains: Chains) -> dict[str, Any]:
     plain = default is not None and not isinstance(default, bool | tuple) and default != ""
     choices: Sequence[str] = ()
     if one.name == "size":
-        choices = [size.replace("*", "x") for size in chains.config.sizes]
+        choices = [size.replace("*", "x") for size in chains.offer.config.sizes]
     elif isinstance(one.kind, Choice):
         choices = one.kind.names
     kind = "select" if choices else "switch" if isinstance(one.kind, Switch) else "text"
@@ -141,7 +141,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         text = (
             _templates()
             .get_template(template)
-            .render(token=keys.token, version=__version__, model=chains.model, verdict=verdict, **values)
+            .render(token=keys.token, version=__version__, model=chains.offer.model, verdict=verdict, **values)
         )
         return HTMLResponse(text, status)
 

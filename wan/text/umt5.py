@@ -52,7 +52,7 @@ class PromptTokenizer:
 
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
         """Ids and mask, int64 [1, length]: cleaned, cut so that the final </s> stays, padded."""
-        found = self._tokenizer(
+        encoded = self._tokenizer(
             [clean(text)],
             padding="max_length",
             max_length=self.length,
@@ -60,7 +60,7 @@ class PromptTokenizer:
             add_special_tokens=True,
             return_tensors="pt",
         )
-        return found["input_ids"], found["attention_mask"]
+        return encoded["input_ids"], encoded["attention_mask"]
 
     def count(self, text: str) -> int:
         """Tokens of the cleaned text with its final </s>, however many."""
@@ -71,9 +71,9 @@ def _from_vocabulary(vocabulary: Vocabulary) -> Any:
     from transformers import AddedToken, T5Tokenizer
 
     characters = vocabulary.characters or None
-    found = T5Tokenizer(vocab=list(vocabulary.pieces), extra_ids=0, _spm_precompiled_charsmap=characters)
-    found.add_tokens([AddedToken(piece, normalized=False) for piece in vocabulary.whole])
-    return found
+    tokenizer = T5Tokenizer(vocab=list(vocabulary.pieces), extra_ids=0, _spm_precompiled_charsmap=characters)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in vocabulary.whole])
+    return tokenizer
 
 
 class TextEncoder(nn.Module):
@@ -157,8 +157,8 @@ class TextEncoder(nn.Module):
         ids, mask = (value.to(device) for value in self.tokenizer(text))
         with torch.no_grad():
             rows = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        found: Tensor = (rows * mask[..., None].to(rows.dtype)).cpu()
-        return found
+        padded: Tensor = (rows * mask[..., None].to(rows.dtype)).cpu()
+        return padded
 
 
 _RENAMES = (
