@@ -230,7 +230,7 @@ def test_every_second_of_a_clip_is_in_a_stage_of_its_record(v2v: Any, monkeypatc
         return slow
 
     class Kept:
-        prompt = None
+        prompt = handed = None
         find = staticmethod(lambda seed: None)
         keep = staticmethod(slowly(lambda *_: None))
 
