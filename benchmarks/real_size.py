@@ -13,7 +13,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from wan.configs import WAN_CONFIGS
 from wan.continuation import VideoContinuation
 from wan.denoiser.fp8 import quantize_model
-from wan.denoiser.model import FLOAT32_PARTS, WanModel, policy_dtype
+from wan.denoiser.model import WanModel, policy_dtype
+from wan.denoiser.policy import FLOAT32_PARTS
 from wan.device.budget import MemoryBudget
 from wan.models import Models
 from wan.prompting import CaptionerOwner, PromptBuilder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 import weakref
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +21,10 @@ from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError
 from wan.footage import FramesInMemory, VideoFile
-from wan.prompting import CaptionerOwner, default_vlm
+from wan.prompting import CaptionerOwner
 from wan.settings import Context, LoraFile, Sampling
-from wan.types import Clip, Generation, Geometry, KnownFrames, Request, frame_indices, from_uint8, to_uint8
+from wan.types import Clip, Generation, Geometry, KnownFrames, Request, Step, frame_indices, from_uint8, to_uint8
+from wan.weights.checkpoint import default_vlm
 from wan.weights.prefetch import ReadAhead
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -145,10 +147,34 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     v2v.v2v(VIDEO, **CALL)
     parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
     assert read[1] == [file.name for part in parts for file in part.files]
-    monkeypatch.setattr("wan.models.host_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
+    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
     v2v.models.forget("text_encoder")
     v2v.v2v(VIDEO, **CALL)
     assert read[2] == [parts[0].files[0].name]
+
+
+def test_the_low_noise_expert_is_read_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[list[str]] = []
+    there: dict[str, bool] = {}
+
+    class Watched(ReadAhead):
+        def __init__(self, files: Any, distance: int) -> None:
+            read.append([str(file) for file in files])
+            super().__init__(files, distance)
+
+    def on_step(step: Step) -> None:
+        there.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
+
+    monkeypatch.setattr("wan.models.ReadAhead", Watched)
+    model = WanI2V(float32("i2v-A14B"), GOLDEN / "14b" / "ckpt")
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    request = Request(
+        "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.sampling(4, guide_scale=1.0), 1
+    )
+    made = model.run(request, on_step=on_step)
+    assert read == [[str(file) for file in model.checkpoint.experts["low_noise_model"].files]]
+    assert there["high noise True"] is False and there["low noise True"] is True
+    assert {"load", "sample"} < made.seconds.keys()
 
 
 def test_what_is_none_comes_from_the_config(v2v: Any) -> None:
@@ -195,6 +221,30 @@ def test_closed_models_are_gone_and_come_again(v2v: Any) -> None:
     assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], before)
 
 
+def test_every_second_of_a_clip_is_in_a_stage_of_its_record(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(work: Any) -> Any:
+        def slow(*given: Any, **named: Any) -> Any:
+            time.sleep(0.6)
+            return work(*given, **named)
+
+        return slow
+
+    class Kept:
+        prompt = None
+        find = staticmethod(lambda seed: None)
+        keep = staticmethod(slowly(lambda *_: None))
+
+    monkeypatch.setattr("wan.continuation.correct_drift", slowly(lambda frames, *_, **__: frames))
+    monkeypatch.setattr("wan.pipeline.is_finite", slowly(lambda *_: True))
+    monkeypatch.setattr(v2v, "known", slowly(v2v.known))
+    footage = VideoFile(VIDEO)
+    plan = v2v.plan(footage, max_area=6144, frame_num=5, steps=1, guidance=1.0, prefix="go on", drift_correction=1.0)
+    start = time.perf_counter()
+    made = v2v.extend(footage, 1, plan, draft=Kept())
+    whole = time.perf_counter() - start
+    assert {"prepare", "keep", "correct"} < made.seconds.keys() and whole - sum(made.seconds.values()) < 0.55
+
+
 def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     footage = VideoFile(VIDEO)
     options = {"frame_num": 5, "steps": 1, "guidance": 1.0, "prefix": "go on"}
@@ -206,7 +256,7 @@ def test_a_chain_describes_the_clip_before_and_keeps_its_size(v2v: Any) -> None:
     assert made[0].clip.frames.shape == made[1].clip.frames.shape
     (leading,) = made[1].request.known.leading
     assert isinstance(leading, torch.Tensor) and torch.equal(leading, made[0].clip.last)
-    assert set(made[0].seconds) == {"caption", "text", "encode", "load", "sample", "decode"}
+    assert set(made[0].seconds) == {"caption", "prepare", "text", "encode", "load", "sample", "decode"}
 
 
 def owner(main: str, device: str, captioner: Any) -> CaptionerOwner:

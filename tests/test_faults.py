@@ -26,8 +26,8 @@ from wan.captioner import EndpointCaptioner, endpoint
 from wan.captioner.next_prompt import IDENTITY_QUESTION
 from wan.chain.chain import _free
 from wan.device.budget import StageMemory
+from wan.device.layers import SLOTS
 from wan.device.placement import Placement
-from wan.device.streaming import SLOTS
 from wan.errors import UserError
 from wan.files import file_digest, publish, write_json, write_text
 from wan.media import writing

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tests.support.golden import GOLDEN
 from wan.denoiser.schedule import build_scheduler
-from wan.image2video import exact_size, official_size
 from wan.image2video import preprocess as preprocess_14b
 from wan.settings import Sampling
+from wan.sizes import best_size, exact_size, official_size
 from wan.text.umt5 import clean
-from wan.textimage2video import best_size
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation
 

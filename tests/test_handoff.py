@@ -15,9 +15,12 @@ import torch
 from safetensors import safe_open
 
 from tests.support.commands import Seen
+from wan.chain.draft import ClipDraft
 from wan.errors import UserError
 from wan.handoff import arguments, check_program, hand_off
 from wan.options import OPTIONS, Settings
+from wan.prompting import ClipPrompt
+from wan.types import Sampled
 
 PYTHON = sys.executable
 FRAMES = torch.rand(5, 6, 8, 3, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -95,3 +98,19 @@ def test_a_run_keeps_what_a_program_left_and_knows_when_it_is_another(
     (world / "mine.py").write_text("import sys\nsys.exit('the disk is full')\n")
     changed = command(f"{words} --yes")
     assert changed.code == 2 and "--handoff_command failed with exit code 1: the disk is full" in changed.told
+
+
+def test_a_draft_keeps_what_a_program_left_with_the_latents_that_began_with_it(tmp_path: Path) -> None:
+    draft = ClipDraft(tmp_path, 2, {"steps": 4})
+    assert draft.handed is None
+    latents = torch.rand(4, 3, 2, 2)
+    draft.keep(7, Sampled(latents), ClipPrompt("it goes on"), FRAMES)
+    again = ClipDraft(tmp_path, 2, {"steps": 4})
+    found = again.find(7)
+    assert found is not None and torch.equal(found.latents, latents)
+    assert again.handed is not None and torch.equal(again.handed, FRAMES)
+    (path,) = tmp_path.glob(".draft_2_*")
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert again.find(7) is None and again.handed is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +23,11 @@ from wan.denoiser.conditioning import HeldImageChannels, ImageChannels
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
-from wan.image2video import crop_to_aspect, exact_size
+from wan.image2video import crop_to_aspect
 from wan.image2video import preprocess as stretched
-from wan.pipeline import Stopwatch, fills
+from wan.pipeline import Stopwatch
 from wan.settings import Context, LoraFile
+from wan.sizes import exact_size, fills
 from wan.types import Clip, Generation, KnownFrames, Request, TextContext, from_uint8
 
 pytestmark = pytest.mark.slow
@@ -368,6 +370,39 @@ def test_what_is_discarded_is_handed_on_neither_as_pixels_nor_as_latents(a14b: A
     ):
         with pytest.raises(UserError, match=problem):
             a14b.plan(footage, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("mode", ["last_frame", "tail", "svi2pro"])
+def test_what_a_program_leaves_is_known_in_every_mode_and_nothing_else_is_lost(
+    mode: str, changes: bool, a14b: Any, svi: dict[str, tuple[LoraFile, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[Tensor] = []
+
+    def program(command: str, frames: Tensor) -> Tensor:
+        got.append(frames)
+        return frames * 0.5 if changes else frames
+
+    monkeypatch.setattr("wan.continuation.hand_off", program)
+    before = Remembered(moving(), torch.ones(16, 1, 8, 12))
+    loras = svi if mode == "svi2pro" else {}
+    plan = a14b.plan(
+        before, context=Context.choose(mode), loras=loras, handoff=f"{sys.executable} {{frames}}", **OPTIONS
+    )
+    start, handed = a14b.hand_off(before, plan, None)
+    assert len(got) == 1 and len(got[0]) == {"last_frame": 1, "tail": 5, "svi2pro": 17}[mode]
+    known, plain = a14b.known(start, plan), a14b.known(before, plan)
+    if not changes:
+        assert start is before
+    elif mode == "svi2pro":  # its latents are those of what it was
+        assert known.motion is None and len(known.leading) == 17
+    else:
+        assert all(torch.equal(new, 0.5 * old) for new, old in zip(known.leading, plain.leading, strict=True))
+    # what is known already is not asked for again, and is measured against what was shown
+    again, _ = a14b.hand_off(before, plan, handed)
+    assert len(got) == 1 and torch.equal(again.last, start.last)
+    cut = dataclasses.replace(plan, cut=before.last)
+    assert a14b.hand_off(before, cut, None) == (before, None) and len(got) == 1
 
 
 # End images and cuts

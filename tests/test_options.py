@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,6 +82,54 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
     video = str(MADE / "source.mp4")
     _, said, heavy = imported(code, "--ckpt_dir", "x", "--video", video, "--storyboard", str(bad))
     assert "bad.yaml, line 1: frames must be 4n+1: 80 is not" in said and heavy == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--ckpt_dir {empty}", "holds no Wan2.2 checkpoint"),
+        ("--ckpt_dir {a14b} --task v2v-5B", "found I2V-A14B (2 expert(s), 36 input channels)"),
+        ("--ckpt_dir {5b} --vae {a14b}/Wan2.1_VAE.pth", "has 16 latent channels, the denoiser"),
+        ("--ckpt_dir {5b} --t5 {a14b}/Wan2.1_VAE.pth", "is no text encoder of Wan"),
+    ],
+)
+def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, said: str, tmp_path: Path) -> None:
+    models = ROOT / "models"
+    places = {"empty": tmp_path, "a14b": models / "tiny-Wan2.2-I2V-A14B", "5b": models / "tiny-Wan2.2-TI2V-5B"}
+    code = "from wan.cli import generate_main\nprint(generate_main(sys.argv[1:]))"
+    _, output, heavy = imported(code, "--video", str(MADE / "source.mp4"), *words.format(**places).split())
+    assert said in output and heavy == []
+
+
+@pytest.mark.parametrize(("main", "words"), [("generate", []), ("continuous", ["--num_videos", "2"])])
+def test_a_budget_that_is_too_small_is_refused_before_pytorch_is_imported(main: str, words: list[str]) -> None:
+    code = f"import wan.device.host as host\nhost.has_gpu_driver = lambda: True\nfrom wan.cli import {main}_main\n"
+    code += f"print({main}_main(sys.argv[1:], own_process=True))"
+    folder = str(ROOT / "models" / "tiny-Wan2.2-I2V-A14B")
+    given = ["--ckpt_dir", folder, "--video", str(MADE / "source.mp4"), "--vram", "1"]
+    _, output, heavy = imported(code, *given, *words)
+    assert "error: --vram 1: decoding of 17 frames of 160x80 needs 1.3 GiB; give " in output and heavy == []
+
+
+def test_a_command_imports_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    models, video = ROOT / "models", str(ROOT / "examples" / "shapes.mp4")
+    folders = ["--ckpt_dir", str(models / "tiny-Wan2.2-TI2V-5B"), "--vlm_path", str(models / "tiny-InternVL")]
+    target = ["--sample_steps", "1", "--frame_num", "5", "--save_file", str(tmp_path / "o.mp4")]
+    # packages that libraries import where they find them; each would end the run
+    for name in ("peft", "sklearn", "scipy", "pandas", "torchaudio", "torchvision", "torchao", "bitsandbytes"):
+        (tmp_path / "there" / name).mkdir(parents=True)
+        (tmp_path / "there" / name / "__init__.py").write_text(f"print('TOOK {name}')\n__version__ = '99.0'\n")
+    code = "from wan.cli import generate_program\ngenerate_program()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}", "--video", video, *folders, *target],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "there"), str(ROOT)])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TOOK" not in done.stdout and done.stdout.endswith("o.mp4\n")
+    assert "v2v-5B with" in done.stderr.splitlines()[0]
 
 
 def test_config_rows_give_dtypes_and_need_no_pytorch_until_then() -> None:

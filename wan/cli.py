@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import platform
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
 from wan.device.watch import Ended, is_collective
@@ -39,22 +40,22 @@ SERVER_PACKAGES = (
 OTHERS_WAIT = 10.0  # seconds; a launcher ends the others at once when the first has failed
 
 
-def generate_main(argv: Sequence[str] | None = None) -> int:
-    """`generate.py`: returns the exit code."""
+def generate_main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
+    """`generate.py`: returns the exit code. `own_process`: nothing else is in this process, see `leave_out_unused`."""
 
     def command(given: Sequence[str] | None) -> None:
-        job = _job("generate", _settings("generate", given))
-        if not job.world.is_first:
-            job.follow()
-            return
-        from wan.commands.generate import generate
+        with _job("generate", _settings("generate", given), own_process) as job:
+            if not job.world.is_first:
+                job.follow()
+                return
+            from wan.commands.generate import generate
 
-        generate(job)
+            generate(job)
 
     return run(command, argv)
 
 
-def continuous_main(argv: Sequence[str] | None = None) -> int:
+def continuous_main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
     """`generate_continuous.py`: returns the exit code."""
 
     def command(given: Sequence[str] | None) -> None:
@@ -64,15 +65,43 @@ def continuous_main(argv: Sequence[str] | None = None) -> int:
 
             prune(Path(settings.prune))
             return
-        job = _job("continuous", settings)
-        if not job.world.is_first:
-            job.follow()
-            return
-        from wan.commands.continuous import continue_video
+        with _job("continuous", settings, own_process) as job:
+            if not job.world.is_first:
+                job.follow()
+                return
+            from wan.commands.continuous import continue_video
 
-        continue_video(job)
+            continue_video(job)
 
     return run(command, argv)
+
+
+def generate_program() -> NoReturn:
+    """`wan-generate`: ends the process."""
+    _leave(generate_main(own_process=True))
+
+
+def continuous_program() -> NoReturn:
+    """`wan-continuous`: ends the process."""
+    _leave(continuous_main(own_process=True))
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once. All is written by now, and Python would take seconds to take its modules apart.
+
+    A debugger, a profiler or a prompt still has something to do, and so has a launcher's process with the others.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more, see `say`
+                continue
+    others = "WORLD_SIZE" in os.environ or bool(multiprocessing.active_children())
+    if others or sys.gettrace() or sys.getprofile() or sys.flags.interactive or hasattr(sys, "ps1"):
+        sys.exit(code)
+    os._exit(code)
 
 
 def serve_main(argv: Sequence[str] | None = None) -> int:
@@ -117,11 +146,21 @@ def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
     return settings
 
 
-def _job(command: Command, settings: Settings) -> Job:
-    """What that means for the files it names."""
+@contextmanager
+def _job(command: Command, settings: Settings, own_process: bool) -> Iterator[Job]:
+    """What that means for the files it names, whose weights are read from now on."""
     from wan.commands.job import Job
+    from wan.commands.start import check_budget, leave_out_unused, read_ahead
 
-    return Job.read(command, settings)
+    if own_process:
+        leave_out_unused(settings)
+    job = Job.read(command, settings)
+    check_budget(job)
+    reading = read_ahead(job)
+    try:
+        yield job
+    finally:
+        reading.stop()
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:

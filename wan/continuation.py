@@ -22,13 +22,14 @@ from wan import media
 from wan.captioner import Captioner, build_transform, dynamic_preprocess
 from wan.chain.plan import Plan
 from wan.configs import ModelConfig
+from wan.detail import heard_by
 from wan.device.hardware import parse_device
 from wan.errors import UserError
 from wan.footage import ChangedEnd, FramesInMemory, VideoFile, choose_anchor
 from wan.handoff import check_program, hand_off
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
-from wan.pipeline import Pipeline, draw_seed
-from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder, default_vlm
+from wan.pipeline import Pipeline, Stopwatch, detail_to, draw_seed
+from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image, check_motion_amplitude
 from wan.types import (
@@ -44,6 +45,7 @@ from wan.types import (
     UInt8Array,
     frame_size,
 )
+from wan.weights.checkpoint import default_vlm
 
 log = logging.getLogger(__name__)
 
@@ -410,7 +412,8 @@ class VideoContinuation(Pipeline):
                 self.vlm.takes_turns = host.in_turn
                 if host.in_turn:
                     self.models.live_by(host)  # they leave before it comes
-            with self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext():
+            ahead = self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext()
+            with ahead, heard_by(detail_to(on_step, lambda: 0, plan.sampling.steps, "caption")):
                 prompt = self.build_prompt(footage, plan, memory)
         if on_step is not None:
             on_step(Step(0, plan.sampling.steps, "prompt", prompt=prompt.text))
@@ -454,10 +457,14 @@ class VideoContinuation(Pipeline):
         draft: Draft | None,
         handed: Tensor | None,
     ) -> Generation:
+        steps = plan.sampling.steps
+        watch = Stopwatch(self.device, steps, on_step)
+        with watch.stage("prepare"):
+            known = self.known(footage, plan)
         request = Request(
             prompt.text,
             plan.negative,
-            self.known(footage, plan),
+            known,
             plan.geometry,
             plan.sampling,
             seed,
@@ -479,10 +486,13 @@ class VideoContinuation(Pipeline):
             clip = Clip(made.clip.frames[:kept], made.clip.fps)
             made = dataclasses.replace(made, clip=clip, latents=made.latents[:, :-cells])
         if plan.drift_correction and plan.dropped and plan.end is None:  # an end image says itself how the clip ends
-            before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
-            frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
+            correcting = Stopwatch(self.device, steps, on_step, done=steps)
+            with correcting.stage("correct"):
+                before = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan)).permute(0, 2, 3, 1)
+                frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
             made = dataclasses.replace(made, clip=Clip(frames, made.clip.fps))
-        return made
+            made = dataclasses.replace(made, seconds=dict(made.seconds) | correcting.seconds)
+        return dataclasses.replace(made, seconds=watch.seconds | dict(made.seconds))
 
     def hand_off(self, footage: Footage, plan: Plan, handed: Tensor | None) -> tuple[Footage, Tensor | None]:
         """What the clip starts from, and its known frames [n, H, W, 3] where the plan's command has seen them.

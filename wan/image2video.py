@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -11,41 +9,10 @@ from torch import Tensor
 
 from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
 from wan.device.placement import Placement
-from wan.errors import UserError
 from wan.pictures import as_shown
-from wan.pipeline import TwoExperts, draw_seed, fills
+from wan.pipeline import TwoExperts, draw_seed
+from wan.sizes import continued_size, official_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
-
-
-def official_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
-    """The official A14B rule: the image's aspect within `max_area` pixels, floored to 16 -> (width, height).
-
-    Float arithmetic as in the official code, which makes 832x464 of an 832x480 image at the budget 832*480: the root
-    comes out as 479.99999999999994 before the floor. `exact_size` does not.
-    """
-    aspect = height / width
-    size = int(math.sqrt(max_area / aspect) // cell * cell), int(math.sqrt(max_area * aspect) // cell * cell)
-    return _not_too_narrow(size, width, height, max_area)
-
-
-def exact_size(width: int, height: int, max_area: int, cell: int = 16) -> tuple[int, int]:
-    """The same rule in exact integer arithmetic -> (width, height), and what it made once it keeps.
-
-    A size that fills the area stays as it is, so that a video is continued in one size however often.
-    """
-    if fills(width, height, max_area, cell):
-        return width, height
-    size = (
-        math.isqrt(max_area * width // height) // cell * cell,
-        math.isqrt(max_area * height // width) // cell * cell,
-    )
-    return _not_too_narrow(size, width, height, max_area)
-
-
-def _not_too_narrow(size: tuple[int, int], width: int, height: int, max_area: int) -> tuple[int, int]:
-    if not all(size):
-        raise UserError(f"a {width}x{height} picture is too narrow for an area of {max_area} pixels; crop it first")
-    return size
 
 
 def preprocess(image: Frame, width: int, height: int) -> Tensor:
@@ -109,7 +76,7 @@ class WanI2V(TwoExperts):
 
     def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
         """The size of a continuation of a width x height video -> (width, height)."""
-        return exact_size(width, height, max_area)
+        return continued_size("i2v", width, height, max_area)
 
     def frame_for(self, image: Frame, width: int, height: int) -> Tensor:
         """A picture of a video that is continued in width x height: cropped to that aspect, float32 [3, height, width].

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from wan.configs import ModelConfig
 from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import LoraMatch, OpenedLora, open_loras
 from wan.denoiser.model import WanModel
-from wan.device.host import host_bytes
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
@@ -25,7 +23,7 @@ from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import Checkpoint
-from wan.weights.prefetch import ReadAhead
+from wan.weights.prefetch import ReadAhead, that_fit
 
 LORA_SETTING: Mapping[str, str] = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
 
@@ -102,14 +100,11 @@ class Models:
         for model in self.loaded:
             move_home(model)
 
-    def read_ahead(self) -> ReadAhead:
-        """Reads the files of models that are not loaded yet, in the order of their use, up to half of the memory."""
-        parts = {"text_encoder": self.checkpoint.text_encoder, "vae": self.checkpoint.vae}
-        parts |= dict(sorted(self.checkpoint.experts.items()))  # high noise first
-        files = [file for name, weights in parts.items() if not self.is_loaded(name) for file in weights.files]
-        sizes = itertools.accumulate(file.stat().st_size for file in files)
-        few = sum(size <= host_bytes() / 2 for size in sizes)
-        return ReadAhead(files[:few], few)
+    def read_ahead(self, names: Collection[str] | None = None) -> ReadAhead:
+        """Reads the files of models (all, or these) that are not loaded, in the order of use, as far as memory goes."""
+        parts = [(name, weights) for name, weights in self.checkpoint.parts if names is None or name in names]
+        files = [file for name, weights in parts if not self.is_loaded(name) for file in weights.files]
+        return ReadAhead(that_fit(files), len(files))
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""

@@ -90,12 +90,9 @@ NOT_SERVED = frozenset(
         *("t5_fsdp", "dit_fsdp"),
     )
 )
-# Those that a batch does not take: of one video, of a person who looks on, and of how its processes are started.
+# Those that a batch does not take: of one video, and of a person who looks on.
 NOT_BATCHED = frozenset(
-    (
-        *("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),
-        *("t5_fsdp", "dit_fsdp"),
-    )
+    ("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune")
 )
 
 
@@ -690,10 +687,10 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 _OF_EVERY_CLIP = ("prompt", "negative_prompt", "seed", "width", "height", "fps")
 
 
-def words_of(arguments: Mapping[str, Any]) -> list[str]:
-    """The words of a chain's command line that give settings these values, as JSON has them, without defaults."""
+def words_of(arguments: Mapping[str, Any], command: Command = "continuous") -> list[str]:
+    """The words of a command line that give settings these values, as JSON has them, without defaults."""
     words = []
-    for one in options_of("continuous"):
+    for one in options_of(command):
         value = arguments.get(one.name)
         if not one.flag or value in (None, [], one.default):
             continue

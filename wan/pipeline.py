@@ -8,7 +8,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -28,6 +28,7 @@ from wan.denoiser.model import WanModel, infer_config
 from wan.denoiser.sampling import Expert, NotFinite, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
+from wan.detail import heard_by
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
@@ -354,10 +355,12 @@ class Pipeline(ABC):
             self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
             sampled = self._sample(request, placements, watch, clips)
             if on_sampled is not None:
-                on_sampled(sampled)
+                with watch.stage("keep"):
+                    on_sampled(sampled)
         with watch.stage("decode"):
             pixels = self._decode(sampled.latents, placements, group)
-        if not is_finite(pixels):
+            finite = is_finite(pixels)
+        if not finite:
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
             )
@@ -396,7 +399,8 @@ class Pipeline(ABC):
 
             def ready(expert: Expert) -> WanModel:
                 """It may have left host memory for another model, and then it is a new one."""
-                model = expert.load()
+                with nullcontext() if self.models.is_loaded(expert.part) else watch.stage("load"):
+                    model = expert.load()
                 model.token_group = self.team.tokens
                 self._choose_kernels(model, request.geometry.tokens, clips * count)
                 return model
@@ -407,20 +411,21 @@ class Pipeline(ABC):
             stages = plan_stages(scheduler.timesteps, experts, lambda t: request.sampling.guides(t / train))
             names = [expert.name for expert in experts]
             caching = Caching(request.sampling.cache, dict(zip(names, self.config.mag_ratios, strict=False)), self.team)
-            if not self.models.take_turns:
-                for stage in stages:
-                    stage.expert.load()
+            stages[0].expert.load()
+        later = [part for stage in stages[1:] if not self.models.is_loaded(part := stage.expert.part)]
         try:
-            with watch.stage("sample"):
+            # the next expert comes from the disk while this one computes
+            with watch.stage("sample"), self.models.read_ahead(later) if later else nullcontext():
                 placement, on_step = placements("sampling"), watch.on_step
                 latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching, self.team)
+                latents = latents.cpu()
         except NotFinite as error:
             raise UserError(self._why_not_finite(error, context, condition)) from error
         loras = {
             name: [match.as_json() for match in matches] for name, matches in self.models.matches.items() if matches
         }
         notes = stages[-1].expert.load().kernels | ({"loras": loras} if loras else {})
-        return Sampled(latents.cpu(), dict(watch.seconds), peak_gib(self.device), notes)
+        return Sampled(latents, dict(watch.seconds), peak_gib(self.device), notes)
 
     def _why_not_finite(self, error: NotFinite, context: TextContext, condition: Condition) -> str:
         """Which model gave the first numbers that are not finite, and what may be the cause."""
@@ -559,38 +564,48 @@ class TwoExperts(Pipeline):
 class Stopwatch:
     """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work.
 
-    `on_step` hears of every stage that begins.
+    A stage inside another, such as a model that is loaded between two steps, is not charged to that. `on_step` hears of
+    every stage that begins, and of what is done in it.
     """
 
-    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None) -> None:
+    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None, done: int = 0) -> None:
         self.device = device
         self.steps = steps
-        self.on_step = on_step
+        self.on_step: OnStep | None = None if on_step is None else self._hear
         self.seconds: dict[str, float] = {}
+        self._told = on_step
+        self._done = done  # solver steps
+        self._inside = 0.0  # seconds of the stages inside the one that goes on
+
+    def _hear(self, step: Step) -> None:
+        self._done = step.index
+        if self._told is not None:
+            self._told(step)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        if self.on_step is not None:
-            done = self.steps if "sample" in self.seconds else 0
-            self.on_step(Step(done, self.steps, name))
+        if self._told is not None:
+            self._told(Step(self._done, self.steps, name))
+        before, self._inside = self._inside, 0.0
         start = time.perf_counter()
-        yield
+        with heard_by(detail_to(self._told, lambda: self._done, self.steps, name)):
+            yield
         synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken - self._inside
+        self._inside = before + taken
+
+
+def detail_to(on_step: OnStep | None, done: Callable[[], int], steps: int, stage: str) -> Callable[[str], None] | None:
+    """What tells `on_step` of details in a stage."""
+    if on_step is None:
+        return None
+    return lambda said: on_step(Step(done(), steps, stage, detail=said))
 
 
 def draw_seed(seed: int) -> int:
     """The seed itself, or a new one for a negative seed, as Wan2.2 does; 32 bits leave room for a chain to count up."""
     return seed if seed >= 0 else random.randrange(2**32)
-
-
-def fills(width: int, height: int, max_area: int, cell: int) -> bool:
-    """Whether a size is on the grid and within the area, and a cell more on both sides would not be.
-
-    What a size rule f makes has this property; where such a size is left as it is, f(f(x)) = f(x).
-    """
-    on_grid = width % cell == 0 and height % cell == 0
-    return on_grid and width * height <= max_area < (width + cell) * (height + cell)
 
 
 # Which module has the pipeline of a task, and under which name.

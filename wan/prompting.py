@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 ASK_AGAIN = "\n\nDescribe only what is visible: the subjects, the place, the light, the colours and the movement."
 VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
-VLM_BYTES = 17_060_000_000  # of VLM_HUB_ID's weights, for one whose size nobody can say
-VLM_NAME = "InternVL3_5-8B"
-VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
+VLM_BYTES = 17_060_000_000  # of InternVL3_5-8B's weights, for one whose size nobody can say
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,11 @@ class CaptionerOwner:
             return True
         fits = (weight_bytes(self.path) or VLM_BYTES) + VLM_WORKING <= self._vram
         if not fits:
-            log.warning("%s does not fit into `vram` and describes on the CPU, which takes minutes", self.path)
+            log.warning(
+                "%s does not fit into `vram` and describes on the CPU, which takes minutes a clip: a smaller InternVL "
+                "with `vlm_path`, a server with `vlm_url` or your own `prompt` is quicker",
+                self.path,
+            )
         return fits
 
     def _room(self) -> int:
@@ -237,12 +239,3 @@ class PromptBuilder:
             seconds=float(plan.geometry.frames / self.fps),
             describe=lambda: self.owner.describe(frames).text,  # those that a finished clip keeps
         )
-
-
-def default_vlm(checkpoint: Path) -> str:
-    """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
-    # beside a link to the checkpoint, and beside the checkpoint itself
-    for folder in (checkpoint, checkpoint.absolute().parent, checkpoint.resolve().parent):
-        if (folder / VLM_NAME).is_dir():
-            return str(folder / VLM_NAME)
-    return VLM_HUB_ID

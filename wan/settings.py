@@ -1,4 +1,4 @@
-"""How a clip is to be made, as frozen values that need no PyTorch: sampling, known frames, LoRA files."""
+"""How a clip is to be made, as frozen values that need no PyTorch: size, sampling, known frames, LoRA files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,45 @@ MAGCACHE_RETAINED = 0.2  # of an expert's steps that come first (source: the pap
 TAYLORSEER_WHOLE = 3
 MOST_STRENGTH = 1000  # of a LoRA
 _STRENGTH = re.compile(r"(?i)[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The size of one clip: pixel frames, height and width, and the VAE and patch strides that divide them."""
+
+    frames: int
+    height: int
+    width: int
+    vae_stride: tuple[int, int, int]  # pixels per latent cell in T, H, W
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent cells per token in F, h, w
+
+    def __post_init__(self) -> None:
+        step = self.vae_stride[0]
+        if self.frames < 1 or (self.frames - 1) % step:
+            low = max((self.frames - 1) // step * step + 1, 1)
+            raise UserError(f"frame_num must be {step}n+1: {self.frames} is not, {low} and {low + step} are")
+        for name, size, stride, patch in (
+            ("height", self.height, self.vae_stride[1], self.patch_size[1]),
+            ("width", self.width, self.vae_stride[2], self.patch_size[2]),
+        ):
+            if size < stride * patch or size % (stride * patch):
+                raise UserError(f"{name} must be a positive multiple of {stride * patch} pixels, {size} is not")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The pixel grid T, H, W."""
+        return self.frames, self.height, self.width
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """The latent grid F, h, w."""
+        t, h, w = self.vae_stride
+        return (self.frames - 1) // t + 1, self.height // h, self.width // w
+
+    @property
+    def tokens(self) -> int:
+        """Tokens L of one clip inside the denoiser."""
+        return math.prod(cells // patch for cells, patch in zip(self.latent, self.patch_size, strict=True))
 
 
 @dataclass(frozen=True)
@@ -174,9 +213,8 @@ def check_end_image(config: ModelConfig, frames: int, known: int = 1, mode: str 
     if config.model_type == "ti2v" or mode == "svi2pro":  # it takes a latent frame, and one must be left to be made
         fewest = 4 * ((known - 1) // 4 + 2) + 1
         if frames < fewest:
-            raise UserError(
-                f"`end_image`: a clip with {known} known frames must have {fewest} or more, {frames} is fewer"
-            )
+            count = f"{known} known frame" + ("" if known == 1 else "s")
+            raise UserError(f"`end_image`: a clip with {count} must have {fewest} or more, {frames} is fewer")
 
 
 def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:

@@ -11,32 +11,9 @@ from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.pictures import as_shown, cover
-from wan.pipeline import OneExpert, draw_seed, fills
+from wan.pipeline import OneExpert, draw_seed
+from wan.sizes import best_size, continued_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
-
-
-def best_size(width: int, height: int, max_area: int, cell: int = 32) -> tuple[int, int]:
-    """The official 5B rule -> (width, height), multiples of 32 within `max_area`.
-
-    Of two candidates, one that fixes the width first and one that fixes the height first, the one with the closer
-    aspect. Raises UserError for a picture so narrow that a side would vanish.
-    """
-    aspect = width / height
-    ideal_width = (max_area * aspect) ** 0.5
-    ideal_height = max_area / ideal_width
-
-    wide, high = int(ideal_width // cell * cell), int(ideal_height // cell * cell)
-    if not (wide and high):
-        raise UserError(f"a {width}x{height} picture is too narrow for an area of {max_area} pixels; crop it first")
-
-    by_width = wide, int(max_area / wide // cell * cell)
-    by_height = int(max_area / high // cell * cell), high
-
-    def distortion(size: tuple[int, int]) -> float:
-        other = size[0] / size[1]
-        return max(aspect / other, other / aspect)
-
-    return by_width if distortion(by_width) < distortion(by_height) else by_height
 
 
 def preprocess(image: Frame, width: int, height: int) -> Tensor:
@@ -147,7 +124,7 @@ class WanTI2V(OneExpert):
 
     def fit(self, width: int, height: int, max_area: int) -> tuple[int, int]:
         """The size of a continuation of a width x height video -> (width, height)."""
-        return (width, height) if fills(width, height, max_area, 32) else best_size(width, height, max_area)
+        return continued_size("ti2v", width, height, max_area)
 
     def frame_for(self, image: Frame, width: int, height: int) -> Tensor:
         """A picture of a video that is continued in width x height: cropped to that aspect, float32 [3, height, width].

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,49 +15,11 @@ from torch import Tensor
 
 from wan.errors import UserError
 from wan.pictures import as_shown
+from wan.settings import Geometry as Geometry
 from wan.settings import Sampling
 
 UInt8Array = npt.NDArray[np.uint8]
 Frame: TypeAlias = Image.Image | Tensor  # a PIL image, which is taken as it is shown, or float32 [3, H, W] in [-1, 1]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The size of one clip: pixel frames, height and width, and the VAE and patch strides that divide them."""
-
-    frames: int
-    height: int
-    width: int
-    vae_stride: tuple[int, int, int]  # pixels per latent cell in T, H, W
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent cells per token in F, h, w
-
-    def __post_init__(self) -> None:
-        step = self.vae_stride[0]
-        if self.frames < 1 or (self.frames - 1) % step:
-            low = max((self.frames - 1) // step * step + 1, 1)
-            raise UserError(f"frame_num must be {step}n+1: {self.frames} is not, {low} and {low + step} are")
-        for name, size, stride, patch in (
-            ("height", self.height, self.vae_stride[1], self.patch_size[1]),
-            ("width", self.width, self.vae_stride[2], self.patch_size[2]),
-        ):
-            if size < stride * patch or size % (stride * patch):
-                raise UserError(f"{name} must be a positive multiple of {stride * patch} pixels, {size} is not")
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """The pixel grid T, H, W."""
-        return self.frames, self.height, self.width
-
-    @property
-    def latent(self) -> tuple[int, int, int]:
-        """The latent grid F, h, w."""
-        t, h, w = self.vae_stride
-        return (self.frames - 1) // t + 1, self.height // h, self.width // w
-
-    @property
-    def tokens(self) -> int:
-        """Tokens L of one clip inside the denoiser."""
-        return math.prod(cells // patch for cells, patch in zip(self.latent, self.patch_size, strict=True))
 
 
 @dataclass(frozen=True)
@@ -164,7 +125,7 @@ class Step:
     """Where a clip stands: `index` of `total` solver steps are done, and `stage` is what goes on.
 
     After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None. `prompt` is the
-    clip's, when it is first known.
+    clip's, when it is first known; `detail` says what is done inside a stage, such as "shard 2 of 6".
     """
 
     index: int
@@ -172,6 +133,7 @@ class Step:
     stage: str
     latents: Tensor | None = None
     prompt: str | None = None
+    detail: str = ""
 
 
 class OnStep(Protocol):

@@ -153,6 +153,9 @@ def test_a_batch_says_where_it_is_reported(folder: Path) -> None:
     assert report_folder(settings(".", "--report_dir", "r")) == folder / "r"
     with pytest.raises(UserError, match="must hold {name}"):
         settings(".", "--output_dir", "runs")
+    with pytest.raises(UserError, match="only with gpus_per_job"):
+        settings(".", "--cfg_size", "2")
+    assert settings(".", "--cfg_size", "2", "--gpus_per_job", "2").cfg_size == 2
     with pytest.raises(UserError, match="required: --videos"):
         parse("batch", ["--output_dir", "{name}", "--ckpt_dir", "m"])
 

@@ -142,7 +142,8 @@ def test_what_the_user_can_put_right_is_not_tried_again_and_costs_no_worker() ->
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"), [("out_of_memory", "x"), ("internal", "KeyError: 'a'"), ("disk_full", "x")]
+    ("code", "reason"),
+    [("out_of_memory", "x"), ("internal", "KeyError: 'a'"), ("disk_full", "x"), ("worker_lost", "x")],
 )
 def test_other_failures_are_tried_again_and_the_reason_is_kept(code: str, reason: str) -> None:
     crew = Crew(lambda name, count: failed(code, why="KeyError: 'a'") if count < 3 else {"state": DONE, **MADE}, 1)
@@ -248,6 +249,7 @@ def test_a_batch_that_is_left_says_how_to_go_on(caplog: pytest.LogCaptureFixture
     for task in tasks:
         task.state = WAITING
     schedule = batch._schedule = Schedule(tasks, 3)
+    batch.made = tasks
     batch._hear(schedule, "ready", 0, {"node": "here"})
     batch._give(schedule, check=False)
     with caplog.at_level(logging.WARNING):
@@ -285,13 +287,35 @@ def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path:
     task.row = Row("b & c", f"{evil}, line 1", Settings(output_dir=str(tmp_path / "runs/b & c#?"), video=evil))
     task.state, task.done, task.clips, task.reason, task.lost = FAILED, 1, 2, evil, 3
     task.attention, task.picture, task.warnings = [{"clip": 2, "score": 2.5, "warnings": [evil]}], "QUJD", [evil]
-    report = Report(tmp_path / "runs", Settings(videos=evil), [BadRow("x", evil)])
+    given = Settings(videos=evil, vlm_url="http://me:secret@host/v1", output_dir="runs/{name}")
+    report = Report(tmp_path / "runs", given, [BadRow("x", evil)])
     report.write([task], {}, status="running")
     page = (tmp_path / "runs/batch.html").read_text(encoding="utf-8")
     assert "<script" not in page and page.count("&lt;script&gt;") >= 6
     assert 'href="b%20%26%20c%23%3F/report.html#clip-2"' in page and "data:image/jpeg;base64,QUJD" in page
+    assert "secret" not in page and "--vlm_url http://host/v1 --output_dir" in page
     assert "script-src 'none'" in page and 'http-equiv="refresh"' in page
     lines = [json.loads(line) for line in (tmp_path / "runs/batch.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["state"] for line in lines] == [FAILED, "bad"] and lines[0]["reason"] == evil
     report.write([task], {}, status="finished")
     assert 'http-equiv="refresh"' not in (tmp_path / "runs/batch.html").read_text(encoding="utf-8")
+
+
+def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
+    from wan.server.worker import Models
+
+    closed: list[str] = []
+
+    class Job:
+        def __init__(self, key: str, question: str) -> None:
+            self.models_key, self.settings = key, Settings(vlm_question=question)
+
+        def open_continuation(self) -> Any:
+            key = self.models_key
+            vlm = type("Vlm", (), {})()
+            return type("Pipeline", (), {"vlm": vlm, "close": lambda self: closed.append(key)})()
+
+    models: Any = Models()
+    first = models.open(Job("5B", "Why?"))
+    assert models.open(Job("5B", "How?")) is first and first.vlm.question == "How?" and closed == []
+    assert models.open(Job("A14B", "Why?")) is not first and closed == ["5B"]

@@ -95,7 +95,8 @@ def test_why_a_process_ended_is_told(name: str, ranks: int, why: str, tmp_path: 
                 await asyncio.sleep(0.01)
             os.kill(pids[0], signal.SIGKILL)
         said = await asyncio.wait_for(making, 20)
-        assert (said["state"], said["done"]) == ("lost", 1) and said["error"]["message"].startswith(why)
+        assert said["state"] == "lost" and said["error"]["message"].startswith(why)
+        assert said["done"] == 1 or ranks > 1  # the other one may be quicker
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
     asyncio.run(work())

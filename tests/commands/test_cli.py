@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import pytest
 import torch
 
 from generate import EXAMPLE_PROMPT
+from tests.support.commands import Seen
 from tests.support.golden import DATA, GOLDEN, ROOT, small_checkpoints
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli, media
 from wan.commands.progress import Progress
 from wan.kinds import public_path
 from wan.options import settings_of
+from wan.pipeline import Pipeline
 from wan.types import Step, to_uint8
 
 pytestmark = pytest.mark.slow
@@ -70,7 +74,7 @@ def test_generate_continues_a_video_with_its_description(
     assert record["task"] == {"i2v": "v2v-14B", "ti2v": "v2v-5B"}[name]
     assert record["seed"] == 3 and record["frame_num"] == 9 and record["sample_steps"] == 2
     assert record["prompt"] and record["negative_prompt"].startswith("色调")
-    assert {"caption", "text", "encode", "load", "sample", "decode"} == set(record["seconds"])
+    assert {"caption", "prepare", "text", "encode", "load", "sample", "decode"} == set(record["seconds"])
     assert record["versions"]["torch"] == torch.__version__
 
 
@@ -245,6 +249,35 @@ def test_a_full_disk_is_an_error_and_never_finished(
     assert cli.generate_main([*flags, "--save_file", str(target)]) == 2
     assert "No space left on device: x.mp4; free space" in capsys.readouterr().err
     assert not target.exists() and not target.with_suffix(".json").exists()
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_memory_is_given_back_while_the_last_clip_is_written(
+    generate: bool, command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, seen_closed = threading.Event(), list[bool]()
+    write, close = media.write_video, Pipeline.close
+
+    def writing(*arguments: Any, **options: Any) -> None:
+        seen_closed.append(closed.wait(0.1 if not generate and not seen_closed else 20))
+        write(*arguments, **options)
+
+    def closing(pipeline: Pipeline) -> None:
+        close(pipeline)
+        closed.set()
+
+    monkeypatch.setattr(media, "write_video", writing)
+    monkeypatch.setattr(Pipeline, "close", closing)
+    assert command("", generate=generate).code == 0
+    assert seen_closed == ([True] if generate else [False, True])
+
+
+def test_a_command_ends_at_once_with_its_code_and_all_that_it_said() -> None:
+    code = "import atexit, sys, time\natexit.register(time.sleep, 60)\nfrom wan.cli import generate_program\n"
+    code += "sys.argv = ['generate.py', '--ckpt_dir', 'x', '--video', 'nowhere.mp4']\nprint('kept')\ngenerate_program()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=55)
+    assert done.returncode == 2 and done.stdout == "kept\n"
+    assert done.stderr.startswith("error: cannot read video 'nowhere.mp4'")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

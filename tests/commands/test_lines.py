@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -10,19 +11,26 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.commands import Seen
 from tests.support.golden import DATA, ROOT, small_checkpoints
+from wan.commands.progress import Progress
+from wan.detail import tell_detail
+from wan.pipeline import Stopwatch
+from wan.types import Step
 
 
 def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., Seen]) -> None:
     seen = command("")
     lines = seen.told.splitlines()
-    assert lines[0] == "clip 1/2 seed 3"
+    assert re.fullmatch(r"v2v-5B with ti2v: PyTorch starts, \d\.\d GB of weights are read meanwhile", lines[0])
+    assert lines[1] == "clip 1/2 seed 3"
     for number in (1, 2):
         assert f"clip {number}/2 prompt: continue video A red square slides to the right." in lines
         assert any(re.fullmatch(rf"clip {number}/2 caption: \d+\.\d s", line) for line in lines)
@@ -46,7 +54,9 @@ def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[...
     log = tmp_path / "run.log"
     assert command(f"--quiet --log_file {log}").told == ""
     first = log.read_text()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} clip \d/2", line) for line in first.splitlines())
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (clip \d/2|v2v-5B with)", line) for line in first.splitlines()
+    )
     assert " clip 2/2 finished" in first and " clip 1/2 caption: " in first
     assert command(f"--quiet --log_file {log} --sample_steps 3").code == 2
     assert log.read_text().startswith(first)
@@ -96,3 +106,43 @@ def test_on_a_terminal_lines_do_not_land_in_bars(tmp_path: Path) -> None:
         lines
     )
     assert not any(re.search(r"load: [\d.]+ s$", line) for line in lines)  # the bars say that
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_say_what_goes_on_inside_a_stage_each_second_and_start_where_a_run_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wan.commands.progress.TICK", 0.02)
+    monkeypatch.setattr(sys, "stderr", shown := _Terminal())
+    with Progress("", clips=12) as progress:
+        progress.finish_clips(9)
+        assert progress.chain is not None
+        told = progress.chain.format_dict
+        assert (told["initial"], told["n"]) == (9, 9)  # so that the rate is that of this run's clips
+        progress.begin("clip 10/12")
+        progress(Step(0, 4, "load"))
+        progress(Step(0, 4, "load", detail="shard 2 of 6"))
+        before = shown.getvalue().count("clip 10/12 load: shard 2 of 6")
+        deadline = time.monotonic() + 10
+        while shown.getvalue().count("clip 10/12 load: shard 2 of 6") < before + 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert shown.getvalue().count("clip 10/12 load: shard 2 of 6") >= before + 3
+
+
+def test_a_stage_inside_another_is_charged_once_and_says_its_details() -> None:
+    heard: list[Step] = []
+    watch = Stopwatch(torch.device("cpu"), 4, heard.append)
+    with watch.stage("sample"):
+        assert watch.on_step is not None
+        watch.on_step(Step(2, 4, "high noise", torch.zeros(1)))
+        with watch.stage("load"):
+            time.sleep(0.2)
+            tell_detail("shard 1 of 2")
+    tell_detail("nobody listens")
+    assert watch.seconds["load"] >= 0.2 > watch.seconds["sample"]
+    said = [(step.index, step.stage, step.detail) for step in heard]
+    assert said[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2")]

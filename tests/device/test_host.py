@@ -81,7 +81,7 @@ def test_a_device_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     drivers: set[str] = set()
-    monkeypatch.setattr(hardware, "_has_driver", lambda *names: bool(drivers & set(names)))
+    monkeypatch.setattr(hardware, "has_driver", lambda *names: bool(drivers & set(names)))
     assert hardware.main_device().type == "cpu" and not caplog.text
     for driver, said in (("libcuda.so.1", "install one for CUDA"), ("amdhip64.dll", "install one for ROCm")):
         drivers.clear()
@@ -103,5 +103,5 @@ def test_a_driver_is_looked_for_under_each_of_its_names(monkeypatch: pytest.Monk
             raise OSError(name)
 
     monkeypatch.setattr("ctypes.CDLL", load)
-    assert hardware._has_driver("nvcuda.dll", "libcuda.so.1")
-    assert not hardware._has_driver("amdhip64.dll", "libamdhip64.so")
+    assert host.has_driver("nvcuda.dll", "libcuda.so.1")
+    assert not host.has_driver("amdhip64.dll", "libamdhip64.so")

@@ -23,11 +23,12 @@ from tests.support.tiny_denoiser import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V5B
 from wan.captioner import weight_bytes
 from wan.denoiser.model import WanModel
-from wan.device import streaming
+from wan.device import layers, streaming
 from wan.device.budget import BARE_CONTEXT, CONTEXT, GIB, MemoryBudget, StageMemory, for_tensors, gpu_limit
 from wan.device.hardware import hold_to
+from wan.device.layers import layers_that_stay
 from wan.device.placement import Placement
-from wan.device.streaming import LayerStreamer, layers_that_stay
+from wan.device.streaming import LayerStreamer
 from wan.models import Models
 from wan.prompting import CaptionerOwner
 from wan.text.umt5 import TextEncoder
@@ -336,9 +337,9 @@ def test_a_budget_is_for_a_gpu() -> None:
 def test_auto_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     asked: list[Any] = []
-    monkeypatch.setattr("wan.device.budget.grow_segments", lambda: asked.append("segments"))
-    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device: 11 * GIB)
-    monkeypatch.setattr("wan.device.budget.hold_to", lambda device, limit: asked.append(limit))
+    monkeypatch.setattr("wan.device.hardware.grow_segments", lambda: asked.append("segments"))
+    monkeypatch.setattr("wan.device.hardware.free_bytes", lambda device: 11 * GIB)
+    monkeypatch.setattr("wan.device.hardware.hold_to", lambda device, limit: asked.append(limit))
     # what CUDA has taken already is not taken off again
     assert gpu_limit("auto", gpu) == 11 * GIB + BARE_CONTEXT
     assert for_tensors(gpu_limit("auto", gpu)) > 0.93 * (11 * GIB - (CONTEXT - BARE_CONTEXT))
@@ -466,6 +467,7 @@ def test_a_vlm_larger_than_the_budget_stays_in_host_memory(
         assert not caplog.text  # and a run with prompts of its own does not ask
         assert owner.captioner.type == owner.device.type == home
     assert "does not fit into `vram` and describes on the CPU" in caplog.text
+    assert all(way in caplog.text for way in ("smaller InternVL with `vlm_path`", "`vlm_url`", "`prompt`"))
     assert vlm("a name", 4 * GIB, url="http://localhost:1").device.type == "cuda"
     assert vlm(None, 4 * GIB).device.type == "cuda"
 
@@ -534,8 +536,8 @@ def test_models_that_wait_are_in_host_memory() -> None:
 def test_a_clip_fits_beside_a_vlm_with_a_tenth_to_spare(
     free: int, offload: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.device.budget.free_bytes", lambda device, budget: free * GIB)
-    monkeypatch.setattr("wan.device.budget.drop_cache", lambda device: None)
+    monkeypatch.setattr("wan.device.hardware.free_bytes", lambda device, budget: free * GIB)
+    monkeypatch.setattr("wan.device.hardware.drop_cache", lambda device: None)
     budget = at_real_size("i2v-A14B")
     assert budget.fits_now(clip_of(budget, *MEASURED["i2v-A14B"][0]), offload, []) == fits
 
@@ -601,7 +603,7 @@ def test_a_model_that_does_not_fit_layer_by_layer_says_what_it_needs(weight_budg
         model = nn.Module()
         model.layers = nn.ModuleList(nn.Linear(1 << 14, 1 << 13, bias=False) for _ in range(8))  # of 0.5 GiB each
         model.rest = nn.Linear(1 << 14, 1 << 13, bias=False)
-    needed = 0.5 * (1 + streaming.SLOTS)
+    needed = 0.5 * (1 + layers.SLOTS)
     placement = Placement(torch.device("cpu"), offload=True, weight_budget=weight_budget)
     with pytest.raises(UserError, match=f"needs {needed:.1f} GiB even layer by layer, {left} are left"):
         placement.streams(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ def _work(rank: int, size: int, folder: str, do: str) -> None:
         if rank == 0:
             port, key = make()
             file.with_suffix(".new").write_text(f"{port} {key}")
+            for words in (b"", b'{"key": "guessed", "rank": 1, "host": "x"}\n', b"GET / HTTP/1.1\r\n\r\n"):
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(words)
             file.with_suffix(".new").rename(file)
             return port, key
         while not file.exists():

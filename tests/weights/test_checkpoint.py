@@ -21,8 +21,8 @@ from wan import WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
 from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, resolve_folder
+from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.prefetch import ReadAhead
-from wan.weights.quantized import read_gguf_fields
 from wan.weights.tensors import Weights
 
 pytestmark = pytest.mark.slow
@@ -283,6 +283,7 @@ def test_files_are_read_ahead_in_their_order_and_not_too_far(tmp_path: Path, mon
         seen.append(path.name)
         return open_file(path, *arguments, **options)
 
+    monkeypatch.setattr("wan.weights.prefetch.READERS", 1)
     open_file = Path.open
     monkeypatch.setattr(Path, "open", watched)
 
@@ -298,7 +299,7 @@ def test_files_are_read_ahead_in_their_order_and_not_too_far(tmp_path: Path, mon
         ahead.begin(0)
         ahead.begin(2)
         assert settled(4) == ["0", "not there", "1", "2"]
-    assert settled(4) == ["0", "not there", "1", "2"] and not ahead.thread.is_alive()
+    assert settled(4) == ["0", "not there", "1", "2"] and not ahead.threads[0].is_alive()
 
 
 def test_a_vae_of_which_the_size_is_not_told_is_not_taken_for_another_model_s() -> None:

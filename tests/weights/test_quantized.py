@@ -35,7 +35,8 @@ from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.weights.checkpoint import resolve_folder
-from wan.weights.quantized import GGUF_TYPES, QuantizedLinear, _expand
+from wan.weights.gguf_files import GGUF_TYPES
+from wan.weights.quantized import QuantizedLinear, _expand
 from wan.weights.single_file import open_denoiser
 from wan.weights.tensors import Weights, open_safetensors
 

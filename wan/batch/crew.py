@@ -117,13 +117,9 @@ class Crew:
         resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.uses_gpus else 0, "num_cpus": 1}
         # the processes of a worker are of one actor, which Ray places on one machine
         hand = ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
-        member = _Member(hand.remote(WORKER, self._ranks, self.siblings, os.getcwd(), self.threads))
+        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.siblings, os.getcwd(), self.threads))
         self._members[worker] = member
         self._futures[member.hand.start.remote()] = "ready", worker
-
-    @property
-    def _ranks(self) -> int:
-        return self.gpus_per_job
 
     def give(self, worker: int, order: Mapping[str, Any]) -> None:
         """Let a worker make or check a chain; an event tells what came of it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from wan.batch.rows import DATA, PAGE, BadRow
 from wan.batch.schedule import Task
 from wan.files import readable, write_text
 from wan.kinds import public_path
-from wan.options import Settings
+from wan.options import Settings, options_of, words_of
 from wan.server.tickets import FAILED
 
 if TYPE_CHECKING:
@@ -102,8 +101,12 @@ class Report:
             made=made,
             per_hour=made / hours if made and hours else None,
             video_seconds=sum(task.video_seconds for task in tasks),
-            command=shlex.join(["python", "generate_batch.py", *sys.argv[1:]]),
+            command=shlex.join(["python", "generate_batch.py", *words_of(self._arguments(), "batch")]),
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the command was told, as JSON values that may be handed on: without secrets."""
+        return {one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("batch") if one.flag}
 
     def _address(self, task: Task, name: str) -> str:
         return quote(

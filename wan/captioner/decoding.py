@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wan.detail import tell_detail
 from wan.device.hardware import runs_triton
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class GreedyDecoder:
                 self.advance()
             new = self.made[start + len(found) :][:more].tolist()  # waits for them
             found += new[: new.index(end) + 1] if end in new else new
+            tell_detail(f"{len(found)} of {max_new_tokens} tokens")
         return torch.tensor(found)
 
     @torch.inference_mode()

@@ -302,12 +302,13 @@ def _drift(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         colour.append(math.hypot(*shift) if whole else None)
     looks = [clip["look"] or {} for clip in clips]
     moving = [_drawable(look.get("moving")) for look in looks]
+    identity = [_drawable(clip["identity"]) for clip in clips]
     return {
         "colour": colour,
         "colour_shift": shift if any(value is not None for value in colour) else None,
         **{name: _percent_change([_drawable(look.get(name)) for look in looks]) for name in _LOOKS},
         "moving": [None if share is None else 100 * share for share in moving],
-        "identity": [_drawable(clip["identity"]) for clip in clips],
+        **({"identity": identity} if any(value is not None for value in identity) else {}),
     }
 
 
@@ -414,7 +415,7 @@ def _charts(facts: Mapping[str, Any]) -> dict[str, Any]:
             _line_chart("Motion", "share of the picture that moves", "%", numbers, drift["moving"], 0, 20),
             *(
                 [_line_chart("Identity", "likeness at the clip's start", "cosine", numbers, drift["identity"], 0.9, 1)]
-                if any(value is not None for value in drift["identity"])
+                if "identity" in drift
                 else []
             ),
         ],

@@ -77,6 +77,7 @@ class Chain:
         watch: Callable[[str, int, bool], Progress] = Progress,
     ) -> None:
         self.job = job = settings if isinstance(settings, Job) else Job.read("continuous", settings)
+        self._is_commands = isinstance(settings, Job) and pipeline is None  # which makes nothing after this
         self.folder = Path(job.settings.output_dir)
         self.joined: Path | None = None  # the joined video, once the loop has ended
         self._on_step = on_step
@@ -146,6 +147,7 @@ class Chain:
                 except BaseException as error:
                     if said := run.writer.settle():
                         print(said, file=sys.stderr)
+                    progress.rest()  # what is said next is the last, and in no bar's line
                     _say_what_is_there(run, error)
                     raise
             missing = run.first_missing <= run.count
@@ -178,6 +180,10 @@ class Chain:
                     self._steering.stop()
                 if number not in run.clips:
                     progress.take_back()
+        if (
+            self._is_commands
+        ):  # giving tens of GB back takes the system seconds, which the last clip's writing takes too
+            self._pipeline.close()
         run.writer.wait()
         yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
 

@@ -189,6 +189,10 @@ def check_together(command: Command, settings: Settings) -> None:
             raise UserError(
                 f"`output_dir` {settings.output_dir} must hold {NAME}, for the name of each row: runs/{NAME}, say"
             )
+        sharing = ("ulysses_size", "cfg_size", "ring_size", "t5_fsdp", "dit_fsdp")
+        given = [f"`{name}`" for name in sharing if getattr(settings, name) != OPTIONS[name].default]
+        if given and settings.gpus_per_job == 1:
+            raise UserError(f"{', '.join(given)}: a chain is shared among several GPUs only with `gpus_per_job`")
     elif settings.ckpt_dir is None and settings.comfy_dir is None:  # rows may say it
         raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command != "generate"

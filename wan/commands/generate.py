@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from wan.commands.progress import Progress, say
 from wan.files import numbered, write_json
 from wan.options import settings_of
 from wan.settings import check_end_image, check_motion_amplitude
+from wan.sizes import begun_size
 from wan.types import KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
@@ -28,11 +30,12 @@ def generate(job: Job) -> None:
     target = _target(job)
     check_file(job, target)
 
+    pipeline: Pipeline
     if settings.video is not None:
         from wan.pipeline import draw_seed
 
         footage = job.footage()
-        continuation = job.open_continuation()
+        pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
@@ -42,10 +45,14 @@ def generate(job: Job) -> None:
         with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
     record = job.describe(made, settings.video or settings.image, plan)
-    frames = (to_uint8(frame) for frame in made.clip.frames)
-    metadata = None if settings.no_video_metadata else settings_of(record)
-    media.write_video(target, frames, made.clip.fps, metadata=metadata)
-    write_json(target.with_suffix(".json"), record)
+    # giving tens of GB back takes the system seconds, which the writing takes as well
+    with ThreadPoolExecutor(1) as beside:
+        freed = beside.submit(pipeline.close)
+        frames = (to_uint8(frame) for frame in made.clip.frames)
+        metadata = None if settings.no_video_metadata else settings_of(record)
+        media.write_video(target, frames, made.clip.fps, metadata=metadata)
+        write_json(target.with_suffix(".json"), record)
+    freed.result()
     say(str(target))
 
 
@@ -65,15 +72,12 @@ def _target(job: Job) -> Path:
 
 def _request(job: Job, pipeline: Pipeline) -> Request:
     """The request of a t2v, i2v or ti2v run."""
-    from wan.image2video import official_size
     from wan.pipeline import draw_seed
-    from wan.textimage2video import best_size
 
     settings, size, config, known = job.settings, job.size, pipeline.config, KnownFrames()
     if settings.image is not None:
         image = media.read_image(settings.image)
-        rule = official_size if config.model_type == "i2v" else best_size
-        size = rule(image.width, image.height, size[0] * size[1])
+        size = begun_size(config.model_type, image.width, image.height, size[0] * size[1])
         known = KnownFrames((image,))
     if settings.end_image is not None:
         check_end_image(config, settings.frame_num or config.frame_num, len(known.leading))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wan.footage import VideoFile
     from wan.pipeline import Pipeline
     from wan.types import Footage, Frame, Generation
+    from wan.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Job:
     folder: Path
     config: ModelConfig
     size: tuple[int, int]  # width, height
+    checkpoint: Checkpoint
     scenes: tuple[Scene, ...] = ()
     world: World = World()
     tokenizer: Path | None = None  # where it is in neither of the checkpoint's folders
@@ -69,7 +71,14 @@ class Job:
             settings = dataclasses.replace(settings, include_source=True)
         scenes, ends = read_scenes(settings), read_ends(settings)
 
-        from wan.weights.checkpoint import Names, identify, identify_files, parts_in, resolve_folder
+        from wan.weights.checkpoint import (
+            Names,
+            identify,
+            identify_files,
+            open_checkpoint,
+            parts_in,
+            resolve_folder,
+        )
 
         files = dit_files(settings)
         by_files = identify_files(files) if files else None
@@ -106,7 +115,15 @@ class Job:
         if settings.storyboard:
             check_storyboard(Path(settings.storyboard), scenes, config=config)
         size = choose_size(settings.size, config, folder)
-        return cls(command, settings, folder, config, size, scenes, world, tokenizer, ends)
+        parts = part_files(settings) | ({} if tokenizer is None else {"tokenizer": tokenizer})
+        checkpoint = open_checkpoint(
+            folder,
+            in_channels=config.in_channels,
+            experts=1 if config.boundary is None else 2,
+            names=Names.of(config),
+            files=dit_files(settings) | parts,
+        )
+        return cls(command, settings, folder, config, size, checkpoint, scenes, world, tokenizer, ends)
 
     @property
     def video(self) -> Path:
@@ -154,7 +171,7 @@ class Job:
     def models_key(self) -> tuple[Any, ...]:
         """Equal for two jobs whose pipeline may be the same."""
         names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
-        names += ("t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
+        names += ("t5_fsdp", "dit_fsdp", "t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
         said = tuple(getattr(self.settings, name) for name in names)
         files = dit_files(self.settings) | part_files(self.settings)
         return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, said

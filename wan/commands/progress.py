@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from wan.types import Step
 
 log = logging.getLogger(PROGRESS)
+
+TICK = 1.0  # seconds between two drawings of a bar in which nothing happens
 
 
 def say(*lines: str) -> None:
@@ -48,15 +51,19 @@ class Progress:
         self.started = time.perf_counter()
         self.there = self.done = 0  # clips that were there when the run began, and those of this run
         self._stage, self._since, self._steps = "", self.started, 0
+        self._over, self._resting = threading.Event(), False
 
     def __enter__(self) -> Progress:
         if self.clips:
             self.chain = self._new(total=self.clips, desc="chain", unit="clip", position=0)
         else:
             self.begin(self.title)
+        if self.bar is not None or self.chain is not None:
+            threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._end_stage()
         for bar in (self.bar, self.chain):
             if bar is not None:
@@ -64,6 +71,7 @@ class Progress:
 
     def begin(self, title: str, seed: int | None = None) -> None:
         """A new clip."""
+        self._resting = False
         self._end_stage()
         self.title = title
         if seed is not None:
@@ -72,8 +80,16 @@ class Progress:
             self.bar.close()
         self.bar = self._new(desc=title, unit="step", position=1 if self.clips else 0, leave=not self.clips)
 
+    def _tick(self) -> None:
+        """Draw the bars each second, so that they show how long a stage has taken."""
+        while not self._over.wait(TICK):
+            for bar in (self.chain, self.bar):
+                if bar is not None and not bar.disable and not self._resting:
+                    bar.refresh()
+
     def rest(self) -> None:
         """Leave the terminal to a question."""
+        self._resting = True
         self._end_stage()
         for bar in (self.bar, self.chain):
             if bar is not None:
@@ -96,8 +112,9 @@ class Progress:
     def finish_clips(self, count: int) -> None:
         """So many clips of the chain were on disk before the run."""
         self.there = count
-        if self.chain is not None:
-            self.chain.update(count)
+        if self.chain is not None:  # the rate is that of this run
+            self.chain.initial = self.chain.n = count
+            self.chain.refresh()
         if count:
             log.log(CLIP, "%d of %d clips are finished already", count, self.clips)
 
@@ -125,6 +142,9 @@ class Progress:
             log.log(CLIP, "%s prompt: %s", self.title, " ".join(step.prompt.split()))
             return
         if self.bar is None:
+            return
+        if step.detail:
+            self.bar.set_description(f"{self.title} {step.stage}: {step.detail}")
             return
         self.bar.total = step.total
         self.stage(step.stage)

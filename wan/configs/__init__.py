@@ -14,6 +14,7 @@ from wan.errors import UserError
 from wan.foreign import read_json
 
 __all__ = [
+    "DTYPES",
     "MAX_AREA_CONFIGS",
     "PRESETS",
     "SIZE_CONFIGS",

@@ -11,7 +11,7 @@ from wan.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # names, and bytes of a number
 
 # The official shared negative prompt; it is what an empty `n_prompt` means.
 NEGATIVE_PROMPT = (
@@ -141,6 +141,10 @@ class ModelConfig:
         names = [field.name for field in dataclasses.fields(self)]
         given: dict[str, Any] = {name: self.__dict__.get(f"_{name}", self.__dict__.get(name)) for name in names}
         return ModelConfig(**given | changes)
+
+    def dtype_name(self, field: str) -> str:
+        """The name of a dtype among the fields, which needs no PyTorch."""
+        return str(self.__dict__[f"_{field}"]).removeprefix("torch.")
 
     @property
     def z_dim(self) -> int:

@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from wan.denoiser.fp8 import quantize_model
+from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.device.sharding import shard
@@ -37,10 +38,6 @@ from wan.weights.tensors import Weights
 log = logging.getLogger(__name__)
 
 SIZES = 64  # of clips that blocks are compiled for in one process; PyTorch would give up after eight
-
-# Parameters that stay float32 whatever the compute dtype is.
-FLOAT32_PARTS = ("condition_embedder.time_embedder.", "condition_embedder.time_proj.", "proj_out.")
-FLOAT32_NAMES = ("scale_shift_table", "norm2.weight", "norm2.bias")
 
 
 class WanModel(WanTransformer3DModel):  # type: ignore[misc]
@@ -390,8 +387,7 @@ def key_map(weights: Weights) -> dict[str, str]:
 
 def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter by the official precision policy, when matrix products are computed in `dtype`."""
-    kept = name.startswith(FLOAT32_PARTS) or name.endswith(FLOAT32_NAMES)
-    return torch.float32 if kept else dtype
+    return torch.float32 if stays_float32(name) else dtype
 
 
 def infer_config(weights: Weights) -> dict[str, Any]:

@@ -34,10 +34,10 @@ class Share:
     ranks: int
     index: int
     name: str
-    heads_ranks: int
-    heads_name: str
-    ring_ranks: int
-    ring_name: str
+    heads_ranks: int = 1
+    heads_name: str = ""
+    ring_ranks: int = 1
+    ring_name: str = ""
 
     @classmethod
     def of(cls, tokens: int, group: Group) -> Share:

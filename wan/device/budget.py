@@ -6,22 +6,23 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import nn
-
-from wan.configs import ModelConfig
-from wan.denoiser.model import policy_dtype
-from wan.device.hardware import drop_cache, free_bytes, grow_segments, hold_to
-from wan.device.placement import Placement, bytes_on
-from wan.device.streaming import SLOTS, layers_that_stay
+from wan.configs import DTYPES, ModelConfig
+from wan.denoiser.policy import stays_float32
+from wan.device.layers import SLOTS, layers_that_stay
 from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
-from wan.types import Geometry
-from wan.vae import chunked
+from wan.settings import Geometry
+from wan.vae import chunks
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.tensors import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from wan.device.placement import Placement
 
 GIB = 2**30
 # What CUDA and its libraries take beside tensors, as the driver counts, and what of it is taken as soon as a process
@@ -75,12 +76,28 @@ class StageMemory:
         return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
 
 
+class Device(Protocol):
+    """Where a model is to be, as far as an estimate asks; PyTorch's devices are such."""
+
+    @property
+    def type(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class NamedDevice:
+    """A device before PyTorch is there to look for it."""
+
+    type: str
+
+
 def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
     """Bytes that a process may take of a GPU as the driver counts, given GiB or "auto" for what is free now.
 
     The GPU's allocator then gives back pages that it does not need, and gives out no more than the GiB leave beside
     CUDA. Raises UserError.
     """
+    from wan.device.hardware import grow_segments, hold_to
+
     if device.type != "cuda":
         raise UserError("`vram` is for a GPU, and there is none; leave it out")
     if vram == "auto":
@@ -93,6 +110,8 @@ def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
 
 def free_limit(device: torch.device) -> int:
     """What is free of a GPU, with what this process has taken of it by asking."""
+    from wan.device.hardware import free_bytes, grow_segments
+
     grow_segments()
     return int(free_bytes(device) + BARE_CONTEXT)
 
@@ -106,8 +125,8 @@ class MemoryBudget:
 
     checkpoint: Checkpoint
     config: ModelConfig
-    device: torch.device
-    text_device: torch.device
+    device: Device
+    text_device: Device | None  # None: another
     vram: int | None = None
     free: int | None = None
     token_ranks: int = 1  # GPUs that share a clip's tokens
@@ -131,11 +150,11 @@ class MemoryBudget:
         config, checkpoint = self.config, self.checkpoint
         if known is None:
             known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
-        encoding, decoding = vae_memory(checkpoint.vae, config.vae_dtype, geometry, known)
+        encoding, decoding = vae_memory(checkpoint.vae, config.dtype_name("vae_dtype"), geometry, known)
         denoising = max(self._denoisers(geometry), key=lambda stage: stage.least)
         found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
-            text = text_memory(checkpoint.text_encoder, config.t5_dtype, config.text_len)
+            text = text_memory(checkpoint.text_encoder, config.dtype_name("t5_dtype"), config.text_len)
             found["text"] = text.sliced(self.t5_shards)
         return found
 
@@ -143,7 +162,11 @@ class MemoryBudget:
         config, in_8_bits = self.config, self.config.low_precision is not None
         return [
             denoiser_memory(
-                weights, config.param_dtype, in_8_bits, -(-geometry.tokens // self.token_ranks), config.text_len
+                weights,
+                config.dtype_name("param_dtype"),
+                in_8_bits,
+                -(-geometry.tokens // self.token_ranks),
+                config.text_len,
             ).sliced(self.dit_shards)
             for weights in self.checkpoint.experts.values()
         ]
@@ -162,7 +185,8 @@ class MemoryBudget:
         """Whether an expert may be loaded to the GPU at once: nothing may say that its layers come one by one."""
         if self.vram is not None or self.free is None:
             return self.vram is None
-        least = [denoiser_memory(one, self.config.param_dtype, False, 0, 0) for one in self.checkpoint.experts.values()]
+        dtype = self.config.dtype_name("param_dtype")
+        least = [denoiser_memory(one, dtype, False, 0, 0) for one in self.checkpoint.experts.values()]
         return max(one.weights for one in least) <= for_tensors(self.free)
 
     def holds_all(self, geometry: Geometry) -> bool:
@@ -201,12 +225,12 @@ class MemoryBudget:
             return f"give {also}`vram` {_half_gib(0.9 * there)}"
         changed: dict[str, MemoryBudget] = {}
         if self.text_device == self.device:
-            changed["`t5_cpu`"] = replace(open_, text_device=torch.device("cpu"))
-        if self.config.vae_dtype.itemsize > 2:
-            half = replace(open_, config=replace(self.config, vae_dtype=torch.float16))
+            changed["`t5_cpu`"] = replace(open_, text_device=None)
+        if DTYPES[self.config.dtype_name("vae_dtype")] > 2:
+            half = replace(open_, config=self.config.variant(vae_dtype="float16"))
             changed["`vae_dtype` float16"] = half
             if "`t5_cpu`" in changed:
-                changed["`t5_cpu` and `vae_dtype` float16"] = replace(half, text_device=torch.device("cpu"))
+                changed["`t5_cpu` and `vae_dtype` float16"] = replace(half, text_device=None)
         for words, budget in changed.items():
             if budget._least(geometry)[1] <= min(there, 0.99 * least):
                 return f"give {also}{words}"
@@ -221,18 +245,30 @@ class MemoryBudget:
 
         `mapped`: the weights of experts and of the text encoder may lie in their files.
         """
+        import torch
+
+        from wan.device.placement import Placement
+
+        assert isinstance(self.device, torch.device)
+        device = self.device
         if self.tensors is None:
-            return lambda name: Placement(self.device, offload, mapped=mapped)
+            return lambda name: Placement(device, offload, mapped=mapped)
         if self.holds_all(geometry):
-            return lambda name: Placement(self.device, offload=False)
+            return lambda name: Placement(device, offload=False)
         left = {name: stage.weight_budget(self.tensors) for name, stage in self.stages(geometry).items()}
-        return lambda name: Placement(self.device, True, left.get(name), mapped)
+        return lambda name: Placement(device, True, left.get(name), mapped)
 
     def fits_now(self, geometry: Geometry, offload: bool, loaded: Iterable[nn.Module]) -> bool:
         """Whether the GPU has room for a clip beside what else is there, with a tenth to spare: estimates err so much.
 
         `loaded` are the clip's own models, wherever they are.
         """
+        import torch
+
+        from wan.device.hardware import drop_cache, free_bytes
+        from wan.device.placement import bytes_on
+
+        assert isinstance(self.device, torch.device)
         drop_cache(self.device)
         room = free_bytes(self.device, self.tensors)
         there = sum(bytes_on(model, self.device) for model in loaded)
@@ -249,13 +285,13 @@ def _half_gib(size: float) -> str:
     return f"{math.floor(2 * size / GIB) / 2:g}"
 
 
-def text_memory(weights: Weights, dtype: torch.dtype, length: int) -> StageMemory:
+def text_memory(weights: Weights, dtype: str, length: int) -> StageMemory:
     """The text encoder on a prompt of `length` tokens."""
     sizes = weight_sizes(weights, lambda name: dtype)
     return _layered(sizes, int(TEXT + length * 1e5))
 
 
-def denoiser_memory(weights: Weights, dtype: torch.dtype, in_8_bits: bool, tokens: int, text: int) -> StageMemory:
+def denoiser_memory(weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int) -> StageMemory:
     """One expert on a clip of so many tokens; `text`: rows of the prompt.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
@@ -263,15 +299,15 @@ def denoiser_memory(weights: Weights, dtype: torch.dtype, in_8_bits: bool, token
     """
     official = "blocks.0.self_attn.q.weight" in weights.shapes
     feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
-    width, item = _shape(weights, "patch_embedding.weight")[0], dtype.itemsize
+    width, item = _shape(weights, "patch_embedding.weight")[0], DTYPES[dtype]
     hidden = _shape(weights, feed)[0]
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
-    part = _layered(weight_sizes(weights, lambda name: policy_dtype(name, dtype), in_8_bits), int(ALWAYS + working))
+    part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     return StageMemory(part.weights, part.working, part.layer, part.count, beside)
 
 
-def vae_memory(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: int) -> tuple[StageMemory, StageMemory]:
+def vae_memory(weights: Weights, dtype: str, geometry: Geometry, known: int) -> tuple[StageMemory, StageMemory]:
     """Encoding `known` frames, and decoding a clip, whose pixels go to host memory."""
     size = sum(weight_sizes(weights, lambda name: dtype).values())
     frames, height, width = geometry.size
@@ -279,10 +315,10 @@ def vae_memory(weights: Weights, dtype: torch.dtype, geometry: Geometry, known: 
     channels = _shape(weights, official if official in weights.shapes else "decoder.norm_out.gamma")[0]
     first = "encoder.conv1.weight" if official in weights.shapes else "encoder.conv_in.weight"
     patch = 2 if _shape(weights, first)[1] == 12 else 1
-    widest = chunked.widest(channels, patch, height, width) * dtype.itemsize
-    chunk = min(chunked.chunk_for(widest), geometry.latent[0])
+    widest = chunks.widest(channels, patch, height, width) * DTYPES[dtype]
+    chunk = min(chunks.chunk_for(widest), geometry.latent[0])
     decoding = DECODING[patch - 1] + DECODING_A_FRAME[patch - 1] * chunk if chunk else DECODING_BY_FRAME[patch - 1]
-    at_once = min(known, chunked.PER_LATENT * max(1, chunk)) / chunked.PER_LATENT
+    at_once = min(known, chunks.PER_LATENT * max(1, chunk)) / chunks.PER_LATENT
     return (
         StageMemory(size, int(ALWAYS + 24 * known * height * width + ENCODING[patch - 1] * at_once * widest)),
         StageMemory(size, int(ALWAYS + decoding * widest)),
@@ -295,14 +331,19 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
     return weights.shapes[name]
 
 
-def weight_sizes(weights: Weights, dtype_of: Callable[[str], torch.dtype], in_8_bits: bool = False) -> dict[str, int]:
+def denoiser_dtypes(dtype: str) -> Callable[[str], str]:
+    """The dtype of each parameter of a denoiser that computes in this one, by name."""
+    return lambda name: "float32" if stays_float32(name) else dtype
+
+
+def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False) -> dict[str, int]:
     """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
     smaller = 1.0 if in_8_bits else math.inf
     if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
         smaller = min(smaller, weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values())))
     sizes = {}
     for name, shape in weights.shapes.items():
-        item: float = dtype_of(name).itemsize
+        item: float = DTYPES[dtype_of(name)]
         if len(shape) == 2 and _LAYER.search(name):
             item = min(item, smaller)
         sizes[name] = int(math.prod(shape) * item)

@@ -1,7 +1,8 @@
-"""The host's memory: how much there is, also for a container, and what of it this process has taken."""
+"""The host: its memory, also that of a container, what of it this process has taken, and its GPU drivers."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -66,3 +67,19 @@ def _read(group: Path, limit: str, usage: str, cached: str) -> list[tuple[int, i
     except (OSError, ValueError):  # not there, or not for us to read
         return []
     return [(int(most), max(0, used - files))]
+
+
+def has_gpu_driver() -> bool:
+    """Whether there is a driver of a GPU that PyTorch may use, told without it."""
+    return has_driver("nvcuda.dll", "libcuda.so.1") or has_driver("amdhip64.dll", "libamdhip64.so")
+
+
+def has_driver(*libraries: str) -> bool:
+    """Whether one of the libraries of a driver loads."""
+    for name in libraries:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False

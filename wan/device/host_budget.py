@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import psutil
-import torch
 
 from wan.configs import ModelConfig
-from wan.denoiser.model import policy_dtype
-from wan.device.budget import MemoryBudget, weight_sizes
+from wan.device.budget import MemoryBudget, denoiser_dtypes, weight_sizes
 from wan.device.host import GIB, host_free_bytes
 from wan.errors import UserError
-from wan.types import Geometry
+from wan.settings import Geometry
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.tensors import Weights
 
@@ -77,15 +75,15 @@ class HostBudget:
         checkpoint, config = self.checkpoint, self.config
         parts = [
             captioner,
-            _bytes(checkpoint.text_encoder, lambda name: config.t5_dtype, plan.mapped)
+            _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped)
             * ("text_encoder" not in self.elsewhere),
             # convolutions are laid out anew, so their file is no place for them
-            _bytes(checkpoint.vae, lambda name: config.vae_dtype, False),
+            _bytes(checkpoint.vae, lambda name: config.dtype_name("vae_dtype"), False),
         ]
         for name, weights in checkpoint.experts.items():
             # what is changed or rounded is no longer what is in the file
             stays = plan.mapped and name not in merged and config.low_precision is None
-            size = _bytes(weights, lambda name: policy_dtype(name, config.param_dtype), stays)
+            size = _bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays)
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
         beside = 2 * 12 * frames * height * width  # float32 pixels, as they are decoded and as they are handed on
@@ -112,7 +110,7 @@ class HostBudget:
         )
 
 
-def _bytes(weights: Weights, dtype_of: Callable[[str], torch.dtype], mapped: bool) -> int:
+def _bytes(weights: Weights, dtype_of: Callable[[str], str], mapped: bool) -> int:
     """A model in host memory; `mapped`: without what its file holds as it is used."""
     sizes = weight_sizes(weights, dtype_of)
     stored = weights.stored_dtypes() if mapped else {}

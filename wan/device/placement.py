@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from wan.device.hardware import drop_cache, same_device
+from wan.device.layers import SLOTS, layers_that_stay
 from wan.device.sharding import is_sharded
-from wan.device.streaming import SLOTS, LayerStreamer, MappedTensors, PinnedBuffer, layers_that_stay, tensors_of
+from wan.device.streaming import LayerStreamer, MappedTensors, PinnedBuffer, tensors_of
 from wan.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 
 from wan.device.hardware import synchronize
 from wan.device.host import host_bytes
+from wan.device.layers import SLOTS
 
 log = logging.getLogger(__name__)
-
-SLOTS = 2  # layers that are on the GPU while layers come one by one: one is used, one arrives
-
-
-def layers_that_stay(weights: int, layer: int, count: int, weight_budget: int | None) -> int:
-    """How many of a model's `count` layers can stay on a GPU with so much room; below 0: it is too small for any."""
-    if weight_budget is None or weights <= weight_budget or not count:
-        return count
-    return (weight_budget - (weights - count * layer)) // layer - SLOTS
 
 
 class LayerStreamer:

@@ -155,17 +155,23 @@ class Watch:
             self.end(error)
 
     def _accept(self, listener: socket.socket, key: str) -> None:
-        connection = listener.accept()[0]
-        connection.settimeout(10)
-        peer = _Peer(_kept_alive(connection), 0, "", time.monotonic())
-        while b"\n" not in peer.unread and len(peer.unread) < 1000 and (new := connection.recv(1000)):
-            peer.unread += new
-        first, _, peer.unread = peer.unread.partition(b"\n")
+        """The next process that connects; whoever else does is turned away. Raises UserError."""
         try:
+            connection = listener.accept()[0]
+        except TimeoutError as error:
+            there = ", ".join(str(peer.rank) for peer in self._peers) or "none"
+            raise UserError(
+                f"the processes did not all connect within {self.timeout:g} s (`collective_timeout`); there: {there}"
+            ) from error
+        peer = _Peer(_kept_alive(connection), 0, "", time.monotonic())
+        try:
+            while b"\n" not in peer.unread and len(peer.unread) < 1000 and (new := connection.recv(1000)):
+                peer.unread += new
+            first, _, peer.unread = peer.unread.partition(b"\n")
             hello = json.loads(first)
-            known = secrets.compare_digest(str(hello["key"]), key)
+            known = secrets.compare_digest(str(hello["key"]).encode(), key.encode())
             peer.rank, peer.host = int(hello["rank"]), str(hello["host"])
-        except (ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             known = False
         if not known:
             connection.close()

@@ -26,6 +26,7 @@ from filelock import FileLock
 
 from wan.commands.progress import Progress
 from wan.device.ranks import World
+from wan.device.watch import Ended
 from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.server.tickets import DONE, PAUSED
@@ -202,6 +203,9 @@ def _work(
         send("end", state=state)
     except Cancelled:
         send("end", state="cancelled")
+    except Ended as error:  # another process of this chain has failed, so this one's end is no word on the chain
+        failed("worker_lost", str(error), error)
+        return False
     except InUse as error:
         failed("in_use", str(error))
     except UserError as error:

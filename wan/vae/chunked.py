@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from wan.device.hardware import runs_triton
 from wan.vae.bands import Band
+from wan.vae.chunks import FIRST, PER_LATENT
 
 LAYOUT = torch.channels_last_3d
-_WIDEST = 640 << 20  # what the widest activation of a chunk may take, a fifth of all that it takes
-FIRST, PER_LATENT = 1, 4  # pixel frames of the first latent frame, and of each one after it
 
 
 def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int, band: Band | None = None) -> Tensor:
@@ -137,20 +136,6 @@ def _check(finite: list[Tensor | None], band: Band | None) -> None:
     good = torch.stack(found).all()
     if not (good if band is None else band.agrees(good)):
         raise OverflowError("numbers of the VAE are too large for float16")
-
-
-def widest(channels: int, patch: int, height: int, width: int) -> int:
-    """Numbers in the largest activation of one latent frame: where the decoder doubles the size for the last time,
-    with twice the channels of its last stage."""
-    return PER_LATENT * 2 * channels * height * width // patch**2
-
-
-def chunk_for(size: int) -> int:
-    """How many latent frames to compute at a time when the widest activation of one takes `size` bytes.
-
-    0: single frames where it is widest.
-    """
-    return _WIDEST // size
 
 
 class ChunkedVae:

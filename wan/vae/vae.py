@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wan.device.parallel import Group
 from wan.errors import UserError
 from wan.foreign import fit, parsing
-from wan.vae import chunked
+from wan.vae import chunked, chunks
 from wan.vae.bands import Band
 from wan.weights.loading import check_fit, load_into
 from wan.weights.tensors import Weights
@@ -127,7 +127,7 @@ class WanVAE(nn.Module):
     def _chunk(self, height: int, width: int) -> int:
         """How many latent frames of a clip of that size are computed at a time."""
         channels, patch = len(self.model.decoder.norm_out.gamma), self.model.config.patch_size or 1
-        return chunked.chunk_for(chunked.widest(channels, patch, height, width) * self.model.dtype.itemsize)
+        return chunks.chunk_for(chunks.widest(channels, patch, height, width) * self.model.dtype.itemsize)
 
 
 def _band(group: Group | None, rows: int) -> Band | None:

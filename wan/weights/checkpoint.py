@@ -23,6 +23,9 @@ from wan.weights.tensors import Shape, Weights, open_safetensors
 _FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoders", "text_encoder", "clip")}
 _WORD = {"vae": "vae", "text_encoder": "t5"}
 
+VLM_NAME = "InternVL3_5-8B"
+VLM_HUB_ID = f"OpenGVLab/{VLM_NAME}"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -33,6 +36,11 @@ class Checkpoint:
     vae: Weights
     text_encoder: Weights
     tokenizer: Path  # its folder, or a text encoder's file that carries it
+
+    @property
+    def parts(self) -> list[tuple[str, Weights]]:
+        """The models by name, in the order in which a clip uses them: high noise first."""
+        return [("text_encoder", self.text_encoder), ("vae", self.vae), *sorted(self.experts.items())]
 
     @property
     def single(self) -> bool:
@@ -151,6 +159,15 @@ def identify(folder: Path, names: Names) -> tuple[int, int]:
     raise UserError(
         f"{folder} holds no Wan2.2 checkpoint: neither {names.low_noise}/ nor diffusion_pytorch_model files"
     )
+
+
+def default_vlm(checkpoint: Path) -> str:
+    """The folder InternVL3_5-8B in or beside the checkpoint folder, else the hub id."""
+    # beside a link to the checkpoint, and beside the checkpoint itself
+    for folder in (checkpoint, checkpoint.absolute().parent, checkpoint.resolve().parent):
+        if (folder / VLM_NAME).is_dir():
+            return str(folder / VLM_NAME)
+    return VLM_HUB_ID
 
 
 def identify_files(files: Mapping[str, Path]) -> tuple[int, int]:

@@ -7,30 +7,21 @@ to weights that are not packed.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.errors import UserError
-from wan.foreign import parsing
+from wan.weights.gguf_files import gguf_reader
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Those that diffusers can expand; the others (IQ1 to IQ3, TQ, FP4) are rare for video models.
-GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS")
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What is expanded in one piece: 64 MiB of float32, so that expanding takes little beside the weight that it makes.
 PIECE = 1 << 24
-_LONG, _MOST_ITEMS = 1 << 10, 1 << 21  # items of an array in the head of a GGUF file
-_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -189,36 +180,9 @@ class QuantizedLinear(nn.Linear):
         return F.linear(F.linear(input, right), left)
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """What the head of a GGUF file says."""
-
-    architecture: str
-    shapes: Mapping[str, tuple[int, ...]]
-    types: Mapping[str, str]
-
-
-def open_gguf(file: Path) -> GgufHeader:
-    """The head of a GGUF file, which is checked to be whole. Raises UserError."""
-    gguf, reader = _reader(file)
-    with parsing(file, "download it again"):
-        return _header(gguf, reader)
-
-
-def _header(gguf: ModuleType, reader: Any) -> GgufHeader:
-    shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
-    for name in shapes:  # converters that cannot write five dimensions flatten, and say so (ComfyUI-GGUF)
-        field = reader.get_field(f"comfy.gguf.orig_shape.{name}")
-        if field is not None:
-            shapes[name] = tuple(map(int, field.contents()))
-    architecture = reader.get_field("general.architecture")
-    types = {tensor.name: gguf.GGMLQuantizationType(tensor.tensor_type).name for tensor in reader.tensors}
-    return GgufHeader("unnamed" if architecture is None else str(architecture.contents()), shapes, types)
-
-
 def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """The named tensors of a GGUF file, each copied from it; the types F32, F16 and BF16 as plain tensors."""
-    gguf, reader = _reader(file)
+    gguf, reader = gguf_reader(file)
     for tensor in reader.tensors:
         if tensor.name not in keys:
             continue
@@ -227,65 +191,6 @@ def read_gguf(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor | 
             yield tensor.name, stored.view(PLAIN_TYPES[name])
         else:
             yield tensor.name, QuantizedTensor(stored, gguf_type=name)
-
-
-def read_gguf_fields(file: Path, names: Sequence[str]) -> list[Any]:
-    """What the head of a GGUF file says under these names, arrays as lists; None where it says nothing."""
-    _, reader = _reader(file)
-    with parsing(file, "download it again"):
-        return [_contents(reader.get_field(name)) for name in names]
-
-
-def _contents(field: Any) -> Any:
-    if field is None:
-        return None
-    long = len(field.data) == 1 and field.parts[field.data[0]].size > 1 and len(field.types) == 2
-    return field.parts[field.data[0]].tolist() if long else field.contents()
-
-
-def _reader(file: Path) -> tuple[ModuleType, Any]:
-    gguf = _gguf(file)
-    with parsing(file, "download it again"):
-        return gguf, _reader_class(gguf)(file)
-
-
-@cache
-def _reader_class(gguf: ModuleType) -> Any:
-    array, string = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
-
-    class Reader(gguf.GGUFReader):  # type: ignore[name-defined, misc]
-        """Takes a long array in one piece: a vocabulary, element by element, takes the library half a minute."""
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-            if raw_type != array or self.byte_order != "I":
-                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
-            kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
-            count, start = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
-            if count < _LONG or (kind != string and kind not in self.gguf_scalar_to_np):
-                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
-            if count > _MOST_ITEMS:
-                raise ValueError(f"an array of {count} items")
-            if kind != string:
-                whole = self._get(start, self.gguf_scalar_to_np[kind], count)
-                if len(whole) < count:
-                    raise ValueError("its head is cut off")
-                return 12 + whole.nbytes, [whole], [0], [array, kind]
-            view, at, texts = memoryview(self.data), start, np.empty(count, object)
-            for number in range(count):
-                (length,) = _LENGTH.unpack_from(view, at)
-                texts[number] = bytes(view[at + 8 : at + 8 + length]).decode("utf-8", "replace")
-                at += 8 + length
-            return at - orig_offs, [texts], [0], [array, kind]
-
-    return Reader
-
-
-def _gguf(file: Path) -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f'{file}: GGUF files need the gguf package: pip install -e ".[gguf]" in the project') from error
-    return gguf
 
 
 def _expand(data: Tensor, gguf_type: str) -> Tensor:

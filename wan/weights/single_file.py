@@ -14,13 +14,8 @@ from pathlib import Path
 
 from wan.errors import UserError
 from wan.foreign import read_json
-from wan.weights.quantized import (
-    GGUF_TYPES,
-    PLAIN_TYPES,
-    open_gguf,
-    read_gguf_fields,
-)
-from wan.weights.tensors import Shape, Weights, open_pth, safetensors_dtypes, safetensors_shapes
+from wan.weights.gguf_files import GGUF_TYPES, open_gguf, read_gguf_fields
+from wan.weights.tensors import PLAIN, Shape, Weights, open_pth, safetensors_dtypes, safetensors_shapes
 
 VOCABULARY = "spiece_model"  # sentencepiece's model as a tensor, in ComfyUI's text encoders
 VOCABULARY_OF_GGUF = tuple(
@@ -131,7 +126,7 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
     if suffix == ".gguf":
         header = open_gguf(file)
         shapes, what = dict(header.shapes), f"a GGUF file of the architecture {header.architecture}"
-        kinds, readable = dict(header.types), (*GGUF_TYPES, *PLAIN_TYPES)
+        kinds, readable = dict(header.types), (*GGUF_TYPES, *PLAIN)
         scales, known = {}, ", ".join(GGUF_TYPES)
     else:
         shapes, kinds = dict(safetensors_shapes(file)), safetensors_dtypes(file)
@@ -141,7 +136,7 @@ def _open_single(file: Path, part: str, suffixes: Sequence[str]) -> tuple[Weight
         for key, name in scales.items():
             if math.prod(shapes.pop(name)) not in (1, *shapes[key][:1]):
                 raise UserError(f"{file}: {name} is no scale of a tensor or of its rows; give scaled fp8 or GGUF")
-        readable, known = (*PLAIN_TYPES, "F8_E4M3", "F8_E5M2"), "scaled fp8"
+        readable, known = (*PLAIN, "F8_E4M3", "F8_E5M2"), "scaled fp8"
     prefixes = (prefix for prefix in _PREFIXES[part] if any(prefix + name in shapes for name in _KNOWN_BY[part]))
     prefix = next(prefixes, "")
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from wan.detail import tell_detail
 from wan.errors import UserError
 from wan.files import unreadable
-from wan.foreign import parsing, read_json, shards
+from wan.foreign import read_json, shards
+from wan.weights.gguf_files import open_gguf
 from wan.weights.prefetch import ReadAhead
-from wan.weights.quantized import (
-    FLOAT8,
-    PLAIN_TYPES,
-    QuantizedTensor,
-    dequantize,
-    open_gguf,
-    read_gguf,
-)
+from wan.weights.pth import OtherPickleError, StoredTensor, pth_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wan.weights.quantized import QuantizedTensor
 
 Shape = tuple[int, ...]
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes of safetensors and GGUF files
 _DISTILLED = re.compile(r"rapid|lightning|lightx2v|distill|turbo|(?<![a-z0-9])[48][ _-]?steps?(?![a-z])")
 
 
@@ -42,16 +40,14 @@ class Weights:
     prefix: str = ""  # what stands before the keys in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # the name in the file of a key's scale
 
-    def stored_dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype in which the files hold each tensor that is plain there."""
-        dtypes: dict[str, torch.dtype] = {}
+    def stored_dtypes(self) -> dict[str, str]:
+        """The name of the dtype in which the files hold each tensor that is plain there."""
+        dtypes: dict[str, str] = {}
         for file in self.files:
             if file.suffix == ".pth":
-                dtypes |= {name: tensor.dtype for name, tensor in _read_pth(file).items()}
+                dtypes |= {name: tensor.dtype for name, tensor in _pth_tensors(file).items()}
             elif file.suffix.lower() == ".safetensors":
-                dtypes |= {
-                    name: PLAIN_TYPES[kind] for name, kind in safetensors_dtypes(file).items() if kind in PLAIN_TYPES
-                }
+                dtypes |= {name: PLAIN[kind] for name, kind in safetensors_dtypes(file).items() if kind in PLAIN}
         return {key: dtypes[name] for key in self.shapes if (name := self.prefix + key) in dtypes}
 
     @property
@@ -61,6 +57,8 @@ class Weights:
 
     def place_of(self, key: str) -> str:
         """The file in which a tensor is, with the expert that it is for; for messages."""
+        from wan.weights.reading import read_tensors
+
         name = self.prefix + key
         file = next(file for file in self.files if any(read_tensors(file, {name})))
         return f"{file} ({self.expert})" if self.expert else str(file)
@@ -74,18 +72,18 @@ class Weights:
         self, keys: Container[str], ahead: ReadAhead | None = None
     ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Those of the tensors that are named, in the order of the files; what is quantized there stays so."""
+        from wan.weights.reading import read_quantized, read_tensors
+
         key_of = {self.prefix + key: key for key in self.shapes if key in keys}
         scale_of = {name: self.scales[key] for name, key in key_of.items() if key in self.scales}
         beside = self.files if scale_of else ()
-        scales = {
-            name: dequantize(value) for file in beside for name, value in read_tensors(file, set(scale_of.values()))
-        }
+        scales = {name: value for file in beside for name, value in read_tensors(file, set(scale_of.values()))}
         for number, file in enumerate(self.files):
             if ahead is not None:
                 ahead.begin(number)
-            for name, value in read_tensors(file, key_of):
-                if isinstance(value, Tensor) and (name in scale_of or value.dtype in FLOAT8):
-                    value = QuantizedTensor(value, scales[scale_of[name]] if name in scale_of else None)
+                if len(self.files) > 1:
+                    tell_detail(f"shard {number + 1} of {len(self.files)}")
+            for name, value in read_quantized(file, key_of, {name: scales[key] for name, key in scale_of.items()}):
                 yield key_of[name], value
 
 
@@ -130,44 +128,29 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
 def open_file(file: Path) -> Weights:
     """One safetensors file by itself; its `config` is what the header says in words. Raises UserError."""
     shapes = dict(safetensors_shapes(file))
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="numpy") as opened:
         return Weights(file, (file,), shapes, opened.metadata() or {})
 
 
 def open_pth(file: Path) -> Weights:
     if not file.is_file():
         raise UserError(f"{file.parent}: expected {file.name}, found no such file")
-    return Weights(file, (file,), {key: tuple(tensor.shape) for key, tensor in _read_pth(file).items()}, {})
+    return Weights(file, (file,), {key: one.shape for key, one in _pth_tensors(file).items()}, {})
 
 
-def _read_pth(file: Path) -> dict[str, Tensor]:
-    """A state dict, mapped from the file; nothing in it is executed."""
-    with parsing(file, "download it again"):
-        # only the zip format, torch's own since 1.6, can be mapped
-        mapped = zipfile.is_zipfile(file)
-        if mapped:
-            _check_zip(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{file} is not a state dict of tensors")
-    for name, value in state.items():
-        # strides of 0 make any size of a single number, and filling a model with that takes all memory
-        if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
-    return state
+def _pth_tensors(file: Path) -> Mapping[str, StoredTensor]:
+    try:
+        return pth_header(file)
+    except OtherPickleError:
+        from wan.weights.reading import read_pth
 
-
-def _check_zip(file: Path) -> None:
-    """Raise UserError for one that is larger inside than outside: torch compresses nothing, and would unpack it all."""
-    with zipfile.ZipFile(file) as opened:
-        inside = sum(one.file_size for one in opened.infolist())
-    if inside > file.stat().st_size:
-        raise UserError(f"{file} is compressed, as no weights are, and would take {inside} bytes; download it again")
+        state = read_pth(file).items()
+        return {key: StoredTensor(tuple(value.shape), str(value.dtype).removeprefix("torch.")) for key, value in state}
 
 
 def safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="numpy") as opened:
             for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield key, tuple(opened.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
@@ -175,19 +158,5 @@ def safetensors_shapes(file: Path) -> Iterator[tuple[str, Shape]]:
 
 
 def safetensors_dtypes(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(file, framework="numpy") as opened:
         return {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
-
-
-def read_tensors(file: Path, names: Container[str]) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    """The named tensors of a file of any kind."""
-    if file.suffix == ".pth":
-        return ((name, tensor) for name, tensor in _read_pth(file).items() if name in names)
-    return read_gguf(file, names) if file.suffix.lower() == ".gguf" else _read_safetensors(file, names)
-
-
-def _read_safetensors(file: Path, keys: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            if key in keys:
-                yield key, opened.get_tensor(key)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from wan.errors import UserError
 from wan.foreign import parsing
-from wan.weights.quantized import dequantize, read_gguf_fields
+from wan.weights.gguf_files import read_gguf_fields
+from wan.weights.quantized import dequantize
+from wan.weights.reading import read_tensors
 from wan.weights.single_file import VOCABULARY, VOCABULARY_OF_GGUF, has_vocabulary
-from wan.weights.tensors import read_tensors
 
 _CONTROL, _OWN = 3, 4  # kinds of pieces that are never made of others (source: sentencepiece's model proto)
 _FIRST = ("<pad>", "</s>", "<unk>")

@@ -1,0 +1,106 @@
+"""The first seconds of a command, in which packages are imported: which are not, and what the disk does meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan import media
+from wan.commands.job import Job
+from wan.commands.lines import PROGRESS
+from wan.device.host import GIB, has_gpu_driver
+from wan.errors import UserError
+from wan.foreign import read_json
+from wan.options import Settings
+from wan.settings import Geometry
+from wan.sizes import begun_size, continued_size
+from wan.weights.checkpoint import default_vlm
+from wan.weights.prefetch import ReadAhead, that_fit
+
+log = logging.getLogger(PROGRESS)
+
+# What libraries import where it is installed, for features that nothing here uses.
+UNUSED = ("peft", "sklearn", "scipy", "pandas", "matplotlib", "torchaudio")
+# What only captioners need that are not our InternVL, and those in fewer bits.
+OF_OTHER_VLMS, OF_QUANTIZED_VLMS = ("torchvision",), ("torchao", "bitsandbytes")
+
+
+def leave_out_unused(settings: Settings) -> None:
+    """Let packages that this command does not use count as absent in this process, whose imports take seconds.
+
+    For a process that is the command's own: nobody else in it may want them.
+    """
+    vlm = _vlm_config(settings)
+    unused = list(UNUSED)
+    if vlm is not None:
+        own_code = settings.vlm_trust_remote_code and "auto_map" in vlm
+        if not vlm or (vlm.get("model_type") in ("internvl_chat", "internvl") and not own_code):
+            unused += OF_OTHER_VLMS
+        if not any(isinstance(one, dict) and "quantization_config" in one for one in (vlm, *vlm.values())):
+            unused += OF_QUANTIZED_VLMS
+    for name in unused:
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]  # from here on an import says "not found"
+
+
+def _vlm_config(settings: Settings) -> Mapping[str, Any] | None:
+    """The config.json of the captioner, empty where there is none; None where it cannot be seen."""
+    if settings.video is None or settings.vlm_url is not None:
+        return {}
+    try:
+        return read_json(_vlm_folder(settings, Path(settings.ckpt_dir or settings.comfy_dir or ".")) / "config.json")
+    except UserError:  # a hub's, or one that is refused when it is opened
+        return None
+
+
+def _vlm_folder(settings: Settings, checkpoint: Path) -> Path:
+    return Path(settings.vlm_path or default_vlm(checkpoint.expanduser())).expanduser()
+
+
+def check_budget(job: Job) -> None:
+    """Raise UserError where headers tell that a clip of the usual size needs more of a GPU than `vram` gives.
+
+    What is not known before PyTorch, such as what is free, and clips that a storyboard changes are checked after it.
+    """
+    # it asks for torchvision, which is left out by now
+    from wan.device.budget import MemoryBudget, NamedDevice
+
+    settings, config = job.settings, job.config
+    # several GPUs may share a model, which is arranged later
+    if not isinstance(settings.vram, int | float) or job.world.size > 1 or not has_gpu_driver():
+        return
+    width, height = job.size
+    if settings.video is not None:
+        info = media.probe(settings.video)
+        width, height = continued_size(config.model_type, info.width, info.height, width * height)
+    elif settings.image is not None:
+        image = media.read_image(settings.image)
+        width, height = begun_size(config.model_type, image.width, image.height, width * height)
+    frames = settings.frame_num or config.frame_num
+    gpu = NamedDevice("cuda")
+    budget = MemoryBudget(job.checkpoint, config, gpu, None if settings.t5_cpu else gpu, int(settings.vram * GIB))
+    budget.check(Geometry(frames, height, width, config.vae_stride, config.patch_size))
+
+
+def read_ahead(job: Job) -> ReadAhead:
+    """Begin to read the weights in the order of their use, as far as memory goes, and say so: the first line.
+
+    Stop what it returns where the command ends. Nothing is read for the plan alone, nor by the others of a launcher.
+    """
+    settings, checkpoint = job.settings, job.checkpoint
+    if not job.world.is_first:
+        return ReadAhead([])
+    files = [file for _, weights in checkpoint.parts for file in weights.files]
+    if settings.video is not None and settings.prompt is None and settings.vlm_url is None:
+        files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
+    limit = None if settings.host_memory == "auto" else int(settings.host_memory * GIB)
+    chosen = [] if settings.dry_run else that_fit(dict.fromkeys(files), limit)
+    size = sum(file.stat().st_size for file in chosen) / 1e9
+    what = f", {size:.1f} GB of weights are read meanwhile" if chosen else ""
+    log.info("%s with %s: PyTorch starts%s", job.config.name, checkpoint.folder, what)
+    reading = ReadAhead(chosen, len(chosen))
+    reading.start()
+    return reading
