@@ -76,7 +76,7 @@ def that_fit(files: Iterable[Path], limit: int | None = None) -> list[Path]:
     The other half is for the models that are made of them.
     """
     free = host_free_bytes() if limit is None else min(limit, host_free_bytes())
-    found, size = [], 0
+    fitting, size = [], 0
     for file in files:
         try:
             size += file.stat().st_size
@@ -84,5 +84,5 @@ def that_fit(files: Iterable[Path], limit: int | None = None) -> list[Path]:
             continue
         if size > free / 2:
             break
-        found.append(file)
-    return found
+        fitting.append(file)
+    return fitting

@@ -54,15 +54,15 @@ def pth_header(file: Path) -> Mapping[str, StoredTensor]:
             name = next(name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1)
             if sizes[name] > _MOST_BYTES:
                 raise OtherPickleError
-            found = _Reader(opened.read(name), name.partition("/")[0], sizes).load()
+            state = _Reader(opened.read(name), name.partition("/")[0], sizes).load()
     except (OtherPickleError, UserError):
         raise
     except Exception as error:  # what a damaged pickle raises is open
         raise OtherPickleError from error
-    tensors = isinstance(found, dict) and all(isinstance(one, StoredTensor) for one in found.values())
-    if not tensors or not found or not all(isinstance(name, str) for name in found):
+    tensors = isinstance(state, dict) and all(isinstance(one, StoredTensor) for one in state.values())
+    if not tensors or not state or not all(isinstance(name, str) for name in state):
         raise OtherPickleError
-    return dict(found)
+    return dict(state)
 
 
 class _Storage:
