@@ -101,8 +101,8 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --prompt x --sample_guide_scale 3,7", "has one expert and takes one number"),
     # several GPUs
     ("--ckpt_dir {ti2v} --video {clip.mp4} --ulysses_size 2", "--ulysses_size 2 needs 2 processes: start"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --dit_fsdp", "--dit_fsdp: weights are shared among GPUs; start the command with torchrun"),
-    ("--ckpt_dir {ti2v} --video {clip.mp4} --t5_fsdp", "--t5_fsdp: weights are shared among GPUs; start the command with torchrun"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --dit_fsdp", "--dit_fsdp: weights are shared among GPUs; start the"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --t5_fsdp", "--t5_fsdp: weights are shared among GPUs; start the"),
     # task against inputs and checkpoint
     ("--ckpt_dir {ti2v} --task v2v-5B --prompt x", "--task v2v-5B needs --video"),
     ("--ckpt_dir {ti2v} --task ti2v-5B --video {clip.mp4}", "--task ti2v-5B takes no --video"),
