@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import without_start
 from tests.support.golden import DATA, GOLDEN, small_checkpoints
 from wan.cli import continuous_main, generate_main
 from wan.kinds import Address, Local
@@ -209,7 +210,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
     assert main([fill_in(word) for word in flags.split()]) == 2
     output = capsys.readouterr()
-    lines = [line for line in output.err.strip().splitlines() if "PyTorch starts" not in line]
+    lines = without_start(output.err).strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), output.err
     assert fill_in(message) in lines[0]
     assert output.out == ""
@@ -258,6 +259,6 @@ def test_a_name_that_no_file_has_is_refused_before_anything_loads(
         words = [f"--{key}={one}" for key, one in (given | {name: value}).items()]
         assert main(words) == 2, value
         output = capsys.readouterr()
-        error = "".join(line for line in output.err.splitlines(True) if "PyTorch starts" not in line)
+        error = without_start(output.err)
         assert error.startswith("error: ") and error.count("\n") == 1 and said in error, output.err
         assert len(error) < 500 and output.out == "" and not list(tmp_path.iterdir())
