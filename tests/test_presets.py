@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.support.commands import without_start
 from tests.support.golden import DATA, GOLDEN, float32, small_checkpoints
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli
@@ -295,7 +296,7 @@ def test_bad_settings_are_one_line_and_exit_code_2(
     for name in ("denoiser.model.WanModel", "vae.vae.WanVAE", "text.umt5.TextEncoder"):
         monkeypatch.setattr(f"wan.{name}.from_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     assert cli.continuous_main(words(f"{CHAIN} {flags}", world)) == 2
-    error = capsys.readouterr().err
+    error = without_start(capsys.readouterr().err)
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 

@@ -532,12 +532,12 @@ def test_all_forwards_of_a_run_count_for_its_kernels(i2v: Any, monkeypatch: pyte
         with pytest.raises(StopError):
             i2v.run(Request("x", "", image, geometry, sampling, 1), clips=3)
         what = (geometry.tokens, 3 * steps, i2v.device)
-        assert asked == [("use_fastest_attention", *what, i2v.team), ("compile_where_it_pays", *what)] * 2
+        assert asked == [("use_fastest_attention", *what, i2v.team), ("compile_where_it_pays", *what)]
     monkeypatch.setattr(i2v, "compile_blocks", False)
     asked.clear()
     with pytest.raises(StopError):
         i2v.run(Request("x", "", image, geometry, sampling, 1))
-    assert [name for name, *_ in asked] == ["use_fastest_attention"] * 2
+    assert [name for name, *_ in asked] == ["use_fastest_attention"]  # the other expert comes at its own stage
 
 
 @pytest.mark.parametrize("cache", ["taylorseer:2", "taylorseer:3", "first_block:1"])

@@ -523,7 +523,7 @@ def test_models_that_wait_are_in_host_memory() -> None:
     waiting: list[str] = []
     models = Models("x", at_real_size("ti2v-5B").checkpoint, {})
     assert not models.is_loaded("vae") and models.loaded == []
-    models.put("vae", SimpleNamespace(to=waiting.append))
+    models.put("vae", SimpleNamespace(to=waiting.append, modules=list))
     models.wait_at_home()
     assert models.is_loaded("vae") and waiting == ["cpu"]
     models.forget("vae")
