@@ -49,7 +49,8 @@ from wan.device.host import host_peak_gib
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.media import write_video
-from wan.pipeline import Pipeline, Stopwatch
+from wan.pipeline import Pipeline
+from wan.stopwatch import Stopwatch
 from wan.types import Clip, Footage, Generation, KnownFrames, Request, Step, TextContext, to_uint8
 from wan.vae.vae import lay_out
 

@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 
 # A module may import its own layer and those above it in this list.
 LAYERS = [
-    ("wan.version", "wan.errors", "wan.files", "wan.foreign", "wan.detail"),
+    ("wan.version", "wan.errors", "wan.files", "wan.foreign", "wan.detail", "wan.pages"),
     ("wan.configs",),
     ("wan.kinds",),
     ("wan.options",),
@@ -31,7 +31,15 @@ LAYERS = [
     ),
     ("wan.weights",),
     ("wan.media", "wan.denoiser", "wan.vae", "wan.text", "wan.captioner", "wan.quality"),
-    ("wan.modules", "wan.device.budget", "wan.device.host_budget", "wan.footage", "wan.handoff", "wan.comfy"),
+    (
+        "wan.modules",
+        "wan.device.budget",
+        "wan.device.host_budget",
+        "wan.footage",
+        "wan.handoff",
+        "wan.comfy",
+        "wan.stopwatch",
+    ),
     ("wan.models", "wan.prompting", "wan.chain.plan"),
     ("wan.pipeline",),
     ("wan.image2video", "wan.textimage2video", "wan.text2video", "wan.continuation"),

@@ -25,9 +25,9 @@ from wan.errors import UserError
 from wan.footage import VideoFile, choose_anchor
 from wan.image2video import crop_to_aspect
 from wan.image2video import preprocess as stretched
-from wan.pipeline import Stopwatch
 from wan.settings import Context, LoraFile
 from wan.sizes import exact_size, fills
+from wan.stopwatch import Stopwatch
 from wan.types import Clip, Generation, KnownFrames, Request, TextContext, from_uint8
 
 pytestmark = pytest.mark.slow
@@ -574,7 +574,7 @@ def test_the_model_that_gave_numbers_that_are_not_finite_is_named(
 
 def test_a_stage_is_charged_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 12.5, 100.0, 101.0])
-    monkeypatch.setattr("wan.pipeline.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("wan.stopwatch.time.perf_counter", lambda: next(moments))
     watch = Stopwatch(torch.device("cpu"), 4)
     for _ in range(2):
         with watch.stage("decode"):

@@ -28,10 +28,11 @@ from wan.errors import UserError
 from wan.footage import ChangedEnd, FramesInMemory, VideoFile, choose_anchor
 from wan.handoff import check_program, hand_off
 from wan.options import CANDIDATE_STEP, LONGEST_CONTEXT, QUESTION
-from wan.pipeline import Pipeline, Stopwatch, detail_to, draw_seed
+from wan.pipeline import Pipeline, draw_seed
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
 from wan.quality import correct_drift, score_seam
 from wan.settings import Context, LoraFile, check_end_image, check_motion_amplitude
+from wan.stopwatch import Stopwatch, detail_to
 from wan.types import (
     Clip,
     Footage,

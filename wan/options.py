@@ -57,6 +57,7 @@ CACHES: Mapping[str, float] = MappingProxyType({"magcache": 0.06, "first_block":
 CONTINUATIONS = ("last_frame", "tail", "svi2pro")
 CONTEXTS = (1, 5, 9, 13, 17)  # pixel frames of the clip before that a continuation can be conditioned on
 LONGEST_CONTEXT = CONTEXTS[-1]
+USUAL_CLIPS = 12  # of a chain of which nothing says how many there are
 DISCARDS = (0, 4, 8, 12, 16, 20, 24)  # pixel frames; a latent frame holds four
 PROMPT_MODES = ("describe", "continue")
 PRECISIONS = ("bf16", "fp8", "fp8_attention")
@@ -230,7 +231,7 @@ class Settings:
     )
     num_videos: int | None = option(
         INPUT, Whole("N", reason="; start another chain from its end"), "clips to make",
-        unset="as many as `storyboard` or `end_images` has, or 1 with `until`, or 12",
+        unset=f"as many as `storyboard` or `end_images` has, or 1 with `until`, or {USUAL_CLIPS}",
         only=("continuous",), client=True, same=_ORDER,
     )
 
@@ -685,6 +686,11 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _OF_EVERY_CLIP = ("prompt", "negative_prompt", "seed", "width", "height", "fps")
+
+
+def usual_clips(settings: Settings) -> int:
+    """How many clips a chain has where neither `num_videos`, a storyboard nor `end_images` says it."""
+    return USUAL_CLIPS if settings.until is None else 1
 
 
 def words_of(arguments: Mapping[str, Any], command: Command = "continuous") -> list[str]:

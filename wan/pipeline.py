@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -28,7 +27,6 @@ from wan.denoiser.model import WanModel, infer_config
 from wan.denoiser.sampling import Expert, NotFinite, forwards, plan_stages, sample, step_shares
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
-from wan.detail import heard_by
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
@@ -37,7 +35,6 @@ from wan.device.hardware import (
     main_device,
     peak_gib,
     reset_peak,
-    synchronize,
     total_bytes,
 )
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
@@ -47,8 +44,9 @@ from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
 from wan.models import LORA_SETTING, Models, loaders
 from wan.settings import LoraFile, Sampling, merge_sampling
+from wan.stopwatch import Stopwatch
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, Step, TextContext, is_finite
+from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, TextContext, is_finite
 from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
 
@@ -559,48 +557,6 @@ class TwoExperts(Pipeline):
             Expert("high noise", "high_noise_model", lambda: self.high_noise_model, high, boundary),
             Expert("low noise", "low_noise_model", lambda: self.low_noise_model, low, lowest),
         ]
-
-
-class Stopwatch:
-    """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work.
-
-    A stage inside another, such as a model that is loaded between two steps, is not charged to that. `on_step` hears of
-    every stage that begins, and of what is done in it.
-    """
-
-    def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None, done: int = 0) -> None:
-        self.device = device
-        self.steps = steps
-        self.on_step: OnStep | None = None if on_step is None else self._hear
-        self.seconds: dict[str, float] = {}
-        self._told = on_step
-        self._done = done  # solver steps
-        self._inside = 0.0  # seconds of the stages inside the one that goes on
-
-    def _hear(self, step: Step) -> None:
-        self._done = step.index
-        if self._told is not None:
-            self._told(step)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        if self._told is not None:
-            self._told(Step(self._done, self.steps, name))
-        before, self._inside = self._inside, 0.0
-        start = time.perf_counter()
-        with heard_by(detail_to(self._told, lambda: self._done, self.steps, name)):
-            yield
-        synchronize(self.device)
-        taken = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + taken - self._inside
-        self._inside = before + taken
-
-
-def detail_to(on_step: OnStep | None, done: Callable[[], int], steps: int, stage: str) -> Callable[[str], None] | None:
-    """What tells `on_step` of details in a stage."""
-    if on_step is None:
-        return None
-    return lambda said: on_step(Step(done(), steps, stage, detail=said))
 
 
 def draw_seed(seed: int) -> int:

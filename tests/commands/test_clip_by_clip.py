@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from PIL import Image
 
 from tests.support.commands import Seen, Speaking, frames_in
 from wan import media
+from wan.commands.flags import check_prompts_for, check_together
+from wan.errors import UserError
 from wan.media import PIECE, writing
+from wan.options import Settings
 
 SVI = "--ckpt_dir i2v --continuation svi2pro --lora_high svi_pro_high.safetensors --lora_low svi_pro_low.safetensors"
 
@@ -126,6 +130,16 @@ def test_a_bridge_ends_on_the_first_frame_of_what_follows_and_joins_all(
     ):
         refused = command(f"{wrong} --output_dir {world / 'none'}")
         assert refused.code == 2 and problem in refused.told, refused.told
+
+
+def test_a_folder_of_end_images_says_how_many_clips_may_have_prompts() -> None:
+    settings = Settings(video="a.mp4", ckpt_dir="m", end_images="ends", prompt_for=((15, "x"),))
+    check_together("continuous", settings)  # twelve, where nothing says how many there are, is no limit here
+    check_prompts_for(settings, 15)
+    with pytest.raises(UserError, match="prompt_for 15 is beyond num_videos 14"):
+        check_prompts_for(settings, 14)
+    with pytest.raises(UserError, match="prompt_for 15 is beyond num_videos 12"):
+        check_together("continuous", dataclasses.replace(settings, end_images=None))
 
 
 def test_identity_is_measured_against_the_shot_s_first_picture(

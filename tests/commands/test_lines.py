@@ -22,7 +22,7 @@ from tests.support.commands import Seen
 from tests.support.golden import DATA, ROOT, small_checkpoints
 from wan.commands.progress import Progress
 from wan.detail import tell_detail
-from wan.pipeline import Stopwatch
+from wan.stopwatch import Stopwatch
 from wan.types import Step
 
 

@@ -190,6 +190,18 @@ def test_a_file_system_without_locks_is_said_and_can_be_used(
     assert command("--no_lock").code == 0
 
 
+def test_a_lock_that_fails_for_another_reason_is_not_said_to_be_one_to_do_without(
+    command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fcntl, "flock", full)
+    seen = command("")
+    assert seen.code == 2 and "cannot be locked (No space left on device); give another folder" in seen.said
+    assert "no_lock" not in seen.said
+
+
 def test_without_a_lock_a_folder_in_use_is_opened(tmp_path: Path) -> None:
     with RunFolder(tmp_path), RunFolder(tmp_path, lock=False) as folder:
         assert folder.clips() == {}

@@ -83,7 +83,8 @@ class Hand:
         said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         if self.ranks > 1:
             said |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            # the port is another one for each chain, which its order names
+            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         return dict(os.environ) | said
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:

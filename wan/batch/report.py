@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from wan.batch.rows import DATA, PAGE, BadRow
@@ -17,10 +17,8 @@ from wan.batch.schedule import Task
 from wan.files import readable, write_text
 from wan.kinds import public_path
 from wan.options import Settings, options_of, words_of
+from wan.pages import templates
 from wan.server.tickets import FAILED
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 RENEW_SECONDS = 5.0  # from one writing to the next, and no more than this share of the time
 _RENEW_SHARE = 0.02
@@ -87,21 +85,25 @@ class Report:
         seams = [{**row, **seam} for row in shown for seam in row["attention"]]
         seams.sort(key=lambda one: -(one.get("score") or 0.0))
         made = sum(task.made for task in tasks)
-        return _template().render(
-            status=status,
-            title=public_path(self.settings.videos or ""),
-            counts=Counter(task.state for task in tasks),
-            rows=shown,
-            failed=[row for row in shown if row["state"] == FAILED],
-            bad=self.bad,
-            seams=seams[:MOST_SEAMS],
-            more_seams=max(0, len(seams) - MOST_SEAMS),
-            clips=sum(task.clips for task in tasks),
-            finished=sum(task.done for task in tasks),
-            made=made,
-            per_hour=made / hours if made and hours else None,
-            video_seconds=sum(task.video_seconds for task in tasks),
-            command=shlex.join(["python", "generate_batch.py", *words_of(self._arguments(), "batch")]),
+        return (
+            templates("wan.batch")
+            .get_template("batch.html.jinja")
+            .render(
+                status=status,
+                title=public_path(self.settings.videos or ""),
+                counts=Counter(task.state for task in tasks),
+                rows=shown,
+                failed=[row for row in shown if row["state"] == FAILED],
+                bad=self.bad,
+                seams=seams[:MOST_SEAMS],
+                more_seams=max(0, len(seams) - MOST_SEAMS),
+                clips=sum(task.clips for task in tasks),
+                finished=sum(task.done for task in tasks),
+                made=made,
+                per_hour=made / hours if made and hours else None,
+                video_seconds=sum(task.video_seconds for task in tasks),
+                command=shlex.join(["python", "generate_batch.py", *words_of(self._arguments(), "batch")]),
+            )
         )
 
     def _arguments(self) -> dict[str, Any]:
@@ -112,17 +114,3 @@ class Report:
         return quote(
             os.path.relpath(task.row.folder / name, self.folder).replace(os.sep, "/"), errors="surrogateescape"
         )
-
-
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # names and prompts are anyone's text: nothing in them may become part of the page
-    environment = Environment(
-        loader=PackageLoader("wan.batch", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("batch.html.jinja")

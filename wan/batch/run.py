@@ -105,9 +105,8 @@ class Batch:
                 self._schedule.end(task, event.said)
         for task in self._at.values():
             task.state, task.worker = WAITING, None
-        if (
-            self.report is not None and self.made
-        ):  # while rows are checked, the report of the last time is the better one
+        # while rows are checked, the report of the last time is the better one
+        if self.report is not None and self.made:
             self.report.write(self.tasks, {}, status="stopped")
         told.warning(
             "%d of %d chains are finished; the same command goes on with the others",

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan.options import current, words_of
+from wan.pages import templates
 from wan.quality.metrics import (
     FAITHFUL_DB,
     GOOD_SPEED,
@@ -535,15 +536,6 @@ def _clock(seconds: float | None) -> str:
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # prompts are anyone's text: nothing in them may become part of the page
-    environment = Environment(
-        loader=PackageLoader("wan.chain", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("wan.chain")
     environment.filters |= {"as_text": _as_text, "clock": _clock, "address": lambda file: "./" + quote(file)}
     return environment.get_template("report.html.jinja")

@@ -9,6 +9,7 @@ finds every finished clip, samples no clip again, and takes nothing for finished
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -144,6 +145,12 @@ class Told:
     keyframes: frozenset[int] = frozenset()  # frames at which the mp4 is cut when clips are joined with fades
 
 
+def _has_no_locks(error: OSError | NotImplementedError) -> bool:
+    """Whether a file could not be locked because its file system knows no locks."""
+    known = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+    return isinstance(error, NotImplementedError) or error.errno in known
+
+
 @dataclass(frozen=True)
 class _Fault:
     """Why a clip does not count as finished."""
@@ -171,9 +178,9 @@ class RunFolder:
             raise InUse(f"{self.path} is in use by another run; wait for it, or give another folder") from error
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"{self.path} cannot be locked ({reason}); give another folder, or `no_lock` if no other run uses it"
-            ) from error
+            # where files can be written, and only locks are missing
+            without = ", or `no_lock` if no other run uses it" if _has_no_locks(error) else ""
+            raise UserError(f"{self.path} cannot be locked ({reason}); give another folder{without}") from error
         if self._lock is not None:  # which keeps others out: these are of a run that was killed
             for name in ("video_", ".draft_", PREVIEW, *_OF_THE_RUN):
                 for left in self.path.glob(f".{name}*.part"):

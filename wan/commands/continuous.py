@@ -28,7 +28,7 @@ from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
 from wan.device.ranks import World
 from wan.errors import UserError, spell
-from wan.options import Settings
+from wan.options import Settings, usual_clips
 from wan.settings import Context
 from wan.types import Footage, Frame, Generation, OnStep, Step
 from wan.vae.preview import CHANNELS
@@ -39,8 +39,6 @@ told = logging.getLogger(PROGRESS)
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
-
-USUAL_CLIPS = 12
 
 
 def continue_video(job: Job) -> None:
@@ -180,9 +178,8 @@ class Chain:
                     self._steering.stop()
                 if number not in run.clips:
                     progress.take_back()
-        if (
-            self._is_commands
-        ):  # giving tens of GB back takes the system seconds, which the last clip's writing takes too
+        if self._is_commands:
+            # giving tens of GB back takes the system seconds, which the last clip's writing takes too
             self._pipeline.close()
         run.writer.wait()
         yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
@@ -240,9 +237,7 @@ class _Scripts:
         settings = self.job.settings
         by_scenes = len(scenes) if settings.storyboard else 0
         ends = self.job.ends
-        count = settings.num_videos or max(
-            begun, by_scenes or len(ends) or (USUAL_CLIPS if settings.until is None else 1)
-        )
+        count = settings.num_videos or max(begun, by_scenes or len(ends) or usual_clips(settings))
         if ends and len(ends) != count:
             raise UserError(
                 f"`end_images` {settings.end_images} holds {len(ends)} pictures, and {count} clips are to be made; "

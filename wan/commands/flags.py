@@ -25,7 +25,18 @@ from wan.kinds import (
     Unfit,
     YesNo,
 )
-from wan.options import BOTH, CANDIDATE_STEP, GROUPS, OPTIONS, V2V_TASKS, Command, Option, Settings, options_of
+from wan.options import (
+    BOTH,
+    CANDIDATE_STEP,
+    GROUPS,
+    OPTIONS,
+    V2V_TASKS,
+    Command,
+    Option,
+    Settings,
+    options_of,
+    usual_clips,
+)
 from wan.settings import Context, StepCache
 from wan.version import __version__
 
@@ -220,9 +231,8 @@ def check_together(command: Command, settings: Settings) -> None:
         StepCache.parse(settings.cache)
     if settings.prompt_for and settings.storyboard is not None:
         raise UserError("`prompt_for` is for a chain without `storyboard`; write the prompt there")
-    most = settings.num_videos or (12 if settings.until is None else 1)
-    if beyond := next((number for number, _ in settings.prompt_for if number > most), None):
-        raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {most}")
+    if settings.num_videos or settings.end_images is None:  # else the folder says how many clips there are
+        check_prompts_for(settings, settings.num_videos or usual_clips(settings))
     context = Context.choose(settings.continuation, settings.context_frames)
     if settings.anchor_image is not None and context.mode != "svi2pro":
         raise UserError("`anchor_image` goes with `continuation` svi2pro")
@@ -240,6 +250,12 @@ def check_video_settings(settings: Settings) -> None:
 def spell_flag(name: str) -> str:
     """A setting as the command line spells it."""
     return OPTIONS[name].word if name in OPTIONS and OPTIONS[name].flag else name
+
+
+def check_prompts_for(settings: Settings, clips: int) -> None:
+    """Raise UserError for the prompt of a clip that is none of so many."""
+    if beyond := next((number for number, _ in settings.prompt_for if number > clips), None):
+        raise UserError(f"`prompt_for` {beyond} is beyond `num_videos` {clips}")
 
 
 def reference() -> str:

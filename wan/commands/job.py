@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wan import media
 from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
 from wan.commands.examples import example_of
-from wan.commands.flags import check_video_settings
+from wan.commands.flags import check_prompts_for, check_video_settings
 from wan.commands.lines import PROGRESS
 from wan.configs import ModelConfig, config_for, parse_size, preset_named
 from wan.device.ranks import Sizes, World, choose_sizes
@@ -70,6 +70,8 @@ class Job:
         if settings.until is not None:
             settings = dataclasses.replace(settings, include_source=True)
         scenes, ends = read_scenes(settings), read_ends(settings)
+        if ends:
+            check_prompts_for(settings, len(ends))
 
         from wan.weights.checkpoint import (
             Names,

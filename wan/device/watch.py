@@ -8,6 +8,7 @@ goes wrong is told to all: the others end at once, the first one when it has wri
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import json
@@ -326,7 +327,10 @@ class Watch:
         threading.Thread(target=self.abort, daemon=True, name="abort").start()
         if self.fault is not None and self._before:
             # out of a wait for a file or the network, too
-            signal.pthread_kill(int(threading.main_thread().ident or 0), signal.SIGTERM)
+            if hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(int(threading.main_thread().ident or 0), signal.SIGTERM)
+            else:  # Windows
+                _thread.interrupt_main(signal.SIGTERM)
 
     def _leave_now(self) -> None:
         """End a process that waits for what does not come. Files are whole or not there, so nothing is lost by it."""

@@ -10,12 +10,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
 from wan import __version__
 from wan.errors import spell
 from wan.kinds import Choice, Interval, Kind, PromptFor, Switch, TakeOf, Words
 from wan.options import GROUPS, Option
+from wan.pages import templates
 from wan.server.bodies import body_of
 from wan.server.chain_routes import chain_of
 from wan.server.chains import Chains
@@ -35,7 +36,7 @@ _PARTS = 50  # of pages that are kept
 
 @cache
 def _templates() -> Environment:
-    made = Environment(loader=FileSystemLoader(_HERE / "pages"), autoescape=True, undefined=StrictUndefined)
+    made = templates("wan.server", "pages")
     made.filters["time"] = span
     return made
 
