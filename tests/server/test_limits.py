@@ -30,6 +30,7 @@ from wan.server.chains import SHOWN, Chains
 from wan.server.decode import decode
 from wan.server.errors import ApiError
 from wan.server.folders import ChainFolder
+from wan.server.live import Live
 from wan.server.main import serve
 from wan.server.metrics import Metrics
 from wan.server.supervisor import Supervisor
@@ -99,6 +100,31 @@ def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
         a14b.offer.check_model("wan2.2-ti2v-5b")
     for name in ("wan2.2-i2v-a14b", "v2v-14B", None):
         a14b.offer.check_model(name)
+
+
+def test_what_is_left_out_of_clips_is_no_part_of_their_length(tmp_path: Path) -> None:
+    offer = chains_of(tmp_path).offer
+    assert offer.seconds_of({"discard": 8}, 3, still=True) == (81 - 8 + 2 * (80 - 8)) / 24
+    assert (offer.clips_of({}, 10.0, still=True), offer.clips_of({"discard": 24}, 10.0, still=True)) == (3, 5)
+
+
+def test_progress_goes_on_through_stages_that_come_between_and_after_the_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, live, shares = [100.0], Live(), list[float]()
+    monkeypatch.setattr("wan.server.live.time.monotonic", lambda: now[0])
+    live.hear("clip_started", {"clip": 1})
+    for stage, steps in (("load", [0]), ("sample", [1, 2, 5]), ("load", [5]), ("sample", [6, 7]), ("keep", [10])):
+        live.hear("stage", {"stage": stage})
+        for step in steps:
+            now[0] += 2.0
+            live.hear("step", {"step": step, "steps": 10})
+            shares.append(live.share)
+            if (stage, step) == ("sample", 7):  # two steps in four seconds, since the second model was loaded
+                assert live.seconds_left == 6.0
+    assert shares == sorted(shares) and shares[-1] == 1.0 and live.seconds_left is None
+    live.hear("clip_started", {"clip": 2})
+    assert live.share == 0.0 and live.seconds_left is None
 
 
 def test_folders_without_a_row_go_and_rows_without_a_folder_too(tmp_path: Path) -> None:

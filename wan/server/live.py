@@ -21,7 +21,8 @@ class Live:
     step: int = 0
     steps: int = 0
     prompt: str = ""
-    since: float = 0.0  # when its stage of steps began
+    since: float = 0.0  # when its stage began
+    before: int = 0  # steps that were done by then: models load in the middle of them
     warnings: list[str] = field(default_factory=list)
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
     listeners: set[asyncio.Queue[dict[str, Any] | None]] = field(default_factory=set)
@@ -29,24 +30,21 @@ class Live:
     @property
     def share(self) -> float:
         """The share of the clip's steps that are done."""
-        return (
-            min(self.step / self.steps, 1.0)
-            if self.steps and self.stage == "sample"
-            else float(self.stage in ("decode", "write"))
-        )
+        return min(self.step / self.steps, 1.0) if self.steps else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the clip's steps, as those so far took."""
-        taken = time.monotonic() - self.since
-        return taken / self.step * (self.steps - self.step) if self.step and self.stage == "sample" else None
+        """Of the clip's steps, as those of this stage took so far."""
+        done, taken = self.step - self.before, time.monotonic() - self.since
+        return taken / done * (self.steps - self.step) if done > 0 and self.stage == "sample" else None
 
     def hear(self, event: str, said: Mapping[str, Any]) -> None:
         """Take in what the worker says."""
         if event == "clip_started":
             self.clip, self.stage, self.step, self.steps, self.prompt = said["clip"], "", 0, 0, ""
+            self.before = 0
         elif event == "stage":
-            self.stage, self.step, self.since = said["stage"], 0, time.monotonic()
+            self.stage, self.since, self.before = said["stage"], time.monotonic(), self.step
         elif event == "step":
             self.step, self.steps = said["step"], said["steps"]
         elif event == "prompt":

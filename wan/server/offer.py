@@ -86,12 +86,16 @@ class Offer:
     def _new(self, settings: Mapping[str, Any]) -> int:
         """Frames that each clip adds."""
         of = settings_of_chain(self.owner, settings)
-        return max(self._frames(settings) - Context.choose(of.continuation, of.context_frames).frames, 1)
+        return max(self._shown(settings) - Context.choose(of.continuation, of.context_frames).frames, 1)
+
+    def _shown(self, settings: Mapping[str, Any]) -> int:
+        """Frames of a clip, without the last ones that are left out."""
+        return self._frames(settings) - settings_of_chain(self.owner, settings).discard
 
     def clips_of(self, settings: Mapping[str, Any], seconds: float, still: bool) -> int:
         """The fewest clips that are so long together."""
         try:
-            first = self._frames(settings) if still else self._new(settings)
+            first = self._shown(settings) if still else self._new(settings)
             rest = math.ceil(seconds * self.fps - 1e-6) - first
             return 1 + max(math.ceil(rest / self._new(settings)), 0)
         except UserError as error:
@@ -100,7 +104,7 @@ class Offer:
     def seconds_of(self, settings: Mapping[str, Any], count: int, still: bool) -> float:
         """How long so many clips are together."""
         try:
-            first = self._frames(settings) if still else self._new(settings)
+            first = self._shown(settings) if still else self._new(settings)
             return (first + (count - 1) * self._new(settings)) / self.fps
         except UserError as error:
             raise from_user_error(error) from error

@@ -3,7 +3,7 @@
 const token = document.querySelector("meta[name=wan-token]").content;
 const one = (query, from = document) => from.querySelector(query);
 const all = (query, from = document) => [...from.querySelectorAll(query)];
-const stages = { encode: "reading the video", prompt: "writing the prompt", text: "reading the prompt", sample: "sampling", decode: "decoding", write: "writing" };
+const stages = { caption: "describing the video", prompt: "writing the prompt", text: "reading the prompt", prepare: "preparing", encode: "reading the video", load: "loading the model", sample: "sampling", keep: "saving", decode: "decoding", correct: "correcting drift", write: "writing" };
 let quiet;
 
 function say(words) {
@@ -169,7 +169,7 @@ if (dropping) {
 
 const now = one("#now");
 const names = { draft: "Not started", in_progress: "Making", queued: "Waiting for its turn", completed: "Finished", paused: "Paused", failed: "Failed" };
-let count = 0, finished = 0, began = 0;
+let count = 0, finished = 0, began = 0, before = 0, done = 0;
 
 function span(seconds) {
   return seconds < 120 ? `${Math.round(seconds)} s` : seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
@@ -201,13 +201,15 @@ if (now) {
     renew(part);
   });
   on("there", (said) => { finished = said.done; count = said.count; });
-  on("clip_started", (said) => { count = said.count; one("#now-words").textContent = `Clip ${said.clip} of ${said.count}`; renew(part); });
-  on("stage", (said) => { began = performance.now(); one("#now-words").textContent = `Clip ${said.clip}${count ? ` of ${count}` : ""}: ${stages[said.stage] || said.stage}`; });
+  on("clip_started", (said) => { before = done = 0; count = said.count; one("#now-words").textContent = `Clip ${said.clip} of ${said.count}`; renew(part); });
+  on("stage", (said) => { began = performance.now(); before = done; one("#now-words").textContent = `Clip ${said.clip}${count ? ` of ${count}` : ""}: ${stages[said.stage] || said.stage}`; });
   on("step", (said) => {
-    const share = said.stage === "sample" && said.steps ? said.step / said.steps : 0;
+    const share = said.steps ? said.step / said.steps : 0;
+    done = said.step;
     const taken = (performance.now() - began) / 1000;
     if (count) one("#bar").value = Math.max(Math.min(100 * (said.clip - 1 + share) / count, 99), one("#bar").value);
-    const left = share > 0 && share < 1 ? `, ${span(taken / share * (1 - share))} left for this clip` : "";
+    // models load in the middle of the steps, so only those of this stage tell how long one takes
+    const left = said.stage === "sample" && done > before && share < 1 ? `, ${span(taken / (done - before) * (said.steps - done))} left for this clip` : "";
     one("#now-more").textContent = `${said.stage === "sample" ? `step ${said.step} of ${said.steps}` : stages[said.stage] || said.stage}${left}`;
   });
   on("preview", (said) => { const picture = one("#preview"); picture.src = `${now.dataset.preview}?v=${said.version}`; picture.hidden = false; });
