@@ -17,14 +17,13 @@ class Plan:
 
     `prompt` is used as it is; without one the footage is described. With `prompt_mode` "continue" the VLM writes what
     happens next, and `prompt` is the goal that it is given. `prefix` goes before either. `cut` begins a new shot: the
-    clip starts from that picture, or with True from the text alone, and not from the footage. `anchor` is the picture
-    that `svi2pro` holds on to, `end` the clip's last frame, `motion_amplitude` as in `Request`; its last
-    `discard` frames are left out. `handoff` is a command that may change the known frames. Over
-    `fade` frames a cut fades in when the clips are joined. `likeness` is a
-    picture of what is to stay the same, to measure against. `preset` is the row
-    that `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with
-    the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what
-    does not go together.
+    clip starts from that picture, or with True from the text alone, and not from the footage; over `fade` frames it
+    fades in when the clips are joined. `anchor` is the picture that `svi2pro` holds on to, `end` the clip's last frame.
+    `motion_amplitude` is as in `Request`. The clip's last `discard` frames are left out. `handoff` is a command that
+    may change the known frames. `likeness` is a picture to measure the identity curve against. `preset` is the row that
+    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
+    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
+    not go together.
     """
 
     geometry: Geometry
