@@ -136,11 +136,12 @@ def sample(count: int, generator: torch.Generator, tries: int = 6, passing: bool
 
 
 def _covered(world: Scenes, times: range, distance: float) -> Tensor:
-    """At how many of these times, over all pairs of a scene's shapes, two centres are nearer than so many pixels [B]."""
+    """At how many of these times, over all pairs of shapes, two centres are nearer than so many pixels [B]."""
     centres = world.positions(torch.tensor(times, device=world.phase.device))
     apart = (centres[:, :, :, None] - centres[:, :, None]).norm(dim=-1)  # [B, T, S, S]
     pairs = (world.present[:, :, None] & world.present[:, None]).triu(1)[:, None]
-    return ((apart < distance) & pairs).sum((1, 2, 3))
+    near: Tensor = ((apart < distance) & pairs).sum((1, 2, 3))
+    return near
 
 
 def stream(batch: int, generator: torch.Generator) -> Iterator[Scenes]:
