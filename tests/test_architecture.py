@@ -37,6 +37,7 @@ LAYERS = [
         "wan.device.host_budget",
         "wan.footage",
         "wan.handoff",
+        "wan.upscaling",
         "wan.comfy",
         "wan.stopwatch",
     ),
