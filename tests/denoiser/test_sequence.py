@@ -31,7 +31,12 @@ def forward(team: Team | None, frames: int, rows: int, per_frame: bool, dtype: t
     latents = torch.randn(1, 4, frames, 2 * rows, 8, generator=torch.Generator().manual_seed(1))
     timestep = torch.tensor([[0.0] + [700.0] * (frames - 1)]) if per_frame else torch.tensor([700.0])
     with torch.no_grad():
-        return model(latents, timestep, tiny_denoiser.prompt(2), return_dict=False)[0]
+        texts = [model.text_keys(tiny_denoiser.prompt(seed)) for seed in (2, 3)]
+        one, other = (model(latents, timestep, text, return_dict=False)[0] for text in texts)
+        # computed together, one while the other's tokens travel, they are the same bits
+        assert torch.equal(model(latents, timestep, texts, return_dict=False)[0], torch.cat([one, other]))
+        assert not torch.equal(one, other)
+        return one
 
 
 def in_a_rank(rank: int, size: int, ring: int, cases: list[Any]) -> list[Any]:

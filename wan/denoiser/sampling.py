@@ -165,7 +165,9 @@ def predict(
 
     if guidance == 1:
         return flow("cond", texts[0])
-    if team.guidance is not None:
+    if team.tokens is not None and team.guidance is None and not model.is_cache_enabled:
+        conditional, unconditional = model(placed, timestep, texts, return_dict=False)[0]
+    elif team.guidance is not None:
         half = team.guidance.index
         conditional, unconditional = team.guidance.gather(flow(("cond", "uncond")[half], texts[half]))
     else:
