@@ -35,8 +35,8 @@ class Copies:
         self.counters = symmetric.empty(SLOTS, self.ranks, dtype=torch.int32, device=like.device)
         self.counters.zero_()
         torch.cuda.synchronize()
-        parts = symmetric.rendezvous(self.parts, share.heads_name)
-        counters = symmetric.rendezvous(self.counters, share.heads_name)
+        group: Any = share.heads_name
+        parts, counters = symmetric.rendezvous(self.parts, group), symmetric.rendezvous(self.counters, group)
         self.me = parts.rank
         self.theirs = [parts.get_buffer(peer, self.shape, like.dtype) for peer in range(self.ranks)]
         self.told = [counters.get_buffer(peer, (SLOTS, self.ranks), torch.int32) for peer in range(self.ranks)]

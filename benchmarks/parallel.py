@@ -93,7 +93,7 @@ def by_kernel(work: Callable[[], Any]) -> dict[str, float]:
         work()
         torch.cuda.synchronize()
     found: dict[str, float] = {}
-    busy, events = [], [one for one in profile.events() or () if one.device_type == torch.autograd.DeviceType.CUDA]
+    busy, events = [], [one for one in profile.events() or () if str(one.device_type).endswith("CUDA")]
     for event in events:
         kind = next((kind for names, kind in kinds.items() if re.search(names, event.name)), "other")
         span = event.time_range
@@ -137,7 +137,8 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
             continue
         nccl = Share.exchange, Share.landed
         if "copies" in way:
-            Share.exchange, Share.landed = copies.exchange, copies.landed  # type: ignore[method-assign]
+            vars_of: Any = Share
+            vars_of.exchange, vars_of.landed = copies.exchange, copies.landed
         if "slices" in label and not isinstance(next(models[args.layers[0]].parameters()), DTensor):
             assert team.node is not None
             for count, model in list(models.items()):
@@ -146,7 +147,8 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                     use_attention(models[count], args.attention)
                 models[count].compile_blocks()
             del model  # the whole ones are gone
-        found, row = {}, {"scenario": name, "plan": label if way == "each" else f"{label}, {way}"}
+        found = {}
+        row: dict[str, Any] = {"scenario": name, "plan": label if way == "each" else f"{label}, {way}"}
         reset_peak(device)
         for count, model in models.items():
             model.token_group = team.tokens

@@ -72,6 +72,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         rounded_on: torch.device | None = None,
         mapped: bool = False,
         shards: Group | None = None,
+        machine: Group | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
@@ -79,7 +80,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
         their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. `shards`: the processes of
-        which each keeps a slice of every parameter. Raises UserError when the weights do not fit.
+        which each keeps a slice of every parameter. `machine`: those that share host memory, see `load_into`. Raises
+        UserError when the weights do not fit.
         """
         model = cls._empty(weights)
         if shards is not None:
@@ -96,6 +98,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             # other weights may take their place, and what is left would hold it
             layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
+            machine=machine,
         )
         model.to(device).eval()
         if low_precision is not None:
@@ -167,7 +170,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(2)
         streams = tokens if isinstance(tokens, list) else [tokens]
         ends = [self.proj_out(_modulate(self.norm_out(one), shift, scale, runs)) for one in streams]
-        patches = torch.cat(ends if share is None else [share.whole(one) for one in ends])
+        patches: Any = torch.cat(ends if share is None else [share.whole(one) for one in ends])
         sizes = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid.shape[2:])
         # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
         flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -262,9 +265,8 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
             ways.append((queries, keys, values))
         del normed, value, values, keys, queries
         kernel, mixed = attention.processor.attend, []
-        for number, way in enumerate(ways):
-            mixed.append(share.attend(kernel, *way))
-            ways[number] = way = ()  # their memory
+        while ways:
+            mixed.append(share.attend(kernel, *ways.pop(0)))
         found = []
         for number, (one, text) in enumerate(zip(tokens, texts, strict=True)):
             back, mixed[number] = share.landed(mixed[number]), one

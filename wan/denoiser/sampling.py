@@ -157,6 +157,8 @@ def predict(
     Where a `team` shares guidance, each of its halves computes one of the two.
     """
     placed, timestep = condition.model_input(latents, t)
+    conditional: Tensor
+    unconditional: Tensor
 
     def flow(name: str, text: TextKeys) -> Tensor:
         with branch(name):
