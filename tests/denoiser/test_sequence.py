@@ -92,7 +92,7 @@ def test_a_forward_of_several_processes_is_that_of_one(size: int, ring: int, ran
         for case, output in zip(cases, found, strict=True):
             exact = forward(None, *case[:3], torch.float32, False)
             one = forward(None, *case)
-            if case[3] == torch.float32 and case[6:] != ("8 bits",):
+            if case[3] == torch.float32 and case[5:] != ("8 bits",):
                 assert (output - exact).norm() <= 1e-5 * exact.norm(), case
             else:
                 assert (output - exact).norm() <= 1.1 * (one - exact).norm(), case
