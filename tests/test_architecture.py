@@ -108,7 +108,7 @@ def test_policy_has_an_address() -> None:
         r"\bimport av\b|from av\b": {"wan/media/"},
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {"wan/cli.py", "wan/commands/job.py", "wan/captioner/endpoint.py", "wan/server/main.py"}
-        | {"wan/server/worker.py", "wan/batch/hand.py", "wan/batch/crew.py"},
+        | {"wan/server/worker.py", "wan/server/group.py", "wan/batch/hand.py", "wan/batch/crew.py"},
         r"torch\.load\(|safe_open\(": {
             "wan/weights/reading.py",
             "wan/weights/tensors.py",
