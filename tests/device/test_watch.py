@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from tests.support.ranks import Ranks
 from wan.device import watch
+from wan.device.parallel import Group, Team
+from wan.device.ranks import Sizes, World
 from wan.device.watch import Ended, Watch, is_collective
 
 SIZE = 3
@@ -143,3 +146,25 @@ def test_what_follows_from_a_death_is_not_its_cause() -> None:
     assert found.fault is not None and found.fault.startswith("process 3 on host has died")
     assert is_collective(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert not is_collective(RuntimeError("shapes differ")) and not is_collective(Ended("gloo"))
+
+
+def test_all_groups_are_aborted_at_once_since_one_may_wait_for_another() -> None:
+    freed = threading.Event()
+    ends: list[str] = []
+
+    class Waiting:
+        def abort(self) -> None:
+            ends.append("waits" if freed.wait(20) else "gives up")
+
+    class Frees:
+        def abort(self) -> None:
+            freed.set()
+
+    team = Team(World(0, 2), Sizes(1, 2))
+    team.tokens = Group(Waiting(), 2, 0, by_heads=Group(Frees(), 2, 0))
+    team.all_ = Group(Waiting(), 2, 0)
+    team._abort()
+    until = time.monotonic() + 10
+    while len(ends) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ends == ["waits", "waits"]
