@@ -105,8 +105,10 @@ def test_policy_has_an_address() -> None:
         r"empty_cache|\.cuda\(\)|cuda\.synchronize": {"wan/device/hardware.py"},
         r"\bimport av\b|from av\b": {"wan/media/"},
         r"\bargparse\b": {"wan/commands/"},
-        r"os\.environ": {"wan/cli.py", "wan/commands/job.py", "wan/captioner/endpoint.py", "wan/server/main.py"}
-        | {"wan/server/worker.py", "wan/batch/hand.py", "wan/batch/crew.py"},
+        r"os\.environ": {
+            *("wan/cli.py", "wan/commands/job.py", "wan/commands/gpus.py", "wan/captioner/endpoint.py"),
+            *("wan/server/main.py", "wan/server/worker.py", "wan/batch/hand.py", "wan/batch/crew.py"),
+        },
         r"torch\.load\(|safe_open\(": {
             "wan/weights/reading.py",
             "wan/weights/tensors.py",

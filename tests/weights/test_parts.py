@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.support.golden import GOLDEN
 from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
-from wan.commands.job import choose_task
+from wan.commands.inputs import choose_task
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import open_loras

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -20,13 +19,13 @@ from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.flags import spell_flag
-from wan.commands.job import Job, read_scenes
+from wan.commands.inputs import read_scenes
+from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.commands.outputs import check_folder
 from wan.commands.preview import Preview
 from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
-from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings, usual_clips
 from wan.settings import Context
@@ -116,7 +115,7 @@ class Chain:
         """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
         job, run = self.job, self._scripts.run(RunFolder(self.folder))
         yield from outline(self._pipeline, run.plans, run)
-        yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        yield from (*_damaged(run), *run.moved, *in_words(run.again), *job.gpus.lines(self._pipeline))
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
 
@@ -136,7 +135,7 @@ class Chain:
                 print(line, file=sys.stderr)
             _agree(run)
             with (
-                self.job.together(self._pipeline),
+                self.job.gpus.together(self._pipeline),
                 self._watch("", run.count, settings.quiet) as progress,
                 self._steering.listening(),
             ):
@@ -230,7 +229,7 @@ class _Scripts:
         job = self.job
         if script is None:
             script = self.script(_edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt))
-        return ChainRun(job.settings, script, folder, self.footage, job.describe)
+        return ChainRun(job.settings, script, folder, self.footage, job.recorder.describe)
 
     def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
@@ -413,16 +412,6 @@ def _plans(
         if plan.fade_in and settings.include_source:
             raise UserError("`fade` is for a joined video without the source in front; leave `include_source` out")
     return plans
-
-
-def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
-    """A line about how several GPUs would share the work."""
-    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
-    given = [size for size in asked if size != "auto"]
-    world = job.world if job.world.size > 1 else World(size=math.prod(given))
-    if world.size == 1:
-        return []
-    return [f"{world.size} GPUs: {job.sizes(continuation, world)}"]
 
 
 def _damaged(run: ChainRun) -> list[str]:

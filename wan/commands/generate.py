@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan import media
-from wan.commands.job import Job, lora_files
+from wan.commands.inputs import lora_files
+from wan.commands.job import Job
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
 from wan.files import numbered, write_json
@@ -37,14 +38,14 @@ def generate(job: Job) -> None:
         footage = job.footage()
         pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
-        with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
-        with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
-    record = job.describe(made, settings.video or settings.image, plan)
+    record = job.recorder.describe(made, settings.video or settings.image, plan)
     # giving tens of GB back takes the system seconds, which the writing takes as well
     with ThreadPoolExecutor(1) as beside:
         freed = beside.submit(pipeline.close)
