@@ -373,9 +373,9 @@ def test_one_denoiser_serves_both_experts(tmp_path: Path) -> None:
     single.models.merge_loras({})
     assert torch.equal(bias, before.to(bias.dtype))
 
-    single.check_distilled("turbo", {})  # by the name of the file
+    single.rules.check_distilled("turbo", {})  # by the name of the file
     with pytest.raises(UserError, match="or a distilled model with dit"):
-        two.check_distilled("turbo", {})
+        two.rules.check_distilled("turbo", {})
 
 
 def test_the_task_of_one_denoiser_is_that_of_its_channels() -> None:

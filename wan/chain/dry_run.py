@@ -158,7 +158,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    return forward * len(plan.candidates) * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    return forward * len(plan.candidates) * forwards(continuation.rules.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

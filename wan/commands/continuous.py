@@ -369,7 +369,7 @@ def _plans(
     begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
     ends = [picture(file) for file in job.ends]
     if ends:
-        continuation.check(dataclasses.replace(common, end=ends[0]))
+        continuation.plan.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
         end = ends[number - 1] if ends else common.end if number == count else None
@@ -403,7 +403,7 @@ def _plans(
                 begin = shot if isinstance(scene.said["cut"], str) else None
         held = anchor if plan.context.mode == "svi2pro" else begin
         plan = dataclasses.replace(plan, likeness=held)
-        plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
+        plans.append(continuation.frames.with_available_context(footage, plan) if number == 1 else plan)
     for before, plan in pairwise(plans):
         if 2 * plan.fade_in > min(before.shown, plan.shown):
             raise UserError(

@@ -86,14 +86,14 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
     check_motion_amplitude(settings.motion_amplitude, config)
     loras = lora_files(settings)
     pipeline.models.check_loras(loras)
-    pipeline.check_distilled(settings.preset, loras)
+    pipeline.rules.check_distilled(settings.preset, loras)
     assert settings.prompt is not None  # seen to by the job
     return Request(
         settings.prompt,
         config.sample_neg_prompt,
         known,
         pipeline.geometry(*size, settings.frame_num or config.frame_num),
-        pipeline.sampling(
+        pipeline.rules.merge(
             settings.sample_steps,
             settings.sample_shift,
             settings.sample_solver,

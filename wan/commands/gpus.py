@@ -60,7 +60,7 @@ class Gpus:
     def _guided(self, pipeline: Pipeline) -> float:
         """The share of steps that have guidance."""
         settings = self.settings
-        sampling = pipeline.sampling(
+        sampling = pipeline.rules.merge(
             settings.sample_steps,
             settings.sample_shift,
             settings.sample_solver,
@@ -68,7 +68,7 @@ class Gpus:
             guidance_interval=settings.guidance_interval,
             preset=settings.preset,
         )
-        shares = pipeline.shares(sampling)
+        shares = pipeline.rules.shares(sampling)
         return sum(guided for _, guided in shares) / sum(steps for steps, _ in shares)
 
     @contextmanager

@@ -154,7 +154,7 @@ class Job:
         """The pipeline of the task; its models load when they are used."""
         import transformers
 
-        from wan.pipeline import pipeline_class
+        from wan.experts import pipeline_class
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
         settings = self.settings
