@@ -23,7 +23,7 @@ from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.models import Models
 from wan.stopwatch import Stopwatch
-from wan.types import Request, Sampled, TextContext, is_finite
+from wan.types import Request, Sampled, Step, TextContext, is_finite
 from wan.weights.checkpoint import Checkpoint
 
 NOT_FINITE = "numbers that are not finite (NaN or infinite)"
@@ -76,8 +76,14 @@ class ClipSampler:
             stages[0].expert.load()
         later = [part for stage in stages[1:] if not self.models.is_loaded(part := stage.expert.part)]
         try:
-            # the next expert comes from the disk while this one computes
-            with watch.stage("sample"), self.models.read_ahead(later) if later else nullcontext():
+            # the next expert is loaded while this one computes
+            with watch.stage("sample"), self.models.loading(later) as check:
+
+                def on_step(step: Step) -> None:
+                    check()
+                    if watch.on_step is not None:
+                        watch.on_step(step)
+
                 latents = sample(
                     start.noise,
                     stages,
@@ -85,7 +91,7 @@ class ClipSampler:
                     start.condition,
                     start.text,
                     placement(),
-                    watch.on_step,
+                    on_step,
                     caching,
                     self.team,
                 ).cpu()

@@ -111,8 +111,9 @@ class Pipeline(ABC):
             names=Names.of(config),
             files=files | parts,
         )
+        experts = self.checkpoint.experts.keys()
         if dit_fsdp:
-            self.sharded |= self.checkpoint.experts.keys()
+            self.sharded |= experts
         for weights in self.checkpoint.experts.values():
             if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
                 WanModel.check(weights)
@@ -122,18 +123,21 @@ class Pipeline(ABC):
         self.host = HostBudget(self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto")
         self.rules = SamplingRules(config, self.checkpoint)
         self.embeddings = PromptEmbeddings(lambda: self.text_encoder, self.text_device, self.device)
+        # layers that come one by one wait in host memory
+        home = torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device
         load = loaders(
             self.checkpoint,
             config,
             self.tokenizer,
             self.vae_class,
             device=self.device,
-            # layers that come one by one wait in host memory
-            load_device=torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device,
+            load_device=home,
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
         )
-        self.models = Models(config.name, self.checkpoint, load)
+        self.models = Models(
+            config.name, self.checkpoint, load, in_threads=home.type == "cpu" and not self.sharded & experts
+        )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
             self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
