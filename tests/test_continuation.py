@@ -22,6 +22,7 @@ from wan.chain.chain import chain
 from wan.errors import UserError
 from wan.fitted_frames import FittedFrames
 from wan.footage import FramesInMemory, VideoFile
+from wan.models import Models
 from wan.planning import loras_by_expert
 from wan.prompting import CaptionerOwner
 from wan.settings import Context, LoraFile, Sampling
@@ -155,27 +156,27 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     assert read[2] == [parts[0].files[0].name]
 
 
-def test_the_low_noise_expert_is_read_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[list[str]] = []
-    there: dict[str, bool] = {}
+def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], bool]] = []
+    is_loaded: dict[str, bool] = {}
+    loading = Models.loading
 
-    class Watched(ReadAhead):
-        def __init__(self, files: Any, distance: int) -> None:
-            read.append([str(file) for file in files])
-            super().__init__(files, distance)
+    def noted(self: Models, names: list[str]) -> Any:
+        asked.append((names, self.is_loaded("high_noise_model")))
+        return loading(self, names)
 
     def on_step(step: Step) -> None:
-        there.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
+        is_loaded.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
 
-    monkeypatch.setattr("wan.models.ReadAhead", Watched)
+    monkeypatch.setattr(Models, "loading", noted)
     model = WanI2V(float32("i2v-A14B"), GOLDEN / "14b" / "ckpt")
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
     request = Request(
         "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.rules.merge(4, guide_scale=1.0), 1
     )
     made = model.run(request, on_step=on_step)
-    assert read == [[str(file) for file in model.checkpoint.experts["low_noise_model"].files]]
-    assert there["high noise True"] is False and there["low noise True"] is True
+    assert asked == [(["low_noise_model"], True)]
+    assert is_loaded["low noise True"]
     assert {"load", "sample"} < made.seconds.keys()
 
 
@@ -208,10 +209,8 @@ def test_loras_are_text_and_contexts_numbers(v2v: Any, tmp_path: Path) -> None:
     assert v2v.plan(VideoFile(VIDEO), context=9).context == Context("tail", 9)
     assert loras_by_expert("a/b.safetensors:0.5", ["model"]) == {"model": (LoraFile(Path("a/b.safetensors"), 0.5),)}
     assert loras_by_expert([Path("c.safetensors")], ["model"]) == {"model": (LoraFile(Path("c.safetensors")),)}
-    assert (
-        loras_by_expert({"model": ["d"]}, ["model"]) == {"model": (LoraFile(Path("d")),)}
-        and loras_by_expert((), ["model"]) == {}
-    )
+    assert loras_by_expert({"model": ["d"]}, ["model"]) == {"model": (LoraFile(Path("d")),)}
+    assert loras_by_expert((), ["model"]) == {}
     with pytest.raises(TypeError, match="contxt"):
         v2v.plan(VideoFile(VIDEO), contxt=9)
 
