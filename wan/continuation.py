@@ -26,10 +26,10 @@ from wan.device.hardware import parse_device
 from wan.fitted_frames import FittedFrames
 from wan.footage import FramesInMemory, VideoFile
 from wan.options import CANDIDATE_STEP, QUESTION
-from wan.pipeline import Pipeline, draw_seed
+from wan.pipeline import Pipeline
 from wan.planning import Loras, Planner
 from wan.prompting import CaptionerOwner, ClipPrompt, PromptBuilder
-from wan.settings import Context
+from wan.settings import Context, draw_seed
 from wan.stopwatch import detail_to
 from wan.types import Clip, Footage, Frame, Generation, OnStep, Step, UInt8Array
 from wan.weights.checkpoint import default_vlm

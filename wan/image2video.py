@@ -11,7 +11,7 @@ from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannel
 from wan.device.placement import Placement
 from wan.experts import TwoExperts
 from wan.pictures import as_shown
-from wan.pipeline import draw_seed
+from wan.settings import draw_seed
 from wan.sizes import continued_size, official_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 

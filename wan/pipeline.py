@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -360,8 +359,3 @@ def _check_shards(config: ModelConfig, vram: float | str | None, t5: bool, dit: 
             f"`dit_fsdp` slices bf16 weights, and `precision` {config.low_precision} rounds whole ones: leave out one; "
             "in 8 bits they take half of the memory"
         )
-
-
-def draw_seed(seed: int) -> int:
-    """The seed itself, or a new one for a negative seed, as Wan2.2 does; 32 bits leave room for a chain to count up."""
-    return seed if seed >= 0 else random.randrange(2**32)

@@ -7,7 +7,7 @@ from torch import Tensor
 from wan.denoiser.conditioning import Condition, TextOnly
 from wan.device.placement import Placement
 from wan.experts import TwoExperts
-from wan.pipeline import draw_seed
+from wan.settings import draw_seed
 from wan.types import KnownFrames, OnStep, Request
 
 

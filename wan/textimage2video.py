@@ -12,7 +12,7 @@ from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.experts import OneExpert
 from wan.pictures import as_shown, cover
-from wan.pipeline import draw_seed
+from wan.settings import draw_seed
 from wan.sizes import best_size, continued_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 

@@ -22,7 +22,7 @@ from tests.support.golden import DATA, small_checkpoints
 from tests.support.media_samples import number, numbered
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
-from wan.chain.chain import ChainRun
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.options import OPTIONS
 from wan.types import Generation, Request

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.flags import spell_flag
 from wan.commands.inputs import read_scenes
@@ -196,10 +197,10 @@ class Chain:
             score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
             told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
 
-        progress.begin(f"clip {number}/{run.count}", run.seed(number))
+        progress.begin(f"clip {number}/{run.count}", run.seeds.of(number))
         return self._pipeline.extend(
             run.before(number),
-            run.seed(number),
+            run.seeds.of(number),
             run.plan(number),
             on_step,
             memory=run.prompt_memory,
@@ -259,7 +260,7 @@ class _Scripts:
                 return
             check_storyboard(Path(settings.storyboard), scenes, config=self.job.config)
             following = ahead(self.scenes, scenes, begun)
-            script = self.script(_edited(following, run.edited, settings.prompt), begun)
+            script = self.script(_edited(following, run.choices.edited, settings.prompt), begun)
         except UserError as error:
             log.warning("%s; the run goes on with what the storyboard said before", error.marked)
             return
@@ -301,11 +302,11 @@ class _Scripts:
         if answer == "edit":
             text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
             if text:
-                run.edited |= {run.key(number): {"prompt": text, "over": self._said(number)}}
-                scenes = _edited(self.scenes, run.edited, self.job.settings.prompt)
+                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._said(number)}}
+                scenes = _edited(self.scenes, run.choices.edited, self.job.settings.prompt)
                 run.follow(self.script(scenes, number), number - 1)
         elif answer == "again":
-            run.draw_again(number)
+            run.seeds.draw_again(number)
             run.follow(run.script, number - 1)
         if answer in ("edit", "again"):
             run.give_up()

@@ -33,7 +33,7 @@ def generate(job: Job) -> None:
 
     pipeline: Pipeline
     if settings.video is not None:
-        from wan.pipeline import draw_seed
+        from wan.settings import draw_seed
 
         footage = job.footage()
         pipeline = continuation = job.open_continuation()
@@ -73,7 +73,7 @@ def _target(job: Job) -> Path:
 
 def _request(job: Job, pipeline: Pipeline) -> Request:
     """The request of a t2v, i2v or ti2v run."""
-    from wan.pipeline import draw_seed
+    from wan.settings import draw_seed
 
     settings, size, config, known = job.settings, job.size, pipeline.config, KnownFrames()
     if settings.image is not None:
