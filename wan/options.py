@@ -88,12 +88,15 @@ NOT_SERVED = frozenset(
         *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
         *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
-        *("t5_fsdp", "dit_fsdp"),
+        *("t5_fsdp", "dit_fsdp", "upscale"),
     )
 )
 # Those that a batch does not take: of one video, and of a person who looks on.
 NOT_BATCHED = frozenset(
-    ("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune")
+    (
+        *("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),
+        "upscale",
+    )
 )
 
 
@@ -500,6 +503,11 @@ class Settings:
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, low noise); repeatable", (), unset="none",
         scene="lora_low", row=True, fingerprint="loras",
     )
+    upscale: str | None = option(
+        WEIGHTS, Local("FILE"),
+        "write the finished video once more, enlarged by an upscaling model in .safetensors or .pth", unset="off",
+        same=_SHOWN,
+    )
 
     # Output
     save_file: str | None = option(
@@ -591,6 +599,11 @@ class Settings:
     workers: int | None = option(
         BATCH, Whole("N", 1, 10_000, "; one Ray holds no more"), "how many chains are made at once",
         unset="the GPUs by `gpus_per_job`; 1 without a GPU", only=("batch",), same=_BATCHED,
+    )
+    captioners: int = option(
+        BATCH, Whole("N", 0, 1000, "; one Ray holds no more"),
+        "describe with so many VLMs, each on a GPU of its own, which the workers share; 0: each worker has its own", 0,
+        only=("batch",), same=_BATCHED,
     )
     address: str | None = option(
         BATCH, Local("ADDRESS"), "the Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT",

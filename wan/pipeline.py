@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -133,6 +133,7 @@ class Pipeline(ABC):
             load_device=home,
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
+            machine=lambda: self.team.machine,
         )
         self.models = Models(
             config.name, self.checkpoint, load, in_threads=home.type == "cpu" and not self.sharded & experts
@@ -171,13 +172,13 @@ class Pipeline(ABC):
         sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
         self.team = Team.start(world, sizes, self.device, timeout)
         shards = 1 if self.team.node is None else self.team.node.size
-        self.budget = dataclasses.replace(
+        self.budget = replace(
             self.budget,
             token_ranks=sizes.tokens,
             dit_shards=shards if self.sharded - {"text_encoder"} else 1,
             t5_shards=shards if "text_encoder" in self.sharded else 1,
         )
-        self.host = dataclasses.replace(self.host, elsewhere=frozenset(self.sharded))
+        self.host = replace(self.host, elsewhere=frozenset(self.sharded))
 
     def follow(self, count: int | None = None) -> None:
         """In all processes but the first: make this one's share of `count` clips, or until that one calls `release`."""
@@ -185,6 +186,7 @@ class Pipeline(ABC):
             if (shared := self.team.hear()) is None:
                 return
             placements = self._make_room(shared)
+            self.models.keep_experts(shared.experts)
             watch = Stopwatch(self.device, shared.request.sampling.steps)
             sampled = self._sample(shared.request, placements, watch, shared.clips)
             self.shared_vae.decode(sampled.latents, placements("decoding"), self.team.all_)
@@ -282,7 +284,10 @@ class Pipeline(ABC):
         group = None if sampled is not None else self.team.all_
         if sampled is None:
             # pictures are encoded here and sent as latents
-            self.team.tell(dataclasses.replace(shared, request=dataclasses.replace(request, known=KnownFrames())))
+            experts, without_pictures = self.models.experts_to_keep(), replace(request, known=KnownFrames())
+            if self.team.world.size > 1:
+                self.models.keep_experts(experts)
+            self.team.tell(replace(shared, request=without_pictures, experts=experts))
             sampled = self._sample(request, placements, watch, shared.clips)
             if on_sampled is not None:
                 with watch.stage("keep"):
@@ -334,17 +339,19 @@ class Pipeline(ABC):
         return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Shared:
     """What the first process tells the others to sample; the clip is one of `clips`.
 
-    `host` is how its models live in host memory: in all alike, lest one loads an expert when another does not.
+    `host` is how its models live in host memory, and `experts` are those that are in memory: in all alike, since they
+    are loaded together.
     """
 
     request: Request
     offload: bool
     clips: int
     host: HostPlan
+    experts: frozenset[str] = frozenset()
 
 
 def _check_shards(config: ModelConfig, vram: float | str | None, t5: bool, dit: bool, t5_cpu: bool) -> None:
