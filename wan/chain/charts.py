@@ -1,4 +1,4 @@
-"""The charts of a report: plots over the clips of a chain, in percent of their boxes."""
+"""The charts of a chain: plots over its clips, in percent of their boxes. Needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from wan.chain.measures import LOOKS, SEAMLESS, VISIBLE, drawable, score_of, verdict
+from wan.chain.scores import LOOKS, SEAMLESS, VISIBLE, drawable, score_of, verdict
 
 
 @dataclass(frozen=True)
@@ -69,29 +69,33 @@ class _Axes:
 
 def charts_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The charts of a report by their names on the page; `drift` are several."""
-    clips, drift = facts["clips"], facts["drift"]
+    clips = facts["clips"]
     numbers = [clip["number"] for clip in clips]
     gpu = any(drawable(clip["peak_gpu_gib"]) is not None for clip in clips)
     peaks = [drawable(clip["peak_gpu_gib" if gpu else "peak_host_gib"]) for clip in clips]
-    against = "against clip 1"
     return {
         "score": _score_chart(numbers, [score_of(clip) for clip in clips]),
-        "drift": [
-            _line_chart("Colour walk", _walk(drift["colour_shift"]), "ΔE", numbers, drift["colour"], 0, 3),
-            *(
-                _line_chart(title, against, "%", numbers, drift[name], -5, 5)  # less than that is no drift
-                for name, title in LOOKS.items()
-            ),
-            _line_chart("Motion", "share of the picture that moves", "%", numbers, drift["moving"], 0, 20),
-            *(
-                [_line_chart("Identity", "likeness at the clip's start", "cosine", numbers, drift["identity"], 0.9, 1)]
-                if "identity" in drift
-                else []
-            ),
-        ],
+        "drift": drift_charts(facts["drift"], numbers),
         "time": _time_chart(numbers, [clip["seconds"] or {} for clip in clips]),
         "memory": _line_chart("Peak memory", "of the GPU" if gpu else "of the host", "GiB", numbers, peaks, 0, 1),
     }
+
+
+def drift_charts(drift: Mapping[str, Any], numbers: Sequence[int]) -> list[Chart]:
+    """The charts of what changes from clip to clip, of a report's `drift` of the clips with these numbers."""
+    against = "against clip 1"
+    charts = [
+        _line_chart("Colour walk", _walk(drift["colour_shift"]), "ΔE", numbers, drift["colour"], 0, 3),
+        *(
+            _line_chart(title, against, "%", numbers, drift[name], -5, 5)  # less than that is no drift
+            for name, title in LOOKS.items()
+        ),
+        _line_chart("Motion", "share of the picture that moves", "%", numbers, drift["moving"], 0, 20),
+    ]
+    if "identity" in drift:
+        likeness = "likeness at the clip's start"
+        charts.append(_line_chart("Identity", likeness, "cosine", numbers, drift["identity"], 0.9, 1))
+    return charts
 
 
 def _score_chart(numbers: Sequence[int], scores: Sequence[float | None]) -> Chart:

@@ -12,7 +12,8 @@ from pathlib import PurePath
 from statistics import mode
 from typing import Any
 
-from wan.chain.measures import LOOKS, SEAMLESS, VISIBLE, drawable, needs_attention, score_of
+from wan.chain.measures import needs_attention
+from wan.chain.scores import LOOKS, SEAMLESS, VISIBLE, drawable, score_of
 from wan.options import current, words_of
 
 SCHEMA = 1

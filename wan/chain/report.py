@@ -19,7 +19,8 @@ from torch import Tensor
 
 from wan.chain.charts import charts_of
 from wan.chain.facts import gather_facts
-from wan.chain.measures import MEASURES, score_of, verdict
+from wan.chain.measures import MEASURES
+from wan.chain.scores import score_of, verdict
 from wan.pages import templates
 from wan.types import to_uint8
 
