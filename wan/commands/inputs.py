@@ -45,6 +45,19 @@ def take_from(
     return dataclasses.replace(settings, **as_settings(files)), tokenizer
 
 
+# The settings that a pipeline is built from. LoRAs come and go in its weights.
+_OF_MODELS = (
+    *("task", "ckpt_dir", "comfy_dir", *EXPERT_OF_DIT, *PART_OF_FILE, "precision", "vae_dtype"),
+    *("convert_model_dtype", "t5_cpu", "t5_fsdp", "dit_fsdp", "compile", "vram", "host_memory"),
+    *("vlm_path", "vlm_url", "vlm_device", "vlm_trust_remote_code", "video_reader"),
+)
+
+
+def model_settings(settings: Settings) -> tuple[Any, ...]:
+    """The values of all settings that a pipeline is built from: where they are equal, it may be the same."""
+    return tuple(getattr(settings, name) for name in _OF_MODELS)
+
+
 def read_scenes(settings: Settings) -> tuple[Scene, ...]:
     """What a storyboard, or prompts for some clips in place of one, say of each clip. Raises UserError."""
     if settings.storyboard:

@@ -22,6 +22,7 @@ from wan.commands.inputs import (
     choose_task,
     dit_files,
     lora_files,
+    model_settings,
     or_example,
     part_files,
     read_ends,
@@ -192,11 +193,7 @@ class Job:
     @property
     def models_key(self) -> tuple[Any, ...]:
         """Equal for two jobs whose pipeline may be the same."""
-        names: tuple[str, ...] = ("vlm_path", "vlm_device", "vlm_url", "vlm_trust_remote_code", "video_reader")
-        names += ("t5_fsdp", "dit_fsdp", "t5_cpu", "convert_model_dtype", "compile", "vram", "host_memory")
-        given = tuple(getattr(self.settings, name) for name in names)
-        files = dit_files(self.settings) | part_files(self.settings)
-        return self.folder.absolute(), self.config, tuple(sorted(files.items())), self.tokenizer, given
+        return self.folder.absolute(), self.config, self.tokenizer, model_settings(self.settings)
 
     @property
     def offload(self) -> bool:
