@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from wan.batch.rows import Row
+from wan.batch.schedule import Task
 from wan.commands.inputs import model_settings
 from wan.options import Settings
 
