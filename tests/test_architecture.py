@@ -38,6 +38,7 @@ LAYERS = [
         "wan.footage",
         "wan.handoff",
         "wan.upscaling",
+        "wan.colour_carry",
         "wan.comfy",
         "wan.stopwatch",
     ),

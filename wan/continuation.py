@@ -21,6 +21,7 @@ from torch import Tensor
 from wan import media
 from wan.captioner import Captioner, build_transform, dynamic_preprocess
 from wan.chain.plan import Plan
+from wan.colour_carry import colours_of_shot, lead_to
 from wan.configs import ModelConfig
 from wan.detail import heard_by
 from wan.device.hardware import parse_device
@@ -274,6 +275,7 @@ class VideoContinuation(Pipeline):
         handoff: str | None = None,
         fade: int = 0,
         drift_correction: float = 0.0,
+        colour_carry: float = 0.0,
         best_of: int = 1,
         keeps_takes: bool = False,
         offload: bool = True,
@@ -320,6 +322,7 @@ class VideoContinuation(Pipeline):
             handoff=handoff,
             fade=fade,
             drift_correction=drift_correction,
+            colour_carry=colour_carry,
             best_of=best_of,
             keeps_takes=keeps_takes,
             cut=cut,
@@ -429,6 +432,7 @@ class VideoContinuation(Pipeline):
                 context_frames=plan.context.frames,
                 prompt_memory=prompt.memory,
                 handed=handed,
+                colours=colours_of_shot(footage, made, is_cut=plan.is_cut) if plan.colour_carry else None,
                 notes=dict(prompt.notes) | dict(made.notes) | notes,
             )
 
@@ -462,6 +466,9 @@ class VideoContinuation(Pipeline):
         watch = Stopwatch(self.device, steps, on_step)
         with watch.stage("prepare"):
             known = self.known(footage, plan)
+            if plan.colour_carry and plan.dropped and footage.colours is not None:
+                tail = torch.stack(self.pictures(footage, LONGEST_CONTEXT, plan))
+                known = lead_to(footage.colours, known, tail, plan.colour_carry)
         request = Request(
             prompt.text,
             plan.negative,

@@ -126,6 +126,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "handoff": lambda models, plan: None if plan.handoff is None or plan.is_cut else identity(plan.handoff),
     "discard": lambda models, plan: plan.discard or None,
     "drift_correction": lambda models, plan: plan.drift_correction or None,
+    "colour_carry": lambda models, plan: plan.colour_carry or None,
     "best_of": lambda models, plan: plan.best_of if plan.best_of > 1 else None,
     "video_reader": lambda models, plan: (
         "decord" if plan.described and models.continuation.video_reader == "decord" else None

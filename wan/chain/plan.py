@@ -21,9 +21,9 @@ class Plan:
     fades in when the clips are joined. `anchor` is the picture that `svi2pro` holds on to, `end` the clip's last frame.
     `motion_amplitude` is as in `Request`. The clip's last `discard` frames are left out. `handoff` is a command that
     may change the known frames. `likeness` is a picture to measure the identity curve against. `preset` is the row that
-    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
-    not go together.
+    `sampling` was made with. `drift_correction` and `colour_carry` are strengths, 0 for none. Of `best_of` candidates
+    the one with the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises
+    UserError for what does not go together.
     """
 
     geometry: Geometry
@@ -46,6 +46,7 @@ class Plan:
     fade: int = 0
     likeness: Frame | None = None
     drift_correction: float = 0.0
+    colour_carry: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
     take: int | None = None
@@ -61,6 +62,7 @@ class Plan:
             "discard",
             "fade",
             "drift_correction",
+            "colour_carry",
         ):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:

@@ -303,6 +303,7 @@ class Job:
                 "handoff": settings.handoff_command,
                 "fade": settings.fade,
                 "drift_correction": settings.drift_correction,
+                "colour_carry": settings.colour_carry,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
             }
@@ -375,6 +376,7 @@ class Job:
                 "cut": plan.is_cut,
                 "discard": plan.discard,
                 "drift_correction": plan.drift_correction,
+                "colour_carry": plan.colour_carry,
             }
         return used
 

@@ -1,0 +1,38 @@
+"""`colour_carry`: a clip begins in colours nearer to those of its shot's first clip; what is shown is not changed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from wan.options import LONGEST_CONTEXT
+from wan.quality import Grade, measure_colours
+from wan.types import Footage, Generation, KnownFrames
+
+
+def colours_of_shot(footage: Footage, made: Generation, *, is_cut: bool) -> Tensor:
+    """What the clips after this one are led back to: the end of the first clip that was made of the shot."""
+    if is_cut or footage.colours is None:
+        return measure_colours(made.clip.frames[-LONGEST_CONTEXT:])
+    return footage.colours
+
+
+def lead_to(colours: Tensor, known: KnownFrames, tail: Tensor, strength: float) -> KnownFrames:
+    """What is known of a clip, with the colours that it should begin in, see `carried`.
+
+    `tail` float32 [n, 3, H, W] in [-1, 1] is the end of the footage, by which the colours are compared.
+    """
+    grade = Grade.towards(colours, measure_colours(tail.permute(0, 2, 3, 1)), strength)
+    if grade.is_nothing:
+        return known
+    # the motion of svi2pro is a latent frame, which the end of the clip before is the picture of
+    frames = known.leading or tuple(tail[(len(tail) - 1) % 4 :])
+    graded = torch.stack([grade(_tensor(frame)) for frame in frames], dim=1)
+    return dataclasses.replace(known, leading=frames, graded=graded)
+
+
+def _tensor(frame: object) -> Tensor:
+    assert isinstance(frame, Tensor)  # of the clip's size, as `VideoContinuation.known` has them
+    return frame
