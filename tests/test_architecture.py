@@ -22,6 +22,7 @@ LAYERS = [
         "wan.device.ranks",
         "wan.device.watch",
         "wan.device.parallel",
+        "wan.device.shared",
         "wan.device.sharding",
         "wan.device.hardware",
         "wan.device.host",
