@@ -390,7 +390,7 @@ class Drifting:
     def __call__(self, request: Request, *, offload: bool, **_: Any) -> Generation:
         pipeline = self.pipeline
         budget = pipeline.budget.for_clip(request.geometry, offload)
-        placements = pipeline._placements(request, budget, offload, False)
+        placements = budget.placements(request.geometry, offload, False)
         condition = pipeline.condition(request, pipeline.noise(request), placements("encoding"))
         count = len(request.known.leading)
         if isinstance(condition, KnownLatents):
@@ -398,7 +398,7 @@ class Drifting:
         else:
             assert isinstance(condition, ImageChannels)
             known = condition.channels[4:, : latent_frames(count)]
-        shown = pipeline._decode(known, placements, None).permute(1, 0, 2, 3)  # [n, 3, H, W]
+        shown = pipeline.shared_vae.decode(known, placements("decoding"), None).permute(1, 0, 2, 3)  # [n, 3, H, W]
         times = torch.arange(self.begins, self.begins + request.geometry.frames)
         truth = self.scene.truth.draw(times)[0].transpose(0, 1)
         gain, offset = _tones(truth[count - 1], shown[-1])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from training import scenes
 from training.vae import HELD_OUT
-from wan.chain.report import VISIBLE, needs_attention
+from wan.chain.measures import VISIBLE, needs_attention
 from wan.quality import SeamScore, score_seam
 from wan.types import to_uint8
 

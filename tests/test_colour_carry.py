@@ -34,7 +34,9 @@ def test_latents_move_by_what_the_change_does_to_them_and_the_first_stays() -> N
 
 def test_the_end_of_the_clip_before_stands_for_the_motion_of_svi2pro() -> None:
     tail, motion = torch.rand(7, 3, 16, 16) * 0.8 - 0.4, torch.zeros(4, 1, 2, 2)
-    known = lead_to(measure_colours(tail.permute(0, 2, 3, 1) - 0.04), KnownFrames(motion=motion), tail, 1.0)
+    known = lead_to(
+        measure_colours(tail.permute(0, 2, 3, 1) - 0.04), KnownFrames(motion=motion), tail.permute(0, 2, 3, 1), 1.0
+    )
     assert len(known.leading) == 5 and known.graded is not None and known.graded.shape == (3, 5, 16, 16)
     assert known.motion is motion
     assert torch.allclose(known.graded, _stack(known) - 0.04, atol=1e-4)

@@ -22,13 +22,13 @@ def colours_of_shot(footage: Footage, made: Generation, *, is_cut: bool) -> Tens
 def lead_to(colours: Tensor, known: KnownFrames, tail: Tensor, strength: float) -> KnownFrames:
     """What is known of a clip, with the colours that it should begin in, see `carried`.
 
-    `tail` float32 [n, 3, H, W] in [-1, 1] is the end of the footage, by which the colours are compared.
+    `tail` float32 [n, H, W, 3] in [-1, 1] is the end of the footage, by which the colours are compared.
     """
-    grade = Grade.towards(colours, measure_colours(tail.permute(0, 2, 3, 1)), strength)
+    grade = Grade.towards(colours, measure_colours(tail), strength)
     if grade.is_nothing:
         return known
     # the motion of svi2pro is a latent frame, which the end of the clip before is the picture of
-    frames = known.leading or tuple(tail[(len(tail) - 1) % 4 :])
+    frames = known.leading or tuple(tail[(len(tail) - 1) % 4 :].permute(0, 3, 1, 2))
     graded = torch.stack([grade(_tensor(frame)) for frame in frames], dim=1)
     return dataclasses.replace(known, leading=frames, graded=graded)
 
