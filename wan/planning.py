@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from wan.chain.plan import Plan
+from wan.chain.plan import LaterPicture, Plan
 from wan.errors import UserError
 from wan.footage import choose_anchor
 from wan.handoff import check_program
@@ -85,7 +85,7 @@ class Planner:
         negative: str = "",
         context: Context | int | None = None,
         anchor: Frame | None = None,
-        end: Frame | None = None,
+        end: Frame | LaterPicture | None = None,
         cut: Frame | bool | None = None,
         loras: Loras = (),
         prompt: str | None = None,

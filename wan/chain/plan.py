@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from wan.errors import UserError
 from wan.options import check
 from wan.settings import Context, LoraFile, Sampling
 from wan.types import Frame, Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterPicture:
+    """A picture that is read when its clip is made, since a long chain's would fill the memory: of an `end_images`.
+
+    `digest` is that of the picture with which the clip was planned, and `read` raises UserError for another one.
+    """
+
+    digest: str | None
+    read: Callable[[], Frame]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Plan:
     offload: bool = True
     context: Context = Context()
     anchor: Frame | None = None
-    end: Frame | None = None
+    end: Frame | LaterPicture | None = None
     cut: Frame | bool | None = None
     loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
     prompt_mode: str = "describe"
