@@ -78,3 +78,17 @@ def test_a_chain_without_it_is_as_before_and_one_that_was_interrupted_ends_alike
     assert len(again.requests) == 1
     after = load_file(again.clips[2].state)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_drift_correction_does_not_undo_it(command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = list[torch.Tensor]()
+
+    def corrected(frames: torch.Tensor, condition: torch.Tensor, **_: object) -> torch.Tensor:
+        measured.append(condition)
+        return frames
+
+    monkeypatch.setattr("wan.candidates.correct_drift", corrected)
+    seen = command("--colour_carry --drift_correction --num_videos 3")
+    graded = seen.requests[2].known.graded
+    assert graded is not None and torch.allclose(measured[2][-1], graded[:, -1].permute(1, 2, 0), atol=1e-6)
+    assert torch.allclose(measured[1], seen.made[0].clip.frames[-17:], atol=1e-5)

@@ -19,6 +19,13 @@ def colours_of_shot(footage: Footage, made: Generation, *, is_cut: bool) -> Tens
     return footage.colours
 
 
+def graded(tail: Tensor, colours: Tensor, strength: float) -> Tensor:
+    """The end of the footage [n, H, W, 3] in [-1, 1] as the clip after it should begin: what that is measured against,
+    lest `drift_correction` takes the way back for a step at the seam."""
+    grade = Grade.towards(colours, measure_colours(tail), strength)
+    return torch.stack([grade(frame.permute(2, 0, 1)).permute(1, 2, 0) for frame in tail])
+
+
 def lead_to(colours: Tensor, known: KnownFrames, tail: Tensor, strength: float) -> KnownFrames:
     """What is known of a clip, with the colours that it should begin in, see `carried`.
 
