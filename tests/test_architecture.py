@@ -39,6 +39,7 @@ LAYERS = [
         "wan.footage",
         "wan.handoff",
         "wan.upscaling",
+        "wan.colour_carry",
         "wan.comfy",
         "wan.stopwatch",
     ),

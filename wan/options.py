@@ -370,6 +370,11 @@ class Settings:
         "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,
         unset="off", client=True, fingerprint="drift_correction", record=True, continues=True,
     )
+    colour_carry: float = option(
+        CONTINUITY, Strength("S", 0, 1, unsaid=0.5),
+        "begin each clip in colours nearer to the first clip's, with strength S from 0 to 1; the flag alone means 0.5",
+        0.0, unset="off", only=("continuous",), client=True, fingerprint="colour_carry", record=True, continues=True,
+    )
     best_of: int = option(
         CONTINUITY, Whole("N", 1, 1000, "; that many are days of work a clip"),
         "of N candidates of each clip keep the one with the best seam", 1,
