@@ -35,6 +35,7 @@ from wan.kinds import (
     Output,
     Picture,
     Pictures,
+    Place,
     Program,
     PromptFor,
     Real,
@@ -626,6 +627,10 @@ class Settings:
     skip_bad: bool = option(
         BATCH, Switch(), "leave rows out that cannot be made, and make the others", False, only=("batch",),
         same=_BATCHED,
+    )
+    upload: str | None = option(
+        BATCH, Place("URL"), "where finished chains are uploaded to, with {name}: s3://bucket/runs/{name}, say",
+        unset="nowhere", only=("batch",), same=_BATCHED,
     )
     report_dir: str | None = option(
         BATCH, Output("DIR"), "folder for batch.html and batch.jsonl", unset="what is before {name} in `output_dir`",

@@ -175,5 +175,6 @@ class Schedule:
         task.clips, task.missing = found["clips"], found["missing"]
         task.work, task.seconds, task.measured = found["work"], found["seconds"], found["measured"]
         task.disk_bytes, task.done = found["disk_bytes"], found["clips"] - found["missing"]
-        task.finished_before = found["missing"] == 0 and found["status"] == "finished"
+        is_made = found["missing"] == 0 and found["status"] == "finished"
+        task.finished_before = is_made and found.get("uploaded", True)
         task.state = DONE if task.finished_before else CHECKED
