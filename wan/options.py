@@ -83,13 +83,12 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER, BATCH = GRO
     "Server",
     "Batch",
 )
-# Flags of a chain that a server does not take: those of one video, and of several GPUs.
+# Flags of a chain that a server does not take: those of one video.
 NOT_SERVED = frozenset(
     (
         *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
-        *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
-        *("t5_fsdp", "dit_fsdp", "upscale"),
+        *("preview", "keep_state", "prune", "upscale"),
     )
 )
 # Those that a batch does not take: of one video, and of a person who looks on.

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from typing import Any
 import wan
 from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
+from wan.server.group import free_port, rank_environment
 from wan.server.live import Live
 from wan.server.tickets import DONE, FAILED
 
@@ -91,11 +91,7 @@ class Hand:
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        if self.ranks > 1:
-            said |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-            # the port is another one for each chain, which its order names
-            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        return dict(os.environ) | said
+        return dict(os.environ) | said | rank_environment(rank, self.ranks)
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it."""
@@ -136,7 +132,7 @@ class Hand:
         settings = order["settings"]
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
             settings = {**settings, "host_memory": self._share}
-        return {**order, "settings": settings, **({"port": _free_port()} if self.ranks > 1 else {})}
+        return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
         while (said := await self._next()) is not None:
@@ -235,12 +231,6 @@ class Hand:
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text)
             sys.stderr.write(f"{text}\n")  # Ray's log of the actor
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 async def _drain(process: asyncio.subprocess.Process) -> None:
