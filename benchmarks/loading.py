@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Peak host memory and time of loading a denoiser of several GB, generated for the purpose.
 
-    python -m benchmarks.loading FOLDER [--layers 24] [--dim 2560]
+    python -m benchmarks.loading FOLDER [--layers 24] [--dim 2560] [--precision fp8]
 
-Writes a float32 checkpoint into FOLDER (kept, and used again), loads it in bf16 and compares the peak with the bytes
-of the loaded model. Resident memory counts the pages of the mapped files too. The last line is JSON.
+Writes a float32 checkpoint into FOLDER (kept, and used again), loads it in bf16, or in 8 bits that a GPU rounds where
+there is one, and compares the peak with the bytes of the loaded model. Resident memory counts the pages of the mapped
+files too. A folder of weights that is there already will do as well. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks.timing import Timer
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
+from wan.denoiser.fp8 import PRECISIONS
 from wan.denoiser.model import WanModel
 from wan.device.host import host_peak_gib
 from wan.weights.tensors import open_safetensors
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--shards", type=int, default=6)
+    parser.add_argument("--precision", choices=PRECISIONS)
     args = parser.parse_args()
     if not args.folder.exists():
         sizes = {
@@ -40,9 +43,14 @@ def main() -> None:
         write_denoiser(args.folder, Denoiser("ti2v", 48, 48, **sizes), shards=args.shards)
         sys.exit("written; run again to measure (the peak of this process is the writer's)")
     weights = open_safetensors(args.folder, "diffusion_pytorch_model")
-    before, cpu = host_peak_gib(), torch.device("cpu")
-    with Timer(cpu) as watch:
-        model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu)
+    cpu = torch.device("cpu")
+    rounds_on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.zeros(1, device=rounds_on)  # what CUDA takes is not the model's
+    before = host_peak_gib()
+    with Timer(rounds_on) as watch:
+        model = WanModel.from_weights(
+            weights, dtype=torch.bfloat16, device=cpu, low_precision=args.precision, rounded_on=rounds_on
+        )
     loaded = sum(value.numel() * value.element_size() for value in model.parameters()) / 2**30
     shard = max(file.stat().st_size for file in weights.files) / 2**30
     peak = host_peak_gib() - before

@@ -20,6 +20,7 @@ from wan.denoiser import fp8
 from wan.denoiser.fp8 import attend_in_fp8, check_precision, multiply, quantize, quantize_model
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
+from wan.weights import loading
 from wan.weights.quantized import Addition, QuantizedLinear, QuantizedTensor
 
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
@@ -119,6 +120,26 @@ def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: A
     with torch.no_grad():
         found, exact = (one(latents, t, text, return_dict=False)[0] for one in (model, ti2v.model))
     assert 1e-3 < relative(found, exact) < 0.15
+
+
+@pytest.mark.usefixtures("lowered_on_a_cpu")
+def test_weights_are_rounded_as_they_are_read(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model that is rounded afterwards, and none of them is in memory in its own dtype on the way."""
+    filled: list[int] = []
+    fill = loading._fill
+    monkeypatch.setattr(loading, "_fill", lambda value, *rest: (filled.append(value.data_ptr()), fill(value, *rest))[1])
+    weights = ti2v.checkpoint.experts["model"]
+    cpu = torch.device("cpu")
+    low = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu, low_precision="fp8")
+    packed = [name for name, layer in low.named_modules() if isinstance(layer, QuantizedLinear)]
+    assert len(filled) == len(weights.shapes) - len(packed)
+    after = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu)
+    quantize_model(after, "fp8", cpu)
+    expected = after.state_dict()
+    assert expected.keys() == low.state_dict().keys()
+    for name, value in low.state_dict().items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("precision", fp8.PRECISIONS)

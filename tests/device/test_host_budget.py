@@ -82,7 +82,9 @@ def test_what_loras_and_8_bits_change_is_not_in_the_file(monkeypatch: pytest.Mon
     least = host.need(MAPPED, budget, geometry)
     assert least < 5 * GIB
     assert host.need(MAPPED, budget, geometry, {"low_noise_model"}) > 28 * GIB
-    assert low.need(MAPPED, budget, geometry) > 28 * GIB
+    # weights that are rounded as they are read never lie there in bf16
+    assert 15 * GIB < low.need(MAPPED, budget, geometry) < 20 * GIB
+    assert host.need(ALL, budget, geometry) - low.need(ALL, budget, geometry) > 22 * GIB
     assert host.need(IN_TURN, budget, geometry, captioner=40 * GIB) > 40 * GIB
 
 

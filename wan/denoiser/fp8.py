@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from wan.device.hardware import runs_triton
 from wan.errors import UserError
+from wan.weights.loading import Lower
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
 PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
 _LARGEST = 448.0  # of e4m3
+_KEPT = ("attn2.to_k", "attn2.to_v")  # computed once a clip
 _PIECE = 1 << 25  # numbers that are rounded in one piece, so that their float32 copies stay small
 
 
@@ -64,19 +66,39 @@ def _fault(precision: str, device: torch.device) -> str:
     return ""
 
 
+def lowering(dtype: torch.dtype, home: torch.device, on: torch.device) -> Lower:
+    """Rounds the weights of blocks as they come from a file, on a device, and keeps them at `home`.
+
+    So a host holds no expert in bf16 on the way. The blocks still have to be told what they compute in, by
+    `quantize_model`.
+    """
+
+    def lower(name: str, layer: nn.Linear, numbers: Tensor) -> nn.Linear | None:
+        place = name.split(".", 2)
+        return None if place[0] != "blocks" or place[-1] in _KEPT else _rounded(layer, numbers, dtype, home, on)
+
+    return lower
+
+
+def _rounded(layer: nn.Linear, numbers: Tensor, dtype: torch.dtype, home: torch.device, on: torch.device) -> nn.Linear:
+    """A layer with these numbers, which are rounded to `dtype` and then to e4m3 on a device, and kept at `home`."""
+    rows, scale = quantize(numbers.detach().to(on).to(dtype))
+    return QuantizedLinear(layer, QuantizedTensor(rows.to(home), scale.to(home)), dtype, home)
+
+
 def quantize_model(model: Denoiser, precision: str, device: torch.device) -> None:
     """Turn a model's blocks to a precision of `PRECISIONS`. Weights are rounded on `device` and stay where they are.
 
-    Weights that are fp8 in the file are used as they are. Raises UserError for those of another quantisation.
+    Weights that are fp8 in the file, or were rounded as they were loaded, are used as they are. Raises UserError for
+    those of another quantisation.
     """
     for block in model.blocks:
         for name, layer in list(block.named_modules()):
-            if not isinstance(layer, nn.Linear) or name in ("attn2.to_k", "attn2.to_v"):
+            if not isinstance(layer, nn.Linear) or name in _KEPT:
                 continue
             if not isinstance(layer, QuantizedLinear):
-                home, dtype = layer.weight.device, layer.weight.dtype
-                rows, scale = quantize(layer.weight.detach().to(device))
-                layer = QuantizedLinear(layer, QuantizedTensor(rows.to(home), scale.to(home)), dtype, home)
+                weight = layer.weight
+                layer = _rounded(layer, weight, weight.dtype, weight.device, device)
                 block.set_submodule(name, layer)
             if layer.weight.dtype != torch.float8_e4m3fn:
                 raise UserError(

@@ -25,7 +25,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from wan.denoiser.fp8 import quantize_model
+from wan.denoiser.fp8 import lowering, quantize_model
 from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
@@ -77,9 +77,9 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
-        in the file hold them as they are. `low_precision`, of `low_precision.PRECISIONS`: blocks compute in 8 bits,
-        their weights being rounded on the device `rounded_on`. `mapped`: as in `load_into`. `shards`: the processes of
-        which each keeps a slice of every parameter. Raises UserError when the weights do not fit.
+        in the file hold them as they are. `low_precision`, of `fp8.PRECISIONS`: blocks compute in 8 bits, their weights
+        being rounded one by one as they are read, on the device `rounded_on`. `mapped`: as in `load_into`. `shards`:
+        the processes of which each keeps a slice of every parameter. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
         if shards is not None:
@@ -93,9 +93,10 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             device,
             rounding=model.rounding,
             stays_quantized=lambda name: not name.startswith(FLOAT32_PARTS),
-            # other weights may take their place, and what is left would hold it
+            # rounded weights are smaller, and slices lie elsewhere
             layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
+            lower=None if low_precision is None else lowering(dtype, device, rounded_on or device),
         )
         model.to(device).eval()
         if low_precision is not None:

@@ -185,8 +185,8 @@ class MemoryBudget:
         """Whether an expert may be loaded to the GPU at once: nothing may say that its layers come one by one."""
         if self.vram is not None or self.free is None:
             return self.vram is None
-        dtype = self.config.dtype_name("param_dtype")
-        least = [denoiser_memory(one, dtype, False, 0, 0) for one in self.checkpoint.experts.values()]
+        dtype, in_8_bits = self.config.dtype_name("param_dtype"), self.config.low_precision is not None
+        least = [denoiser_memory(one, dtype, in_8_bits, 0, 0) for one in self.checkpoint.experts.values()]
         return max(one.weights for one in least) <= for_tensors(self.free)
 
     def holds_all(self, geometry: Geometry) -> bool:
@@ -338,7 +338,7 @@ def denoiser_dtypes(dtype: str) -> Callable[[str], str]:
 
 def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False) -> dict[str, int]:
     """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
-    smaller = 1.0 if in_8_bits else math.inf
+    smaller = math.inf
     if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
         smaller = min(smaller, weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values())))
     sizes = {}
@@ -346,10 +346,13 @@ def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bo
         item: float = DTYPES[dtype_of(name)]
         if len(shape) == 2 and _LAYER.search(name):
             item = min(item, smaller)
+            if in_8_bits and not _TEXT_KEYS.search(name):
+                item = min(item, 1.0)
         sizes[name] = int(math.prod(shape) * item)
     return sizes
 
 
+_TEXT_KEYS = re.compile(r"\.(?:cross_attn\.[kv]|attn2\.to_[kv])\.weight$")  # computed once a clip, in bf16 too
 _LAYER = re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
 
 

@@ -82,8 +82,9 @@ class HostBudget:
         ]
         for name, weights in checkpoint.experts.items():
             # what is changed or rounded is no longer what is in the file
-            stays = plan.mapped and name not in merged and config.low_precision is None
-            size = _bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays)
+            in_8_bits = config.low_precision is not None
+            stays = plan.mapped and name not in merged and not in_8_bits
+            size = _bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays, in_8_bits)
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
         beside = 2 * 12 * frames * height * width  # float32 pixels, as they are decoded and as they are handed on
@@ -110,8 +111,8 @@ class HostBudget:
         )
 
 
-def _bytes(weights: Weights, dtype_of: Callable[[str], str], mapped: bool) -> int:
+def _bytes(weights: Weights, dtype_of: Callable[[str], str], mapped: bool, in_8_bits: bool = False) -> int:
     """A model in host memory; `mapped`: without what its file holds as it is used."""
-    sizes = weight_sizes(weights, dtype_of)
+    sizes = weight_sizes(weights, dtype_of, in_8_bits)
     stored = weights.stored_dtypes() if mapped else {}
     return sum(size for name, size in sizes.items() if stored.get(name) != dtype_of(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from wan.device.streaming import in_one_buffer
 from wan.errors import UserError
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
 from wan.weights.tensors import Weights, listing
+
+# The name of a linear layer, the layer and the numbers of its weight, as the file holds them -> what takes its place
+Lower: TypeAlias = Callable[[str, nn.Linear, Tensor], nn.Linear | None]
 
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
@@ -48,14 +52,16 @@ def load_into(
     stays_quantized: Callable[[str], bool] = lambda name: False,
     layers: str = "",
     mapped: bool = False,
+    lower: Lower | None = None,
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
 
     `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
     every value through that dtype first. What is quantized in the file is expanded, but for the weights of
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
-    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. Host memory never holds
-    more than the model and one file. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
+    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. `lower` may make a layer
+    with a weight in fewer bits of a linear layer and its numbers. Host memory never holds more than the model and one
+    file. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
     expanded.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
@@ -88,6 +94,11 @@ def load_into(
         ):
             model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
             continue
+        if lower is not None and leaf == "weight" and isinstance(module, nn.Linear) and isinstance(tensor, Tensor):
+            numbers = tensor.view(weights.shapes[key])
+            if (lowered := lower(owner, module, numbers)) is not None:
+                model.set_submodule(owner, lowered)
+                continue
         if mapped and isinstance(tensor, Tensor) and tensor.dtype == dtype_of(name):
             value = tensor.view(weights.shapes[key])
         else:
