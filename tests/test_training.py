@@ -85,7 +85,7 @@ def test_a_denoiser_goes_on_from_the_exported_one_with_its_own_errors(
     stage: str, clips: str, rounds: int, imported: Path
 ) -> None:
     before = load(imported / f"{stage}.pt")["weights"]
-    settings = Settings(imported, torch.device("cpu"), 5, batch=1, rate=1e-5, seed=5, steps=1, compiler="eager")
+    settings = Settings(imported, torch.device("cpu"), 5, batch=1, rate=1e-5, seed=6, steps=1, compiler="eager")
     for steps in range(1, rounds + 1):
         encode_clips(clips, settings)
         chunk = load(imported / clips / f"{steps - 1:08d}.pt")
@@ -289,3 +289,20 @@ def test_a_lora_of_four_steps_goes_on_from_the_exported_one(imported: Path, monk
     assert torch.equal(model.blocks[0].attn1.to_q.weight, plain)  # a new one changes nothing
     lora.load_state_dict(before["weights"])
     assert not torch.equal(model.blocks[0].attn1.to_q.weight, plain)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_each_seed_and_each_step_draws_its_own(device: str) -> None:
+    drawn = {
+        float(torch.rand((), generator=generator, device=device))
+        for seed in range(3)
+        for step in range(3)
+        for generator in [Settings(Path(), torch.device(device), 1, 1, 1, seed).generator(step)]
+    }
+    assert len(drawn) == 9
+
+
+def test_every_second_scene_may_have_shapes_that_pass_each_other() -> None:
+    world = scenes.sample(400, torch.Generator().manual_seed(1), passing=True)
+    covered = scenes._covered(world, range(17), 10.0) > 0
+    assert covered[::2].sum() > 3 * covered[1::2].sum() > 0

@@ -42,7 +42,8 @@ class Settings:
 
     def generator(self, step: int) -> torch.Generator:
         """Random numbers that a resumed run does not draw again."""
-        return torch.Generator(self.device).manual_seed((self.seed << 32) + step)
+        low = (step + 0x9E3779B1 * self.seed) % (1 << 32)  # a CPU's generator looks at no more bits than these
+        return torch.Generator(self.device).manual_seed((self.seed << 32) + low)
 
 
 @dataclass

@@ -120,17 +120,28 @@ class Scenes:
         ]
 
 
-def sample(count: int, generator: torch.Generator, tries: int = 6) -> Scenes:
-    """`count` scenes. Of a few candidates each takes the one whose shapes cover each other least around time 0."""
+def sample(count: int, generator: torch.Generator, tries: int = 6, passing: bool = False) -> Scenes:
+    """`count` scenes. Of a few candidates each takes the one whose shapes cover each other least around time 0.
+
+    `passing`: every second scene takes the one in which most is covered, moment by moment, from -8 to 16.
+    """
     present = torch.randint(MOST_SHAPES, (count, 1), generator=generator, device=generator.device)
     present = torch.arange(MOST_SHAPES, device=generator.device) <= present
     candidates = _sample(present.repeat_interleave(tries, 0), generator)
-    times = torch.arange(-16, 33, 4, device=generator.device)
-    centres = candidates.positions(times)
+    chosen = _covered(candidates, range(-16, 33, 4), 2 * RADII[1]).view(count, tries).argmin(1)
+    if passing:
+        most = _covered(candidates, range(-8, 17, 2), RADII[0]).view(count, tries).argmax(1)
+        chosen[::2] = most[::2]
+    return candidates[torch.arange(count, device=generator.device) * tries + chosen]
+
+
+def _covered(world: Scenes, times: range, distance: float) -> Tensor:
+    """At how many of these times, over all pairs of shapes, two centres are nearer than so many pixels [B]."""
+    centres = world.positions(torch.tensor(times, device=world.phase.device))
     apart = (centres[:, :, :, None] - centres[:, :, None]).norm(dim=-1)  # [B, T, S, S]
-    pairs = (candidates.present[:, :, None] & candidates.present[:, None]).triu(1)[:, None]
-    covered = ((apart < 2 * RADII[1]) & pairs).sum((1, 2, 3)).view(count, tries)
-    return candidates[torch.arange(count, device=generator.device) * tries + covered.argmin(1)]
+    pairs = (world.present[:, :, None] & world.present[:, None]).triu(1)[:, None]
+    near: Tensor = ((apart < distance) & pairs).sum((1, 2, 3))
+    return near
 
 
 def stream(batch: int, generator: torch.Generator) -> Iterator[Scenes]:

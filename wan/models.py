@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from threading import Thread
 from typing import Any
 
 import torch
@@ -32,14 +35,23 @@ class Models:
     """Models by name: "text_encoder", "vae", and the experts under their attribute names.
 
     `loaders` make them, in host memory unless they say otherwise, and are given whether weights may stay mapped from
-    their files; `name` is the model's in messages.
+    their files; `name` is the model's in messages. `in_threads`: one may be called while another model computes.
     """
 
-    def __init__(self, name: str, checkpoint: Checkpoint, loaders: Mapping[str, Callable[[bool], Any]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        loaders: Mapping[str, Callable[[bool], Any]],
+        *,
+        in_threads: bool = True,
+    ) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self._loaders = loaders
+        self._in_threads = in_threads
         self._loaded: dict[str, Any] = {}
+        self._coming: dict[str, Future[Any]] = {}  # what is being loaded
         self._plan = HostPlan()
         self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
@@ -52,12 +64,49 @@ class Models:
     def __getitem__(self, name: str) -> Any:
         name = self._own(name)
         if name not in self._loaded:
+            coming = self._coming.pop(name, None)
             if self._plan.in_turn:
                 self.forget_all()
-            self._loaded[name] = self._loaders[name](self._plan.mapped)
+            self._loaded[name] = self._loaders[name](self._plan.mapped) if coming is None else coming.result()
             if self._wanted.get(name):  # it was there before, with them
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
+
+    @contextmanager
+    def loading(self, names: Collection[str]) -> Iterator[Callable[[], None]]:
+        """Load models in a thread while the block computes; whoever uses one that is not there yet waits for it.
+
+        What the block is given raises what went wrong so far. Where models take turns in host memory, or
+        go to a GPU that is at work, only their files are read.
+        """
+        if self._plan.in_turn or not self._in_threads or not names:
+            with self.read_ahead(names) if names else nullcontext():
+                yield lambda: None
+            return
+        coming: dict[str, Future[Any]] = {name: Future() for name in dict.fromkeys(map(self._own, names))}
+
+        def load() -> None:
+            for name, future in coming.items():
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(self._loaders[name](self._plan.mapped))
+                except BaseException as error:  # raised again where the model is used, or by `check`
+                    future.set_exception(error)
+
+        def check() -> None:
+            for future in coming.values():
+                if future.done():
+                    future.result()
+
+        self._coming = dict(coming)
+        Thread(target=load, name="loading", daemon=True).start()
+        try:
+            yield check
+        finally:
+            self._coming = {}
+            for future in coming.values():
+                future.cancel()
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -82,7 +131,8 @@ class Models:
 
     def is_loaded(self, name: str) -> bool:
         """Whether a model is in memory."""
-        return self._own(name) in self._loaded
+        name = self._own(name)
+        return name in self._loaded or (name in self._coming and self._coming[name].done())
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""

@@ -46,7 +46,7 @@ from wan.models import LORA_SETTING, Models, loaders
 from wan.settings import LoraFile, Sampling, merge_sampling
 from wan.stopwatch import Stopwatch
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, TextContext, is_finite
+from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, Step, TextContext, is_finite
 from wan.vae.vae import Wan2_1_VAE, Wan2_2_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
 
@@ -118,8 +118,9 @@ class Pipeline(ABC):
             names=Names.of(config),
             files=files | parts,
         )
+        experts = self.checkpoint.experts.keys()
         if dit_fsdp:
-            self.sharded |= self.checkpoint.experts.keys()
+            self.sharded |= experts
         for weights in self.checkpoint.experts.values():
             if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
                 WanModel.check(weights)
@@ -128,18 +129,21 @@ class Pipeline(ABC):
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
         self.host = HostBudget(self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto")
         self.embeddings: dict[str, Tensor] = {}  # of prompts [1, 512, D]; a chain and the negative one repeat
+        # layers that come one by one wait in host memory
+        home = torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device
         load = loaders(
             self.checkpoint,
             config,
             self.tokenizer,
             self.vae_class,
             device=self.device,
-            # layers that come one by one wait in host memory
-            load_device=torch.device("cpu") if init_on_cpu or not self.budget.holds_whole_experts else self.device,
+            load_device=home,
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
         )
-        self.models = Models(config.name, self.checkpoint, load)
+        self.models = Models(
+            config.name, self.checkpoint, load, in_threads=home.type == "cpu" and not self.sharded & experts
+        )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
             self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
@@ -412,9 +416,15 @@ class Pipeline(ABC):
             stages[0].expert.load()
         later = [part for stage in stages[1:] if not self.models.is_loaded(part := stage.expert.part)]
         try:
-            # the next expert comes from the disk while this one computes
-            with watch.stage("sample"), self.models.read_ahead(later) if later else nullcontext():
-                placement, on_step = placements("sampling"), watch.on_step
+            # the next expert is loaded while this one computes
+            with watch.stage("sample"), self.models.loading(later) as check:
+
+                def on_step(step: Step) -> None:
+                    check()
+                    if watch.on_step is not None:
+                        watch.on_step(step)
+
+                placement = placements("sampling")
                 latents = sample(noise, stages, scheduler, condition, context, placement, on_step, caching, self.team)
                 latents = latents.cpu()
         except NotFinite as error:

@@ -125,9 +125,14 @@ def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: A
 @pytest.mark.usefixtures("lowered_on_a_cpu")
 def test_weights_are_rounded_as_they_are_read(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of a model that is rounded afterwards, and none of them is in memory in its own dtype on the way."""
-    filled: list[int] = []
+    filled: list[Tensor] = []
     fill = loading._fill
-    monkeypatch.setattr(loading, "_fill", lambda value, *rest: (filled.append(value.data_ptr()), fill(value, *rest))[1])
+
+    def noted(value: Tensor, *rest: Any) -> None:
+        filled.append(value)
+        fill(value, *rest)
+
+    monkeypatch.setattr(loading, "_fill", noted)
     weights = ti2v.checkpoint.experts["model"]
     cpu = torch.device("cpu")
     low = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu, low_precision="fp8")
