@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from benchmarks.real_size import SCENARIOS, commit
 from benchmarks.timing import timed
 from benchmarks.vae import build, tf32
-from wan.device.hardware import peak_gib, reset_peak
+from wan.device.hardware import peak_gib, reset_peak, synchronize
 from wan.device.parallel import Group, Team
 from wan.device.ranks import Sizes, World
 from wan.vae.vae import WanVAE, lay_out
@@ -64,13 +65,15 @@ def measured(call: Callable[[], Tensor], device: torch.device, repeats: int) -> 
 
 
 @torch.no_grad()
-def measure(name: str, world: World, groups: dict[int, Group | None], dtype: torch.dtype, repeats: int) -> None:
+def measure(
+    name: str, world: World, groups: dict[int, Group | None], dtype: torch.dtype, args: argparse.Namespace
+) -> None:
     """Both stages of one clip; prints a row for each count of GPUs."""
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     tiny = device.type == "cpu"
     task, width, height, frames = SCENARIOS[name]
     exact = dtype == torch.float32
-    frames = min(frames, EXACT_FRAMES) if exact else frames
+    frames = args.frames or (min(frames, EXACT_FRAMES) if exact else frames)
     width, height, frames = (64, 128, 9) if tiny else (width, height, frames)
     model = build(task, device, tiny).to(dtype)
     lay_out(model)
@@ -90,7 +93,7 @@ def measure(name: str, world: World, groups: dict[int, Group | None], dtype: tor
     for stage, through in (("encode", encode), ("decode", decode)):
         alone = None
         for count, group in groups.items():
-            made, row = measured(lambda through=through, group=group: through(group), device, repeats)  # type: ignore[misc]
+            made, row = measured(partial(through, group), device, 1 if exact else args.repeats)
             alone = made if alone is None else alone
             said: dict[str, Any] = {"clip": name, "dtype": str(dtype).rpartition(".")[2], "frames": frames}
             said |= {"stage": stage, "gpus": count} | row
@@ -99,6 +102,13 @@ def measure(name: str, world: World, groups: dict[int, Group | None], dtype: tor
                 said |= {"equal": torch.equal(made, alone), "from_one": float(f"{float(distance):.2e}")}
             if world.is_first:
                 print(json.dumps(said), flush=True)
+            if args.profile:
+                with torch.profiler.profile() as profile:
+                    through(group)
+                    synchronize(device)
+                if world.is_first:
+                    by = f"self_{device.type}_time_total"
+                    print(profile.key_averages().table(sort_by=by, row_limit=14, max_name_column_width=80), flush=True)
             del made
 
 
@@ -107,6 +117,8 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", default=["a14b-480p-81", "5b-704p-121"], choices=tuple(SCENARIOS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=("float32", "float16"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frames", type=int, help="4n+1 in place of the clip's")
+    parser.add_argument("--profile", action="store_true", help="print where the GPU's time goes in one and in all GPUs")
     args = parser.parse_args()
     world = World.read(os.environ)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -118,7 +130,7 @@ def main() -> None:
     for name in args.scenarios:
         for dtype in args.dtypes:
             with tf32(dtype != "float32"):
-                measure(name, world, groups, getattr(torch, dtype), 1 if dtype == "float32" else args.repeats)
+                measure(name, world, groups, getattr(torch, dtype), args)
     team.end()
 
 
