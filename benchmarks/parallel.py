@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,14 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch.distributed.tensor import DTensor
 
+from benchmarks import copies
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
 from benchmarks.timing import timed
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.attention_backends import use_attention
 from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
+from wan.denoiser.sequence import Share
 from wan.device.hardware import peak_gib, reset_peak
 from wan.device.parallel import Group, Team
 from wan.device.ranks import Sizes, World
@@ -82,6 +85,37 @@ def milliseconds(work: Callable[[], Any], repeats: int) -> float:
     return float(slowest)
 
 
+def by_kernel(work: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of the GPU by what it does, and for how long it does nothing but exchange or wait."""
+    kinds = {"nccl": "exchange", "Memcpy": "copies", "fmha|sdpa|flash|attend|cudnn": "attention"}
+    kinds |= {"gemm|nvjet|cutlass|cublas|xmma|_mm": "products", "triton": "fused"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    busy, events = [], [one for one in profile.events() or () if str(one.device_type).endswith("CUDA")]
+    for event in events:
+        kind = next((kind for names, kind in kinds.items() if re.search(names, event.name)), "other")
+        span = event.time_range
+        found[kind] = found.get(kind, 0) + (span.end - span.start) / 1000
+        if kind != "exchange":
+            busy.append((span.start, span.end))
+    idle, last = 0.0, min((one.time_range.start for one in events), default=0.0)
+    for start, end in sorted(busy):
+        idle, last = idle + max(0.0, start - last), max(last, end)
+    return found | {"computes nothing": idle / 1000}
+
+
+def exchange_alone(team: Team, tokens: int, width: int, heads: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of one exchange of queries, and GB/s out of each GPU."""
+    assert team.tokens is not None
+    share = Share.of(tokens, team.tokens)
+    parts = share.packed(torch.zeros(1, share.count, heads, width // heads, dtype=torch.bfloat16, device=device))
+    share.landed(share.exchange(parts))
+    taken = milliseconds(lambda: [share.landed(share.exchange(parts)) for _ in range(8)], 3) / 8
+    return {"exchange_ms": taken, "exchange_gb_s": parts.nbytes * (1 - 1 / share.heads_ranks) / taken / 1e6}
+
+
 @torch.no_grad()
 def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One scenario: every way to share a step."""
@@ -96,8 +130,16 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
             use_attention(model, args.attention)
         model.compile_blocks()
     flows = {}
-    for label, team in teams.items():
-        if "slices" in label:
+    ways = [(label, team, way) for label, team in teams.items() for way in args.overlap]
+    for label, team, way in ways:
+        pair = "pair" in way
+        if way != "each" and (label == "1 GPU" or "ring" in label or (pair and team.guidance is not None)):
+            continue
+        nccl = Share.exchange, Share.landed
+        if "copies" in way:
+            vars_of: Any = Share
+            vars_of.exchange, vars_of.landed = copies.exchange, copies.landed
+        if "slices" in label and not isinstance(next(models[args.layers[0]].parameters()), DTensor):
             assert team.node is not None
             for count, model in list(models.items()):
                 models[count] = sliced(model, task, device, team.node)
@@ -106,34 +148,46 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                 models[count].compile_blocks()
             del model  # the whole ones are gone
         found = {}
+        row: dict[str, Any] = {"scenario": name, "plan": label if way == "each" else f"{label}, {way}"}
         reset_peak(device)
         for count, model in models.items():
             model.token_group = team.tokens
-            texts = model.text_keys(text)
+            texts = [model.text_keys(one) for one in (text, text.flip(1))]
 
-            def forward(model: WanModel = model, texts: Any = texts, team: Team = team) -> torch.Tensor:
+            given = texts if pair else texts[0]
+
+            def forward(model: WanModel = model, texts: Any = given, team: Team = team) -> torch.Tensor:
                 flow: torch.Tensor = model(latents, steps, texts, return_dict=False)[0]
                 if team.guidance is not None:
                     team.guidance.gather(flow)
-                return flow
+                return flow[:1]
 
             flows[label] = forward()
             found[count] = milliseconds(forward, args.repeats)
         few, many = sorted(found)
+        both = 2 if pair else 1
         block = (found[many] - found[few]) / (many - few)
-        whole = found[few] + block * (tall - few)
+        whole = (found[few] + block * (tall - few)) / both
         step = whole * (1 if team.sizes.cfg == 2 else 2)
-        row = {"scenario": name, "plan": label, "block_ms": block, "forward_ms": whole, "step_ms": step}
+        row |= {"block_ms": block / both, "forward_ms": whole, "step_ms": step}
         weights = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in models[many].parameters())
         row |= {"peak_gib": peak_gib(device), "weights_gib": weights / 2**30}
         rows.append(row)
         row["speedup"] = rows[0]["step_ms"] / step
         flow, alone = flows[label].double(), flows["1 GPU"].double()
         row["from_one_gpu"] = float((flow - alone).norm() / alone.norm())
+        if args.profile:
+            row |= by_kernel(forward)
+            if team.tokens is not None and team.sizes.ulysses > 1:
+                shape = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
+                sizes = model.config.num_attention_heads, model.config.attention_head_dim
+                row |= exchange_alone(team, shape, sizes[0] * sizes[1], sizes[0], device)
         if world.is_first:
             print(
-                json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()})
+                json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()}),
+                flush=True,
             )
+        Share.exchange, Share.landed = nccl  # type: ignore[method-assign]
     return rows
 
 
@@ -167,6 +221,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--attention", default="_native_cudnn")
     parser.add_argument("--precision")
+    parser.add_argument("--overlap", nargs="+", default=["each"], help="each, pair, copies, copies-pair")
+    parser.add_argument("--plans", nargs="+", default=["ulysses", "cfg", "ring"])
+    parser.add_argument("--profile", action="store_true", help="also what the GPU does in a forward of some layers")
     parser.add_argument("--slices", action="store_true", help="also with a slice of the weights on each GPU (FSDP)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -174,17 +231,20 @@ def main() -> None:
     device = torch.device("cuda", world.local_rank)
     torch.backends.cuda.matmul.allow_tf32 = False
     alone = Team(world, Sizes())
-    teams = {"1 GPU": alone}
-    both = Team.start(world, Sizes(1, world.size), device, 120)
-    teams[f"ulysses {world.size}"] = both
+    sizes = {f"ulysses {world.size}": Sizes(1, world.size), f"ring {world.size}": Sizes(1, 1, world.size)}
     if world.size % 2 == 0:
-        teams[f"cfg 2 x ulysses {world.size // 2}"] = Team.start(world, Sizes(2, world.size // 2), device, 120)
-    teams[f"ring {world.size}"] = Team.start(world, Sizes(1, 1, world.size), device, 120)
+        sizes[f"cfg 2 x ulysses {world.size // 2}"] = Sizes(2, world.size // 2)
+    started = {
+        label: Team.start(world, one, device, 120) for label, one in sizes.items() if label.split()[0] in args.plans
+    }
+    teams = {"1 GPU": alone} | started
     if args.slices:
-        teams[f"ulysses {world.size}, slices"] = both  # last, since the whole weights go for them
+        teams[f"ulysses {world.size}, slices"] = teams[
+            f"ulysses {world.size}"
+        ]  # last, since the whole weights go for them
     if world.is_first:
         print(commit(), torch.cuda.get_device_name(device), "x", world.size, "torch", torch.__version__)
-    if not args.precision:
+    if not args.precision and not args.profile:
         exactness(world, teams, args.attention)
     rows = [row for name in args.scenarios for row in measure(name, world, teams, args)]
     if args.out and world.is_first:

@@ -30,6 +30,7 @@ from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.kinds import Among, Gib, Guidance, Local, Real, Seed, Strength, Whole
+from wan.media import read_last_frame
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
 from wan.settings import LoraFile
 from wan.types import Step
@@ -433,6 +434,11 @@ CASES: dict[str, Case] = {
         A14B,
     ),
     "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.said, "theirs.mp4\n", generate=True),
+    "upscale": Case(
+        "--upscale larger.safetensors",
+        lambda s: [read_last_frame(file).size for file in sorted(s.folder.glob("joined*.mp4"))],
+        [(64, 32), (128, 64)],
+    ),
     "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
     "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
     "fade": Case(

@@ -134,6 +134,16 @@ class Models:
         name = self._own(name)
         return name in self._loaded or (name in self._coming and self._coming[name].done())
 
+    def experts_to_keep(self) -> frozenset[str]:
+        """The experts that stay in memory from one clip to the next."""
+        return frozenset(name for name in self.checkpoint.experts if self.is_loaded(name) and not self._plan.in_turn)
+
+    def keep_experts(self, names: Collection[str]) -> None:
+        """Let other experts go, so that all processes of a team load the same ones next."""
+        for name in self.checkpoint.experts:
+            if name not in names and self.is_loaded(name):
+                self.forget(name)
+
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
         self._loaded.pop(self._own(name), None)
@@ -169,7 +179,7 @@ class Models:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
         self._check_single(wanted)
         self._wanted = wanted
-        for expert in wanted.keys() | self.merged.keys():
+        for expert in sorted(wanted.keys() | self.merged.keys()):  # several processes load them together
             # one that is not there gets them when it is read again
             if not self._plan.in_turn or self.is_loaded(expert):
                 self._merge(expert, wanted.get(expert, ()))
@@ -214,13 +224,14 @@ def loaders(
     load_device: torch.device,
     convert_model_dtype: bool,
     shards: Callable[[str], Group | None] = lambda name: None,
+    machine: Callable[[], Group | None] = lambda: None,
 ) -> dict[str, Callable[[bool], Any]]:
     """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
 
     Each is called with whether weights may stay mapped from their files.
 
     Weights that `config` wants in 8 bits are rounded on `device`. `shards`, asked when a model loads, are the processes
-    of which each keeps a slice of it on `device`.
+    of which each keeps a slice of it on `device`, `machine` those that have experts in common in host memory.
     """
     cpu = torch.device("cpu")
 
@@ -245,6 +256,7 @@ def loaders(
             rounded_on=device,
             mapped=mapped,
             shards=group,
+            machine=machine(),
         )
 
     experts = {name: functools.partial(expert, name) for name in checkpoint.experts}

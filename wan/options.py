@@ -88,12 +88,15 @@ NOT_SERVED = frozenset(
         *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
         *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
-        *("t5_fsdp", "dit_fsdp"),
+        *("t5_fsdp", "dit_fsdp", "upscale"),
     )
 )
 # Those that a batch does not take: of one video, and of a person who looks on.
 NOT_BATCHED = frozenset(
-    ("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune")
+    (
+        *("video", "from_", "until", "prompt_for", "take", "redo", "keep_following", "review", "preview", "prune"),
+        "upscale",
+    )
 )
 
 
@@ -499,6 +502,11 @@ class Settings:
     lora_low: tuple[str, ...] = option(
         WEIGHTS, Files("PATH[:S]"), "merge a LoRA with strength S (A14B, low noise); repeatable", (), unset="none",
         scene="lora_low", row=True, fingerprint="loras",
+    )
+    upscale: str | None = option(
+        WEIGHTS, Local("FILE"),
+        "write the finished video once more, enlarged by an upscaling model in .safetensors or .pth", unset="off",
+        same=_SHOWN,
     )
 
     # Output

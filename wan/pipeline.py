@@ -140,6 +140,7 @@ class Pipeline(ABC):
             load_device=home,
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
+            machine=lambda: self.team.machine,
         )
         self.models = Models(
             config.name, self.checkpoint, load, in_threads=home.type == "cpu" and not self.sharded & experts
@@ -193,6 +194,7 @@ class Pipeline(ABC):
                 return
             budget = self.budget.for_clip(call.request.geometry, call.offload)
             self.models.live_by(call.host)
+            self.models.keep_experts(call.experts)
             placements = self._placements(call.request, budget, call.offload, call.host.mapped)
             watch = Stopwatch(self.device, call.request.sampling.steps)
             sampled = self._sample(call.request, placements, watch, call.clips)
@@ -354,7 +356,10 @@ class Pipeline(ABC):
         group = None if sampled is not None else self.team.all_
         if sampled is None:
             # pictures are encoded here and sent as latents
-            self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host))
+            experts = self.models.experts_to_keep()
+            if self.team.world.size > 1:
+                self.models.keep_experts(experts)
+            self.team.tell(_Call(dataclasses.replace(request, known=KnownFrames()), offload, clips, host, experts))
             sampled = self._sample(request, placements, watch, clips)
             if on_sampled is not None:
                 with watch.stage("keep"):
@@ -507,13 +512,15 @@ class _Pictures:
 class _Call:
     """What the first process tells the others to sample.
 
-    `host` is how its models live in host memory: in all alike, lest one loads an expert when another does not.
+    `host` is how its models live in host memory, and `experts` are those that are in memory: in all alike, since they
+    are loaded together.
     """
 
     request: Request
     offload: bool
     clips: int
     host: HostPlan
+    experts: frozenset[str]
 
 
 def _check_shards(config: ModelConfig, vram: float | str | None, t5: bool, dit: bool, t5_cpu: bool) -> None:

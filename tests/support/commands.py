@@ -30,6 +30,30 @@ from PIL import Image
 for path in Path(sys.argv[1]).glob("*.png"):
     Image.new("RGB", Image.open(path).size, "red").save(path)
 """
+# As much of spandrel as is used, for machines without it: every picture twice as large.
+SPANDREL = """import enum
+import torch
+class UnsupportedModelError(Exception): pass
+class ModelTiling(enum.Enum): SUPPORTED = 1
+class ImageModelDescriptor:
+    scale, input_channels, output_channels, tiling = 2, 3, 3, ModelTiling.SUPPORTED
+    model = torch.nn.Identity()
+    def __call__(self, pixels): return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+def canonicalize_state_dict(state): return state
+class ModelLoader:
+    def __init__(self, device): pass
+    def load_from_state_dict(self, state):
+        if "body.0.weight" not in state: raise UnsupportedModelError
+        return ImageModelDescriptor()
+"""
+
+
+def nearest_upscaler() -> dict[str, torch.Tensor]:
+    """The weights of a Real-ESRGAN Compact that adds nothing to a picture twice as large."""
+    sizes = {"body.0": (8, 3, 3, 3), "body.2": (8, 8, 3, 3), "body.4": (12, 8, 3, 3)}
+    state = {f"{name}.weight": torch.zeros(size) for name, size in sizes.items()}
+    state |= {f"{name}.bias": torch.zeros(size[0]) for name, size in sizes.items()}
+    return state | {f"body.{number}.weight": torch.zeros(8) for number in (1, 3)}
 
 
 def without_start(text: str) -> str:
@@ -129,6 +153,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, colour in (("10.png", "red"), ("2.png", "black")):  # in this order a sort by letters has them
         Image.new("RGB", (64, 32), colour).save(world / "ends" / name)
     (world / "paint.py").write_text(PAINT)
+    (world / "spandrel.py").write_text(SPANDREL)
+    save_file(nearest_upscaler(), world / "larger.safetensors")
     (world / "story.yaml").write_text("- the boat sinks\n")
     (world / "cut.yaml").write_text("- {cut: red.png}\n")
     (world / "second.yaml").write_text("- {}\n- {cut: red.png}\n")

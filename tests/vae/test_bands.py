@@ -13,6 +13,7 @@ from wan.configs import config_for
 from wan.device.parallel import Team
 from wan.device.ranks import Sizes, World
 from wan.pipeline import pipeline_class
+from wan.vae.bands import Band
 
 FOLDERS = {"ti2v-5B": "tiny-Wan2.2-TI2V-5B", "i2v-A14B": "tiny-Wan2.2-I2V-A14B"}
 SIZE = 9, 112, 48  # 7 rows of latents of the 5B, 14 of A14B, which do not divide by two or four
@@ -46,3 +47,22 @@ def test_bands_are_the_whole_picture(size: int) -> None:
         torch.testing.assert_close(other, one, atol=2e-5, rtol=0)
         assert all(rank[number].shape == (one.shape if number % 2 == 0 else (3, 0, *SIZE[1:])) for rank in others)
     assert expected[1].std() > 0.01  # of pictures, not of nothing
+
+
+def test_rows_from_beside_keep_the_layout_that_convolutions_are_fast_in() -> None:
+    """One process as the middle one of three, whose neighbours have the same rows."""
+
+    class Three:
+        size, index = 3, 1
+
+        def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+            return [mine.contiguous()] * 3
+
+    x = torch.rand(1, 8, 2, 4, 6).contiguous(memory_format=torch.channels_last_3d)
+    band: Any = Band(Three(), 12)  # type: ignore[arg-type]
+    around = band.beside(x, 1, 1)
+    assert around.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(around, torch.cat([x[..., -1:, :], x, x[..., :1, :]], dim=-2))
+    frames = x[0].transpose(0, 1)
+    assert band.beside(frames, 0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(band.beside(frames, 0, 1), torch.cat([frames, frames[..., :1, :]], dim=-2))

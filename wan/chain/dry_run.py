@@ -115,8 +115,9 @@ def _disk(missing: Sequence[Plan], z_dim: int, keep_state: str) -> str:
     """What the folder grows by, and what of it are frames and latents that `keep_state` is about."""
     size, kept = _disk_bytes(missing, z_dim, keep_state)
     last = _disk_bytes(missing, z_dim, "last")[1]
-    less = f"; {_size(last)} with `keep_state` last" if keep_state == "all" and len(missing) > 2 else ""
-    return f"about {_size(size)} of disk, of which {_size(kept)} are frames and latents to go on from{less}"
+    less = f"; {size_in_words(last)} with `keep_state` last" if keep_state == "all" and len(missing) > 2 else ""
+    states = f"{size_in_words(kept)} are frames and latents to go on from{less}"
+    return f"about {size_in_words(size)} of disk, of which {states}"
 
 
 def _disk_bytes(missing: Sequence[Plan], z_dim: int, keep_state: str) -> tuple[float, float]:
@@ -133,7 +134,8 @@ def _disk_bytes(missing: Sequence[Plan], z_dim: int, keep_state: str) -> tuple[f
     return rest + kept, kept
 
 
-def _size(size: float) -> str:
+def size_in_words(size: float) -> str:
+    """Bytes as people read them."""
     return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.0f} MiB"
 
 

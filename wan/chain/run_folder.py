@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 REDONE, TAKES = "redone", "takes"
 SHEET = "sheet."
 JOINED, RUN, PROMPTS, PAGE, DATA = "joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json"
+UPSCALED = ("joined_upscaled.mp4", "joined_upscaled.json")  # with `upscale`
 PREVIEW = "preview.webp"
 STOP, PAUSE = "stop", "pause"  # files by which a person leads a run
 LOCK = ".lock"  # an empty file that stays
@@ -182,7 +183,7 @@ class RunFolder:
             without = ", or `no_lock` if no other run uses it" if _has_no_locks(error) else ""
             raise UserError(f"{self.path} cannot be locked ({reason}); give another folder{without}") from error
         if self._lock is not None:  # which keeps others out: these are of a run that was killed
-            for name in ("video_", ".draft_", PREVIEW, *_OF_THE_RUN):
+            for name in ("video_", ".draft_", PREVIEW, *UPSCALED, *_OF_THE_RUN):
                 for left in self.path.glob(f".{name}*.part"):
                     left.unlink()
             for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
@@ -209,11 +210,11 @@ class RunFolder:
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
         file = Path(name.casefold())
-        return file.name in _OF_THE_RUN or (file.suffix in _SUFFIXES and _number(file) is not None)
+        return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in _SUFFIXES and _number(file) is not None)
 
-    def foreign(self, *, preview: bool = False) -> Path | None:
-        """A file that a run, with a `preview` or without, would replace and that none of ours has made."""
-        names = (*_OF_THE_RUN, *([PREVIEW] if preview else []))
+    def foreign(self, *, preview: bool = False, upscaled: bool = False) -> Path | None:
+        """A file that a run, with what it is asked for, would replace and that none of ours has made."""
+        names = (*_OF_THE_RUN, *([PREVIEW] if preview else []), *(UPSCALED if upscaled else ()))
         there = [path for name in names if (path := self.path / name).exists()]
         if self.path / RUN in there:
             run = self.run
@@ -417,6 +418,11 @@ class RunFolder:
         """Move the joined video to `redone/`, if there is one."""
         if (joined := self.path / JOINED).exists():
             self._set_aside([joined])
+
+    def set_upscaled_aside(self) -> None:
+        """Move the larger video with its JSON file to `redone/`, as far as they are there."""
+        if files := [file for name in UPSCALED if (file := self.path / name).exists()]:
+            self._set_aside(files)
 
     def set_clip_aside(self, record: Path) -> Path:
         """Move a finished clip to `redone/`, which has it whole before it is gone; returns its record there."""

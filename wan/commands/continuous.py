@@ -19,6 +19,7 @@ from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
+from wan.commands.finishing import Upscaling
 from wan.commands.flags import spell_flag
 from wan.commands.job import Job, read_scenes
 from wan.commands.lines import PROGRESS
@@ -30,7 +31,7 @@ from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings, usual_clips
 from wan.settings import Context
-from wan.types import Footage, Frame, Generation, OnStep, Step
+from wan.types import Footage, Frame, Generation, Geometry, OnStep, Step
 from wan.vae.preview import CHANNELS
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def continue_video(job: Job) -> None:
         pass
     if chain.joined is not None:
         say(str(chain.joined))
+    if chain.upscaled is not None:
+        say(str(chain.upscaled))
 
 
 class Chain:
@@ -78,6 +81,7 @@ class Chain:
         self._is_commands = isinstance(settings, Job) and pipeline is None  # which makes nothing after this
         self.folder = Path(job.settings.output_dir)
         self.joined: Path | None = None  # the joined video, once the loop has ended
+        self.upscaled: Path | None = None  # and the larger one, with `upscale`, when all clips are there
         self._on_step = on_step
         self._steering = Steering(self.folder)
         check_folder(job, RunFolder(self.folder))
@@ -91,6 +95,7 @@ class Chain:
         self._pipeline = job.open_continuation() if pipeline is None else pipeline
         self._watch = watch
         self._scripts = _Scripts(job, self._pipeline, self._footage)
+        self._upscaling = None if job.settings.upscale is None else Upscaling(job, self._scripts.geometry)
         self._preview = _preview(job, self._pipeline)
 
     def __enter__(self) -> Chain:
@@ -117,6 +122,8 @@ class Chain:
         job, run = self.job, self._scripts.run(RunFolder(self.folder))
         yield from outline(self._pipeline, run.plans, run)
         yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        if self._upscaling is not None:
+            yield from self._upscaling.outline(run.plans)
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
 
@@ -152,6 +159,8 @@ class Chain:
             if missing:
                 _say_how_to_go_on(run)
             self.joined = run.finish("stopped" if missing else "finished")
+            if self._upscaling is not None and not missing:
+                self.upscaled = self._upscaling.of_chain(run, self._watch)
 
     def _make(self, run: ChainRun, progress: Progress) -> Iterator[FinishedClip]:
         """Make what is missing; hands out each clip that nobody has a say in any more."""
@@ -224,6 +233,11 @@ class _Scripts:
     def __init__(self, job: Job, continuation: VideoContinuation, footage: Footage) -> None:
         self.job, self.continuation, self.footage = job, continuation, footage
         self.read = self.scenes = job.scenes  # as the storyboard has them, and as the run follows them
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of the clips, of which each may have other frames."""
+        return self.job.plan(self.continuation, self.footage).geometry
 
     def run(self, folder: RunFolder, script: Script | None = None) -> ChainRun:
         """The run in a folder, with the script of a run that begins there if it is known. Raises UserError."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan import media
+from wan.commands.finishing import Upscaling
 from wan.commands.job import Job, lora_files
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
@@ -37,11 +38,13 @@ def generate(job: Job) -> None:
         footage = job.footage()
         pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
+        upscaling = None if settings.upscale is None else Upscaling(job, plan.geometry)
         with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
+        upscaling = None if settings.upscale is None else Upscaling(job, request.geometry)
         with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
     record = job.describe(made, settings.video or settings.image, plan)
@@ -54,6 +57,8 @@ def generate(job: Job) -> None:
         write_json(target.with_suffix(".json"), record)
     freed.result()
     say(str(target))
+    if upscaling is not None:
+        say(str(upscaling.of_clip(target, Progress)))
 
 
 def _target(job: Job) -> Path:

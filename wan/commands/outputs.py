@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 def check_file(job: Job, target: Path) -> None:
     """Raise UserError for an mp4 that cannot be written, or that would replace what we did not make."""
     media.check_output(target)
-    files = (target, target.with_suffix(".json"))
+    files = [target, target.with_suffix(".json")]
+    if job.settings.upscale is not None:
+        larger = upscaled_name(target)
+        media.check_output(larger)
+        files += [larger, larger.with_suffix(".json")]
     for said, file in _inputs(job):
         if any(_same(file, ours) for ours in files):
             raise UserError(f"`save_file` {target} would replace {file}, which {said} needs; give another name")
@@ -36,6 +40,11 @@ def check_file(job: Job, target: Path) -> None:
             f"{there[0]} is there already, and no record beside it says that it was made here: give another "
             "`save_file`, or `overwrite` to replace it"
         )
+
+
+def upscaled_name(video: Path) -> Path:
+    """Where the larger one of a single video is written; a JSON file of its name says what it was made of."""
+    return video.with_name(f"{video.stem}_upscaled.mp4")
 
 
 def check_folder(job: Job, folder: RunFolder) -> None:
@@ -58,7 +67,7 @@ def check_folder(job: Job, folder: RunFolder) -> None:
                     f"{file} would be overwritten: {said} needs it, and a run in {output} writes a file of that name; "
                     "give another `output_dir`"
                 )
-    if foreign := folder.foreign(preview=job.settings.preview):
+    if foreign := folder.foreign(preview=job.settings.preview, upscaled=job.settings.upscale is not None):
         raise UserError(f"{foreign} would be overwritten, and no run of ours made it; give another `output_dir`")
 
 

@@ -19,6 +19,7 @@ from wan.device.watch import Ended, Watch
 from wan.errors import UserError
 
 Value = TypeVar("Value")
+_LONG = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Team:
     """The processes that make a clip together. With one of them there is nothing to do.
 
     `tokens` share a forward's tokens, `guidance` its two forwards; None where that is not shared. `node` are the
-    processes of one machine, or all where each has a machine of its own. `all_` are all.
+    processes of one machine, or all where each has a machine of its own. `all_` are all. `machine` are those of this
+    machine, which tell each other what is in host memory; None where there is but one of them.
     """
 
     def __init__(self, world: World, sizes: Sizes) -> None:
@@ -76,6 +78,7 @@ class Team:
         self.tokens: Group | None = None
         self.guidance: Group | None = None
         self.node: Group | None = None
+        self.machine: Group | None = None
         self.all_: Group | None = None
         self._said: Any = None
         self._watch: Watch | None = None
@@ -110,7 +113,7 @@ class Team:
             else:
                 dist.init_process_group("gloo", timeout=wait)
         # a caption on a CPU or a long clip's writing may take much longer than a step
-        self._said = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._said = dist.new_group(backend="gloo", timeout=_LONG)
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
         tokens, ulysses = self.sizes.tokens, self.sizes.ulysses
         halves = [range(first, first + tokens) for first in range(0, self.world.size, tokens)]
@@ -124,7 +127,12 @@ class Team:
             )
         if self.sizes.cfg > 1:
             self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
-        self.node = self._group(self._machines(), wait)
+        machines = self._machines()
+        alone = min(map(len, machines)) == 1
+        self.node = self._group([range(self.world.size)] if alone else machines, wait)
+        # one of them may read weights for a long time
+        here = self._group(machines, _LONG, "gloo")
+        self.machine = here if here.size > 1 else None
         self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
 
     def _address(self) -> str:
@@ -133,18 +141,15 @@ class Team:
         return "127.0.0.1" if name == platform.node() else name
 
     def _machines(self) -> list[Sequence[int]]:
-        """The processes of each machine; all in one list where each has a machine of its own."""
+        """The processes of each machine."""
         names: list[Any] = [None] * self.world.size
         dist.all_gather_object(names, platform.node(), group=self._said)
-        found: list[Sequence[int]] = []
-        for machine in dict.fromkeys(names):
-            found.append([rank for rank, name in enumerate(names) if name == machine])
-        return found if min(map(len, found)) > 1 else [list(range(self.world.size))]
+        return [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
 
-    def _group(self, members: Sequence[Sequence[int]], wait: timedelta) -> Group:
+    def _group(self, members: Sequence[Sequence[int]], wait: timedelta, backend: str | None = None) -> Group:
         mine = None
         for ranks in members:
-            handle = dist.new_group(list(ranks), timeout=wait)
+            handle = dist.new_group(list(ranks), timeout=wait, backend=backend)
             if self.world.rank in ranks:
                 mine = Group(handle, len(ranks), ranks.index(self.world.rank))
         assert mine is not None  # they hold every rank once

@@ -213,10 +213,14 @@ class PinnedBuffer(HostTensors):
         return there
 
 
-def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Empty tensors like these (on any device) in one host buffer, so that `Placement` need not copy them."""
+def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:
+    """Empty tensors like these (on any device) in one host buffer, so that `Placement` need not copy them.
+
+    `memory`: as many whole pages as `PinnedBuffer.size` says, instead of new ones.
+    """
     layouts = [_layout(tensor) for tensor in tensors]
-    return _views(PinnedBuffer.memory(tensors), tensors, PinnedBuffer.starts_of(tensors), layouts)
+    memory = PinnedBuffer.memory(tensors) if memory is None else memory
+    return _views(memory, tensors, PinnedBuffer.starts_of(tensors), layouts)
 
 
 def _views(

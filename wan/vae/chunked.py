@@ -243,7 +243,7 @@ class ChunkedVae:
             whole[:, :, :behind] = 0 if before is None else before
             self.before[conv] = whole[:, :, -behind:].clone()
         if self.band is not None and height:
-            whole, height = self.band.beside(whole, height, height).contiguous(memory_format=LAYOUT), 0
+            whole, height = self.band.beside(whole, height, height), 0
         found: Tensor = F.conv3d(whole, conv.weight, after, conv.stride, (0, height, width))
         return found
 
@@ -305,10 +305,10 @@ def _by_frame(x: Tensor, change: nn.Sequential, band: Band | None) -> Tensor:
     if band is None:
         made: Tensor = conv(frames if grows else before(frames))
     elif grows:
-        frames = band.beside(frames, 1, 1).contiguous(memory_format=torch.channels_last)
+        frames = band.beside(frames, 1, 1)
         made = F.conv2d(frames, conv.weight, conv.bias, conv.stride, (0, 1))
     else:  # a column and a row of zeros on the right and below
-        frames = F.pad(band.beside(frames, 0, 1), (0, 1)).contiguous(memory_format=torch.channels_last)
+        frames = F.pad(band.beside(frames, 0, 1), (0, 1))
         made = conv(frames)
     return made[None].transpose(1, 2)
 

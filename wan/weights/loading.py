@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from wan.device import sharding
-from wan.device.streaming import in_one_buffer
+from wan.device.parallel import Group
+from wan.device.shared import SharedMemory
+from wan.device.streaming import PinnedBuffer, in_one_buffer
 from wan.errors import UserError
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
 from wan.weights.tensors import Weights, listing
@@ -52,6 +54,7 @@ def load_into(
     stays_quantized: Callable[[str], bool] = lambda name: False,
     layers: str = "",
     mapped: bool = False,
+    machine: Group | None = None,
     lower: Lower | None = None,
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
@@ -61,8 +64,8 @@ def load_into(
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
     offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. `lower` may make a layer
     with a weight in fewer bits of a linear layer and its numbers. Host memory never holds more than the model and one
-    file. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
-    expanded.
+    file; those buffers are the same memory in all processes of a `machine`, each of which calls this, and the first of
+    which fills it. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is expanded.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
@@ -70,7 +73,11 @@ def load_into(
     for name, key in source_of.items():
         name_of.setdefault(key, name)  # a tied tensor has two names; the caller ties the second
     mapped = mapped and device.type == "cpu" and rounding is None
-    places = _places(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else {}
+    likes = _likes(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else []
+    size = sum(PinnedBuffer.size(list(like.values())) for like in likes)
+    shared = SharedMemory(size, machine) if machine is not None and size else None
+    places = _places(likes, None if shared is None else shared.memory)
+    waits = set() if shared is None or shared.memory is None or shared.fills else set(places)
     blocks = _Blocks()
     for key, tensor in weights.tensors():
         name = name_of[key]
@@ -79,7 +86,8 @@ def load_into(
         sliced = sharding.slice_of(module._parameters.get(leaf))
         if sliced is not None:
             tensor = dequantize(tensor).view(weights.shapes[key])[sliced.rows]
-        if not blocks.see(name, tensor):
+        seen = name in waits and isinstance(tensor, Tensor)  # by the first process, which reads it
+        if not seen and not blocks.see(name, tensor):
             raise UserError(
                 f"{weights.place_of(key)} holds numbers in {key} that are NaN or infinite; download it again"
             )
@@ -104,11 +112,14 @@ def load_into(
         else:
             place = places.pop(name, None)
             value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
-            _fill(value, tensor, rounding)
+            if name not in waits:
+                _fill(value, tensor, rounding)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+    if shared is not None:
+        shared.done()
     if blocks.zero:
         block = min(blocks.zero)
         key = next(source_of[name] for name in source_of if name.startswith(f"{block}."))
@@ -179,13 +190,26 @@ def _range(tensor: Tensor | QuantizedTensor) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def _places(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
-    """Memory for the parameters of each layer, by name. Pages that nothing is written to are never taken."""
+def _likes(model: nn.Module, layers: str, dtype_of: Callable[[str], torch.dtype]) -> list[dict[str, Tensor]]:
+    """What the parameters of each layer, by name, are to be like."""
+    return [
+        {
+            (full := f"{layers}.{number}.{name}"): torch.empty(parameter.shape, dtype=dtype_of(full), device="meta")
+            for name, parameter in layer.named_parameters()
+        }
+        for number, layer in model.get_submodule(layers).named_children()
+    ]
+
+
+def _places(likes: Sequence[Mapping[str, Tensor]], memory: Tensor | None) -> dict[str, Tensor]:
+    """Memory for tensors like these, one buffer a layer. Pages that nothing is written to are never taken."""
     places: dict[str, Tensor] = {}
-    for number, layer in model.get_submodule(layers).named_children():
-        names = {f"{layers}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
-        like = [torch.empty(parameter.shape, dtype=dtype_of(name), device="meta") for name, parameter in names.items()]
-        places |= dict(zip(names, in_one_buffer(like), strict=True))
+    for like in likes:
+        tensors, here = list(like.values()), None
+        if memory is not None:
+            size = PinnedBuffer.size(tensors)
+            here, memory = memory[:size], memory[size:]
+        places |= dict(zip(like, in_one_buffer(tensors, here), strict=True))
     return places
 
 

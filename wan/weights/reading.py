@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -44,16 +45,45 @@ def read_quantized(
 
 def read_pth(file: Path) -> dict[str, Tensor]:
     """A state dict, mapped from the file; nothing in it is executed."""
+    state = _load(file)
+    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
+        raise UserError(f"{file} is not a state dict of tensors")
+    for name, value in state.items():
+        _check_bytes(file, name, value)
+    return state
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """All tensors of a .safetensors or .pth file of another make, as it has them; nothing in it is executed.
+
+    A trainer may have put them into dicts under names of its own ("params_ema"), next to numbers that are no weights.
+    """
+    if file.suffix.lower() == ".safetensors":
+        with parsing(file, "download it again"), safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    state = _load(file)
+    if not isinstance(state, dict):
+        raise UserError(f"{file} is not a state dict of tensors")
+    level = list(state.items())
+    while level:
+        for name, value in level:
+            if isinstance(value, Tensor):
+                _check_bytes(file, name, value)
+        level = [item for _, value in level if isinstance(value, dict) for item in value.items()]
+    return state
+
+
+def _load(file: Path) -> Any:
     with parsing(file, "download it again"):
         # only the zip format, torch's own since 1.6, can be mapped
         mapped = zipfile.is_zipfile(file)
         if mapped:
             check_zip(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{file} is not a state dict of tensors")
-    for name, value in state.items():
-        # strides of 0 make any size of a single number, and filling a model with that takes all memory
-        if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")
-    return state
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _check_bytes(file: Path, name: object, value: Tensor) -> None:
+    """Raise UserError for a tensor of more numbers than are there."""
+    # strides of 0 make any size of a single number, and filling a model with that takes all memory
+    if not isinstance(name, str) or value.nbytes > value.untyped_storage().nbytes():
+        raise UserError(f"{file} is damaged: {str(name)[:100]} is larger than its bytes; download it again")

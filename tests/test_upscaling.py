@@ -1,0 +1,237 @@
+"""`upscale`: the finished video once more, larger, with its rate and sound; nothing of it goes back into a chain."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.support.commands import Seen, frames_in, metadata, nearest_upscaler
+from tests.support.media_samples import beeps, beeps_in, recording
+from wan import media
+from wan.errors import UserError
+from wan.files import file_digest
+from wan.upscaling import MOST_SIDE, Upscaler, open_upscaler, upscale
+
+CPU = torch.device("cpu")
+
+
+def twice(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def picture(height: int = 100, width: int = 150) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+# --- one picture
+
+
+def test_a_picture_is_the_same_whole_and_in_pieces() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
+
+    def enlarge(tiles: tuple[int, ...]) -> np.ndarray:
+        with (
+            torch.inference_mode(),
+            Upscaler(Path("x"), 2, lambda x: twice(x) + layers(x) / 4, tiles).on(CPU) as larger,
+        ):
+            return larger(picture())
+
+    whole = enlarge(())
+    assert whole.shape == (200, 300, 3) and whole.std() > 20
+    for tile in (64, 40):
+        assert np.abs(enlarge((tile,)).astype(int) - whole).max() <= 1  # rounding
+
+
+def test_smaller_pieces_are_tried_where_memory_is_short_and_then_it_is_said() -> None:
+    largest = 150
+
+    def short(pixels: torch.Tensor) -> torch.Tensor:
+        if max(pixels.shape) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return twice(pixels)
+
+    with Upscaler(Path("x.pth"), 2, short, (512, 128, 64)).on(CPU) as enlarge:
+        given = picture(200, 300)
+        assert np.array_equal(enlarge(given), given.repeat(2, 0).repeat(2, 1))
+        largest = 50
+        with pytest.raises(UserError, match="cpu has too little free memory for upscale x.pth: free some, or give a"):
+            enlarge(given)
+
+
+def test_what_is_no_picture_is_refused() -> None:
+    upscaler = Upscaler(Path("x.pth"), 2, lambda pixels: twice(pixels) * torch.nan)
+    with upscaler.on(CPU) as enlarge, pytest.raises(UserError, match="makes no pictures"):
+        enlarge(picture())
+
+
+# --- a video
+
+
+def test_rate_and_sound_stay_as_they_are(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.mp4", tmp_path / "larger.mp4"
+    recording(source, [number / 24 for number in range(48)], sound=beeps(2, [0.5, 1.25]))
+    upscale(source, target, Upscaler(tmp_path / "a.mp4", 2, twice), CPU, of="a")
+    before, after = media.probe(source), media.probe(target)
+    assert (after.width, after.height, after.fps) == (2 * before.width, 2 * before.height, before.fps)
+    assert frames_in(target) == frames_in(source)
+    assert beeps_in(target) == pytest.approx(beeps_in(source), abs=0.01) and beeps_in(source)
+    last = np.asarray(media.read_last_frame(target)).astype(int)
+    wanted = np.asarray(media.read_last_frame(source)).repeat(2, 0).repeat(2, 1)
+    assert np.abs(last - wanted).mean() < 2  # H.264 at crf 17
+    said = json.loads((tmp_path / "larger.json").read_text())
+    assert (said["upscaled"], said["of"], said["video_digest"]) == ("a.mp4", "a", file_digest(target))
+
+
+# --- a file of weights
+
+
+@pytest.fixture
+def spandrel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself. Two of its models, which are not used here, take names from torchvision as it is imported,
+    and PyTorch's builds for the CPU need another torchvision than the index has."""
+    if any(importlib.util.find_spec(name) is None for name in ("spandrel", "einops")):
+        pytest.skip("spandrel is not installed")
+    functional: Any = ModuleType("torchvision.transforms.functional")
+    functional.InterpolationMode = functional.rotate = functional.normalize = None
+    for name in ("torchvision", "torchvision.transforms"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+
+
+@pytest.mark.parametrize("name", ["compact.safetensors", "compact.pth"])
+def test_a_model_that_spandrel_knows_is_what_it_is(spandrel: None, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    if file.suffix == ".pth":
+        torch.save({"params_ema": nearest_upscaler(), "iter": 1000}, file)
+    else:
+        save_file(nearest_upscaler(), file)
+    upscaler = open_upscaler(str(file))
+    given = picture()
+    with upscaler.on(CPU) as enlarge:
+        assert upscaler.scale == 2 and np.array_equal(enlarge(given), given.repeat(2, 0).repeat(2, 1))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="is none of the models that spandrel knows"):
+        open_upscaler(str(tmp_path / "other.safetensors"))
+
+
+class _Touches:
+    """A pickle that does something when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_nothing_in_a_file_is_executed(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(world))
+    for name in ("model.pth", "model.pt"):
+        for protocol in ("torch", "pickle"):
+            file, mark = tmp_path / name, tmp_path / "mark"
+            if protocol == "torch":
+                torch.save({"params": _Touches(mark)}, file)
+            else:
+                file.write_bytes(pickle.dumps(_Touches(mark), protocol=2))
+            with pytest.raises(UserError, match="cannot be read"):
+                open_upscaler(str(file))
+            assert not mark.exists()
+
+
+# --- whole commands
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--upscale nowhere.pth",
+            "error: --upscale nowhere.pth is no file of weights; give one in .safetensors or .pth",
+        ),
+        ("--upscale red.png", "error: --upscale red.png is no file of weights"),
+        ("--upscale light.safetensors", "error: --upscale light.safetensors is none of the models that spandrel knows"),
+    ],
+)
+@pytest.mark.parametrize("generate", [False, True])
+def test_a_model_that_cannot_be_used_is_refused_before_any_work(
+    command: Callable[..., Seen], words: str, said: str, generate: bool
+) -> None:
+    seen = command(words, generate=generate)
+    assert seen.code == 2 and said in seen.said and not seen.requests and not seen.folder.exists()
+
+
+def test_without_the_package_it_says_what_to_install(
+    command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    seen = command("--upscale larger.safetensors")
+    assert seen.code == 2 and not seen.requests
+    assert '--upscale needs the package spandrel: pip install -e ".[finish]" in the project' in seen.said
+
+
+def test_pictures_that_no_player_takes_are_refused() -> None:
+    upscaler = Upscaler(Path("x4.pth"), 4, twice)
+    assert upscaler.size(1280, 720) == (5120, 2880)
+    with pytest.raises(UserError, match=f"x4.pth makes pictures of 8320x1920, and players take {MOST_SIDE} pixels a"):
+        upscaler.size(2080, 480)
+
+
+def test_a_chain_keeps_what_it_hands_on_and_its_larger_video_follows_it(command: Callable[..., Seen]) -> None:
+    plain = command("")
+    states = {number: file_digest(clip.state) for number, clip in plain.clips.items()}
+    foreign = plain.folder / "joined_upscaled.mp4"
+    foreign.write_bytes(b"theirs")
+
+    dry = command("--upscale larger.safetensors --dry_run")
+    assert "joined_upscaled.mp4: 128x64 by larger.safetensors, about 0 MiB" in dry.said.splitlines()
+
+    first = command("--upscale larger.safetensors")
+    larger = first.folder / "joined_upscaled.mp4"
+    assert first.said.splitlines() == [str(first.folder / "joined.mp4"), str(larger)] and not first.requests
+    assert (first.folder / "redone" / "joined_upscaled.mp4").read_bytes() == b"theirs"
+    assert frames_in(larger) == frames_in(first.folder / "joined.mp4") == 17
+    assert {number: file_digest(clip.state) for number, clip in first.clips.items()} == states
+    assert json.loads(metadata(larger)["comment"])["model"] == "larger.safetensors"
+
+    written = larger.stat().st_mtime_ns
+    assert command("--upscale larger.safetensors").code == 0 and larger.stat().st_mtime_ns == written
+
+    # it grows with the joined video
+    assert command("--upscale larger.safetensors --num_videos 3 --no_video_metadata").code == 0
+    assert frames_in(larger) == 25 and metadata(larger).get("comment") is None
+    assert len(list((first.folder / "redone").glob("joined_upscaled*.mp4"))) == 1
+
+
+def test_a_chain_that_is_not_finished_is_not_enlarged(
+    command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going = iter([True, False])
+    monkeypatch.setattr("wan.commands.steering.Steering.goes_on", lambda self: next(going))
+    seen = command("--upscale larger.safetensors")
+    assert seen.code == 0 and len(seen.clips) == 1 and not (seen.folder / "joined_upscaled.mp4").exists()
+
+
+def test_a_single_clip_is_enlarged_beside_its_own_file(command: Callable[..., Seen], world: Path) -> None:
+    seen = command("--save_file small.mp4 --upscale larger.safetensors", generate=True)
+    assert seen.said.splitlines() == ["small.mp4", "small_upscaled.mp4"]
+    with av.open(str(world / "small_upscaled.mp4")) as opened:
+        assert (opened.streams.video[0].width, opened.streams.video[0].height) == (128, 64)
+    assert command("--save_file small.mp4 --upscale larger.safetensors", generate=True).code == 0  # ours
+    (world / "new_upscaled.mp4").write_bytes(b"theirs")
+    seen = command("--save_file new.mp4 --upscale larger.safetensors", generate=True)
+    assert seen.code == 2 and "new_upscaled.mp4 is there already" in seen.said and not seen.requests
