@@ -600,6 +600,11 @@ class Settings:
         BATCH, Whole("N", 1, 10_000, "; one Ray holds no more"), "how many chains are made at once",
         unset="the GPUs by `gpus_per_job`; 1 without a GPU", only=("batch",), same=_BATCHED,
     )
+    captioners: int = option(
+        BATCH, Whole("N", 0, 1000, "; one Ray holds no more"),
+        "describe with so many VLMs, each on a GPU of its own, which the workers share; 0: each worker has its own", 0,
+        only=("batch",), same=_BATCHED,
+    )
     address: str | None = option(
         BATCH, Local("ADDRESS"), "the Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT",
         unset="a Ray on this machine, which is started and ended", only=("batch",), same=_BATCHED,

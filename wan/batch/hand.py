@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wan.server.folders import ChainFolder
 from wan.server.live import Live
 
 LOST = "lost"
-_LINE = 1 << 24  # bytes of one that a process may say
+_LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
 _LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
@@ -36,12 +36,20 @@ class Hand:
     """Owns `ranks` processes that make one chain after the other.
 
     `siblings` is how many hands a machine has, which share its memory and cores; `command` starts a process; `folder`
-    is where the command was given, `threads` its OMP_NUM_THREADS.
+    is where the command was given, `threads` its OMP_NUM_THREADS. `captioner` answers what the processes ask of one.
     """
 
-    def __init__(self, command: Sequence[str], ranks: int, siblings: int, folder: str, threads: str | None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        siblings: int,
+        folder: str,
+        threads: str | None,
+        captioner: Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]] | None = None,
+    ) -> None:
         self.command, self.ranks, self.siblings = command, ranks, siblings
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.captioner = folder, threads, captioner
         self.live, self.done, self.count, self.made = Live(), 0, 0, 0
         self._heard = time.monotonic()
         self._clip_began: float | None = None
@@ -49,6 +57,7 @@ class Hand:
         self._processes: list[asyncio.subprocess.Process] = []
         self._tail: deque[str] = deque(maxlen=_TAIL)
         self._reading: list[asyncio.Task[None]] = []
+        self._asking: asyncio.Task[None] | None = None
         # this may be in place of one that ended, beside others that have taken their shares
         share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // (siblings * ranks)) / GIB
         self._share = max(1.0, round(share, 2))
@@ -70,7 +79,7 @@ class Hand:
             self._reading.append(asyncio.create_task(self._keep_tail(process)))
             if rank:
                 self._reading.append(asyncio.create_task(_drain(process)))
-        self._say({"settings": {}})
+        self._say({"settings": {}, "asks": self.captioner is not None})
         said = await self._next()
         if said is None:
             return {"error": await self._why()}
@@ -118,6 +127,9 @@ class Hand:
                 continue
             if event == "end":
                 return said
+            if event == "ask":
+                self._asking = asyncio.create_task(self._answer(said["number"], said["asked"]))
+                continue
             self.live.hear(event, said)
             if event == "there":
                 self.done, self.count = said["done"], said["count"]
@@ -126,6 +138,12 @@ class Hand:
             elif event == "clip_finished":
                 self.done, self.count, self.made = said["clip"], said["count"], self.made + 1
         return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
+
+    async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
+        assert self.captioner is not None  # the process was told whether it may ask
+        answer = await self.captioner(asked)
+        self._heard = time.monotonic()
+        self._say({"number": number, "answer": answer}, self._processes[:1])
 
     async def _next(self) -> dict[str, Any] | None:
         """The next word of the first process; None when any of them has ended."""
@@ -188,8 +206,8 @@ class Hand:
             await process.wait()
         await asyncio.gather(*self._reading, return_exceptions=True)
 
-    def _say(self, order: Mapping[str, Any]) -> None:
-        for process in self._processes:
+    def _say(self, order: Mapping[str, Any], to: Sequence[asyncio.subprocess.Process] | None = None) -> None:
+        for process in self._processes if to is None else to:
             if process.stdin is not None and not process.stdin.is_closing():
                 process.stdin.write(json.dumps(order).encode() + b"\n")
 

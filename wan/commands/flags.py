@@ -204,6 +204,9 @@ def check_together(command: Command, settings: Settings) -> None:
         given = [f"`{name}`" for name in sharing if getattr(settings, name) != OPTIONS[name].default]
         if given and settings.gpus_per_job == 1:
             raise UserError(f"{', '.join(given)}: a chain is shared among several GPUs only with `gpus_per_job`")
+        elsewhere = [f"`{name}`" for name in ("vlm_url", "vlm_device") if getattr(settings, name) is not None]
+        if settings.captioners and elsewhere:
+            raise UserError(f"{elsewhere[0]} and `captioners` each say where the VLM is; give one of them")
     elif settings.ckpt_dir is None and settings.comfy_dir is None:  # rows may say it
         raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command != "generate"
