@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.chain.report import _time_chart, _walk, render_report, seam_thumbnails
+from wan.chain.charts import _time_chart, _walk
+from wan.chain.report import render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
 

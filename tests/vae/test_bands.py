@@ -12,7 +12,7 @@ from tests.support.ranks import Ranks
 from wan.configs import config_for
 from wan.device.parallel import Team
 from wan.device.ranks import Sizes, World
-from wan.pipeline import pipeline_class
+from wan.experts import pipeline_class
 from wan.vae.bands import Band
 
 FOLDERS = {"ti2v-5B": "tiny-Wan2.2-TI2V-5B", "i2v-A14B": "tiny-Wan2.2-I2V-A14B"}

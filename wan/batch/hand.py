@@ -23,8 +23,9 @@ import wan
 from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
 from wan.server.live import Live
+from wan.server.tickets import DONE, FAILED
 
-LOST = "lost"
+LOST, UPLOAD = "lost", "upload"
 _LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
@@ -105,10 +106,27 @@ class Hand:
         self._making = None
         said: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
         said["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
-        found = end.get("found")
+        found, place = end.get("found"), order.get("upload")
+        if place and (end["state"] == DONE or (found and found["missing"] == 0)):
+            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, found)
         if order.get("check") and (found is None or found["missing"] == found["clips"]):
             return said | end
         return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+
+    def _upload(self, folder: Path, place: str, found: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Bring a finished chain to its place, or for a check see whether it is there; what that changes of its end."""
+        from wan.batch.upload import UploadError, is_uploaded, upload  # which not every batch needs
+
+        try:
+            if found is not None:
+                return {"found": {**found, "uploaded": is_uploaded(folder, place)}}
+            upload(folder, place, self._hear)
+        except UploadError as error:
+            return {"state": FAILED, "error": {"code": UPLOAD, "message": str(error)}}
+        return {}
+
+    def _hear(self) -> None:
+        self._heard = time.monotonic()
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
         """The order with this hand's share of the machine's memory, where it is to be what is free.
@@ -142,7 +160,7 @@ class Hand:
     async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
         assert self.captioner is not None  # the process was told whether it may ask
         answer = await self.captioner(asked)
-        self._heard = time.monotonic()
+        self._hear()
         self._say({"number": number, "answer": answer}, self._processes[:1])
 
     async def _next(self) -> dict[str, Any] | None:
@@ -157,7 +175,7 @@ class Hand:
         if not line.done() or not line.result():
             line.cancel()
             return None
-        self._heard = time.monotonic()
+        self._hear()
         said: dict[str, Any] = json.loads(line.result())
         return said
 

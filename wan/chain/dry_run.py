@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan.chain.chain import ChainRun
+from wan.chain.run import ChainRun
 from wan.denoiser.sampling import forwards
 from wan.device.budget import CONTEXT, GIB
 from wan.foreign import count_numbered
@@ -60,8 +60,8 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
         new = plan.shown - plan.fade_in
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
         there = number in run.clips
-        seed = run.clips[number].record["seed"] if there else run.seed(number)
-        if run.is_drawn(number) and not there:
+        seed = run.clips[number].record["seed"] if there else run.seeds.of(number)
+        if run.seeds.is_drawn(number) and not there:
             seed = "drawn"
         words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if there else _words(plan)).split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
@@ -160,7 +160,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    return forward * len(plan.candidates) * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    return forward * len(plan.candidates) * forwards(continuation.rules.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

@@ -107,6 +107,12 @@ class FinishedClip:
         """The last latent frame, float32 [z, 1, h, w]."""
         return self._tensor("latents")[:, -1:]
 
+    @property
+    def colours(self) -> Tensor | None:
+        """Of the first clip of its shot, where the chain carries them."""
+        with safe_open(self.state, framework="pt") as opened:
+            return opened.get_tensor("colours") if "colours" in opened.keys() else None  # noqa: SIM118
+
     def tail(self, count: int, fps: Fraction) -> Tensor:
         """The last frames, up to `count` and no more than are kept, float32 [n, H, W, 3], oldest first."""
         if fps != Fraction(self.record["fps"]):
@@ -210,7 +216,7 @@ class RunFolder:
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
         file = Path(name.casefold())
-        return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in _SUFFIXES and _number(file) is not None)
+        return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in _SUFFIXES and _clip_number(file) is not None)
 
     def foreign(self, *, preview: bool = False, upscaled: bool = False) -> Path | None:
         """A file that a run, with what it is asked for, would replace and that none of ours has made."""
@@ -230,12 +236,12 @@ class RunFolder:
         """
         self.faults: dict[int, str] = {}
         clips = {}
-        paths = [path for path in sorted(self.path.glob("video_*.json")) if _number(path) is not None]
+        paths = [path for path in sorted(self.path.glob("video_*.json")) if _clip_number(path) is not None]
         first: dict[int | None, Path] = {}
         for path in paths:
-            if (other := first.setdefault(_number(path), path)) is not path:
+            if (other := first.setdefault(_clip_number(path), path)) is not path:
                 raise UserError(
-                    f"{self.path} has two records of clip {_number(path)}, {other.name} and {path.name}; "
+                    f"{self.path} has two records of clip {_clip_number(path)}, {other.name} and {path.name}; "
                     f"move the files of one of them elsewhere"
                 )
         with ThreadPoolExecutor(4) as readers:  # digests are computed beside each other
@@ -295,7 +301,7 @@ class RunFolder:
         return found
 
     def _read(self, path: Path) -> FinishedClip | _Fault:
-        number = _number(path) or 1  # a take has none, before it is put in a clip's place
+        number = _clip_number(path) or 1  # a take has none, before it is put in a clip's place
         state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
             record = current(read_json(path))
@@ -365,6 +371,7 @@ class RunFolder:
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
             **({} if made.handed is None else {"handed": made.handed.contiguous()}),
+            **({} if made.colours is None else {"colours": made.colours.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
@@ -390,7 +397,7 @@ class RunFolder:
         What a killed run left of this very clip is overwritten. It has no record yet; its state, which comes first,
         tells.
         """
-        files = [file for file in self.path.glob("video_*") if _number(file) == number]
+        files = [file for file in self.path.glob("video_*") if _clip_number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         left = stem if stem not in recorded and _settings(self.path / f"{stem}.safetensors") else None
         for name in sorted({file.stem for file in files} - {left}):
@@ -511,7 +518,7 @@ def _bytes(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
-def _number(file: Path) -> int | None:
+def _clip_number(file: Path) -> int | None:
     """The clip that a file belongs to, or belonged to."""
     match = (_REPLACED if file.parent.name == REDONE else _NAME).fullmatch(f"{file.stem}.json")
     return int(match[1]) if match else None

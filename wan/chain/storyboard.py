@@ -418,7 +418,7 @@ def _shown(node: Node) -> str:
     return repr(text) if kind == "str" or not text.isprintable() else text or "nothing"
 
 
-def _number(node: Node, form: re.Pattern[str]) -> str | None:
+def _digits(node: Node, form: re.Pattern[str]) -> str | None:
     """The digits of a number that is written as `form`; None for anything else."""
     plain = isinstance(node, ScalarNode) and node.style is None
     fits = plain and node.tag in {_YAML + kind for kind in ("int", "float", "str")}  # YAML 1.1 has 1e3 for a text
@@ -428,14 +428,14 @@ def _number(node: Node, form: re.Pattern[str]) -> str | None:
 
 def _whole(node: Node, kind: Whole, folder: Path) -> int:
     low = kind.fewest_in_chain if isinstance(kind, Frames) else kind.low
-    digits = _number(node, _WHOLE)
+    digits = _digits(node, _WHOLE)
     if digits is None or not low <= int(digits) <= kind.high:
         raise _must_be(f"a whole number from {low} to {'2**63-1' if kind.high == LARGEST_SEED else kind.high}", node)
     return int(digits)
 
 
 def _among(node: Node, kind: Among, folder: Path) -> int:
-    digits = _number(node, _WHOLE)
+    digits = _digits(node, _WHOLE)
     if digits is None or int(digits) not in kind.numbers:
         *most, last = map(str, kind.numbers)
         raise _must_be(f"{', '.join(most)} or {last}", node)
@@ -443,7 +443,7 @@ def _among(node: Node, kind: Among, folder: Path) -> int:
 
 
 def _real(node: Node, kind: Kind, folder: Path) -> float:
-    digits = _number(node, _NUMBER)
+    digits = _digits(node, _NUMBER)
     if digits is None or not math.isfinite(float(digits)):
         raise _must_be("a number", node)
     if isinstance(kind, Real) and kind.above and float(digits) <= kind.low:

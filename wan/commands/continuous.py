@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,21 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
-from wan.chain.fingerprint import clip_settings
+from wan.chain.fingerprint import clip_settings, picture_digest
+from wan.chain.plan import LaterPicture, Plan
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.finishing import Upscaling
 from wan.commands.flags import spell_flag
-from wan.commands.job import Job, read_scenes
+from wan.commands.inputs import read_scenes
+from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.commands.outputs import check_folder
 from wan.commands.preview import Preview
 from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
-from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings, usual_clips
 from wan.settings import Context
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 told = logging.getLogger(PROGRESS)
 
 if TYPE_CHECKING:
-    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
 
 
@@ -121,7 +121,7 @@ class Chain:
         """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
         job, run = self.job, self._scripts.run(RunFolder(self.folder))
         yield from outline(self._pipeline, run.plans, run)
-        yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        yield from (*_damaged(run), *run.moved, *in_words(run.again), *job.gpus.lines(self._pipeline))
         if self._upscaling is not None:
             yield from self._upscaling.outline(run.plans)
         if job.settings.include_source:
@@ -143,7 +143,7 @@ class Chain:
                 print(line, file=sys.stderr)
             _agree(run)
             with (
-                self.job.together(self._pipeline),
+                self.job.gpus.together(self._pipeline),
                 self._watch("", run.count, settings.quiet) as progress,
                 self._steering.listening(),
             ):
@@ -206,10 +206,10 @@ class Chain:
             score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
             told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
 
-        progress.begin(f"clip {number}/{run.count}", run.seed(number))
+        progress.begin(f"clip {number}/{run.count}", run.seeds.of(number))
         return self._pipeline.extend(
             run.before(number),
-            run.seed(number),
+            run.seeds.of(number),
             run.plan(number),
             on_step,
             memory=run.prompt_memory,
@@ -244,7 +244,7 @@ class _Scripts:
         job = self.job
         if script is None:
             script = self.script(_edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt))
-        return ChainRun(job.settings, script, folder, self.footage, job.describe)
+        return ChainRun(job.settings, script, folder, self.footage, job.recorder.describe)
 
     def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
@@ -274,7 +274,7 @@ class _Scripts:
                 return
             check_storyboard(Path(settings.storyboard), scenes, config=self.job.config)
             following = ahead(self.scenes, scenes, begun)
-            script = self.script(_edited(following, run.edited, settings.prompt), begun)
+            script = self.script(_edited(following, run.choices.edited, settings.prompt), begun)
         except UserError as error:
             log.warning("%s; the run goes on with what the storyboard said before", error.marked)
             return
@@ -316,11 +316,11 @@ class _Scripts:
         if answer == "edit":
             text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
             if text:
-                run.edited |= {run.key(number): {"prompt": text, "over": self._said(number)}}
-                scenes = _edited(self.scenes, run.edited, self.job.settings.prompt)
+                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._said(number)}}
+                scenes = _edited(self.scenes, run.choices.edited, self.job.settings.prompt)
                 run.follow(self.script(scenes, number), number - 1)
         elif answer == "again":
-            run.draw_again(number)
+            run.seeds.draw_again(number)
             run.follow(run.script, number - 1)
         if answer in ("edit", "again"):
             run.give_up()
@@ -374,17 +374,18 @@ def _plans(
     settings = job.settings
     common = job.plan(continuation, footage)
 
-    @functools.cache
-    def picture(file: str) -> Frame:
+    def read(file: str) -> Frame:
         """A picture file in the clips' size: the file itself may be large."""
         return continuation.frame_for(media.read_image(file), common.geometry.width, common.geometry.height)
+
+    picture = functools.cache(read)
 
     plans: list[Plan] = []
     anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
     begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
-    ends = [picture(file) for file in job.ends]
+    ends = [_later(file, read) for file in job.ends]
     if ends:
-        continuation.check(dataclasses.replace(common, end=ends[0]))
+        continuation.plan.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
         end = ends[number - 1] if ends else common.end if number == count else None
@@ -418,7 +419,7 @@ def _plans(
                 begin = shot if isinstance(scene.said["cut"], str) else None
         held = anchor if plan.context.mode == "svi2pro" else begin
         plan = dataclasses.replace(plan, likeness=held)
-        plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
+        plans.append(continuation.frames.with_available_context(footage, plan) if number == 1 else plan)
     for before, plan in pairwise(plans):
         if 2 * plan.fade_in > min(before.shown, plan.shown):
             raise UserError(
@@ -429,14 +430,17 @@ def _plans(
     return plans
 
 
-def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
-    """A line about how several GPUs would share the work."""
-    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
-    given = [size for size in asked if size != "auto"]
-    world = job.world if job.world.size > 1 else World(size=math.prod(given))
-    if world.size == 1:
-        return []
-    return [f"{world.size} GPUs: {job.sizes(continuation, world)}"]
+def _later(file: str, read: Callable[[str], Frame]) -> LaterPicture:
+    """A picture that is looked at now, and read again for its clip. Raises UserError."""
+    digest = picture_digest(read(file))
+
+    def read_again() -> Frame:
+        frame = read(file)
+        if picture_digest(frame) != digest:
+            raise UserError(f"{file} is another picture than when the run began; the same command goes on with it")
+        return frame
+
+    return LaterPicture(digest, read_again)
 
 
 def _damaged(run: ChainRun) -> list[str]:

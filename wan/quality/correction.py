@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wan.errors import UserError
 from wan.options import check
-from wan.quality.vision import LUMA, Array, Picture, checked, flow, follow, luma, opencv, same_size, spread
+from wan.quality.vision import LUMA, Array, MeasuredFrame, checked, flow, follow, luma, opencv, same_size, spread
 
 # The size of a tone change is the root mean square of what it does to the picture; 0.01 of the range is about 1 L*.
 NOTHING = 0.003  # too small to be seen, or to be told from the noise of a real clip
@@ -99,12 +99,12 @@ class _View:
     """A frame for the flow, and without its detail for the colours: what the flow misses by a pixel then weighs little,
     and warping costs no contrast."""
 
-    sharp: Picture
+    sharp: MeasuredFrame
     soft: Array  # RGB float32 [h, w, 3] in [0, 1]
 
     @classmethod
     def of(cls, frame: Tensor) -> _View:
-        picture = Picture.of(frame)
+        picture = MeasuredFrame.of(frame)
         return cls(picture, opencv().GaussianBlur(picture.rgb, (0, 0), _BLUR))
 
 

@@ -106,7 +106,7 @@ def router(chains: Chains) -> APIRouter:
             start = body.fields.pop("start", True)
             seconds, model = body.number("seconds"), body.text("model")
             settings = {**(body.json("settings", dict) or {}), **body.fields}
-            ticket = await chains.create(
+            ticket = await chains.intake.create(
                 settings,
                 source=body.file("video"),
                 pictures=body.files.get("pictures", []),

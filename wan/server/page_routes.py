@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,8 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from jinja2 import Environment
 
 from wan import __version__
+from wan.chain.charts import Chart, drift_charts
+from wan.chain.scores import score_of, verdict
 from wan.errors import spell
 from wan.kinds import Choice, Interval, Kind, PromptFor, Switch, TakeOf, Words
 from wan.options import GROUPS, Option
@@ -29,14 +30,12 @@ from wan.server.tickets import DRAFT
 _HERE = Path(__file__).parent
 _STATIC = {"app.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _IN_FORM = ("prompt", "num_videos")  # which have fields of their own
-SEAMLESS, VISIBLE = 0.25, 0.5  # as the report's thresholds, where a run has none yet
-_CHART = (600, 120)
 _PARTS = 50  # of pages that are kept
 
 
 @cache
 def _templates() -> Environment:
-    made = templates("wan.server", "pages")
+    made = templates("wan.server", "pages", "wan.chain")
     made.filters["time"] = span
     return made
 
@@ -89,35 +88,15 @@ def _field(one: Option, chains: Chains) -> dict[str, Any]:
     }
 
 
-def chart(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """A line of numbers by clip, as the points of an SVG, with its range. None where there are too few."""
-    known = [(index, value) for index, value in enumerate(values) if value is not None and math.isfinite(value)]
-    if len(known) < 2:
-        return None
-    low, high = min(value for _, value in known), max(value for _, value in known)
-    wide, tall = _CHART
-    room = (high - low) or 1.0
-    step = (wide - 40) / max(len(values) - 1, 1)
-    points = [(20 + index * step, tall - 20 - (value - low) / room * (tall - 40)) for index, value in known]
-    return {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), "dots": points, "low": low, "high": high}
+def charts(report: Mapping[str, Any]) -> list[Chart]:
+    """The curves of what changes from clip to clip, as the report draws them; none of a run without a seam."""
+    drift, clips = report.get("drift"), report.get("clips") or ()
+    return drift_charts(drift, [clip["number"] for clip in clips]) if drift and len(clips) > 1 else []
 
 
-def charts(drift: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The curves of what changes from clip to clip."""
-    names = {"colour": "Colour, ΔE from the source", "moving": "Moving pixels, %"}
-    found = []
-    for name, values in (drift or {}).items():
-        if name != "colour_shift" and isinstance(values, list) and (made := chart(values)) is not None:
-            found.append({"name": names.get(name, f"{name.capitalize()}, change in %"), **made})
-    return found
-
-
-def verdict(seam: Mapping[str, Any] | None) -> str:
+def seam_verdict(clip: Mapping[str, Any]) -> str:
     """good, faint or visible; unknown without a score."""
-    score = (seam or {}).get("score")
-    if not isinstance(score, int | float):
-        return "unknown"
-    return "good" if score < SEAMLESS else "faint" if score < VISIBLE else "visible"
+    return verdict(score_of(clip))
 
 
 def old_runs(root: Path) -> dict[str, Path]:
@@ -142,7 +121,14 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         text = (
             _templates()
             .get_template(template)
-            .render(token=keys.token, version=__version__, model=chains.offer.model, verdict=verdict, **values)
+            .render(
+                token=keys.token,
+                version=__version__,
+                model=chains.offer.model,
+                anchors=chains.offer.experts == 2,  # svi2pro is of A14B
+                verdict=seam_verdict,
+                **values,
+            )
         )
         return HTMLResponse(text, status)
 
@@ -166,7 +152,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         folder = chains.folder(name)
         return {
             "chain": whole,
-            "drift": charts(whole["drift"]),
+            "drift": charts(folder.report()),
             "joined": stamp(folder.joined),
             "preview": folder.preview.is_file(),
             "report": (folder.run / PAGE).is_file(),
@@ -197,7 +183,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         if name not in (runs := old_runs(chains.root)):
             return page("gone.html.jinja", status=404)
         folder = ChainFolder(runs[name], runs[name])
-        return page("old.html.jinja", name=name, report=folder.report(), drift=charts(folder.report().get("drift")))
+        return page("old.html.jinja", name=name, report=folder.report())
 
     @routes.get("/old/{name}/report")
     async def old_report(name: str) -> Response:

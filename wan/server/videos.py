@@ -90,7 +90,7 @@ def router(chains: Chains) -> APIRouter:
             prompt = body.text("prompt", required=True)
             model, seconds = body.text("model"), body.number("seconds")
             said = {"custom_prompt": "", **body.fields, "prompt": prompt}
-            ticket = await chains.create(said, source=source, model=model, seconds=seconds, whole=False)
+            ticket = await chains.intake.create(said, source=source, model=model, seconds=seconds, whole=False)
         return JSONResponse(video_of(chains, ticket))
 
     @routes.post("/extensions", openapi_extra=_body(["prompt", "video"], prompt=_TEXT, seconds=_TEXT, video=_FILE))
@@ -107,11 +107,11 @@ def router(chains: Chains) -> APIRouter:
                     raise ApiError(
                         f"an extension takes no {next(iter(body.fields))[:60]!r}: it keeps the video's settings"
                     )
-                ticket = await chains.extend(name, prompt, seconds)
+                ticket = await chains.intake.extend(chains.get(name), prompt, seconds)
             else:
                 model = body.text("model")
                 said = {"custom_prompt": "", **body.fields, "prompt": prompt}
-                ticket = await chains.create(said, source=source, model=model, seconds=seconds, whole=True)
+                ticket = await chains.intake.create(said, source=source, model=model, seconds=seconds, whole=True)
                 if ticket.still:
                     await chains.remove(ticket.id)
                     raise ApiError("video must be a video; send a picture to /v1/videos", param="video")
@@ -170,7 +170,7 @@ def router(chains: Chains) -> APIRouter:
         async with body_of(request) as body:
             prompt = body.text("prompt", required=True)
             assert prompt is not None
-            ticket = await chains.remix(name, prompt)
+            ticket = await chains.intake.remix(chains.get(name), prompt)
         return JSONResponse(video_of(chains, ticket))
 
     return routes
