@@ -77,7 +77,7 @@ class ClipSampler:
         later = [part for stage in stages[1:] if not self.models.is_loaded(part := stage.expert.part)]
         try:
             # the next expert is loaded while this one computes
-            with watch.stage("sample"), self.models.loading(later) as check:
+            with watch.stage("sample"), self.models.loading(later, self.team.world.size == 1) as check:
 
                 def on_step(step: Step) -> None:
                     check()

@@ -73,13 +73,13 @@ class Models:
         return self._loaded[name]
 
     @contextmanager
-    def loading(self, names: Collection[str]) -> Iterator[Callable[[], None]]:
+    def loading(self, names: Collection[str], alone: bool = True) -> Iterator[Callable[[], None]]:
         """Load models in a thread while the block computes; whoever uses one that is not there yet waits for it.
 
-        What the block is given raises what went wrong so far. Where models take turns in host memory, or
-        go to a GPU that is at work, only their files are read.
+        What the block is given raises what went wrong so far. Where models take turns in host memory, need the GPU that
+        is at work, or are loaded by several processes together (`alone` is False), only their files are read.
         """
-        if self._plan.in_turn or not self._in_threads or not names:
+        if self._plan.in_turn or not (self._in_threads and alone and names):
             with self.read_ahead(names) if names else nullcontext():
                 yield lambda: None
             return

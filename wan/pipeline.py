@@ -135,9 +135,8 @@ class Pipeline(ABC):
             shards=lambda name: self.team.node if name in self.sharded else None,
             machine=lambda: self.team.machine,
         )
-        self.models = Models(
-            config.name, self.checkpoint, load, in_threads=home.type == "cpu" and not self.sharded & experts
-        )
+        needs_gpu = home.type != "cpu" or config.low_precision is not None or bool(self.sharded & experts)
+        self.models = Models(config.name, self.checkpoint, load, in_threads=not needs_gpu)
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
             self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
