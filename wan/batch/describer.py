@@ -28,10 +28,10 @@ class Describer:
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `wan.captioner.shared.answer`. After a failure this process ends, and Ray starts another."""
-        said = answer(asked, self._open)
-        if "failed" in said:  # an error of CUDA stays with a process
+        described = answer(asked, self._open)
+        if "failed" in described:  # an error of CUDA stays with a process
             threading.Timer(LEAVE_SECONDS, os._exit, (1,)).start()
-        return said
+        return described
 
     def _open(self, path: str, trust_remote_code: bool) -> Captioner:
         if (owner := self._owner) is None or (owner.path, owner.trust_remote_code) != (path, trust_remote_code):

@@ -80,8 +80,8 @@ class Hand:
             if rank:
                 self._reading.append(asyncio.create_task(_drain(process)))
         self._say({"settings": {}, "asks": self.captioner is not None})
-        said = await self._next()
-        if said is None:
+        message = await self._next()
+        if message is None:
             return {"error": await self._why()}
         return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
 
@@ -89,12 +89,12 @@ class Hand:
         # Ray sets this to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         if self.ranks > 1:
-            said |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
             # the port is another one for each chain, which its order names
-            said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        return dict(os.environ) | said
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        return dict(os.environ) | variables
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it."""
@@ -103,12 +103,12 @@ class Hand:
         self._say(self._with_share(order))
         end = await self._until_end(order["id"])
         self._making = None
-        said: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
-        said["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
-        found = end.get("found")
-        if order.get("check") and (found is None or found["missing"] == found["clips"]):
-            return said | end
-        return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+        progress: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
+        progress["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
+        estimate = end.get("found")
+        if order.get("check") and (estimate is None or estimate["missing"] == estimate["clips"]):
+            return progress | end
+        return progress | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
         """The order with this hand's share of the machine's memory, where it is to be what is free.
@@ -121,22 +121,22 @@ class Hand:
         return {**order, "settings": settings, **({"port": _free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
-        while (said := await self._next()) is not None:
-            event = said.pop("event")
-            if said.get("id") != name:
+        while (message := await self._next()) is not None:
+            event = message.pop("event")
+            if message.get("id") != name:
                 continue
             if event == "end":
-                return said
+                return message
             if event == "ask":
-                self._asking = asyncio.create_task(self._answer(said["number"], said["asked"]))
+                self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
                 continue
-            self.live.hear(event, said)
+            self.live.hear(event, message)
             if event == "there":
-                self.done, self.count = said["done"], said["count"]
+                self.done, self.count = message["done"], message["count"]
             elif event == "clip_started":
                 self._clip_began = time.monotonic()
             elif event == "clip_finished":
-                self.done, self.count, self.made = said["clip"], said["count"], self.made + 1
+                self.done, self.count, self.made = message["clip"], message["count"], self.made + 1
         return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
 
     async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
@@ -158,8 +158,8 @@ class Hand:
             line.cancel()
             return None
         self._heard = time.monotonic()
-        said: dict[str, Any] = json.loads(line.result())
-        return said
+        message: dict[str, Any] = json.loads(line.result())
+        return message
 
     async def _why(self) -> str:
         """Why the processes have ended; those that have not are ended."""
@@ -170,10 +170,10 @@ class Hand:
         for wait in waits:
             wait.cancel()
         await self.end()
-        said = next((line for line in reversed(self._tail) if line.strip()), "")
+        last = next((line for line in reversed(self._tail) if line.strip()), "")
         if code < 0:
             return f"the process that makes videos was ended by signal {-code}"
-        return f"the process that makes videos ended with {code}" + (f": {said.strip()[:300]}" if said else "")
+        return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
 
     async def look(self) -> dict[str, Any]:
         """How far it is. Durations are by this machine's own clock."""

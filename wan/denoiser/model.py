@@ -239,10 +239,10 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         texts = encoder_hidden_states()
         if share is None:
             pairs = zip(tokens, texts, strict=True)
-            found = [run(WanBlock.compute, self, one, text, temb, rotary_emb) for one, text in pairs]
+            outputs = [run(WanBlock.compute, self, one, text, temb, rotary_emb) for one, text in pairs]
         else:
-            found = self._exchanging(run, tokens, texts, temb, rotary_emb, runs, share)
-        return found if isinstance(hidden_states, list) else found[0]
+            outputs = self._exchanging(run, tokens, texts, temb, rotary_emb, runs, share)
+        return outputs if isinstance(hidden_states, list) else outputs[0]
 
     def _exchanging(
         self,
@@ -268,11 +268,11 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         kernel, mixed = attention.processor.attend, []
         while ways:
             mixed.append(share.attend(kernel, *ways.pop(0)))
-        found = []
+        outputs = []
         for number, (one, text) in enumerate(zip(tokens, texts, strict=True)):
             back, mixed[number] = share.landed(mixed[number]), one
-            found.append(run(WanBlock.finish, self, one, back, text, temb, runs))
-        return found
+            outputs.append(run(WanBlock.finish, self, one, back, text, temb, runs))
+        return outputs
 
     def compute(
         self,

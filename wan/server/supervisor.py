@@ -63,12 +63,12 @@ class Supervisor:
     def tell(self, name: str, event: str, **more: Any) -> None:
         """Tell those who listen to a chain."""
         self._count += 1
-        said = {"id": self._count, "event": event, **more}
+        message = {"id": self._count, "event": event, **more}
         live = self.live.setdefault(name, Live())
-        live.events.append(said)
+        live.events.append(message)
         for listener in list(live.listeners):
             try:
-                listener.put_nowait(said)
+                listener.put_nowait(message)
             except asyncio.QueueFull:
                 live.listeners.discard(listener)
                 with contextlib.suppress(asyncio.QueueEmpty):
@@ -84,8 +84,8 @@ class Supervisor:
                 listener.put_nowait(missed)
         live.listeners.add(listener)
         try:
-            while (said := await listener.get()) is not None:
-                yield said
+            while (message := await listener.get()) is not None:
+                yield message
         finally:
             live.listeners.discard(listener)
 
@@ -183,8 +183,8 @@ class Supervisor:
             self.tell(ticket.id, "state", state=MAKING)
             self._say({"id": ticket.id, "settings": dict(self.order_of(ticket))})
 
-    async def _heard(self, said: dict[str, Any]) -> None:
-        event, name = said.pop("event"), said.pop("id", "")
+    async def _heard(self, message: dict[str, Any]) -> None:
+        event, name = message.pop("event"), message.pop("id", "")
         if event == "ready":
             self.state = "idle"
             self.wake()
@@ -193,19 +193,19 @@ class Supervisor:
             return
         live = self.live.setdefault(name, Live())
         if event == "warning":
-            said["message"] = public(said["message"])
-        live.hear(event, said)
+            message["message"] = public(message["message"])
+        live.hear(event, message)
         if event == "step":
             self.metrics.steps.inc()
         elif event in ("there", "clip_finished"):
             if event == "clip_finished":
                 self.metrics.clips.inc()
-            done = said["done"] if event == "there" else said["clip"]
+            done = message["done"] if event == "there" else message["clip"]
             await self._keep(name, done=done, attempts=1)
         elif event == "end":
-            await self._ended(name, said["state"], said.get("error"))
+            await self._ended(name, message["state"], message.get("error"))
             return
-        self.tell(name, event, **said)
+        self.tell(name, event, **message)
 
     async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None) -> None:
         gone = name in self._unwanted
