@@ -90,6 +90,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/denoiser/lora_file.py": ("test_lora", "test_faults", "test_parts"),
     "wan/denoiser/sequence.py": ("test_sequence",),
     "wan/vae": ("test_preview", "test_chunked", "test_golden", "test_not_finite"),
+    "wan/vae/bands.py": ("test_bands",),
     "wan/text": ("test_umt5", "test_vocabulary", "test_golden", "test_parts", "test_memory"),
     "wan/weights": (
         *("test_checkpoint", "test_vocabulary", "test_parts", "test_faults", "test_quantized", "test_readers"),
@@ -99,6 +100,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "wan/device": ("test_memory", "test_faults", "test_host_budget", "test_host"),
     "wan/device/parallel.py": ("test_sequence", "test_several"),
+    "wan/device/sharding.py": ("test_sharding",),
+    "wan/device/shared.py": ("test_shared",),
+    "wan/device/watch.py": ("test_watch",),
     "wan/device/ranks.py": ("test_sequence", "test_several"),
 }
 PACKAGES = tuple(name for name in TESTS if name.count("/") == 1)

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch.distributed.tensor import DTensor
 
-from benchmarks import copies
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
 from benchmarks.timing import timed
 from wan.configs import WAN_CONFIGS
@@ -107,13 +106,12 @@ def by_kernel(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def exchange_alone(team: Team, tokens: int, width: int, heads: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of one exchange of queries, and GB/s out of each GPU."""
+    """Milliseconds in which queries are packed and exchanged, and GB/s out of each GPU."""
     assert team.tokens is not None
     share = Share.of(tokens, team.tokens)
-    parts = share.packed(torch.zeros(1, share.count, heads, width // heads, dtype=torch.bfloat16, device=device))
-    share.landed(share.exchange(parts))
-    taken = milliseconds(lambda: [share.landed(share.exchange(parts)) for _ in range(8)], 3) / 8
-    return {"exchange_ms": taken, "exchange_gb_s": parts.nbytes * (1 - 1 / share.heads_ranks) / taken / 1e6}
+    queries = torch.zeros(1, share.count, heads, width // heads, dtype=torch.bfloat16, device=device)
+    taken = milliseconds(lambda: [share.landed(share.spread(queries)) for _ in range(8)], 3) / 8
+    return {"exchange_ms": taken, "exchange_gb_s": queries.nbytes * (1 - 1 / share.heads_ranks) / taken / 1e6}
 
 
 @torch.no_grad()
@@ -130,16 +128,8 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
             use_attention(model, args.attention)
         model.compile_blocks()
     flows = {}
-    ways = [(label, team, way) for label, team in teams.items() for way in args.overlap]
-    for label, team, way in ways:
-        pair = "pair" in way
-        if way != "each" and (label == "1 GPU" or "ring" in label or (pair and team.guidance is not None)):
-            continue
-        nccl = Share.exchange, Share.landed
-        if "copies" in way:
-            vars_of: Any = Share
-            vars_of.exchange, vars_of.landed = copies.exchange, copies.landed
-        if "slices" in label and not isinstance(next(models[args.layers[0]].parameters()), DTensor):
+    for label, team in teams.items():
+        if "slices" in label:
             assert team.node is not None
             for count, model in list(models.items()):
                 models[count] = sliced(model, task, device, team.node)
@@ -148,28 +138,25 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                 models[count].compile_blocks()
             del model  # the whole ones are gone
         found = {}
-        row: dict[str, Any] = {"scenario": name, "plan": label if way == "each" else f"{label}, {way}"}
+        row: dict[str, Any] = {"scenario": name, "plan": label}
         reset_peak(device)
         for count, model in models.items():
             model.token_group = team.tokens
-            texts = [model.text_keys(one) for one in (text, text.flip(1))]
+            texts = model.text_keys(text)
 
-            given = texts if pair else texts[0]
-
-            def forward(model: WanModel = model, texts: Any = given, team: Team = team) -> torch.Tensor:
+            def forward(model: WanModel = model, texts: Any = texts, team: Team = team) -> torch.Tensor:
                 flow: torch.Tensor = model(latents, steps, texts, return_dict=False)[0]
                 if team.guidance is not None:
                     team.guidance.gather(flow)
-                return flow[:1]
+                return flow
 
             flows[label] = forward()
             found[count] = milliseconds(forward, args.repeats)
         few, many = sorted(found)
-        both = 2 if pair else 1
         block = (found[many] - found[few]) / (many - few)
-        whole = (found[few] + block * (tall - few)) / both
+        whole = found[few] + block * (tall - few)
         step = whole * (1 if team.sizes.cfg == 2 else 2)
-        row |= {"block_ms": block / both, "forward_ms": whole, "step_ms": step}
+        row |= {"block_ms": block, "forward_ms": whole, "step_ms": step}
         weights = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in models[many].parameters())
         row |= {"peak_gib": peak_gib(device), "weights_gib": weights / 2**30}
         rows.append(row)
@@ -187,7 +174,6 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                 json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()}),
                 flush=True,
             )
-        Share.exchange, Share.landed = nccl  # type: ignore[method-assign]
     return rows
 
 
@@ -221,7 +207,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--attention", default="_native_cudnn")
     parser.add_argument("--precision")
-    parser.add_argument("--overlap", nargs="+", default=["each"], help="each, pair, copies, copies-pair")
     parser.add_argument("--plans", nargs="+", default=["ulysses", "cfg", "ring"])
     parser.add_argument("--profile", action="store_true", help="also what the GPU does in a forward of some layers")
     parser.add_argument("--slices", action="store_true", help="also with a slice of the weights on each GPU (FSDP)")
@@ -234,14 +219,10 @@ def main() -> None:
     sizes = {f"ulysses {world.size}": Sizes(1, world.size), f"ring {world.size}": Sizes(1, 1, world.size)}
     if world.size % 2 == 0:
         sizes[f"cfg 2 x ulysses {world.size // 2}"] = Sizes(2, world.size // 2)
-    started = {
-        label: Team.start(world, one, device, 120) for label, one in sizes.items() if label.split()[0] in args.plans
-    }
-    teams = {"1 GPU": alone} | started
-    if args.slices:
-        teams[f"ulysses {world.size}, slices"] = teams[
-            f"ulysses {world.size}"
-        ]  # last, since the whole weights go for them
+    taken = {label: one for label, one in sizes.items() if label.split()[0] in args.plans}
+    teams = {"1 GPU": alone} | {label: Team.start(world, one, device, 120) for label, one in taken.items()}
+    if args.slices:  # last, since the whole weights go for them
+        teams[f"ulysses {world.size}, slices"] = teams[f"ulysses {world.size}"]
     if world.is_first:
         print(commit(), torch.cuda.get_device_name(device), "x", world.size, "torch", torch.__version__)
     if not args.precision and not args.profile:

@@ -39,6 +39,7 @@ LAYERS = [
         "wan.footage",
         "wan.handoff",
         "wan.upscaling",
+        "wan.colour_carry",
         "wan.comfy",
         "wan.stopwatch",
     ),
@@ -112,7 +113,8 @@ def test_policy_has_an_address() -> None:
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {
             *("wan/cli.py", "wan/commands/job.py", "wan/commands/gpus.py", "wan/captioner/endpoint.py"),
-            *("wan/server/main.py", "wan/server/worker.py", "wan/batch/hand.py", "wan/batch/crew.py"),
+            *("wan/server/main.py", "wan/server/worker.py", "wan/server/group.py"),
+            *("wan/batch/hand.py", "wan/batch/crew.py"),
         },
         r"torch\.load\(|safe_open\(": {
             "wan/weights/reading.py",

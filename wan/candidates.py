@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wan.chain.plan import Plan
+from wan.colour_carry import graded, lead_to
 from wan.fitted_frames import FittedFrames
 from wan.prompting import ClipPrompt
 from wan.quality import correct_drift, score_seam
@@ -61,6 +62,9 @@ class CandidateMaker:
         watch = Stopwatch(self.device, plan.sampling.steps, self.on_step)
         with watch.stage("prepare"):
             known = self.frames.known(self.footage, plan)
+            if plan.colour_carry and plan.dropped and self.footage.colours is not None:
+                tail = self.frames.tail(self.footage, plan.geometry)
+                known = lead_to(self.footage.colours, known, tail, plan.colour_carry)
         request = Request(
             self.prompt.text,
             plan.negative,
@@ -93,6 +97,8 @@ class CandidateMaker:
         watch = Stopwatch(self.device, steps, self.on_step, done=steps)
         with watch.stage("correct"):
             before = self.frames.tail(self.footage, plan.geometry)
+            if plan.colour_carry and self.footage.colours is not None:
+                before = graded(before, self.footage.colours, plan.colour_carry)
             frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
         return replace(made, clip=Clip(frames, made.clip.fps), seconds=dict(made.seconds) | watch.seconds)
 

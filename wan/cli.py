@@ -89,7 +89,8 @@ def continuous_program() -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """End the process at once. All is written by now, and Python would take seconds to take its modules apart.
 
-    A debugger, a profiler or a prompt still has something to do, and so has a launcher's process with the others.
+    A debugger, a profiler or a prompt still has something to do, and so has a launcher's process with the others. Where
+    it fails they have been told, and what waits for them in other threads cannot be taken apart.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -98,7 +99,7 @@ def _leave(code: int) -> NoReturn:
                 stream.flush()
             except (OSError, ValueError):  # nobody reads it any more, see `say`
                 continue
-    others = "WORLD_SIZE" in os.environ or bool(multiprocessing.active_children())
+    others = ("WORLD_SIZE" in os.environ and not code) or bool(multiprocessing.active_children())
     if others or sys.gettrace() or sys.getprofile() or sys.flags.interactive or hasattr(sys, "ps1"):
         sys.exit(code)
     os._exit(code)

@@ -20,6 +20,7 @@ from wan.candidates import CandidateMaker, Draft, is_better, score_seam_later, s
 from wan.caption_helpers import CaptionHelpers
 from wan.captioner import Captioner
 from wan.chain.plan import Plan
+from wan.colour_carry import colours_of_shot
 from wan.configs import ModelConfig
 from wan.detail import heard_by
 from wan.device.hardware import parse_device
@@ -238,6 +239,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
                 context_frames=plan.context.frames,
                 prompt_memory=prompt.memory,
                 handed=handed,
+                colours=colours_of_shot(footage, made, is_cut=plan.is_cut) if plan.colour_carry else None,
                 notes=dict(prompt.notes) | dict(made.notes) | notes,
             )
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from wan.chain.plan import Plan
+from wan.chain.plan import LaterPicture, Plan
 from wan.footage import ChangedEnd
 from wan.handoff import hand_off
 from wan.options import LONGEST_CONTEXT
@@ -70,7 +70,8 @@ class FittedFrames:
     def known(self, footage: Footage, plan: Plan) -> KnownFrames:
         """What the clip is conditioned on."""
         geometry = plan.geometry
-        end = None if plan.end is None else self.picture(plan.end, geometry)
+        later = plan.end.read() if isinstance(plan.end, LaterPicture) else plan.end
+        end = None if later is None else self.picture(later, geometry)
         if plan.cut is True:
             return KnownFrames(end=end)
         if plan.cut is not None and plan.cut is not False:

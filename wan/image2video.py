@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
+from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, carried, latent_frames
 from wan.device.placement import Placement
 from wan.experts import TwoExperts
 from wan.pictures import as_shown
@@ -91,12 +91,13 @@ class WanI2V(TwoExperts):
         leading = [preprocess(frame, width, height) for frame in known.leading]
         if known.anchor is not None:
             anchor = self.shared_vae.encode(preprocess(known.anchor, width, height)[:, None], placement)
+            motion = anchor[:, :0]
+            if leading:
+                plain = motion = self.shared_vae.encode(torch.stack(leading, dim=1), placement)[:, -1:]
             if known.motion is not None:
                 motion = known.motion.to(anchor)
-            elif leading:
-                motion = self.shared_vae.encode(torch.stack(leading, dim=1), placement)[:, -1:]
-            else:
-                motion = anchor[:, :0]
+            if known.graded is not None:
+                motion = carried(motion, plain, self.shared_vae.encode(known.graded, placement)[:, -1:])
             end = None
             if known.end is not None:
                 end = self.shared_vae.encode(preprocess(known.end, width, height)[:, None], placement)
@@ -106,11 +107,14 @@ class WanI2V(TwoExperts):
         if known.end is not None:
             pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
         latents = self.shared_vae.encode(pixels, placement)
+        # the VAE is causal: these are the latents of the known frames alone
+        held = latents[:, : latent_frames(len(leading))]
+        if known.graded is not None:
+            held = carried(held, held, self.shared_vae.encode(known.graded, placement))
+            latents = torch.cat([held, latents[:, held.shape[1] :]], dim=1)
         channels = ImageChannels.from_latents(
             latents, len(leading), end=known.end is not None, amplitude=request.motion_amplitude
         )
         if len(leading) == 1:
             return channels
-        # the VAE is causal: these are the latents of the known frames alone
-        held = latents[:, : latent_frames(len(leading))]
         return HeldImageChannels.hold(channels, held, noise, self.config.num_train_timesteps)

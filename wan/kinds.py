@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from numbers import Integral
@@ -181,6 +182,19 @@ class Address(Local):
 
     def public(self, value: Any) -> Any:
         return value and public_url(value)
+
+
+@dataclass(frozen=True)
+class Place(Local):
+    """A folder of a store that fsspec knows."""
+
+    def check(self, value: Any) -> None:
+        if not _SCHEME.match(str(value)):
+            raise Unfit("must begin with a scheme: s3://bucket/runs/{name} or file:///mnt/runs/{name}, say")
+        super().check(value)
+
+    def public(self, value: Any) -> Any:
+        return value and without_login(value)
 
 
 @dataclass(frozen=True)
@@ -527,6 +541,14 @@ def public_path(path: str | os.PathLike[str]) -> str:
         below = os.path.relpath(text)
         text = os.path.basename(os.path.normpath(text)) if below.startswith(os.pardir) else below
     return readable(text)
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+
+
+def without_login(url: str) -> str:
+    """An address of any scheme without user, password and query."""
+    return re.sub(r"://[^/]*@", "://", url).partition("?")[0]
 
 
 def public_url(url: str) -> str | None:

@@ -35,6 +35,7 @@ from wan.kinds import (
     Output,
     Picture,
     Pictures,
+    Place,
     Program,
     PromptFor,
     Real,
@@ -82,13 +83,12 @@ INPUT, PROMPT, SAMPLING, CONTINUITY, SPEED, WEIGHTS, OUTPUT, SERVER, BATCH = GRO
     "Server",
     "Batch",
 )
-# Flags of a chain that a server does not take: those of one video, and of several GPUs.
+# Flags of a chain that a server does not take: those of one video.
 NOT_SERVED = frozenset(
     (
         *("video", "from_", "until", "base_seed", "storyboard", "num_videos", "prompt", "prompt_for", "anchor_image"),
         *("end_image", "end_images", "take", "redo", "keep_following", "yes", "review", "dry_run", "no_lock"),
-        *("preview", "keep_state", "prune", "ulysses_size", "cfg_size", "ring_size", "collective_timeout"),
-        *("t5_fsdp", "dit_fsdp", "upscale"),
+        *("preview", "keep_state", "prune", "upscale"),
     )
 )
 # Those that a batch does not take: of one video, and of a person who looks on.
@@ -370,6 +370,11 @@ class Settings:
         "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,
         unset="off", client=True, fingerprint="drift_correction", record=True, continues=True,
     )
+    colour_carry: float = option(
+        CONTINUITY, Strength("S", 0, 1, unsaid=0.5),
+        "begin each clip in colours nearer to the first clip's, with strength S from 0 to 1; the flag alone means 0.5",
+        0.0, unset="off", only=("continuous",), client=True, fingerprint="colour_carry", record=True, continues=True,
+    )
     best_of: int = option(
         CONTINUITY, Whole("N", 1, 1000, "; that many are days of work a clip"),
         "of N candidates of each clip keep the one with the best seam", 1,
@@ -621,6 +626,10 @@ class Settings:
     skip_bad: bool = option(
         BATCH, Switch(), "leave rows out that cannot be made, and make the others", False, only=("batch",),
         same=_BATCHED,
+    )
+    upload: str | None = option(
+        BATCH, Place("URL"), "where finished chains are uploaded to, with {name}: s3://bucket/runs/{name}, say",
+        unset="nowhere", only=("batch",), same=_BATCHED,
     )
     report_dir: str | None = option(
         BATCH, Output("DIR"), "folder for batch.html and batch.jsonl", unset="what is before {name} in `output_dir`",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from wan.chain.plan import Plan
+from wan.chain.plan import LaterPicture, Plan
 from wan.errors import UserError
 from wan.footage import choose_anchor
 from wan.handoff import check_program
@@ -85,7 +85,7 @@ class Planner:
         negative: str = "",
         context: Context | int | None = None,
         anchor: Frame | None = None,
-        end: Frame | None = None,
+        end: Frame | LaterPicture | None = None,
         cut: Frame | bool | None = None,
         loras: Loras = (),
         prompt: str | None = None,
@@ -97,6 +97,7 @@ class Planner:
         handoff: str | None = None,
         fade: int = 0,
         drift_correction: float = 0.0,
+        colour_carry: float = 0.0,
         best_of: int = 1,
         keeps_takes: bool = False,
         offload: bool = True,
@@ -143,6 +144,7 @@ class Planner:
             handoff=handoff,
             fade=fade,
             drift_correction=drift_correction,
+            colour_carry=colour_carry,
             best_of=best_of,
             keeps_takes=keeps_takes,
             cut=cut,

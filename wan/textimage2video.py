@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
+from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly, carried
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.experts import OneExpert
@@ -144,6 +144,8 @@ class WanTI2V(OneExpert):
         if known.leading:
             pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
             leading = self.shared_vae.encode(pixels, placement)
+            if known.graded is not None:
+                leading = carried(leading, leading, self.shared_vae.encode(known.graded, placement))
         if known.end is not None:
             # a latent frame of four, which all show it: one that is encoded alone is of another kind, the first
             still = preprocess(known.end, width, height)[:, None].repeat(1, 1 + self.config.vae_stride[0], 1, 1)

@@ -141,6 +141,11 @@ def _spandrel() -> Any:
     try:
         return importlib.import_module("spandrel")
     except ImportError as error:
+        if str(error.name).partition(".")[0] == "torchvision":
+            raise UserError(
+                "`upscale`: spandrel needs a torchvision that goes with the installed torch; install that one "
+                f"({error})"
+            ) from error
         raise UserError(
             f'`upscale` needs the package spandrel: pip install -e ".[finish]" in the project ({error})'
         ) from error

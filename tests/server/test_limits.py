@@ -212,12 +212,17 @@ def test_no_name_in_a_report_leads_out_of_the_folder(tmp_path: Path) -> None:
     assert folder.video(1) is None and folder.video(2) is None and folder.takes(1) == {}
 
 
-def test_a_server_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in said.items():
+def test_a_server_works_on_one_machine_and_its_first_process_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (said | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="a server works on one GPU"):
-        serve(Settings(ckpt_dir="x", output_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="a server works on the GPUs of one machine; start torchrun there alone"):
+        serve(Settings(ckpt_dir="x", output_dir=str(tmp_path / "out")))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    serve(Settings(ckpt_dir="x", output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_extra_one_line_says_how_to_get_it(

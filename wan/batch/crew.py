@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,6 +32,8 @@ WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 LOOK_SECONDS = 1.0  # from one look at a worker to the next
 END_SECONDS = 10.0  # until an actor that was told to end its processes is killed
 START_SECONDS = 60.0  # until a worker that waits for a GPU is worth a word
+REACH_SECONDS = 10.0  # for the head of a cluster to answer
+_PLACE = re.compile(r"(?:ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\]):(?P<port>\d{1,5})(?:/.*)?")
 _OBJECTS = 100 << 20  # bytes of Ray's own store, of which words of some kB take nothing
 _FRAMES = 2 << 30  # bytes of it where frames go to captioners: 70 MB a question at 1080p
 _ASK_AGAIN = 2  # times, where a captioner dies of a question or with it
@@ -86,6 +90,7 @@ class Crew:
                 store = {"object_store_memory": objects, "include_dashboard": False}
                 self._context = ray.init(address="local", num_cpus=cores, **store, **quiet)
             else:
+                _reach(self.address)
                 self._context = ray.init(address=self.address, **quiet)
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -246,6 +251,13 @@ class Crew:
     def _forget(self, worker: int) -> None:
         self._members.pop(worker, None)
         self._futures = {future: order for future, order in self._futures.items() if order[1] != worker}
+
+
+def _reach(address: str) -> None:
+    """Raise OSError for a machine and port where nobody listens: Ray itself would try for minutes."""
+    if place := _PLACE.fullmatch(address):
+        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=REACH_SECONDS):
+            pass
 
 
 def captioner_place(gpus: Sequence[int], gpus_per_job: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -13,8 +12,6 @@ import torch
 from wan.captioner import Captioner
 from wan.captioner.shared import answer
 from wan.prompting import CaptionerOwner
-
-log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 1.0  # for the last answer to go out
 
@@ -28,10 +25,10 @@ class Describer:
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `wan.captioner.shared.answer`. After a failure this process ends, and Ray starts another."""
-        described = answer(asked, self._open)
-        if "failed" in described:  # an error of CUDA stays with a process
+        answered = answer(asked, self._open)
+        if "failed" in answered:  # an error of CUDA stays with a process
             threading.Timer(LEAVE_SECONDS, os._exit, (1,)).start()
-        return described
+        return answered
 
     def _open(self, path: str, trust_remote_code: bool) -> Captioner:
         if (owner := self._owner) is None or (owner.path, owner.trust_remote_code) != (path, trust_remote_code):

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from collections import deque
@@ -22,9 +21,11 @@ from typing import Any
 import wan
 from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
+from wan.server.group import free_port, rank_environment
 from wan.server.live import Live
+from wan.server.tickets import DONE, FAILED
 
-LOST = "lost"
+LOST, UPLOAD = "lost", "upload"
 _LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
@@ -90,11 +91,7 @@ class Hand:
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        if self.ranks > 1:
-            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
-            # the port is another one for each chain, which its order names
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        return dict(os.environ) | variables
+        return dict(os.environ) | variables | rank_environment(rank, self.ranks)
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it."""
@@ -105,10 +102,27 @@ class Hand:
         self._making = None
         progress: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
         progress["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
-        estimate = end.get("found")
+        estimate, place = end.get("found"), order.get("upload")
+        if place and (end["state"] == DONE or (estimate and estimate["missing"] == 0)):
+            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, estimate)
         if order.get("check") and (estimate is None or estimate["missing"] == estimate["clips"]):
             return progress | end
         return progress | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+
+    def _upload(self, folder: Path, place: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Bring a finished chain to its place, or for a check see whether it is there; what that changes of its end."""
+        from wan.batch.upload import UploadError, is_uploaded, upload  # which not every batch needs
+
+        try:
+            if estimate is not None:
+                return {"found": {**estimate, "uploaded": is_uploaded(folder, place)}}
+            upload(folder, place, self._hear)
+        except UploadError as error:
+            return {"state": FAILED, "error": {"code": UPLOAD, "message": str(error)}}
+        return {}
+
+    def _hear(self) -> None:
+        self._heard = time.monotonic()
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
         """The order with this hand's share of the machine's memory, where it is to be what is free.
@@ -118,7 +132,7 @@ class Hand:
         settings = order["settings"]
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
             settings = {**settings, "host_memory": self._share}
-        return {**order, "settings": settings, **({"port": _free_port()} if self.ranks > 1 else {})}
+        return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
         while (message := await self._next()) is not None:
@@ -142,7 +156,7 @@ class Hand:
     async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
         assert self.captioner is not None  # the process was told whether it may ask
         answer = await self.captioner(asked)
-        self._heard = time.monotonic()
+        self._hear()
         self._say({"number": number, "answer": answer}, self._processes[:1])
 
     async def _next(self) -> dict[str, Any] | None:
@@ -157,7 +171,7 @@ class Hand:
         if not line.done() or not line.result():
             line.cancel()
             return None
-        self._heard = time.monotonic()
+        self._hear()
         message: dict[str, Any] = json.loads(line.result())
         return message
 
@@ -217,12 +231,6 @@ class Hand:
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text)
             sys.stderr.write(f"{text}\n")  # Ray's log of the actor
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 async def _drain(process: asyncio.subprocess.Process) -> None:

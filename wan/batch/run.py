@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan.batch.hand import UPLOAD
 from wan.batch.report import Report
 from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
+from wan.commands.flags import NAME
 from wan.commands.lines import PROGRESS
 from wan.commands.progress import say, span
 from wan.errors import UserError
@@ -35,6 +37,10 @@ def make_batch(settings: Settings) -> None:
     rows, bad = read_rows(settings)
     folder = report_folder(settings)
     _check_report(folder, rows)
+    if settings.upload is not None:
+        from wan.batch.upload import check_place
+
+        check_place(settings.upload.replace(NAME, "name"))
     _refuse(bad, settings)
     from wan.batch.crew import Crew  # which needs Ray
 
@@ -144,6 +150,8 @@ class Batch:
             self.lives.pop(worker, None)
             schedule.begin(task, worker)
             order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check}
+            if self.settings.upload is not None:
+                order["upload"] = self.settings.upload.replace(NAME, task.row.name)
             self.crew.give(worker, order)
         waiting = sum(not task.is_over and task not in self._at.values() for task in schedule.tasks)
         for worker in range(self.crew.size):
@@ -252,6 +260,8 @@ def _count(tasks: Sequence[Task], state: str) -> int:
 def _is_fit(outcome: Mapping[str, Any], gpus: int) -> bool:
     """Whether a worker whose chain was not made is good for another."""
     code = (outcome.get("error") or {}).get("code")
+    if code == UPLOAD:  # the chain itself is made
+        return True
     # where several processes share a chain, the others may still wait for the first
     return gpus == 1 and code in ("invalid_request", "in_use", "disk_full", "input_output", None)
 

@@ -175,5 +175,6 @@ class Schedule:
         task.clips, task.missing = estimate["clips"], estimate["missing"]
         task.work, task.seconds, task.measured = estimate["work"], estimate["seconds"], estimate["measured"]
         task.disk_bytes, task.done = estimate["disk_bytes"], estimate["clips"] - estimate["missing"]
-        task.finished_before = estimate["missing"] == 0 and estimate["status"] == "finished"
+        is_made = estimate["missing"] == 0 and estimate["status"] == "finished"
+        task.finished_before = is_made and estimate.get("uploaded", True)
         task.state = DONE if task.finished_before else CHECKED

@@ -107,6 +107,12 @@ class FinishedClip:
         """The last latent frame, float32 [z, 1, h, w]."""
         return self._tensor("latents")[:, -1:]
 
+    @property
+    def colours(self) -> Tensor | None:
+        """Of the first clip of its shot, where the chain carries them."""
+        with safe_open(self.state, framework="pt") as opened:
+            return opened.get_tensor("colours") if "colours" in opened.keys() else None  # noqa: SIM118
+
     def tail(self, count: int, fps: Fraction) -> Tensor:
         """The last frames, up to `count` and no more than are kept, float32 [n, H, W, 3], oldest first."""
         if fps != Fraction(self.record["fps"]):
@@ -365,6 +371,7 @@ class RunFolder:
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
             **({} if made.handed is None else {"handed": made.handed.contiguous()}),
+            **({} if made.colours is None else {"colours": made.colours.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }

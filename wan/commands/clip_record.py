@@ -89,6 +89,7 @@ class Recorder:
                 "cut": plan.is_cut,
                 "discard": plan.discard,
                 "drift_correction": plan.drift_correction,
+                "colour_carry": plan.colour_carry,
             }
         return used
 

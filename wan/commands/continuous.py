@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from wan import media
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
-from wan.chain.fingerprint import clip_settings
+from wan.chain.fingerprint import clip_settings, picture_digest
+from wan.chain.plan import LaterPicture, Plan
 from wan.chain.run import ChainRun
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
 from wan.chain.script import Script
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 told = logging.getLogger(PROGRESS)
 
 if TYPE_CHECKING:
-    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
 
 
@@ -374,15 +374,16 @@ def _plans(
     settings = job.settings
     common = job.plan(continuation, footage)
 
-    @functools.cache
-    def picture(file: str) -> Frame:
+    def read(file: str) -> Frame:
         """A picture file in the clips' size: the file itself may be large."""
         return continuation.frame_for(media.read_image(file), common.geometry.width, common.geometry.height)
+
+    picture = functools.cache(read)
 
     plans: list[Plan] = []
     anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
     begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
-    ends = [picture(file) for file in job.ends]
+    ends = [_later(file, read) for file in job.ends]
     if ends:
         continuation.plan.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
@@ -427,6 +428,19 @@ def _plans(
         if plan.fade_in and settings.include_source:
             raise UserError("`fade` is for a joined video without the source in front; leave `include_source` out")
     return plans
+
+
+def _later(file: str, read: Callable[[str], Frame]) -> LaterPicture:
+    """A picture that is looked at now, and read again for its clip. Raises UserError."""
+    digest = picture_digest(read(file))
+
+    def read_again() -> Frame:
+        frame = read(file)
+        if picture_digest(frame) != digest:
+            raise UserError(f"{file} is another picture than when the run began; the same command goes on with it")
+        return frame
+
+    return LaterPicture(digest, read_again)
 
 
 def _damaged(run: ChainRun) -> list[str]:

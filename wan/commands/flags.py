@@ -200,6 +200,8 @@ def check_together(command: Command, settings: Settings) -> None:
             raise UserError(
                 f"`output_dir` {settings.output_dir} must hold {NAME}, for the name of each row: runs/{NAME}, say"
             )
+        if settings.upload is not None and NAME not in settings.upload:
+            raise UserError(f"`upload` must hold {NAME}, for the name of each row: s3://bucket/runs/{NAME}, say")
         sharing = ("ulysses_size", "cfg_size", "ring_size", "t5_fsdp", "dit_fsdp")
         given = [f"`{name}`" for name in sharing if getattr(settings, name) != OPTIONS[name].default]
         if given and settings.gpus_per_job == 1:

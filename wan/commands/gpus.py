@@ -100,5 +100,6 @@ class Gpus:
 
     def _join(self, pipeline: Pipeline) -> None:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast can hang a host, and nothing here gains by it
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # which holds up the end, for who looks into NCCL
         timeout = self.settings.collective_timeout
         pipeline.join(self.world, self._guided(pipeline), timeout=timeout, **self._given_sizes)

@@ -261,6 +261,7 @@ class Job:
                 "handoff": settings.handoff_command,
                 "fade": settings.fade,
                 "drift_correction": settings.drift_correction,
+                "colour_carry": settings.colour_carry,
                 "best_of": settings.takes if settings.takes > 1 else settings.best_of,
                 "keeps_takes": settings.takes > 1,
             }

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.denoiser.model import WanModel
 from wan.device.hardware import synchronize
@@ -27,6 +29,7 @@ Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, ke
 _FLASH_2 = "flash_attn.flash_attn_interface"  # `flash_attn` alone may be a part of FlashAttention 4
 BACKENDS = {"native": None, "_native_cudnn": None, "_flash_3": "flash_attn_interface", "flash": _FLASH_2}
 FLASH_4 = "flash_4"  # of a package, which the library takes from a hub only
+CUDNN = "cudnn"  # `_native_cudnn` without the library's copies of what does not lie by heads
 PROBE_FLOP = 1e13  # of one call, with all tokens and as many heads as that allows: 15 to 30 ms on an H200
 PROBE_ROWS = 64  # queries that are compared with exact arithmetic
 
@@ -74,6 +77,7 @@ def kernels_there() -> Mapping[str, Attention]:
         for name, package in BACKENDS.items()
         if package is None or _is_installed(package)
     }
+    kernels |= {CUDNN: cudnn_attention}
     return kernels | ({FLASH_4: flash_attention_4} if _is_installed("flash_attn.cute") else {})
 
 
@@ -83,6 +87,16 @@ def _is_installed(package: str) -> bool:
     except ImportError as error:  # what it is a part of is missing, or broken
         log.info("%s is not there: %s", package, error)
         return False
+
+
+def cudnn_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention [B, L, heads, head_dim] by cuDNN, which takes numbers as they lie and leaves them so.
+
+    What has come from other GPUs lies by tokens, and nothing fuses a copy of it with what made it.
+    """
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return mixed.transpose(1, 2)
 
 
 @torch.library.custom_op("wan::flash_attention_4", mutates_args=())

@@ -168,5 +168,20 @@ def amplified(latents: Tensor, free: slice, amplitude: float) -> Tensor:
     return moved
 
 
+def carried(latents: Tensor, plain: Tensor, graded: Tensor) -> Tensor:
+    """Known latents [z, K, h, w] led to other colours: by what a change of colours does to them, smoothed in space.
+
+    `plain` and `graded` [z, K, h, w] are those of the same frames, encoded as they are and with the change: what
+    encoding itself costs is in both and drops out. The first known frame stays, and the change grows smoothly to the
+    last one, which the new frames follow (source: H3's latent colour carry).
+    """
+    change = torch.nn.functional.pad((graded - plain).transpose(0, 1), (1, 1, 1, 1), mode="replicate")
+    smooth = torch.nn.functional.avg_pool2d(change, 3, stride=1).transpose(0, 1)
+    count = latents.shape[1]
+    share = torch.linspace(0, 1, count) if count > 1 else torch.ones(1)
+    weight = (share * share * (3 - 2 * share)).to(latents)[None, :, None, None]
+    return latents + weight * smooth
+
+
 def _with_leading(known: Tensor, latents: Tensor) -> Tensor:
     return torch.cat([known, latents[:, known.shape[1] :]], dim=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -136,19 +136,17 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor | TextKeys | Sequence[TextKeys],
+        encoder_hidden_states: Tensor | TextKeys,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Latents [B, C, F, h, w] -> the predicted flow float32 [B, z, F, h, w], whatever the compute dtype.
 
         `timestep` [B] or [B, n]: one for each of n equal runs of tokens, so n = F where latent frames differ in it.
-        The text is embedded prompts [B, 512, D] or the `text_keys` of them. With several of those, and B = 1, the
-        flow is [their number, z, F, h, w]: each of them is computed while another one's tokens travel between ranks.
+        The text is embedded prompts [B, 512, D] or the `text_keys` of them.
         """
-        given = encoder_hidden_states
-        if isinstance(given, Tensor):
-            given = self.text_keys(given, keep=False)
-        texts = [given] if isinstance(given, TextKeys) else list(given)
+        texts = encoder_hidden_states
+        if isinstance(texts, Tensor):
+            texts = self.text_keys(texts, keep=False)
         embedder = self.condition_embedder
         steps = timestep if timestep.ndim == 2 else timestep[:, None]
         time = embedder.time_embedder(embedder.timesteps_proj(steps.flatten()).unflatten(0, steps.shape))
@@ -163,25 +161,24 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         if share is not None:
             rows, rotary = share.mine(rows), (share.mine(cos), share.mine(sin))
             runs = share.rows(steps.shape[1], rows.device) if steps.shape[1] > 1 else None
-        tokens: Any = rows.float().contiguous()  # the residual stream
-        tokens = tokens if len(texts) == 1 else [tokens] * len(texts)
+        tokens = rows.float().contiguous()  # the residual stream
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, partial(self._ready, number, block, texts), modulation, rotary, runs, share)
 
         shift, scale = (self.scale_shift_table + time[:, :, None]).unbind(2)
-        streams = tokens if isinstance(tokens, list) else [tokens]
-        ends = [self.proj_out(_modulate(self.norm_out(one), shift, scale, runs)) for one in streams]
-        patches: Any = torch.cat(ends if share is None else [share.whole(one) for one in ends])
+        patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale, runs))
+        if share is not None:
+            patches = share.whole(patches)
         sizes = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid.shape[2:])
         # [B, F, h, w, p_F, p_h, p_w, z] -> [B, z, F, p_F, h, p_h, w, p_w]
         flow = sizes.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
-    def _ready(self, number: int, block: WanBlock, texts: Sequence[TextKeys]) -> list[tuple[Tensor, Tensor]]:
-        """Called by a block that is computed: its weights come to the device, its keys of each text are returned."""
+    def _ready(self, number: int, block: WanBlock, texts: TextKeys) -> tuple[Tensor, Tensor]:
+        """Called by a block that is computed: its weights come to the device, its text keys are returned."""
         if self.before_layer is not None:
             self.before_layer(number)
-        return [one.of(number, block) for one in texts]
+        return texts.of(number, block)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile one block for all of them, when it first runs. If that fails they run as they are, with a warning."""
@@ -222,57 +219,20 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
 
     def forward(
         self,
-        hidden_states: Any,
-        encoder_hidden_states: Callable[[], list[tuple[Tensor, Tensor]]],
+        hidden_states: Tensor,
+        encoder_hidden_states: Callable[[], tuple[Tensor, Tensor]],
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
         runs: Tensor | None = None,
         share: Share | None = None,
-    ) -> Any:
-        """Tokens [B, L, D] -> [B, L, D], or a list of such, one of each forward that is computed together.
+    ) -> Tensor:
+        """Tokens [B, L, D] -> [B, L, D]. The hooks of a cache are around this, so it is not what is compiled.
 
-        The hooks of a cache are around this, so it is not what is compiled. `encoder_hidden_states` gives the text keys
-        of each; where a cache leaves the block out nothing asks for them.
+        `encoder_hidden_states` gives the text keys of `compute`; where a cache leaves the block out nothing asks for
+        them.
         """
-        run = _as_it_is if self.compiled is None else self.compiled
-        tokens = hidden_states if isinstance(hidden_states, list) else [hidden_states]
-        texts = encoder_hidden_states()
-        if share is None:
-            pairs = zip(tokens, texts, strict=True)
-            outputs = [run(WanBlock.compute, self, one, text, temb, rotary_emb) for one, text in pairs]
-        else:
-            outputs = self._exchanging(run, tokens, texts, temb, rotary_emb, runs, share)
-        return outputs if isinstance(hidden_states, list) else outputs[0]
-
-    def _exchanging(
-        self,
-        run: Callable[..., Any],
-        tokens: Sequence[Tensor],
-        texts: Sequence[tuple[Tensor, Tensor]],
-        temb: Tensor,
-        rotary_emb: tuple[Tensor, Tensor],
-        runs: Tensor | None,
-        share: Share,
-    ) -> list[Tensor]:
-        """`compute` with the tokens of this rank. Each part travels while the next is computed, and those of one
-        forward while the other one is; exchanges are outside of what is compiled, so this is their order."""
-        attention, ways = self.attn1, []
-        for one in tokens:
-            normed, value = run(WanBlock.values, self, one, temb, runs, share)
-            values = share.exchange(value)
-            keys = share.exchange(run(_turned, attention.to_k, attention.norm_k, normed, rotary_emb, share))
-            values, keys = share.around(values), share.around(keys)
-            queries = share.exchange(run(_turned, attention.to_q, attention.norm_q, normed, rotary_emb, share))
-            ways.append((queries, keys, values))
-        del normed, value, values, keys, queries
-        kernel, mixed = attention.processor.attend, []
-        while ways:
-            mixed.append(share.attend(kernel, *ways.pop(0)))
-        outputs = []
-        for number, (one, text) in enumerate(zip(tokens, texts, strict=True)):
-            back, mixed[number] = share.landed(mixed[number]), one
-            outputs.append(run(WanBlock.finish, self, one, back, text, temb, runs))
-        return outputs
+        compute = self.compute if self.compiled is None else partial(self.compiled, self)
+        return compute(hidden_states, encoder_hidden_states(), temb, rotary_emb, runs, share)
 
     def compute(
         self,
@@ -280,50 +240,23 @@ class WanBlock(WanTransformerBlock):  # type: ignore[misc]
         text: tuple[Tensor, Tensor],
         temb: Tensor,
         rotary_emb: tuple[Tensor, Tensor],
+        runs: Tensor | None = None,
+        share: Share | None = None,
     ) -> Tensor:
         """Tokens [B, L, D], this block's text keys, modulation [B, n, 6, D] of n equal runs of tokens -> [B, L, D].
 
-        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B.
+        The modulation is broadcast over its run; one row a token would be 2 GB for a clip of the 5B. With a `share`
+        the tokens are those of this rank, and `runs` [L] are their rows of the modulation where there are several.
         """
-        gate = (self.scale_shift_table + temb)[:, :, 2]  # [B, n, D]
-        mixed = self.attn1(self._first(hidden_states, temb, None), None, None, rotary_emb)
-        return self._rest(hidden_states + _per_run(mixed, gate, None), text, temb, None)
+        dtype = self.attn1.to_q.bias.dtype  # weights may be packed
+        shift, scale, gate, feed_shift, feed_scale, feed_gate = (self.scale_shift_table + temb).unbind(2)  # [B, n, D]
 
-    def _first(self, hidden_states: Tensor, temb: Tensor, runs: Tensor | None) -> Tensor:
-        """What self-attention takes of the tokens."""
-        shift, scale = (self.scale_shift_table + temb).unbind(2)[:2]  # [B, n, D]
-        # weights may be packed
-        return _modulate(self.norm1(hidden_states), shift, scale, runs).to(self.attn1.to_q.bias.dtype)
-
-    def values(self, hidden_states: Tensor, temb: Tensor, runs: Tensor | None, share: Share) -> tuple[Tensor, Tensor]:
-        """What self-attention takes of this rank's tokens, and its values of them, packed."""
-        normed = self._first(hidden_states, temb, runs)
-        return normed, share.packed(self.attn1.to_v(normed).unflatten(2, (self.attn1.heads, -1)))
-
-    def finish(
-        self, hidden_states: Tensor, parts: Tensor, text: tuple[Tensor, Tensor], temb: Tensor, runs: Tensor | None
-    ) -> Tensor:
-        """The rest of the block, with what self-attention has mixed, packed."""
-        gate = (self.scale_shift_table + temb)[:, :, 2]
-        mixed = self.attn1.to_out[0](Share.unpacked(parts).to(self.attn1.to_q.bias.dtype))
-        return self._rest(hidden_states + _per_run(mixed, gate, runs), text, temb, runs)
-
-    def _rest(self, tokens: Tensor, text: tuple[Tensor, Tensor], temb: Tensor, runs: Tensor | None) -> Tensor:
-        """What follows self-attention. `runs` [L] are tokens' rows of the modulation where they are no equal runs."""
-        shift, scale, gate = (self.scale_shift_table + temb).unbind(2)[3:]
-        dtype = self.attn1.to_q.bias.dtype
-        tokens = tokens + self.attn2(self.norm2(tokens).to(dtype), text)
-        return tokens + _per_run(self.ffn(_modulate(self.norm3(tokens), shift, scale, runs).to(dtype)), gate, runs)
-
-
-def _as_it_is(work: Callable[..., Any], *inputs: Any) -> Any:
-    return work(*inputs)
-
-
-def _turned(linear: nn.Module, norm: nn.Module, normed: Tensor, rotary: tuple[Tensor, Tensor], share: Share) -> Tensor:
-    """Queries or keys of this rank's tokens, packed."""
-    cos, sin = rotary
-    return share.packed(_rotate(norm(linear(normed)).unflatten(2, (-1, cos.shape[-1])), cos, sin))
+        normed: Tensor = _modulate(self.norm1(hidden_states), shift, scale, runs).to(dtype)
+        tokens: Tensor = hidden_states + _per_run(self.attn1(normed, share, None, rotary_emb), gate, runs)
+        normed = self.norm2(tokens).to(dtype)
+        tokens = tokens + self.attn2(normed, text)
+        normed = _modulate(self.norm3(tokens), feed_shift, feed_scale, runs).to(dtype)
+        return tokens + _per_run(self.ffn(normed), feed_gate, runs)
 
 
 def _per_run(x: Tensor, factor: Tensor, runs: Tensor | None) -> Tensor:
@@ -343,27 +276,24 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, runs: Tensor | None) -> T
 
 
 class _Compiled:
-    """What blocks compute as a compiler makes it, for all blocks of a model; as it is once that has failed."""
+    """`WanBlock.compute` as a compiler makes it, for all blocks of a model; as it is once that has failed."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         # one graph a size of clip: kernels for any size are slower
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, SIZES)
-        self.compile: Any = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
-        self.compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.compute: Any = torch.compile(WanBlock.compute, backend=backend, fullgraph=True, dynamic=False)
         self.works = True
 
-    def __call__(self, work: Callable[..., Any], *inputs: Any) -> Any:
+    def __call__(self, block: WanBlock, *inputs: Any) -> Tensor:
         if self.works:
             try:
-                if work not in self.compiled:
-                    self.compiled[work] = self.compile(work)
-                return self.compiled[work](*inputs)
+                return self.compute(block, *inputs)  # type: ignore[no-any-return]
             except Exception as error:  # what is not the compiler's fault is raised again below
                 self.works = False
                 reason = " ".join(f"{type(error).__name__}: {error}".split("\n\n")[0].split())  # advice follows it
                 log.warning("the denoiser cannot be compiled here and runs as it is, with the same results: %s", reason)
-        return work(*inputs)
+        return block.compute(*inputs)
 
 
 class TextKeys:
@@ -394,12 +324,20 @@ class _SelfAttention:
     kernel: str | None = None  # the name of what attention_backends.py has put in place of `attend`
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, text: None, mask: None, rotary_emb: tuple[Tensor, Tensor]
+        self, attn: Any, hidden_states: Tensor, share: Share | None, mask: None, rotary_emb: tuple[Tensor, Tensor]
     ) -> Tensor:
         shape = (*hidden_states.shape[:2], attn.heads, -1)
-        query = _rotate(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
-        key = _rotate(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
-        mixed = self.attend(query, key, attn.to_v(hidden_states).view(shape))
+
+        def query() -> Tensor:
+            return _rotate(attn.norm_q(attn.to_q(hidden_states)).view(shape), *rotary_emb)
+
+        def key() -> Tensor:
+            return _rotate(attn.norm_k(attn.to_k(hidden_states)).view(shape), *rotary_emb)
+
+        def value() -> Tensor:
+            return attn.to_v(hidden_states).view(shape)  # type: ignore[no-any-return]
+
+        mixed = self.attend(query(), key(), value()) if share is None else share.attend(self.attend, value, query, key)
         return attn.to_out[0](mixed.flatten(2).type_as(hidden_states))  # type: ignore[no-any-return]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -157,8 +157,6 @@ def predict(
     Where a `team` shares guidance, each of its halves computes one of the two.
     """
     placed, timestep = condition.model_input(latents, t)
-    conditional: Tensor
-    unconditional: Tensor
 
     def flow(name: str, text: TextKeys) -> Tensor:
         with branch(name):
@@ -167,9 +165,7 @@ def predict(
 
     if guidance == 1:
         return flow("cond", texts[0])
-    if team.tokens is not None and team.guidance is None and not model.is_cache_enabled:
-        conditional, unconditional = model(placed, timestep, texts, return_dict=False)[0]
-    elif team.guidance is not None:
+    if team.guidance is not None:
         half = team.guidance.index
         conditional, unconditional = team.guidance.gather(flow(("cond", "uncond")[half], texts[half]))
     else:

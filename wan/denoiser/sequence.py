@@ -67,55 +67,69 @@ class Share:
         tokens = torch.arange(start, start + self.count, device=device).clamp_(max=self.tokens - 1)
         return tokens // (self.tokens // frames)
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Tokens of this rank, all heads [1, count, h, d] -> [n, count, h / n, d], a part for each neighbour."""
-        return x[0].view(self.count, self.heads_ranks, -1, x.shape[-1]).transpose(0, 1).contiguous()
-
-    def exchange(self, parts: Tensor) -> Tensor:
-        """Parts [n, ...], one for each neighbour -> those that each of them has for this one; on its way, see
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens of this rank, all heads [1, count, h, d] -> tokens of all neighbours, some heads; on its way, see
         `landed`."""
         if self.heads_ranks == 1:
-            return parts
-        ones = [1] * self.heads_ranks
-        sent: Tensor = _operations.all_to_all_single(parts, ones, ones, self.heads_name)
-        return sent
+            return x[0]
+        ranks = self.heads_ranks
+        parts = x[0].view(self.count, ranks, -1, x.shape[-1]).transpose(0, 1).contiguous()  # [n, count, h / n, d]
+        return self._exchange(parts)
 
     def landed(self, x: Tensor) -> Tensor:
-        """What `exchange` has sent, when it is there."""
-        whole: Tensor = x if self.heads_ranks == 1 else _operations.wait_tensor(x)
-        return whole
+        """What `spread` has sent, when it is there: [n * count, h / n, d]."""
+        if self.heads_ranks == 1:
+            return x
+        whole: Tensor = _operations.wait_tensor(x)
+        return whole.flatten(0, 1)
 
     def around(self, x: Tensor) -> Tensor:
-        """Packed keys or values that `exchange` has sent -> those of all tokens; on its way, see `arrived`."""
+        """[n * count, h / n, d] of each rank of the ring -> all tokens [L, h / n, d]; on its way, see `arrived`."""
         if self.ring_ranks == 1:
             return x
-        mine = self.landed(x).flatten(0, 1)
-        sent: Tensor = _operations.all_gather_into_tensor(mine, self.ring_ranks, self.ring_name)
+        sent: Tensor = _operations.all_gather_into_tensor(x.contiguous(), self.ring_ranks, self.ring_name)
         return sent
 
     def arrived(self, x: Tensor) -> Tensor:
         """What `around` has sent, when it is there: [1, L, h / n, d], without filling."""
-        whole: Tensor = self.landed(x).flatten(0, 1) if self.ring_ranks == 1 else _operations.wait_tensor(x)
+        whole: Tensor = x if self.ring_ranks == 1 else _operations.wait_tensor(x)
         return whole[None, : self.tokens]
 
-    def attend(
-        self, kernel: Callable[[Tensor, Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """Softmax attention of all tokens with what is on its way -> [n, count, h / n, d], on its way back."""
-        mine = self.landed(queries).flatten(0, 1)[None]
-        # in a ring its own tokens, the filling among them, with the keys of all
-        mine = mine[:, : self.tokens] if self.ring_ranks == 1 else mine
-        mixed = kernel(mine, self.arrived(keys), self.arrived(values))[0]
-        filled = F.pad(mixed, (0, 0, 0, 0, 0, self.count * self.heads_ranks - len(mixed))).contiguous()
-        return self.exchange(filled.view(self.heads_ranks, self.count, *mixed.shape[1:]))
+    def collect(self, x: Tensor) -> Tensor:
+        """[1, n * count, h / n, d], or without the filling at its end -> [1, count, h, d]."""
+        if self.heads_ranks == 1:
+            return x
+        ranks = self.heads_ranks
+        parts = F.pad(x[0], (0, 0, 0, 0, 0, self.count * ranks - x.shape[1])).contiguous()
+        back: Tensor = _operations.wait_tensor(self._exchange(parts.view(ranks, self.count, *parts.shape[1:])))
+        return back.transpose(0, 1).flatten(1, 2)[None]
 
-    @staticmethod
-    def unpacked(parts: Tensor) -> Tensor:
-        """[n, count, h / n, d] -> tokens of this rank [1, count, h * d]."""
-        return parts.transpose(0, 1).flatten(1)[None]
+    def _exchange(self, parts: Tensor) -> Tensor:
+        """Parts [n, ...], one for each neighbour -> those that each of them has for this one."""
+        ones = [1] * self.heads_ranks
+        sent: Tensor = _operations.all_to_all_single(parts, ones, ones, self.heads_name)
+        return sent
 
     def whole(self, x: Tensor) -> Tensor:
         """[1, count, D] of every rank -> [1, L, D]."""
         gathered = _operations.wait_tensor(_operations.all_gather_into_tensor(x[0].contiguous(), self.ranks, self.name))
         tokens: Tensor = gathered[None, : self.tokens]
         return tokens
+
+    def attend(
+        self,
+        kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
+        value: Callable[[], Tensor],
+        query: Callable[[], Tensor],
+        key: Callable[[], Tensor],
+    ) -> Tensor:
+        """Softmax attention of all tokens [1, count, h, d]; each input is on its way while the next is computed."""
+        if self.ring_ranks == 1:
+            values, queries, keys = self.spread(value()), self.spread(query()), self.spread(key())
+            mixed = kernel(*(self.landed(one)[None, : self.tokens] for one in (queries, keys, values)))
+            return self.collect(mixed)
+        values, keys = self.spread(value()), self.spread(key())
+        values, keys = self.around(self.landed(values)), self.around(self.landed(keys))
+        # its own tokens, the filling among them, with the keys of all
+        queries = self.landed(self.spread(query()))[None]
+        return self.collect(kernel(queries, self.arrived(keys), self.arrived(values)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import platform
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ class Team:
         try:
             team._meet(device, timeout)
         except dist.DistError as error:
-            raise UserError(
+            raise Ended(
                 f"the {world.size} processes did not all come together within {timeout:g} s (`collective_timeout`): "
                 f"{str(error).splitlines()[0]}"
             ) from error
@@ -213,8 +214,9 @@ class Team:
         return sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
 
     def _abort(self) -> None:
+        # at once: NCCL waits for what the GPU does while it takes one group apart, which may be another one's exchange
         for group in self._of_steps:
-            group.handle.abort()
+            threading.Thread(target=group.handle.abort, daemon=True, name="abort").start()
 
     @property
     def _of_steps(self) -> list[Group]:

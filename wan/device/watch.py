@@ -42,7 +42,7 @@ _FIRST_COUNTS: tuple[Kind, ...] = ("died", "failed", "hung", "waited", "signal")
 
 
 class Ended(UserError):
-    """Another process has failed."""
+    """Another process has failed, or does not come."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Watch:
             connection = listener.accept()[0]
         except TimeoutError as error:
             ranks = ", ".join(str(peer.rank) for peer in self._peers) or "none"
-            raise UserError(
+            raise Ended(
                 f"the processes did not all connect within {self.timeout:g} s (`collective_timeout`); there: {ranks}"
             ) from error
         peer = _Peer(_kept_alive(connection), 0, "", time.monotonic())

@@ -38,6 +38,13 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"cannot read image {name!r}: {reason}; give a PNG or JPEG file") from error
 
 
+def write_png(path: Path, picture: Image.Image) -> None:
+    """A picture without loss, whole or not at all; packed loosely, which takes a fifth of the time."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    write_bytes(path, data.getvalue())
+
+
 def write_webp(path: Path, frames: UInt8Array, fps: Fraction) -> None:
     """uint8 [F, h, w, 3] RGB frames as a moving picture that is there whole or not at all."""
     first, *rest = (Image.fromarray(frame) for frame in frames)

@@ -36,11 +36,13 @@ def create_app(
     key: str | None = None,
     hosts: Iterable[str] | None = None,
     worker: Sequence[str] = WORKER,
+    ranks: int = 1,
 ) -> ASGIApp:
     """The app of a server. Its chains lie in `output_dir`, which must be an absolute path.
 
     `experts` are the model's denoisers. With `key` clients must send it; `hosts` are the names that it answers to, None
-    for all. `worker` is the command of the process that owns the models.
+    for all. `worker` is the command of the process that owns the models, and `ranks` how many of them make a chain
+    together.
     """
     root = Path(settings.output_dir)
     (root / "jobs").mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -52,7 +54,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        supervisor = chains.supervisor = Supervisor(queue, root, as_json(settings), chains.order_of, metrics, worker)
+        supervisor = chains.supervisor = Supervisor(
+            queue, root, as_json(settings), chains.order_of, metrics, worker, ranks
+        )
         supervisor.wake()
         tasks = [
             asyncio.create_task(one)

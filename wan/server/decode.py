@@ -92,7 +92,7 @@ def _inspect(file: Path, picture: Path) -> dict[str, Any]:
             raise UserError("the file is neither a video nor a picture that can be read") from (error or no_picture)
         if info.width * info.height > MOST_PIXELS or (info.duration or 0) > LONGEST:
             raise UserError("the video is too large or too long") from None
-        media.read_last_frame(file).save(picture, "PNG")
+        media.write_png(picture, media.read_last_frame(file))
         seconds = info.duration
         return {
             "kind": "video",
@@ -103,7 +103,7 @@ def _inspect(file: Path, picture: Path) -> dict[str, Any]:
         }
     if image.width * image.height > MOST_PIXELS:
         raise UserError("the picture is too large")
-    image.save(picture, "PNG")
+    media.write_png(picture, image)
     return {"kind": "picture", "width": image.width, "height": image.height, "seconds": 0.0, "fps": 0.0}
 
 

@@ -30,9 +30,12 @@ _SHORTEST_KEY = 16  # characters
 
 
 def serve(settings: Settings) -> None:
-    """Listen until a signal. Raises UserError."""
-    if (size := World.read(os.environ).size) > 1:
-        raise UserError(f"a server works on one GPU, and {size} processes were started; start it without torchrun")
+    """Listen until a signal; of several processes the first. Raises UserError."""
+    world = World.read(os.environ)
+    if os.environ.get("LOCAL_WORLD_SIZE", str(world.size)) != str(world.size):
+        raise UserError("a server works on the GPUs of one machine; start torchrun there alone")
+    if not world.is_first:
+        return  # the first process starts the worker of each GPU, and starts it again where one is lost
     key = read_key(settings)
     loopback = is_loopback(settings.host)
     if not loopback and key is None:
@@ -63,6 +66,7 @@ def serve(settings: Settings) -> None:
             key=key,
             # with a key a name that leads here by a trick has none
             hosts=(*LOOPBACK, settings.host) if loopback else None,
+            ranks=world.size,
         )
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"http://{shown}:{port}/")

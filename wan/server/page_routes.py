@@ -121,7 +121,14 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         text = (
             _templates()
             .get_template(template)
-            .render(token=keys.token, version=__version__, model=chains.offer.model, verdict=seam_verdict, **values)
+            .render(
+                token=keys.token,
+                version=__version__,
+                model=chains.offer.model,
+                anchors=chains.offer.experts == 2,  # svi2pro is of A14B
+                verdict=seam_verdict,
+                **values,
+            )
         )
         return HTMLResponse(text, status)
 

@@ -1,10 +1,12 @@
-"""Keeps one worker at work: gives it the chain that has waited longest, hears how far it is, and replaces it."""
+"""Keeps one worker at work: gives it the chain that has waited longest, hears how far it is, and replaces it.
+
+Where several GPUs make a chain together it has a process for each of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import sqlite3
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.server.errors import public
+from wan.server.group import Group
 from wan.server.live import Live
 from wan.server.metrics import Metrics
 from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
@@ -25,11 +28,10 @@ MOST_ATTEMPTS = 3  # that one chain may take a worker down without finishing a c
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two workers that end at once
 _END_SECONDS = 5.0  # until a worker that was told to end is killed
 _BEHIND = 500  # events that a client may be behind before it is let go
-_LINE = 1 << 24
 
 
 class Supervisor:
-    """Owns the worker's process.
+    """Owns the worker's processes, of which there are `ranks`.
 
     `settings` are the server's, as JSON values, and `order_of` gives what the worker is told of a ticket.
     """
@@ -42,13 +44,14 @@ class Supervisor:
         order_of: Callable[[Ticket], Mapping[str, Any]],
         metrics: Metrics,
         command: Sequence[str] = WORKER,
+        ranks: int = 1,
     ) -> None:
         self.queue, self.root, self.settings, self.order_of = queue, root, settings, order_of
-        self.metrics, self.command = metrics, command
+        self.metrics, self.command, self.ranks = metrics, command, ranks
         self.state = "starting"
         self.making: str | None = None
         self.live: dict[str, Live] = {}
-        self._process: asyncio.subprocess.Process | None = None
+        self._group: Group | None = None
         self._wake = asyncio.Event()
         self._unwanted: set[str] = set()
         self._gone: dict[str, asyncio.Event] = {}
@@ -119,8 +122,8 @@ class Supervisor:
 
     async def end_worker(self) -> None:
         """Kill the worker."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        if self._group is not None:
+            self._group.kill()
 
     # --- the worker
 
@@ -143,32 +146,20 @@ class Supervisor:
             await asyncio.sleep(wait)
 
     async def _one_worker(self) -> None:
-        process = self._process = await asyncio.create_subprocess_exec(
-            *self.command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE,
-            start_new_session=sys.platform != "win32",  # Ctrl-C is for the server, which ends this
-        )
-        assert process.stdout is not None
+        group = self._group = await Group.start(self.command, self.ranks)
         self._say({"settings": dict(self.settings), "root": str(self.root)})
         giving = asyncio.create_task(self._give())
         try:
-            while line := await process.stdout.readline():
-                await self._heard(json.loads(line))
+            while (message := await group.hear()) is not None:
+                if not await self._heard(message):
+                    break
         finally:
             giving.cancel()
-            if process.stdin is not None:
-                process.stdin.close()  # which ends it
-            try:
-                await asyncio.wait_for(process.wait(), _END_SECONDS)
-            except TimeoutError:
-                await self.end_worker()
-                await process.wait()
+            await group.end(_END_SECONDS)
 
     def _say(self, order: Mapping[str, Any]) -> None:
-        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        if self._group is not None:
+            self._group.say(order)
 
     async def _give(self) -> None:
         """Give the worker the next chain whenever it has none."""
@@ -183,14 +174,15 @@ class Supervisor:
             self.tell(ticket.id, "state", state=MAKING)
             self._say({"id": ticket.id, "settings": dict(self.order_of(ticket))})
 
-    async def _heard(self, message: dict[str, Any]) -> None:
+    async def _heard(self, message: dict[str, Any]) -> bool:
+        """Take note of what the worker says; whether it is still good for another chain."""
         event, name = message.pop("event"), message.pop("id", "")
         if event == "ready":
             self.state = "idle"
             self.wake()
-            return
+            return True
         if not name or name != self.making:
-            return
+            return True
         live = self.live.setdefault(name, Live())
         if event == "warning":
             message["message"] = public(message["message"])
@@ -203,17 +195,24 @@ class Supervisor:
             done = message["done"] if event == "there" else message["clip"]
             await self._keep(name, done=done, attempts=1)
         elif event == "end":
-            await self._ended(name, message["state"], message.get("error"))
-            return
+            state, error = message["state"], message.get("error")
+            if error is not None and error["code"] == "worker_lost":
+                log.error("%s", error["message"])  # which says what to do with a command; here others take their place
+                return False
+            alone = self.ranks == 1
+            # processes that share a chain end together when one leaves it
+            await self._ended(name, state, error, is_idle=alone or state in (DONE, PAUSED))
+            return alone or state in (DONE, PAUSED)
         self.tell(name, event, **message)
+        return True
 
-    async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None) -> None:
+    async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None, *, is_idle: bool) -> None:
         gone = name in self._unwanted
         if not gone:
             await self._finish(name, state, error)
         self._unwanted.discard(name)
         self.making = None
-        self.state = "idle"
+        self.state = "idle" if is_idle else "starting"
         if name in self._gone:
             self._gone[name].set()
         self.wake()

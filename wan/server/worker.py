@@ -168,7 +168,7 @@ def main() -> int:
     questions = Questions(send, go_on)
     threading.Thread(target=_listen, args=(orders, questions, cancelled, now), daemon=True).start()
     # the one of a server that was killed may still be there for a moment
-    with nullcontext() if root is None else FileLock(Path(root) / LOCK):
+    with nullcontext() if root is None or not world.is_first else FileLock(Path(root) / LOCK):
         logging.root.addHandler(_Warnings(send))
         models = Models(questions.ask if first.get("asks") and world.is_first else None)
         send("ready", pid=os.getpid())
@@ -180,8 +180,12 @@ def main() -> int:
             if "port" in order:
                 os.environ["MASTER_PORT"] = str(order["port"])
             if not world.is_first:
-                if not order.get("check"):
-                    follow(models, settings)
+                try:
+                    if not order.get("check"):
+                        follow(models, settings)
+                except UserError as error:  # the first process says it, or has said what this one ends by
+                    logging.getLogger(__name__).info("%s", error)
+                    return 1
             elif not _work(models, settings, send, cancelled, only_check=bool(order.get("check"))):
                 return 1
             now["id"] = ""
