@@ -48,7 +48,7 @@ def hand_off(command: str, frames: Tensor) -> Tensor:
         for path, picture in zip(paths, shown, strict=True):
             media.write_png(path, Image.fromarray(picture))
         _run(arguments(command, folder))
-        found = []
+        frames_back = []
         for path, frame, before in zip(paths, frames, shown, strict=True):
             try:
                 picture = np.asarray(media.read_image(path))
@@ -57,8 +57,8 @@ def hand_off(command: str, frames: Tensor) -> Tensor:
             if picture.shape != before.shape:
                 sizes = " to ".join(f"{size[1]}x{size[0]}" for size in (before.shape, picture.shape))
                 raise UserError(f"`handoff_command` changed the size of {path.name} from {sizes}; it must keep it")
-            found.append(frame if np.array_equal(picture, before) else from_uint8(picture))
-    return torch.stack(found)
+            frames_back.append(frame if np.array_equal(picture, before) else from_uint8(picture))
+    return torch.stack(frames_back)
 
 
 def arguments(command: str, folder: str, windows: bool = os.name == "nt") -> str | list[str]:
@@ -81,9 +81,9 @@ def _is_quoted(line: str) -> bool:
 
 
 def _run(words: str | Sequence[str]) -> None:
-    said: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(words, text=True, errors="replace", check=False, **said)
+        done = subprocess.run(words, text=True, errors="replace", check=False, **streams)
     except OSError as error:
         raise UserError(f"`handoff_command` cannot be run: {error.strerror or error}") from error
     if done.returncode:

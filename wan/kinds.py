@@ -370,8 +370,8 @@ class Gib(Kind):
             raise self._unfit(value)
 
     def _unfit(self, value: Any) -> Unfit:
-        said = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
-        return Unfit(f"{said}; {str(value)[:40]!r} is not")
+        advice = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
+        return Unfit(f"{advice}; {str(value)[:40]!r} is not")
 
     def write(self, value: Any) -> list[str]:
         return [value if isinstance(value, str) else f"{value:g}"]
@@ -471,13 +471,13 @@ class TakeOf(Kind):
     """Pairs of a clip's number and that of one of its takes, each written K=N."""
 
     def read(self, text: Any) -> tuple[tuple[int, int], ...]:
-        found = []
+        takes = []
         for word in text:
             number, equals, take = word.partition("=")
             if not equals:
                 raise Unfit(f"must be K=N, clip and take; {word[:40]!r} is not")
-            found.append((Whole().read(number), Whole().read(take)))
-        return tuple(found)
+            takes.append((Whole().read(number), Whole().read(take)))
+        return tuple(takes)
 
     def check(self, value: Any) -> None:
         _check_once(value)

@@ -163,8 +163,8 @@ def option(
 ) -> Any:
     """A field of `Settings`, see `Option`; it is recorded under its own name."""
     keys = (fingerprint,) if isinstance(fingerprint, str) else tuple(fingerprint)
-    said = {"group": group, "kind": kind, "help": help, "fingerprint": keys, "record": record, **more}
-    return dataclasses.field(default=default, metadata=said)
+    metadata = {"group": group, "kind": kind, "help": help, "fingerprint": keys, "record": record, **more}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 _ALONE = "a lone clip has no fingerprint"
@@ -644,12 +644,12 @@ class Settings:
 
 
 def _options() -> dict[str, Option]:
-    found = {}
+    options = {}
     for field in dataclasses.fields(Settings):
-        said = dict(field.metadata)
-        recorded = field.name.rstrip("_") if said.pop("record") else ""
-        found[field.name] = Option(name=field.name, default=field.default, record=recorded, **said)
-    return found
+        declared = dict(field.metadata)
+        recorded = field.name.rstrip("_") if declared.pop("record") else ""
+        options[field.name] = Option(name=field.name, default=field.default, record=recorded, **declared)
+    return options
 
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(_options())
@@ -737,14 +737,14 @@ def words_of(arguments: Mapping[str, Any], command: Command = "continuous") -> l
 
 def current(record: Mapping[str, Any]) -> dict[str, Any]:
     """A clip's record with today's keys; 0.1.0 spelled some of them otherwise."""
-    found = dict(record)
+    today = dict(record)
     for one in OPTIONS.values():
-        if one.was in found and one.record not in found:
-            found[one.record] = found.pop(one.was)
-    if str(found.get("vlm_path") or "").startswith(("http://", "https://")):
-        found |= {"vlm_url": found["vlm_path"], "vlm_path": None}
-    files = found.pop("dit_files", None)
+        if one.was in today and one.record not in today:
+            today[one.record] = today.pop(one.was)
+    if str(today.get("vlm_path") or "").startswith(("http://", "https://")):
+        today |= {"vlm_url": today["vlm_path"], "vlm_path": None}
+    files = today.pop("dit_files", None)
     for flag, expert in EXPERT_OF_DIT.items():
         if isinstance(files, Mapping) and (file := files.get(expert)):
-            found[flag] = file
-    return found
+            today[flag] = file
+    return today

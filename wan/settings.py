@@ -156,10 +156,10 @@ class Sampling:
 
     def as_json(self) -> dict[str, Any]:
         """What it says, as JSON values; what is not used is left out."""
-        said = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
+        values = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
         if self.guidance_interval is not None:
-            said["guidance_interval"] = list(self.guidance_interval)
-        return said | ({} if self.cache is None else {"cache": str(self.cache)})
+            values["guidance_interval"] = list(self.guidance_interval)
+        return values | ({} if self.cache is None else {"cache": str(self.cache)})
 
 
 def merge_sampling(

@@ -47,7 +47,7 @@ class Event:
 
     kind: Kind
     worker: int
-    said: Mapping[str, Any]
+    message: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class Crew:
         if not any(places):
             raise UserError(f"`gpus_per_job` {self.gpus_per_job} is more than a machine has; the most are {max(gpus)}")
         if wanted is not None and wanted > sum(places):
-            said = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
+            shortage = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
             if self.address is None:
-                raise UserError(f"{said}; {sum(places)} are the most")
-            log.warning("%s: the others wait until the cluster has grown", said)
+                raise UserError(f"{shortage}; {sum(places)} are the most")
+            log.warning("%s: the others wait until the cluster has grown", shortage)
         size = wanted or sum(places)
         return size, min(size, max(places))
 
@@ -189,18 +189,18 @@ class Crew:
                 continue
             kind, worker = self._futures.pop(future)
             try:
-                said: Mapping[str, Any] = ray.get(future)
+                message: Mapping[str, Any] = ray.get(future)
             except RayError as error:
                 self._forget(worker)
                 events.append(Event("lost", worker, {"reason": _reason(error)}))
                 continue
             if kind == "seen":
                 self._members[worker].looking = False
-            if kind == "ready" and "error" in said:
+            if kind == "ready" and "error" in message:
                 self.drop(worker)
-                events.append(Event("lost", worker, {"reason": said["error"]}))
+                events.append(Event("lost", worker, {"reason": message["error"]}))
             else:
-                events.append(Event(kind, worker, said))
+                events.append(Event(kind, worker, message))
         return events
 
     def _look(self) -> None:
@@ -250,13 +250,13 @@ class Crew:
 
     def _forget(self, worker: int) -> None:
         self._members.pop(worker, None)
-        self._futures = {future: said for future, said in self._futures.items() if said[1] != worker}
+        self._futures = {future: order for future, order in self._futures.items() if order[1] != worker}
 
 
 def _reach(address: str) -> None:
     """Raise OSError for a machine and port where nobody listens: Ray itself would try for minutes."""
-    if found := _PLACE.fullmatch(address):
-        with socket.create_connection((found["host"].strip("[]"), int(found["port"])), timeout=REACH_SECONDS):
+    if place := _PLACE.fullmatch(address):
+        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=REACH_SECONDS):
             pass
 
 
@@ -268,7 +268,7 @@ def captioner_place(gpus: Sequence[int], gpus_per_job: int) -> int:
 def _reason(error: Exception) -> str:
     """Why a worker is lost, in a line."""
     name = type(error).__name__
-    said = {
+    cause = {
         "OutOfMemoryError": "its machine ran out of memory",
         "ActorDiedError": "its worker died",
         "ActorUnavailableError": "its machine cannot be reached",
@@ -278,4 +278,4 @@ def _reason(error: Exception) -> str:
     why = next(
         (line for line in lines if "cause" in line.lower() or "node" in line.lower()), lines[-1] if lines else ""
     )
-    return f"{said} ({why[:300]})"
+    return f"{cause} ({why[:300]})"

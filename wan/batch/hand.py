@@ -81,8 +81,8 @@ class Hand:
             if rank:
                 self._reading.append(asyncio.create_task(_drain(process)))
         self._say({"settings": {}, "asks": self.captioner is not None})
-        said = await self._next()
-        if said is None:
+        message = await self._next()
+        if message is None:
             return {"error": await self._why()}
         return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
 
@@ -90,8 +90,8 @@ class Hand:
         # Ray sets this to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        return dict(os.environ) | said | rank_environment(rank, self.ranks)
+        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        return dict(os.environ) | variables | rank_environment(rank, self.ranks)
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it."""
@@ -100,22 +100,22 @@ class Hand:
         self._say(self._with_share(order))
         end = await self._until_end(order["id"])
         self._making = None
-        said: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
-        said["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
-        found, place = end.get("found"), order.get("upload")
-        if place and (end["state"] == DONE or (found and found["missing"] == 0)):
-            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, found)
-        if order.get("check") and (found is None or found["missing"] == found["clips"]):
-            return said | end
-        return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+        progress: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
+        progress["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
+        estimate, place = end.get("found"), order.get("upload")
+        if place and (end["state"] == DONE or (estimate and estimate["missing"] == 0)):
+            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, estimate)
+        if order.get("check") and (estimate is None or estimate["missing"] == estimate["clips"]):
+            return progress | end
+        return progress | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
 
-    def _upload(self, folder: Path, place: str, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _upload(self, folder: Path, place: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
         """Bring a finished chain to its place, or for a check see whether it is there; what that changes of its end."""
         from wan.batch.upload import UploadError, is_uploaded, upload  # which not every batch needs
 
         try:
-            if found is not None:
-                return {"found": {**found, "uploaded": is_uploaded(folder, place)}}
+            if estimate is not None:
+                return {"found": {**estimate, "uploaded": is_uploaded(folder, place)}}
             upload(folder, place, self._hear)
         except UploadError as error:
             return {"state": FAILED, "error": {"code": UPLOAD, "message": str(error)}}
@@ -135,22 +135,22 @@ class Hand:
         return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
-        while (said := await self._next()) is not None:
-            event = said.pop("event")
-            if said.get("id") != name:
+        while (message := await self._next()) is not None:
+            event = message.pop("event")
+            if message.get("id") != name:
                 continue
             if event == "end":
-                return said
+                return message
             if event == "ask":
-                self._asking = asyncio.create_task(self._answer(said["number"], said["asked"]))
+                self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
                 continue
-            self.live.hear(event, said)
+            self.live.hear(event, message)
             if event == "there":
-                self.done, self.count = said["done"], said["count"]
+                self.done, self.count = message["done"], message["count"]
             elif event == "clip_started":
                 self._clip_began = time.monotonic()
             elif event == "clip_finished":
-                self.done, self.count, self.made = said["clip"], said["count"], self.made + 1
+                self.done, self.count, self.made = message["clip"], message["count"], self.made + 1
         return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
 
     async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
@@ -172,8 +172,8 @@ class Hand:
             line.cancel()
             return None
         self._hear()
-        said: dict[str, Any] = json.loads(line.result())
-        return said
+        message: dict[str, Any] = json.loads(line.result())
+        return message
 
     async def _why(self) -> str:
         """Why the processes have ended; those that have not are ended."""
@@ -184,10 +184,10 @@ class Hand:
         for wait in waits:
             wait.cancel()
         await self.end()
-        said = next((line for line in reversed(self._tail) if line.strip()), "")
+        last = next((line for line in reversed(self._tail) if line.strip()), "")
         if code < 0:
             return f"the process that makes videos was ended by signal {-code}"
-        return f"the process that makes videos ended with {code}" + (f": {said.strip()[:300]}" if said else "")
+        return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
 
     async def look(self) -> dict[str, Any]:
         """How far it is. Durations are by this machine's own clock."""

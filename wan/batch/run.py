@@ -108,7 +108,7 @@ class Batch:
         for event in self.crew.stop(STOP_SECONDS):
             task = self._at.pop(event.worker, None)
             if task is not None and event.kind == "ended":
-                self._schedule.end(task, event.said)
+                self._schedule.end(task, event.message)
         for task in self._at.values():
             task.state, task.worker = WAITING, None
         # while rows are checked, the report of the last time is the better one
@@ -127,7 +127,7 @@ class Batch:
             while not schedule.is_over:
                 self._give(schedule, check=title == "check")
                 for event in self.crew.wait(WAIT_SECONDS):
-                    task = self._hear(schedule, event.kind, event.worker, event.said)
+                    task = self._hear(schedule, event.kind, event.worker, event.message)
                     if task is not None and task.is_over:
                         over(task)
                 self._replace_slow(schedule)
@@ -159,22 +159,22 @@ class Batch:
                 self._opened.add(worker)
                 self.crew.open(worker)
 
-    def _hear(self, schedule: Schedule, kind: str, worker: int, said: Mapping[str, Any]) -> Task | None:
+    def _hear(self, schedule: Schedule, kind: str, worker: int, message: Mapping[str, Any]) -> Task | None:
         """Take in an event; the task that it is about."""
         task = self._at.get(worker)
         if kind == "ready":
             self._false_starts = 0
-            self.nodes[worker] = said["node"]
+            self.nodes[worker] = message["node"]
             self._idle.add(worker)
         elif kind == "seen":
-            if task is not None and said["id"] == task.row.name:
-                self.lives[worker] = said
-                schedule.see(task, said)
+            if task is not None and message["id"] == task.row.name:
+                self.lives[worker] = message
+                schedule.see(task, message)
         elif kind == "ended":
             assert task is not None
             del self._at[worker]
-            schedule.end(task, said)
-            if said["state"] in (DONE, CHECKED) or _is_fit(said, self.crew.gpus_per_job):
+            schedule.end(task, message)
+            if message["state"] in (DONE, CHECKED) or _is_fit(message, self.crew.gpus_per_job):
                 self._idle.add(worker)
             else:
                 self._lose(worker)
@@ -184,11 +184,11 @@ class Batch:
             if task is None:
                 self._false_starts += 1
                 if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
-                    raise UserError(f"no worker can start: {said['reason']}")
-                log.warning("worker %d could not start: %s", worker, said["reason"])
+                    raise UserError(f"no worker can start: {message['reason']}")
+                log.warning("worker %d could not start: %s", worker, message["reason"])
             else:
                 self._at.pop(worker)
-                schedule.fail(task, str(said["reason"]))
+                schedule.fail(task, str(message["reason"]))
         return task
 
     def _replace_slow(self, schedule: Schedule) -> None:
@@ -257,9 +257,9 @@ def _count(tasks: Sequence[Task], state: str) -> int:
     return sum(task.state == state for task in tasks)
 
 
-def _is_fit(said: Mapping[str, Any], gpus: int) -> bool:
+def _is_fit(outcome: Mapping[str, Any], gpus: int) -> bool:
     """Whether a worker whose chain was not made is good for another."""
-    code = (said.get("error") or {}).get("code")
+    code = (outcome.get("error") or {}).get("code")
     if code == UPLOAD:  # the chain itself is made
         return True
     # where several processes share a chain, the others may still wait for the first

@@ -170,11 +170,11 @@ class Schedule:
             task.failures = 0
         task.done, task.clips = max(task.done, done), count or task.clips
 
-    def _take(self, task: Task, found: Mapping[str, Any]) -> None:
+    def _take(self, task: Task, estimate: Mapping[str, Any]) -> None:
         """What a check found."""
-        task.clips, task.missing = found["clips"], found["missing"]
-        task.work, task.seconds, task.measured = found["work"], found["seconds"], found["measured"]
-        task.disk_bytes, task.done = found["disk_bytes"], found["clips"] - found["missing"]
-        is_made = found["missing"] == 0 and found["status"] == "finished"
-        task.finished_before = is_made and found.get("uploaded", True)
+        task.clips, task.missing = estimate["clips"], estimate["missing"]
+        task.work, task.seconds, task.measured = estimate["work"], estimate["seconds"], estimate["measured"]
+        task.disk_bytes, task.done = estimate["disk_bytes"], estimate["clips"] - estimate["missing"]
+        is_made = estimate["missing"] == 0 and estimate["status"] == "finished"
+        task.finished_before = is_made and estimate.get("uploaded", True)
         task.state = DONE if task.finished_before else CHECKED

@@ -158,9 +158,9 @@ def _without_talk(text: str) -> str:
     """A text without what a chat model says to the reader before and after its answer."""
     if lead := LEAD_IN.match(text):
         text = text[lead.end() : lead.end() + 1].upper() + text[lead.end() + 1 :]
-    found = list(_SENTENCE.finditer(text))
-    while len(found) > 1 and CLOSING.match(found[-1].group()):
-        text = text[: found.pop().start()].rstrip()
+    sentences = list(_SENTENCE.finditer(text))
+    while len(sentences) > 1 and CLOSING.match(sentences[-1].group()):
+        text = text[: sentences.pop().start()].rstrip()
     return text
 
 

@@ -44,8 +44,8 @@ class _Axes:
     """From clips and values to places; spans the values and at least `low` to `high`, in round numbers."""
 
     def __init__(self, numbers: Sequence[int], values: Iterable[float | None], low: float, high: float) -> None:
-        found = [value for value in values if value is not None]
-        low, high = min([low, *found]), max([high, *found])
+        known = [value for value in values if value is not None]
+        low, high = min([low, *known]), max([high, *known])
         rough = (high - low) / 4
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -108,8 +108,8 @@ def _score_chart(numbers: Sequence[int], scores: Sequence[float | None]) -> Char
     return chart
 
 
-def _time_chart(numbers: Sequence[int], found: Sequence[Mapping[str, Any]]) -> Chart:
-    stacks = [{name: drawable(value) or 0.0 for name, value in seconds.items()} for seconds in found]
+def _time_chart(numbers: Sequence[int], seconds_of_clips: Sequence[Mapping[str, Any]]) -> Chart:
+    stacks = [{name: drawable(value) or 0.0 for name, value in seconds.items()} for seconds in seconds_of_clips]
     kinds = {
         name: f"stage{index % 8}" for index, name in enumerate(dict.fromkeys(name for one in stacks for name in one))
     }

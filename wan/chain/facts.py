@@ -38,17 +38,17 @@ def _facts(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]
     lengths = [_length(record) for record in records]
     clips = []
     for index, record in enumerate(records):
-        found = _NUMBER.match(record.get("file") or "")
-        number = int(found[1]) if found else index + 1
+        file_name = _NUMBER.match(record.get("file") or "")
+        number = int(file_name[1]) if file_name else index + 1
         before = [length for length in lengths[:index] if length is not None]
         whole = number == index + 1 and len(before) == index
-        own = settings[index] | versions[index]
+        used = settings[index] | versions[index]
         clip = {
             "number": number,
             "start": sum(before) if whole else None,
             "length": lengths[index],
             "new_frames": _new_frames(record),
-            "settings": {name: value for name, value in own.items() if value != (common | installed)[name]},
+            "settings": {name: value for name, value in used.items() if value != (common | installed)[name]},
             "redo": _command(arguments, number),
         }
         clips.append(clip | {name: record.get(name) for name in ("file", "fps", *_OF_A_CLIP, *_COSTS)})
@@ -87,10 +87,10 @@ def _length(record: Mapping[str, Any]) -> float | None:
     return None if frames is None or fps is None else float(frames / Fraction(fps))
 
 
-def _usual(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _usual(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each name the value that most of them have."""
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: json.loads(mode(json.dumps(one[name]) for one in found if name in one)) for name in names}
+    names = dict.fromkeys(name for one in records for name in one)
+    return {name: json.loads(mode(json.dumps(one[name]) for one in records if name in one)) for name in names}
 
 
 def _command(arguments: Mapping[str, Any], redo: int | None = None) -> str | None:
@@ -108,11 +108,11 @@ def _command(arguments: Mapping[str, Any], redo: int | None = None) -> str | Non
 
 
 def _attention(clips: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = [
+    seams = [
         {"clip": clip["number"], "score": score_of(clip), "warnings": (clip["seam"] or {}).get("warnings") or []}
         for clip in clips
     ]
-    seen = [one for one in found if needs_attention(one["score"], one["warnings"])]
+    seen = [one for one in seams if needs_attention(one["score"], one["warnings"])]
     return sorted(seen, key=lambda one: -(one["score"] or 0.0))
 
 

@@ -23,7 +23,7 @@ class Script:
 
     def name(self, number: int) -> str | None:
         """The name that a storyboard gives a clip, counted from 1."""
-        return self.scenes[number - 1].said.get("name") if number <= len(self.scenes) else None
+        return self.scenes[number - 1].values.get("name") if number <= len(self.scenes) else None
 
     def key(self, number: int) -> str:
         """By which a clip is known from run to run: its name, or its number."""
@@ -32,7 +32,7 @@ class Script:
     @property
     def seeds(self) -> dict[int, int]:
         """The seeds that a storyboard gives, by clip."""
-        return {number: scene.said["seed"] for number, scene in enumerate(self.scenes, 1) if "seed" in scene.said}
+        return {number: scene.values["seed"] for number, scene in enumerate(self.scenes, 1) if "seed" in scene.values}
 
     def fades(self, count: int) -> list[int]:
         """Over how many frames each of the first clips fades in."""

@@ -150,8 +150,8 @@ class Chain:
                 try:
                     yield from self._make(run, progress)
                 except BaseException as error:
-                    if said := run.writer.settle():
-                        print(said, file=sys.stderr)
+                    if fault := run.writer.settle():
+                        print(fault, file=sys.stderr)
                     progress.rest()  # what is said next is the last, and in no bar's line
                     _say_what_is_there(run, error)
                     raise
@@ -316,7 +316,7 @@ class _Scripts:
         if answer == "edit":
             text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
             if text:
-                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._said(number)}}
+                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._usual_prompt(number)}}
                 scenes = _edited(self.scenes, run.choices.edited, self.job.settings.prompt)
                 run.follow(self.script(scenes, number), number - 1)
         elif answer == "again":
@@ -326,24 +326,24 @@ class _Scripts:
             run.give_up()
         return answer != "stop"
 
-    def _said(self, number: int) -> str | None:
+    def _usual_prompt(self, number: int) -> str | None:
         """The prompt of a clip as the command line or the storyboard has it."""
-        said: Mapping[str, Any] = self.scenes[number - 1].said if number <= len(self.scenes) else {}
-        prompt: str | None = said.get("prompt", self.job.settings.prompt)
+        values: Mapping[str, Any] = self.scenes[number - 1].values if number <= len(self.scenes) else {}
+        prompt: str | None = values.get("prompt", self.job.settings.prompt)
         return prompt
 
 
 def _edited(scenes: Sequence[Scene], edited: Mapping[str, Any], usual: str | None) -> tuple[Scene, ...]:
     """The scenes with prompts that were edited in a review, as long as they are over the same ones."""
     count = max([len(scenes), *(int(key) for key in edited if key.isdecimal())])
-    found = []
+    followed = []
     for number in range(1, count + 1):
         scene = scenes[number - 1] if number <= len(scenes) else Scene(0)
-        one = edited.get(scene.said.get("name") or str(number))
-        if one is not None and one["over"] == scene.said.get("prompt", usual):
-            scene = dataclasses.replace(scene, said={**scene.said, "prompt": one["prompt"]})
-        found.append(scene)
-    return tuple(found)
+        one = edited.get(scene.values.get("name") or str(number))
+        if one is not None and one["over"] == scene.values.get("prompt", usual):
+            scene = dataclasses.replace(scene, values={**scene.values, "prompt": one["prompt"]})
+        followed.append(scene)
+    return tuple(followed)
 
 
 def _agree(run: ChainRun) -> None:
@@ -392,31 +392,31 @@ def _plans(
         plan = dataclasses.replace(common, number=number, count=count, end=end, anchor=anchor)
         if number <= len(scenes):
             scene = scenes[number - 1]
-            own: dict[str, Any] = {} if "end_image" in scene.said else {"end": end}
+            ending: dict[str, Any] = {} if "end_image" in scene.values else {"end": end}
             try:
                 of_scene = scene.over(settings)
                 is_svi = Context.choose(of_scene.continuation, of_scene.context_frames).mode == "svi2pro"
-                if number == count and settings.until is not None and "end_image" in scene.said:
+                if number == count and settings.until is not None and "end_image" in scene.values:
                     raise UserError("end_image: the last clip ends with the first frame of `until`")
-                if "anchor_image" in scene.said:
+                if "anchor_image" in scene.values:
                     if not is_svi:
                         raise UserError("anchor goes with `continuation` svi2pro")
-                    anchor = picture(scene.said["anchor_image"])
+                    anchor = picture(scene.values["anchor_image"])
                 if is_svi and anchor is None:
                     anchor = shot
-                of_clip = {"anchor": anchor, "number": number, "count": count} | own
+                of_clip = {"anchor": anchor, "number": number, "count": count} | ending
                 plan = job.plan(continuation, footage, of_scene, picture, **of_clip)
             except UserError as error:
                 where = f"{settings.storyboard}, line {scene.line}" if scene.line else f"clip {number}"
                 raise UserError(f"{where}: {error.marked}") from error
             if is_svi:
                 anchor = plan.anchor
-            if isinstance(scene.said.get("cut"), str):
-                shot = picture(scene.said["cut"])
+            if isinstance(scene.values.get("cut"), str):
+                shot = picture(scene.values["cut"])
                 if anchor is not None and not settings.anchor_image:
                     anchor = shot
             if plan.is_cut:
-                begin = shot if isinstance(scene.said["cut"], str) else None
+                begin = shot if isinstance(scene.values["cut"], str) else None
         held = anchor if plan.context.mode == "svi2pro" else begin
         plan = dataclasses.replace(plan, likeness=held)
         plans.append(continuation.frames.with_available_context(footage, plan) if number == 1 else plan)

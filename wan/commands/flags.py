@@ -138,18 +138,18 @@ def parser_of(command: Command, *, whole: bool = True) -> Parser:
 def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
     """How argparse collects the words of an option."""
     kind, required = one.kind, command in one.required
-    found: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
+    arguments: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
     if isinstance(kind, Switch) and not isinstance(kind, YesNo):
-        return found | {"action": "store_true"}
+        return arguments | {"action": "store_true"}
     if isinstance(kind, Choice):
-        return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
+        return arguments | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
     if isinstance(kind, Interval):
-        return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+        return arguments | {"nargs": 2, "metavar": ("LOW", "HIGH")}
     if isinstance(kind, PromptFor):
-        return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
+        return arguments | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
-        return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
-    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
+        return arguments | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
+    return arguments | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:

@@ -80,10 +80,10 @@ class ImageChannels:
         rest = anchor.new_zeros(anchor.shape[0], frames - 1 - motion.shape[1], *anchor.shape[2:])
         if end is not None:
             rest = torch.cat([rest[:, 1:], end], dim=1)
-        found = cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
+        condition = cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
         if end is not None:
-            found.channels[:4, -1] = 1
-        return found
+            condition.channels[:4, -1] = 1
+        return condition
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([latents, self.channels])[None], t[None]
@@ -163,9 +163,9 @@ def amplified(latents: Tensor, free: slice, amplitude: float) -> Tensor:
     first, rest = latents[:, :1], latents[:, free]
     away = rest - first
     mean = away.mean(dim=(0, 2, 3), keepdim=True)
-    found = latents.clone()
-    found[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
-    return found
+    moved = latents.clone()
+    moved[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
+    return moved
 
 
 def carried(latents: Tensor, plain: Tensor, graded: Tensor) -> Tensor:

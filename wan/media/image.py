@@ -34,8 +34,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         with open_picture(name) as image:
             return as_shown(image, name)
     except (OSError, ValueError, SyntaxError) as error:
-        found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
-        raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
+        reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
+        raise UserError(f"cannot read image {name!r}: {reason}; give a PNG or JPEG file") from error
 
 
 def write_png(path: Path, picture: Image.Image) -> None:

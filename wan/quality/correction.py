@@ -84,14 +84,14 @@ def correct_drift(frames: Tensor, condition: Tensor, *, known: int, strength: fl
 
 def _basis(rgb: Array) -> Array:
     """Colours [n, 3] -> [n, 3, 10]: what each number of a tone change adds to each channel."""
-    found = np.zeros((len(rgb), 3, 10))
+    basis = np.zeros((len(rgb), 3, 10))
     level = rgb - 0.5
     for channel in range(3):
-        found[:, channel, channel] = 1
-        found[:, channel, 3 + channel] = level[:, channel]
-        found[:, channel, 6 + channel] = level[:, channel] ** 2
-    found[:, :, 9] = rgb - luma(rgb)[:, None]
-    return found
+        basis[:, channel, channel] = 1
+        basis[:, channel, 3 + channel] = level[:, channel]
+        basis[:, channel, 6 + channel] = level[:, channel] ** 2
+    basis[:, :, 9] = rgb - luma(rgb)[:, None]
+    return basis
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def _trust(errors: Array) -> Array:
 def _least_squares(design: Array, changes: Array, weights: Array) -> Array:
     """Coefficients [n, 10] of the curves `design` [t, n]; a little ridge, since few frames do not tell them apart."""
     weighted = design * weights[:, None]
-    found: Array = np.linalg.solve(weighted.T @ design + 1e-4 * np.eye(design.shape[1]), weighted.T @ changes)
-    return found
+    solution: Array = np.linalg.solve(weighted.T @ design + 1e-4 * np.eye(design.shape[1]), weighted.T @ changes)
+    return solution
 
 
 def _trend(condition: Tensor) -> Array:
@@ -213,11 +213,11 @@ class _Drift:
             beyond = (changes[0] - changes[_FLASH:].mean(axis=0)) @ changes[0]
             if beyond > 0.5 * (changes[0] @ changes[0]) > 0.5 * 0.01**2:
                 step, believed[:_FLASH] = np.zeros(10), 0  # a flash: soon it is as it was
-        found = _least_squares(curves, changes - step, believed)
+        coefficients = _least_squares(curves, changes - step, believed)
         for _ in range(5):
-            error = np.linalg.norm(changes - step - curves @ found, axis=1)
-            found = _least_squares(curves, changes - step, believed * _trust(error))
-        return cls(times, step, found, changes - step - curves @ found, trend)
+            error = np.linalg.norm(changes - step - curves @ coefficients, axis=1)
+            coefficients = _least_squares(curves, changes - step, believed * _trust(error))
+        return cls(times, step, coefficients, changes - step - curves @ coefficients, trend)
 
     @staticmethod
     def _curves(times: Array, at: Array) -> Array:

@@ -125,12 +125,12 @@ def _step(first: MeasuredFrame, second: MeasuredFrame) -> _FrameMotion:
         known, moved = points[textured], points[textured] + vectors[textured]
         fit, agree = cv2.estimateAffinePartial2D(known, moved, method=cv2.RANSAC, ransacReprojThreshold=0.7)
         if fit is not None and agree.mean() > 0.3:
-            own = vectors - (points @ fit[:, :2].T + fit[:, 2] - points)
+            residual = vectors - (points @ fit[:, :2].T + fit[:, 2] - points)
             centre = np.array([width, height]) * scale / 2
             camera = fit[:, :2] @ centre + fit[:, 2] - centre
-            by_itself = textured & (np.hypot(*own.T) > max(0.7, 0.25 * float(np.hypot(*camera))))
+            by_itself = textured & (np.hypot(*residual.T) > max(0.7, 0.25 * float(np.hypot(*camera))))
             growth = math.hypot(fit[0, 0], fit[1, 0]) - 1
-            return _FrameMotion(True, camera, growth, float(by_itself.mean()), own[by_itself], pixels)
+            return _FrameMotion(True, camera, growth, float(by_itself.mean()), residual[by_itself], pixels)
     return _FrameMotion(False, np.zeros(2), 0.0, 0.0, np.zeros((0, 2)), pixels)
 
 

@@ -65,8 +65,8 @@ def flow(first: MeasuredFrame, second: MeasuredFrame) -> Array:
     """Where each point of `first` went in `second`: float32 [h, w, 2] in pixels of these pictures."""
     cv2 = opencv()
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    found: Array = search.calc(first.grey, second.grey, None)
-    return found
+    field: Array = search.calc(first.grey, second.grey, None)
+    return field
 
 
 def speeds(field: Array) -> Array:

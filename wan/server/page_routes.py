@@ -55,13 +55,13 @@ def span(seconds: float | None) -> str:
 
 def fields(chains: Chains) -> list[dict[str, Any]]:
     """The settings that a client may choose, by the groups of the table."""
-    found = []
+    groups = []
     for group in GROUPS:
         rows = [_field(one, chains) for one in CLIENT.values() if one.group == group and one.name not in _IN_FORM]
         rows = [row for row in rows if row["kind"] != "none"]
         if rows:
-            found.append({"name": group, "rows": rows})
-    return found
+            groups.append({"name": group, "rows": rows})
+    return groups
 
 
 def _field(one: Option, chains: Chains) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def seam_verdict(clip: Mapping[str, Any]) -> str:
 
 def old_runs(root: Path) -> dict[str, Path]:
     """Folders of runs below the server's folder that the commands made, and the folder itself, by their names."""
-    found = {}
+    runs = {}
     for path in [root, *sorted(root.iterdir())]:
         if (
             path.is_dir()
@@ -109,8 +109,8 @@ def old_runs(root: Path) -> dict[str, Path]:
             and (path / PAGE).is_file()
             and (path / "run.json").is_file()
         ):
-            found[path.name] = path
-    return found
+            runs[path.name] = path
+    return runs
 
 
 def router(chains: Chains, keys: Keys) -> APIRouter:
@@ -133,8 +133,8 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         return HTMLResponse(text, status)
 
     def rows() -> list[dict[str, Any]]:
-        found = chains.queue.all(limit=100, drafts=True)
-        return [chain_of(chains, ticket, full=False) for ticket in found if ticket.state != DRAFT]
+        tickets = chains.queue.all(limit=100, drafts=True)
+        return [chain_of(chains, ticket, full=False) for ticket in tickets if ticket.state != DRAFT]
 
     @routes.get("/")
     async def start() -> HTMLResponse:
@@ -146,7 +146,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
 
     parts: dict[str, tuple[Any, str]] = {}  # by the chain, with what each was made of
 
-    def found(name: str) -> dict[str, Any]:
+    def facts_of(name: str) -> dict[str, Any]:
         ticket = chains.get(name)
         whole = chain_of(chains, ticket)
         folder = chains.folder(name)
@@ -162,7 +162,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
     @routes.get("/chains/{name}")
     async def chain(name: str) -> HTMLResponse:
         try:
-            return page("chain.html.jinja", groups=fields(chains), **found(name))
+            return page("chain.html.jinja", groups=fields(chains), **facts_of(name))
         except ApiError:
             return page("gone.html.jinja", status=404)
 
@@ -172,7 +172,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         live = chains.supervisor.live.get(name) if chains.supervisor else None
         key = (ticket, chains.folder(name).stamps, live and (live.clip, len(live.warnings)))
         if name not in parts or parts[name][0] != key:
-            made = page("clips.html.jinja", **found(name))
+            made = page("clips.html.jinja", **facts_of(name))
             parts[name] = key, bytes(made.body).decode()
             while len(parts) > _PARTS:
                 del parts[next(iter(parts))]

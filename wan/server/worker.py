@@ -260,9 +260,9 @@ def _listen(
     os._exit(0)
 
 
-def _write(out: TextIO, said: Mapping[str, Any]) -> None:
+def _write(out: TextIO, message: Mapping[str, Any]) -> None:
     try:
-        out.write(json.dumps(said) + "\n")
+        out.write(json.dumps(message) + "\n")
         out.flush()
     except OSError:  # nobody is there any more
         os._exit(0)
