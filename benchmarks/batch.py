@@ -9,9 +9,11 @@ this machine against one after another on one GPU, with a real checkpoint.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from wan.files import write_json
 
 CLIPS = 3
 DAY = 86400.0
-LINE = "made.log"
+LINE, SAID = "made.log", "said.log"
 
 
 # --- the model that sleeps
@@ -98,15 +100,16 @@ def command(words: Sequence[str]) -> int:
 # --- what is measured
 
 
-def begin(folder: Path, jobs: Sequence[dict[str, Any]], *words: str, fake: bool) -> subprocess.Popen[str]:
+def begin(folder: Path, jobs: Sequence[dict[str, Any]], *words: str, fake: bool) -> subprocess.Popen[bytes]:
     """A batch command that runs."""
     (folder / "list.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
     program = ["-m", "benchmarks.batch", "command"] if fake else ["generate_batch.py"]
     given = ["--videos", str(folder / "list.jsonl"), "--output_dir", str(folder / "runs" / "{name}"), *words]
-    return subprocess.Popen([sys.executable, *program, *given], stderr=subprocess.PIPE, text=True)
+    with (folder / SAID).open("w", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, *program, *given], stderr=log)
 
 
-def workers_of(running: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers_of(running: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of a batch that make chains."""
     found = []
     for process in psutil.Process(running.pid).children(recursive=True):
@@ -118,7 +121,7 @@ def workers_of(running: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def harass(running: subprocess.Popen[str], every: float) -> int:
+def harass(running: subprocess.Popen[bytes], every: float) -> int:
     """Kill a worker every so many seconds until the batch ends; returns how many."""
     kills = 0
     while True:
@@ -144,9 +147,8 @@ def fake(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     running = begin(folder, rows, *words, fake=True)
     kills = harass(running, every)
-    assert running.stderr is not None
-    said = running.stderr.read()
     seconds = time.monotonic() - began
+    said = (folder / SAID).read_text(encoding="utf-8")
     found = rows_of(folder)
     logs = {path.parent.name: path.read_text(encoding="utf-8").split() for path in (folder / "runs").glob(f"*/{LINE}")}
     again = begin(folder, rows[:-1], *words, fake=True)
@@ -222,32 +224,96 @@ def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def gpus(videos: Path, words: Sequence[str], jobs: int, folder: Path) -> dict[str, Any]:
-    """Clips an hour on all GPUs at once, and on one; idle shares and host memory as they are seen each second."""
-    import torch
+def gpus(video: Path, words: Sequence[str], jobs: int, count: int, folder: Path) -> dict[str, Any]:
+    """Clips an hour by all workers at once, and by one with its share of the jobs.
 
-    count = torch.cuda.device_count()
-    rows = [{"video": str(videos), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)]
-    found: dict[str, Any] = {"gpus": count}
+    Of each: by the whole command, and between each worker's first clip and the last one, which leaves the loading out;
+    the share of seconds in which a GPU did nothing, over both spans; the most host memory that was in use.
+    """
+    rows = [{"video": str(video.absolute()), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)]
+    found: dict[str, Any] = {"workers": count, "jobs": jobs}
     for workers in (count, 1):
         place = folder / str(workers)
         place.mkdir()
-        some = rows if workers > 1 else rows[: max(1, jobs // count)]
-        running = begin(place, some, "--workers", str(workers), *words, fake=False)
-        used, free, began = list[list[int]](), list[float](), time.monotonic()
-        while running.poll() is None:
-            used.append([torch.cuda.utilization(gpu) for gpu in range(count)])
-            free.append(psutil.virtual_memory().used / 2**30)
-            time.sleep(1)
-        hours = (time.monotonic() - began) / 3600
-        made = sum(row["clips_made_now"] for row in rows_of(place))
-        found[f"{workers} workers"] = {
-            "clips_an_hour": made / hours,
-            "idle": [sum(one[gpu] == 0 for one in used) / len(used) for gpu in range(count)],
-            "host_gib": max(free),
-        }
-    found["times"] = found[f"{count} workers"]["clips_an_hour"] / found["1 workers"]["clips_an_hour"]
+        some = rows if workers == count else rows[: max(1, jobs // count)]
+        found[f"{workers} at once"] = watched(place, some, workers, words)
+        print(json.dumps(found), flush=True)
+    both = found[f"{count} at once"], found["1 at once"]
+    for name in ("clips_an_hour", "clips_an_hour_later"):
+        found[f"{name}_times"] = round(both[0][name] / both[1][name], 3) if both[1][name] else None
     return found
+
+
+def watched(place: Path, rows: Sequence[dict[str, Any]], workers: int, words: Sequence[str]) -> dict[str, Any]:
+    """What a batch took, seen each second from outside."""
+    before, began = psutil.virtual_memory(), time.time()
+    used, most, per_worker = list[tuple[float, list[int]]](), 0.0, 0.0
+    running = begin(place, rows, "--workers", str(workers), *words, fake=False)
+    try:
+        while running.poll() is None:
+            used.append((time.time(), utilization()))
+            now = psutil.virtual_memory()
+            most = max(most, (before.available - now.available) / 2**30)
+            per_worker = max([per_worker, *(memory_of(process) / 2**30 for process in workers_of(running))])
+            time.sleep(1)
+    finally:
+        running.kill()
+    if running.returncode:
+        raise SystemExit(f"the batch ended with {running.returncode}: {(place / SAID).read_text()[-2000:]}")
+    seconds = time.time() - began
+    clips = sorted(path.stat().st_mtime for path in place.glob("runs/*/video_*.json"))
+    first, last = clips[min(workers, len(clips)) - 1], clips[-1]
+    later = [gpus for when, gpus in used if first <= when <= last]
+    return {
+        "clips": len(clips),
+        "seconds": round(seconds, 1),
+        "clips_an_hour": round(3600 * len(clips) / seconds, 2),
+        "seconds_later": round(last - first, 1),
+        "clips_an_hour_later": round(3600 * (len(clips) - workers) / (last - first), 2) if last > first else 0.0,
+        "idle": idle([gpus for _, gpus in used]),
+        "idle_later": idle(later),
+        "host_gib": round(most, 1),
+        "largest_worker_gib": round(per_worker, 1),
+        **by_clip(place),
+    }
+
+
+def utilization() -> list[int]:
+    """Percent of the last moment in which each GPU of this machine worked; nothing without a GPU."""
+    if not (program := shutil.which("nvidia-smi")):
+        return []
+    query = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
+
+
+def idle(used: Sequence[Sequence[int]]) -> list[float]:
+    """The share of looks at which each GPU did nothing."""
+    return [round(sum(not percent for percent in one) / len(used), 3) for one in zip(*used, strict=True)]
+
+
+def memory_of(process: psutil.Process) -> float:
+    """Bytes that are a process's own, without the pages of files that it maps."""
+    try:
+        memory = process.memory_info()
+    except psutil.Error:
+        return 0.0
+    return float(memory.rss - memory.shared)
+
+
+def by_clip(place: Path) -> dict[str, list[float]]:
+    """Seconds of each chain's first clip, in the order in which chains began, and of all later clips.
+
+    A worker that keeps its models takes longer for the first clip of its first chain alone.
+    """
+    chains = []
+    for folder in place.glob("runs/*/"):
+        made = [path.stat().st_mtime for path in sorted(folder.glob("video_*.json"))]
+        chains.append([min(path.stat().st_mtime for path in folder.iterdir()), *made])
+    chains.sort()
+    return {
+        "first_clips": [round(one[1] - one[0], 1) for one in chains if len(one) > 1],
+        "later_clips": [round(end - start, 1) for one in chains for start, end in itertools.pairwise(one[1:])],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.what == "twice":
             found = twice(given.jobs, given.workers, folder)
         else:
-            found = gpus(given.video, more, given.jobs, folder)
+            found = gpus(given.video, more, given.jobs, given.workers, folder)
     print(json.dumps(found))
     return 0
 

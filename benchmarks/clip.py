@@ -62,7 +62,7 @@ def make_request(pipeline: Pipeline, width: int, height: int, frames: int, steps
         "n",
         KnownFrames(tuple(known)),
         pipeline.geometry(width, height, frames),
-        pipeline.sampling(steps),
+        pipeline.rules.merge(steps),
         seed=1,
     )
 
@@ -243,7 +243,7 @@ def without(name: str, pipeline: Pipeline, tokens: int) -> Iterator[None]:
                 patches.enter_context(patch.object(block, "compiled", None))
         if name == "probe":
             patches.enter_context(
-                patch("wan.pipeline.use_fastest_attention", lambda model, *_: use_attention(model, "native"))
+                patch("wan.clip_sampler.use_fastest_attention", lambda model, *_: use_attention(model, "native"))
             )
         if name == "reuse":
             patches.enter_context(patch("wan.denoiser.sampling.text_keys", anew))
@@ -260,7 +260,7 @@ def preset_run(
     Of quality it takes the place of as many steps, or of all that the model has where the preset has its own.
     """
     name, _, steps = spec.partition(":")
-    sampling = pipeline.sampling(int(steps) if steps else None, preset=name)
+    sampling = pipeline.rules.merge(int(steps) if steps else None, preset=name)
     found = timed_run(pipeline, dataclasses.replace(request, sampling=sampling), offload, clips)
     of_quality = pipeline.config.sample_steps if PRESETS[name].steps else sampling.steps
     over = round(found["seconds"]["sample"] / (of_quality * step), 3) if step else None

@@ -112,7 +112,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     for steps in args.steps:
-        plain = pipeline.sampling(steps, guide_scale=args.guidance)
+        plain = pipeline.rules.merge(steps, guide_scale=args.guidance)
         if not pipeline.config.mag_ratios:
             calibrate(pipeline, clip, plain)
         variants: dict[str, Sampling] = {"quality": plain}
@@ -121,8 +121,8 @@ def main() -> None:
         variants |= {
             f"{low:g} {high:g}": dataclasses.replace(plain, guidance_interval=(low, high)) for low, high in INTERVALS
         }
-        variants["balanced"] = pipeline.sampling(steps, guide_scale=args.guidance, preset="balanced")
-        variants["turbo, no LoRA"] = pipeline.sampling(preset="turbo")
+        variants["balanced"] = pipeline.rules.merge(steps, guide_scale=args.guidance, preset="balanced")
+        variants["turbo, no LoRA"] = pipeline.rules.merge(preset="turbo")
         wanted = [clip(plain, seed) for seed in range(args.seeds)]
         for name, sampling in variants.items():
             made = [clip(sampling, seed) for seed in range(args.seeds)]
@@ -137,7 +137,7 @@ def fewer_than(steps: int) -> list[int]:
 
 def calibrate(pipeline: VideoContinuation, clip: Any, plain: Sampling) -> None:
     """Give the pipeline's config the magnitudes of its model, measured with a seed that no row has."""
-    with mock.patch("wan.pipeline.Caching", Calibration):
+    with mock.patch("wan.clip_sampler.Caching", Calibration):
         clip(plain, 1000)
     ratios = tuple(Calibration.measured.values())
     if len(ratios) != len(pipeline.checkpoint.experts):

@@ -3,12 +3,13 @@
 
     python -m benchmarks.quality --task v2v-5B [--clips 200] [--chains 50] [--chain_clips 12] [--seed 0]
         [--modes last_frame tail:5] [--prompt_mode continue] [--preset turbo --loras FILE ...] [--cache C]
-        [--precision fp8] [--jobs 1] [--output q.json]
+        [--precision fp8] [--drift_correction S] [--colour_carry S] [--drifting] [--jobs 1] [--output q.json]
 
 Prints a table and, as the last line, JSON. Runs on a CPU as well: a clip takes seconds. `tail:5` knows five frames of
 its footage; --loras are those of the high and the low expert, or of the one. Directions, positions and chains are
 measured with the captioner's descriptions. Each `--seed` has scenes of its own, none of which was trained on. With
-several jobs as many processes make the clips, on one thread each.
+several jobs as many processes make the clips, on one thread each. With --drifting chains are not sampled: a clip shows
+its scene as it truly goes on, in the colours that its condition decodes to, and they drift from there.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -41,8 +43,9 @@ from wan.chain.chain import chain
 from wan.chain.plan import Plan
 from wan.configs import config_for
 from wan.continuation import VideoContinuation
+from wan.denoiser.conditioning import ImageChannels, KnownLatents, latent_frames
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Generation
+from wan.types import Clip, Generation, Request
 
 FOLDERS: dict[str, tuple[str, type[VideoContinuation]]] = {
     "v2v-5B": ("tiny-Wan2.2-TI2V-5B", WanV2V5B),
@@ -215,6 +218,8 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
     all_right: of the chains, those that show all shapes and no more, by count, colour and kind;
     area_right: of the shapes, those whose area is within 1.5 times of the true one;
     named_right: of the shapes that were of their kind in the frame before the clip, those that its prompt calls so;
+    colour_error: how far the mean colour of a frame is from the truth's, in levels of 255, a channel;
+    seam_step: how far it jumps from the last frame of the clip before to the first new one;
     position_error: the mean over shapes that are not lost of how far one is, a second into the clip, from where the
     truth is by then, as a share of the width.
 
@@ -233,6 +238,8 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
         "all_right": "all_right",
         "area_right": "areas",
         "position_error": "errors",
+        "colour_error": "levels",
+        "seam_step": "steps",
     }
     return {name: [mean(values, index) for index in range(clips)] for name, values in names.items()}
 
@@ -247,6 +254,8 @@ class ChainClip:
     all_right: list[bool]
     areas: list[bool]
     errors: list[float]
+    levels: list[float]
+    steps: list[float]
 
 
 def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[ChainClip]:
@@ -256,7 +265,9 @@ def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[Ch
     for made in chain(scene.source, count=clips, extend=make, seed=1000 * number):
         frames, known = made.clip.frames.permute(0, 3, 1, 2), (made.context_frames or 1) - 1
         named = judge_names(scene, by_colour(last), made.request.prompt)
-        judged.append(judge_clip(scene, frames, begins - known, begins + SECOND, named))
+        one = judge_clip(scene, frames, begins - known, begins + SECOND, named)
+        step = 255 / 2 * float((frames[known + 1].mean((1, 2)) - last.mean((1, 2))).abs().mean())
+        judged.append(replace(one, steps=[step]))
         last = frames[-1]
         begins += len(frames) - 1 - known
     kinds = " ".join(f"{sum(clip.kinds)}/{len(clip.kinds)}" for clip in judged)
@@ -280,7 +291,9 @@ def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Seq
     """
     seen = [by_colour(frame) for frame in frames]
     times = torch.arange(first, first + len(frames))
-    truth = [by_colour(frame) for frame in scene.truth.draw(times)[0].transpose(0, 1)]
+    drawn = scene.truth.draw(times)[0].transpose(0, 1)
+    truth = [by_colour(frame) for frame in drawn]
+    away = (frames.mean((2, 3)) - drawn.mean((2, 3))).abs() * 255 / 2
     kind_of = {scene.colour(index): scenes.SHAPES[int(scene.truth.shape[0, index])] for index in scene.shapes}
 
     def most(right: Iterable[bool]) -> bool:
@@ -298,6 +311,8 @@ def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Seq
         [most({colour: now[colour].shape for colour in now} == kind_of for now in seen)],
         [most(fits(colour)) for colour in kind_of],
         [error for error in position_errors(scene, seen[second - first], second) if error is not None],
+        [float(away.mean())],
+        [],
     )
 
 
@@ -319,6 +334,9 @@ class Maker:
     steps: int | None = None
     guidance: float | None = None
     drift_correction: float = 0.0
+    colour_carry: float = 0.0
+    drifting: bool = False
+    seed: int = 0  # of the scenes
     prompt_mode: str = "describe"
     preset: str = "quality"
     cache: str | None = None
@@ -334,6 +352,8 @@ class Maker:
             steps=self.steps,
             guidance=self.guidance,
             drift_correction=self.drift_correction,
+            colour_carry=self.colour_carry,
+            prompt="" if self.drifting else None,
             prompt_mode=self.prompt_mode,
             preset=self.preset,
             cache=self.cache,
@@ -344,7 +364,60 @@ class Maker:
         )
         memory = footage.prompt_memory if isinstance(footage, Generation) else {}
         with torch.no_grad():
-            return pipeline.extend(footage, seed, plan, memory=memory)
+            if not self.drifting:
+                return pipeline.extend(footage, seed, plan, memory=memory)
+            number, index = divmod(seed, 1000)
+            begins = index * (plan.geometry.frames - plan.dropped) - plan.dropped + 1
+            run = Drifting(pipeline, held_out(number + 1, self.seed)[number], begins)
+            with patch.object(pipeline, "run", run):
+                return pipeline.extend(footage, seed, plan)
+
+
+@dataclass(frozen=True)
+class Drifting:
+    """In place of sampling: the scene as it truly goes on, in the colours that the condition decodes to.
+
+    They drift from there. `begins` is the moment of the clip's first frame.
+    """
+
+    pipeline: VideoContinuation
+    scene: Scene
+    begins: int
+
+    CONTRAST = 0.02  # that a clip gains, and
+    LEVELS = (1.0, 0.0, -0.5)  # of 255 that it moves by in R, G and B
+
+    def __call__(self, request: Request, *, offload: bool, **_: Any) -> Generation:
+        pipeline = self.pipeline
+        budget = pipeline.budget.for_clip(request.geometry, offload)
+        placements = budget.placements(request.geometry, offload, False)
+        condition = pipeline.condition(request, pipeline.noise(request), placements("encoding"))
+        count = len(request.known.leading)
+        if isinstance(condition, KnownLatents):
+            known = condition.known
+        else:
+            assert isinstance(condition, ImageChannels)
+            known = condition.channels[4:, : latent_frames(count)]
+        shown = pipeline.shared_vae.decode(known, placements("decoding"), None).permute(1, 0, 2, 3)  # [n, 3, H, W]
+        times = torch.arange(self.begins, self.begins + request.geometry.frames)
+        truth = self.scene.truth.draw(times)[0].transpose(0, 1)
+        gain, offset = _tones(truth[count - 1], shown[-1])
+        frames = [*shown]
+        for index in range(count, len(truth)):
+            share = (index - count + 1) / (len(truth) - count)
+            levels = torch.tensor(self.LEVELS) * 2 / 255 * share
+            tones = gain * (1 + self.CONTRAST * share), offset + levels
+            frames.append((truth[index] * tones[0][:, None, None] + tones[1][:, None, None]).clamp(-1, 1))
+        clip = Clip(torch.stack(frames).permute(0, 2, 3, 1), pipeline.fps)
+        return Generation(clip, torch.zeros(pipeline.config.z_dim, *request.geometry.latent), request)
+
+
+def _tones(truth: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset [3] of each channel between two pictures [3, H, W]."""
+    one, other = truth.flatten(1), shown.flatten(1)
+    means = one.mean(1, keepdim=True), other.mean(1, keepdim=True)
+    gain = ((one - means[0]) * (other - means[1])).sum(1) / ((one - means[0]) ** 2).sum(1).clamp(min=1e-6)
+    return gain, (means[1] - gain[:, None] * means[0])[:, 0]
 
 
 def main() -> None:
@@ -360,6 +433,8 @@ def main() -> None:
     parser.add_argument("--sample_steps", type=int)
     parser.add_argument("--sample_guide_scale", type=float)
     parser.add_argument("--drift_correction", type=float, default=0.0)
+    parser.add_argument("--colour_carry", type=float, default=0.0)
+    parser.add_argument("--drifting", action="store_true", help="chains that drift by a known amount, not sampled")
     parser.add_argument("--prompt_mode", default="describe")
     parser.add_argument("--preset", default="quality")
     parser.add_argument("--cache", help="of steps, in place of the preset's")
@@ -390,6 +465,9 @@ def main() -> None:
                 arguments.sample_steps,
                 arguments.sample_guide_scale,
                 arguments.drift_correction,
+                arguments.colour_carry,
+                arguments.drifting,
+                arguments.seed,
                 arguments.prompt_mode,
                 arguments.preset,
                 arguments.cache,

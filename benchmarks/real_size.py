@@ -16,8 +16,13 @@ from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
 from wan.denoiser.policy import FLOAT32_PARTS
 from wan.device.budget import MemoryBudget
+from wan.device.host_budget import HostBudget, host_limit
+from wan.encoding import PromptEmbeddings
+from wan.fitted_frames import FittedFrames
 from wan.models import Models
+from wan.planning import Planner
 from wan.prompting import CaptionerOwner, PromptBuilder
+from wan.sampling_rules import SamplingRules
 from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
@@ -153,6 +158,14 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     for name, model in made.items():
         pipeline.models.put(name, model)
     pipeline.budget = MemoryBudget(pipeline.checkpoint, config, DEVICE, DEVICE)
+    pipeline.host = HostBudget(pipeline.checkpoint, config, host_limit("auto"))
+    pipeline.sharded = set()
+    pipeline.rules = SamplingRules(config, pipeline.checkpoint)
+    pipeline.embeddings = PromptEmbeddings(lambda: pipeline.text_encoder, DEVICE, DEVICE)
+    pipeline.frames = FittedFrames(pipeline.frame_for, pipeline.fps)
+    pipeline.plan = Planner(
+        pipeline.rules, pipeline.models, pipeline.fit, pipeline.geometry, lambda plan: pipeline._check_memory(plan)
+    )
     pipeline.vlm = CaptionerOwner(None, url=None, question="?", trust_remote_code=False, main=DEVICE, device=DEVICE)
     pipeline.prompts = PromptBuilder(pipeline.vlm, pipeline.tokenizer.count, config.text_len, pipeline.fps)
     built: VideoContinuation = pipeline

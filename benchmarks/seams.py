@@ -25,7 +25,8 @@ from torch import Tensor
 
 from training import scenes
 from training.vae import HELD_OUT
-from wan.chain.report import VISIBLE, needs_attention
+from wan.chain.measures import needs_attention
+from wan.chain.scores import VISIBLE
 from wan.quality import SeamScore, score_seam
 from wan.types import to_uint8
 

@@ -20,7 +20,7 @@ from wan.types import KnownFrames, Request
 def request_5b(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> Request:
     monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
     image = KnownFrames((Image.effect_noise((64, 64), 60).convert("RGB"),))
-    return Request("a cat", "", image, ti2v.geometry(64, 64, 5), ti2v.sampling(8, guide_scale=3.0), 1)
+    return Request("a cat", "", image, ti2v.geometry(64, 64, 5), ti2v.rules.merge(8, guide_scale=3.0), 1)
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
 from wan.errors import UserError
+from wan.fitted_frames import FittedFrames
 from wan.footage import FramesInMemory, VideoFile
+from wan.models import Models
+from wan.planning import loras_by_expert
 from wan.prompting import CaptionerOwner
 from wan.settings import Context, LoraFile, Sampling
 from wan.types import Clip, Generation, Geometry, KnownFrames, Request, Step, frame_indices, from_uint8, to_uint8
@@ -153,27 +156,27 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     assert read[2] == [parts[0].files[0].name]
 
 
-def test_the_low_noise_expert_is_read_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[list[str]] = []
-    there: dict[str, bool] = {}
+def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], bool]] = []
+    is_loaded: dict[str, bool] = {}
+    loading = Models.loading
 
-    class Watched(ReadAhead):
-        def __init__(self, files: Any, distance: int) -> None:
-            read.append([str(file) for file in files])
-            super().__init__(files, distance)
+    def noted(self: Models, names: list[str]) -> Any:
+        asked.append((names, self.is_loaded("high_noise_model")))
+        return loading(self, names)
 
     def on_step(step: Step) -> None:
-        there.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
+        is_loaded.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))
 
-    monkeypatch.setattr("wan.models.ReadAhead", Watched)
+    monkeypatch.setattr(Models, "loading", noted)
     model = WanI2V(float32("i2v-A14B"), GOLDEN / "14b" / "ckpt")
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
     request = Request(
-        "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.sampling(4, guide_scale=1.0), 1
+        "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.rules.merge(4, guide_scale=1.0), 1
     )
     made = model.run(request, on_step=on_step)
-    assert read == [[str(file) for file in model.checkpoint.experts["low_noise_model"].files]]
-    assert there["high noise True"] is False and there["low noise True"] is True
+    assert asked == [(["low_noise_model"], True)]
+    assert is_loaded["low noise True"]
     assert {"load", "sample"} < made.seconds.keys()
 
 
@@ -204,9 +207,10 @@ def test_frames_are_continued_as_the_file_that_they_are_of(v2v: Any) -> None:
 
 def test_loras_are_text_and_contexts_numbers(v2v: Any, tmp_path: Path) -> None:
     assert v2v.plan(VideoFile(VIDEO), context=9).context == Context("tail", 9)
-    assert v2v._loras("a/b.safetensors:0.5") == {"model": (LoraFile(Path("a/b.safetensors"), 0.5),)}
-    assert v2v._loras([Path("c.safetensors")]) == {"model": (LoraFile(Path("c.safetensors")),)}
-    assert v2v._loras({"model": ["d"]}) == {"model": (LoraFile(Path("d")),)} and v2v._loras(()) == {}
+    assert loras_by_expert("a/b.safetensors:0.5", ["model"]) == {"model": (LoraFile(Path("a/b.safetensors"), 0.5),)}
+    assert loras_by_expert([Path("c.safetensors")], ["model"]) == {"model": (LoraFile(Path("c.safetensors")),)}
+    assert loras_by_expert({"model": ["d"]}, ["model"]) == {"model": (LoraFile(Path("d")),)}
+    assert loras_by_expert((), ["model"]) == {}
     with pytest.raises(TypeError, match="contxt"):
         v2v.plan(VideoFile(VIDEO), contxt=9)
 
@@ -234,9 +238,9 @@ def test_every_second_of_a_clip_is_in_a_stage_of_its_record(v2v: Any, monkeypatc
         find = staticmethod(lambda seed: None)
         keep = staticmethod(slowly(lambda *_: None))
 
-    monkeypatch.setattr("wan.continuation.correct_drift", slowly(lambda frames, *_, **__: frames))
+    monkeypatch.setattr("wan.candidates.correct_drift", slowly(lambda frames, *_, **__: frames))
     monkeypatch.setattr("wan.pipeline.is_finite", slowly(lambda *_: True))
-    monkeypatch.setattr(v2v, "known", slowly(v2v.known))
+    monkeypatch.setattr(FittedFrames, "known", slowly(FittedFrames.known))
     footage = VideoFile(VIDEO)
     plan = v2v.plan(footage, max_area=6144, frame_num=5, steps=1, guidance=1.0, prefix="go on", drift_correction=1.0)
     start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -61,6 +62,44 @@ def test_no_shell_reads_the_command_and_the_folder_is_one_argument() -> None:
     assert arguments("a 'b c' --dir={frames};rm", "/t m p/$(x)", windows=False) == ["a", "b c", "--dir=/t m p/$(x);rm"]
     # as Windows programs read it, with its backslashes
     assert arguments(r"C:\tools\fix.exe {frames}", r"C:\te mp\x", windows=True) == r'C:\tools\fix.exe "C:\te mp\x"'
+
+
+@pytest.mark.parametrize("folder", [r"C:\temp\x", r"C:\te mp\wan x"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fix.exe {frames}", ["fix.exe", "FOLDER"]),
+        ('fix.exe "{frames}"', ["fix.exe", "FOLDER"]),
+        (
+            r'"C:\my tools\fix.exe" --in={frames}\000.png {frames}',
+            [r"C:\my tools\fix.exe", r"--in=FOLDER\000.png", "FOLDER"],
+        ),
+        (r'fix.exe "--in={frames}" -x', ["fix.exe", "--in=FOLDER", "-x"]),
+        (r"fix.exe \"{frames} b", ["fix.exe", '"FOLDER', "b"]),
+        (r'fix.exe "a b\\" {frames}', ["fix.exe", "a b\\", "FOLDER"]),
+    ],
+)
+def test_a_windows_program_gets_the_folder_in_one_piece(command: str, words: list[str], folder: str) -> None:
+    line = arguments(command, folder, windows=True)
+    assert isinstance(line, str)
+    assert taken_apart(line) == [word.replace("FOLDER", folder) for word in words]
+
+
+def taken_apart(line: str) -> list[str]:
+    """A command line as Microsoft's C library takes it apart, which is what `subprocess.list2cmdline` writes for."""
+    words, word, quoted = list[str](), "", False
+    for backslashes, mark in re.findall(r"(\\*)([^\\]|$)", line):
+        if mark == '"':
+            word += "\\" * (len(backslashes) // 2)
+            if len(backslashes) % 2:
+                word += '"'
+            else:
+                quoted = not quoted
+        elif mark in ("", " ") and not quoted:
+            words, word = [*words, word + backslashes] if word + backslashes else words, ""
+        else:
+            word += backslashes + mark
+    return words
 
 
 def test_a_command_is_refused_before_hours_of_work_and_is_no_client_s_to_choose() -> None:

@@ -55,12 +55,13 @@ def test_what_goes_wrong_is_told_in_the_block_and_where_the_model_is_used() -> N
     assert not models.is_loaded("low_noise_model")
 
 
-@pytest.mark.parametrize("options", [{"in_threads": False}, {"plan": HostPlan(in_turn=True)}])
-def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(options: dict[str, Any]) -> None:
-    plan = options.pop("plan", HostPlan())
+@pytest.mark.parametrize("given", [{"in_threads": False}, {"plan": HostPlan(in_turn=True)}, {"alone": False}])
+def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(given: dict[str, Any]) -> None:
+    options = dict(given)
+    plan, alone = options.pop("plan", HostPlan()), options.pop("alone", True)
     models = models_of(lambda mapped: pytest.fail("loaded"), **options)
     models.live_by(plan)
-    with models.loading(["low_noise_model"]) as check:
+    with models.loading(["low_noise_model"], alone) as check:
         check()
         assert not models.is_loaded("low_noise_model")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
+from wan.clip_sampler import ClipStart, why_not_finite
 from wan.denoiser.conditioning import HeldImageChannels, ImageChannels
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -60,7 +61,9 @@ def moving(frames: int = 21, width: int = 96, height: int = 64, fps: int = 16) -
 def request_of(pipeline: Any, footage: Any, **more: Any) -> tuple[Request, Any]:
     """The request of the next clip, and its plan."""
     plan = pipeline.plan(footage, **OPTIONS | more)
-    return Request("it goes on", "n", pipeline.known(footage, plan), plan.geometry, plan.sampling, 7, plan.loras), plan
+    return Request(
+        "it goes on", "n", pipeline.frames.known(footage, plan), plan.geometry, plan.sampling, 7, plan.loras
+    ), plan
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +216,7 @@ def test_shorter_footage_is_known_as_far_as_it_goes(b5: Any) -> None:
 def test_a_tail_is_taken_at_the_rate_of_the_model(b5: Any) -> None:
     """The file has 30 frames a second, the model 24."""
     footage = VideoFile(VIDEO)
-    known = b5.known(footage, b5.plan(footage, context=Context("tail", 5), **OPTIONS))
+    known = b5.frames.known(footage, b5.plan(footage, context=Context("tail", 5), **OPTIONS))
     expected = media.read_tail(VIDEO, 5, Fraction(24))
     assert len(known.leading) == 5 and np.array_equal(expected[-1], np.asarray(footage.last))
     for frame, picture in zip(known.leading, expected, strict=True):
@@ -383,15 +386,15 @@ def test_what_a_program_leaves_is_known_in_every_mode_and_nothing_else_is_lost(
         got.append(frames)
         return frames * 0.5 if changes else frames
 
-    monkeypatch.setattr("wan.continuation.hand_off", program)
+    monkeypatch.setattr("wan.fitted_frames.hand_off", program)
     before = Remembered(moving(), torch.ones(16, 1, 8, 12))
     loras = svi if mode == "svi2pro" else {}
     plan = a14b.plan(
         before, context=Context.choose(mode), loras=loras, handoff=f"{sys.executable} {{frames}}", **OPTIONS
     )
-    start, handed = a14b.hand_off(before, plan, None)
+    start, handed = a14b.frames.hand_off(before, plan, None)
     assert len(got) == 1 and len(got[0]) == {"last_frame": 1, "tail": 5, "svi2pro": 17}[mode]
-    known, plain = a14b.known(start, plan), a14b.known(before, plan)
+    known, plain = a14b.frames.known(start, plan), a14b.frames.known(before, plan)
     if not changes:
         assert start is before
     elif mode == "svi2pro":  # its latents are those of what it was
@@ -399,10 +402,10 @@ def test_what_a_program_leaves_is_known_in_every_mode_and_nothing_else_is_lost(
     else:
         assert all(torch.equal(new, 0.5 * old) for new, old in zip(known.leading, plain.leading, strict=True))
     # what is known already is not asked for again, and is measured against what was shown
-    again, _ = a14b.hand_off(before, plan, handed)
+    again, _ = a14b.frames.hand_off(before, plan, handed)
     assert len(got) == 1 and torch.equal(again.last, start.last)
     cut = dataclasses.replace(plan, cut=before.last)
-    assert a14b.hand_off(before, cut, None) == (before, None) and len(got) == 1
+    assert a14b.frames.hand_off(before, cut, None) == (before, None) and len(got) == 1
 
 
 # End images and cuts
@@ -567,8 +570,9 @@ def test_the_model_that_gave_numbers_that_are_not_finite_is_named(
     pipeline = a14b if task == "14b" else b5
     part = "low_noise_model" if expert else "model"
     error: Any = SimpleNamespace(expert=SimpleNamespace(name=expert, part=part), step=3)
-    text: Any = TextContext(torch.zeros(1, 512, 8), torch.zeros(1, 512, 8))
-    why = pipeline._why_not_finite(error, text, SimpleNamespace(is_finite=True))
+    text = TextContext(torch.zeros(1, 512, 8), torch.zeros(1, 512, 8))
+    condition: Any = SimpleNamespace(is_finite=True)
+    why = why_not_finite(pipeline.checkpoint, error, ClipStart(torch.zeros(1), condition, text))
     assert why.startswith(words) and " in step 3" in why
 
 

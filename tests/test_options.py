@@ -374,6 +374,12 @@ CASES: dict[str, Case] = {
     ),
     "motion_amplitude": Case("--motion_amplitude 1.25", lambda s: s.first.motion_amplitude, 1.25, A14B),
     "drift_correction": Case("--drift_correction", lambda s: s.corrected, [0.9, 0.9]),
+    "colour_carry": Case(
+        "--colour_carry",
+        lambda s: [one.known.graded is not None for one in s.requests],
+        [False, False, True],  # the first clip is what the others are led back to
+        "--num_videos 3",
+    ),
     "best_of": Case("--best_of 2", lambda s: [one.seed for one in s.requests], [3, 1000003, 4, 1000004]),
     "takes": Case("--takes 2", lambda s: len(list(s.folder.glob("takes/*/*.mp4"))), 4),
     "take": Case("--take 2=1", lambda s: s.requests[-1].seed, 4, "--best_of 2"),

@@ -127,7 +127,7 @@ def test_the_size_of_a_clip_is_that_of_the_upright_picture(monkeypatch: pytest.M
         footage, max_area=area, frame_num=5, prompt="a boat", end=PICTURES["transparent"](), cut=sideways()
     )
     assert plan.geometry.height > plan.geometry.width
-    known = continuation.known(footage, plan)
+    known = continuation.frames.known(footage, plan)
     size = plan.geometry.width, plan.geometry.height
     shown = from_uint8(np.asarray(as_shown(sideways()))).permute(2, 0, 1)
     assert torch.equal(torch.as_tensor(known.leading[0]), continuation.frame_for(shown, *size))

@@ -34,7 +34,9 @@ NAMES = ("high_noise_model", "low_noise_model", "model")
 
 def request_of(pipeline: Any, seed: int = 1, **sampling: Any) -> Request:
     values = {"steps": 12, "shift": 5.0, "guide_scale": 3.0} | sampling
-    return Request("a cat", "", KnownFrames((IMAGE,)), pipeline.geometry(64, 64, 5), pipeline.sampling(**values), seed)
+    return Request(
+        "a cat", "", KnownFrames((IMAGE,)), pipeline.geometry(64, 64, 5), pipeline.rules.merge(**values), seed
+    )
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def test_quality_is_the_model_s_own_settings(i2v: Any, ti2v: Any) -> None:
     for pipeline in (i2v, ti2v):
         config = pipeline.config
         plain = Sampling(config.sample_steps, config.sample_shift, config.guidance)
-        assert pipeline.sampling() == plain and PRESETS["quality"].name == "quality"
+        assert pipeline.rules.merge() == plain and PRESETS["quality"].name == "quality"
         # a folder of before there were presets is the same run
         assert plain.as_json() == {
             "steps": config.sample_steps,
@@ -146,30 +148,30 @@ def test_outside_the_interval_there_is_one_forward(interval: tuple[float, float]
     assert guided == sum(interval[0] <= t / 1000 <= interval[1] for t in timesteps)
     _, blocks = blocks_of(i2v, request)
     assert sum(blocks.values()) == 12 + guided
-    assert sum(steps + second for steps, second in i2v.shares(request.sampling)) == 12 + guided
+    assert sum(steps + second for steps, second in i2v.rules.shares(request.sampling)) == 12 + guided
 
 
 def test_an_interval_of_everything_is_no_interval(ti2v: Any) -> None:
-    assert ti2v.sampling(guidance_interval=(0, 1)) == ti2v.sampling()
+    assert ti2v.rules.merge(guidance_interval=(0, 1)) == ti2v.rules.merge()
 
 
 # presets and what wins over them
 
 
 def test_a_preset_s_row_reaches_the_sampler_and_explicit_settings_win(i2v: Any) -> None:
-    turbo = i2v.sampling(preset="turbo")
+    turbo = i2v.rules.merge(preset="turbo")
     assert turbo == Sampling(4, 5.0, (1.0, 1.0), "euler")
-    assert i2v.sampling(8, 3.0, "unipc", (1.0, 2.0), preset="turbo") == Sampling(8, 3.0, (1.0, 2.0), "unipc")
-    row, balanced = PRESETS["balanced"], i2v.sampling(preset="balanced")
+    assert i2v.rules.merge(8, 3.0, "unipc", (1.0, 2.0), preset="turbo") == Sampling(8, 3.0, (1.0, 2.0), "unipc")
+    row, balanced = PRESETS["balanced"], i2v.rules.merge(preset="balanced")
     assert str(balanced.cache or "off") == row.cache and balanced.guidance_interval == row.guidance_interval
-    assert i2v.sampling(cache="off", guidance_interval=(0, 1), steps=40, preset="balanced") == i2v.sampling()
-    assert i2v.sampling(cache="taylorseer:4", guidance_interval=(0, 1), preset="balanced").cache == StepCache(
+    assert i2v.rules.merge(cache="off", guidance_interval=(0, 1), steps=40, preset="balanced") == i2v.rules.merge()
+    assert i2v.rules.merge(cache="taylorseer:4", guidance_interval=(0, 1), preset="balanced").cache == StepCache(
         "taylorseer", 4
     )
 
 
 def test_turbo_is_one_forward_a_step_and_two_steps_an_expert(i2v: Any) -> None:
-    request = dataclasses.replace(request_of(i2v), sampling=i2v.sampling(preset="turbo"))
+    request = dataclasses.replace(request_of(i2v), sampling=i2v.rules.merge(preset="turbo"))
     assert blocks_of(i2v, request)[1] == {"high_noise_model": 2, "low_noise_model": 2}
 
 
@@ -211,7 +213,7 @@ def test_euler_has_the_table_of_the_distillation_loras() -> None:
 )
 def test_what_makes_no_sense_is_refused(values: Any, message: str, i2v: Any) -> None:
     with pytest.raises(UserError, match=message):
-        i2v.sampling(**values)
+        i2v.rules.merge(**values)
 
 
 def test_magcache_needs_the_model_s_own_magnitudes(tmp_path: Path) -> None:
@@ -221,12 +223,12 @@ def test_magcache_needs_the_model_s_own_magnitudes(tmp_path: Path) -> None:
     other = {"vae_mean": [0.0] * 16, "vae_std": [1.0] * 16}
     (tmp_path / "own" / "wan_config.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="needs this model's mag_ratios in its wan_config.json"):
-        WanI2V(config_for("i2v-A14B", tmp_path / "own"), tmp_path / "own").sampling(cache="magcache")
+        WanI2V(config_for("i2v-A14B", tmp_path / "own"), tmp_path / "own").rules.merge(cache="magcache")
     measured = [[1.0, 0.99], [1.0, 0.98, 0.9]]
     (tmp_path / "own" / "wan_config.json").write_text(json.dumps(other | {"mag_ratios": measured}))
     config = config_for("i2v-A14B", tmp_path / "own")
     assert config.mag_ratios == ((1.0, 0.99), (1.0, 0.98, 0.9))
-    assert WanI2V(config, tmp_path / "own").sampling(cache="magcache").uses("magcache")
+    assert WanI2V(config, tmp_path / "own").rules.merge(cache="magcache").uses("magcache")
 
 
 def test_the_released_models_have_magnitudes_for_each_expert() -> None:

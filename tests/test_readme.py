@@ -144,7 +144,7 @@ def test_commands_run(command: str, world: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_storyboard_of_the_readme_is_one(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, named = re.findall(r"```yaml\n(.*?)```", PAGES["guide.md"], re.DOTALL)
     (world / "named.yaml").write_text(named, encoding="utf-8")
-    assert [scene.said["name"] for scene in read_storyboard(world / "named.yaml")] == ["harbour", "fog", "night"]
+    assert [scene.values["name"] for scene in read_storyboard(world / "named.yaml")] == ["harbour", "fog", "night"]
     (world / "story.yaml").write_text(text.replace("frames: 81", "frames: 9"), encoding="utf-8")
     flags = ["--ckpt_dir", "Wan2.2-I2V-A14B", "--video", "input.mp4", "--storyboard", "story.yaml"]
     monkeypatch.chdir(world)

@@ -104,7 +104,8 @@ def test_a_shape_of_another_kind_or_size_or_one_that_is_gone_is_counted_so(world
     assert other.colours == other.areas == [True] and other.kinds == other.all_right == [False]
     assert judged(radius=scene.truth.radius / 1.5, growth=0 * scene.truth.growth).areas == [False]
     gone = judged(present=torch.zeros_like(scene.truth.present))
-    assert gone == ChainClip([], [False], [False], [False], [False], [])
+    assert gone == ChainClip([], [False], [False], [False], [False], [], gone.levels, [])
+    assert gone.levels[0] > 0.5 and judged().levels == [0]
     there = scene.truth.positions(torch.tensor([8]))[:, 0]
     aside = torch.where(there[..., :1] < 80, 20, -20) * torch.tensor([1, 0])  # pixels, towards the middle
     [error] = judged(start=there + aside, velocity=0 * scene.truth.velocity).errors

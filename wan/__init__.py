@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from wan.commands.continuous import Chain as Chain
     from wan.configs import WAN_CONFIGS as WAN_CONFIGS
     from wan.errors import UserError as UserError
+    from wan.experts import pipeline_class as pipeline_class
     from wan.image2video import WanI2V as WanI2V
     from wan.options import Settings as Settings
-    from wan.pipeline import pipeline_class as pipeline_class
     from wan.text2video import WanT2V as WanT2V
     from wan.textimage2video import WanTI2V as WanTI2V
     from wan.video2video import WanV2V as WanV2V
@@ -24,7 +24,7 @@ _HOME = {
     "Settings": "wan.options",
     "WAN_CONFIGS": "wan.configs",
     "UserError": "wan.errors",
-    "pipeline_class": "wan.pipeline",
+    "pipeline_class": "wan.experts",
     "WanI2V": "wan.image2video",
     "WanT2V": "wan.text2video",
     "WanTI2V": "wan.textimage2video",

@@ -100,27 +100,27 @@ class ComfyFolder:
         known = {name for names in _FOLDERS.values() for name in names} | {_BUNDLES}
         roots = [root for root in (folder, folder / "models") if any((root / name).is_dir() for name in known)]
         if not roots:
-            there = "has none of the folders" if folder.is_dir() else "does not exist; name the one with"
-            raise UserError(f"`comfy_dir` {folder} {there} {', '.join(sorted(known - {_BUNDLES}))}")
+            lack = "has none of the folders" if folder.is_dir() else "does not exist; name the one with"
+            raise UserError(f"`comfy_dir` {folder} {lack} {', '.join(sorted(known - {_BUNDLES}))}")
         self.root = roots[0]
         self._configs = [one / part for one in (self.root, *configs) for part in (".", HIGH, LOW, "transformer")]
         self._unfit: dict[str, list[str]] = {}  # why the files that bear our name are not taken, by part
 
     def kinds(self) -> dict[tuple[int, int], _File]:
         """(experts, input channels) of the models whose denoisers are all there, with one file of each."""
-        found: dict[tuple[int, int], _File] = {}
+        files_by_kind: dict[tuple[int, int], _File] = {}
         for channels in sorted({file.size for file in self._denoisers}):
             files = [file for file in self._denoisers if file.size == channels]
             if channels == 48:
-                found[1, channels] = files[0]
+                files_by_kind[1, channels] = files[0]
             elif {"high", "low"} <= {file.expert for file in files} or any(not file.expert for file in files):
-                found[2, channels] = files[0]
-        return found
+                files_by_kind[2, channels] = files[0]
+        return files_by_kind
 
     def kind(self, continues: bool) -> tuple[int, int]:
         """That of the one model that is there; one that continues videos, where that is wanted. Raises UserError."""
-        there = self.kinds()
-        fit = {kind: file for kind, file in there.items() if not continues or kind != (2, 16)}
+        kinds = self.kinds()
+        fit = {kind: file for kind, file in kinds.items() if not continues or kind != (2, 16)}
         if len(fit) == 1:
             return next(iter(fit))
         if fit:
@@ -140,16 +140,16 @@ class ComfyFolder:
             files = [file for file in self._denoisers if file.size == channels]
             for part, file, why in self._experts(experts, files, kind_of(2 - ("model" in parts), channels), distilled):
                 width = infer_config(file.weights)["text_dim"]
-                yield self._found(part, file, why)
+                yield self._chosen(part, file, why)
         if "vae" in parts:
             fit = [file for file in self._vaes if file.size == latents]
             file, why = self._choose("vae", fit, f"VAE of {latents} latent channels")
-            yield self._found("vae", file, why)
+            yield self._chosen("vae", file, why)
         encoders = [file for file in self._encoders if width in (None, file.size)]
         encoder = None
         if "text_encoder" in parts:
             encoder, why = self._choose("text_encoder", encoders, "text encoder (UMT5-XXL)")
-            yield self._found("text_encoder", encoder, why)
+            yield self._chosen("text_encoder", encoder, why)
         if "tokenizer" in parts:
             yield self._tokenizer(encoder, encoders)
 
@@ -193,10 +193,10 @@ class ComfyFolder:
         count = max(among, len(files))
         return fit[0], "" if count == 1 else f", of {count} that fit the one nearest to the released weights"
 
-    def _found(self, part: str, file: _File, why: str) -> Found:
+    def _chosen(self, part: str, file: _File, why: str) -> Found:
         both = " for both experts" if part == "model" and file.size != 48 else ""
-        said = ", distilled by its name" if file.weights.is_distilled else ""
-        return Found(part, file.path, f"`comfy_dir`: {_WORDS[part]}{both} {file.shown}{why}{said}")
+        distilled = ", distilled by its name" if file.weights.is_distilled else ""
+        return Found(part, file.path, f"`comfy_dir`: {_WORDS[part]}{both} {file.shown}{why}{distilled}")
 
     def _tokenizer(self, encoder: _File | None, encoders: Sequence[_File]) -> Found:
         for file in ([encoder] if encoder else []) + sorted(encoders, key=lambda one: one.path):
@@ -239,7 +239,7 @@ class ComfyFolder:
     def _files(self, part: str, opened: Callable[[Path], Weights], check: Callable[[Weights], int]) -> list[_File]:
         """The files that fit a part; those of several parts only where there is no other."""
         for folders in (_FOLDERS[part], (_BUNDLES,)):
-            found = []
+            described = []
             for path in self._walk(folders):
                 try:
                     weights = opened(path)
@@ -248,9 +248,9 @@ class ComfyFolder:
                     if _OURS[part] in path.name.lower():
                         self._unfit.setdefault(part, []).append(error.marked)
                     continue
-                found.append(self._described(part, path, weights, size))
-            if found:
-                return found
+                described.append(self._described(part, path, weights, size))
+            if described:
+                return described
         return []
 
     def _described(self, part: str, path: Path, weights: Weights, size: int) -> _File:
@@ -283,10 +283,10 @@ class ComfyFolder:
 
 def _expert(name: str) -> str:
     """ "high" or "low", where a name says one of them."""
-    said = experts_named(name)
-    return said.pop() if len(said) == 1 else ""
+    experts = experts_named(name)
+    return experts.pop() if len(experts) == 1 else ""
 
 
-def as_settings(found: Sequence[Found]) -> dict[str, Any]:
+def as_settings(parts: Sequence[Found]) -> dict[str, Any]:
     """What was found, by the settings that name it; a tokenizer has none."""
-    return {_SETTING[one.part]: str(one.file) for one in found if one.part in _SETTING}
+    return {_SETTING[one.part]: str(one.file) for one in parts if one.part in _SETTING}

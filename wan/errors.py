@@ -30,4 +30,4 @@ class InUse(UserError):
 
 def spell(message: str, spelling: Callable[[str], str]) -> str:
     """The message with each setting in backquotes as `spelling` writes its name."""
-    return _SETTING.sub(lambda found: spelling(found[1]), message)
+    return _SETTING.sub(lambda match: spelling(match[1]), message)

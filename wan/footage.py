@@ -31,6 +31,7 @@ class VideoFile:
             media.check_last_frame_with_decord(self.path, image)
         self.last: Frame = image
         self.motion: Tensor | None = None  # the latents of a file are not known
+        self.colours: Tensor | None = None  # nor is a first clip
 
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
         """Frames spread over the file, or over its last `seconds`, as `Footage.samples`."""
@@ -62,6 +63,7 @@ class FramesInMemory:
         self.fps = Fraction(fps).limit_denominator(10**6)
         self.last: Frame = Image.fromarray(self.frames[-1])
         self.motion: Tensor | None = None  # the latents of frames are not known
+        self.colours: Tensor | None = None  # nor is a first clip
 
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
         """Frames spread over them, or over their last `seconds`, as `Footage.samples`."""
@@ -87,7 +89,7 @@ class ChangedEnd:
 
     def __init__(self, footage: Footage, frames: Tensor) -> None:
         self.frames = frames
-        self.samples = footage.samples
+        self.samples, self.colours = footage.samples, footage.colours
         self.last: Frame = frames[-1].permute(2, 0, 1).contiguous()
         self.motion: Tensor | None = None
 

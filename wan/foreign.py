@@ -57,10 +57,10 @@ def read_bytes(path: Path, most: int = MOST_BYTES, advice: str = "remove it, or 
     `advice` is for what is no file.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is no file; {advice}")
-        if found.st_size > most:
+        if status.st_size > most:
             raise UserError(f"{path} is larger than {most >> 20} MiB; is it the right file?")
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -108,13 +108,13 @@ def parsing(source: str | Path, advice: str) -> Iterator[None]:
 
 def count_numbered(names: Iterable[str], prefix: str, source: str) -> int:
     """How many modules a list has whose tensors are `prefix` and a number, from 0 without a gap. Raises UserError."""
-    found = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
-    if odd := found - {str(number) for number in range(len(found))}:
+    numbers = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+    if odd := numbers - {str(number) for number in range(len(numbers))}:
         name = re.sub(r"[^\w]", "?", min(odd))[:40]
         raise UserError(
-            f"{source} is damaged: {prefix}{name} is not one of {len(found)} counted from 0; download it again"
+            f"{source} is damaged: {prefix}{name} is not one of {len(numbers)} counted from 0; download it again"
         )
-    return len(found)
+    return len(numbers)
 
 
 def fit(shape: type[Shape], value: Any, source: str) -> Shape:
@@ -126,8 +126,8 @@ def fit(shape: type[Shape], value: Any, source: str) -> Shape:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "it"
-        said = first["msg"][:1].lower() + first["msg"][1:]
-        raise UserError(f"{source}: {place[:100]} is not as it must be ({said[:200]})") from error
+        fault = first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"{source}: {place[:100]} is not as it must be ({fault[:200]})") from error
 
 
 @cache

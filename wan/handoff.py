@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,9 +46,9 @@ def hand_off(command: str, frames: Tensor) -> Tensor:
         paths = [Path(folder) / f"{number:03d}.png" for number in range(len(frames))]
         shown = to_uint8(frames)
         for path, picture in zip(paths, shown, strict=True):
-            Image.fromarray(picture).save(path, compress_level=1)
+            media.write_png(path, Image.fromarray(picture))
         _run(arguments(command, folder))
-        found = []
+        frames_back = []
         for path, frame, before in zip(paths, frames, shown, strict=True):
             try:
                 picture = np.asarray(media.read_image(path))
@@ -56,24 +57,33 @@ def hand_off(command: str, frames: Tensor) -> Tensor:
             if picture.shape != before.shape:
                 sizes = " to ".join(f"{size[1]}x{size[0]}" for size in (before.shape, picture.shape))
                 raise UserError(f"`handoff_command` changed the size of {path.name} from {sizes}; it must keep it")
-            found.append(frame if np.array_equal(picture, before) else from_uint8(picture))
-    return torch.stack(found)
+            frames_back.append(frame if np.array_equal(picture, before) else from_uint8(picture))
+    return torch.stack(frames_back)
 
 
 def arguments(command: str, folder: str, windows: bool = os.name == "nt") -> str | list[str]:
     """How the program is started, without a shell; the folder is one argument, or part of one, whatever its name.
 
-    Windows programs take their command line apart themselves, so it is handed on as it was written.
+    Windows programs take their command line apart themselves, so it is handed on as it was written, with quotes around
+    a folder with blanks where there are none.
     """
     if windows:
-        return command.replace(FRAMES, subprocess.list2cmdline([folder]))
+        line, *rest = command.split(FRAMES)
+        for part in rest:
+            line += (folder if _is_quoted(line) else subprocess.list2cmdline([folder])) + part
+        return line
     return [word.replace(FRAMES, folder) for word in shlex.split(command)]
 
 
+def _is_quoted(line: str) -> bool:
+    """Whether what follows a part of a Windows command line is between quotes: one after a backslash is none."""
+    return len(re.findall(r'(?<!\\)(?:\\\\)*"', line)) % 2 == 1
+
+
 def _run(words: str | Sequence[str]) -> None:
-    said: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    streams: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(words, text=True, errors="replace", check=False, **said)
+        done = subprocess.run(words, text=True, errors="replace", check=False, **streams)
     except OSError as error:
         raise UserError(f"`handoff_command` cannot be run: {error.strerror or error}") from error
     if done.returncode:

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, latent_frames
+from wan.denoiser.conditioning import Condition, HeldImageChannels, ImageChannels, carried, latent_frames
 from wan.device.placement import Placement
+from wan.experts import TwoExperts
 from wan.pictures import as_shown
-from wan.pipeline import TwoExperts, draw_seed
+from wan.settings import draw_seed
 from wan.sizes import continued_size, official_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
@@ -69,7 +70,7 @@ class WanI2V(TwoExperts):
             n_prompt or self.config.sample_neg_prompt,
             KnownFrames((img,), end=last_image),
             self.geometry(width, height, frame_num),
-            self.sampling(sampling_steps, shift, sample_solver, guide_scale),
+            self.rules.merge(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
         return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
@@ -89,27 +90,31 @@ class WanI2V(TwoExperts):
         known, (frames, height, width) = request.known, request.geometry.size
         leading = [preprocess(frame, width, height) for frame in known.leading]
         if known.anchor is not None:
-            anchor = self.encode_frames(preprocess(known.anchor, width, height)[:, None], placement)
+            anchor = self.shared_vae.encode(preprocess(known.anchor, width, height)[:, None], placement)
+            motion = anchor[:, :0]
+            if leading:
+                plain = motion = self.shared_vae.encode(torch.stack(leading, dim=1), placement)[:, -1:]
             if known.motion is not None:
                 motion = known.motion.to(anchor)
-            elif leading:
-                motion = self.encode_frames(torch.stack(leading, dim=1), placement)[:, -1:]
-            else:
-                motion = anchor[:, :0]
+            if known.graded is not None:
+                motion = carried(motion, plain, self.shared_vae.encode(known.graded, placement)[:, -1:])
             end = None
             if known.end is not None:
-                end = self.encode_frames(preprocess(known.end, width, height)[:, None], placement)
+                end = self.shared_vae.encode(preprocess(known.end, width, height)[:, None], placement)
             return ImageChannels.from_anchor(anchor, motion, noise.shape[1], end)
         pixels = torch.zeros(3, frames, height, width, device=self.device)
         pixels[:, : len(leading)] = torch.stack(leading, dim=1).to(self.device)
         if known.end is not None:
             pixels[:, -1] = preprocess(known.end, width, height).to(self.device)
-        latents = self.encode_frames(pixels, placement)
+        latents = self.shared_vae.encode(pixels, placement)
+        # the VAE is causal: these are the latents of the known frames alone
+        held = latents[:, : latent_frames(len(leading))]
+        if known.graded is not None:
+            held = carried(held, held, self.shared_vae.encode(known.graded, placement))
+            latents = torch.cat([held, latents[:, held.shape[1] :]], dim=1)
         channels = ImageChannels.from_latents(
             latents, len(leading), end=known.end is not None, amplitude=request.motion_amplitude
         )
         if len(leading) == 1:
             return channels
-        # the VAE is causal: these are the latents of the known frames alone
-        held = latents[:, : latent_frames(len(leading))]
         return HeldImageChannels.hold(channels, held, noise, self.config.num_train_timesteps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from numbers import Integral
@@ -184,6 +185,19 @@ class Address(Local):
 
 
 @dataclass(frozen=True)
+class Place(Local):
+    """A folder of a store that fsspec knows."""
+
+    def check(self, value: Any) -> None:
+        if not _SCHEME.match(str(value)):
+            raise Unfit("must begin with a scheme: s3://bucket/runs/{name} or file:///mnt/runs/{name}, say")
+        super().check(value)
+
+    def public(self, value: Any) -> Any:
+        return value and without_login(value)
+
+
+@dataclass(frozen=True)
 class Choice(Kind):
     """One of some names."""
 
@@ -356,8 +370,8 @@ class Gib(Kind):
             raise self._unfit(value)
 
     def _unfit(self, value: Any) -> Unfit:
-        said = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
-        return Unfit(f"{said}; {str(value)[:40]!r} is not")
+        advice = f"must be auto or a number of GiB from 1 to {MOST_GIB}, for instance 12"
+        return Unfit(f"{advice}; {str(value)[:40]!r} is not")
 
     def write(self, value: Any) -> list[str]:
         return [value if isinstance(value, str) else f"{value:g}"]
@@ -457,13 +471,13 @@ class TakeOf(Kind):
     """Pairs of a clip's number and that of one of its takes, each written K=N."""
 
     def read(self, text: Any) -> tuple[tuple[int, int], ...]:
-        found = []
+        takes = []
         for word in text:
             number, equals, take = word.partition("=")
             if not equals:
                 raise Unfit(f"must be K=N, clip and take; {word[:40]!r} is not")
-            found.append((Whole().read(number), Whole().read(take)))
-        return tuple(found)
+            takes.append((Whole().read(number), Whole().read(take)))
+        return tuple(takes)
 
     def check(self, value: Any) -> None:
         _check_once(value)
@@ -527,6 +541,14 @@ def public_path(path: str | os.PathLike[str]) -> str:
         below = os.path.relpath(text)
         text = os.path.basename(os.path.normpath(text)) if below.startswith(os.pardir) else below
     return readable(text)
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+
+
+def without_login(url: str) -> str:
+    """An address of any scheme without user, password and query."""
+    return re.sub(r"://[^/]*@", "://", url).partition("?")[0]
 
 
 def public_url(url: str) -> str | None:

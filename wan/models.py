@@ -57,12 +57,12 @@ class Models:
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
         self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
 
-    def _own(self, name: str) -> str:
+    def _kept_as(self, name: str) -> str:
         """The name under which a model is kept: one denoiser may serve both experts."""
         return "high_noise_model" if self.checkpoint.single and name == "low_noise_model" else name
 
     def __getitem__(self, name: str) -> Any:
-        name = self._own(name)
+        name = self._kept_as(name)
         if name not in self._loaded:
             coming = self._coming.pop(name, None)
             if self._plan.in_turn:
@@ -73,17 +73,17 @@ class Models:
         return self._loaded[name]
 
     @contextmanager
-    def loading(self, names: Collection[str]) -> Iterator[Callable[[], None]]:
+    def loading(self, names: Collection[str], alone: bool = True) -> Iterator[Callable[[], None]]:
         """Load models in a thread while the block computes; whoever uses one that is not there yet waits for it.
 
-        What the block is given raises what went wrong so far. Where models take turns in host memory, or
-        go to a GPU that is at work, only their files are read.
+        What the block is given raises what went wrong so far. Where models take turns in host memory, need the GPU that
+        is at work, or are loaded by several processes together (`alone` is False), only their files are read.
         """
-        if self._plan.in_turn or not self._in_threads or not names:
+        if self._plan.in_turn or not (self._in_threads and alone and names):
             with self.read_ahead(names) if names else nullcontext():
                 yield lambda: None
             return
-        coming: dict[str, Future[Any]] = {name: Future() for name in dict.fromkeys(map(self._own, names))}
+        coming: dict[str, Future[Any]] = {name: Future() for name in dict.fromkeys(map(self._kept_as, names))}
 
         def load() -> None:
             for name, future in coming.items():
@@ -127,11 +127,11 @@ class Models:
 
     def put(self, name: str, model: Any) -> None:
         """Use a model that is there already."""
-        self._loaded[self._own(name)] = model
+        self._loaded[self._kept_as(name)] = model
 
     def is_loaded(self, name: str) -> bool:
         """Whether a model is in memory."""
-        name = self._own(name)
+        name = self._kept_as(name)
         return name in self._loaded or (name in self._coming and self._coming[name].done())
 
     def experts_to_keep(self) -> frozenset[str]:
@@ -146,8 +146,8 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        self._loaded.pop(self._own(name), None)
-        for expert in [one for one in self.merged if self._own(one) == self._own(name)]:
+        self._loaded.pop(self._kept_as(name), None)
+        for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
 
     @property

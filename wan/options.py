@@ -35,6 +35,7 @@ from wan.kinds import (
     Output,
     Picture,
     Pictures,
+    Place,
     Program,
     PromptFor,
     Real,
@@ -162,8 +163,8 @@ def option(
 ) -> Any:
     """A field of `Settings`, see `Option`; it is recorded under its own name."""
     keys = (fingerprint,) if isinstance(fingerprint, str) else tuple(fingerprint)
-    said = {"group": group, "kind": kind, "help": help, "fingerprint": keys, "record": record, **more}
-    return dataclasses.field(default=default, metadata=said)
+    metadata = {"group": group, "kind": kind, "help": help, "fingerprint": keys, "record": record, **more}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 _ALONE = "a lone clip has no fingerprint"
@@ -368,6 +369,11 @@ class Settings:
         CONTINUITY, Strength("S", 0, 1, unsaid=0.9),
         "take out colour drift, with strength S from 0 to 1; the flag alone means 0.9", 0.0,
         unset="off", client=True, fingerprint="drift_correction", record=True, continues=True,
+    )
+    colour_carry: float = option(
+        CONTINUITY, Strength("S", 0, 1, unsaid=0.5),
+        "begin each clip in colours nearer to the first clip's, with strength S from 0 to 1; the flag alone means 0.5",
+        0.0, unset="off", only=("continuous",), client=True, fingerprint="colour_carry", record=True, continues=True,
     )
     best_of: int = option(
         CONTINUITY, Whole("N", 1, 1000, "; that many are days of work a clip"),
@@ -599,6 +605,11 @@ class Settings:
         BATCH, Whole("N", 1, 10_000, "; one Ray holds no more"), "how many chains are made at once",
         unset="the GPUs by `gpus_per_job`; 1 without a GPU", only=("batch",), same=_BATCHED,
     )
+    captioners: int = option(
+        BATCH, Whole("N", 0, 1000, "; one Ray holds no more"),
+        "describe with so many VLMs, each on a GPU of its own, which the workers share; 0: each worker has its own", 0,
+        only=("batch",), same=_BATCHED,
+    )
     address: str | None = option(
         BATCH, Local("ADDRESS"), "the Ray cluster to work on: auto, HOST:PORT or ray://HOST:PORT",
         unset="a Ray on this machine, which is started and ended", only=("batch",), same=_BATCHED,
@@ -616,6 +627,10 @@ class Settings:
         BATCH, Switch(), "leave rows out that cannot be made, and make the others", False, only=("batch",),
         same=_BATCHED,
     )
+    upload: str | None = option(
+        BATCH, Place("URL"), "where finished chains are uploaded to, with {name}: s3://bucket/runs/{name}, say",
+        unset="nowhere", only=("batch",), same=_BATCHED,
+    )
     report_dir: str | None = option(
         BATCH, Output("DIR"), "folder for batch.html and batch.jsonl", unset="what is before {name} in `output_dir`",
         only=("batch",), same=_BATCHED,
@@ -629,12 +644,12 @@ class Settings:
 
 
 def _options() -> dict[str, Option]:
-    found = {}
+    options = {}
     for field in dataclasses.fields(Settings):
-        said = dict(field.metadata)
-        recorded = field.name.rstrip("_") if said.pop("record") else ""
-        found[field.name] = Option(name=field.name, default=field.default, record=recorded, **said)
-    return found
+        declared = dict(field.metadata)
+        recorded = field.name.rstrip("_") if declared.pop("record") else ""
+        options[field.name] = Option(name=field.name, default=field.default, record=recorded, **declared)
+    return options
 
 
 OPTIONS: Mapping[str, Option] = MappingProxyType(_options())
@@ -722,14 +737,14 @@ def words_of(arguments: Mapping[str, Any], command: Command = "continuous") -> l
 
 def current(record: Mapping[str, Any]) -> dict[str, Any]:
     """A clip's record with today's keys; 0.1.0 spelled some of them otherwise."""
-    found = dict(record)
+    today = dict(record)
     for one in OPTIONS.values():
-        if one.was in found and one.record not in found:
-            found[one.record] = found.pop(one.was)
-    if str(found.get("vlm_path") or "").startswith(("http://", "https://")):
-        found |= {"vlm_url": found["vlm_path"], "vlm_path": None}
-    files = found.pop("dit_files", None)
+        if one.was in today and one.record not in today:
+            today[one.record] = today.pop(one.was)
+    if str(today.get("vlm_path") or "").startswith(("http://", "https://")):
+        today |= {"vlm_url": today["vlm_path"], "vlm_path": None}
+    files = today.pop("dit_files", None)
     for flag, expert in EXPERT_OF_DIT.items():
         if isinstance(files, Mapping) and (file := files.get(expert)):
-            found[flag] = file
-    return found
+            today[flag] = file
+    return today

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def templates(package: str, folder: str = "") -> Environment:
-    """The templates in a folder of a package."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def templates(package: str, folder: str = "", *others: str) -> Environment:
+    """The templates in a folder of a package, and those of other packages that they import."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader(package, folder)
+    loader = ChoiceLoader([PackageLoader(package, folder), *(PackageLoader(other, "") for other in others)])
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -35,9 +35,9 @@ def as_shown(image: Image.Image, name: str = "") -> Image.Image:
         pixels = np.asarray(image.convert("RGBA"))
         image = Image.fromarray(over_white(np.ascontiguousarray(pixels[..., :3]), pixels[..., 3:], name))
     plain = image.convert("RGB")
-    found = plain if profile is None else _in_srgb(image, plain, profile, name)
-    found.info = {}
-    return found
+    shown = plain if profile is None else _in_srgb(image, plain, profile, name)
+    shown.info = {}
+    return shown
 
 
 def levels(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
@@ -87,7 +87,7 @@ def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) 
         form = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(theirs.profile.xcolor_space.strip())
         if form is None or (form == "CMYK") != (image.mode == "CMYK"):
             return plain  # of another kind than the picture: no tool uses it
-        found = ImageCms.profileToProfile(
+        converted = ImageCms.profileToProfile(
             image if image.mode == form else plain.convert(form),
             theirs,
             ImageCms.createProfile("sRGB"),
@@ -98,6 +98,6 @@ def _in_srgb(image: Image.Image, plain: Image.Image, profile: bytes, name: str) 
     except (ImageCms.PyCMSError, OSError):
         say_once(name, "its colour profile cannot be read; its colours are taken for sRGB's")
         return plain
-    if found is None or np.abs(np.asarray(found, np.int16) - np.asarray(plain)).max() <= _ROUNDING:
+    if converted is None or np.abs(np.asarray(converted, np.int16) - np.asarray(plain)).max() <= _ROUNDING:
         return plain
-    return found
+    return converted

@@ -24,6 +24,7 @@ from wan.captioner import (
     weight_bytes,
 )
 from wan.captioner.base import Pictures, Viewer
+from wan.captioner.shared import Ask, open_shared
 from wan.device.budget import GIB
 from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
@@ -89,12 +90,28 @@ class CaptionerOwner:
         self._main, self._vram = main, vram
         self._device = device
         self._captioner: Captioner | None = None
+        self._ask: Ask | None = None
         self.takes_turns = False  # leaves host memory too after each description
+
+    def share(self, ask: Ask) -> None:
+        """Ask a captioner in another process for `path`, unless there is an endpoint."""
+        if self.url is None:
+            self._ask = ask
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it takes nothing of this process's memory."""
+        return bool(self.url) or self._ask is not None
 
     @property
     def host_bytes(self) -> int:
         """What a folder's weights take of host memory where it describes on the CPU."""
-        if self.path is None or self.url or not Path(self.path).expanduser().is_dir() or self.device.type != "cpu":
+        if (
+            self.path is None
+            or self.is_elsewhere
+            or not Path(self.path).expanduser().is_dir()
+            or self.device.type != "cpu"
+        ):
             return 0
         return weight_bytes(self.path) or 0
 
@@ -106,7 +123,7 @@ class CaptionerOwner:
         return self._device
 
     def _fits(self) -> bool:
-        if self._vram is None or self.path is None or self.url:
+        if self._vram is None or self.path is None or self.is_elsewhere:
             return True
         fits = (weight_bytes(self.path) or VLM_BYTES) + VLM_WORKING <= self._vram
         if not fits:
@@ -125,6 +142,8 @@ class CaptionerOwner:
     @property
     def captioner(self) -> Captioner:
         """The captioner; a wrong path is said when it is opened, its weights load at the first description."""
+        if self._captioner is None and self._ask is not None and self.path is not None:
+            self._captioner = open_shared(str(self.path), self.trust_remote_code, self._ask)
         if self._captioner is None:
             self._captioner = open_captioner(
                 self.path,
@@ -149,7 +168,7 @@ class CaptionerOwner:
     @property
     def leaves_the_disk_alone(self) -> bool:
         """Whether the host's disk and memory are the other models' while it describes."""
-        return self.url is not None or self.device.type != "cpu"
+        return self.is_elsewhere or self.device.type != "cpu"
 
     def describe(self, frames: Pictures, question: str | None = None) -> Description:
         """What it says about frames. One that declines is asked again, as decoding is greedy with other words.
@@ -173,6 +192,8 @@ class CaptionerOwner:
 
     def make_room(self, stays: Callable[[], bool]) -> None:
         """Free a model that shares the GPU with the others, unless it `stays`, and one that takes turns with them."""
+        if self.is_elsewhere:
+            return
         if self.takes_turns or (self._main.type == "cuda" and same_device(self.device, self._main) and not stays()):
             self.captioner.close()
 

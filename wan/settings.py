@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,10 +156,10 @@ class Sampling:
 
     def as_json(self) -> dict[str, Any]:
         """What it says, as JSON values; what is not used is left out."""
-        said = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
+        values = {"steps": self.steps, "shift": self.shift, "guidance": list(self.guidance), "solver": self.solver}
         if self.guidance_interval is not None:
-            said["guidance_interval"] = list(self.guidance_interval)
-        return said | ({} if self.cache is None else {"cache": str(self.cache)})
+            values["guidance_interval"] = list(self.guidance_interval)
+        return values | ({} if self.cache is None else {"cache": str(self.cache)})
 
 
 def merge_sampling(
@@ -303,3 +304,8 @@ class LoraFile:
     def as_json(self) -> dict[str, Any]:
         """The file, its digest and its strength, for a record of what was made with it."""
         return {"file": self.path.name, "digest": self.digest, "strength": self.strength}
+
+
+def draw_seed(seed: int) -> int:
+    """The seed itself, or a new one for a negative seed, as Wan2.2 does; 32 bits leave room for a chain to count up."""
+    return seed if seed >= 0 else random.randrange(2**32)

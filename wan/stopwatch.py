@@ -52,4 +52,4 @@ def detail_to(on_step: OnStep | None, done: Callable[[], int], steps: int, stage
     """What tells `on_step` of details in a stage."""
     if on_step is None:
         return None
-    return lambda said: on_step(Step(done(), steps, stage, detail=said))
+    return lambda detail: on_step(Step(done(), steps, stage, detail=detail))

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from wan.denoiser.conditioning import Condition, TextOnly
 from wan.device.placement import Placement
-from wan.pipeline import TwoExperts, draw_seed
+from wan.experts import TwoExperts
+from wan.settings import draw_seed
 from wan.types import KnownFrames, OnStep, Request
 
 
@@ -34,7 +35,7 @@ class WanT2V(TwoExperts):
             n_prompt or self.config.sample_neg_prompt,
             KnownFrames(),
             self.geometry(*size, frame_num),
-            self.sampling(sampling_steps, shift, sample_solver, guide_scale),
+            self.rules.merge(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
         return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]

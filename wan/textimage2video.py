@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly
+from wan.denoiser.conditioning import Condition, KnownLatents, TextOnly, carried
 from wan.device.placement import Placement
 from wan.errors import UserError
+from wan.experts import OneExpert
 from wan.pictures import as_shown, cover
-from wan.pipeline import OneExpert, draw_seed
+from wan.settings import draw_seed
 from wan.sizes import best_size, continued_size
 from wan.types import Frame, KnownFrames, OnStep, Request, frame_size, image_to_frame
 
@@ -61,7 +62,7 @@ class WanTI2V(OneExpert):
             n_prompt or self.config.sample_neg_prompt,
             KnownFrames() if img is None else KnownFrames((img,)),
             self.geometry(*size, frame_num),
-            self.sampling(sampling_steps, shift, sample_solver, guide_scale),
+            self.rules.merge(sampling_steps, shift, sample_solver, guide_scale),
             draw_seed(seed),
         )
         return self.video(request, offload=offload_model, on_step=on_step)  # type: ignore[no-any-return]
@@ -142,9 +143,11 @@ class WanTI2V(OneExpert):
         leading, end = noise[:, :0], None
         if known.leading:
             pixels = torch.stack([preprocess(frame, width, height) for frame in known.leading], dim=1)
-            leading = self.encode_frames(pixels, placement)
+            leading = self.shared_vae.encode(pixels, placement)
+            if known.graded is not None:
+                leading = carried(leading, leading, self.shared_vae.encode(known.graded, placement))
         if known.end is not None:
             # a latent frame of four, which all show it: one that is encoded alone is of another kind, the first
             still = preprocess(known.end, width, height)[:, None].repeat(1, 1 + self.config.vae_stride[0], 1, 1)
-            end = self.encode_frames(still, placement)[:, -1:]
+            end = self.shared_vae.encode(still, placement)[:, -1:]
         return KnownLatents(leading, end)

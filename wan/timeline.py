@@ -62,14 +62,14 @@ class Timeline:
     @property
     def starts(self) -> list[Fraction]:
         """When the first new frame of each part appears, in seconds."""
-        found, now = [], Fraction(0)
+        starts, now = [], Fraction(0)
         for index, part in enumerate(self.parts):
             if index:
                 before = self.parts[index - 1]
                 now += before.moment(before.frames - 1) - before.moment(before.drop)
                 now += max(1 / (part.fps if part.drop else before.fps), before.stay)
-            found.append(now)
-        return found
+            starts.append(now)
+        return starts
 
     @property
     def ends(self) -> list[int]:

@@ -28,13 +28,16 @@ class KnownFrames:
 
     `leading`: its first frames, oldest first, 1 or 4n+1. `end`: its last frame. With an `anchor` picture the clip is
     conditioned as in Stable Video Infinity 2.0 Pro: `motion` is the last latent frame [z, 1, h, w] of the clip before,
-    or None when it is to be encoded from `leading`; without either, the clip begins a shot.
+    or None when it is to be encoded from `leading`; without either, the clip begins a shot. `graded` [3, n, H, W] are
+    the leading frames in the colours that the clip should begin with, see `carried`; then `leading` is there beside
+    `motion` too.
     """
 
     leading: tuple[Frame, ...] = ()
     end: Frame | None = None
     anchor: Frame | None = None
     motion: Tensor | None = None
+    graded: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Clip:
     @property
     def motion(self) -> Tensor | None:
         """Pixels alone hold no latents."""
+        return None
+
+    @property
+    def colours(self) -> Tensor | None:
+        """Pixels alone know no first clip."""
         return None
 
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
@@ -83,6 +91,10 @@ class Footage(Protocol):
     @property
     def motion(self) -> Tensor | None:
         """The last latent frame float32 [z, 1, h, w] where it is known."""
+
+    @property
+    def colours(self) -> Tensor | None:
+        """`measure_colours` of the end of the first clip of its shot, where they are known."""
 
     def samples(self, count: int, seconds: float | None = None) -> UInt8Array:
         """`count` frames uint8 [count, H, W, 3] spread over it, or evenly over its last `seconds`.
@@ -163,6 +175,7 @@ class Generation:
     a CPU. `context_frames` of the clip before were known, of which `dropped` leading frames repeat that clip.
     `prompt_memory` is for the next clip's prompt, `notes` what else is to be written down; both are JSON values.
     `score_seam` computes `seam`. `handed` float32 [n, H, W, 3] are its known frames where a program has seen them.
+    `colours` are as in `Footage`.
     It is the `Footage` that the next clip goes on from.
     """
 
@@ -177,6 +190,7 @@ class Generation:
     notes: Mapping[str, Any] = field(default_factory=dict)
     score_seam: Callable[[], Mapping[str, Any] | None] = lambda: None
     handed: Tensor | None = None
+    colours: Tensor | None = None
 
     @property
     def seam(self) -> Mapping[str, Any] | None:

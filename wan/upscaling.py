@@ -126,13 +126,13 @@ def open_upscaler(name: str) -> Upscaler:
     state = spandrel.canonicalize_state_dict(read_state(file))
     with parsing(str(file), "download it again"):
         try:
-            found = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
+            model = spandrel.ModelLoader(device="cpu").load_from_state_dict(state)
         except spandrel.UnsupportedModelError as error:
             raise UserError(f"`upscale` {file} is none of the models that spandrel knows; give another") from error
-    if not isinstance(found, spandrel.ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
+    if not isinstance(model, spandrel.ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
         raise UserError(f"`upscale` {file} does not make colour pictures of colour pictures; give another model")
-    tiles = TILES if found.tiling is spandrel.ModelTiling.SUPPORTED else ()
-    return Upscaler(file, found.scale, found, tiles, found.model)
+    tiles = TILES if model.tiling is spandrel.ModelTiling.SUPPORTED else ()
+    return Upscaler(file, model.scale, model, tiles, model.model)
 
 
 def _spandrel() -> Any:
@@ -141,6 +141,11 @@ def _spandrel() -> Any:
     try:
         return importlib.import_module("spandrel")
     except ImportError as error:
+        if str(error.name).partition(".")[0] == "torchvision":
+            raise UserError(
+                "`upscale`: spandrel needs a torchvision that goes with the installed torch; install that one "
+                f"({error})"
+            ) from error
         raise UserError(
             f'`upscale` needs the package spandrel: pip install -e ".[finish]" in the project ({error})'
         ) from error

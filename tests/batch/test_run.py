@@ -34,7 +34,7 @@ def failed(code: str, message: str = "x", why: str | None = None) -> dict[str, A
 
 class Event:
     def __init__(self, kind: str, worker: int, said: Mapping[str, Any]) -> None:
-        self.kind, self.worker, self.said = kind, worker, said
+        self.kind, self.worker, self.message = kind, worker, said
 
 
 class Crew:
@@ -232,7 +232,7 @@ def test_what_is_finished_is_not_given_to_anybody() -> None:
     def checked(worker: int, order: Mapping[str, Any]) -> None:
         assert order["check"]
         give(worker, order)
-        crew.events[-1].said = {"state": CHECKED, "found": FOUND | {"missing": 0, "status": "finished"}, **NOTHING}
+        crew.events[-1].message = {"state": CHECKED, "found": FOUND | {"missing": 0, "status": "finished"}, **NOTHING}
 
     crew.give = checked  # type: ignore[method-assign]
     tasks = tasks_of("a", "b")

@@ -13,7 +13,7 @@ import torch
 
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, Memory, NextPrompt, next_prompt
-from wan.captioner.next_prompt import KEEP
+from wan.captioner.next_prompt import KEEP, is_prose
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -322,3 +322,8 @@ def test_a_model_that_babbles_leaves_the_description(monkeypatch: pytest.MonkeyP
     assert made.prompt == made.memory.identity == description()
     assert made.fallback is not None
     assert len(made.answers) == 4
+
+
+def test_four_letters_of_five_and_two_words_of_five_are_enough_for_prose() -> None:
+    assert is_prose("abcd1") and not is_prose("abc11")
+    assert is_prose("so so so so on") and not is_prose("so so so so so on")

@@ -159,6 +159,12 @@ def test_chinese_is_cut_at_sentences_then_at_characters() -> None:
     assert compose_prompt("", "一只猫在跑。它跳了。", len, 4) == "一只猫在"
 
 
+def test_a_word_that_is_longer_than_all_room_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """Thai is written without blanks."""
+    assert compose_prompt("ไป", "แมววิ่งไปทางขวา", len, 7) == "ไป แมวว"
+    assert not caplog.text
+
+
 def test_a_long_text_of_the_user_stays_whole_and_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert compose_prompt("a b c d e", "A cat.", words, 3) == "a b c d e"

@@ -22,7 +22,7 @@ from tests.support.golden import DATA, small_checkpoints
 from tests.support.media_samples import number, numbered
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import WanV2V5B, cli, media
-from wan.chain.chain import ChainRun
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.options import OPTIONS
 from wan.types import Generation, Request
@@ -174,7 +174,7 @@ def test_the_corrected_frames_are_what_is_shown_kept_and_gone_on_from(
         asked.append((len(condition), known, strength))
         return frames / 2
 
-    monkeypatch.setattr("wan.continuation.correct_drift", paler)
+    monkeypatch.setattr("wan.candidates.correct_drift", paler)
     assert chain(checkpoints, tmp_path / "plain", *PROMPT) == 0 and not asked
     assert chain(checkpoints, tmp_path / "paler", *PROMPT, "--drift_correction", "0.5") == 0
     assert asked == [(17, 1, 0.5), (13, 1, 0.5)]

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.chain.report import _time_chart, _walk, render_report, seam_thumbnails
+from wan.chain.charts import _time_chart, _walk
+from wan.chain.report import _clock, render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
 
@@ -345,3 +346,20 @@ def test_a_walk_of_colours_is_told_from_half_a_step_on() -> None:
 def test_the_page_has_no_lines_that_the_template_s_statements_left() -> None:
     page = render_report(run(), [clip(1), clip(2)], [[], []])[0]
     assert not [line for line in page.splitlines() if line and not line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (None, "unknown time"),
+        (12.5, "12.5 s"),
+        (59.9, "59.9 s"),
+        (60, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_a_length_of_time_is_in_the_units_that_one_would_say(seconds: float | None, words: str) -> None:
+    assert _clock(seconds) == words

@@ -17,9 +17,9 @@ import pytest
 
 from tests.support.commands import Seen, frames_in
 from wan import Chain, Settings, cli
-from wan.chain.chain import ChainRun
 from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.fingerprint import difference
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
 from wan.errors import UserError

@@ -52,7 +52,7 @@ def clip(line: int, prompt: str | None = None, **said: Any) -> Any:
 
 def read(folder: Path, content: str | bytes, suffix: str = ".yaml") -> tuple[Any, ...]:
     scenes = read_storyboard(write(folder, content, suffix))
-    return tuple(clip(scene.line, **{key: scene.said.get(one.name) for key, one in KEYS.items()}) for scene in scenes)
+    return tuple(clip(scene.line, **{key: scene.values.get(one.name) for key, one in KEYS.items()}) for scene in scenes)
 
 
 def refusal(folder: Path, content: str | bytes, suffix: str = ".yaml") -> str:
@@ -217,8 +217,8 @@ def test_files_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("HOME", str(folder))
     (tmp_path / "story.yaml").write_text(f"- {{end_image: ~/end.png, lora: ~/a.safetensors}}\n- cut: {folder}/end.png")
     first, second = read_storyboard(tmp_path / "story.yaml")
-    assert first.said["end_image"] == second.said["cut"] == f"{folder}/end.png"
-    assert first.said["lora"] == (f"{folder}/a.safetensors:1.0",)
+    assert first.values["end_image"] == second.values["cut"] == f"{folder}/end.png"
+    assert first.values["lora"] == (f"{folder}/a.safetensors:1.0",)
 
 
 # What is wrong, and where

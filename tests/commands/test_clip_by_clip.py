@@ -15,6 +15,8 @@ from PIL import Image
 
 from tests.support.commands import Seen, Speaking, frames_in
 from wan import media
+from wan.chain.plan import LaterPicture, Plan
+from wan.commands import continuous
 from wan.commands.flags import check_prompts_for, check_together
 from wan.errors import UserError
 from wan.media import PIECE, writing
@@ -164,3 +166,28 @@ def test_identity_is_measured_against_the_shot_s_first_picture(
     assert report["drift"]["identity"] == measured and "Identity" in (seen.folder / "report.html").read_text()
     assert report["clips"][0]["new_frames"] == 12
     assert "Identity" not in (world / "plain" / "report.html").read_text()
+
+
+def test_end_images_are_read_when_their_clip_comes(
+    command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = list[Plan]()
+    planned = continuous._plans
+
+    def spy(*given: Any) -> list[Plan]:
+        plans[:] = planned(*given)
+        return list(plans)
+
+    monkeypatch.setattr(continuous, "_plans", spy)
+    seen = command("--end_images ends")
+    assert seen.code == 0 and [type(plan.end) for plan in plans] == [LaterPicture, LaterPicture]  # and no pixels
+    end = plans[1].end
+    assert isinstance(end, LaterPicture) and isinstance(end.read(), torch.Tensor)
+    file = world / "ends" / "10.png"
+    before = file.read_bytes()
+    try:
+        Image.new("RGB", (64, 32), "blue").save(file)
+        with pytest.raises(UserError, match="10.png is another picture than when the run began"):
+            end.read()
+    finally:
+        file.write_bytes(before)

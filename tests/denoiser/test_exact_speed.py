@@ -521,14 +521,14 @@ def test_all_forwards_of_a_run_count_for_its_kernels(i2v: Any, monkeypatch: pyte
         raise StopError
 
     for name in ("compile_where_it_pays", "use_fastest_attention"):
-        monkeypatch.setattr(f"wan.pipeline.{name}", lambda model, *what, name=name: asked.append((name, *what)))
-    monkeypatch.setattr("wan.pipeline.sample", stop)
+        monkeypatch.setattr(f"wan.clip_sampler.{name}", lambda model, *what, name=name: asked.append((name, *what)))
+    monkeypatch.setattr("wan.clip_sampler.sample", stop)
     monkeypatch.setattr(i2v, "compile_blocks", True)
     geometry = i2v.geometry(96, 64, 9)
     for cache, steps in ((None, 2 * 12), ("taylorseer:2", 2 * (4 + 5))):  # 5 and 7 steps
         asked.clear()
         image = KnownFrames((Image.new("RGB", (96, 64)),))
-        sampling = i2v.sampling(12, cache=cache, guide_scale=3.0)
+        sampling = i2v.rules.merge(12, cache=cache, guide_scale=3.0)
         with pytest.raises(StopError):
             i2v.run(Request("x", "", image, geometry, sampling, 1), clips=3)
         what = (geometry.tokens, 3 * steps, i2v.device)

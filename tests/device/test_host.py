@@ -105,3 +105,9 @@ def test_a_driver_is_looked_for_under_each_of_its_names(monkeypatch: pytest.Monk
     monkeypatch.setattr("ctypes.CDLL", load)
     assert host.has_driver("nvcuda.dll", "libcuda.so.1")
     assert not host.has_driver("amdhip64.dll", "libamdhip64.so")
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(host._UNLIMITED, False), (host._UNLIMITED - 1, True)])
+def test_the_kernel_s_word_for_no_limit_is_none(tmp_path: Path, limit: int, counts: bool) -> None:
+    group(tmp_path, 2, limit)
+    assert host._read(tmp_path, *host._VERSION_2) == ([(limit, 0)] if counts else [])

@@ -224,3 +224,12 @@ def test_the_flag_refuses_before_loading(capsys: pytest.CaptureFixture[str], mon
     assert "GiB of host memory" in (said := capsys.readouterr().err) and "--host_memory is 2" in said
     assert cli.generate_main([*checkpoint, "--host_memory", "much"]) == 2
     assert "--host_memory must be auto or a number of GiB" in capsys.readouterr().err
+
+
+def test_what_goes_to_gpus_in_slices_is_not_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, budget, geometry = host_of("i2v-A14B", 24, torch.bfloat16, monkeypatch)
+    experts = frozenset(host.checkpoint.experts)
+    sliced = dataclasses.replace(host, elsewhere=experts)
+    none = dataclasses.replace(host, elsewhere=experts | {"text_encoder"})
+    all_of, without, nothing = (one.need(ALL, budget, geometry) for one in (host, sliced, none))
+    assert all_of - without > 50 * GIB and without - nothing > 10 * GIB

@@ -24,7 +24,17 @@ from wan import WAN_CONFIGS, UserError, WanV2V5B
 from wan.captioner import weight_bytes
 from wan.denoiser.model import WanModel
 from wan.device import layers, streaming
-from wan.device.budget import BARE_CONTEXT, CONTEXT, GIB, MemoryBudget, StageMemory, for_tensors, gpu_limit
+from wan.device.budget import (
+    ALWAYS,
+    BARE_CONTEXT,
+    CONTEXT,
+    GIB,
+    MemoryBudget,
+    StageMemory,
+    denoiser_memory,
+    for_tensors,
+    gpu_limit,
+)
 from wan.device.hardware import hold_to
 from wan.device.layers import layers_that_stay
 from wan.device.placement import Placement
@@ -607,3 +617,11 @@ def test_a_model_that_does_not_fit_layer_by_layer_says_what_it_needs(weight_budg
     placement = Placement(torch.device("cpu"), offload=True, weight_budget=weight_budget)
     with pytest.raises(UserError, match=f"needs {needed:.1f} GiB even layer by layer, {left} are left"):
         placement.streams(model)
+
+
+def test_of_a_feed_forward_layer_its_inner_width_counts() -> None:
+    budget = at_real_size("ti2v-5B")
+    weights, tokens = budget.checkpoint.experts["model"], 10_000
+    width, hidden = 3072, 14336
+    working = denoiser_memory(weights, "bfloat16", False, tokens, 512).working
+    assert working == pytest.approx(ALWAYS + tokens * (4 * hidden + 7 * width), rel=1e-6)

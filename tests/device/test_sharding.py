@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +107,19 @@ def test_what_does_not_go_with_slices_is_refused() -> None:
         WanTI2V(config.variant(low_precision="fp8"), FOLDER, dit_fsdp=True)
     with pytest.raises(UserError, match="dit_fsdp keep weights on all GPUs, so no layers come to them: leave out vram"):
         WanTI2V(config, FOLDER, dit_fsdp=True, vram=8)
+
+
+def test_the_last_slice_is_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Whole:
+        shape = (10, 2)
+
+        def __init__(self, rank: int) -> None:
+            self.device_mesh = SimpleNamespace(size=lambda: 4, get_local_rank=lambda: rank)
+            self.rank = rank
+
+        def to_local(self) -> torch.Tensor:
+            return torch.zeros((3, 3, 3, 1)[self.rank], 2)
+
+    monkeypatch.setattr("wan.device.sharding.DTensor", Whole)
+    slices: list[Any] = [slice_of(Whole(rank)) for rank in range(4)]  # type: ignore[arg-type]
+    assert [(one.rows.start, one.rows.stop) for one in slices] == [(0, 3), (3, 6), (6, 9), (9, 10)]

@@ -11,6 +11,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from wan import files, media
 from wan.errors import UserError
 from wan.media import VideoError, colour, decord_reader, reading, source
 from wan.media.light import tone_map
+from wan.media.reading import _check_moment
 
 pytestmark = pytest.mark.slow
 
@@ -396,3 +398,14 @@ def test_pictures_that_were_converted_do_not_stay_in_memory() -> None:
     finally:
         gc.enable()
     assert len(kept) <= 2
+
+
+def test_the_moment_of_the_last_picture_counts() -> None:
+    pictures = SimpleNamespace(was_cut=False)
+    last = [SimpleNamespace(time=time) for time in (1.0, 2.0, 9.0)]
+    source: Any = SimpleNamespace(path="a.mp4", until=8.5, zero=0.0, start=0.0, length=None, fps=10)
+    ending: Any = SimpleNamespace(pictures=pictures, last=last, stay=0.1, clock=[0.0])
+    _check_moment(source, ending)
+    source.until = 12.0
+    with pytest.raises(UserError, match=r"it ends at 9.10 s"):
+        _check_moment(source, ending)

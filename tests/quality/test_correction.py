@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -118,10 +119,12 @@ def test_light_that_changes_more_or_faster_than_drift_is_left_alone(dusk: np.nda
 
 
 @pytest.mark.parametrize("first", [1, 12])
-def test_a_cut_is_left_alone(first: int) -> None:
+def test_a_cut_is_left_alone(first: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "wan")
     before, clean = footage(0)
     clip = torch.cat([clean[:first], Scene(7, pan(1)).clip(range(NEW - first)) * 0.9])
     assert correct_drift(clip, before, known=1) is clip
+    assert "no drift correction: the picture cannot be followed to frame " in caplog.text
 
 
 def test_a_drift_is_found_behind_noise() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support.quality_footage import Scene, pan, still, to_and_fro, to_frames, unit
 from wan.errors import UserError
 from wan.quality import LookPart, SeamScore, measure_look, score_seam
-from wan.quality.metrics import _noise
+from wan.quality.metrics import _high_frequency, _noise
 
 pytestmark = pytest.mark.slow
 
@@ -199,3 +199,12 @@ def test_without_opencv_the_message_says_what_to_install(monkeypatch: pytest.Mon
 def test_the_last_line_of_an_odd_picture_is_not_needed_for_its_noise() -> None:
     grey = np.random.default_rng(0).normal(0, 0.1, (65, 97))
     assert _noise(grey) == _noise(grey[:64, :96]) == pytest.approx(0.1, rel=0.05)
+
+
+@pytest.mark.parametrize("width", [32, 33])
+def test_fine_detail_is_a_share_of_the_whole_spectrum(width: int) -> None:
+    grey = np.random.default_rng(0).random((24, width))
+    windowed = (grey - grey.mean()) * np.hanning(24)[:, None] * np.hanning(width)[None]
+    power = np.abs(np.fft.fft2(windowed)) ** 2
+    far = np.hypot(np.fft.fftfreq(24)[:, None], np.fft.fftfreq(width)[None]) > 0.25
+    assert _high_frequency(grey) == pytest.approx(power[far].sum() / power.sum(), rel=1e-9)

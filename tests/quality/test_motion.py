@@ -11,6 +11,7 @@ import torch
 from tests.support.quality_footage import Path, Scene, pan, still, to_and_fro, to_frames
 from wan.errors import UserError
 from wan.quality import Motion, measure_motion
+from wan.quality.motion import _STILL
 from wan.quality.vision import spread
 
 
@@ -79,3 +80,8 @@ def test_a_camera_is_followed_past_frames_in_which_nothing_can_be() -> None:
 def test_frames_are_spread_over_a_clip_with_its_ends() -> None:
     assert list(spread(1, 1)) == [0] and list(spread(4, 4)) == [0, 1, 2, 3]
     assert list(spread(9, 3)) == [0, 4, 8]
+
+
+def test_what_moves_less_than_can_be_seen_is_still() -> None:
+    at_rest = dataclasses.replace(motion(), pixels=_STILL)
+    assert not at_rest.still and dataclasses.replace(at_rest, pixels=0.99 * _STILL).still

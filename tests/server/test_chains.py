@@ -169,3 +169,16 @@ def test_health_metrics_models_and_the_openapi_page(quick: Served) -> None:
     assert {"/v1/videos", "/v1/videos/extensions", "/v1/chains/{name}/events"} <= set(paths)
     text = quick.ask("/metrics")[1]
     assert 'wan_chains{state="queued"}' in text and "wan_request_seconds_bucket" in text
+
+
+def test_a_clip_s_anchor_is_sent_from_the_page_where_the_model_has_one() -> None:
+    from wan.server.orders import read_clip
+    from wan.server.page_routes import _templates
+
+    clip = {"number": 1, "said": {}, "finished": False}
+    chain = {"id": "x", "prompt": None, "now": None, "error": None, "warnings": [], "clips": [clip]}
+    template = _templates().get_template("clips.html.jinja")
+    shown = {anchors: template.render(chain=chain, joined=None, drift=[], anchors=anchors) for anchors in (True, False)}
+    assert 'data-picture="anchor"' in shown[True] and 'data-picture="anchor"' not in shown[False]
+    assert 'data-picture="end_image"' in shown[False]
+    assert read_clip({"anchor": "face.png"}, {"face.png": "picture_1.png"}, 1) == {"anchor": "picture_1.png"}

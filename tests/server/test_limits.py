@@ -80,7 +80,7 @@ def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
     chains = chains_of(tmp_path, max_queue=1, max_frames=500)
 
     async def ask(**said: Any) -> Ticket:
-        return await chains.create({"prompt": "x", **said.pop("settings", {})}, **said)
+        return await chains.intake.create({"prompt": "x", **said.pop("settings", {})}, **said)
 
     with pytest.raises(ApiError, match="567 frames are more than the 500") as caught:
         asyncio.run(ask(settings={"num_videos": 7}))
@@ -95,7 +95,7 @@ def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
     assert (full.value.status, full.value.headers) == (429, {"Retry-After": "60"})
     a14b = chains_of(tmp_path / "jobs", experts=2)
     with pytest.raises(ApiError, match="makes no video from text alone"):
-        asyncio.run(a14b.create({"prompt": "x"}))
+        asyncio.run(a14b.intake.create({"prompt": "x"}))
     with pytest.raises(ApiError, match="this server has no model"):
         a14b.offer.check_model("wan2.2-ti2v-5b")
     for name in ("wan2.2-i2v-a14b", "v2v-14B", None):
@@ -129,7 +129,7 @@ def test_progress_goes_on_through_stages_that_come_between_and_after_the_steps(
 
 def test_folders_without_a_row_go_and_rows_without_a_folder_too(tmp_path: Path) -> None:
     chains = chains_of(tmp_path)
-    kept = asyncio.run(chains.create({"prompt": "x"}))
+    kept = asyncio.run(chains.intake.create({"prompt": "x"}))
     orphan, half = chains.jobs / new_id(), chains.jobs / f".new-{new_id()}"
     orphan.mkdir()
     half.mkdir()

@@ -212,7 +212,7 @@ def command(
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
     monkeypatch.setattr("wan.pipeline.main_device", lambda *_: torch.device("meta"))  # so that "cpu" is another
     monkeypatch.setattr("wan.prompting.open_captioner", opened)
-    monkeypatch.setattr("wan.continuation.correct_drift", corrected)
+    monkeypatch.setattr("wan.candidates.correct_drift", corrected)
     monkeypatch.setattr("wan.prompting.weight_bytes", lambda *_: 0)
     monkeypatch.setattr("wan.media.sample_frames", samples)
     monkeypatch.syspath_prepend(str(world))

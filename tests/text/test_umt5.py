@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tests.support.golden import GOLDEN
+from tests.support.golden import GOLDEN, float32
 from tests.support.text_encoders import in_gguf, sentencepiece_model
+from wan import WanTI2V
 from wan.errors import UserError
 from wan.text.umt5 import PromptTokenizer, TextEncoder, _from_vocabulary, _infer_config
 from wan.weights.tensors import Weights
@@ -76,3 +77,45 @@ def test_the_smallest_encoder_is_one_and_an_empty_one_is_not() -> None:
     assert sizes(1)["d_kv"] == 4 and sizes(1)["num_heads"] == 1
     with pytest.raises(UserError, match="a weight of it is empty"):
         sizes(0)
+
+
+def test_each_layer_is_announced_before_it_is_used() -> None:
+    sizes = {"vocab_size": 8, "d_model": 4, "d_kv": 4, "d_ff": 4, "num_heads": 1, "num_layers": 3}
+    encoder = TextEncoder(UMT5EncoderModel(UMT5Config(**sizes)), None)  # type: ignore[arg-type]
+    numbers: list[int] = []
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    encoder.model(tokens)
+    encoder.before_layer = numbers.append
+    encoder.model(tokens)
+    assert numbers == [0, 1, 2]
+
+
+def test_weights_that_do_not_fit_are_refused_without_reading_them() -> None:
+    weights = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt").checkpoint.text_encoder
+    assert TextEncoder.check(weights) == weights.shapes["token_embedding.weight"][1]
+    fewer = dict(weights.shapes)
+    del fewer[next(name for name in fewer if name.endswith("norm.weight") or "norm" in name)]
+    with pytest.raises(UserError):
+        TextEncoder.check(Weights(weights.path, weights.files, fewer, {}))
+
+
+def test_a_slice_is_taken_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt").checkpoint.text_encoder
+    asked: list[Any] = []
+
+    def shard(model: Any, layers: str, dtype_of: Any, device: torch.device, group: Any) -> None:
+        asked.append((layers, dtype_of("x"), device, group))
+
+    def load_into(model: Any, weights: Any, *_: Any, layers: str, **__: Any) -> None:
+        asked.append(layers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan.text.umt5.shard", shard)
+    monkeypatch.setattr("wan.text.umt5.load_into", load_into)
+    cpu, group, how = torch.device("cpu"), object(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(KeyboardInterrupt):
+        TextEncoder.from_weights(weights, None, shards=group, **how)  # type: ignore[arg-type]
+    assert asked == [("encoder.block", torch.float32, cpu, group), ""]  # not layer by layer
+    with pytest.raises(KeyboardInterrupt):
+        TextEncoder.from_weights(weights, None, **how)  # type: ignore[arg-type]
+    assert asked[2:] == ["encoder.block"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from tests.support.ranks import Ranks
 from wan.configs import config_for
 from wan.device.parallel import Team
 from wan.device.ranks import Sizes, World
-from wan.pipeline import pipeline_class
+from wan.experts import pipeline_class
+from wan.vae.bands import Band
+from wan.vae.vae import WanVAE
 
 FOLDERS = {"ti2v-5B": "tiny-Wan2.2-TI2V-5B", "i2v-A14B": "tiny-Wan2.2-I2V-A14B"}
 SIZE = 9, 112, 48  # 7 rows of latents of the 5B, 14 of A14B, which do not divide by two or four
@@ -46,3 +49,42 @@ def test_bands_are_the_whole_picture(size: int) -> None:
         torch.testing.assert_close(other, one, atol=2e-5, rtol=0)
         assert all(rank[number].shape == (one.shape if number % 2 == 0 else (3, 0, *SIZE[1:])) for rank in others)
     assert expected[1].std() > 0.01  # of pictures, not of nothing
+
+
+def test_rows_from_beside_keep_the_layout_that_convolutions_are_fast_in() -> None:
+    """One process as the middle one of three, whose neighbours have the same rows."""
+
+    class Three:
+        size, index = 3, 1
+
+        def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+            return [mine.contiguous()] * 3
+
+    x = torch.rand(1, 8, 2, 4, 6).contiguous(memory_format=torch.channels_last_3d)
+    band: Any = Band(Three(), 12)  # type: ignore[arg-type]
+    around = band.beside(x, 1, 1)
+    assert around.is_contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(around, torch.cat([x[..., -1:, :], x, x[..., :1, :]], dim=-2))
+    frames = x[0].transpose(0, 1)
+    assert band.beside(frames, 0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(band.beside(frames, 0, 1), torch.cat([frames, frames[..., :1, :]], dim=-2))
+
+
+def test_rows_are_shared_as_evenly_as_they_can_be() -> None:
+    x = torch.arange(14).view(14, 1).expand(14, 2)
+    bands = [Band(SimpleNamespace(size=3, index=index), 7) for index in range(3)]  # type: ignore[arg-type]
+    assert [band.counts for band in bands] == [[3, 2, 2]] * 3
+    assert [band.mine(x)[:, 0].tolist() for band in bands] == [[*range(6)], [6, 7, 8, 9], [10, 11, 12, 13]]
+    even = Band(SimpleNamespace(size=2, index=0), 8)  # type: ignore[arg-type]
+    assert even.counts == [4, 4]
+
+
+def test_of_clips_with_too_few_rows_to_share_all_are_left_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = torch.nn.Identity()
+    model.config = SimpleNamespace(scale_factor_spatial=8)
+    vae = WanVAE(model, [0.0] * 4, [1.0] * 4)
+    monkeypatch.setattr("wan.vae.vae._band", lambda group, rows: None)
+    group: Any = SimpleNamespace(index=1, size=2)
+    decoded = vae.decode([torch.zeros(4, 1, 1, 2), torch.zeros(4, 1, 1, 3)], group=group)
+    assert [tuple(one.shape) for one in decoded] == [(3, 0, 8, 16), (3, 0, 8, 24)]
+    assert not vae.state_dict()  # statistics are the row's and no weights

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
 from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, resolve_folder
 from wan.weights.gguf_files import read_gguf_fields
+from wan.weights.loading import _range
 from wan.weights.prefetch import ReadAhead
+from wan.weights.pth import OtherPickleError, _tensor
 from wan.weights.tensors import Weights
 
 pytestmark = pytest.mark.slow
@@ -325,3 +328,20 @@ def test_a_gguf_s_long_array_of_numbers_is_read_in_one_piece_and_a_cut_one_is_re
     file.write_bytes(file.read_bytes()[:9000])
     with pytest.raises(UserError, match=r"long\.gguf"):
         read_gguf_fields(file, ("tokenizer.ggml.scores",))
+
+
+def test_the_range_of_scaled_numbers_is_that_of_what_they_stand_for() -> None:
+    packed: Any = SimpleNamespace(gguf_type=None, scale=torch.tensor(0.5), data=torch.tensor([1.0, 2.0, 3.0]))
+    assert _range(packed) == (3.0, 3.0)
+    packed.data = torch.tensor([-2.0, 2.0])  # whose sum says nothing
+    assert _range(packed) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "fits"), [(6, True), (5, False)])
+def test_a_tensor_of_a_pth_lies_in_its_storage(count: int, fits: bool) -> None:
+    stored = ("FloatStorage", count)
+    if fits:
+        assert _tensor(stored, 0, (2, 3), (3, 1)).shape == (2, 3)
+    else:
+        with pytest.raises(OtherPickleError):
+            _tensor(stored, 0, (2, 3), (3, 1))

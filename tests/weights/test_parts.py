@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.support.golden import GOLDEN
 from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
-from wan.commands.job import choose_task
+from wan.commands.inputs import choose_task
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import open_loras
@@ -373,9 +373,9 @@ def test_one_denoiser_serves_both_experts(tmp_path: Path) -> None:
     single.models.merge_loras({})
     assert torch.equal(bias, before.to(bias.dtype))
 
-    single.check_distilled("turbo", {})  # by the name of the file
+    single.rules.check_distilled("turbo", {})  # by the name of the file
     with pytest.raises(UserError, match="or a distilled model with dit"):
-        two.check_distilled("turbo", {})
+        two.rules.check_distilled("turbo", {})
 
 
 def test_the_task_of_one_denoiser_is_that_of_its_channels() -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wan.batch.hand import Hand
 from wan.errors import UserError
@@ -29,7 +32,11 @@ WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 LOOK_SECONDS = 1.0  # from one look at a worker to the next
 END_SECONDS = 10.0  # until an actor that was told to end its processes is killed
 START_SECONDS = 60.0  # until a worker that waits for a GPU is worth a word
+REACH_SECONDS = 10.0  # for the head of a cluster to answer
+_PLACE = re.compile(r"(?:ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\]):(?P<port>\d{1,5})(?:/.*)?")
 _OBJECTS = 100 << 20  # bytes of Ray's own store, of which words of some kB take nothing
+_FRAMES = 2 << 30  # bytes of it where frames go to captioners: 70 MB a question at 1080p
+_ASK_AGAIN = 2  # times, where a captioner dies of a question or with it
 
 Kind: TypeAlias = Literal["ready", "ended", "lost", "seen"]
 
@@ -40,7 +47,21 @@ class Event:
 
     kind: Kind
     worker: int
-    said: Mapping[str, Any]
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """How a worker reaches a captioner."""
+
+    captioner: Any
+
+    async def __call__(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            answer: Mapping[str, Any] = await self.captioner.answer.remote(asked)
+        except RayError as error:
+            return {"failed": _reason(error)}
+        return answer
 
 
 @dataclass
@@ -65,9 +86,11 @@ class Crew:
         try:
             if self.address is None:
                 cores = max(os.cpu_count() or 1, settings.workers or 1)
-                store = {"object_store_memory": _OBJECTS, "include_dashboard": False}
+                objects = _FRAMES if settings.captioners else _OBJECTS
+                store = {"object_store_memory": objects, "include_dashboard": False}
                 self._context = ray.init(address="local", num_cpus=cores, **store, **quiet)
             else:
+                _reach(self.address)
                 self._context = ray.init(address=self.address, **quiet)
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -77,18 +100,21 @@ class Crew:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has put its own there
         try:
-            self.size, self.siblings = self._places(settings.workers)
+            self.size, self.siblings = self._places(settings)
+            self._captioners = [self._captioner(node) for node in self._captioner_nodes]
         except BaseException:
             ray.shutdown()
             raise
         self._members: dict[int, _Member] = {}
         self._futures: dict[Any, tuple[Kind, int]] = {}
 
-    def _places(self, wanted: int | None) -> tuple[int, int]:
+    def _places(self, settings: Settings) -> tuple[int, int]:
         """How many workers there are, and on one machine at most. Raises UserError."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        wanted = settings.workers
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
         self.uses_gpus = any(gpus)
+        self._captioner_nodes = [""] * settings.captioners
         if not self.uses_gpus:
             if self.gpus_per_job > 1:
                 raise UserError(
@@ -96,14 +122,21 @@ class Crew:
                 )
             size = wanted or 1
             return size, math.ceil(size / len(nodes))
+        if self.gpus_per_job <= max(gpus):
+            for number in range(settings.captioners):
+                at = captioner_place(gpus, self.gpus_per_job)
+                gpus[at] -= 1
+                self._captioner_nodes[number] = nodes[at]["NodeID"]
+            if not any(count >= self.gpus_per_job for count in gpus):
+                raise UserError(f"`captioners` {settings.captioners} leave no worker {self.gpus_per_job} GPUs")
         places = [count // self.gpus_per_job for count in gpus]
         if not any(places):
             raise UserError(f"`gpus_per_job` {self.gpus_per_job} is more than a machine has; the most are {max(gpus)}")
         if wanted is not None and wanted > sum(places):
-            said = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
+            shortage = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
             if self.address is None:
-                raise UserError(f"{said}; {sum(places)} are the most")
-            log.warning("%s: the others wait until the cluster has grown", said)
+                raise UserError(f"{shortage}; {sum(places)} are the most")
+            log.warning("%s: the others wait until the cluster has grown", shortage)
         size = wanted or sum(places)
         return size, min(size, max(places))
 
@@ -112,12 +145,26 @@ class Crew:
         """The address of Ray's own page, where the cluster has one."""
         return str(getattr(self._context, "dashboard_url", None) or "")
 
+    def _captioner(self, node: str) -> Any:
+        """A captioner on a machine; Ray starts it again where it dies, elsewhere where its machine has gone."""
+        # no cores: where it is started again a worker that waited must not have taken its place
+        options: dict[str, Any] = {"num_gpus": 1 if self.uses_gpus else 0, "num_cpus": 0}
+        options |= {"max_restarts": -1, "max_task_retries": _ASK_AGAIN}
+        if node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        threads = int(self.threads or max(1, (os.cpu_count() or 1) // self.siblings))
+        from wan.batch.describer import Describer  # which needs PyTorch
+
+        return ray.remote(Describer).options(**options).remote(threads)
+
     def open(self, worker: int) -> None:
         """Start a worker, or the one in place of it; an event tells when it is ready."""
         resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.uses_gpus else 0, "num_cpus": 1}
         # the processes of a worker are of one actor, which Ray places on one machine
         hand = ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
-        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.siblings, os.getcwd(), self.threads))
+        captioners = self._captioners
+        line = _Line(captioners[worker % len(captioners)]) if captioners else None
+        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.siblings, os.getcwd(), self.threads, line))
         self._members[worker] = member
         self._futures[member.hand.start.remote()] = "ready", worker
 
@@ -142,18 +189,18 @@ class Crew:
                 continue
             kind, worker = self._futures.pop(future)
             try:
-                said: Mapping[str, Any] = ray.get(future)
+                message: Mapping[str, Any] = ray.get(future)
             except RayError as error:
                 self._forget(worker)
                 events.append(Event("lost", worker, {"reason": _reason(error)}))
                 continue
             if kind == "seen":
                 self._members[worker].looking = False
-            if kind == "ready" and "error" in said:
+            if kind == "ready" and "error" in message:
                 self.drop(worker)
-                events.append(Event("lost", worker, {"reason": said["error"]}))
+                events.append(Event("lost", worker, {"reason": message["error"]}))
             else:
-                events.append(Event(kind, worker, said))
+                events.append(Event(kind, worker, message))
         return events
 
     def _look(self) -> None:
@@ -197,17 +244,31 @@ class Crew:
         for worker in list(self._members):
             ray.kill(self._members[worker].hand)
             self._forget(worker)
+        for captioner in self._captioners:
+            ray.kill(captioner)
         ray.shutdown()
 
     def _forget(self, worker: int) -> None:
         self._members.pop(worker, None)
-        self._futures = {future: said for future, said in self._futures.items() if said[1] != worker}
+        self._futures = {future: order for future, order in self._futures.items() if order[1] != worker}
+
+
+def _reach(address: str) -> None:
+    """Raise OSError for a machine and port where nobody listens: Ray itself would try for minutes."""
+    if place := _PLACE.fullmatch(address):
+        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=REACH_SECONDS):
+            pass
+
+
+def captioner_place(gpus: Sequence[int], gpus_per_job: int) -> int:
+    """Which machine gives a GPU to a captioner, by their free ones: one with some left over, else the fullest."""
+    return max(range(len(gpus)), key=lambda at: (gpus[at] > 0, gpus[at] % gpus_per_job, gpus[at]))
 
 
 def _reason(error: Exception) -> str:
     """Why a worker is lost, in a line."""
     name = type(error).__name__
-    said = {
+    cause = {
         "OutOfMemoryError": "its machine ran out of memory",
         "ActorDiedError": "its worker died",
         "ActorUnavailableError": "its machine cannot be reached",
@@ -217,4 +278,4 @@ def _reason(error: Exception) -> str:
     why = next(
         (line for line in lines if "cause" in line.lower() or "node" in line.lower()), lines[-1] if lines else ""
     )
-    return f"{said} ({why[:300]})"
+    return f"{cause} ({why[:300]})"

@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
 from wan.server.group import free_port, rank_environment
 from wan.server.live import Live
+from wan.server.tickets import DONE, FAILED
 
-LOST = "lost"
-_LINE = 1 << 24  # bytes of one that a process may say
+LOST, UPLOAD = "lost", "upload"
+_LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
 _LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
@@ -36,12 +37,20 @@ class Hand:
     """Owns `ranks` processes that make one chain after the other.
 
     `siblings` is how many hands a machine has, which share its memory and cores; `command` starts a process; `folder`
-    is where the command was given, `threads` its OMP_NUM_THREADS.
+    is where the command was given, `threads` its OMP_NUM_THREADS. `captioner` answers what the processes ask of one.
     """
 
-    def __init__(self, command: Sequence[str], ranks: int, siblings: int, folder: str, threads: str | None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        siblings: int,
+        folder: str,
+        threads: str | None,
+        captioner: Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]] | None = None,
+    ) -> None:
         self.command, self.ranks, self.siblings = command, ranks, siblings
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.captioner = folder, threads, captioner
         self.live, self.done, self.count, self.made = Live(), 0, 0, 0
         self._heard = time.monotonic()
         self._clip_began: float | None = None
@@ -49,6 +58,7 @@ class Hand:
         self._processes: list[asyncio.subprocess.Process] = []
         self._tail: deque[str] = deque(maxlen=_TAIL)
         self._reading: list[asyncio.Task[None]] = []
+        self._asking: asyncio.Task[None] | None = None
         # this may be in place of one that ended, beside others that have taken their shares
         share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // (siblings * ranks)) / GIB
         self._share = max(1.0, round(share, 2))
@@ -70,9 +80,9 @@ class Hand:
             self._reading.append(asyncio.create_task(self._keep_tail(process)))
             if rank:
                 self._reading.append(asyncio.create_task(_drain(process)))
-        self._say({"settings": {}})
-        said = await self._next()
-        if said is None:
+        self._say({"settings": {}, "asks": self.captioner is not None})
+        message = await self._next()
+        if message is None:
             return {"error": await self._why()}
         return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
 
@@ -80,8 +90,8 @@ class Hand:
         # Ray sets this to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        said = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        return dict(os.environ) | said | rank_environment(rank, self.ranks)
+        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        return dict(os.environ) | variables | rank_environment(rank, self.ranks)
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it."""
@@ -90,12 +100,29 @@ class Hand:
         self._say(self._with_share(order))
         end = await self._until_end(order["id"])
         self._making = None
-        said: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
-        said["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
-        found = end.get("found")
-        if order.get("check") and (found is None or found["missing"] == found["clips"]):
-            return said | end
-        return said | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+        progress: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
+        progress["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
+        estimate, place = end.get("found"), order.get("upload")
+        if place and (end["state"] == DONE or (estimate and estimate["missing"] == 0)):
+            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, estimate)
+        if order.get("check") and (estimate is None or estimate["missing"] == estimate["clips"]):
+            return progress | end
+        return progress | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+
+    def _upload(self, folder: Path, place: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Bring a finished chain to its place, or for a check see whether it is there; what that changes of its end."""
+        from wan.batch.upload import UploadError, is_uploaded, upload  # which not every batch needs
+
+        try:
+            if estimate is not None:
+                return {"found": {**estimate, "uploaded": is_uploaded(folder, place)}}
+            upload(folder, place, self._hear)
+        except UploadError as error:
+            return {"state": FAILED, "error": {"code": UPLOAD, "message": str(error)}}
+        return {}
+
+    def _hear(self) -> None:
+        self._heard = time.monotonic()
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
         """The order with this hand's share of the machine's memory, where it is to be what is free.
@@ -108,20 +135,29 @@ class Hand:
         return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
 
     async def _until_end(self, name: str) -> dict[str, Any]:
-        while (said := await self._next()) is not None:
-            event = said.pop("event")
-            if said.get("id") != name:
+        while (message := await self._next()) is not None:
+            event = message.pop("event")
+            if message.get("id") != name:
                 continue
             if event == "end":
-                return said
-            self.live.hear(event, said)
+                return message
+            if event == "ask":
+                self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
+                continue
+            self.live.hear(event, message)
             if event == "there":
-                self.done, self.count = said["done"], said["count"]
+                self.done, self.count = message["done"], message["count"]
             elif event == "clip_started":
                 self._clip_began = time.monotonic()
             elif event == "clip_finished":
-                self.done, self.count, self.made = said["clip"], said["count"], self.made + 1
+                self.done, self.count, self.made = message["clip"], message["count"], self.made + 1
         return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
+
+    async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
+        assert self.captioner is not None  # the process was told whether it may ask
+        answer = await self.captioner(asked)
+        self._hear()
+        self._say({"number": number, "answer": answer}, self._processes[:1])
 
     async def _next(self) -> dict[str, Any] | None:
         """The next word of the first process; None when any of them has ended."""
@@ -135,9 +171,9 @@ class Hand:
         if not line.done() or not line.result():
             line.cancel()
             return None
-        self._heard = time.monotonic()
-        said: dict[str, Any] = json.loads(line.result())
-        return said
+        self._hear()
+        message: dict[str, Any] = json.loads(line.result())
+        return message
 
     async def _why(self) -> str:
         """Why the processes have ended; those that have not are ended."""
@@ -148,10 +184,10 @@ class Hand:
         for wait in waits:
             wait.cancel()
         await self.end()
-        said = next((line for line in reversed(self._tail) if line.strip()), "")
+        last = next((line for line in reversed(self._tail) if line.strip()), "")
         if code < 0:
             return f"the process that makes videos was ended by signal {-code}"
-        return f"the process that makes videos ended with {code}" + (f": {said.strip()[:300]}" if said else "")
+        return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
 
     async def look(self) -> dict[str, Any]:
         """How far it is. Durations are by this machine's own clock."""
@@ -184,8 +220,8 @@ class Hand:
             await process.wait()
         await asyncio.gather(*self._reading, return_exceptions=True)
 
-    def _say(self, order: Mapping[str, Any]) -> None:
-        for process in self._processes:
+    def _say(self, order: Mapping[str, Any], to: Sequence[asyncio.subprocess.Process] | None = None) -> None:
+        for process in self._processes if to is None else to:
             if process.stdin is not None and not process.stdin.is_closing():
                 process.stdin.write(json.dumps(order).encode() + b"\n")
 

@@ -97,15 +97,18 @@ def read_rows(settings: Settings) -> tuple[list[Row], list[BadRow]]:
     source = Path(settings.videos)
     in_list = source.suffix.lower() in LISTS and not source.is_dir()
     folder = source.parent if in_list else Path()
-    own = {one.name: one.default for one in OPTIONS.values() if one.group == BATCH} | {"log_file": None, "quiet": False}
-    common = _placed(dataclasses.replace(settings, **own, dry_run=False), Path())
+    of_batch = {one.name: one.default for one in OPTIONS.values() if one.group == BATCH} | {
+        "log_file": None,
+        "quiet": False,
+    }
+    common = _placed(dataclasses.replace(settings, **of_batch, dry_run=False), Path())
     rows, bad = list[Row](), list[BadRow]()
     taken: dict[str, Row] = {}
-    for count, said in enumerate(_read_list(source) if in_list else _look_for(settings.videos), 1):
+    for count, entry in enumerate(_read_list(source) if in_list else _look_for(settings.videos), 1):
         if count > MOST_ROWS:
             raise UserError(f"`videos` {source} has more than {MOST_ROWS} rows; make several batches of them")
         try:
-            row = _row(said, common, folder.absolute())
+            row = _row(entry, common, folder.absolute())
             other = taken.setdefault(_key(row.folder), row)
             if other is not row:
                 raise UserError(
@@ -113,7 +116,7 @@ def read_rows(settings: Settings) -> tuple[list[Row], list[BadRow]]:
                     + ("" if in_list else ", in a list")
                 )
         except (Unfit, UserError) as error:
-            bad.append(BadRow(said.where, error.marked if isinstance(error, UserError) else str(error)))
+            bad.append(BadRow(entry.where, error.marked if isinstance(error, UserError) else str(error)))
         else:
             rows.append(row)
     if not rows and not bad:
@@ -133,13 +136,13 @@ def report_folder(settings: Settings) -> Path:
     return Path(*before).absolute()
 
 
-def _row(said: _Said, common: Settings, folder: Path) -> Row:
+def _row(entry: _Said, common: Settings, folder: Path) -> Row:
     """Raises Unfit or UserError for what it cannot be."""
-    if said.wrong:
-        raise Unfit(said.wrong)
+    if entry.wrong:
+        raise Unfit(entry.wrong)
     values = dict[str, Any]()
-    name = said.values.get("name")
-    for key, value in said.values.items():
+    name = entry.values.get("name")
+    for key, value in entry.values.items():
         if key == "name" or value is None:
             continue
         one = KEYS.get(_ALSO.get(key, key))
@@ -159,13 +162,13 @@ def _row(said: _Said, common: Settings, folder: Path) -> Row:
     name = _name(Path(str(settings.video)).stem if name is None else name)
     settings = dataclasses.replace(settings, output_dir=common.output_dir.replace(NAME, name))
     check_together("continuous", settings)
-    return Row(name, said.where, settings)
+    return Row(name, entry.where, settings)
 
 
-def _name(said: Any) -> str:
-    if not isinstance(said, str):
-        raise Unfit(f"name must be text, {said!r} is not; put it in quotes")
-    name: str = said.strip()
+def _name(given: Any) -> str:
+    if not isinstance(given, str):
+        raise Unfit(f"name must be text, {given!r} is not; put it in quotes")
+    name: str = given.strip()
     try:
         Words().check(name)
         Local().check(name)
@@ -191,20 +194,20 @@ def _placed(settings: Settings, folder: Path, names: Mapping[str, Any] | None = 
 
     `names` are those that were said there; None are all. What may be a hub's id stays one unless it is there.
     """
-    found = dict[str, Any]()
+    absolute = dict[str, Any]()
     for one in OPTIONS.values() if names is None else (OPTIONS[name] for name in names):
         value = getattr(settings, one.name)
         if not value or not isinstance(one.kind, Local) or value is True:
             continue
         if isinstance(one.kind, Files):
             loras = [LoraFile.parse(text) for text in value]
-            found[one.name] = tuple(f"{_whole(folder, lora.path)}:{lora.strength!r}" for lora in loras)
+            absolute[one.name] = tuple(f"{_whole(folder, lora.path)}:{lora.strength!r}" for lora in loras)
         else:
             path = _whole(folder, value)
             needed = isinstance(one.kind, Video | Picture | Pictures) or one.name in ("storyboard", "output_dir")
             if needed or path.exists():
-                found[one.name] = str(path)
-    return dataclasses.replace(settings, **found)
+                absolute[one.name] = str(path)
+    return dataclasses.replace(settings, **absolute)
 
 
 def _whole(folder: Path, path: str | Path) -> Path:
@@ -222,17 +225,19 @@ def _key(folder: Path) -> str:
 def _look_for(videos: str) -> Iterator[_Said]:
     """The videos of a folder or of a pattern, by their names."""
     if Path(videos).is_dir():
-        found = sorted(path for path in Path(videos).iterdir() if path.suffix.lower() in VIDEOS and path.is_file())
-        if not found:
+        videos_found = sorted(
+            path for path in Path(videos).iterdir() if path.suffix.lower() in VIDEOS and path.is_file()
+        )
+        if not videos_found:
             raise UserError(
                 f"`videos` {videos} holds no video; give a pattern such as '{videos}/*' if it has other names"
             )
     else:
-        found = sorted(Path(path) for path in glob.glob(videos, recursive=True) if os.path.isfile(path))
-        if not found:
+        videos_found = sorted(Path(path) for path in glob.glob(videos, recursive=True) if os.path.isfile(path))
+        if not videos_found:
             lists = ", ".join(LISTS)
             raise UserError(f"`videos` {videos} is no folder and no list ({lists}), and no file has such a name")
-    for path in found:
+    for path in videos_found:
         yield _Said(str(path), {"video": str(path)})
 
 
@@ -302,11 +307,11 @@ def _jsonl(path: Path, text: str) -> Iterator[_Said]:
             continue
         where = _at(path, number)
         try:
-            said = parse_json(line, "it")
-            if isinstance(said, dict):
-                yield _Said(where, said)
-            elif isinstance(said, str):
-                yield _Said(where, {"video": said})
+            value = parse_json(line, "it")
+            if isinstance(value, dict):
+                yield _Said(where, value)
+            elif isinstance(value, str):
+                yield _Said(where, {"video": value})
             else:
                 yield _Said(where, {}, f"a row is an object, {line.strip()[:40]} is not")
         except UserError as error:
@@ -333,8 +338,8 @@ def _yaml(path: Path, text: str) -> Iterator[_Said]:
     for node in rows.value:
         where = _at(path, _line(node))
         try:
-            own = {"video": _plain(node)} if isinstance(node, ScalarNode) else _mapping(node)
-            yield _Said(where, defaults | own)
+            values = {"video": _plain(node)} if isinstance(node, ScalarNode) else _mapping(node)
+            yield _Said(where, defaults | values)
         except (Unfit, RecursionError) as error:
             yield _Said(where, {}, str(error))
 
@@ -347,18 +352,18 @@ def _mapping(node: Node) -> dict[str, Any]:
     """Raises Unfit."""
     if not isinstance(node, MappingNode):
         raise Unfit("this must be a video, or a mapping such as {video: boat.mp4}")
-    found = dict[str, Any]()
+    mapping = dict[str, Any]()
     for key, value in node.value:
         if not isinstance(key, ScalarNode):
             raise Unfit("a key must be a word")
         if key.value == "<<":
             merged = value.value if isinstance(value, SequenceNode) else [value]
-            found = {name: one for other in reversed(merged) for name, one in _mapping(other).items()} | found
-        elif key.value in found:
+            mapping = {name: one for other in reversed(merged) for name, one in _mapping(other).items()} | mapping
+        elif key.value in mapping:
             raise Unfit(f"{key.value[:60]} is there twice; leave one of them out")
         else:
-            found[key.value] = _plain(value)
-    return found
+            mapping[key.value] = _plain(value)
+    return mapping
 
 
 def _plain(node: Node) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan.batch.hand import UPLOAD
 from wan.batch.report import Report
 from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
+from wan.commands.flags import NAME
 from wan.commands.lines import PROGRESS
 from wan.commands.progress import say, span
 from wan.errors import UserError
@@ -35,6 +37,10 @@ def make_batch(settings: Settings) -> None:
     rows, bad = read_rows(settings)
     folder = report_folder(settings)
     _check_report(folder, rows)
+    if settings.upload is not None:
+        from wan.batch.upload import check_place
+
+        check_place(settings.upload.replace(NAME, "name"))
     _refuse(bad, settings)
     from wan.batch.crew import Crew  # which needs Ray
 
@@ -102,7 +108,7 @@ class Batch:
         for event in self.crew.stop(STOP_SECONDS):
             task = self._at.pop(event.worker, None)
             if task is not None and event.kind == "ended":
-                self._schedule.end(task, event.said)
+                self._schedule.end(task, event.message)
         for task in self._at.values():
             task.state, task.worker = WAITING, None
         # while rows are checked, the report of the last time is the better one
@@ -121,7 +127,7 @@ class Batch:
             while not schedule.is_over:
                 self._give(schedule, check=title == "check")
                 for event in self.crew.wait(WAIT_SECONDS):
-                    task = self._hear(schedule, event.kind, event.worker, event.said)
+                    task = self._hear(schedule, event.kind, event.worker, event.message)
                     if task is not None and task.is_over:
                         over(task)
                 self._replace_slow(schedule)
@@ -144,6 +150,8 @@ class Batch:
             self.lives.pop(worker, None)
             schedule.begin(task, worker)
             order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check}
+            if self.settings.upload is not None:
+                order["upload"] = self.settings.upload.replace(NAME, task.row.name)
             self.crew.give(worker, order)
         waiting = sum(not task.is_over and task not in self._at.values() for task in schedule.tasks)
         for worker in range(self.crew.size):
@@ -151,22 +159,22 @@ class Batch:
                 self._opened.add(worker)
                 self.crew.open(worker)
 
-    def _hear(self, schedule: Schedule, kind: str, worker: int, said: Mapping[str, Any]) -> Task | None:
+    def _hear(self, schedule: Schedule, kind: str, worker: int, message: Mapping[str, Any]) -> Task | None:
         """Take in an event; the task that it is about."""
         task = self._at.get(worker)
         if kind == "ready":
             self._false_starts = 0
-            self.nodes[worker] = said["node"]
+            self.nodes[worker] = message["node"]
             self._idle.add(worker)
         elif kind == "seen":
-            if task is not None and said["id"] == task.row.name:
-                self.lives[worker] = said
-                schedule.see(task, said)
+            if task is not None and message["id"] == task.row.name:
+                self.lives[worker] = message
+                schedule.see(task, message)
         elif kind == "ended":
             assert task is not None
             del self._at[worker]
-            schedule.end(task, said)
-            if said["state"] in (DONE, CHECKED) or _is_fit(said, self.crew.gpus_per_job):
+            schedule.end(task, message)
+            if message["state"] in (DONE, CHECKED) or _is_fit(message, self.crew.gpus_per_job):
                 self._idle.add(worker)
             else:
                 self._lose(worker)
@@ -176,11 +184,11 @@ class Batch:
             if task is None:
                 self._false_starts += 1
                 if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
-                    raise UserError(f"no worker can start: {said['reason']}")
-                log.warning("worker %d could not start: %s", worker, said["reason"])
+                    raise UserError(f"no worker can start: {message['reason']}")
+                log.warning("worker %d could not start: %s", worker, message["reason"])
             else:
                 self._at.pop(worker)
-                schedule.fail(task, str(said["reason"]))
+                schedule.fail(task, str(message["reason"]))
         return task
 
     def _replace_slow(self, schedule: Schedule) -> None:
@@ -249,9 +257,11 @@ def _count(tasks: Sequence[Task], state: str) -> int:
     return sum(task.state == state for task in tasks)
 
 
-def _is_fit(said: Mapping[str, Any], gpus: int) -> bool:
+def _is_fit(outcome: Mapping[str, Any], gpus: int) -> bool:
     """Whether a worker whose chain was not made is good for another."""
-    code = (said.get("error") or {}).get("code")
+    code = (outcome.get("error") or {}).get("code")
+    if code == UPLOAD:  # the chain itself is made
+        return True
     # where several processes share a chain, the others may still wait for the first
     return gpus == 1 and code in ("invalid_request", "in_use", "disk_full", "input_output", None)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from wan.batch.hand import LOST
 from wan.batch.rows import Row
+from wan.commands.inputs import model_settings
 from wan.options import EXPERT_OF_LORA, Settings
 from wan.server.tickets import DONE, FAILED, PAUSED
 from wan.server.wire import CHECKED
@@ -55,20 +56,7 @@ class Task:
     def key(self) -> tuple[Any, ...]:
         """Equal for chains whose weights are the same; those of one checkpoint differ in the last part."""
         settings = self.row.settings
-        names: tuple[str, ...] = (
-            "task",
-            "ckpt_dir",
-            "comfy_dir",
-            "dit",
-            "dit_high",
-            "dit_low",
-            "vae",
-            "t5",
-            "precision",
-            "vae_dtype",
-        )
-        names += ("vlm_path", "vlm_url", "video_reader")
-        return (*(getattr(settings, name) or "" for name in names), settings.convert_model_dtype, loras_of(settings))
+        return *model_settings(settings), loras_of(settings)
 
     @property
     def is_over(self) -> bool:
@@ -182,10 +170,11 @@ class Schedule:
             task.failures = 0
         task.done, task.clips = max(task.done, done), count or task.clips
 
-    def _take(self, task: Task, found: Mapping[str, Any]) -> None:
+    def _take(self, task: Task, estimate: Mapping[str, Any]) -> None:
         """What a check found."""
-        task.clips, task.missing = found["clips"], found["missing"]
-        task.work, task.seconds, task.measured = found["work"], found["seconds"], found["measured"]
-        task.disk_bytes, task.done = found["disk_bytes"], found["clips"] - found["missing"]
-        task.finished_before = found["missing"] == 0 and found["status"] == "finished"
+        task.clips, task.missing = estimate["clips"], estimate["missing"]
+        task.work, task.seconds, task.measured = estimate["work"], estimate["seconds"], estimate["measured"]
+        task.disk_bytes, task.done = estimate["disk_bytes"], estimate["clips"] - estimate["missing"]
+        is_made = estimate["missing"] == 0 and estimate["status"] == "finished"
+        task.finished_before = is_made and estimate.get("uploaded", True)
         task.state = DONE if task.finished_before else CHECKED

@@ -27,7 +27,7 @@ class Table:
         self.title, self.tasks = title, tasks
         self.drawn = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._bars: list[tqdm[Any]] = []
-        self._began = self._said = time.monotonic()
+        self._began = self._shown_at = time.monotonic()
 
     def __enter__(self) -> Table:
         return self
@@ -39,11 +39,11 @@ class Table:
     def show(self, lives: Mapping[int, tuple[Task, Mapping[str, Any]]]) -> None:
         """How things stand: what each worker is at, by its number."""
         if not self.drawn:
-            if self.title == "make" and time.monotonic() - self._said >= LINE_SECONDS:
-                self._said = time.monotonic()
+            if self.title == "make" and time.monotonic() - self._shown_at >= LINE_SECONDS:
+                self._shown_at = time.monotonic()
                 told.info(self.summary())
             return
-        lines = [line_of(worker, *said) for worker, said in sorted(lives.items())[:MOST_LINES]]
+        lines = [line_of(worker, *live) for worker, live in sorted(lives.items())[:MOST_LINES]]
         if len(lives) > MOST_LINES:
             lines.append(f"and {len(lives) - MOST_LINES} more workers")
         lines.append(self.summary())

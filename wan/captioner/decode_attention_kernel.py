@@ -70,9 +70,9 @@ def _attend_part(  # type: ignore[no-untyped-def]
     """A group of heads with the keys they share, on one part of the keys: mixed values, largest score, sum."""
     shared, part = tl.program_id(0), tl.program_id(1)
     rows, columns, numbers = tl.arange(0, ROWS), part * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
-    there = rows < GROUP
+    is_row = rows < GROUP
     head = shared * GROUP + rows
-    asked = tl.load(query + head[:, None] * DIM + numbers[None], mask=there[:, None], other=0.0)
+    asked = tl.load(query + head[:, None] * DIM + numbers[None], mask=is_row[:, None], other=0.0)
     inside = columns < length
     places = (shared * length + columns)[:, None] * DIM + numbers[None]
     keys = tl.load(key + places, mask=inside[:, None], other=0.0)
@@ -81,21 +81,21 @@ def _attend_part(  # type: ignore[no-untyped-def]
     largest = tl.max(scores, axis=1)
     weights = tl.exp(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None])  # a part may see nothing
     values = tl.load(value + places, mask=inside[:, None], other=0.0)
-    found = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    mixture = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     row = part * HEADS + head
-    tl.store(mixed + row[:, None] * DIM + numbers[None], found, mask=there[:, None])
-    tl.store(most + row, largest, mask=there)
-    tl.store(total + row, tl.sum(weights, axis=1), mask=there)
+    tl.store(mixed + row[:, None] * DIM + numbers[None], mixture, mask=is_row[:, None])
+    tl.store(most + row, largest, mask=is_row)
+    tl.store(total + row, tl.sum(weights, axis=1), mask=is_row)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _put_together(out, mixed, most, total, parts, HEADS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """The attention of one head from its parts."""
     head, part, numbers = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, DIM)
-    there = part < parts
+    is_part = part < parts
     row = part * HEADS + head
-    largest = tl.load(most + row, mask=there, other=float("-inf"))
+    largest = tl.load(most + row, mask=is_part, other=float("-inf"))
     share = tl.exp(largest - tl.max(largest, axis=0))
-    sums = tl.sum(share * tl.load(total + row, mask=there, other=0.0), axis=0)
-    found = tl.load(mixed + row[:, None] * DIM + numbers[None], mask=there[:, None], other=0.0)
-    tl.store(out + head * DIM + numbers, tl.sum(found * share[:, None], axis=0) / sums)
+    sums = tl.sum(share * tl.load(total + row, mask=is_part, other=0.0), axis=0)
+    mixtures = tl.load(mixed + row[:, None] * DIM + numbers[None], mask=is_part[:, None], other=0.0)
+    tl.store(out + head * DIM + numbers, tl.sum(mixtures * share[:, None], axis=0) / sums)

@@ -60,8 +60,8 @@ def use_own_attention(model: Any) -> None:
         seen = torch.arange(ROUND, device=language.device)[None, None, None] < ROUND // 3
         keys, values = (part.double().repeat_interleave(sizes[0] // sizes[1], 1) for part in (key, value))
         exact = nn.functional.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen).transpose(1, 2)
-        found = attend_with_one_query(query, key, value, seen, config.head_dim**-0.5)
-        error = float((found - exact).norm() / exact.norm())
+        ours = attend_with_one_query(query, key, value, seen, config.head_dim**-0.5)
+        error = float((ours - exact).norm() / exact.norm())
     except Exception as reason:  # what Triton raises where it does not fit the machine is its own affair
         log.info("the VLM keeps PyTorch's attention, ours does not run here: %s", reason)
         return
@@ -126,15 +126,15 @@ class GreedyDecoder:
         self.token.copy_(output.logits[:, -1:].argmax(-1))
         start = ids.shape[1]
         self.position.fill_(start)
-        found = [int(self.token)]
-        while found[-1] != end and len(found) < max_new_tokens:
-            more = min(AT_ONCE, max_new_tokens - len(found))
+        tokens = [int(self.token)]
+        while tokens[-1] != end and len(tokens) < max_new_tokens:
+            more = min(AT_ONCE, max_new_tokens - len(tokens))
             for _ in range(more):
                 self.advance()
-            new = self.made[start + len(found) :][:more].tolist()  # waits for them
-            found += new[: new.index(end) + 1] if end in new else new
-            tell_detail(f"{len(found)} of {max_new_tokens} tokens")
-        return torch.tensor(found)
+            new = self.made[start + len(tokens) :][:more].tolist()  # waits for them
+            tokens += new[: new.index(end) + 1] if end in new else new
+            tell_detail(f"{len(tokens)} of {max_new_tokens} tokens")
+        return torch.tensor(tokens)
 
     @torch.inference_mode()
     def advance(self) -> None:

@@ -66,10 +66,10 @@ class EndpointCaptioner(BackEnd):
             {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens},
         )
         message = self.first(reply, "choices", "message")
-        said = message.get("content") if isinstance(message, dict) else None
-        if isinstance(said, list):  # some servers answer in parts
-            said = " ".join(str(part.get("text", "")) for part in said if isinstance(part, dict))
-        return said if isinstance(said, str) else ""
+        text = message.get("content") if isinstance(message, dict) else None
+        if isinstance(text, list):  # some servers answer in parts
+            text = " ".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        return text if isinstance(text, str) else ""
 
     def close(self) -> None:
         """Nothing to free here."""

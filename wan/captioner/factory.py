@@ -82,23 +82,23 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 def _check_quantized(folder: Path, config: Mapping[str, Any], device: str | torch.device) -> None:
     """Raise UserError for quantised weights that cannot be loaded here, before anything is."""
-    said = quantization_of(config)
-    if said is None:
+    quantization = quantization_of(config)
+    if quantization is None:
         return
-    method = quantization_method(said)
+    method = quantization_method(quantization)
     if method not in _PACKAGES:
         raise UserError(f"{folder} is quantised ({method}), which cannot be loaded; give weights in bf16")
     if missing := [name for name in _PACKAGES[method] if not find_spec(name)]:
         raise UserError(f"{folder} is quantised ({method}): install {' and '.join(missing)}, or give weights in bf16")
-    _check_environment(folder, method, said, torch.device(device))
+    _check_environment(folder, method, quantization, torch.device(device))
 
 
-def _check_environment(folder: Path, method: str, said: Mapping[str, Any], device: torch.device) -> None:
+def _check_environment(folder: Path, method: str, quantization: Mapping[str, Any], device: torch.device) -> None:
     """What transformers asks of versions, devices and the packages of packages. Raises UserError."""
     from transformers.quantizers import AutoHfQuantizer
 
     try:
-        quantizer = AutoHfQuantizer.from_config({"quant_method": method, **said}, pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config({"quant_method": method, **quantization}, pre_quantized=True)
         quantizer.validate_environment(device_map={"": device})
     except Exception as error:  # each package's own, and a config's
         raise UserError(
@@ -116,8 +116,8 @@ def weight_bytes(path: str | Path) -> int | None:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        if found := _weights_in(Path(snapshot_download(hub["id"], local_files_only=True, **_commit(hub)))):
-            return found
+        if size := _weights_in(Path(snapshot_download(hub["id"], local_files_only=True, **_commit(hub)))):
+            return size
     except unreachable():
         log.debug("%s is not in the hub's cache", path)
     try:

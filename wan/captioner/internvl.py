@@ -157,7 +157,7 @@ class InternVLCaptioner(LocalModel):
         turns = [("user", number_frames([slot] * len(tiles), question))]
         if system != "":
             turns.insert(0, ("system", SYSTEM if system is None else system))
-        text = "".join(f"<|im_start|>{role}\n{said}{TURN_END}\n" for role, said in turns)
+        text = "".join(f"<|im_start|>{role}\n{words}{TURN_END}\n" for role, words in turns)
         ids = self.tokenizer(f"{text}<|im_start|>assistant\n", return_tensors="pt").input_ids
         return ids, torch.stack([transform(tile) for tile in tiles])
 
@@ -168,8 +168,8 @@ class InternVLCaptioner(LocalModel):
         with foreseen_failures(self.source):
             model = self.model  # which is layered where it does not fit
             with nullcontext() if self._layered is None else self._placement.on_device(self._layered):
-                found = model.model.vision_tower(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
-        mean = found[0, 1:].float().mean(0)  # the first token is of no place
+                tokens = model.model.vision_tower(pixel_values=pixels.to(self.device, self.dtype)).last_hidden_state
+        mean = tokens[0, 1:].float().mean(0)  # the first token is of no place
         return torch.nn.functional.normalize(mean, dim=0).cpu()
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
@@ -276,9 +276,11 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((one["quantization_config"] for one in inside if one and one.get("quantization_config")), None)
 
 
-def quantization_method(said: Mapping[str, Any]) -> str:
+def quantization_method(quantization: Mapping[str, Any]) -> str:
     """Its name."""
-    return str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "of an unknown kind"))
+    return str(
+        quantization.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in quantization else "of an unknown kind")
+    )
 
 
 def native_config(original: dict[str, Any]) -> dict[str, Any]:

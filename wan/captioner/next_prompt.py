@@ -160,7 +160,7 @@ class Repeated(Rejected):
 
     def __init__(self, prompt: str, memory: Memory) -> None:
         super().__init__("the prompt says the same as the one before")
-        self.found = prompt, memory
+        self.answer = prompt, memory
 
 
 def next_prompt(
@@ -228,7 +228,7 @@ def next_prompt(
         except Rejected:
             if not same:
                 raise
-            prompt, after = same[-1].found
+            prompt, after = same[-1].answer
     except (Rejected, UserError) as error:
         logger.warning("clip %d of %d is prompted with a description, because %s", clip, clips, error)
         return NextPrompt(f"{goal} {describe()}".strip(), replace(memory, end_state=""), tuple(answers), str(error))
@@ -265,10 +265,10 @@ def next_prompt_question(
 
 def read_identity(answer: str) -> tuple[str, str]:
     """The identity and the subject in an answer. Raises Rejected."""
-    said = fields_of(answer, ("identity", "subject"))
-    identity, subject = clean_caption(said["identity"]), clean_caption(said["subject"]).rstrip(".")
+    fields = fields_of(answer, ("identity", "subject"))
+    identity, subject = clean_caption(fields["identity"]), clean_caption(fields["subject"]).rstrip(".")
     faults = {
-        "it declines": refusal(said["identity"]),
+        "it declines": refusal(fields["identity"]),
         f'"subject" must have 1 to {SUBJECT_WORDS} words': not 1 <= len(bare_words(subject)) <= SUBJECT_WORDS,
         f'"identity" must have 3 to {IDENTITY_WORDS} words': not 3 <= len(bare_words(identity)) <= IDENTITY_WORDS,
         "it is not a text in words": not is_prose(f"{subject} {identity}"),
@@ -281,8 +281,8 @@ def read_identity(answer: str) -> tuple[str, str]:
 
 def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memory]:
     """The prompt in an answer, and the memory after it. Raises Rejected, Repeated where that is the one fault."""
-    said = fields_of(answer, ("prompt", "camera", "end_state"))
-    prompt, camera = clean_caption(said["prompt"]), first_words(said["camera"], CAMERA_WORDS).rstrip(".")
+    fields = fields_of(answer, ("prompt", "camera", "end_state"))
+    prompt, camera = clean_caption(fields["prompt"]), first_words(fields["camera"], CAMERA_WORDS).rstrip(".")
     count = len(bare_words(prompt))
     on_camera = " ".join(sentence for sentence in sentences(prompt) if _CAMERA_SENTENCE.search(sentence))
     if not on_camera and (camera or memory.camera):
@@ -295,7 +295,7 @@ def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memor
     past = rf"\b(?:was|were|had|did)\b|\b(?:{doers})\s+(?:\w+ly\s+)?{_PAST_VERB}"
     wrong = recoloured(prompt, f"{memory.identity}. {goal}")
     faults = {
-        "it declines": refusal(said["prompt"]),
+        "it declines": refusal(fields["prompt"]),
         f"the prompt has {count} words, not {PROMPT_WORDS[0]} to {PROMPT_WORDS[-1]}": count not in PROMPT_WORDS,
         "the prompt is not a text in words": not is_prose(prompt),
         f'the prompt does not begin with "{memory.subject}"': named and named.isdisjoint(bare_words(prompt)[:12]),
@@ -310,7 +310,7 @@ def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memor
     after = replace(
         memory,
         camera=camera or memory.camera,
-        end_state=first_words(said["end_state"], END_WORDS),
+        end_state=first_words(fields["end_state"], END_WORDS),
         prompts=(*memory.prompts, prompt)[-REMEMBERED:],
     )
     if overlap(prompt, before, subject) > OVERLAP:
@@ -320,8 +320,8 @@ def read_next_prompt(answer: str, memory: Memory, goal: str) -> tuple[str, Memor
 
 def reject(faults: Mapping[str, object]) -> None:
     """Raises Rejected with the names of those that are true."""
-    if found := [fault for fault, present in faults.items() if present]:
-        raise Rejected("; ".join(found))
+    if present_faults := [fault for fault, present in faults.items() if present]:
+        raise Rejected("; ".join(present_faults))
 
 
 def fields_of(answer: str, names: tuple[str, ...]) -> dict[str, str]:
@@ -332,16 +332,16 @@ def fields_of(answer: str, names: tuple[str, ...]) -> dict[str, str]:
     answer = re.sub(r"```\w*", "", bounded(without_reasoning(answer)))
     for brace in itertools.islice(re.finditer(r"\{", answer), _MOST_BRACES):
         try:
-            found, _ = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())
+            whole, _ = json.JSONDecoder(strict=False).raw_decode(answer, brace.start())
         except (ValueError, RecursionError):
             continue  # not JSON from here; perhaps from the next brace, else it is read by its labels
-        if names[0] in found:
-            return {name: ended(flat(found.get(name))) for name in names}
+        if names[0] in whole:
+            return {name: ended(flat(whole.get(name))) for name in names}
     label = rf"(?:^|[{{,])\s*[\"'“”*]*({'|'.join(names)})[\"'“”*]*\s*:"
     first, *rest = re.split(label, answer, flags=re.IGNORECASE | re.MULTILINE)
-    said = {name.lower(): text for name, text in zip(rest[::2], rest[1::2], strict=True)}
-    said.setdefault(names[0], first)
-    return {name: bare(said.get(name, "")) for name in names}
+    by_name = {name.lower(): text for name, text in zip(rest[::2], rest[1::2], strict=True)}
+    by_name.setdefault(names[0], first)
+    return {name: bare(by_name.get(name, "")) for name in names}
 
 
 def flat(value: object) -> str:
@@ -399,11 +399,11 @@ def recoloured(prompt: str, known: str) -> list[str]:
 
 def coloured(text: str) -> list[tuple[str, str]]:
     """(colour, thing) for the two words after a colour: of "a red wool coat" both wool and coat are red."""
-    found = []
+    pairs = []
     for clause in re.split(r"[.,;:]|\band\b|\bwith\b", text):
         words = bare_words(clause)
         for place, word in enumerate(words):
             if colour := _COLOURS.get(word):
                 things = words[place + 1 : place + 3]
-                found += [(colour, thing) for thing in things if thing not in _STOP and thing not in _COLOURS]
-    return found
+                pairs += [(colour, thing) for thing in things if thing not in _STOP and thing not in _COLOURS]
+    return pairs

@@ -23,6 +23,7 @@ _SENTENCE_END = (
 _SENTENCE = re.compile(rf"\S.*?(?:{_SENTENCE_END}|$)")
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # written without spaces, so that a character is as good as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+_CHARACTER = re.compile(r"\S")
 _BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -117,12 +118,13 @@ def compose_prompt(user_text: str, caption: str, count_tokens: Callable[[str], i
     """The user's text, then as many whole sentences of the cleaned caption as fit into `limit` tokens.
 
     `count_tokens` counts all the encoder sees, the final </s> too. Where not even one sentence fits, the caption is
-    cut at a whole word. The user's text is never cut: the encoder truncates it. Raises UserError for an empty caption.
+    cut at a whole word, and where the first is too long, as in languages without blanks, within it. The user's text is
+    never cut: the encoder truncates it. Raises UserError for an empty caption.
     """
     user_text, caption = user_text.strip(), clean_caption(caption)
     if not caption:
         raise UserError(f"the caption holds no usable text: ask with another `vlm_question`, {OFFER}")
-    for unit in (_SENTENCE, _WORD):
+    for unit in (_SENTENCE, _WORD, _CHARACTER):
         prompts = [f"{user_text} {caption[: match.end()]}".strip() for match in unit.finditer(caption)]
         if fitting := bisect_right(prompts, limit, key=count_tokens):
             return prompts[fitting - 1]
@@ -156,9 +158,9 @@ def _without_talk(text: str) -> str:
     """A text without what a chat model says to the reader before and after its answer."""
     if lead := LEAD_IN.match(text):
         text = text[lead.end() : lead.end() + 1].upper() + text[lead.end() + 1 :]
-    found = list(_SENTENCE.finditer(text))
-    while len(found) > 1 and CLOSING.match(found[-1].group()):
-        text = text[: found.pop().start()].rstrip()
+    sentences = list(_SENTENCE.finditer(text))
+    while len(sentences) > 1 and CLOSING.match(sentences[-1].group()):
+        text = text[: sentences.pop().start()].rstrip()
     return text
 
 

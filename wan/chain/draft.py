@@ -36,29 +36,29 @@ class ClipDraft:
     def prompt(self) -> ClipPrompt | None:
         """The prompt that the candidates are made with, if one of them is there."""
         for path in sorted(self.folder.glob(f".draft_{self.number}_*.safetensors")):
-            if (found := self._read(path)) is not None:
-                return ClipPrompt(**found[0]["prompt"])
+            if (draft := self._read(path)) is not None:
+                return ClipPrompt(**draft[0]["prompt"])
         return None
 
     @property
     def handed(self) -> Tensor | None:
         """The known frames of the candidates as a program has left them, if one of them is there."""
         for path in sorted(self.folder.glob(f".draft_{self.number}_*.safetensors")):
-            if (found := self._read(path)) is not None:
-                return found[2]
+            if (draft := self._read(path)) is not None:
+                return draft[2]
         return None
 
     def find(self, seed: int) -> Sampled | None:
         """What sampling the candidate with this seed came to."""
-        found = self._read(self._path(seed))
-        if found is None:
+        draft = self._read(self._path(seed))
+        if draft is None:
             return None
-        said, latents, _ = found
-        return Sampled(latents, said["seconds"], said["peak_gib"], said["notes"])
+        sampled, latents, _ = draft
+        return Sampled(latents, sampled["seconds"], sampled["peak_gib"], sampled["notes"])
 
     def keep(self, seed: int, sampled: Sampled, prompt: ClipPrompt, handed: Tensor | None) -> None:
         """Put what sampling came to on disk, and the known frames that a program has left."""
-        said = json.dumps(
+        written = json.dumps(
             {
                 "settings": self.settings,
                 "prompt": dataclasses.asdict(prompt),
@@ -70,7 +70,7 @@ class ClipDraft:
         tensors = {"latents": sampled.latents.float().contiguous()}
         if handed is not None:
             tensors["handed"] = handed.contiguous()
-        metadata = {"said": said, "digest": _digest(tensors, said)}
+        metadata = {"said": written, "digest": _digest(tensors, written)}
         write_bytes(self._path(seed), as_bytes(tensors, metadata))
 
     def _path(self, seed: int) -> Path:
@@ -85,10 +85,14 @@ class ClipDraft:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             latents, handed = tensors["latents"], tensors.get("handed")
             whole = metadata["digest"] == _digest(tensors, metadata["said"])
-            said = parse_json(metadata["said"], str(path))
+            written = parse_json(metadata["said"], str(path))
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        return (said, latents, handed) if whole and said["settings"] == json.loads(json.dumps(self.settings)) else None
+        return (
+            (written, latents, handed)
+            if whole and written["settings"] == json.loads(json.dumps(self.settings))
+            else None
+        )
 
 
 def discard(folder: Path, number: int | None = None) -> None:
@@ -97,9 +101,9 @@ def discard(folder: Path, number: int | None = None) -> None:
         path.unlink()
 
 
-def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
+def _digest(tensors: Mapping[str, Tensor], written: str) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors, reverse=True):  # latents first: alone they have the digest that they always had
         digest.update(tensors[name].contiguous().numpy().tobytes())
-    digest.update(said.encode())
+    digest.update(written.encode())
     return digest.hexdigest()

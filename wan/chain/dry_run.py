@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan.chain.chain import ChainRun
+from wan.chain.run import ChainRun
 from wan.denoiser.sampling import forwards
 from wan.device.budget import CONTEXT, GIB
 from wan.foreign import count_numbered
@@ -59,11 +59,11 @@ def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRu
     for number, plan in enumerate(plans, 1):
         new = plan.shown - plan.fade_in
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
-        there = number in run.clips
-        seed = run.clips[number].record["seed"] if there else run.seed(number)
-        if run.is_drawn(number) and not there:
+        is_finished = number in run.clips
+        seed = run.clips[number].record["seed"] if is_finished else run.seeds.of(number)
+        if run.seeds.is_drawn(number) and not is_finished:
             seed = "drawn"
-        words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if there else _words(plan)).split())
+        words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if is_finished else _words(plan)).split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
         start += float(new / continuation.fps)
     missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
@@ -83,24 +83,24 @@ def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     budget, whole = budgets[kind], budgets[kind].gpu_bytes(*kind)
     peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(kind[0]).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
-    said = by_stage if max(peaks.values()) == whole else "all models at once"
+    loading = by_stage if max(peaks.values()) == whole else "all models at once"
     limited = (
         f", within the {budget.vram / GIB:.1f} that are free" if budget.vram and not continuation.budget.vram else ""
     )
-    return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({said}){limited}, beside the VLM"
+    return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({loading}){limited}, beside the VLM"
 
 
 def _host_memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of the host's memory that any clip takes, and how the models live in it."""
-    host, found = continuation.host, []
+    host, needs = continuation.host, []
     for plan in missing:
         captioner = continuation.vlm.host_bytes if plan.described else 0
         merged = {expert for expert, files in plan.loras.items() if files}
         chosen = host.plan(continuation.budget, plan.geometry, merged, captioner)
-        found.append((host.need(chosen, continuation.budget, plan.geometry, merged, captioner), chosen))
-    size, chosen = max(found, key=lambda one: one[0])
-    there = "given" if host.given else "free"
-    return f"about {size / GIB:.1f} GiB of host memory, of {host.limit / GIB:.1f} that are {there}: {chosen}"
+        needs.append((host.need(chosen, continuation.budget, plan.geometry, merged, captioner), chosen))
+    size, chosen = max(needs, key=lambda one: one[0])
+    limited_by = "given" if host.given else "free"
+    return f"about {size / GIB:.1f} GiB of host memory, of {host.limit / GIB:.1f} that are {limited_by}: {chosen}"
 
 
 def _words(plan: Plan) -> str:
@@ -160,7 +160,7 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     blocks = count_numbered(weights.shapes, "blocks.", str(weights.path))
     dim = weights.shapes["patch_embedding.weight"][0]
     forward = 2.0 * matrices * tokens + 4.0 * blocks * dim * tokens * tokens
-    return forward * len(plan.candidates) * forwards(continuation.shares(plan.sampling), plan.sampling.cache)
+    return forward * len(plan.candidates) * forwards(continuation.rules.shares(plan.sampling), plan.sampling.cache)
 
 
 def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from wan.chain.plan import LaterPicture, Plan
 from wan.files import readable, sampled_digest
 from wan.handoff import identity
 from wan.kinds import public_url
@@ -20,7 +21,6 @@ from wan.options import by_fingerprint_key
 from wan.types import Frame
 
 if TYPE_CHECKING:
-    from wan.chain.plan import Plan
     from wan.configs import ModelConfig
     from wan.continuation import VideoContinuation
 
@@ -114,9 +114,11 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "vlm_fallback": lambda models, plan: models.continuation.vlm.fallback if plan.described else None,
     "continuation": lambda models, plan: plan.context.mode if plan.context.mode != "last_frame" else None,
     "context_frames": lambda models, plan: plan.context.frames if plan.context.mode == "tail" else None,
-    "anchor": lambda models, plan: _digest(plan.anchor),
-    "end_image": lambda models, plan: _digest(plan.end),
-    "cut": lambda models, plan: plan.cut if isinstance(plan.cut, bool) else _digest(plan.cut),
+    "anchor": lambda models, plan: picture_digest(plan.anchor),
+    "end_image": lambda models, plan: (
+        plan.end.digest if isinstance(plan.end, LaterPicture) else picture_digest(plan.end)
+    ),
+    "cut": lambda models, plan: plan.cut if isinstance(plan.cut, bool) else picture_digest(plan.cut),
     "mag_ratios": lambda models, plan: models.ratios if plan.sampling.uses("magcache") else None,
     "loras": lambda models, plan: (
         {name: [lora.as_json() for lora in files] for name, files in plan.loras.items()} or None
@@ -126,6 +128,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     "handoff": lambda models, plan: None if plan.handoff is None or plan.is_cut else identity(plan.handoff),
     "discard": lambda models, plan: plan.discard or None,
     "drift_correction": lambda models, plan: plan.drift_correction or None,
+    "colour_carry": lambda models, plan: plan.colour_carry or None,
     "best_of": lambda models, plan: plan.best_of if plan.best_of > 1 else None,
     "video_reader": lambda models, plan: (
         "decord" if plan.described and models.continuation.video_reader == "decord" else None
@@ -146,7 +149,7 @@ def _digest_of(files: Iterable[Path]) -> str:
     return fingerprint({"files": [(file.name, sampled_digest(file)) for file in files]})
 
 
-def _digest(picture: Frame | None) -> str | None:
+def picture_digest(picture: Frame | None) -> str | None:
     """A short digest of a picture."""
     if picture is None:
         return None

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from wan.errors import UserError
 from wan.options import check
 from wan.settings import Context, LoraFile, Sampling
 from wan.types import Frame, Geometry
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterPicture:
+    """A picture that is read when its clip is made, since a long chain's would fill the memory: of an `end_images`.
+
+    `digest` is that of the picture with which the clip was planned, and `read` raises UserError for another one.
+    """
+
+    digest: str | None
+    read: Callable[[], Frame]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +32,9 @@ class Plan:
     fades in when the clips are joined. `anchor` is the picture that `svi2pro` holds on to, `end` the clip's last frame.
     `motion_amplitude` is as in `Request`. The clip's last `discard` frames are left out. `handoff` is a command that
     may change the known frames. `likeness` is a picture to measure the identity curve against. `preset` is the row that
-    `sampling` was made with. `drift_correction` is a strength, 0 for none. Of `best_of` candidates the one with the
-    least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises UserError for what does
-    not go together.
+    `sampling` was made with. `drift_correction` and `colour_carry` are strengths, 0 for none. Of `best_of` candidates
+    the one with the least visible seam is taken, or number `take`; `keeps_takes` hands out all of them. Raises
+    UserError for what does not go together.
     """
 
     geometry: Geometry
@@ -35,7 +46,7 @@ class Plan:
     offload: bool = True
     context: Context = Context()
     anchor: Frame | None = None
-    end: Frame | None = None
+    end: Frame | LaterPicture | None = None
     cut: Frame | bool | None = None
     loras: Mapping[str, tuple[LoraFile, ...]] = dataclasses.field(default_factory=dict)
     prompt_mode: str = "describe"
@@ -46,6 +57,7 @@ class Plan:
     fade: int = 0
     likeness: Frame | None = None
     drift_correction: float = 0.0
+    colour_carry: float = 0.0
     best_of: int = 1
     keeps_takes: bool = False
     take: int | None = None
@@ -61,6 +73,7 @@ class Plan:
             "discard",
             "fade",
             "drift_correction",
+            "colour_carry",
         ):
             check(name, getattr(self, name))
         if self.context.frames >= self.geometry.frames:

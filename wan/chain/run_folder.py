@@ -107,6 +107,12 @@ class FinishedClip:
         """The last latent frame, float32 [z, 1, h, w]."""
         return self._tensor("latents")[:, -1:]
 
+    @property
+    def colours(self) -> Tensor | None:
+        """Of the first clip of its shot, where the chain carries them."""
+        with safe_open(self.state, framework="pt") as opened:
+            return opened.get_tensor("colours") if "colours" in opened.keys() else None  # noqa: SIM118
+
     def tail(self, count: int, fps: Fraction) -> Tensor:
         """The last frames, up to `count` and no more than are kept, float32 [n, H, W, 3], oldest first."""
         if fps != Fraction(self.record["fps"]):
@@ -210,17 +216,17 @@ class RunFolder:
     def writes(self, name: str) -> bool:
         """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
         file = Path(name.casefold())
-        return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in _SUFFIXES and _number(file) is not None)
+        return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in _SUFFIXES and _clip_number(file) is not None)
 
     def foreign(self, *, preview: bool = False, upscaled: bool = False) -> Path | None:
         """A file that a run, with what it is asked for, would replace and that none of ours has made."""
         names = (*_OF_THE_RUN, *([PREVIEW] if preview else []), *(UPSCALED if upscaled else ()))
-        there = [path for name in names if (path := self.path / name).exists()]
-        if self.path / RUN in there:
+        existing = [path for name in names if (path := self.path / name).exists()]
+        if self.path / RUN in existing:
             run = self.run
             return None if isinstance(run.get("clips"), list) and "base_seed" in run else self.path / RUN
         # a run writes its record first; clips without one are of a run whose record was removed
-        return there[0] if there and not self.clips() else None
+        return existing[0] if existing and not self.clips() else None
 
     def clips(self) -> dict[int, FinishedClip]:
         """The finished clips by number, counted from 1; `faults` then says what is wrong with those that are not.
@@ -230,34 +236,34 @@ class RunFolder:
         """
         self.faults: dict[int, str] = {}
         clips = {}
-        paths = [path for path in sorted(self.path.glob("video_*.json")) if _number(path) is not None]
+        paths = [path for path in sorted(self.path.glob("video_*.json")) if _clip_number(path) is not None]
         first: dict[int | None, Path] = {}
         for path in paths:
-            if (other := first.setdefault(_number(path), path)) is not path:
+            if (other := first.setdefault(_clip_number(path), path)) is not path:
                 raise UserError(
-                    f"{self.path} has two records of clip {_number(path)}, {other.name} and {path.name}; "
+                    f"{self.path} has two records of clip {_clip_number(path)}, {other.name} and {path.name}; "
                     f"move the files of one of them elsewhere"
                 )
         with ThreadPoolExecutor(4) as readers:  # digests are computed beside each other
-            for found in readers.map(self._read, paths):
-                if isinstance(found, FinishedClip):
-                    clips[found.number] = found
+            for clip in readers.map(self._read, paths):
+                if isinstance(clip, FinishedClip):
+                    clips[clip.number] = clip
                 else:
-                    self.faults[found.number] = found.reason
+                    self.faults[clip.number] = clip.reason
         return clips
 
     def find(self, digest: str) -> FinishedClip | None:
         """A clip with this fingerprint that was replaced, or is a take, and is whole."""
         for path in self._replaced.get(digest, ()):
-            found = self._read(path)
-            if isinstance(found, FinishedClip) and found.fingerprint == digest and not found.is_pruned:
-                return found
+            clip = self._read(path)
+            if isinstance(clip, FinishedClip) and clip.fingerprint == digest and not clip.is_pruned:
+                return clip
         return None
 
     def replaced(self) -> list[FinishedClip]:
         """The clips that were replaced and are whole."""
-        found = [self._read(path) for path in sorted((self.path / REDONE).glob("*_seed*.json"))]
-        return [self.seal(clip) for clip in found if isinstance(clip, FinishedClip)]
+        clips = [self._read(path) for path in sorted((self.path / REDONE).glob("*_seed*.json"))]
+        return [self.seal(clip) for clip in clips if isinstance(clip, FinishedClip)]
 
     def to_prune(self, clips: Mapping[int, FinishedClip]) -> dict[int, FinishedClip]:
         """Those of whose state only making a clip again has need: all but the last two, and not before a gap."""
@@ -273,9 +279,9 @@ class RunFolder:
             return 0
         before = clip.state.stat().st_size
         with safe_open(clip.state, framework="pt") as opened:
-            said = {"settings": opened.metadata()["settings"]}
+            metadata = {"settings": opened.metadata()["settings"]}
             names = [name for name in opened.keys() if name.startswith(SHEET)]  # noqa: SIM118
-            data = as_bytes({name: opened.get_tensor(name) for name in names}, said)
+            data = as_bytes({name: opened.get_tensor(name) for name in names}, metadata)
         record = read_json(clip.record_path)
         write_json(clip.record_path, record | {"digests": record["digests"] | {"pruned": digest_of(data)}})
         write_bytes(clip.state, data)
@@ -284,18 +290,18 @@ class RunFolder:
     @property
     def _replaced(self) -> dict[str, list[Path]]:
         """The records of takes, and of clips that were replaced, by what their fingerprints are said to be."""
-        found: dict[str, list[Path]] = {}
+        records: dict[str, list[Path]] = {}
         for path in sorted([*self.path.glob(f"{TAKES}/*/take_*.json"), *(self.path / REDONE).glob("*_seed*.json")]):
             if path not in self._digests:
                 try:
                     self._digests[path] = str(read_json(path).get("fingerprint"))
                 except UserError:
                     self._digests[path] = ""
-            found.setdefault(self._digests[path], []).append(path)
-        return found
+            records.setdefault(self._digests[path], []).append(path)
+        return records
 
     def _read(self, path: Path) -> FinishedClip | _Fault:
-        number = _number(path) or 1  # a take has none, before it is put in a clip's place
+        number = _clip_number(path) or 1  # a take has none, before it is put in a clip's place
         state, video = path.with_suffix(".safetensors"), path.with_suffix(".mp4")
         try:
             record = current(read_json(path))
@@ -328,9 +334,9 @@ class RunFolder:
         """Note the digests of a clip of 0.1.0, whose record has none."""
         if "digests" in clip.record:
             return clip
-        said = read_json(clip.record_path) | {"digests": _digests(clip.record_path)}
-        write_json(clip.record_path, said)
-        return dataclasses.replace(clip, record=current(said))
+        record = read_json(clip.record_path) | {"digests": _digests(clip.record_path)}
+        write_json(clip.record_path, record)
+        return dataclasses.replace(clip, record=current(record))
 
     def save(self, number: int, digits: int, made: Generation, settings: Mapping[str, Any], told: Told) -> FinishedClip:
         """Put a clip on disk; it is finished when this returns. An older one of its number goes to `redone/`.
@@ -350,9 +356,9 @@ class RunFolder:
         home = self.path / TAKES / f"{number:0{digits}d}"
         home.mkdir(parents=True, exist_ok=True)
         stem = home / f"take_{take}_seed{made.request.seed}"
-        there = [file for suffix in _SUFFIXES if (file := stem.with_suffix(suffix)).exists()]
-        if there and _settings(stem.with_suffix(".safetensors")) != settings:
-            self._set_aside(there)
+        files = [file for suffix in _SUFFIXES if (file := stem.with_suffix(suffix)).exists()]
+        if files and _settings(stem.with_suffix(".safetensors")) != settings:
+            self._set_aside(files)
         self._digests.clear()
         self._write(stem, made, settings, told)
         return stem.with_suffix(".mp4")
@@ -365,12 +371,13 @@ class RunFolder:
             "latents": made.latents.float().contiguous(),
             "tail": frames[-LONGEST_CONTEXT:].contiguous(),
             **({} if made.handed is None else {"handed": made.handed.contiguous()}),
+            **({} if made.colours is None else {"colours": made.colours.contiguous()}),
             "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
             **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
         }
-        said = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(told.samples)}
+        metadata = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(told.samples)}
         # the library's own writer would leave a file of its own when killed
-        write_bytes(stem.with_suffix(".safetensors"), as_bytes(tensors, said))
+        write_bytes(stem.with_suffix(".safetensors"), as_bytes(tensors, metadata))
         record = dict(told.describe())
         # the first new frame starts a group of its own, so that joining can leave out what repeats the clip before
         media.write_video(
@@ -390,7 +397,7 @@ class RunFolder:
         What a killed run left of this very clip is overwritten. It has no record yet; its state, which comes first,
         tells.
         """
-        files = [file for file in self.path.glob("video_*") if _number(file) == number]
+        files = [file for file in self.path.glob("video_*") if _clip_number(file) == number]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         left = stem if stem not in recorded and _settings(self.path / f"{stem}.safetensors") else None
         for name in sorted({file.stem for file in files} - {left}):
@@ -433,9 +440,9 @@ class RunFolder:
         """Bring a clip that is whole and lies elsewhere in the folder to a place; what was there is set aside."""
         target = self.path / f"video_{number:0{digits}d}_seed{read_json(record)['seed']}.json"
         self._make_room(number, "")
-        found = self._read(self._move(record, target, keep=record.parent.name != REDONE))
-        assert isinstance(found, FinishedClip)  # it was, a moment ago
-        return found
+        restored = self._read(self._move(record, target, keep=record.parent.name != REDONE))
+        assert isinstance(restored, FinishedClip)  # it was, a moment ago
+        return restored
 
     def _move(self, record: Path, target: Path, *, keep: bool = False) -> Path:
         """Give a clip another name, or a second one that it is to `keep`; it is finished somewhere at any moment.
@@ -511,7 +518,7 @@ def _bytes(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
-def _number(file: Path) -> int | None:
+def _clip_number(file: Path) -> int | None:
     """The clip that a file belongs to, or belonged to."""
     match = (_REPLACED if file.parent.name == REDONE else _NAME).fullmatch(f"{file.stem}.json")
     return int(match[1]) if match else None

@@ -92,28 +92,28 @@ class Scene:
     """
 
     line: int
-    said: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        frames, context = self.said.get("frame_num"), self.said.get("context_frames")
+        frames, context = self.values.get("frame_num"), self.values.get("context_frames")
         if frames is not None and context is not None and context >= frames:
             raise UserError(f"context {context} must be fewer than the clip's {frames} frames")
-        if "continuation" in self.said:
-            Context.choose(self.said["continuation"], context)
-        if "anchor_image" in self.said and self.said.get("cut") is not None:
+        if "continuation" in self.values:
+            Context.choose(self.values["continuation"], context)
+        if "anchor_image" in self.values and self.values.get("cut") is not None:
             raise UserError("a shot holds on to the picture of its cut; give anchor to the clip after it")
 
     def over(self, settings: Settings) -> Settings:
         """The settings of the clip: the command line's, with what is said here in their place."""
-        said = dict(self.said)
-        if said.keys() & {"continuation", "context_frames"}:
+        values = dict(self.values)
+        if values.keys() & {"continuation", "context_frames"}:
             # one frame is the last frame, more are a tail; what the command line says of the other is for its own way
-            said = {"continuation": None, "context_frames": None} | said
-            if Context.choose(said["continuation"], said["context_frames"]).mode != "svi2pro":
-                for name in EXPERT_OF_LORA.keys() - said.keys():
+            values = {"continuation": None, "context_frames": None} | values
+            if Context.choose(values["continuation"], values["context_frames"]).mode != "svi2pro":
+                for name in EXPERT_OF_LORA.keys() - values.keys():
                     files = getattr(settings, name)
-                    said[name] = tuple(file for file in files if not LoraFile.parse(file).is_svi)
-        return dataclasses.replace(settings, **said)
+                    values[name] = tuple(file for file in files if not LoraFile.parse(file).is_svi)
+        return dataclasses.replace(settings, **values)
 
 
 def read_storyboard(path: Path) -> tuple[Scene, ...]:
@@ -139,7 +139,7 @@ def read_storyboard(path: Path) -> tuple[Scene, ...]:
 def _names_twice(scenes: Sequence[Scene]) -> Iterator[tuple[int, str]]:
     lines: dict[str, int] = {}
     for scene in scenes:
-        if (name := scene.said.get("name")) in lines:
+        if (name := scene.values.get("name")) in lines:
             yield scene.line, f"name {name!r} is there twice, here and in line {lines[name]}"
         elif name is not None:
             lines[name] = scene.line
@@ -152,23 +152,23 @@ def ahead(old: Sequence[Scene], new: Sequence[Scene], begun: int) -> tuple[Scene
     one that is there, and otherwise by number.
     """
     past = (*old[:begun], *[Scene(0)] * (begun - len(old)))
-    names = [scene.said.get("name") for scene in new]
-    last = past[-1].said.get("name") if past else None
+    names = [scene.values.get("name") for scene in new]
+    last = past[-1].values.get("name") if past else None
     return (*past, *new[names.index(last) + 1 if last is not None and last in names else begun :])
 
 
 def said_otherwise(old: Sequence[Scene], new: Sequence[Scene]) -> dict[int, list[str]]:
     """The clips, counted from 1, of which two storyboards say something else, and the keys by which."""
     keys = {one.name: key for key, one in _KEYS.items()}
-    found = {}
+    changed = {}
     for number in range(1, max(len(old), len(new)) + 1):
-        before = old[number - 1].said if number <= len(old) else {}
-        after = new[number - 1].said if number <= len(new) else {}
+        before = old[number - 1].values if number <= len(old) else {}
+        after = new[number - 1].values if number <= len(new) else {}
         if before != after:
-            found[number] = sorted(
+            changed[number] = sorted(
                 keys[name] for name in before.keys() | after.keys() if before.get(name) != after.get(name)
             )
-    return found
+    return changed
 
 
 def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig) -> None:
@@ -178,31 +178,31 @@ def check_storyboard(path: Path, scenes: Iterable[Scene], *, config: ModelConfig
     for scene in scenes:
         rules = {
             f"cut: true makes a clip of text alone, which {name} cannot; give a picture to cut to": (
-                scene.said.get("cut") is True and config.model_type == "i2v"
+                scene.values.get("cut") is True and config.model_type == "i2v"
             ),
             f"{name} has two experts: give lora_high and lora_low instead of lora": (
-                scene.said.get("lora") and two_experts
+                scene.values.get("lora") and two_experts
             ),
             f"{name} has one expert: give lora instead of lora_high and lora_low": (
-                (scene.said.get("lora_high") or scene.said.get("lora_low")) and not two_experts
+                (scene.values.get("lora_high") or scene.values.get("lora_low")) and not two_experts
             ),
             f"guidance: {name} has one expert and takes one number": (
-                len(set(scene.said.get("sample_guide_scale", ()))) > 1 and not two_experts
+                len(set(scene.values.get("sample_guide_scale", ()))) > 1 and not two_experts
             ),
         }
         problems += [(scene.line, text) for text, broken in rules.items() if broken]
         try:
-            check_motion_amplitude(scene.said.get("motion_amplitude", 1.0), config)
+            check_motion_amplitude(scene.values.get("motion_amplitude", 1.0), config)
         except UserError as error:
             problems.append((scene.line, str(error)))
     _refuse(path, problems)
 
 
 def _refuse(path: Path, problems: Iterable[tuple[int, str]]) -> None:
-    found = sorted(set(problems))  # what is merged into several clips is one problem
-    if found:
-        shown = "; ".join(f"line {line}: {text}" for line, text in found[:SHOWN_PROBLEMS])
-        more = f"; and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
+    distinct = sorted(set(problems))  # what is merged into several clips is one problem
+    if distinct:
+        shown = "; ".join(f"line {line}: {text}" for line, text in distinct[:SHOWN_PROBLEMS])
+        more = f"; and {len(distinct) - SHOWN_PROBLEMS} more" if len(distinct) > SHOWN_PROBLEMS else ""
         raise UserError(f"{path}, {shown}{more}")
 
 
@@ -330,8 +330,8 @@ class _Structure:
         else:
             values = self._values(clip, "a clip must be a prompt or a mapping ({} if it has nothing of its own)")
         try:
-            said = {_KEYS[key].name: value for key, value in {**defaults, **values}.items() if value is not None}
-            return Scene(_line(clip), said)
+            settings = {_KEYS[key].name: value for key, value in {**defaults, **values}.items() if value is not None}
+            return Scene(_line(clip), settings)
         except UserError as error:
             self._add(clip, str(error))
             return None
@@ -418,7 +418,7 @@ def _shown(node: Node) -> str:
     return repr(text) if kind == "str" or not text.isprintable() else text or "nothing"
 
 
-def _number(node: Node, form: re.Pattern[str]) -> str | None:
+def _digits(node: Node, form: re.Pattern[str]) -> str | None:
     """The digits of a number that is written as `form`; None for anything else."""
     plain = isinstance(node, ScalarNode) and node.style is None
     fits = plain and node.tag in {_YAML + kind for kind in ("int", "float", "str")}  # YAML 1.1 has 1e3 for a text
@@ -428,14 +428,14 @@ def _number(node: Node, form: re.Pattern[str]) -> str | None:
 
 def _whole(node: Node, kind: Whole, folder: Path) -> int:
     low = kind.fewest_in_chain if isinstance(kind, Frames) else kind.low
-    digits = _number(node, _WHOLE)
+    digits = _digits(node, _WHOLE)
     if digits is None or not low <= int(digits) <= kind.high:
         raise _must_be(f"a whole number from {low} to {'2**63-1' if kind.high == LARGEST_SEED else kind.high}", node)
     return int(digits)
 
 
 def _among(node: Node, kind: Among, folder: Path) -> int:
-    digits = _number(node, _WHOLE)
+    digits = _digits(node, _WHOLE)
     if digits is None or int(digits) not in kind.numbers:
         *most, last = map(str, kind.numbers)
         raise _must_be(f"{', '.join(most)} or {last}", node)
@@ -443,7 +443,7 @@ def _among(node: Node, kind: Among, folder: Path) -> int:
 
 
 def _real(node: Node, kind: Kind, folder: Path) -> float:
-    digits = _number(node, _NUMBER)
+    digits = _digits(node, _NUMBER)
     if digits is None or not math.isfinite(float(digits)):
         raise _must_be("a number", node)
     if isinstance(kind, Real) and kind.above and float(digits) <= kind.low:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,21 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.chain.chain import ChainRun, Script
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
-from wan.chain.fingerprint import clip_settings
+from wan.chain.fingerprint import clip_settings, picture_digest
+from wan.chain.plan import LaterPicture, Plan
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.finishing import Upscaling
 from wan.commands.flags import spell_flag
-from wan.commands.job import Job, read_scenes
+from wan.commands.inputs import read_scenes
+from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.commands.outputs import check_folder
 from wan.commands.preview import Preview
 from wan.commands.progress import Progress, say
 from wan.commands.steering import Steering, ask, confirm, on_terminal, review
-from wan.device.ranks import World
 from wan.errors import UserError, spell
 from wan.options import Settings, usual_clips
 from wan.settings import Context
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 told = logging.getLogger(PROGRESS)
 
 if TYPE_CHECKING:
-    from wan.chain.plan import Plan
     from wan.continuation import VideoContinuation
 
 
@@ -121,7 +121,7 @@ class Chain:
         """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
         job, run = self.job, self._scripts.run(RunFolder(self.folder))
         yield from outline(self._pipeline, run.plans, run)
-        yield from (*_damaged(run), *run.moved, *in_words(run.again), *_shared(job, self._pipeline))
+        yield from (*_damaged(run), *run.moved, *in_words(run.again), *job.gpus.lines(self._pipeline))
         if self._upscaling is not None:
             yield from self._upscaling.outline(run.plans)
         if job.settings.include_source:
@@ -143,15 +143,15 @@ class Chain:
                 print(line, file=sys.stderr)
             _agree(run)
             with (
-                self.job.together(self._pipeline),
+                self.job.gpus.together(self._pipeline),
                 self._watch("", run.count, settings.quiet) as progress,
                 self._steering.listening(),
             ):
                 try:
                     yield from self._make(run, progress)
                 except BaseException as error:
-                    if said := run.writer.settle():
-                        print(said, file=sys.stderr)
+                    if fault := run.writer.settle():
+                        print(fault, file=sys.stderr)
                     progress.rest()  # what is said next is the last, and in no bar's line
                     _say_what_is_there(run, error)
                     raise
@@ -206,10 +206,10 @@ class Chain:
             score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
             told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
 
-        progress.begin(f"clip {number}/{run.count}", run.seed(number))
+        progress.begin(f"clip {number}/{run.count}", run.seeds.of(number))
         return self._pipeline.extend(
             run.before(number),
-            run.seed(number),
+            run.seeds.of(number),
             run.plan(number),
             on_step,
             memory=run.prompt_memory,
@@ -244,7 +244,7 @@ class _Scripts:
         job = self.job
         if script is None:
             script = self.script(_edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt))
-        return ChainRun(job.settings, script, folder, self.footage, job.describe)
+        return ChainRun(job.settings, script, folder, self.footage, job.recorder.describe)
 
     def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
@@ -274,7 +274,7 @@ class _Scripts:
                 return
             check_storyboard(Path(settings.storyboard), scenes, config=self.job.config)
             following = ahead(self.scenes, scenes, begun)
-            script = self.script(_edited(following, run.edited, settings.prompt), begun)
+            script = self.script(_edited(following, run.choices.edited, settings.prompt), begun)
         except UserError as error:
             log.warning("%s; the run goes on with what the storyboard said before", error.marked)
             return
@@ -316,34 +316,34 @@ class _Scripts:
         if answer == "edit":
             text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
             if text:
-                run.edited |= {run.key(number): {"prompt": text, "over": self._said(number)}}
-                scenes = _edited(self.scenes, run.edited, self.job.settings.prompt)
+                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._usual_prompt(number)}}
+                scenes = _edited(self.scenes, run.choices.edited, self.job.settings.prompt)
                 run.follow(self.script(scenes, number), number - 1)
         elif answer == "again":
-            run.draw_again(number)
+            run.seeds.draw_again(number)
             run.follow(run.script, number - 1)
         if answer in ("edit", "again"):
             run.give_up()
         return answer != "stop"
 
-    def _said(self, number: int) -> str | None:
+    def _usual_prompt(self, number: int) -> str | None:
         """The prompt of a clip as the command line or the storyboard has it."""
-        said: Mapping[str, Any] = self.scenes[number - 1].said if number <= len(self.scenes) else {}
-        prompt: str | None = said.get("prompt", self.job.settings.prompt)
+        values: Mapping[str, Any] = self.scenes[number - 1].values if number <= len(self.scenes) else {}
+        prompt: str | None = values.get("prompt", self.job.settings.prompt)
         return prompt
 
 
 def _edited(scenes: Sequence[Scene], edited: Mapping[str, Any], usual: str | None) -> tuple[Scene, ...]:
     """The scenes with prompts that were edited in a review, as long as they are over the same ones."""
     count = max([len(scenes), *(int(key) for key in edited if key.isdecimal())])
-    found = []
+    followed = []
     for number in range(1, count + 1):
         scene = scenes[number - 1] if number <= len(scenes) else Scene(0)
-        one = edited.get(scene.said.get("name") or str(number))
-        if one is not None and one["over"] == scene.said.get("prompt", usual):
-            scene = dataclasses.replace(scene, said={**scene.said, "prompt": one["prompt"]})
-        found.append(scene)
-    return tuple(found)
+        one = edited.get(scene.values.get("name") or str(number))
+        if one is not None and one["over"] == scene.values.get("prompt", usual):
+            scene = dataclasses.replace(scene, values={**scene.values, "prompt": one["prompt"]})
+        followed.append(scene)
+    return tuple(followed)
 
 
 def _agree(run: ChainRun) -> None:
@@ -374,51 +374,52 @@ def _plans(
     settings = job.settings
     common = job.plan(continuation, footage)
 
-    @functools.cache
-    def picture(file: str) -> Frame:
+    def read(file: str) -> Frame:
         """A picture file in the clips' size: the file itself may be large."""
         return continuation.frame_for(media.read_image(file), common.geometry.width, common.geometry.height)
+
+    picture = functools.cache(read)
 
     plans: list[Plan] = []
     anchor, shot = common.anchor, None  # what is held on to, and what the shot began with
     begin: Frame | None = continuation.frame_for(footage.last, common.geometry.width, common.geometry.height)
-    ends = [picture(file) for file in job.ends]
+    ends = [_later(file, read) for file in job.ends]
     if ends:
-        continuation.check(dataclasses.replace(common, end=ends[0]))
+        continuation.plan.check(dataclasses.replace(common, end=ends[0]))
     for number in range(1, count + 1):
         # the end image of the command line is where the whole chain ends
         end = ends[number - 1] if ends else common.end if number == count else None
         plan = dataclasses.replace(common, number=number, count=count, end=end, anchor=anchor)
         if number <= len(scenes):
             scene = scenes[number - 1]
-            own: dict[str, Any] = {} if "end_image" in scene.said else {"end": end}
+            ending: dict[str, Any] = {} if "end_image" in scene.values else {"end": end}
             try:
                 of_scene = scene.over(settings)
                 is_svi = Context.choose(of_scene.continuation, of_scene.context_frames).mode == "svi2pro"
-                if number == count and settings.until is not None and "end_image" in scene.said:
+                if number == count and settings.until is not None and "end_image" in scene.values:
                     raise UserError("end_image: the last clip ends with the first frame of `until`")
-                if "anchor_image" in scene.said:
+                if "anchor_image" in scene.values:
                     if not is_svi:
                         raise UserError("anchor goes with `continuation` svi2pro")
-                    anchor = picture(scene.said["anchor_image"])
+                    anchor = picture(scene.values["anchor_image"])
                 if is_svi and anchor is None:
                     anchor = shot
-                of_clip = {"anchor": anchor, "number": number, "count": count} | own
+                of_clip = {"anchor": anchor, "number": number, "count": count} | ending
                 plan = job.plan(continuation, footage, of_scene, picture, **of_clip)
             except UserError as error:
                 where = f"{settings.storyboard}, line {scene.line}" if scene.line else f"clip {number}"
                 raise UserError(f"{where}: {error.marked}") from error
             if is_svi:
                 anchor = plan.anchor
-            if isinstance(scene.said.get("cut"), str):
-                shot = picture(scene.said["cut"])
+            if isinstance(scene.values.get("cut"), str):
+                shot = picture(scene.values["cut"])
                 if anchor is not None and not settings.anchor_image:
                     anchor = shot
             if plan.is_cut:
-                begin = shot if isinstance(scene.said["cut"], str) else None
+                begin = shot if isinstance(scene.values["cut"], str) else None
         held = anchor if plan.context.mode == "svi2pro" else begin
         plan = dataclasses.replace(plan, likeness=held)
-        plans.append(continuation.with_available_context(footage, plan) if number == 1 else plan)
+        plans.append(continuation.frames.with_available_context(footage, plan) if number == 1 else plan)
     for before, plan in pairwise(plans):
         if 2 * plan.fade_in > min(before.shown, plan.shown):
             raise UserError(
@@ -429,14 +430,17 @@ def _plans(
     return plans
 
 
-def _shared(job: Job, continuation: VideoContinuation) -> list[str]:
-    """A line about how several GPUs would share the work."""
-    asked = job.settings.ulysses_size, job.settings.cfg_size, job.settings.ring_size
-    given = [size for size in asked if size != "auto"]
-    world = job.world if job.world.size > 1 else World(size=math.prod(given))
-    if world.size == 1:
-        return []
-    return [f"{world.size} GPUs: {job.sizes(continuation, world)}"]
+def _later(file: str, read: Callable[[str], Frame]) -> LaterPicture:
+    """A picture that is looked at now, and read again for its clip. Raises UserError."""
+    digest = picture_digest(read(file))
+
+    def read_again() -> Frame:
+        frame = read(file)
+        if picture_digest(frame) != digest:
+            raise UserError(f"{file} is another picture than when the run began; the same command goes on with it")
+        return frame
+
+    return LaterPicture(digest, read_again)
 
 
 def _damaged(run: ChainRun) -> list[str]:

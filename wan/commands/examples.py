@@ -22,5 +22,5 @@ EXAMPLE_PROMPT: dict[str, dict[str, str]] = {
 def example_of(task: str) -> Mapping[str, str]:
     """The settings of a task's example; its files lie in the repository."""
     root = Path(__file__).parent.parent.parent
-    found = dict(EXAMPLE_PROMPT[task])
-    return found | {name: str(root / found[name]) for name in ("image", "video") if name in found}
+    example = dict(EXAMPLE_PROMPT[task])
+    return example | {name: str(root / example[name]) for name in ("image", "video") if name in example}

@@ -22,8 +22,8 @@ from wan.types import Geometry, Step
 from wan.upscaling import open_upscaler, upscale
 
 if TYPE_CHECKING:
-    from wan.chain.chain import ChainRun
     from wan.chain.plan import Plan
+    from wan.chain.run import ChainRun
 
 
 class Upscaling:
@@ -46,7 +46,7 @@ class Upscaling:
         with self._progress(run.folder.path / JOINED, watch) as on_frame:
             return upscale_joined(
                 run.folder,
-                run.joined_of,
+                run.joined.made_of,
                 self.upscaler,
                 self._device,
                 metadata=self._metadata,

@@ -138,18 +138,18 @@ def parser_of(command: Command, *, whole: bool = True) -> Parser:
 def _arguments(one: Option, command: Command, whole: bool) -> dict[str, Any]:
     """How argparse collects the words of an option."""
     kind, required = one.kind, command in one.required
-    found: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
+    arguments: dict[str, Any] = {"help": _help(one, required), "required": required and whole}
     if isinstance(kind, Switch) and not isinstance(kind, YesNo):
-        return found | {"action": "store_true"}
+        return arguments | {"action": "store_true"}
     if isinstance(kind, Choice):
-        return found | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
+        return arguments | {"metavar": f"{{{','.join(_names(one, kind, command))}}}"}
     if isinstance(kind, Interval):
-        return found | {"nargs": 2, "metavar": ("LOW", "HIGH")}
+        return arguments | {"nargs": 2, "metavar": ("LOW", "HIGH")}
     if isinstance(kind, PromptFor):
-        return found | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
+        return arguments | {"nargs": 2, "metavar": ("K", "TEXT"), "action": "append"}
     if isinstance(kind, Strength):
-        return found | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
-    return found | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
+        return arguments | {"nargs": "?", "const": str(kind.unsaid), "metavar": kind.metavar}
+    return arguments | {"metavar": kind.metavar} | ({"action": "append"} if isinstance(kind, Files | TakeOf) else {})
 
 
 def _names(one: Option, kind: Choice, command: Command) -> tuple[str, ...]:
@@ -200,10 +200,15 @@ def check_together(command: Command, settings: Settings) -> None:
             raise UserError(
                 f"`output_dir` {settings.output_dir} must hold {NAME}, for the name of each row: runs/{NAME}, say"
             )
+        if settings.upload is not None and NAME not in settings.upload:
+            raise UserError(f"`upload` must hold {NAME}, for the name of each row: s3://bucket/runs/{NAME}, say")
         sharing = ("ulysses_size", "cfg_size", "ring_size", "t5_fsdp", "dit_fsdp")
         given = [f"`{name}`" for name in sharing if getattr(settings, name) != OPTIONS[name].default]
         if given and settings.gpus_per_job == 1:
             raise UserError(f"{', '.join(given)}: a chain is shared among several GPUs only with `gpus_per_job`")
+        elsewhere = [f"`{name}`" for name in ("vlm_url", "vlm_device") if getattr(settings, name) is not None]
+        if settings.captioners and elsewhere:
+            raise UserError(f"{elsewhere[0]} and `captioners` each say where the VLM is; give one of them")
     elif settings.ckpt_dir is None and settings.comfy_dir is None:  # rows may say it
         raise UserError("`ckpt_dir` or `comfy_dir` is required: where the model's files are (see --help)")
     chain = command != "generate"

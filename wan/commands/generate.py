@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from wan import media
 from wan.commands.finishing import Upscaling
-from wan.commands.job import Job, lora_files
+from wan.commands.inputs import lora_files
+from wan.commands.job import Job
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
 from wan.files import numbered, write_json
@@ -33,21 +34,21 @@ def generate(job: Job) -> None:
 
     pipeline: Pipeline
     if settings.video is not None:
-        from wan.pipeline import draw_seed
+        from wan.settings import draw_seed
 
         footage = job.footage()
         pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         upscaling = None if settings.upscale is None else Upscaling(job, plan.geometry)
-        with job.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
         upscaling = None if settings.upscale is None else Upscaling(job, request.geometry)
-        with job.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
-    record = job.describe(made, settings.video or settings.image, plan)
+    record = job.recorder.describe(made, settings.video or settings.image, plan)
     # giving tens of GB back takes the system seconds, which the writing takes as well
     with ThreadPoolExecutor(1) as beside:
         freed = beside.submit(pipeline.close)
@@ -77,7 +78,7 @@ def _target(job: Job) -> Path:
 
 def _request(job: Job, pipeline: Pipeline) -> Request:
     """The request of a t2v, i2v or ti2v run."""
-    from wan.pipeline import draw_seed
+    from wan.settings import draw_seed
 
     settings, size, config, known = job.settings, job.size, pipeline.config, KnownFrames()
     if settings.image is not None:
@@ -90,14 +91,14 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
     check_motion_amplitude(settings.motion_amplitude, config)
     loras = lora_files(settings)
     pipeline.models.check_loras(loras)
-    pipeline.check_distilled(settings.preset, loras)
+    pipeline.rules.check_distilled(settings.preset, loras)
     assert settings.prompt is not None  # seen to by the job
     return Request(
         settings.prompt,
         config.sample_neg_prompt,
         known,
         pipeline.geometry(*size, settings.frame_num or config.frame_num),
-        pipeline.sampling(
+        pipeline.rules.merge(
             settings.sample_steps,
             settings.sample_shift,
             settings.sample_solver,

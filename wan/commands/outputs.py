@@ -29,15 +29,15 @@ def check_file(job: Job, target: Path) -> None:
         larger = upscaled_name(target)
         media.check_output(larger)
         files += [larger, larger.with_suffix(".json")]
-    for said, file in _inputs(job):
+    for user, file in _inputs(job):
         if any(_same(file, ours) for ours in files):
-            raise UserError(f"`save_file` {target} would replace {file}, which {said} needs; give another name")
+            raise UserError(f"`save_file` {target} would replace {file}, which {user} needs; give another name")
     if job.settings.overwrite:
         return
-    there = [file for file in files if file.exists()]
-    if there and not _is_record(files[1]):
+    existing = [file for file in files if file.exists()]
+    if existing and not _is_record(files[1]):
         raise UserError(
-            f"{there[0]} is there already, and no record beside it says that it was made here: give another "
+            f"{existing[0]} is there already, and no record beside it says that it was made here: give another "
             "`save_file`, or `overwrite` to replace it"
         )
 
@@ -59,12 +59,12 @@ def check_folder(job: Job, folder: RunFolder) -> None:
         raise UserError(f"`output_dir` {output} cannot be used: {parent} is not writable")
     _try_to_write(output)
     folder.check_names()
-    for said, file in _inputs(job):
+    for user, file in _inputs(job):
         # as it is named, and as what it is: a link in the folder would be replaced as well
-        for there in (file, file.resolve()):
-            if _same(there.parent, output) and folder.writes(there.name):
+        for place in (file, file.resolve()):
+            if _same(place.parent, output) and folder.writes(place.name):
                 raise UserError(
-                    f"{file} would be overwritten: {said} needs it, and a run in {output} writes a file of that name; "
+                    f"{file} would be overwritten: {user} needs it, and a run in {output} writes a file of that name; "
                     "give another `output_dir`"
                 )
     if foreign := folder.foreign(preview=job.settings.preview, upscaled=job.settings.upscale is not None):
@@ -88,9 +88,9 @@ def _try_to_write(folder: Path) -> None:
 
 def _inputs(job: Job) -> Iterator[tuple[str, Path]]:
     """The files that the command reads, each with the setting that names it."""
-    said: list[tuple[str, str, Any]] = [(f"`{name}`", name, getattr(job.settings, name)) for name in OPTIONS]
-    said += [("the storyboard", name, value) for scene in job.scenes for name, value in scene.said.items()]
-    for shown, name, value in said:
+    settings: list[tuple[str, str, Any]] = [(f"`{name}`", name, getattr(job.settings, name)) for name in OPTIONS]
+    settings += [("the storyboard", name, value) for scene in job.scenes for name, value in scene.values.items()]
+    for shown, name, value in settings:
         one = OPTIONS[name]
         if one.group == OUTPUT or not one.kind.local or not value or value is True:
             continue

@@ -49,7 +49,7 @@ class Progress:
         self.chain: tqdm[Any] | None = None
         self.bar: tqdm[Any] | None = None
         self.started = time.perf_counter()
-        self.there = self.done = 0  # clips that were there when the run began, and those of this run
+        self.finished_before = self.done = 0  # clips that were there when the run began, and those of this run
         self._stage, self._since, self._steps = "", self.started, 0
         self._over, self._resting = threading.Event(), False
 
@@ -111,7 +111,7 @@ class Progress:
 
     def finish_clips(self, count: int) -> None:
         """So many clips of the chain were on disk before the run."""
-        self.there = count
+        self.finished_before = count
         if self.chain is not None:  # the rate is that of this run
             self.chain.initial = self.chain.n = count
             self.chain.refresh()
@@ -126,7 +126,7 @@ class Progress:
         log.log(CLIP, "clip %d/%d finished%s: %s", clip.number, self.clips, _facts(clip.record), clip.video)
         if self.chain is not None:
             self.chain.total = self.clips
-        rest = self.clips - self.there - self.done
+        rest = self.clips - self.finished_before - self.done
         if rest > 0:
             each = (time.perf_counter() - self.started) / self.done
             log.log(CLIP, "clip %d/%d: about %s left", clip.number, self.clips, span(each * rest))

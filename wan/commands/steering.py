@@ -82,8 +82,8 @@ def on_terminal() -> bool:
 def ask(question: str) -> str | None:
     """The answer of a person, None where nobody can give one any more."""
     print(question, end=" ", file=sys.stderr, flush=True)
-    said = sys.stdin.readline()
-    return said.strip() if said else None
+    answer = sys.stdin.readline()
+    return answer.strip() if answer else None
 
 
 def confirm(question: str) -> bool:
@@ -94,9 +94,9 @@ def confirm(question: str) -> bool:
 def review(title: str) -> Answer:
     """What is to become of a clip that was shown; asked until the answer is one."""
     while True:
-        said = ask(f"{title}: yes, again, edit the prompt, stop? [y/a/e/s]")
-        if said is None:
+        reply = ask(f"{title}: yes, again, edit the prompt, stop? [y/a/e/s]")
+        if reply is None:
             return "stop"
         for answer in _ANSWERS:
-            if said and answer.startswith(said.lower()):
+            if reply and answer.startswith(reply.lower()):
                 return answer

@@ -72,13 +72,13 @@ def use_attention(model: WanModel, name: str) -> None:
 @functools.cache
 def kernels_there() -> Mapping[str, Attention]:
     """The exact attention kernels that are installed, whether or not they run here."""
-    found: dict[str, Attention] = {
+    kernels: dict[str, Attention] = {
         name: functools.partial(dispatch_attention_fn, backend=AttentionBackendName(name))
         for name, package in BACKENDS.items()
         if package is None or _is_installed(package)
     }
-    found |= {CUDNN: cudnn_attention}
-    return found | ({FLASH_4: flash_attention_4} if _is_installed("flash_attn.cute") else {})
+    kernels |= {CUDNN: cudnn_attention}
+    return kernels | ({FLASH_4: flash_attention_4} if _is_installed("flash_attn.cute") else {})
 
 
 def _is_installed(package: str) -> bool:
@@ -105,8 +105,8 @@ def flash_attention_4(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     An operation of its own, because PyTorch's compiler cannot look into it.
     """
-    found = _flash_attn_func()(query, key, value)
-    output: Tensor = found[0] if isinstance(found, tuple) else found  # with the logarithms of the sums
+    result = _flash_attn_func()(query, key, value)
+    output: Tensor = result[0] if isinstance(result, tuple) else result  # with the logarithms of the sums
     return output
 
 
@@ -151,8 +151,8 @@ def fastest(candidates: Mapping[str, Attention], query: Tensor, key: Tensor, val
     seconds: dict[str, float] = {}
     for name, attention in candidates.items():
         try:
-            found = attention(query, key, value)[:, rows].double()
-            error = float(((found - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3))).max())
+            ours = attention(query, key, value)[:, rows].double()
+            error = float(((ours - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3))).max())
             if error <= 2 * torch.finfo(query.dtype).eps:  # not so when it is NaN
                 seconds[name] = min(_seconds(attention, query, key, value) for _ in range(2))
             else:

@@ -80,10 +80,10 @@ class ImageChannels:
         rest = anchor.new_zeros(anchor.shape[0], frames - 1 - motion.shape[1], *anchor.shape[2:])
         if end is not None:
             rest = torch.cat([rest[:, 1:], end], dim=1)
-        found = cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
+        condition = cls.from_latents(torch.cat([anchor, motion, rest], dim=1))
         if end is not None:
-            found.channels[:4, -1] = 1
-        return found
+            condition.channels[:4, -1] = 1
+        return condition
 
     def model_input(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([latents, self.channels])[None], t[None]
@@ -163,9 +163,24 @@ def amplified(latents: Tensor, free: slice, amplitude: float) -> Tensor:
     first, rest = latents[:, :1], latents[:, free]
     away = rest - first
     mean = away.mean(dim=(0, 2, 3), keepdim=True)
-    found = latents.clone()
-    found[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
-    return found
+    moved = latents.clone()
+    moved[:, free] = (first + (away - mean) * amplitude + mean).clamp(-6, 6)
+    return moved
+
+
+def carried(latents: Tensor, plain: Tensor, graded: Tensor) -> Tensor:
+    """Known latents [z, K, h, w] led to other colours: by what a change of colours does to them, smoothed in space.
+
+    `plain` and `graded` [z, K, h, w] are those of the same frames, encoded as they are and with the change: what
+    encoding itself costs is in both and drops out. The first known frame stays, and the change grows smoothly to the
+    last one, which the new frames follow (source: H3's latent colour carry).
+    """
+    change = torch.nn.functional.pad((graded - plain).transpose(0, 1), (1, 1, 1, 1), mode="replicate")
+    smooth = torch.nn.functional.avg_pool2d(change, 3, stride=1).transpose(0, 1)
+    count = latents.shape[1]
+    share = torch.linspace(0, 1, count) if count > 1 else torch.ones(1)
+    weight = (share * share * (3 - 2 * share)).to(latents)[None, :, None, None]
+    return latents + weight * smooth
 
 
 def _with_leading(known: Tensor, latents: Tensor) -> Tensor:

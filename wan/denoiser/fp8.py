@@ -57,10 +57,10 @@ def _fault(precision: str, device: torch.device) -> str:
     for compute, given in checks:
         expected = compute(*given).float()
         try:
-            found = compute(*(part.to(device) for part in given)).float().cpu()
+            ours = compute(*(part.to(device) for part in given)).float().cpu()
         except Exception as error:  # what a library raises where its kernels do not fit is its own affair
             return (str(error).strip() or type(error).__name__).splitlines()[0]
-        off = float((found - expected).norm() / expected.norm())
+        off = float((ours - expected).norm() / expected.norm())
         if not off < 0.1:  # also when it is NaN
             return f"{compute.__name__} is off by {off:.1e}"
     return ""
@@ -130,12 +130,12 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     rows, row_scale = quantize(x.flatten(0, -2))
     if x.is_cuda:
         scales = scale.expand(len(weight), 1).t().contiguous()
-        found: Tensor = torch._scaled_mm(  # in bf16, the only dtype that it sums scaled rows in
+        product: Tensor = torch._scaled_mm(  # in bf16, the only dtype that it sums scaled rows in
             rows, weight.t(), row_scale, scales, bias.bfloat16(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
     else:
-        found = F.linear(rows.float() * row_scale, weight.float() * scale, bias.float())
-    return found.to(bias.dtype).view(*x.shape[:-1], -1)
+        product = F.linear(rows.float() * row_scale, weight.float() * scale, bias.float())
+    return product.to(bias.dtype).view(*x.shape[:-1], -1)
 
 
 def attend_in_fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def attend_in_fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.is_cuda:
         from wan.denoiser.int8_attention_kernel import attention8
 
-        found: Tensor = attention8(query.bfloat16(), key.bfloat16(), value.bfloat16())
-        return found.type_as(query)
+        mixed: Tensor = attention8(query.bfloat16(), key.bfloat16(), value.bfloat16())
+        return mixed.type_as(query)
     by_head: list[Any] = [part.float().transpose(1, 2) for part in (query, key, value)]
     by_head[1] = by_head[1] - by_head[1].mean(2, keepdim=True)
     queries = _integers(by_head[0])

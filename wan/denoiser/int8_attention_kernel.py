@@ -199,14 +199,14 @@ def _step(  # type: ignore[no-untyped-def]
         scores = (scores + 0x4B400000).to(tl.float32, bitcast=True)
     if MASKED:
         scores = tl.where(start + column[None, :] < keys, scores, -float("inf"))
-    found = tl.maximum(best, (tl.max(scores, 1) - zero) * factor)
-    weights = tl.math.exp2(scores * factor[:, None] - (found + (zero * factor - 8.0))[:, None])
-    fade = tl.math.exp2(best - found)
+    largest = tl.maximum(best, (tl.max(scores, 1) - zero) * factor)
+    weights = tl.math.exp2(scores * factor[:, None] - (largest + (zero * factor - 8.0))[:, None])
+    fade = tl.math.exp2(best - largest)
     total = total * fade + tl.sum(weights, 1)
     sums = sums * fade[:, None]
     weights = _as_they_lie(weights.to(some_values.dtype), ROWS, COLUMNS)
     sums = tl.dot(weights, tl.trans(some_values), sums, max_num_imprecise_acc=IMPRECISE)
-    return found, total, sums
+    return largest, total, sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]

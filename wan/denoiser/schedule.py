@@ -81,10 +81,10 @@ class _UniPC(UniPCMultistepScheduler):  # type: ignore[misc]
     def multistep_uni_c_bh_update(
         self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
     ) -> Tensor:
-        """The corrector: from the last step's sigma to this one's again, knowing the output there."""
+        """The newest: from the last step's sigma to this one's again, knowing the output there."""
         return self._advance(last_sample, self.step_index - 1, order, this_model_output)
 
-    def _advance(self, sample: Tensor, start: int, order: int, found: Tensor | None = None) -> Tensor:
+    def _advance(self, sample: Tensor, start: int, order: int, newest: Tensor | None = None) -> Tensor:
         sigmas: Tensor = self.sigmas
         alphas = 1 - sigmas
         lambdas = alphas.log() - sigmas.log()
@@ -98,12 +98,12 @@ class _UniPC(UniPCMultistepScheduler):  # type: ignore[misc]
             ratio = (lambdas[start - 1] - lambdas[start]) / -h
             change = (self.model_outputs[-2] - last) / ratio
             phi = b_h / h - 1
-            if found is None:
+            if newest is None:
                 change = weight * change
             else:
                 matrix = torch.stack([torch.ones(2), torch.stack([ratio, torch.ones(())])])
                 earlier, weight = torch.linalg.solve(matrix, torch.stack([phi, (phi / h - 0.5) * 2]) / b_h)
                 change = earlier * change
-        if found is not None:
-            change = change + weight * (found - last)
+        if newest is not None:
+            change = change + weight * (newest - last)
         return moved - alphas[start + 1] * b_h * change

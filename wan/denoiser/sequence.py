@@ -113,8 +113,8 @@ class Share:
     def whole(self, x: Tensor) -> Tensor:
         """[1, count, D] of every rank -> [1, L, D]."""
         gathered = _operations.wait_tensor(_operations.all_gather_into_tensor(x[0].contiguous(), self.ranks, self.name))
-        found: Tensor = gathered[None, : self.tokens]
-        return found
+        tokens: Tensor = gathered[None, : self.tokens]
+        return tokens
 
     def attend(
         self,

@@ -152,11 +152,11 @@ class MemoryBudget:
             known = geometry.frames if config.model_type == "i2v" else min(geometry.frames, LONGEST_CONTEXT)
         encoding, decoding = vae_memory(checkpoint.vae, config.dtype_name("vae_dtype"), geometry, known)
         denoising = max(self._denoisers(geometry), key=lambda stage: stage.least)
-        found = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
+        stages = {"encoding": encoding, "sampling": denoising, "decoding": decoding}
         if self.text_device == self.device:
             text = text_memory(checkpoint.text_encoder, config.dtype_name("t5_dtype"), config.text_len)
-            found["text"] = text.sliced(self.t5_shards)
-        return found
+            stages["text"] = text.sliced(self.t5_shards)
+        return stages
 
     def _denoisers(self, geometry: Geometry) -> list[StageMemory]:
         config, in_8_bits = self.config, self.config.low_precision is not None
@@ -200,11 +200,11 @@ class MemoryBudget:
         name, least = self._least(geometry)
         if least > self.vram:
             given = self.vram != self.free
-            there = "" if given else f", {self.vram / GIB:.1f} are free"
-            said = f"`vram` {self.vram / GIB:.3g}: " if given else ""
+            free = "" if given else f", {self.vram / GIB:.1f} are free"
+            limit = f"`vram` {self.vram / GIB:.3g}: " if given else ""
             raise UserError(
-                f"{said}{name} of {_words(geometry)} needs {least / GIB:.1f} GiB{'' if given else ' of GPU memory'}"
-                f"{there}; {self.advice(geometry, True, self.vram)}"
+                f"{limit}{name} of {_words(geometry)} needs {least / GIB:.1f} GiB{'' if given else ' of GPU memory'}"
+                f"{free}; {self.advice(geometry, True, self.vram)}"
             )
 
     def _least(self, geometry: Geometry) -> tuple[str, float]:
@@ -212,17 +212,17 @@ class MemoryBudget:
         name, stage = max(self.stages(geometry).items(), key=lambda item: item[1].least)
         return name, stage.least / FITTING + CONTEXT
 
-    def advice(self, geometry: Geometry, offload: bool, there: int) -> str:
-        """The first of the settings, in words, that by the estimate need no more than the bytes `there` of a GPU.
+    def advice(self, geometry: Geometry, offload: bool, capacity: int) -> str:
+        """The first of the settings, in words, that by the estimate need no more than `capacity` bytes of a GPU.
 
         Those that leave the result as it is come first.
         """
         open_ = replace(self, vram=None, free=None)
         least, also = open_._least(geometry)[1], "" if offload else "`offload_model` True and "
-        if not offload and open_.gpu_bytes(geometry, True) <= for_tensors(there):
+        if not offload and open_.gpu_bytes(geometry, True) <= for_tensors(capacity):
             return "give `offload_model` True"
-        if self.vram is None and least <= 0.9 * there:  # below it, in case that the estimate was too low
-            return f"give {also}`vram` {_half_gib(0.9 * there)}"
+        if self.vram is None and least <= 0.9 * capacity:  # below it, in case that the estimate was too low
+            return f"give {also}`vram` {_half_gib(0.9 * capacity)}"
         changed: dict[str, MemoryBudget] = {}
         if self.text_device == self.device:
             changed["`t5_cpu`"] = replace(open_, text_device=None)
@@ -232,11 +232,11 @@ class MemoryBudget:
             if "`t5_cpu`" in changed:
                 changed["`t5_cpu` and `vae_dtype` float16"] = replace(half, text_device=None)
         for words, budget in changed.items():
-            if budget._least(geometry)[1] <= min(there, 0.99 * least):
+            if budget._least(geometry)[1] <= min(capacity, 0.99 * least):
                 return f"give {also}{words}"
         for words, budget in {"": open_, **changed}.items():
             for frames in range(geometry.frames - 4, 4, -4):
-                if budget._least(replace(geometry, frames=frames))[1] <= min(there, 0.99 * least):
+                if budget._least(replace(geometry, frames=frames))[1] <= min(capacity, 0.99 * least):
                     return f"give {also}{words}{' and ' if words else ''}`frame_num` {frames}"
         return f"give {also}a smaller `size`"
 
@@ -271,8 +271,8 @@ class MemoryBudget:
         assert isinstance(self.device, torch.device)
         drop_cache(self.device)
         room = free_bytes(self.device, self.tensors)
-        there = sum(bytes_on(model, self.device) for model in loaded)
-        return 1.1 * self.gpu_bytes(geometry, offload) + GIB <= room + there
+        own_bytes = sum(bytes_on(model, self.device) for model in loaded)
+        return 1.1 * self.gpu_bytes(geometry, offload) + GIB <= room + own_bytes
 
 
 def _words(geometry: Geometry) -> str:

@@ -20,8 +20,8 @@ def main_device(device_id: int = 0) -> torch.device:
     Where there is another GPU, a warning says that it is not used.
     """
     if not torch.cuda.is_available():
-        if found := unused_gpu():
-            log.warning("%s is there and not used: the models run on the CPU, which is slow. %s", *found)
+        if unused := unused_gpu():
+            log.warning("%s is there and not used: the models run on the CPU, which is slow. %s", *unused)
         return torch.device("cpu")
     return parse_device(f"cuda:{device_id}")
 
@@ -106,9 +106,9 @@ def hold_to(device: torch.device, limit: int) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU had too little memory; libraries beside PyTorch's allocator say so in words."""
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "cuda" in said and "out of memory" in said
+        isinstance(error, RuntimeError) and "cuda" in message and "out of memory" in message
     )
 
 

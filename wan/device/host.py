@@ -26,8 +26,8 @@ def host_free_bytes() -> int:
 def host_peak_gib() -> float:
     """The most host memory this process has had resident, in GiB. macOS tells only what is resident now."""
     status = _PROC / "status"
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
-        return int(found[1]) * 1024 / GIB
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(peak[1]) * 1024 / GIB
     memory = psutil.Process().memory_info()
     return float(getattr(memory, "peak_wset", memory.rss)) / GIB
 
@@ -41,7 +41,7 @@ def _groups() -> list[tuple[int, int]]:
         lines = (_PROC / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # a system without them
         return []
-    found = []
+    limits = []
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -49,8 +49,8 @@ def _groups() -> list[tuple[int, int]]:
         inside = home / path.strip("/")
         # seen from a container, the path may be that of the host, and then only the root is there
         for group in (inside, *(above for above in inside.parents if above.is_relative_to(home))):
-            found += _read(group, *names)
-    return found
+            limits += _read(group, *names)
+    return limits
 
 
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)$")

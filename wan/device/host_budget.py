@@ -33,8 +33,8 @@ class HostPlan:
     mapped: bool = False
 
     def __str__(self) -> str:
-        said = "models take turns in it and are read again" if self.in_turn else "all models stay in it"
-        return said + (", mapped from their files" if self.mapped else "")
+        residence = "models take turns in it and are read again" if self.in_turn else "all models stay in it"
+        return residence + (", mapped from their files" if self.mapped else "")
 
 
 PLANS = HostPlan(), HostPlan(in_turn=True), HostPlan(in_turn=True, mapped=True)  # the quickest first

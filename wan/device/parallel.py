@@ -44,9 +44,9 @@ class Group:
 
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The tensors of all, alike in shape, in order."""
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine.contiguous(), group=self.handle)
-        return found
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine.contiguous(), group=self.handle)
+        return gathered
 
 
 def is_met() -> bool:
@@ -81,7 +81,7 @@ class Team:
         self.node: Group | None = None
         self.machine: Group | None = None
         self.all_: Group | None = None
-        self._said: Any = None
+        self._words: Any = None
         self._watch: Watch | None = None
 
     @classmethod
@@ -114,7 +114,7 @@ class Team:
             else:
                 dist.init_process_group("gloo", timeout=wait)
         # a caption on a CPU or a long clip's writing may take much longer than a step
-        self._said = dist.new_group(backend="gloo", timeout=_LONG)
+        self._words = dist.new_group(backend="gloo", timeout=_LONG)
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
         tokens, ulysses = self.sizes.tokens, self.sizes.ulysses
         halves = [range(first, first + tokens) for first in range(0, self.world.size, tokens)]
@@ -144,7 +144,7 @@ class Team:
     def _machines(self) -> list[Sequence[int]]:
         """The processes of each machine."""
         names: list[Any] = [None] * self.world.size
-        dist.all_gather_object(names, platform.node(), group=self._said)
+        dist.all_gather_object(names, platform.node(), group=self._words)
         return [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
 
     def _group(self, members: Sequence[Sequence[int]], wait: timedelta, backend: str | None = None) -> Group:
@@ -180,7 +180,7 @@ class Team:
         if self.world.size > 1:
             written = io.BytesIO()
             torch.save(value, written)
-            dist.broadcast_object_list([written.getvalue()], src=0, group=self._said)
+            dist.broadcast_object_list([written.getvalue()], src=0, group=self._words)
 
     def send(self, x: Tensor) -> None:
         """Send a tensor on the team's device to all other processes, in which one of its shape takes its place."""
@@ -190,7 +190,7 @@ class Team:
     def hear(self, device: torch.device | str = "cpu") -> Any:
         """What the first process tells."""
         heard: list[Any] = [None]
-        dist.broadcast_object_list(heard, src=0, group=self._said)
+        dist.broadcast_object_list(heard, src=0, group=self._words)
         value = torch.load(io.BytesIO(heard[0]), map_location=device, weights_only=False)  # our own process wrote it
         if isinstance(value, _Failed):
             raise Ended(f"the first process has failed ({value.reason})")

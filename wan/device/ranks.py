@@ -28,14 +28,14 @@ class World:
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> World:
         """What the launcher's environment says. Raises UserError."""
-        found = {}
+        numbers = {}
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
             text = environment.get(name) or str(default)
             if not text.isdecimal():
                 raise UserError(f"the launcher's {name}={text!r} is no number; start the command with torchrun")
-            found[name] = int(text)
+            numbers[name] = int(text)
         address = environment.get("MASTER_ADDR") or cls.address
-        world = cls(found["RANK"], max(1, found["WORLD_SIZE"]), found["LOCAL_RANK"], address)
+        world = cls(numbers["RANK"], max(1, numbers["WORLD_SIZE"]), numbers["LOCAL_RANK"], address)
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if world.size > 1 and missing:
             raise UserError(f"WORLD_SIZE is {world.size} without {', '.join(missing)}: start the command with torchrun")

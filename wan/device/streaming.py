@@ -34,7 +34,7 @@ class LayerStreamer:
         self.layers, self.device, self.hold = layers, device, hold
         self.coming = [number for number in layers if number not in staying]
         sizes = {number: PinnedBuffer.size(tensors_of(layer)) for number, layer in layers.items()}
-        self.own = {number: _empty(sizes[number], device) for number in staying}
+        self.staying = {number: _empty(sizes[number], device) for number in staying}
         largest = max((sizes[number] for number in self.coming), default=0)
         self.slots = [_empty(largest, device) for _ in range(SLOTS if self.coming else 0)]
         self.held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
@@ -53,7 +53,7 @@ class LayerStreamer:
         arrived = self.arriving.pop(number, None)
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        if number + 1 in self.own and number + 1 not in self.here:
+        if number + 1 in self.staying and number + 1 not in self.here:
             self._fetch(number + 1)
         if number in self.held:
             following = self.coming[(self.coming.index(number) + 1) % len(self.coming)]
@@ -69,24 +69,24 @@ class LayerStreamer:
     def _fetch(self, number: int, used: int | None = None) -> None:
         """Copy a layer to its own place, or to a slot other than that of the layer which is used next."""
         layer = self.hold(self.layers[number], tensors_of(self.layers[number]))
-        there = self.own.get(number)
-        if there is None:
+        buffer = self.staying.get(number)
+        if buffer is None:
             slot = next(slot for slot, held in enumerate(self.held) if held is None or held != used)
-            there, before = self.slots[slot], self.held[slot]
+            buffer, before = self.slots[slot], self.held[slot]
             if before is not None:
                 self.here.pop(before).go_home()
                 self.arriving.pop(before, None)
             self.held[slot] = number
             if self.copies is not None:  # what computes with that slot has to be done
                 self.copies.wait_stream(torch.cuda.current_stream(self.device))
-        there = there[: layer.size(layer.tensors)]
+        buffer = buffer[: layer.size(layer.tensors)]
         if self.copies is None:
-            layer.copy_to(there)
+            layer.copy_to(buffer)
         else:
             with torch.cuda.stream(self.copies):
-                layer.copy_to(there)
+                layer.copy_to(buffer)
                 self.arriving[number] = self.copies.record_event()
-        layer.use(there)
+        layer.use(buffer)
         self.here[number] = layer
 
 
@@ -105,7 +105,7 @@ class HostTensors(ABC):
         self.layouts = [_layout(tensor) for tensor in tensors]
 
     @abstractmethod
-    def copy_to(self, there: Tensor) -> None:
+    def copy_to(self, buffer: Tensor) -> None:
         """Copy them to a buffer, without waiting where that can be."""
 
     @abstractmethod
@@ -114,9 +114,9 @@ class HostTensors(ABC):
 
     def on(self, device: torch.device) -> Tensor:
         """A new buffer with them on a device."""
-        there = _empty(self.size(self.tensors), device)
-        self.copy_to(there)
-        return there
+        buffer = _empty(self.size(self.tensors), device)
+        self.copy_to(buffer)
+        return buffer
 
     @classmethod
     def starts_of(cls, tensors: Sequence[Tensor]) -> list[int]:
@@ -148,8 +148,8 @@ class MappedTensors(HostTensors):
         super().__init__(tensors)
         self.home = [tensor.data for tensor in tensors]
 
-    def copy_to(self, there: Tensor) -> None:
-        for view, tensor in zip(self.views(there), self.home, strict=True):
+    def copy_to(self, buffer: Tensor) -> None:
+        for view, tensor in zip(self.views(buffer), self.home, strict=True):
             view.copy_(tensor, non_blocking=True)
 
     def go_home(self) -> None:
@@ -164,14 +164,14 @@ class PinnedBuffer(HostTensors):
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
-        there = self._found()
-        self.host = self._gathered() if there is None else there
+        in_place = self._in_place()
+        self.host = self._gathered() if in_place is None else in_place
         self.places = [tensor.data_ptr() for tensor in tensors]
         if _pin(self.host):
             weakref.finalize(self, _unpin, self.host).atexit = False  # it keeps the memory until then
 
-    def copy_to(self, there: Tensor) -> None:
-        there.copy_(self.host, non_blocking=True)
+    def copy_to(self, buffer: Tensor) -> None:
+        buffer.copy_(self.host, non_blocking=True)
 
     def go_home(self) -> None:
         self.use(self.host)
@@ -183,7 +183,7 @@ class PinnedBuffer(HostTensors):
         self.use(host)
         return host
 
-    def _found(self) -> Tensor | None:
+    def _in_place(self) -> Tensor | None:
         """The buffer that the tensors lie in already, see `in_one_buffer`."""
         if not self.tensors:
             return None
@@ -205,12 +205,12 @@ class PinnedBuffer(HostTensors):
     @classmethod
     def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> PinnedBuffer:
         """The buffer of a module's tensors, made when they lie elsewhere; a LoRA may have replaced some."""
-        there = cls.known.get(module)
-        if there is None or [(id(t), t.data_ptr()) for t in tensors] != [
-            (id(t), place) for t, place in zip(there.tensors, there.places, strict=True)
+        known = cls.known.get(module)
+        if known is None or [(id(t), t.data_ptr()) for t in tensors] != [
+            (id(t), place) for t, place in zip(known.tensors, known.places, strict=True)
         ]:
-            cls.known[module] = there = cls(tensors)
-        return there
+            cls.known[module] = known = cls(tensors)
+        return known
 
 
 def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:

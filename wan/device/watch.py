@@ -58,14 +58,14 @@ class _Sign:
     @property
     def line(self) -> str:
         name = f"process {self.rank} on {self.host}"
-        said = {
+        event = {
             "died": f"{name} has died: it was killed, or is out of memory",
             "failed": f"{name} has failed: {self.what}",
             "hung": f"{name} lets the others wait for more than {self.what} s (`collective_timeout`)",
             "waited": f"{name} could not go on with the others: {self.what}",
             "signal": f"{name} was stopped by {_signal_name(self.number)}",
         }[self.kind]
-        return f"{said}; {AGAIN}"
+        return f"{event}; {AGAIN}"
 
 
 @dataclass
@@ -160,9 +160,9 @@ class Watch:
         try:
             connection = listener.accept()[0]
         except TimeoutError as error:
-            there = ", ".join(str(peer.rank) for peer in self._peers) or "none"
+            ranks = ", ".join(str(peer.rank) for peer in self._peers) or "none"
             raise Ended(
-                f"the processes did not all connect within {self.timeout:g} s (`collective_timeout`); there: {there}"
+                f"the processes did not all connect within {self.timeout:g} s (`collective_timeout`); there: {ranks}"
             ) from error
         peer = _Peer(_kept_alive(connection), 0, "", time.monotonic())
         try:
@@ -270,10 +270,10 @@ class Watch:
                 if now - asked >= every:
                     asked = now
                     self._tell_all(ask=True)
-                    found = [self.begun(), *(peer.begun for peer in self._peers)]
-                    if found != counts or len(set(found)) == 1:
-                        counts, changed = found, now
-                    self._find_hanging(found, now - changed, now)
+                    begun = [self.begun(), *(peer.begun for peer in self._peers)]
+                    if begun != counts or len(set(begun)) == 1:
+                        counts, changed = begun, now
+                    self._find_hanging(begun, now - changed, now)
                 with self._lock:
                     if self._signs and verdict_at is None:
                         verdict_at = now + SETTLE

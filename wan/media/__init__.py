@@ -3,7 +3,7 @@
 from wan.media.assembly import Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
-from wan.media.image import read_image, write_webp
+from wan.media.image import read_image, write_png, write_webp
 from wan.media.reading import READERS, VideoInfo, probe, read_first_frame, read_last_frame, read_tail, sample_frames
 from wan.media.rewriting import rewrite_video
 from wan.media.sound import SoundTrack, find_sound
@@ -31,6 +31,7 @@ __all__ = [
     "read_tail",
     "rewrite_video",
     "sample_frames",
+    "write_png",
     "write_video",
     "write_webp",
 ]

@@ -101,8 +101,8 @@ class Assembly:
             self._joined, self._end = [], None if self.into is None else _Begin.read(self.into, None)
             self._begin = _Begin.read(self.source, self.until)
             self._parts = [self._begin.part]
-        begin, there = self._begin, len(self._joined)
-        for clip, drop in zip(following[there:], drops[there:], strict=True):
+        begin, joined = self._begin, len(self._joined)
+        for clip, drop in zip(following[joined:], drops[joined:], strict=True):
             self._parts.append(Part(sum(1 for _ in Pictures(clip)), clip.fps, drop))
         files = [(begin.source, begin.pictures), *((clip, Pictures(clip)) for clip in following)]
         if into is not None and self._end is not None:
@@ -112,14 +112,14 @@ class Assembly:
                 self._parts.append(replace(self._end.part, drop=min(1, self._end.part.frames - 1)))
         fastest = max(following[0].fps, self._end.part.fps if self._end is not None else Fraction(0))
         timeline = Timeline(self._parts, shared_rate(begin.part.fps, fastest))
-        new = range(there + 1 if there else 0, len(self._parts))
+        new = range(joined + 1 if joined else 0, len(self._parts))
         home, name = os.path.split(os.fspath(self.path))
         pieces = [os.path.join(home, f".{name}.{index}{PIECE}") for index in new]
         try:
             for index, piece in zip(new, pieces, strict=True):
                 shown = (frame for frame in timeline.frames() if frame[0] == index)
                 write_video(piece, _shown(shown, files, sizes[0]), timeline.rate)
-            parts = [*([os.fspath(self.path)] if there else []), *pieces]
+            parts = [*([os.fspath(self.path)] if joined else []), *pieces]
             count = self._join(parts, self._sound(timeline, into is not None), metadata)
         finally:
             for piece in pieces:

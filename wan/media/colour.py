@@ -63,8 +63,8 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
     pixels = _convert(frame, source, _FORMATS[deep, clear], None if clear else size)
     pixels, opacity = pixels[..., :3], pixels[..., 3:]
     if is_hdr(frame):
-        said = "PQ" if frame.color_trc == PQ else "HLG"
-        say_once(source.path, f"HDR ({said}) video is tone mapped; convert it to SDR yourself for full control")
+        curve = "PQ" if frame.color_trc == PQ else "HLG"
+        say_once(source.path, f"HDR ({curve}) video is tone mapped; convert it to SDR yourself for full control")
         pixels = tone_map(pixels, frame.color_trc, frame.color_primaries)
     elif wide is not None:
         say_once(source.path, f"its {WIDE[wide][0]} colours are converted to BT.709")

@@ -61,8 +61,8 @@ def read(path: str, count: int) -> Picture | str:
     except subprocess.TimeoutExpired:
         return f"did not finish in {LIMIT_SECONDS:.0f} s"
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
-        return f"failed with code {done.returncode} ({said[-1]})"
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        return f"failed with code {done.returncode} ({lines[-1]})"
     shape, _, pixels = done.stdout.partition(b"\n")
     frames, height, width = map(int, shape.split())
     return np.frombuffer(pixels, np.uint8).reshape(frames, height, width, 3)

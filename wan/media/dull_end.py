@@ -49,15 +49,15 @@ def find_dull_end(path: str | os.PathLike[str], until: float | None = None) -> D
 
     Raises VideoError.
     """
-    found = _find(inspect(path, until))
+    dull = _find(inspect(path, until))
     for _ in range(_LAYERS):
-        if found is None or found.last_lively is None:
-            return found
-        before = _find(inspect(path, found.last_lively))
+        if dull is None or dull.last_lively is None:
+            return dull
+        before = _find(inspect(path, dull.last_lively))
         if before is None:
-            return found
-        found = DullEnd(found.kind, found.seconds + before.seconds, before.last_lively)
-    return None if found is None else replace(found, last_lively=None)  # a show of stills, say
+            return dull
+        dull = DullEnd(dull.kind, dull.seconds + before.seconds, before.last_lively)
+    return None if dull is None else replace(dull, last_lively=None)  # a show of stills, say
 
 
 @dataclass(frozen=True)

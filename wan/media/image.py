@@ -34,8 +34,15 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         with open_picture(name) as image:
             return as_shown(image, name)
     except (OSError, ValueError, SyntaxError) as error:
-        found = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
-        raise UserError(f"cannot read image {name!r}: {found}; give a PNG or JPEG file") from error
+        reason = getattr(error, "strerror", None) or "it is no picture that Pillow knows, or it is damaged"
+        raise UserError(f"cannot read image {name!r}: {reason}; give a PNG or JPEG file") from error
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """A picture without loss, whole or not at all; packed loosely, which takes a fifth of the time."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", compress_level=1)
+    write_bytes(path, data.getvalue())
 
 
 def write_webp(path: Path, frames: UInt8Array, fps: Fraction) -> None:

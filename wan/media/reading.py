@@ -139,8 +139,8 @@ def first_frame(source: Source) -> VideoFrame:
 
 def _without_pictures(source: Source) -> VideoError:
     if source.until is not None:
-        found = f"it shows no picture up to {source.until - source.zero:g} s"
-        return VideoError(source.path, found, "give a later moment")
+        problem = f"it shows no picture up to {source.until - source.zero:g} s"
+        return VideoError(source.path, problem, "give a later moment")
     return VideoError(source.path, "no picture in it can be decoded", "download or export it again")
 
 
@@ -150,27 +150,27 @@ def find_ending(source: Source, span: float = 0.0) -> Ending:
     Frame threads lose pictures next to an error, so anything wrong is read again without them; where the end is still
     wrong then, it is read a third time without concealment.
     """
-    found = _pass(source, span)
-    if found.pictures.errors:
-        found = _pass(source, span, threads="SLICE")
-    if found.pictures.late_errors:
+    ending = _pass(source, span)
+    if ending.pictures.errors:
+        ending = _pass(source, span, threads="SLICE")
+    if ending.pictures.late_errors:
         clean = _pass(source, span, threads="SLICE", careful=True)
         used = "its last clean picture is used" if clean.last else "the last picture may show it"
         say_once(source.path, f"the video is damaged near its end; {used}")
-        found = clean if clean.last else found
-    if not found.last:
+        ending = clean if clean.last else ending
+    if not ending.last:
         raise _without_pictures(source)
-    _check_moment(source, found)
-    return found
+    _check_moment(source, ending)
+    return ending
 
 
-def _check_moment(source: Source, found: Ending) -> None:
+def _check_moment(source: Source, ending: Ending) -> None:
     """Raise VideoError where the file ends before the moment up to which it is to be used."""
-    if source.until is None or found.pictures.was_cut:
+    if source.until is None or ending.pictures.was_cut:
         return
-    last = found.last[-1].time
-    shown = source.start - found.clock[0] if last is None else last
-    end = max(source.length or 0.0, shown - source.zero + max(found.stay, float(1 / source.fps)))
+    last = ending.last[-1].time
+    shown = source.start - ending.clock[0] if last is None else last
+    end = max(source.length or 0.0, shown - source.zero + max(ending.stay, float(1 / source.fps)))
     if source.until - source.zero > end + _SOON:
         raise VideoError(source.path, f"it ends at {end:.2f} s", "give an earlier moment")
 
@@ -239,10 +239,12 @@ def _scan(source: Source, n: int) -> list[VideoFrame]:
         times = [float(number) for number in range(len(times))]  # raw streams have no clock, wrapped ones no order
     wanted = [bisect_right(times, moment) - 1 for moment in _moments(times[0], _scan_end(times), n)]
     needed = set(wanted)
-    found = {number: frame for number, frame in enumerate(Pictures(source)) if number in needed}
-    if not found:
+    pictures = {number: frame for number, frame in enumerate(Pictures(source)) if number in needed}
+    if not pictures:
         raise _without_pictures(source)
-    return [found.get(number, found[max(found)]) for number in wanted]  # damage may cost a picture in one pass only
+    return [
+        pictures.get(number, pictures[max(pictures)]) for number in wanted
+    ]  # damage may cost a picture in one pass only
 
 
 def _scan_end(times: list[float]) -> float:
@@ -299,7 +301,7 @@ def _sample_with_decord(source: Source, n: int, max_side: int | None) -> Picture
         "stretched pixels": source.sample_aspect_ratio != 1,
         "a mirrored picture": transpose ^ mirror ^ flip,
     }
-    reason = next((what for what, found in beyond.items() if found), None)
+    reason = next((what for what, applies in beyond.items() if applies), None)
     if reason:
         decord_reader.require()
         say_once(source.path, f"decord gets {reason} wrong; PyAV reads the frames")

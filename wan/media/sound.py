@@ -287,16 +287,16 @@ def _channels(frame: AudioFrame) -> int:
 def _try(path: str, index: int) -> AudioFrame | None:
     """The first frame of a track; None where most of its beginning cannot be decoded, as of one that is encrypted."""
     packets = errors = 0
-    found: AudioFrame | None = None
+    first: AudioFrame | None = None
     with closing(open_video(path)) as container:
         stream = cast(AudioStream, container.streams[index])
         for packet in islice(_demux(container, stream), _TRIAL):
             packets += 1
             try:
-                found = next(iter(stream.decode(packet)), None) if found is None else found
+                first = next(iter(stream.decode(packet)), None) if first is None else first
             except av.FFmpegError:
                 errors += 1
-    return found if 2 * errors <= packets else None
+    return first if 2 * errors <= packets else None
 
 
 def _fits(track: SoundTrack) -> bool:

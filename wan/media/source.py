@@ -50,8 +50,8 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 class VideoError(UserError):
     """A video file that cannot be read. One line: the file, what was found, what to do."""
 
-    def __init__(self, path: str | os.PathLike[str], found: str, advice: str) -> None:
-        super().__init__(f"cannot read video {_show(path)}: {found}; {advice}")
+    def __init__(self, path: str | os.PathLike[str], problem: str, advice: str) -> None:
+        super().__init__(f"cannot read video {_show(path)}: {problem}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def open_video(path: str) -> InputContainer:
     try:
         return cast(InputContainer, av.open("file:" + path, "r", options={"protocol_whitelist": "file"}, **_OPEN))
     except (av.FFmpegError, UnicodeError) as error:
-        found = f"it is no video that FFmpeg knows, or a part of it is missing ({getattr(error, 'strerror', error)})"
-        raise VideoError(path, found, "download it again, or convert it to mp4") from error
+        problem = f"it is no video that FFmpeg knows, or a part of it is missing ({getattr(error, 'strerror', error)})"
+        raise VideoError(path, problem, "download it again, or convert it to mp4") from error
 
 
 class Pictures:
@@ -277,12 +277,12 @@ def keyframes_before(source: Source, moments: Sequence[float]) -> list[float | N
         stream = container.streams[source.index]
         tick, entries = fraction(stream.time_base, _MICROSECOND), stream.index_entries
         reach = entries[len(entries) - 1].timestamp if len(entries) else -1
-        found: list[float | None] = []
+        times: list[float | None] = []
         for moment in moments:
             stamp = int(moment / tick)
             number = entries.search_timestamp(stamp) if stamp <= reach else -1
-            found.append(float(entries[number].timestamp * tick) if number >= 0 else None)
-        return found
+            times.append(float(entries[number].timestamp * tick) if number >= 0 else None)
+        return times
 
 
 def open_picture(path: str) -> Image.Image:
@@ -300,8 +300,8 @@ def open_picture(path: str) -> Image.Image:
             ) from error
     if image.width * image.height > MOST_PIXELS:
         image.close()
-        found = f"it has {image.width} x {image.height} pixels"
-        raise UserError(f"cannot read image {path!r}: {found}; make it smaller, {LARGEST}")
+        problem = f"it has {image.width} x {image.height} pixels"
+        raise UserError(f"cannot read image {path!r}: {problem}; make it smaller, {LARGEST}")
     return image
 
 
@@ -312,17 +312,17 @@ def _show(path: str | os.PathLike[str]) -> str:
 def _checked_path(path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     try:
-        found = os.stat(name)
+        status = os.stat(name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise VideoError(path, reason[0].lower() + reason[1:], "give the name of a video file") from error
     except ValueError as error:  # a NUL in the name
         raise VideoError(path, str(error), "give the name of a video file") from error
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise VideoError(path, "it is a folder", "give the name of a video file in it")
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise VideoError(path, "it is a pipe or a device", "save it as a file first")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise VideoError(path, "the file is empty", "download or export it again")
     if not os.access(name, os.R_OK):
         raise VideoError(path, "permission denied", "make it readable (chmod +r)")

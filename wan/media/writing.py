@@ -190,7 +190,7 @@ def _faded(
         return made[-1], 0, None
 
     try:
-        found: list[tuple[str, int, int | None]] = []
+        pieces: list[tuple[str, int, int | None]] = []
         before: _Part | None = None
         for index, (part, drop, fade) in enumerate(zip(parts, drops, fades, strict=True)):
             following = fades[index + 1] if index + 1 < len(fades) else 0
@@ -200,13 +200,13 @@ def _faded(
                 assert before is not None  # there is nothing to fade from
                 ends = replace(before, drop=before.stop, stop=len(before.numbers)).pictures()
                 begins = replace(here, drop=drop, stop=drop + fade).pictures()
-                found.append(piece(_blend(ends, begins, fade), here.format.fps))
+                pieces.append(piece(_blend(ends, begins, fade), here.format.fps))
             if here.can_be_cut:
-                found.append((here.path, here.drop, here.stop))
+                pieces.append((here.path, here.drop, here.stop))
             else:
-                found.append(piece(here.pictures(), here.format.fps))
+                pieces.append(piece(here.pictures(), here.format.fps))
             before = here
-        yield found
+        yield pieces
     finally:
         for file in made:
             with suppress(FileNotFoundError):
@@ -372,14 +372,14 @@ def _to_yuv(converter: VideoReformatter, array: Picture) -> VideoFrame:
 def _verify(path: str, count: int, size: tuple[int, int], sound_until: float | None = None) -> None:
     """Read back what was written. A difference is no user's fault."""
     with closing(open_video(path)) as container:
-        found, heard = 0, None
+        read, heard = 0, None
         for packet in container.demux():
             if packet.size and packet.stream.type == "video":
-                found += 1
+                read += 1
             elif packet.size and packet.pts is not None:
                 heard = float(packet.pts * fraction(packet.time_base))
     shown = read_last_frame(path).size
-    if (found, shown) != (count, size):
-        raise RuntimeError(f"{path!r} reads back as {found} frames of {shown}, not {count} of {size}")
+    if (read, shown) != (count, size):
+        raise RuntimeError(f"{path!r} reads back as {read} frames of {shown}, not {count} of {size}")
     if (heard is None) != (sound_until is None) or abs((heard or 0) - (sound_until or 0)) > _PACKET_SECONDS:
         raise RuntimeError(f"the sound of {path!r} reads back until {heard} s, not {sound_until} s")

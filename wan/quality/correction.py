@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wan.errors import UserError
 from wan.options import check
-from wan.quality.vision import LUMA, Array, Picture, checked, flow, follow, luma, opencv, same_size, spread
+from wan.quality.vision import LUMA, Array, MeasuredFrame, checked, flow, follow, luma, opencv, same_size, spread
 
 # The size of a tone change is the root mean square of what it does to the picture; 0.01 of the range is about 1 L*.
 NOTHING = 0.003  # too small to be seen, or to be told from the noise of a real clip
@@ -84,14 +84,14 @@ def correct_drift(frames: Tensor, condition: Tensor, *, known: int, strength: fl
 
 def _basis(rgb: Array) -> Array:
     """Colours [n, 3] -> [n, 3, 10]: what each number of a tone change adds to each channel."""
-    found = np.zeros((len(rgb), 3, 10))
+    basis = np.zeros((len(rgb), 3, 10))
     level = rgb - 0.5
     for channel in range(3):
-        found[:, channel, channel] = 1
-        found[:, channel, 3 + channel] = level[:, channel]
-        found[:, channel, 6 + channel] = level[:, channel] ** 2
-    found[:, :, 9] = rgb - luma(rgb)[:, None]
-    return found
+        basis[:, channel, channel] = 1
+        basis[:, channel, 3 + channel] = level[:, channel]
+        basis[:, channel, 6 + channel] = level[:, channel] ** 2
+    basis[:, :, 9] = rgb - luma(rgb)[:, None]
+    return basis
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class _View:
     """A frame for the flow, and without its detail for the colours: what the flow misses by a pixel then weighs little,
     and warping costs no contrast."""
 
-    sharp: Picture
+    sharp: MeasuredFrame
     soft: Array  # RGB float32 [h, w, 3] in [0, 1]
 
     @classmethod
     def of(cls, frame: Tensor) -> _View:
-        picture = Picture.of(frame)
+        picture = MeasuredFrame.of(frame)
         return cls(picture, opencv().GaussianBlur(picture.rgb, (0, 0), _BLUR))
 
 
@@ -157,8 +157,8 @@ def _trust(errors: Array) -> Array:
 def _least_squares(design: Array, changes: Array, weights: Array) -> Array:
     """Coefficients [n, 10] of the curves `design` [t, n]; a little ridge, since few frames do not tell them apart."""
     weighted = design * weights[:, None]
-    found: Array = np.linalg.solve(weighted.T @ design + 1e-4 * np.eye(design.shape[1]), weighted.T @ changes)
-    return found
+    solution: Array = np.linalg.solve(weighted.T @ design + 1e-4 * np.eye(design.shape[1]), weighted.T @ changes)
+    return solution
 
 
 def _trend(condition: Tensor) -> Array:
@@ -213,11 +213,11 @@ class _Drift:
             beyond = (changes[0] - changes[_FLASH:].mean(axis=0)) @ changes[0]
             if beyond > 0.5 * (changes[0] @ changes[0]) > 0.5 * 0.01**2:
                 step, believed[:_FLASH] = np.zeros(10), 0  # a flash: soon it is as it was
-        found = _least_squares(curves, changes - step, believed)
+        coefficients = _least_squares(curves, changes - step, believed)
         for _ in range(5):
-            error = np.linalg.norm(changes - step - curves @ found, axis=1)
-            found = _least_squares(curves, changes - step, believed * _trust(error))
-        return cls(times, step, found, changes - step - curves @ found, trend)
+            error = np.linalg.norm(changes - step - curves @ coefficients, axis=1)
+            coefficients = _least_squares(curves, changes - step, believed * _trust(error))
+        return cls(times, step, coefficients, changes - step - curves @ coefficients, trend)
 
     @staticmethod
     def _curves(times: Array, at: Array) -> Array:

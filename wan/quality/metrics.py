@@ -15,9 +15,8 @@ from wan.errors import UserError
 from wan.quality.vision import (
     LONG_SIDE,
     Array,
-    Picture,
+    MeasuredFrame,
     checked,
-    fastest,
     flow,
     follow,
     luma,
@@ -25,6 +24,7 @@ from wan.quality.vision import (
     same_size,
     speeds,
     spread,
+    top_speed,
     unit_range,
 )
 
@@ -221,7 +221,7 @@ def measure_look(frames: Tensor) -> Look:
         first=LookPart(*values[:quarter].mean(axis=0).tolist()),
         last=LookPart(*values[-quarter:].mean(axis=0).tolist()),
         moving=float(np.mean([(speeds(field) > STILL).mean() for field in fields_])) if fields_ else None,
-        speed=float(np.mean([fastest(field) for field in fields_])) if fields_ else None,
+        speed=float(np.mean([top_speed(field) for field in fields_])) if fields_ else None,
     )
 
 
@@ -238,19 +238,19 @@ class _Change:
 
 def _steps(frames: Iterable[Tensor]) -> Iterator[_Change]:
     cv2 = opencv()
-    for first, second in pairwise(Picture.of(frame) for frame in frames):
+    for first, second in pairwise(MeasuredFrame.of(frame) for frame in frames):
         field = flow(first, second)
         scale = LONG_SIDE / max(field.shape[:2])
         change = second.rgb - first.rgb
         yield _Change(
             change=float(np.abs(change - change.mean(axis=(0, 1))).mean()),
-            speed=fastest(field),
+            speed=top_speed(field),
             motion=cv2.resize(field, (5, 3), interpolation=cv2.INTER_AREA) * scale,
             shift=_lab_shift(first, second, field),
         )
 
 
-def _lab_shift(first: Picture, second: Picture, field: Array) -> Array:
+def _lab_shift(first: MeasuredFrame, second: MeasuredFrame, field: Array) -> Array:
     """Median change (L, a, b) of the pixels that can be followed; where few can, of the picture's mean."""
     arrived, inside = follow(second.lab, field)
     change, inside = (arrived - first.lab)[::2, ::2], inside[::2, ::2]
@@ -337,16 +337,16 @@ def _apart(ratio: float | None) -> float:
     return 0.0 if ratio is None else abs(math.log(max(ratio, 1e-3))) / math.log(VISIBLE_SPEED)
 
 
-def _neighbours(frames: Tensor) -> Iterator[tuple[Picture, Picture]]:
+def _neighbours(frames: Tensor) -> Iterator[tuple[MeasuredFrame, MeasuredFrame]]:
     """Pairs of neighbouring frames, at most 16, spread over the clip."""
     for index in spread(len(frames) - 1, 16):
-        yield Picture.of(frames[index]), Picture.of(frames[index + 1])
+        yield MeasuredFrame.of(frames[index]), MeasuredFrame.of(frames[index + 1])
 
 
 def _look(frame: Tensor) -> list[float]:
     """The values of `LookPart` for one frame [H, W, 3], in order."""
     cv2 = opencv()
-    picture = Picture.of(frame)
+    picture = MeasuredFrame.of(frame)
     rgb, lab = picture.rgb, picture.lab
     red_green, yellow_blue = rgb[..., 0] - rgb[..., 1], (rgb[..., 0] + rgb[..., 1]) / 2 - rgb[..., 2]
     highest, lowest = rgb.max(axis=-1), rgb.min(axis=-1)

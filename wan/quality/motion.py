@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from wan.errors import UserError
-from wan.quality.vision import LONG_SIDE, Array, Picture, checked, fastest, flow, opencv, spread
+from wan.quality.vision import LONG_SIDE, Array, MeasuredFrame, checked, flow, opencv, spread, top_speed
 
 _STILL = 0.3  # pixels per frame of a picture 416 wide that count as no motion
 _PAIRS = 12  # of neighbouring frames that are looked at
@@ -69,7 +69,7 @@ def measure_motion(frames: Tensor, fps: Fraction | float) -> Motion:
     if not fps > 0:
         raise UserError(f"fps must be above 0; {fps} is not")
     count = len(checked(frames, "frames"))
-    steps = [_step(Picture.of(frames[i]), Picture.of(frames[i + 1])) for i in spread(count - 1, _PAIRS)]
+    steps = [_step(MeasuredFrame.of(frames[i]), MeasuredFrame.of(frames[i + 1])) for i in spread(count - 1, _PAIRS)]
     width = frames.shape[2] / max(frames.shape[1:3]) * LONG_SIDE
     followed = [step for step in steps if step.followed]
     pixels = float(np.mean([step.pixels for step in steps])) if steps else 0.0
@@ -110,7 +110,7 @@ class _FrameMotion:
     pixels: float
 
 
-def _step(first: Picture, second: Picture) -> _FrameMotion:
+def _step(first: MeasuredFrame, second: MeasuredFrame) -> _FrameMotion:
     cv2 = opencv()
     field = flow(first, second)
     height, width = field.shape[:2]
@@ -120,17 +120,17 @@ def _step(first: Picture, second: Picture) -> _FrameMotion:
     # Flow means nothing where there is no texture.
     detail = cv2.blur(np.abs(cv2.Laplacian(first.grey, cv2.CV_32F)), (9, 9))[y, x]
     textured = detail > 1.0
-    pixels = fastest(field)
+    pixels = top_speed(field)
     if textured.sum() >= 16:
         known, moved = points[textured], points[textured] + vectors[textured]
         fit, agree = cv2.estimateAffinePartial2D(known, moved, method=cv2.RANSAC, ransacReprojThreshold=0.7)
         if fit is not None and agree.mean() > 0.3:
-            own = vectors - (points @ fit[:, :2].T + fit[:, 2] - points)
+            residual = vectors - (points @ fit[:, :2].T + fit[:, 2] - points)
             centre = np.array([width, height]) * scale / 2
             camera = fit[:, :2] @ centre + fit[:, 2] - centre
-            by_itself = textured & (np.hypot(*own.T) > max(0.7, 0.25 * float(np.hypot(*camera))))
+            by_itself = textured & (np.hypot(*residual.T) > max(0.7, 0.25 * float(np.hypot(*camera))))
             growth = math.hypot(fit[0, 0], fit[1, 0]) - 1
-            return _FrameMotion(True, camera, growth, float(by_itself.mean()), own[by_itself], pixels)
+            return _FrameMotion(True, camera, growth, float(by_itself.mean()), residual[by_itself], pixels)
     return _FrameMotion(False, np.zeros(2), 0.0, 0.0, np.zeros((0, 2)), pixels)
 
 

@@ -30,13 +30,13 @@ def opencv() -> Any:
 
 
 @dataclass(frozen=True)
-class Picture:
+class MeasuredFrame:
     """A frame as it is measured: `rgb` float32 [h, w, 3] in [0, 1], the long side at most 416 pixels."""
 
     rgb: Array
 
     @classmethod
-    def of(cls, frame: Tensor) -> Picture:
+    def of(cls, frame: Tensor) -> MeasuredFrame:
         """A frame float32 [H, W, 3] in [-1, 1] -> its picture; area averages when it shrinks."""
         pixels: Array = frame.detach().float().cpu().numpy()
         height, width = pixels.shape[:2]
@@ -61,12 +61,12 @@ class Picture:
         return levels
 
 
-def flow(first: Picture, second: Picture) -> Array:
+def flow(first: MeasuredFrame, second: MeasuredFrame) -> Array:
     """Where each point of `first` went in `second`: float32 [h, w, 2] in pixels of these pictures."""
     cv2 = opencv()
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    found: Array = search.calc(first.grey, second.grey, None)
-    return found
+    field: Array = search.calc(first.grey, second.grey, None)
+    return field
 
 
 def speeds(field: Array) -> Array:
@@ -75,7 +75,7 @@ def speeds(field: Array) -> Array:
     return lengths
 
 
-def fastest(field: Array) -> float:
+def top_speed(field: Array) -> float:
     """Mean speed of the fastest tenth of the picture: a small subject before a still background counts, too."""
     lengths = speeds(field).ravel()
     return float(np.partition(lengths, -(lengths.size // 10))[-(lengths.size // 10) :].mean())

@@ -107,7 +107,7 @@ def create_app(
         }
 
     @app.exception_handler(ApiError)
-    async def said(request: Request, error: ApiError) -> JSONResponse:
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status, headers=error.headers)
 
     @app.exception_handler(HTTPException)

@@ -102,10 +102,10 @@ async def body_of(request: Request) -> AsyncIterator[Body]:
             await form.close()
         return
     raw = await request.body()
-    found = _parse(raw, "the request") if raw.strip() else {}
-    if not isinstance(found, dict):
+    fields = _parse(raw, "the request") if raw.strip() else {}
+    if not isinstance(fields, dict):
         raise ApiError("the request must be a JSON object")
-    yield Body(found)
+    yield Body(fields)
 
 
 def _parse(text: str | bytes, name: str) -> Any:

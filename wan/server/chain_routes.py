@@ -28,7 +28,7 @@ def chain_of(chains: Chains, ticket: Ticket, *, full: bool = True) -> dict[str, 
     """A chain as JSON; `full` with its clips."""
     live = chains.supervisor.live.get(ticket.id) if chains.supervisor else None
     making = live is not None and ticket.state == MAKING
-    found: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "id": ticket.id,
         "object": "chain",
         "status": ticket.state,
@@ -60,28 +60,28 @@ def chain_of(chains: Chains, ticket: Ticket, *, full: bool = True) -> dict[str, 
     }
     if full:
         folder = chains.folder(ticket.id)
-        found["clips"] = clips_of(folder, ticket.count)
-        found["drift"] = folder.report().get("drift")
-    return found
+        shown["clips"] = clips_of(folder, ticket.count)
+        shown["drift"] = folder.report().get("drift")
+    return shown
 
 
 def clips_of(folder: ChainFolder, count: int) -> list[dict[str, Any]]:
     """What is known of each clip: what it is to be, and what became of it."""
-    said, takes, found = folder.read_clips(), folder.all_takes(), []
+    scenes, takes, clips = folder.read_clips(), folder.all_takes(), []
     for number in range(1, count + 1):
         clip = folder.made(number)
-        found.append(
+        clips.append(
             {
                 "number": number,
                 "finished": bool(clip),
-                "said": said[number - 1] if number <= len(said) else {},
+                "said": scenes[number - 1] if number <= len(scenes) else {},
                 "takes": sorted(takes.get(number, ())),
                 "version": folder.version(number),
                 "take": _taken(takes.get(number, {}), clip.get("seed")),
                 **{name: clip.get(name) for name in _OF_A_CLIP},
             }
         )
-    return found
+    return clips
 
 
 def _taken(takes: Mapping[int, Path], seed: Any) -> int | None:
@@ -106,7 +106,7 @@ def router(chains: Chains) -> APIRouter:
             start = body.fields.pop("start", True)
             seconds, model = body.number("seconds"), body.text("model")
             settings = {**(body.json("settings", dict) or {}), **body.fields}
-            ticket = await chains.create(
+            ticket = await chains.intake.create(
                 settings,
                 source=body.file("video"),
                 pictures=body.files.get("pictures", []),
@@ -122,8 +122,8 @@ def router(chains: Chains) -> APIRouter:
         """The chains, newest first, without their clips."""
         if not 1 <= limit <= 1000:
             raise ApiError("limit must be from 1 to 1000", param="limit")
-        found = chains.queue.all(limit=limit, drafts=True)
-        return {"object": "list", "data": [chain_of(chains, ticket, full=False) for ticket in found]}
+        tickets = chains.queue.all(limit=limit, drafts=True)
+        return {"object": "list", "data": [chain_of(chains, ticket, full=False) for ticket in tickets]}
 
     @routes.get("/{name}")
     async def retrieve(name: str) -> JSONResponse:
@@ -175,8 +175,8 @@ def router(chains: Chains) -> APIRouter:
     async def redo(name: str, number: int, request: Request) -> JSONResponse:
         """Make a clip again with another seed, and other things if they are sent."""
         async with body_of(request) as body:
-            said = {key: value for key, value in body.fields.items() if value not in (None, "")}
-            ticket = await chains.redo(name, number, said)
+            event = {key: value for key, value in body.fields.items() if value not in (None, "")}
+            ticket = await chains.redo(name, number, event)
         return answer(ticket)
 
     @routes.post("/{name}/clips/{number}/take")
@@ -254,9 +254,9 @@ def router(chains: Chains) -> APIRouter:
             # what it is now, for one who comes in the middle
             yield {"event": "state", "data": json.dumps(chain_of(chains, ticket, full=False))}
             assert chains.supervisor is not None
-            async for said in chains.supervisor.listen(name, int(last) if last.isdecimal() else 0):
-                rest = {key: value for key, value in said.items() if key not in ("id", "event")}
-                yield {"id": str(said["id"]), "event": said["event"], "data": json.dumps(rest)}
+            async for event in chains.supervisor.listen(name, int(last) if last.isdecimal() else 0):
+                rest = {key: value for key, value in event.items() if key not in ("id", "event")}
+                yield {"id": str(event["id"]), "event": event["event"], "data": json.dumps(rest)}
 
         return EventSourceResponse(stream(), ping=_PING)
 

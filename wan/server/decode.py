@@ -48,12 +48,12 @@ async def decode(what: str, file: Path, picture: Path) -> dict[str, Any]:
                 process.kill()
                 await process.wait()
     try:
-        found: dict[str, Any] = json.loads(out.splitlines()[-1])
+        facts: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise ApiError("the file cannot be read: it is damaged, or needs too much memory") from error
-    if "error" in found:
-        raise ApiError(public(found["error"]))
-    return found
+    if "error" in facts:
+        raise ApiError(public(facts["error"]))
+    return facts
 
 
 def main(words: list[str]) -> int:
@@ -61,10 +61,10 @@ def main(words: list[str]) -> int:
     _limit()
     what, file, picture = words[0], Path(words[1]), Path(words[2])
     try:
-        found = {"inspect": _inspect, "thumbnail": _thumbnail, "spritesheet": _spritesheet}[what](file, picture)
+        facts = {"inspect": _inspect, "thumbnail": _thumbnail, "spritesheet": _spritesheet}[what](file, picture)
     except UserError as error:
-        found = {"error": str(error).replace(str(file), "the file").replace(repr(str(file)), "the file")}
-    print(json.dumps(found))
+        facts = {"error": str(error).replace(str(file), "the file").replace(repr(str(file)), "the file")}
+    print(json.dumps(facts))
     return 0
 
 
@@ -92,7 +92,7 @@ def _inspect(file: Path, picture: Path) -> dict[str, Any]:
             raise UserError("the file is neither a video nor a picture that can be read") from (error or no_picture)
         if info.width * info.height > MOST_PIXELS or (info.duration or 0) > LONGEST:
             raise UserError("the video is too large or too long") from None
-        media.read_last_frame(file).save(picture, "PNG")
+        media.write_png(picture, media.read_last_frame(file))
         seconds = info.duration
         return {
             "kind": "video",
@@ -103,7 +103,7 @@ def _inspect(file: Path, picture: Path) -> dict[str, Any]:
         }
     if image.width * image.height > MOST_PIXELS:
         raise UserError("the picture is too large")
-    image.save(picture, "PNG")
+    media.write_png(picture, image)
     return {"kind": "picture", "width": image.width, "height": image.height, "seconds": 0.0, "fps": 0.0}
 
 

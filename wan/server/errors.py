@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 def public(message: str) -> str:
     """A message without the folders that it names."""
-    return _PATH.sub(lambda found: found[1] or "…", message)
+    return _PATH.sub(lambda match: match[1] or "…", message)
 
 
 def from_user_error(error: UserError, param: str | None = None) -> ApiError:

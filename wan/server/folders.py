@@ -36,8 +36,8 @@ class ChainFolder:
 
     def read_clips(self) -> list[dict[str, Any]]:
         """What the storyboard says of each clip, as far as it goes."""
-        found: list[dict[str, Any]] = read_json(self.storyboard)["clips"]
-        return found
+        clips: list[dict[str, Any]] = read_json(self.storyboard)["clips"]
+        return clips
 
     def write_clips(self, clips: Sequence[Mapping[str, Any]]) -> None:
         """Say what is different in which clip; the run reads it before each clip."""
@@ -77,8 +77,8 @@ class ChainFolder:
     def made(self, number: int) -> dict[str, Any]:
         """What the report says of a finished clip, empty for one that is not."""
         self.report()
-        found: dict[str, Any] = self._by_number.get(number, {})
-        return found
+        facts: dict[str, Any] = self._by_number.get(number, {})
+        return facts
 
     @property
     def stamps(self) -> tuple[int, ...]:
@@ -98,12 +98,12 @@ class ChainFolder:
 
     def all_takes(self) -> dict[int, dict[int, Path]]:
         """The mp4s of takes that are whole, by the number of their clip and their own."""
-        found: dict[int, dict[int, Path]] = {}
+        takes: dict[int, dict[int, Path]] = {}
         for path in sorted(self.run.glob("takes/*/take_*_seed*.json")):
             clip, take = path.parent.name, path.stem.split("_")[1]
             if clip.isdecimal() and take.isdecimal() and path.with_suffix(".mp4").is_file():
-                found.setdefault(int(clip), {})[int(take)] = path.with_suffix(".mp4")
-        return found
+                takes.setdefault(int(clip), {})[int(take)] = path.with_suffix(".mp4")
+        return takes
 
     def takes(self, number: int) -> dict[int, Path]:
         """Those of one clip."""

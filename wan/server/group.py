@@ -21,8 +21,8 @@ def rank_environment(rank: int, ranks: int) -> dict[str, str]:
     """
     if ranks == 1:
         return {}
-    said = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    return said | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
@@ -93,9 +93,9 @@ class Group:
                 await asyncio.wait([line], timeout=_LAST_WORD)
             if not line.done() or not line.result():
                 return None
-            said: dict[str, Any] = json.loads(line.result())
-            self._works &= said.get("event") != "end"
-            return said
+            message: dict[str, Any] = json.loads(line.result())
+            self._works &= message.get("event") != "end"
+            return message
         finally:
             for one in (line, *ends):
                 one.cancel()

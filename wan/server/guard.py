@@ -102,12 +102,12 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [*message["headers"]]
-                there = {name.lower() for name, _ in headers}
+                names = {name.lower() for name, _ in headers}
                 kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
                 streams = kind.startswith(b"text/event-stream")
                 policy = REPORT_POLICY if path.endswith("/report") and status == 200 else POLICY
                 for name, value in {**_HEADERS, "content-security-policy": policy}.items():
-                    if name.encode() not in there:
+                    if name.encode() not in names:
                         headers.append((name.encode(), value.encode()))
                 message = {**message, "headers": headers}
             await send(message)
@@ -200,14 +200,14 @@ class Guard:
 
 
 async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
-    said = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    sent = {"content-type": "application/json", "content-length": str(len(body)), **headers}
     if status == 413:
-        said["connection"] = "close"
+        sent["connection"] = "close"
     await send(
         {
             "type": "http.response.start",
             "status": status,
-            "headers": [(name.lower().encode(), value.encode()) for name, value in said.items()],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in sent.items()],
         }
     )
     await send({"type": "http.response.body", "body": body})

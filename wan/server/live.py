@@ -38,16 +38,16 @@ class Live:
         done, taken = self.step - self.before, time.monotonic() - self.since
         return taken / done * (self.steps - self.step) if done > 0 and self.stage == "sample" else None
 
-    def hear(self, event: str, said: Mapping[str, Any]) -> None:
+    def hear(self, event: str, values: Mapping[str, Any]) -> None:
         """Take in what the worker says."""
         if event == "clip_started":
-            self.clip, self.stage, self.step, self.steps, self.prompt = said["clip"], "", 0, 0, ""
+            self.clip, self.stage, self.step, self.steps, self.prompt = values["clip"], "", 0, 0, ""
             self.before = 0
         elif event == "stage":
-            self.stage, self.since, self.before = said["stage"], time.monotonic(), self.step
+            self.stage, self.since, self.before = values["stage"], time.monotonic(), self.step
         elif event == "step":
-            self.step, self.steps = said["step"], said["steps"]
+            self.step, self.steps = values["step"], values["steps"]
         elif event == "prompt":
-            self.prompt = said["prompt"]
+            self.prompt = values["prompt"]
         elif event == "warning":
-            self.warnings.append(said["message"])
+            self.warnings.append(values["message"])

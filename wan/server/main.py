@@ -130,9 +130,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _absolute(settings: Settings) -> Settings:
     """The settings with paths that mean the same wherever they are used."""
-    found: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
     for name in ("output_dir", "ckpt_dir", "comfy_dir", "vlm_path", "dit", "dit_high", "dit_low", "vae", "t5"):
         value = getattr(settings, name)
         if value and (name == "output_dir" or Path(value).expanduser().exists()):  # a hub's id is none
-            found[name] = str(Path(value).expanduser().resolve())
-    return dataclasses.replace(settings, **found)
+            paths[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(settings, **paths)

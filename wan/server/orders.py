@@ -18,10 +18,10 @@ _SENT = ("cut", "end_image", "anchor_image", "name")
 CLIP = {key: one for key, one in by_scene_key().items() if one.client or one.name in _SENT}
 
 
-def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a client writes them, by name -> their values. Raises ApiError."""
-    found: dict[str, Any] = {}
-    for name, value in said.items():
+    settings: dict[str, Any] = {}
+    for name, value in fields.items():
         one = CLIENT.get(name) or CLIENT.get(f"{name}_")
         if one is None:
             known = name in OPTIONS or f"{name}_" in OPTIONS
@@ -30,14 +30,14 @@ def read_settings(said: Mapping[str, Any]) -> dict[str, Any]:
             )
         # a prompt may go without words before it; of all else a form leaves empty what nobody chose
         if value is not None and (value != "" or one.name == "custom_prompt"):
-            found[one.name] = _value(one, value, name)
-    return found
+            settings[one.name] = _value(one, value, name)
+    return settings
 
 
-def read_clip(said: Mapping[str, Any], pictures: Mapping[str, str], number: int) -> dict[str, Any]:
+def read_clip(fields: Mapping[str, Any], pictures: Mapping[str, str], number: int) -> dict[str, Any]:
     """What a client says of one clip -> an entry of a storyboard. Raises ApiError."""
-    found: dict[str, Any] = {}
-    for key, value in said.items():
+    clip: dict[str, Any] = {}
+    for key, value in fields.items():
         if (one := CLIP.get(key)) is None:
             raise ApiError(
                 f"clip {number}: {key[:60]!r} is nothing that a clip has; it has {', '.join(CLIP)}", param="clips"
@@ -47,13 +47,13 @@ def read_clip(said: Mapping[str, Any], pictures: Mapping[str, str], number: int)
         if isinstance(one.kind, Picture) and value is not True:
             if value not in pictures:
                 raise ApiError(f"clip {number}: no picture {str(value)[:80]!r} came with this", param="clips")
-            found[key] = pictures[value]
+            clip[key] = pictures[value]
         elif value is True and key != "cut":
             raise ApiError(f"clip {number}: {key} cannot be true", param="clips")
         else:
             read = value if value is True else _value(one, value, f"clip {number}: {key}")
-            found[key] = list(read) if isinstance(read, tuple) else read
-    return found
+            clip[key] = list(read) if isinstance(read, tuple) else read
+    return clip
 
 
 def _value(one: Option, value: Any, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,8 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from jinja2 import Environment
 
 from wan import __version__
+from wan.chain.charts import Chart, drift_charts
+from wan.chain.scores import score_of, verdict
 from wan.errors import spell
 from wan.kinds import Choice, Interval, Kind, PromptFor, Switch, TakeOf, Words
 from wan.options import GROUPS, Option
@@ -29,14 +30,12 @@ from wan.server.tickets import DRAFT
 _HERE = Path(__file__).parent
 _STATIC = {"app.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _IN_FORM = ("prompt", "num_videos")  # which have fields of their own
-SEAMLESS, VISIBLE = 0.25, 0.5  # as the report's thresholds, where a run has none yet
-_CHART = (600, 120)
 _PARTS = 50  # of pages that are kept
 
 
 @cache
 def _templates() -> Environment:
-    made = templates("wan.server", "pages")
+    made = templates("wan.server", "pages", "wan.chain")
     made.filters["time"] = span
     return made
 
@@ -56,13 +55,13 @@ def span(seconds: float | None) -> str:
 
 def fields(chains: Chains) -> list[dict[str, Any]]:
     """The settings that a client may choose, by the groups of the table."""
-    found = []
+    groups = []
     for group in GROUPS:
         rows = [_field(one, chains) for one in CLIENT.values() if one.group == group and one.name not in _IN_FORM]
         rows = [row for row in rows if row["kind"] != "none"]
         if rows:
-            found.append({"name": group, "rows": rows})
-    return found
+            groups.append({"name": group, "rows": rows})
+    return groups
 
 
 def _field(one: Option, chains: Chains) -> dict[str, Any]:
@@ -89,40 +88,20 @@ def _field(one: Option, chains: Chains) -> dict[str, Any]:
     }
 
 
-def chart(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """A line of numbers by clip, as the points of an SVG, with its range. None where there are too few."""
-    known = [(index, value) for index, value in enumerate(values) if value is not None and math.isfinite(value)]
-    if len(known) < 2:
-        return None
-    low, high = min(value for _, value in known), max(value for _, value in known)
-    wide, tall = _CHART
-    room = (high - low) or 1.0
-    step = (wide - 40) / max(len(values) - 1, 1)
-    points = [(20 + index * step, tall - 20 - (value - low) / room * (tall - 40)) for index, value in known]
-    return {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), "dots": points, "low": low, "high": high}
+def charts(report: Mapping[str, Any]) -> list[Chart]:
+    """The curves of what changes from clip to clip, as the report draws them; none of a run without a seam."""
+    drift, clips = report.get("drift"), report.get("clips") or ()
+    return drift_charts(drift, [clip["number"] for clip in clips]) if drift and len(clips) > 1 else []
 
 
-def charts(drift: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The curves of what changes from clip to clip."""
-    names = {"colour": "Colour, ΔE from the source", "moving": "Moving pixels, %"}
-    found = []
-    for name, values in (drift or {}).items():
-        if name != "colour_shift" and isinstance(values, list) and (made := chart(values)) is not None:
-            found.append({"name": names.get(name, f"{name.capitalize()}, change in %"), **made})
-    return found
-
-
-def verdict(seam: Mapping[str, Any] | None) -> str:
+def seam_verdict(clip: Mapping[str, Any]) -> str:
     """good, faint or visible; unknown without a score."""
-    score = (seam or {}).get("score")
-    if not isinstance(score, int | float):
-        return "unknown"
-    return "good" if score < SEAMLESS else "faint" if score < VISIBLE else "visible"
+    return verdict(score_of(clip))
 
 
 def old_runs(root: Path) -> dict[str, Path]:
     """Folders of runs below the server's folder that the commands made, and the folder itself, by their names."""
-    found = {}
+    runs = {}
     for path in [root, *sorted(root.iterdir())]:
         if (
             path.is_dir()
@@ -130,8 +109,8 @@ def old_runs(root: Path) -> dict[str, Path]:
             and (path / PAGE).is_file()
             and (path / "run.json").is_file()
         ):
-            found[path.name] = path
-    return found
+            runs[path.name] = path
+    return runs
 
 
 def router(chains: Chains, keys: Keys) -> APIRouter:
@@ -142,13 +121,20 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         text = (
             _templates()
             .get_template(template)
-            .render(token=keys.token, version=__version__, model=chains.offer.model, verdict=verdict, **values)
+            .render(
+                token=keys.token,
+                version=__version__,
+                model=chains.offer.model,
+                anchors=chains.offer.experts == 2,  # svi2pro is of A14B
+                verdict=seam_verdict,
+                **values,
+            )
         )
         return HTMLResponse(text, status)
 
     def rows() -> list[dict[str, Any]]:
-        found = chains.queue.all(limit=100, drafts=True)
-        return [chain_of(chains, ticket, full=False) for ticket in found if ticket.state != DRAFT]
+        tickets = chains.queue.all(limit=100, drafts=True)
+        return [chain_of(chains, ticket, full=False) for ticket in tickets if ticket.state != DRAFT]
 
     @routes.get("/")
     async def start() -> HTMLResponse:
@@ -160,13 +146,13 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
 
     parts: dict[str, tuple[Any, str]] = {}  # by the chain, with what each was made of
 
-    def found(name: str) -> dict[str, Any]:
+    def facts_of(name: str) -> dict[str, Any]:
         ticket = chains.get(name)
         whole = chain_of(chains, ticket)
         folder = chains.folder(name)
         return {
             "chain": whole,
-            "drift": charts(whole["drift"]),
+            "drift": charts(folder.report()),
             "joined": stamp(folder.joined),
             "preview": folder.preview.is_file(),
             "report": (folder.run / PAGE).is_file(),
@@ -176,7 +162,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
     @routes.get("/chains/{name}")
     async def chain(name: str) -> HTMLResponse:
         try:
-            return page("chain.html.jinja", groups=fields(chains), **found(name))
+            return page("chain.html.jinja", groups=fields(chains), **facts_of(name))
         except ApiError:
             return page("gone.html.jinja", status=404)
 
@@ -186,7 +172,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         live = chains.supervisor.live.get(name) if chains.supervisor else None
         key = (ticket, chains.folder(name).stamps, live and (live.clip, len(live.warnings)))
         if name not in parts or parts[name][0] != key:
-            made = page("clips.html.jinja", **found(name))
+            made = page("clips.html.jinja", **facts_of(name))
             parts[name] = key, bytes(made.body).decode()
             while len(parts) > _PARTS:
                 del parts[next(iter(parts))]
@@ -197,7 +183,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
         if name not in (runs := old_runs(chains.root)):
             return page("gone.html.jinja", status=404)
         folder = ChainFolder(runs[name], runs[name])
-        return page("old.html.jinja", name=name, report=folder.report(), drift=charts(folder.report().get("drift")))
+        return page("old.html.jinja", name=name, report=folder.report())
 
     @routes.get("/old/{name}/report")
     async def old_report(name: str) -> Response:

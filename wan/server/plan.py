@@ -12,8 +12,8 @@ from wan.server.wire import owner_settings, settings_of_chain
 
 def main() -> int:
     """Print the lines of the plan, or what is wrong."""
-    said = json.loads(sys.stdin.read())
-    settings = settings_of_chain(owner_settings(said["owner"]), {**said["settings"], "dry_run": True})
+    order = json.loads(sys.stdin.read())
+    settings = settings_of_chain(owner_settings(order["owner"]), {**order["settings"], "dry_run": True})
     try:
         for line in Chain(settings).outline():
             print(line)

@@ -66,12 +66,12 @@ class Supervisor:
     def tell(self, name: str, event: str, **more: Any) -> None:
         """Tell those who listen to a chain."""
         self._count += 1
-        said = {"id": self._count, "event": event, **more}
+        message = {"id": self._count, "event": event, **more}
         live = self.live.setdefault(name, Live())
-        live.events.append(said)
+        live.events.append(message)
         for listener in list(live.listeners):
             try:
-                listener.put_nowait(said)
+                listener.put_nowait(message)
             except asyncio.QueueFull:
                 live.listeners.discard(listener)
                 with contextlib.suppress(asyncio.QueueEmpty):
@@ -87,8 +87,8 @@ class Supervisor:
                 listener.put_nowait(missed)
         live.listeners.add(listener)
         try:
-            while (said := await listener.get()) is not None:
-                yield said
+            while (message := await listener.get()) is not None:
+                yield message
         finally:
             live.listeners.discard(listener)
 
@@ -150,8 +150,8 @@ class Supervisor:
         self._say({"settings": dict(self.settings), "root": str(self.root)})
         giving = asyncio.create_task(self._give())
         try:
-            while (said := await group.hear()) is not None:
-                if not await self._heard(said):
+            while (message := await group.hear()) is not None:
+                if not await self._heard(message):
                     break
         finally:
             giving.cancel()
@@ -174,9 +174,9 @@ class Supervisor:
             self.tell(ticket.id, "state", state=MAKING)
             self._say({"id": ticket.id, "settings": dict(self.order_of(ticket))})
 
-    async def _heard(self, said: dict[str, Any]) -> bool:
+    async def _heard(self, message: dict[str, Any]) -> bool:
         """Take note of what the worker says; whether it is still good for another chain."""
-        event, name = said.pop("event"), said.pop("id", "")
+        event, name = message.pop("event"), message.pop("id", "")
         if event == "ready":
             self.state = "idle"
             self.wake()
@@ -185,17 +185,17 @@ class Supervisor:
             return True
         live = self.live.setdefault(name, Live())
         if event == "warning":
-            said["message"] = public(said["message"])
-        live.hear(event, said)
+            message["message"] = public(message["message"])
+        live.hear(event, message)
         if event == "step":
             self.metrics.steps.inc()
         elif event in ("there", "clip_finished"):
             if event == "clip_finished":
                 self.metrics.clips.inc()
-            done = said["done"] if event == "there" else said["clip"]
+            done = message["done"] if event == "there" else message["clip"]
             await self._keep(name, done=done, attempts=1)
         elif event == "end":
-            state, error = said["state"], said.get("error")
+            state, error = message["state"], message.get("error")
             if error is not None and error["code"] == "worker_lost":
                 log.error("%s", error["message"])  # which says what to do with a command; here others take their place
                 return False
@@ -203,7 +203,7 @@ class Supervisor:
             # processes that share a chain end together when one leaves it
             await self._ended(name, state, error, is_idle=alone or state in (DONE, PAUSED))
             return alone or state in (DONE, PAUSED)
-        self.tell(name, event, **said)
+        self.tell(name, event, **message)
         return True
 
     async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None, *, is_idle: bool) -> None:

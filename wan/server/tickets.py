@@ -87,8 +87,8 @@ class Queue:
     def secret(self) -> bytes:
         """What the server signs with; the same after a restart."""
         self._db.execute("INSERT OR IGNORE INTO secrets VALUES ('signing', ?)", (secrets.token_bytes(32),))
-        found: bytes = self._db.execute("SELECT value FROM secrets WHERE name = 'signing'").fetchone()[0]
-        return found
+        secret: bytes = self._db.execute("SELECT value FROM secrets WHERE name = 'signing'").fetchone()[0]
+        return secret
 
     def add(self, ticket: Ticket) -> Ticket:
         """Put a new row in; returns it with its times."""
@@ -101,16 +101,17 @@ class Queue:
         return self[ticket.id]
 
     def __getitem__(self, name: str) -> Ticket:
-        found = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM tickets WHERE id = ?", (name,)).fetchone()
-        if found is None:
+        row = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM tickets WHERE id = ?", (name,)).fetchone()
+        if row is None:
             raise KeyError(name)
-        return _ticket(found)
+        return _ticket(row)
 
     def change(self, name: str, **values: Any) -> Ticket:
         """Write some values of a row. Raises KeyError for one that is gone."""
-        said = _values(values)
+        columns = _values(values)
         self._db.execute(
-            f"UPDATE tickets SET {', '.join(f'{column} = ?' for column in said)} WHERE id = ?", [*said.values(), name]
+            f"UPDATE tickets SET {', '.join(f'{column} = ?' for column in columns)} WHERE id = ?",
+            [*columns.values(), name],
         )
         return self[name]
 
@@ -131,10 +132,10 @@ class Queue:
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
         wheres, values = ([] if drafts else ["state != 'draft'"]), list[Any]()
         if after is not None:
-            found = self._db.execute("SELECT rowid FROM tickets WHERE id = ?", (after,)).fetchone()
-            if found is None:
+            start = self._db.execute("SELECT rowid FROM tickets WHERE id = ?", (after,)).fetchone()
+            if start is None:
                 raise KeyError(after)
-            wheres, values = [*wheres, f"rowid {sign} ?"], [found[0]]
+            wheres, values = [*wheres, f"rowid {sign} ?"], [start[0]]
         where = f"WHERE {' AND '.join(wheres)}" if wheres else ""
         rows = self._db.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM tickets {where} ORDER BY rowid {order} LIMIT ?",
@@ -144,15 +145,15 @@ class Queue:
 
     def next(self) -> Ticket | None:
         """The row that has waited longest."""
-        found = self._db.execute(
+        row = self._db.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM tickets WHERE state = 'queued' ORDER BY queued_at, rowid LIMIT 1"
         ).fetchone()
-        return None if found is None else _ticket(found)
+        return None if row is None else _ticket(row)
 
     def counts(self) -> dict[str, int]:
         """How many rows there are in each state."""
-        found = dict(self._db.execute("SELECT state, count(*) FROM tickets GROUP BY state").fetchall())
-        return {state: int(found.get(state, 0)) for state in STATES}
+        counted = dict(self._db.execute("SELECT state, count(*) FROM tickets GROUP BY state").fetchall())
+        return {state: int(counted.get(state, 0)) for state in STATES}
 
     def recover(self) -> None:
         """After a crash: what was being made waits again, before all others."""
@@ -167,9 +168,9 @@ def _values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ticket(row: tuple[Any, ...]) -> Ticket:
-    found = dict(zip(_COLUMNS, row, strict=True))
+    values = dict(zip(_COLUMNS, row, strict=True))
     for name in _JSON:
-        found[name] = json.loads(found[name])
+        values[name] = json.loads(values[name])
     for name in _FLAGS:
-        found[name] = bool(found[name])
-    return Ticket(**found)
+        values[name] = bool(values[name])
+    return Ticket(**values)

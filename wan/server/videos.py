@@ -89,8 +89,8 @@ def router(chains: Chains) -> APIRouter:
                 raise ApiError("send input_reference as a file: this server fetches nothing", param="input_reference")
             prompt = body.text("prompt", required=True)
             model, seconds = body.text("model"), body.number("seconds")
-            said = {"custom_prompt": "", **body.fields, "prompt": prompt}
-            ticket = await chains.create(said, source=source, model=model, seconds=seconds, whole=False)
+            settings = {"custom_prompt": "", **body.fields, "prompt": prompt}
+            ticket = await chains.intake.create(settings, source=source, model=model, seconds=seconds, whole=False)
         return JSONResponse(video_of(chains, ticket))
 
     @routes.post("/extensions", openapi_extra=_body(["prompt", "video"], prompt=_TEXT, seconds=_TEXT, video=_FILE))
@@ -107,11 +107,11 @@ def router(chains: Chains) -> APIRouter:
                     raise ApiError(
                         f"an extension takes no {next(iter(body.fields))[:60]!r}: it keeps the video's settings"
                     )
-                ticket = await chains.extend(name, prompt, seconds)
+                ticket = await chains.intake.extend(chains.get(name), prompt, seconds)
             else:
                 model = body.text("model")
-                said = {"custom_prompt": "", **body.fields, "prompt": prompt}
-                ticket = await chains.create(said, source=source, model=model, seconds=seconds, whole=True)
+                settings = {"custom_prompt": "", **body.fields, "prompt": prompt}
+                ticket = await chains.intake.create(settings, source=source, model=model, seconds=seconds, whole=True)
                 if ticket.still:
                     await chains.remove(ticket.id)
                     raise ApiError("video must be a video; send a picture to /v1/videos", param="video")
@@ -125,12 +125,12 @@ def router(chains: Chains) -> APIRouter:
         if not 1 <= limit <= 100:
             raise ApiError("limit must be from 1 to 100", param="limit")
         try:
-            found = chains.queue.all(after=after, limit=limit + 1, newest_first=order == "desc")
+            tickets = chains.queue.all(after=after, limit=limit + 1, newest_first=order == "desc")
         except KeyError as error:
             raise not_found() from error
-        data = [video_of(chains, ticket) for ticket in found[:limit]]
+        data = [video_of(chains, ticket) for ticket in tickets[:limit]]
         ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        return {"object": "list", "data": data, "has_more": len(found) > limit, **ends}
+        return {"object": "list", "data": data, "has_more": len(tickets) > limit, **ends}
 
     def known(name: str) -> Ticket:
         ticket = chains.get(name)
@@ -170,7 +170,7 @@ def router(chains: Chains) -> APIRouter:
         async with body_of(request) as body:
             prompt = body.text("prompt", required=True)
             assert prompt is not None
-            ticket = await chains.remix(name, prompt)
+            ticket = await chains.intake.remix(chains.get(name), prompt)
         return JSONResponse(video_of(chains, ticket))
 
     return routes
@@ -188,8 +188,8 @@ def _id(body: Body) -> str | None:
         video = {"id": video}
     if not isinstance(video, dict) or set(video) != {"id"} or not isinstance(video["id"], str):
         raise ApiError('video must be a file, or {"id": …}', param="video")
-    found: str = video["id"]
-    return found
+    name: str = video["id"]
+    return name
 
 
 async def picture_of(video: Path, what: str, ending: str) -> Path:

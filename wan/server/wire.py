@@ -11,14 +11,14 @@ from wan.options import OPTIONS, Settings
 CHECKED = "checked"  # how the check of a chain ends, where a chain ends in one of the states of `tickets`
 
 
-def settings_of_chain(owner: Settings, said: Mapping[str, Any]) -> Settings:
+def settings_of_chain(owner: Settings, values: Mapping[str, Any]) -> Settings:
     """The server's settings, with those of a chain, which are JSON values. Raises UserError."""
-    return dataclasses.replace(owner, **{name: _from_json(value) for name, value in said.items()})
+    return dataclasses.replace(owner, **{name: _from_json(value) for name, value in values.items()})
 
 
-def owner_settings(said: Mapping[str, Any]) -> Settings:
+def owner_settings(values: Mapping[str, Any]) -> Settings:
     """The server's own settings, from JSON. Raises UserError."""
-    return Settings(**{name: _from_json(value) for name, value in said.items() if name in OPTIONS})
+    return Settings(**{name: _from_json(value) for name, value in values.items() if name in OPTIONS})
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

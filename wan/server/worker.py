@@ -2,7 +2,8 @@
 
 A server has one of them, a batch one for each GPU or group of GPUs. Lines of JSON come in on stdin and go out on
 stdout. It ends when stdin does, so that it never outlives who started it; what it was making goes on from there in the
-next one. Where a launcher's environment says that it is one of several, all get the same lines; the first answers.
+next one. With `asks` it asks a captioner that others share. Where a launcher's environment says that it is one of
+several, all get the same lines; the first answers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from wan.device.ranks import World
 from wan.device.watch import Ended
 from wan.errors import InUse, UserError
 from wan.options import Settings
+from wan.server.questions import Questions
 from wan.server.tickets import DONE, PAUSED
 from wan.server.wire import CHECKED, owner_settings, settings_of_chain
 from wan.types import Step
@@ -52,7 +54,8 @@ class Cancelled(KeyboardInterrupt):
 class Models:
     """The pipeline of this process, kept from chain to chain of one checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
+        self._ask = ask  # a captioner that others share
         self._opened: VideoContinuation | None = None
         self._key: object = None
 
@@ -64,6 +67,8 @@ class Models:
                 self._opened.close()
                 self._opened = None
             self._opened, self._key = job.open_continuation(), key
+            if self._ask is not None:
+                self._opened.vlm.share(self._ask)
         self._opened.vlm.question, self._opened.vlm.fallback = job.settings.vlm_question, job.settings.vlm_fallback
         return self._opened
 
@@ -150,17 +155,22 @@ def main() -> int:
     world, root = World.read(os.environ), first.get("root")
     owner, orders = owner_settings(first["settings"]), queue.Queue[dict[str, Any]]()
     cancelled, now = threading.Event(), {"id": ""}
-    threading.Thread(target=_listen, args=(orders, cancelled, now), daemon=True).start()
     writing = threading.Lock()
 
     def send(event: str, **more: Any) -> None:
         with writing:
             _write(out, {"event": event, "id": now["id"], **more})
 
+    def go_on() -> None:
+        if cancelled.is_set():
+            raise Cancelled
+
+    questions = Questions(send, go_on)
+    threading.Thread(target=_listen, args=(orders, questions, cancelled, now), daemon=True).start()
     # the one of a server that was killed may still be there for a moment
     with nullcontext() if root is None or not world.is_first else FileLock(Path(root) / LOCK):
         logging.root.addHandler(_Warnings(send))
-        models = Models()
+        models = Models(questions.ask if first.get("asks") and world.is_first else None)
         send("ready", pid=os.getpid())
         while True:
             order = orders.get()
@@ -235,20 +245,24 @@ def _work(
     return True
 
 
-def _listen(orders: queue.Queue[dict[str, Any]], cancelled: threading.Event, now: Mapping[str, str]) -> None:
+def _listen(
+    orders: queue.Queue[dict[str, Any]], questions: Questions, cancelled: threading.Event, now: Mapping[str, str]
+) -> None:
     """Take orders from stdin; its end is the end of this process."""
     for line in sys.stdin:
         order = json.loads(line)
-        if (name := order.get("cancel")) is None:
+        if "answer" in order:
+            questions.hear(order)
+        elif (name := order.get("cancel")) is None:
             orders.put(order)
         elif name == now["id"]:
             cancelled.set()
     os._exit(0)
 
 
-def _write(out: TextIO, said: Mapping[str, Any]) -> None:
+def _write(out: TextIO, message: Mapping[str, Any]) -> None:
     try:
-        out.write(json.dumps(said) + "\n")
+        out.write(json.dumps(message) + "\n")
         out.flush()
     except OSError:  # nobody is there any more
         os._exit(0)

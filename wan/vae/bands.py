@@ -40,11 +40,13 @@ class Band:
         Every rank has the edges of all others for that, which are few rows, and one operation.
         """
         edges = torch.cat([x[..., :below, :], x[..., x.shape[-2] - above :, :]], dim=-2)
-        found, index = self.group.gather(edges), self.group.index
-        none = x[..., :0, :]
-        over = found[index - 1][..., below:, :] if index else _zeros(none, above)
-        under = found[index + 1][..., :below, :] if index + 1 < len(found) else _zeros(none, below)
-        return torch.cat([over, x, under], dim=-2)
+        gathered, index = self.group.gather(edges), self.group.index
+        around = F.pad(x, (0, 0, above, below))  # laid out in memory as x is, which `cat` would not keep
+        if above and index:
+            around[..., :above, :] = gathered[index - 1][..., below:, :]
+        if below and index + 1 < len(gathered):
+            around[..., -below:, :] = gathered[index + 1][..., :below, :]
+        return around
 
     def whole(self, x: Tensor) -> Tensor:
         """[..., H of this band, W] of every rank -> [..., H, W]."""
@@ -57,7 +59,3 @@ class Band:
     def agrees(self, good: Tensor) -> bool:
         """Whether something is so in all ranks."""
         return bool(torch.stack(self.group.gather(good.float())).min() > 0)
-
-
-def _zeros(like: Tensor, rows: int) -> Tensor:
-    return F.pad(like, (0, 0, 0, rows))

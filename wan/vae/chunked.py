@@ -130,10 +130,10 @@ def _finite(x: Tensor) -> Tensor | None:
 
 
 def _check(finite: list[Tensor | None], band: Band | None) -> None:
-    found = [one for one in finite if one is not None]
-    if not found:
+    flags = [one for one in finite if one is not None]
+    if not flags:
         return
-    good = torch.stack(found).all()
+    good = torch.stack(flags).all()
     if not (good if band is None else band.agrees(good)):
         raise OverflowError("numbers of the VAE are too large for float16")
 
@@ -171,14 +171,14 @@ class ChunkedVae:
         late = 1 + max(index for index, (_, change) in enumerate(stages) if change and change.mode == "upsample3d")
         for part, change in stages[:late]:
             x = self.stage(part, x, change)
-        found = []
+        parts = []
         for frames in torch.split(x, 1 if self.by_frame else x.shape[2], dim=2):  # all frames are there by now
             frames = frames.contiguous(memory_format=LAYOUT)
             for part, change in stages[late:]:
                 frames = self.stage(part, frames, change)
-            found.append(self.ends(network, frames))
+            parts.append(self.ends(network, frames))
         self.is_first = False
-        return torch.cat(found, dim=2)
+        return torch.cat(parts, dim=2)
 
     def stage(self, stage: Any, x: Tensor, change: WanResample | None) -> Tensor:
         """Residual blocks and a change of size; in VAE 2.2 with a way around all of it."""
@@ -243,9 +243,9 @@ class ChunkedVae:
             whole[:, :, :behind] = 0 if before is None else before
             self.before[conv] = whole[:, :, -behind:].clone()
         if self.band is not None and height:
-            whole, height = self.band.beside(whole, height, height).contiguous(memory_format=LAYOUT), 0
-        found: Tensor = F.conv3d(whole, conv.weight, after, conv.stride, (0, height, width))
-        return found
+            whole, height = self.band.beside(whole, height, height), 0
+        convolved: Tensor = F.conv3d(whole, conv.weight, after, conv.stride, (0, height, width))
+        return convolved
 
     def resample(self, module: Any, x: Tensor) -> Tensor:
         """A change of height and width, and in some stages of the frame rate, which leaves the first frame alone."""
@@ -305,10 +305,10 @@ def _by_frame(x: Tensor, change: nn.Sequential, band: Band | None) -> Tensor:
     if band is None:
         made: Tensor = conv(frames if grows else before(frames))
     elif grows:
-        frames = band.beside(frames, 1, 1).contiguous(memory_format=torch.channels_last)
+        frames = band.beside(frames, 1, 1)
         made = F.conv2d(frames, conv.weight, conv.bias, conv.stride, (0, 1))
     else:  # a column and a row of zeros on the right and below
-        frames = F.pad(band.beside(frames, 0, 1), (0, 1)).contiguous(memory_format=torch.channels_last)
+        frames = F.pad(band.beside(frames, 0, 1), (0, 1))
         made = conv(frames)
     return made[None].transpose(1, 2)
 

@@ -75,24 +75,24 @@ def _tile(count, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ig
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _norm_silu(out, x, bias, gamma, root, count, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column, there = _tile(count, channels, ROWS, WIDTH)
-    value = tl.load(x + row * channels + column, mask=there, other=0.0).to(tl.float32)
+    row, column, inside = _tile(count, channels, ROWS, WIDTH)
+    value = tl.load(x + row * channels + column, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         value += tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
     scale = tl.load(gamma + column, mask=column < channels, other=0.0).to(tl.float32) * root
     norm = tl.maximum(tl.sqrt(tl.sum(value * value, 1)), 1e-12)[:, None]
     value = value / norm * scale
-    tl.store(out + row * channels + column, (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * channels + column, (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add(x, other, bias, count, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column, there = _tile(count, channels, ROWS, WIDTH)
+    row, column, inside = _tile(count, channels, ROWS, WIDTH)
     at = row * channels + column
-    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
-    value += tl.load(other + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=there)
+    value += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -100,21 +100,21 @@ def _add_upsampled(  # type: ignore[no-untyped-def]
     x, low, length, height, width, low_channels, left_out, repeats, count, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, FRAMES: tl.constexpr, SIDES: tl.constexpr,
 ):  # fmt: skip
-    row, column, there = _tile(count, channels, ROWS, WIDTH)
+    row, column, inside = _tile(count, channels, ROWS, WIDTH)
     across, down, frame = row % width, row // width % height, row // (width * height) + left_out
     part = (frame % FRAMES * SIDES + down % SIDES) * SIDES + across % SIDES
     place = (frame // FRAMES * (height // SIDES) + down // SIDES) * (width // SIDES) + across // SIDES
     source = place * low_channels + (column * (FRAMES * SIDES * SIDES) + part) // repeats
-    value = tl.load(x + row * channels + column, mask=there, other=0.0).to(tl.float32)
-    value += tl.load(low + source, mask=there, other=0.0).to(tl.float32)
-    tl.store(x + row * channels + column, value.to(x.dtype.element_ty), mask=there)
+    value = tl.load(x + row * channels + column, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(low + source, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + row * channels + column, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _double_sides(out, x, width, count, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    row, column, there = _tile(count, channels, ROWS, WIDTH)
-    value = tl.load(x + row * channels + column, mask=there, other=0.0)
+    row, column, inside = _tile(count, channels, ROWS, WIDTH)
+    value = tl.load(x + row * channels + column, mask=inside, other=0.0)
     corner = row // width * 4 * width + row % width * 2
     for part in tl.static_range(4):
         place = corner + part % 2 + part // 2 * 2 * width
-        tl.store(out + place * channels + column, value, mask=there)
+        tl.store(out + place * channels + column, value, mask=inside)

@@ -101,16 +101,16 @@ class WanVAE(nn.Module):
         work; each is given all latents, and the first has the pixels, the others no frame.
         """
         scale = self.model.config.scale_factor_spatial
-        found = []
+        decoded = []
         for z in zs:
             band = _band(group, z.shape[2])
             if band is None and group is not None and group.index:  # too few rows to share
-                found.append(z.new_empty(3, 0, *(side * scale for side in z.shape[2:])))
+                decoded.append(z.new_empty(3, 0, *(side * scale for side in z.shape[2:])))
                 continue
             through = partial(chunked.decode, home=home, band=band)
             size = _largest([side * scale for side in z.shape[2:]], band)
-            found.append(self._run(through, z.float() / (1.0 / self.std) + self.mean, size))
-        return found
+            decoded.append(self._run(through, z.float() / (1.0 / self.std) + self.mean, size))
+        return decoded
 
     @torch.no_grad()
     def _run(
@@ -200,8 +200,8 @@ def official_to_diffusers(key: str, keys: Iterable[str]) -> str:
 
 def _blocks_per_stage(keys: Iterable[str]) -> int:
     """Residual blocks before the first downsampler in the flat 2.1 list."""
-    found = [re.match(r"encoder\.downsamples\.(\d+)\.resample", key) for key in keys]
-    return min((int(match[1]) for match in found if match), default=0)
+    matches = [re.match(r"encoder\.downsamples\.(\d+)\.resample", key) for key in keys]
+    return min((int(match[1]) for match in matches if match), default=0)
 
 
 def infer_config(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

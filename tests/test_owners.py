@@ -1,0 +1,299 @@
+"""The owners that a pipeline is made of, each built by itself."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from contextlib import nullcontext
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.golden import GOLDEN, float32
+from wan import UserError, WanTI2V, WanV2V5B
+from wan.candidates import is_better
+from wan.device.budget import MemoryBudget
+from wan.device.host_budget import HostPlan
+from wan.device.parallel import ALONE
+from wan.device.ranks import Sizes, World
+from wan.encoding import PromptEmbeddings, SharedVae
+from wan.fitted_frames import FittedFrames
+from wan.models import Models, loaders
+from wan.pipeline import _Shared
+from wan.planning import check_pairing, loras_by_expert
+from wan.settings import Context, LoraFile
+from wan.types import Clip, Geometry
+
+CPU = torch.device("cpu")
+EXPERTS = ["high_noise_model", "low_noise_model"]
+
+
+class Here:
+    """A placement that moves nothing."""
+
+    def on_device(self, model: Any, device: Any = None) -> Any:
+        return nullcontext(model)
+
+
+PLACEMENT: Any = Here()
+
+
+def footage(frames: int) -> Clip:
+    return Clip(torch.linspace(-1, 1, frames)[:, None, None, None].expand(frames, 16, 16, 3), Fraction(24))
+
+
+def plan(mode: str = "tail", frames: int = 9, **more: Any) -> Any:
+    defaults = {"is_cut": False, "loras": {}, "geometry": Geometry(17, 32, 32, (4, 16, 16)), "end": None, "cut": None}
+    return SimpleNamespace(context=Context(mode, frames), **{**defaults, **more})
+
+
+FITTED = FittedFrames(lambda frame, width, height: frame, Fraction(24))  # type: ignore[arg-type,return-value]
+
+
+def test_prompts_are_encoded_once_for_as_long_as_they_repeat() -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> torch.Tensor:
+        asked.append(text)
+        return torch.full((1, 2, 2), float(len(asked)))
+
+    embeddings = PromptEmbeddings(lambda: encode, CPU, CPU)  # type: ignore[arg-type,return-value]
+    first = embeddings.context("a", "n", PLACEMENT)
+    again = embeddings.context("a", "n", PLACEMENT)
+    assert asked == ["a", "n"] and torch.equal(first.positive, again.positive)
+    embeddings.context("b", "n", PLACEMENT)
+    embeddings.context("a", "n", PLACEMENT)  # nobody keeps the last but one
+    assert asked == ["a", "n", "b", "a"]
+    embeddings.clear()
+    embeddings.context("a", "n", PLACEMENT)
+    assert asked[4:] == ["a", "n"]
+
+
+def test_a_vae_encodes_and_decodes_alone() -> None:
+    vae: Any = SimpleNamespace(
+        encode=lambda frames, group: [frames[0] * 2], decode=lambda latents, home, group: [latents[0] / 2]
+    )
+    shared = SharedVae(lambda: vae, CPU, ALONE)
+    pixels = torch.ones(3, 1, 4, 4)
+    latents = shared.share(lambda: shared.encode(pixels, PLACEMENT), PLACEMENT)
+    assert torch.equal(latents, 2 * pixels)
+    assert torch.equal(shared.decode(latents, PLACEMENT, None), pixels)
+
+
+@pytest.mark.parametrize(("asked", "length", "frames"), [(9, 9, 9), (9, 5, 5), (17, 12, 9), (9, 30, 9)])
+def test_no_more_frames_are_known_than_there_are(
+    asked: int, length: int, frames: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wan.fitted_frames.dataclasses.replace", lambda plan, context: context)
+    context: Any = FITTED.with_available_context(footage(length), plan(frames=asked))
+    assert context == Context("tail", frames)
+    assert ("too short" in caplog.text) == (frames != asked)
+
+
+def test_what_has_no_tail_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    for one in (plan("last_frame", 1), plan("svi2pro", 5), plan(frames=9, is_cut=True)):
+        assert FITTED.with_available_context(footage(3), one) is one
+    assert not caplog.messages
+
+
+def test_svi_and_its_loras_go_together(caplog: pytest.LogCaptureFixture) -> None:
+    def pair(name: str) -> dict[str, tuple[LoraFile, ...]]:
+        return {expert: (LoraFile(Path(name)),) for expert in EXPERTS}
+
+    check_pairing(plan("svi2pro", 5, loras=pair("SVI_2.0_Pro.safetensors")), EXPERTS)
+    check_pairing(plan(loras=pair("style.safetensors")), EXPERTS)
+    assert not caplog.messages
+    check_pairing(plan("svi2pro", 5, loras=pair("mine.safetensors")), EXPERTS)
+    assert "no name of the LoRAs says SVI" in caplog.text
+    with pytest.raises(UserError, match="another SVI version"):
+        check_pairing(plan("svi2pro", 5, loras=pair("SVI_2.0.safetensors")), EXPERTS)
+    with pytest.raises(UserError, match="needs its pair"):
+        check_pairing(plan("svi2pro", 5, loras={EXPERTS[0]: pair("SVI_Pro")[EXPERTS[0]]}), EXPERTS)
+    with pytest.raises(UserError, match="use it with continuation svi2pro"):
+        check_pairing(plan(loras=pair("SVI_2.0_Pro.safetensors")), EXPERTS)
+
+
+def test_loras_for_two_experts_are_given_by_expert() -> None:
+    with pytest.raises(UserError, match=r"\{'high_noise_model': …, 'low_noise_model': …\}"):
+        loras_by_expert("a.safetensors", EXPERTS)
+    assert loras_by_expert((), EXPERTS) == {}
+
+
+def test_the_less_visible_seam_is_better_and_without_seams_the_first_stays() -> None:
+    one, other, none = (SimpleNamespace(seam=seam) for seam in ({"score": 0.5}, {"score": 0.7}, None))
+    assert is_better(one, other) and not is_better(other, one)  # type: ignore[arg-type]
+    assert not is_better(one, one) and not is_better(none, one)  # type: ignore[arg-type]
+
+
+# Models
+
+
+class Model:
+    """In a circle of its own."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def models() -> Models:
+    checkpoint: Any = SimpleNamespace(experts=dict.fromkeys(EXPERTS), single=False, parts=())
+    return Models("x", checkpoint, {name: lambda mapped: Model() for name in ("vae", *EXPERTS)}, in_threads=False)
+
+
+def test_models_that_are_let_go_are_gone_at_once() -> None:
+    owner = models()
+    model = weakref.ref(owner["vae"])
+    gc.disable()
+    try:
+        owner.forget_all()
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_models_leave_when_they_are_to_take_turns_and_not_again_for_the_same_plan() -> None:
+    owner = models()
+    model, turns = owner["vae"], HostPlan(in_turn=True)
+    owner.live_by(HostPlan())
+    assert owner["vae"] is model
+    owner.live_by(turns)
+    assert not owner.is_loaded("vae") and owner.take_turns
+    model = owner["vae"]
+    owner.live_by(HostPlan(in_turn=True))
+    assert owner["vae"] is model
+    owner.live_by(HostPlan())
+    assert owner["vae"] is model and not owner.take_turns
+
+
+def test_models_wait_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Any] = []
+    monkeypatch.setattr("wan.models.move_home", moved.append)
+    owner = models()
+    loaded = [owner["vae"], owner[EXPERTS[0]]]
+    owner.wait_at_home()
+    assert moved == loaded
+
+
+@pytest.mark.parametrize("group", [None, object()])
+def test_an_expert_is_loaded_where_it_waits_and_its_slice_where_it_computes(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[Any] = []
+
+    def from_weights(weights: Any, **options: Any) -> Any:
+        where.append(options["device"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan.models.WanModel.from_weights", from_weights)
+    config: Any = float32("ti2v-5B")
+    checkpoint: Any = SimpleNamespace(experts={"model": None})
+    load = loaders(
+        checkpoint,
+        config,
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        device=torch.device("meta"),
+        load_device=CPU,
+        convert_model_dtype=False,
+        shards=lambda name: group,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        load["model"](False)
+    assert where == [CPU if group is None else torch.device("meta")]
+
+
+# The pipeline itself
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanV2V5B:
+    return WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt", vlm_path="none")
+
+
+def test_a_size_that_does_not_fit_is_refused_as_soon_as_it_is_asked_for(
+    pipeline: WanV2V5B, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Geometry] = []
+    monkeypatch.setattr(MemoryBudget, "check", lambda self, geometry: checked.append(geometry))
+    geometry = pipeline.geometry(64, 64, 5)
+    assert checked == [geometry]
+
+
+def test_a_folder_with_other_experts_is_refused() -> None:
+    with pytest.raises(UserError):
+        WanTI2V(float32("ti2v-5B"), GOLDEN / "14b" / "ckpt")
+
+
+@pytest.mark.parametrize(("vram", "holds_all", "leave"), [(None, False, 0), (8, True, 0), (8, False, 1)])
+def test_models_of_a_smaller_clip_leave_the_gpu_for_one_that_does_not_fit(
+    pipeline: WanV2V5B, monkeypatch: pytest.MonkeyPatch, vram: int | None, holds_all: bool, leave: int
+) -> None:
+    left: list[int] = []
+    budget = SimpleNamespace(vram=vram, holds_all=lambda geometry: holds_all, placements=lambda *how: how)
+    monkeypatch.setattr(MemoryBudget, "for_clip", lambda *_: budget)
+    monkeypatch.setattr(Models, "wait_at_home", lambda self: left.append(1))
+    geometry = Geometry(5, 64, 64, (4, 16, 16))
+    request: Any = SimpleNamespace(geometry=geometry)
+    plan = HostPlan(mapped=True)
+    made: Any = pipeline._make_room(_Shared(request, True, 1, plan))
+    assert made == (geometry, True, True) and len(left) == leave
+
+
+@pytest.mark.parametrize(
+    ("sharded", "dit", "t5"),
+    [(set(), 1, 1), ({"model"}, 4, 1), ({"text_encoder"}, 1, 4), ({"model", "text_encoder"}, 4, 4)],
+)
+def test_slices_of_weights_are_in_the_budget(
+    monkeypatch: pytest.MonkeyPatch, sharded: set[str], dit: int, t5: int
+) -> None:
+    alone = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt")
+    alone.sharded = sharded
+    team = SimpleNamespace(node=SimpleNamespace(size=4))
+    monkeypatch.setattr("wan.pipeline.Team.start", lambda *_: team)
+    monkeypatch.setattr("wan.pipeline.choose_sizes", lambda *_, **__: Sizes(1, 4))
+    alone.join(World(0, 4, 0))
+    assert (alone.budget.dit_shards, alone.budget.t5_shards) == (dit, t5)
+    assert alone.host.elsewhere == sharded
+
+
+def test_the_first_gpu_is_number_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[int, int]] = []
+
+    def world_met(rank: int, local_rank: int) -> World:
+        met.append((rank, local_rank))
+        return World()
+
+    monkeypatch.setattr("wan.pipeline.world_met", world_met)
+    WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt", rank=3, use_sp=True)
+    assert met == [(3, 0)]
+
+
+def test_a_model_without_measured_magnitudes_samples(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    plain = WanTI2V(float32("ti2v-5B").variant(mag_ratios=()), GOLDEN / "5b" / "ckpt")
+    video = plain.generate("x", size=(64, 64), frame_num=5, sampling_steps=1, guide_scale=1.0, seed=1)
+    assert video.shape == (3, 5, 64, 64)
+
+
+@pytest.mark.parametrize(("solver", "planned"), [("unipc", None), ("euler", "euler")])
+def test_the_default_solver_is_no_choice_against_a_preset(
+    pipeline: WanV2V5B, monkeypatch: pytest.MonkeyPatch, solver: str, planned: str | None
+) -> None:
+    class Planned(Exception):  # noqa: N818
+        pass
+
+    asked: list[Any] = []
+
+    def note(footage: Any, **options: Any) -> None:
+        asked.append(options["solver"])
+        raise Planned
+
+    monkeypatch.setattr(pipeline, "plan", note)
+    with pytest.raises(Planned):
+        pipeline.v2v(torch.zeros(1, 8, 8, 3, dtype=torch.uint8).numpy(), "x", sample_solver=solver)
+    assert asked == [planned]

@@ -1,0 +1,105 @@
+"""The processes that make a clip together, one for each GPU: what they were told, how they begin and how they end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wan.commands.lines import PROGRESS
+from wan.device.ranks import World, choose_sizes
+from wan.errors import UserError
+from wan.options import Settings
+
+if TYPE_CHECKING:
+    from wan.pipeline import Pipeline
+
+_SIZES = ("ulysses_size", "cfg_size", "ring_size")
+
+
+def check_world(settings: Settings, world: World) -> None:
+    """Raise UserError for settings of several GPUs that cannot be followed with these processes."""
+    sharded = [f"`{name}`" for name in ("t5_fsdp", "dit_fsdp") if getattr(settings, name)]
+    if sharded and world.size == 1 and not settings.dry_run:
+        raise UserError(f"{' and '.join(sharded)}: weights are shared among GPUs; start the command with torchrun")
+    given = {name: size for name in _SIZES if (size := getattr(settings, name)) != "auto"}
+    ranks = math.prod(given.values())
+    sizes = ", ".join(f"`{name}` {size}" for name, size in given.items())
+    if world.size == 1 and ranks > 1 and not settings.dry_run:
+        raise UserError(f"{sizes} needs {ranks} processes: start the command with torchrun --nproc_per_node={ranks}")
+    if world.size > 1 and (world.size % ranks or (len(given) == len(_SIZES) and ranks != world.size)):
+        raise UserError(f"{sizes} does not make up the {world.size} processes that are started")
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """How one process of `world` works with the others."""
+
+    settings: Settings
+    world: World
+
+    def lines(self, pipeline: Pipeline) -> list[str]:
+        """A line about how several processes share the work, or would if they were started. Raises UserError."""
+        given = [size for size in self._given_sizes.values() if size is not None]
+        world = self.world if self.world.size > 1 else World(size=math.prod(given))
+        if world.size == 1:
+            return []
+        sizes = choose_sizes(world.size, pipeline.heads, self._guided(pipeline), **self._given_sizes)
+        return [f"{world.size} GPUs: {sizes}"]
+
+    @property
+    def _given_sizes(self) -> dict[str, int | None]:
+        settings = self.settings
+        given = {"cfg": settings.cfg_size, "ulysses": settings.ulysses_size, "ring": settings.ring_size}
+        return {name: None if size == "auto" else size for name, size in given.items()}
+
+    def _guided(self, pipeline: Pipeline) -> float:
+        """The share of steps that have guidance."""
+        settings = self.settings
+        sampling = pipeline.rules.merge(
+            settings.sample_steps,
+            settings.sample_shift,
+            settings.sample_solver,
+            settings.sample_guide_scale,
+            guidance_interval=settings.guidance_interval,
+            preset=settings.preset,
+        )
+        shares = pipeline.rules.shares(sampling)
+        return sum(guided for _, guided in shares) / sum(steps for steps, _ in shares)
+
+    @contextmanager
+    def together(self, pipeline: Pipeline) -> Iterator[None]:
+        """In the first process: the others make their shares of what is made in the block. Raises UserError."""
+        if self.world.size == 1:
+            yield
+            return
+        self._join(pipeline)
+        logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
+        try:
+            with pipeline.team.watched():
+                yield
+        except GeneratorExit:  # between two clips
+            self._part(pipeline)
+            raise
+        self._part(pipeline)
+
+    def _part(self, pipeline: Pipeline) -> None:
+        pipeline.release()
+        pipeline.team.end()
+
+    def follow(self, pipeline: Pipeline) -> None:
+        """In any other process: make its shares until the first has done."""
+        self._join(pipeline)
+        with pipeline.team.watched():
+            pipeline.follow()
+        pipeline.team.end()
+
+    def _join(self, pipeline: Pipeline) -> None:
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast can hang a host, and nothing here gains by it
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # which holds up the end, for who looks into NCCL
+        timeout = self.settings.collective_timeout
+        pipeline.join(self.world, self._guided(pipeline), timeout=timeout, **self._given_sizes)
