@@ -148,8 +148,8 @@ OPERATORS = (
 def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
     names = TESTS[max((name for name in TESTS if file.startswith(name)), key=len)]
-    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    return tuple(found[name] for name in names)
+    files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return tuple(files[name] for name in names)
 
 
 def package_of(file: str) -> str:
@@ -189,7 +189,7 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
     """`count` faults for each package, the same for the same seed and code."""
     from cosmic_ray.mutating import mutate_code
 
-    found: list[Mutant] = []
+    mutants: list[Mutant] = []
     for package in packages:
         path, chance = ROOT / package, random.Random(f"{seed} {package}")
         places: dict[str, list[Any]] = {}  # by kind, so that what is most frequent, numbers, is not most of the sample
@@ -197,13 +197,13 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
             name = file.relative_to(ROOT).as_posix()
             for kind, operator, number in () if name in NOT_HERE else mutants_of(name):
                 places.setdefault(kind, []).append((name, operator, number))
-        while places and count > sum(one.file.startswith(package) for one in found):
+        while places and count > sum(one.file.startswith(package) for one in mutants):
             kind = chance.choice(sorted(places))
             name, operator, number = places[kind].pop(chance.randrange(len(places[kind])))
             if not places[kind]:
                 del places[kind]
-            found.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
-    return found
+            mutants.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
+    return mutants
 
 
 def _leave_out_call() -> Any:
