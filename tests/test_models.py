@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
+from tests.support.golden import GOLDEN
 from wan import UserError
+from wan.denoiser.model import WanModel
 from wan.device.host_budget import HostPlan
 from wan.models import Models
+from wan.weights.checkpoint import Names, open_checkpoint
 
 NAMES = ("high_noise_model", "low_noise_model")
 
@@ -66,7 +70,7 @@ def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(given:
         assert not models.is_loaded("low_noise_model")
 
 
-def test_what_nobody_has_begun_to_load_when_the_block_ends_is_let_be() -> None:
+def test_what_has_begun_when_the_block_ends_is_for_whoever_wants_it_next() -> None:
     begun, over, calls = Event(), Event(), []
 
     def loader(mapped: bool) -> object:
@@ -76,8 +80,35 @@ def test_what_nobody_has_begun_to_load_when_the_block_ends_is_let_be() -> None:
         return object()
 
     models = models_of(loader)
-    with models.loading(NAMES):
+    with pytest.raises(KeyboardInterrupt), models.loading(NAMES):
         assert begun.wait(10)
+        raise KeyboardInterrupt
     over.set()
-    assert not models.loaded and not any(models.is_loaded(name) for name in NAMES)
-    assert len(calls) == 1
+    with models.loading(NAMES[:1]) as check:
+        check()
+        assert models[NAMES[0]] is not None
+    assert len(calls) == 1 and not models.is_loaded(NAMES[1])
+    models.forget_all()
+    assert not models.loaded and not models.is_loaded(NAMES[0])
+
+
+def test_a_denoiser_that_is_built_in_a_thread_takes_no_memory_from_modules_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    building, made = Event(), Event()
+    init = WanModel.__init__
+
+    def slow(self: WanModel, **config: Any) -> None:
+        init(self, **config)
+        building.set()
+        assert made.wait(10)
+
+    monkeypatch.setattr(WanModel, "__init__", slow)
+    weights = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names()).experts[NAMES[0]]
+    thread = Thread(target=WanModel.check, args=(weights,))
+    thread.start()
+    assert building.wait(10)
+    layer = nn.Linear(2, 2)
+    made.set()
+    thread.join()
+    assert layer.weight.device.type == "cpu"

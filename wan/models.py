@@ -83,7 +83,8 @@ class Models:
             with self.read_ahead(names) if names else nullcontext():
                 yield lambda: None
             return
-        coming: dict[str, Future[Any]] = {name: Future() for name in dict.fromkeys(map(self._kept_as, names))}
+        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in self._coming]
+        coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
         def load() -> None:
             for name, future in coming.items():
@@ -95,18 +96,18 @@ class Models:
                     future.set_exception(error)
 
         def check() -> None:
-            for future in coming.values():
+            for future in list(self._coming.values()):
                 if future.done():
                     future.result()
 
-        self._coming = dict(coming)
+        self._coming |= coming
         Thread(target=load, name="loading", daemon=True).start()
         try:
             yield check
-        finally:
-            self._coming = {}
-            for future in coming.values():
-                future.cancel()
+        finally:  # what has begun goes on, for whoever wants it next
+            for name, future in coming.items():
+                if future.cancel():
+                    self._coming.pop(name, None)
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -121,7 +122,7 @@ class Models:
 
     def forget_all(self) -> None:
         """Let all models go."""
-        for name in list(self._loaded):
+        for name in [*self._loaded, *self._coming]:
             self.forget(name)
         gc.collect()  # a model is in circles of its own hooks
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor, nn
 
 from wan.denoiser.fp8 import lowering, quantize_model
@@ -114,8 +113,12 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
     @classmethod
     def _empty(cls, weights: Weights) -> WanModel:
         config = infer_config(weights)
-        with init_empty_weights(), parsing(str(weights.path), "download it again"):
-            return cls(**config)
+        # of this thread only, in which one expert may be read while another thread computes with the other
+        with torch.device("meta"), parsing(str(weights.path), "download it again"):
+            model = cls(**config)
+        sizes = model.config
+        model.rope = WanRotaryPosEmbed(sizes.attention_head_dim, sizes.patch_size, sizes.rope_max_seq_len)  # numbers
+        return model
 
     def text_keys(self, text: Tensor, keep: bool = True) -> TextKeys:
         """Embedded prompts [B, 512, D] -> what the blocks' cross-attention takes of them, for as many steps as wanted.

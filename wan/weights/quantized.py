@@ -104,10 +104,11 @@ class QuantizedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, packed: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.bias = linear.bias
+        # put in place, not registered: while another thread builds a model without memory, that would take these too
+        self._parameters["bias"] = linear.bias
+        self._parameters["weight"] = nn.Parameter(packed.data.to(device, copy=True), requires_grad=False)
         self.dtype = dtype
         self.gguf_type = packed.gguf_type
-        self.weight = nn.Parameter(packed.data.to(device, copy=True), requires_grad=False)
         self.scale: Tensor | None
         self.register_buffer("scale", None if packed.scale is None else packed.scale.to(device, copy=True))
         self.held: tuple[Form, ...] = ()  # the forms of the additions, whose tensors are in buffers
