@@ -325,7 +325,7 @@ def test_on_a_gpu_self_attention_alone_gets_the_kernel_of_the_probe(monkeypatch:
     for model in (half, whole):
         use_fastest_attention(model, 48, 10, cuda)
     assert half.kernels == {"attention": "_native_cudnn"} and whole.kernels == {}
-    assert asked == [(cuda, 48, 2, 24, torch.bfloat16, False)]
+    assert asked == [(cuda, 48, 2, 24, torch.bfloat16, False, False)]
     for block in half.blocks:
         assert block.attn1.processor.attend is attention_backends.kernels_there()["_native_cudnn"]
         assert not hasattr(block.attn2.processor, "attend")
@@ -357,7 +357,7 @@ def test_flash_attention_4_starts_where_the_time_comes_back(
 
     monkeypatch.setattr(f"{BACKENDS}.fastest_attention", probe)
     use_fastest_attention(model, tokens, forwards, torch.device("cuda"))
-    assert asked == [(torch.device("cuda"), tokens, heads, 128, torch.bfloat16, pays)]
+    assert asked == [(torch.device("cuda"), tokens, heads, 128, torch.bfloat16, pays, False)]
 
 
 @pytest.fixture

@@ -117,3 +117,18 @@ def test_cudnn_gets_numbers_as_they_lie_and_gives_them_so(monkeypatch: pytest.Mo
     assert [one.data_ptr() for one in seen] == [part.data_ptr() for part in parts]
     expected = works(*(part.transpose(1, 2) for part in parts)).transpose(1, 2)
     assert torch.equal(mixed, expected) and mixed.shape == parts[0].shape
+
+
+def test_only_what_comes_from_other_gpus_is_left_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+
+    def fastest(candidates: Any, *_: torch.Tensor) -> str:
+        asked.append(set(candidates))
+        return "native"
+
+    monkeypatch.setattr(attention_backends, "fastest", fastest)
+    for travels in (False, True):
+        attention_backends.fastest_attention(torch.device("cpu"), 64, 2, 8, torch.bfloat16, False, travels)
+    attention_backends.fastest_attention.cache_clear()
+    alone, shared = asked
+    assert shared - alone == {"cudnn"} and "_native_cudnn" in alone

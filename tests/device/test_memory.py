@@ -625,3 +625,11 @@ def test_of_a_feed_forward_layer_its_inner_width_counts() -> None:
     width, hidden = 3072, 14336
     working = denoiser_memory(weights, "bfloat16", False, tokens, 512).working
     assert working == pytest.approx(ALWAYS + tokens * (4 * hidden + 7 * width), rel=1e-6)
+
+
+def test_slices_count_the_layers_that_are_gathered_and_what_is_no_layer() -> None:
+    stage = StageMemory(weights=40 * 7 + 8, working=3, layer=7, count=40)
+    assert stage.sliced(1) is stage
+    assert stage.sliced(4).peak(None) == 288 // 4 + 5 * 7 + 8 + 3
+    few = StageMemory(weights=2 * 7 + 8, working=3, layer=7, count=2)
+    assert few.sliced(2).peak(None) == 22 // 2 + 2 * 7 + 8 + 3

@@ -59,7 +59,8 @@ def use_fastest_attention(
     heads //= team.sizes.ulysses  # each of them for all tokens
     flop = 4.0 * tokens**2 * heads * head_dim * model.config.num_layers * forwards
     pays = flop * FLASH_4_SAVES > SECONDS_OF_FLASH_4
-    use_attention(model, team.share(lambda: fastest_attention(device, tokens, heads, head_dim, dtype, pays)))
+    travels = team.sizes.tokens > 1
+    use_attention(model, team.share(lambda: fastest_attention(device, tokens, heads, head_dim, dtype, pays, travels)))
 
 
 def use_attention(model: WanModel, name: str) -> None:
@@ -125,17 +126,26 @@ def _flash_attn_func() -> Callable[..., Any]:
 
 @functools.cache
 def fastest_attention(
-    device: torch.device, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, flash_4: bool
+    device: torch.device,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    flash_4: bool,
+    travels: bool = False,
 ) -> str:
     """The name in `kernels_there` of the fastest right kernel for this self-attention, by a probe of about a second.
 
-    With `flash_4` also where that package has to start for it, which takes a few seconds.
+    With `flash_4` also where that package has to start for it, which takes a few seconds. `travels`: what it takes has
+    come from other GPUs. On one GPU the compiler fuses the library's copies with what makes their numbers, so that what
+    saves them is no candidate there.
     """
     heads = max(1, min(heads, round(PROBE_FLOP / (4 * tokens**2 * head_dim))))
     generator = torch.Generator(device).manual_seed(0)
     shape = (3, 1, tokens, heads, head_dim)
     query, key, value = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    candidates = {name: attention for name, attention in kernels_there().items() if flash_4 or name != FLASH_4}
+    left_out = {FLASH_4: not flash_4, CUDNN: not travels}
+    candidates = {name: attention for name, attention in kernels_there().items() if not left_out.get(name)}
     return fastest(candidates, query, key, value)
 
 

@@ -31,6 +31,7 @@ CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
 FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
+GATHERED = 5  # layers of slices that are whole at a time: the one in use, the next, and what they come in
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
 DECODING, DECODING_A_FRAME, DECODING_BY_FRAME, ENCODING = (3.1, 4.6), (2.8, 2.8), (4.1, 5.6), (3.6, 3.6)
 
@@ -51,10 +52,10 @@ class StageMemory:
     beside: int = 0  # what is kept as well where all layers stay
 
     def sliced(self, shards: int) -> StageMemory:
-        """With a slice of each layer on each of so many GPUs; two layers are whole at a time."""
+        """With a slice of the weights on each of so many GPUs; some layers and what is no layer are whole at a time."""
         if shards == 1:
             return self
-        whole = SLOTS * self.layer
+        whole = min(GATHERED, self.count) * self.layer + (self.weights - self.count * self.layer)
         return StageMemory(self.weights // shards + whole, self.working, beside=self.beside)
 
     def weight_budget(self, budget: int) -> int:
