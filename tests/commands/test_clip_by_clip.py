@@ -16,8 +16,8 @@ from PIL import Image
 from tests.support.commands import Seen, Speaking, frames_in
 from wan import media
 from wan.chain.plan import LaterPicture, Plan
-from wan.commands import continuous
 from wan.commands.flags import check_prompts_for, check_together
+from wan.commands.plans import plans_of
 from wan.errors import UserError
 from wan.media import PIECE, writing
 from wan.options import Settings
@@ -172,13 +172,12 @@ def test_end_images_are_read_when_their_clip_comes(
     command: Callable[..., Seen], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = list[Plan]()
-    planned = continuous._plans
 
     def spy(*given: Any) -> list[Plan]:
-        plans[:] = planned(*given)
+        plans[:] = plans_of(*given)
         return list(plans)
 
-    monkeypatch.setattr(continuous, "_plans", spy)
+    monkeypatch.setattr("wan.commands.continuous.plans_of", spy)
     seen = command("--end_images ends")
     assert seen.code == 0 and [type(plan.end) for plan in plans] == [LaterPicture, LaterPicture]  # and no pixels
     end = plans[1].end
