@@ -46,16 +46,16 @@ def inputs(tokens: int, heads: int, real_like: bool) -> Tensor:
     return made.bfloat16()
 
 
-def errors(found: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
+def errors(mixed: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
     rows = torch.linspace(0, query.shape[1] - 1, 64, device=query.device).long()
     wrong = norm = kept = 0.0
     for head in range(0, query.shape[2], 8):
         scores = query[0, rows, head].double() @ key[0, :, head].double().T * query.shape[3] ** -0.5
         exact = scores.softmax(-1) @ value[0, :, head].double()
-        there = found[0, rows, head].double()
-        wrong += float((there - exact).square().sum())
+        ours = mixed[0, rows, head].double()
+        wrong += float((ours - exact).square().sum())
         norm += float(exact.square().sum())
-        kept += float((there * exact).sum())
+        kept += float((ours * exact).sum())
     return round((wrong / norm) ** 0.5, 5), round(kept / norm, 5)
 
 

@@ -47,9 +47,9 @@ def work() -> int:
     def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock").acquire(blocking=False):
-            there = len(list(folder.glob("clip_*.json")))
-            say("there", done=there, count=CLIPS)
-            for number in range(there + 1, CLIPS + 1):
+            finished = len(list(folder.glob("clip_*.json")))
+            say("there", done=finished, count=CLIPS)
+            for number in range(finished + 1, CLIPS + 1):
                 say("clip_started", clip=number, count=CLIPS, seed=number)
                 time.sleep(pause)
                 if name == "poison":
@@ -71,14 +71,14 @@ def work() -> int:
         name, folder = order["id"], Path(order["settings"]["output_dir"])
         if order["check"]:
             missing = CLIPS - len(list(folder.glob("clip_*.json")))
-            found: dict[str, Any] = {
+            estimate: dict[str, Any] = {
                 "clips": CLIPS,
                 "missing": missing,
                 "work": float(missing),
                 "seconds": pause * missing,
             }
-            found |= {"measured": False, "disk_bytes": 0.0, "status": "" if missing else "finished"}
-            say("end", state="checked", found=found)
+            estimate |= {"measured": False, "disk_bytes": 0.0, "status": "" if missing else "finished"}
+            say("end", state="checked", found=estimate)
             continue
         try:
             make(folder)
@@ -111,14 +111,14 @@ def begin(folder: Path, jobs: Sequence[dict[str, Any]], *words: str, fake: bool)
 
 def workers_of(running: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of a batch that make chains."""
-    found = []
+    workers = []
     for process in psutil.Process(running.pid).children(recursive=True):
         try:
             if process.cmdline()[-2:] in (["benchmarks.batch", "work"], ["-m", "wan.server.worker"]):
-                found.append(process)
+                workers.append(process)
         except psutil.Error:
             continue
-    return found
+    return workers
 
 
 def harass(running: subprocess.Popen[bytes], every: float) -> int:
@@ -129,8 +129,8 @@ def harass(running: subprocess.Popen[bytes], every: float) -> int:
             running.wait(every)
             return kills
         except subprocess.TimeoutExpired:
-            if there := workers_of(running):
-                random.choice(there).kill()
+            if workers := workers_of(running):
+                random.choice(workers).kill()
                 kills += 1
 
 
@@ -148,8 +148,8 @@ def fake(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     running = begin(folder, rows, *words, fake=True)
     kills = harass(running, every)
     seconds = time.monotonic() - began
-    said = (folder / SAID).read_text(encoding="utf-8")
-    found = rows_of(folder)
+    printed = (folder / SAID).read_text(encoding="utf-8")
+    states = rows_of(folder)
     logs = {path.parent.name: path.read_text(encoding="utf-8").split() for path in (folder / "runs").glob(f"*/{LINE}")}
     again = begin(folder, rows[:-1], *words, fake=True)
     again_code = again.wait()
@@ -158,10 +158,10 @@ def fake(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
         "kills": kills,
         "seconds": round(seconds),
         "exit": running.returncode,
-        "last_line": said.strip().splitlines()[-1][-200:],
-        "states": Counter(row["state"] for row in found),
-        "poison": next((row["state"], row["failures"]) for row in found if row["name"] == "poison"),
-        "failures": sum(row["failures"] for row in found),
+        "last_line": printed.strip().splitlines()[-1][-200:],
+        "states": Counter(row["state"] for row in states),
+        "poison": next((row["state"], row["failures"]) for row in states if row["name"] == "poison"),
+        "failures": sum(row["failures"] for row in states),
         "made_twice": sum(len(log) - len(set(log)) for log in logs.values()),
         "clips": len(list((folder / "runs").glob("job */clip_*.json"))),
         "again_exit": again_code,
@@ -231,17 +231,17 @@ def gpus(video: Path, words: Sequence[str], jobs: int, count: int, folder: Path)
     the share of seconds in which a GPU did nothing, over both spans; the most host memory that was in use.
     """
     rows = [{"video": str(video.absolute()), "name": f"job {number}", "seed": 100 * number} for number in range(jobs)]
-    found: dict[str, Any] = {"workers": count, "jobs": jobs}
+    result: dict[str, Any] = {"workers": count, "jobs": jobs}
     for workers in (count, 1):
         place = folder / str(workers)
         place.mkdir()
         some = rows if workers == count else rows[: max(1, jobs // count)]
-        found[f"{workers} at once"] = watched(place, some, workers, words)
-        print(json.dumps(found), flush=True)
-    both = found[f"{count} at once"], found["1 at once"]
+        result[f"{workers} at once"] = watched(place, some, workers, words)
+        print(json.dumps(result), flush=True)
+    both = result[f"{count} at once"], result["1 at once"]
     for name in ("clips_an_hour", "clips_an_hour_later"):
-        found[f"{name}_times"] = round(both[0][name] / both[1][name], 3) if both[1][name] else None
-    return found
+        result[f"{name}_times"] = round(both[0][name] / both[1][name], 3) if both[1][name] else None
+    return result
 
 
 def watched(place: Path, rows: Sequence[dict[str, Any]], workers: int, words: Sequence[str]) -> dict[str, Any]:
@@ -332,14 +332,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if given.what == "fake":
-            found = fake(given.jobs, given.every, given.workers, folder)
+            result = fake(given.jobs, given.every, given.workers, folder)
         elif given.what == "tiny":
-            found = tiny(given.jobs, given.every, given.workers, folder)
+            result = tiny(given.jobs, given.every, given.workers, folder)
         elif given.what == "twice":
-            found = twice(given.jobs, given.workers, folder)
+            result = twice(given.jobs, given.workers, folder)
         else:
-            found = gpus(given.video, more, given.jobs, given.workers, folder)
-    print(json.dumps(found))
+            result = gpus(given.video, more, given.jobs, given.workers, folder)
+    print(json.dumps(result))
     return 0
 
 

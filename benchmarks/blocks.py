@@ -96,9 +96,9 @@ class Bench:
         t, keys = self.timesteps(self.latent[0]), model.text_keys(self.text)
 
         def ours() -> Any:
-            found = model(self.latents, t, keys, return_dict=False)
+            flow = model(self.latents, t, keys, return_dict=False)
             assert model.is_compiled == bool(mode)
-            return found
+            return flow
 
         return ours
 
@@ -111,7 +111,7 @@ def errors(bench: Bench, kinds: Sequence[str]) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     latents, text = bench.latents[:, :, :3], bench.text
     t = bench.timesteps(3)
-    found: dict[str, torch.Tensor] = {}
+    flows: dict[str, torch.Tensor] = {}
     for kind in dict.fromkeys(("exact", "ours", *(kind for kind in kinds if not kind.startswith("stock")))):
         model, mode = bench.model("ours" if kind == "exact" else kind.split()[0]), kind.partition(" ")[2]
         if kind == "exact":
@@ -119,17 +119,17 @@ def errors(bench: Bench, kinds: Sequence[str]) -> dict[str, Any]:
         if mode:
             torch.compiler.reset()
             model.compile_blocks()
-        found[kind] = model(latents, t, text.float() if kind == "exact" else text, return_dict=False)[0].double()
+        flows[kind] = model(latents, t, text.float() if kind == "exact" else text, return_dict=False)[0].double()
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    exact, eager = found.pop("exact"), found["ours"]
+    exact, eager = flows.pop("exact"), flows["ours"]
     return {
         kind: {
             "error": float(f"{(made - exact).norm() / exact.norm():.3g}"),
             "beside eager": float(f"{(made - eager).norm() / exact.norm():.3g}"),
         }
-        for kind, made in found.items()
+        for kind, made in flows.items()
     }
 
 
@@ -138,14 +138,14 @@ def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    found: dict[str, float] = defaultdict(float)
+    milliseconds_by: dict[str, float] = defaultdict(float)
     for event in profile.key_averages():
         name = event.key.lower()
         group = "attention" if any(word in name for word in ATTENTION) else event.key[:60]
         if group != "attention" and any(word in name for word in LINEAR):
             group = "linear"
-        found[group] += event.self_device_time_total / 1000
-    longest = sorted(found.items(), key=lambda item: -item[1])[:12]
+        milliseconds_by[group] += event.self_device_time_total / 1000
+    longest = sorted(milliseconds_by.items(), key=lambda item: -item[1])[:12]
     return {name: round(taken, 2) for name, taken in longest}
 
 

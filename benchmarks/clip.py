@@ -261,10 +261,10 @@ def preset_run(
     """
     name, _, steps = spec.partition(":")
     sampling = pipeline.rules.merge(int(steps) if steps else None, preset=name)
-    found = timed_run(pipeline, dataclasses.replace(request, sampling=sampling), offload, clips)
+    measured_run = timed_run(pipeline, dataclasses.replace(request, sampling=sampling), offload, clips)
     of_quality = pipeline.config.sample_steps if PRESETS[name].steps else sampling.steps
-    over = round(found["seconds"]["sample"] / (of_quality * step), 3) if step else None
-    return found | {"preset": name, "steps_of_quality": of_quality, "sample_over_quality": over}
+    over = round(measured_run["seconds"]["sample"] / (of_quality * step), 3) if step else None
+    return measured_run | {"preset": name, "steps_of_quality": of_quality, "sample_over_quality": over}
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ VIDEO = ROOT / "examples" / "shapes.mp4"
 failures: list[str] = []
 
 
-def check(name: str, passed: bool, found: str) -> None:
-    print(f"{'ok  ' if passed else 'FAIL'} {name}: {found}", flush=True)
+def check(name: str, passed: bool, measured: str) -> None:
+    print(f"{'ok  ' if passed else 'FAIL'} {name}: {measured}", flush=True)
     if not passed:
         failures.append(name)
 

@@ -85,9 +85,9 @@ def measure(fault: str, gpus: int) -> None:
     if fault == "stops":  # what is stopped cannot end itself; a launcher kills it
         running[-1].kill()
     codes = [one.wait(60) for one in running]
-    said = [line for line in lines if "error" in line or "interrupted" in line or "process" in line]
+    telling = [line for line in lines if "error" in line or "interrupted" in line or "process" in line]
     print(f"{fault}: the first had ended {ended - begun:.1f} s later, all {time.time() - begun:.1f} s; codes {codes}")
-    print(*(f"    {line[:300]}" for line in said), sep="\n", flush=True)
+    print(*(f"    {line[:300]}" for line in telling), sep="\n", flush=True)
 
 
 def main() -> int:

@@ -85,10 +85,10 @@ def write_safetensors(path: Path, tensors: Tensors, values: Values) -> None:
         size = ITEM[values.dtype] * math.prod(shape)
         head[name] = {"dtype": NAME[values.dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    said = json.dumps(head, separators=(",", ":")).encode()
-    said += b" " * (-len(said) % 8)
+    header = json.dumps(head, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with open(path, "wb", buffering=0) as file:
-        file.write(struct.pack("<Q", len(said)) + said)
+        file.write(struct.pack("<Q", len(header)) + header)
         for name, (shape, fill) in tensors.items():
             for piece in values.pieces(name, shape, fill):
                 done = 0
@@ -104,12 +104,12 @@ def shards(
     groups: list[dict[str, tuple[Shape, Fill]]] = [{}]
     size = total = 0
     for name, (shape, fill) in tensors.items():
-        own = ITEM[dtype] * math.prod(shape)
-        if size + own > limit and groups[-1]:
+        item_bytes = ITEM[dtype] * math.prod(shape)
+        if size + item_bytes > limit and groups[-1]:
             groups.append({})
             size = 0
         groups[-1][name] = (shape, fill)
-        size, total = size + own, total + own
+        size, total = size + item_bytes, total + item_bytes
     names = [f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     if not part:
         weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
@@ -123,31 +123,31 @@ def shards(
 
 def dit_tensors(dim: int, ffn: int, layers: int, in_dim: int, out_dim: int, text: int = 4096) -> Tensors:
     """A denoiser's tensors by their official names."""
-    found: dict[str, tuple[Shape, Fill]] = {}
+    tensors: dict[str, tuple[Shape, Fill]] = {}
     freq = 256
 
     def linear(name: str, out: int, into: int) -> None:
-        found[f"{name}.bias"], found[f"{name}.weight"] = ((out,), "normal"), ((out, into), "normal")
+        tensors[f"{name}.bias"], tensors[f"{name}.weight"] = ((out,), "normal"), ((out, into), "normal")
 
     for n in range(layers):
         for kind in ("self_attn", "cross_attn"):
             for which in "qkvo":
                 linear(f"blocks.{n}.{kind}.{which}", dim, dim)
             for which in "qk":
-                found[f"blocks.{n}.{kind}.norm_{which}.weight"] = ((dim,), 1)
+                tensors[f"blocks.{n}.{kind}.norm_{which}.weight"] = ((dim,), 1)
         linear(f"blocks.{n}.ffn.0", ffn, dim)
         linear(f"blocks.{n}.ffn.2", dim, ffn)
-        found[f"blocks.{n}.modulation"] = ((1, 6, dim), "normal")
-        found[f"blocks.{n}.norm3.bias"], found[f"blocks.{n}.norm3.weight"] = ((dim,), "normal"), ((dim,), 1)
+        tensors[f"blocks.{n}.modulation"] = ((1, 6, dim), "normal")
+        tensors[f"blocks.{n}.norm3.bias"], tensors[f"blocks.{n}.norm3.weight"] = ((dim,), "normal"), ((dim,), 1)
     linear("head.head", out_dim * 4, dim)
-    found["head.modulation"] = ((1, 2, dim), "normal")
-    found["patch_embedding.bias"] = ((dim,), "normal")
-    found["patch_embedding.weight"] = ((dim, in_dim, 1, 2, 2), "normal")
+    tensors["head.modulation"] = ((1, 2, dim), "normal")
+    tensors["patch_embedding.bias"] = ((dim,), "normal")
+    tensors["patch_embedding.weight"] = ((dim, in_dim, 1, 2, 2), "normal")
     for name, into in (("text", text), ("time", freq)):
         linear(f"{name}_embedding.0", dim, into)
         linear(f"{name}_embedding.2", dim, dim)
     linear("time_projection.1", 6 * dim, dim)
-    return dict(sorted(found.items()))
+    return dict(sorted(tensors.items()))
 
 
 def dit_config(dim: int, ffn: int, heads: int, layers: int, in_dim: int, out_dim: int, kind: str) -> dict[str, Any]:
@@ -158,15 +158,15 @@ def dit_config(dim: int, ffn: int, heads: int, layers: int, in_dim: int, out_dim
 
 def t5_tensors(vocab: int, dim: int, attn: int, ffn: int, heads: int, layers: int) -> Tensors:
     """The text encoder's tensors by their official names."""
-    found: dict[str, tuple[Shape, Fill]] = {"token_embedding.weight": ((vocab, dim), "normal")}
+    tensors: dict[str, tuple[Shape, Fill]] = {"token_embedding.weight": ((vocab, dim), "normal")}
     for n in range(layers):
-        found |= {f"blocks.{n}.norm1.weight": ((dim,), 1), f"blocks.{n}.norm2.weight": ((dim,), 1)}
-        found |= {f"blocks.{n}.attn.{w}.weight": ((attn, dim), "normal") for w in "qkv"}
-        found[f"blocks.{n}.attn.o.weight"] = ((dim, attn), "normal")
-        found |= {f"blocks.{n}.ffn.{w}.weight": ((ffn, dim), "normal") for w in ("gate.0", "fc1")}
-        found[f"blocks.{n}.ffn.fc2.weight"] = ((dim, ffn), "normal")
-        found[f"blocks.{n}.pos_embedding.embedding.weight"] = ((32, heads), "normal")
-    return found | {"norm.weight": ((dim,), 1)}
+        tensors |= {f"blocks.{n}.norm1.weight": ((dim,), 1), f"blocks.{n}.norm2.weight": ((dim,), 1)}
+        tensors |= {f"blocks.{n}.attn.{w}.weight": ((attn, dim), "normal") for w in "qkv"}
+        tensors[f"blocks.{n}.attn.o.weight"] = ((dim, attn), "normal")
+        tensors |= {f"blocks.{n}.ffn.{w}.weight": ((ffn, dim), "normal") for w in ("gate.0", "fc1")}
+        tensors[f"blocks.{n}.ffn.fc2.weight"] = ((dim, ffn), "normal")
+        tensors[f"blocks.{n}.pos_embedding.embedding.weight"] = ((32, heads), "normal")
+    return tensors | {"norm.weight": ((dim,), 1)}
 
 
 def vae_tensors(config: dict[str, Any]) -> Tensors:
@@ -196,17 +196,17 @@ def vae_tensors(config: dict[str, Any]) -> Tensors:
             if not re.match(r"encoder\.downsamples\.\d+\.(resample|time_conv)", n)
             or int(n.split(".")[2]) % (blocks + 1) == blocks
         ]
-    found: dict[str, tuple[str, Shape]] = {}
+    matched: dict[str, tuple[str, Shape]] = {}
     for name in names:
         theirs = official_to_diffusers(name, names)
-        if theirs in real and theirs not in {t for t, _ in found.values()}:
-            found[name] = (theirs, real[theirs])
-    missing = real.keys() - {t for t, _ in found.values()}
+        if theirs in real and theirs not in {t for t, _ in matched.values()}:
+            matched[name] = (theirs, real[theirs])
+    missing = real.keys() - {t for t, _ in matched.values()}
     assert not missing, sorted(missing)[:5]
     # pictures with the grain of a camera, two levels: strong noise takes an encoder four times as long as footage
     fills: dict[str, Fill] = {"decoder.head.2.weight": ("scaled", 0.02)}
-    fills |= {name: 1 for name in found if name.endswith("gamma")}
-    return {name: (shape, fills.get(name, "normal")) for name, (_, shape) in found.items()}
+    fills |= {name: 1 for name in matched if name.endswith("gamma")}
+    return {name: (shape, fills.get(name, "normal")) for name, (_, shape) in matched.items()}
 
 
 VAE22: dict[str, Any] = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2}
@@ -315,8 +315,8 @@ def make(kind: str, folder: Path, part: str | None = None, dtype: str = "fp32", 
             sizes |= {"base_dim": 16, "decoder_base_dim": 16} if kind == "5b" else {"base_dim": 16}
         save_pth(folder / ("Wan2.2_VAE.pth" if kind == "5b" else "Wan2.1_VAE.pth"), vae_tensors(sizes), "fp32")
     if part in (None, "t5"):
-        found = t5_tensors(256384, 64, 64, 128, 4, 2) if small else t5_tensors(256384, 4096, 4096, 10240, 64, 24)
-        save_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", found, "bf16")
+        t5 = t5_tensors(256384, 64, 64, 128, 4, 2) if small else t5_tensors(256384, 4096, 4096, 10240, 64, 24)
+        save_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", t5, "bf16")
     if part in (None, "rest"):
         tokenizers(folder / "google/umt5-xxl", MODELS / "tiny-Wan2.2-TI2V-5B" / "google" / "umt5-xxl", "umt5")
         if small:
@@ -336,37 +336,37 @@ def _make_vlm(folder: Path, part: str | None, share: tuple[int, ...] | None, sma
     h, f = text["hidden_size"], text["intermediate_size"]
     q, kv = (text[f"num_{name}_heads"] * text["head_dim"] for name in ("attention", "key_value"))
     ends = ("lm_head", "model.embed_tokens")
-    found: dict[str, tuple[Shape, Fill]]
-    found = {f"language_model.{name}.weight": ((text["vocab_size"], h), "normal") for name in ends}
+    tensors: dict[str, tuple[Shape, Fill]]
+    tensors = {f"language_model.{name}.weight": ((text["vocab_size"], h), "normal") for name in ends}
     for n in range(text["num_hidden_layers"]):
         at = f"language_model.model.layers.{n}."
-        found |= {f"{at}{w}_layernorm.weight": ((h,), 1) for w in ("input", "post_attention")}
-        found |= {f"{at}self_attn.{w}_norm.weight": ((text["head_dim"],), 1) for w in "qk"}
-        found[f"{at}self_attn.q_proj.weight"] = ((q, h), "normal")
-        found[f"{at}self_attn.o_proj.weight"] = ((h, q), "normal")
-        found |= {f"{at}self_attn.{w}_proj.weight": ((kv, h), "normal") for w in "kv"}
-        found |= {f"{at}mlp.{w}_proj.weight": ((f, h), "normal") for w in ("gate", "up")}
-        found[f"{at}mlp.down_proj.weight"] = ((h, f), "normal")
-    found["language_model.model.norm.weight"] = ((h,), 1)
+        tensors |= {f"{at}{w}_layernorm.weight": ((h,), 1) for w in ("input", "post_attention")}
+        tensors |= {f"{at}self_attn.{w}_norm.weight": ((text["head_dim"],), 1) for w in "qk"}
+        tensors[f"{at}self_attn.q_proj.weight"] = ((q, h), "normal")
+        tensors[f"{at}self_attn.o_proj.weight"] = ((h, q), "normal")
+        tensors |= {f"{at}self_attn.{w}_proj.weight": ((kv, h), "normal") for w in "kv"}
+        tensors |= {f"{at}mlp.{w}_proj.weight": ((f, h), "normal") for w in ("gate", "up")}
+        tensors[f"{at}mlp.down_proj.weight"] = ((h, f), "normal")
+    tensors["language_model.model.norm.weight"] = ((h,), 1)
     v, i, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     side = vision["image_size"] // patch
-    found |= {"mlp1.0.bias": ((4 * v,), "normal"), "mlp1.0.weight": ((4 * v,), 1)}
+    tensors |= {"mlp1.0.bias": ((4 * v,), "normal"), "mlp1.0.weight": ((4 * v,), 1)}
     for n, into in ((1, 4 * v), (3, h)):
-        found |= {f"mlp1.{n}.bias": ((h,), "normal"), f"mlp1.{n}.weight": ((h, into), "normal")}
+        tensors |= {f"mlp1.{n}.bias": ((h,), "normal"), f"mlp1.{n}.weight": ((h, into), "normal")}
     at = "vision_model.embeddings."
-    found |= {f"{at}class_embedding": ((1, 1, v), "normal"), f"{at}patch_embedding.bias": ((v,), "normal")}
-    found[f"{at}patch_embedding.weight"] = ((v, 3, patch, patch), "normal")
-    found[f"{at}position_embedding"] = ((1, side * side + 1, v), "normal")
+    tensors |= {f"{at}class_embedding": ((1, 1, v), "normal"), f"{at}patch_embedding.bias": ((v,), "normal")}
+    tensors[f"{at}patch_embedding.weight"] = ((v, 3, patch, patch), "normal")
+    tensors[f"{at}position_embedding"] = ((1, side * side + 1, v), "normal")
     for n in range(vision["num_hidden_layers"]):
         at = f"vision_model.encoder.layers.{n}."
         for name, out, into in (("attn.proj", v, v), ("attn.qkv", 3 * v, v), ("mlp.fc1", i, v), ("mlp.fc2", v, i)):
-            found |= {f"{at}{name}.bias": ((out,), "normal"), f"{at}{name}.weight": ((out, into), "normal")}
-        found |= {f"{at}ls{k}": ((v,), 0.1) for k in (1, 2)}
+            tensors |= {f"{at}{name}.bias": ((out,), "normal"), f"{at}{name}.weight": ((out, into), "normal")}
+        tensors |= {f"{at}ls{k}": ((v,), 0.1) for k in (1, 2)}
         for k in (1, 2):
-            found[f"{at}norm{k}.weight"], found[f"{at}norm{k}.bias"] = ((v,), 1), ((v,), "normal")
+            tensors[f"{at}norm{k}.weight"], tensors[f"{at}norm{k}.bias"] = ((v,), 1), ((v,), "normal")
     if part is None or share:
         limit = 20_000_000 if small else 4_990_000_000
-        shards(folder, "model", dict(sorted(found.items())), "bf16", limit, *(share or (None, 1)))
+        shards(folder, "model", dict(sorted(tensors.items())), "bf16", limit, *(share or (None, 1)))
     if part in (None, "rest"):
         tokenizers(folder, MODELS / "tiny-InternVL", "qwen")
         (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -85,10 +85,10 @@ def asked(*query: str) -> list[list[str]]:
     """The rows of an answer of nvidia-smi; none without a GPU."""
     try:
         command = ["nvidia-smi", *query, "--format=csv,noheader,nounits", "--id=0"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [[cell.strip() for cell in row.split(",")] for row in said.splitlines() if row.strip()]
+    return [[cell.strip() for cell in row.split(",")] for row in printed.splitlines() if row.strip()]
 
 
 def gpu_bytes(processes: Collection[int] = ()) -> int:
@@ -144,26 +144,26 @@ def pids_of(process: psutil.Process) -> set[int]:
 def run(command: Sequence[str], host: float | None, until: float) -> dict[str, Any]:
     """The command's exit code, seconds and peaks; it is ended at the time `until`."""
     drop_cached_files()
-    group, before, peaks, own = Group(host), gpu_bytes(), [0, 0], 0
+    group, before, peaks, own_peak = Group(host), gpu_bytes(), [0, 0], 0
     begun = time.monotonic()
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, preexec_fn=group.join)
+    with tempfile.TemporaryFile("w+") as printed:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed, preexec_fn=group.join)
         process = psutil.Process(child.pid)
         while child.poll() is None:
-            own = max(own, gpu_bytes(pids_of(process)))
+            own_peak = max(own_peak, gpu_bytes(pids_of(process)))
             peaks = [max(peaks[0], gpu_bytes() - before), max(peaks[1], group.taken(process))]
             if time.monotonic() > until:
                 child.terminate()
                 child.wait()
                 break
             time.sleep(EVERY)
-        said.seek(0)
-        last = [line for line in said.read().replace("\r", "\n").splitlines() if line.strip()][-3:]
+        printed.seek(0)
+        last = [line for line in printed.read().replace("\r", "\n").splitlines() if line.strip()][-3:]
     group.close()
     return {
         "code": child.returncode,
         "seconds": round(time.monotonic() - begun, 1),
-        "gpu_gib": round((own or peaks[0]) / GIB, 2),  # a driver that knows no processes has the whole GPU's alone
+        "gpu_gib": round((own_peak or peaks[0]) / GIB, 2),  # a driver that knows no processes has the whole GPU's alone
         "host_gib": round(peaks[1] / GIB, 2),
         "said": last,
     }
@@ -187,7 +187,7 @@ def main() -> int:
         ours, more = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
     args = parser.parse_args(ours)
 
-    until, found, failed = time.monotonic() + 60 * args.minutes, [], []
+    until, results, failed = time.monotonic() + 60 * args.minutes, [], []
     wanted: list[tuple[str, float | None]] = list(zip(args.vram, args.host, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         first: bytes | None = None
@@ -209,9 +209,9 @@ def main() -> int:
             right = right and (host is None or made["host_gib"] <= host)
             right = right and (vram in ("default", "auto") or made["gpu_gib"] <= float(free or vram))
             print("ok  " if right else "FAIL", made, flush=True)
-            found.append(made)
+            results.append(made)
             failed += [] if right else [number]
-    print(json.dumps(found))
+    print(json.dumps(results))
     return bool(failed)
 
 

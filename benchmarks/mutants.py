@@ -41,15 +41,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/chain/facts.py": ("test_report",),
     "wan/chain/charts.py": ("test_report",),
     "wan/chain/measures.py": ("test_report",),
+    "wan/chain/scores.py": ("test_report", "test_page_charts"),
     "wan/chain/storyboard.py": ("test_storyboard", "test_faults", "test_options"),
     "wan/chain/dry_run.py": ("test_faults", "test_options", "test_long_video"),
-    "wan/continuation.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
+    "wan/continuation.py": ("test_owners", "test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
     "wan/pipeline.py": (
-        *("test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
+        *("test_owners", "test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
         "test_not_finite",
     ),
-    "wan/planning.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
+    "wan/planning.py": ("test_owners", "test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
     "wan/candidates.py": (
+        "test_owners",
         "test_continuation_pairs",
         "test_faults",
         "test_continuation",
@@ -57,6 +59,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_long_video",
     ),
     "wan/fitted_frames.py": (
+        "test_owners",
         "test_continuation_pairs",
         "test_faults",
         "test_continuation",
@@ -65,16 +68,24 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "wan/caption_helpers.py": ("test_continuation",),
     "wan/clip_sampler.py": (
+        "test_owners",
         "test_continuation_pairs",
         "test_continuation",
         "test_presets",
         "test_modes",
         "test_exact_speed",
     ),
-    "wan/sampling_rules.py": ("test_presets", "test_parts"),
-    "wan/encoding.py": ("test_continuation", "test_modes", "test_memory", "test_several"),
-    "wan/experts.py": ("test_continuation", "test_modes"),
-    "wan/models.py": ("test_continuation_pairs", "test_faults", "test_lora", "test_parts", "test_continuation"),
+    "wan/sampling_rules.py": (*("test_owners", "test_presets", "test_parts"),),
+    "wan/encoding.py": ("test_owners", "test_continuation", "test_modes", "test_memory", "test_several"),
+    "wan/experts.py": ("test_owners", "test_continuation", "test_modes"),
+    "wan/models.py": (
+        "test_owners",
+        "test_continuation_pairs",
+        "test_faults",
+        "test_lora",
+        "test_parts",
+        "test_continuation",
+    ),
     "wan/prompting.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_memory", "test_options"),
     "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options", "test_modes"),
     "wan/options.py": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_storyboard"),
@@ -137,8 +148,8 @@ OPERATORS = (
 def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
     names = TESTS[max((name for name in TESTS if file.startswith(name)), key=len)]
-    found = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    return tuple(found[name] for name in names)
+    files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return tuple(files[name] for name in names)
 
 
 def package_of(file: str) -> str:
@@ -178,7 +189,7 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
     """`count` faults for each package, the same for the same seed and code."""
     from cosmic_ray.mutating import mutate_code
 
-    found: list[Mutant] = []
+    mutants: list[Mutant] = []
     for package in packages:
         path, chance = ROOT / package, random.Random(f"{seed} {package}")
         places: dict[str, list[Any]] = {}  # by kind, so that what is most frequent, numbers, is not most of the sample
@@ -186,13 +197,13 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
             name = file.relative_to(ROOT).as_posix()
             for kind, operator, number in () if name in NOT_HERE else mutants_of(name):
                 places.setdefault(kind, []).append((name, operator, number))
-        while places and count > sum(one.file.startswith(package) for one in found):
+        while places and count > sum(one.file.startswith(package) for one in mutants):
             kind = chance.choice(sorted(places))
             name, operator, number = places[kind].pop(chance.randrange(len(places[kind])))
             if not places[kind]:
                 del places[kind]
-            found.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
-    return found
+            mutants.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
+    return mutants
 
 
 def _leave_out_call() -> Any:

@@ -91,18 +91,18 @@ def by_kernel(work: Callable[[], Any]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     busy, events = [], [one for one in profile.events() or () if str(one.device_type).endswith("CUDA")]
     for event in events:
         kind = next((kind for names, kind in kinds.items() if re.search(names, event.name)), "other")
         span = event.time_range
-        found[kind] = found.get(kind, 0) + (span.end - span.start) / 1000
+        by_kind[kind] = by_kind.get(kind, 0) + (span.end - span.start) / 1000
         if kind != "exchange":
             busy.append((span.start, span.end))
     idle, last = 0.0, min((one.time_range.start for one in events), default=0.0)
     for start, end in sorted(busy):
         idle, last = idle + max(0.0, start - last), max(last, end)
-    return found | {"computes nothing": idle / 1000}
+    return by_kind | {"computes nothing": idle / 1000}
 
 
 def exchange_alone(team: Team, tokens: int, width: int, heads: int, device: torch.device) -> dict[str, float]:
@@ -137,7 +137,7 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                     use_attention(models[count], args.attention)
                 models[count].compile_blocks()
             del model  # the whole ones are gone
-        found = {}
+        seconds_by = {}
         row: dict[str, Any] = {"scenario": name, "plan": label}
         reset_peak(device)
         for count, model in models.items():
@@ -151,10 +151,10 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                 return flow
 
             flows[label] = forward()
-            found[count] = milliseconds(forward, args.repeats)
-        few, many = sorted(found)
-        block = (found[many] - found[few]) / (many - few)
-        whole = found[few] + block * (tall - few)
+            seconds_by[count] = milliseconds(forward, args.repeats)
+        few, many = sorted(seconds_by)
+        block = (seconds_by[many] - seconds_by[few]) / (many - few)
+        whole = seconds_by[few] + block * (tall - few)
         step = whole * (1 if team.sizes.cfg == 2 else 2)
         row |= {"block_ms": block, "forward_ms": whole, "step_ms": step}
         weights = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in models[many].parameters())
@@ -196,8 +196,10 @@ def exactness(world: World, teams: dict[str, Team], attention: str) -> None:
             if float32:
                 exact = flows["1 GPU"]
             if world.is_first:
-                said = {label: f"{float((flow - exact).norm() / exact.norm()):.2e}" for label, flow in flows.items()}
-                print(task, f"{width}x{height}x{frames}", "float32" if float32 else "bf16", "from float32", said)
+                distances = {
+                    label: f"{float((flow - exact).norm() / exact.norm()):.2e}" for label, flow in flows.items()
+                }
+                print(task, f"{width}x{height}x{frames}", "float32" if float32 else "bf16", "from float32", distances)
 
 
 def main() -> None:

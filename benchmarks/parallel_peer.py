@@ -60,7 +60,7 @@ def measure(name: str, plan: str, args: argparse.Namespace, world: World, alone:
     tokens = shape[2] * (shape[3] // 2) * (shape[4] // 2)
     steps = torch.full((1, tokens) if task == "ti2v-5B" else (1,), 600, device=device)
 
-    found = {}
+    by_layers = {}
     reset_peak(device)
     for layers in args.layers:
         torch.compiler.reset()
@@ -74,13 +74,16 @@ def measure(name: str, plan: str, args: argparse.Namespace, world: World, alone:
             return flow
 
         flow = forward()
-        found[layers] = milliseconds(forward, device, args.repeats)
+        by_layers[layers] = milliseconds(forward, device, args.repeats)
         del model
     alone.setdefault(name, flow)
-    few, many = sorted(found)
-    block = (found[many] - found[few]) / (many - few)
+    few, many = sorted(by_layers)
+    block = (by_layers[many] - by_layers[few]) / (many - few)
     row: dict[str, Any] = {"scenario": name, "plan": f"library, {plan}", "gpus": world.size if sizes else 1}
-    row |= {"block_ms": round(block, 3), "forward_ms": round(found[few] + block * (DIT[task]["num_layers"] - few), 1)}
+    row |= {
+        "block_ms": round(block, 3),
+        "forward_ms": round(by_layers[few] + block * (DIT[task]["num_layers"] - few), 1),
+    }
     far = float((flow.double() - alone[name].double()).norm() / alone[name].double().norm())
     row |= {"peak_gib": peak_gib(device), "from_one_gpu": float(f"{far:.2e}")}
     if world.is_first:

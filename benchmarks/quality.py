@@ -67,7 +67,7 @@ class Scene:
     @property
     def shapes(self) -> list[int]:
         """Indices of the shapes that are there."""
-        return [index for index, there in enumerate(self.truth.present[0].tolist()) if there]
+        return [index for index, present in enumerate(self.truth.present[0].tolist()) if present]
 
     def colour(self, index: int) -> str:
         return list(scenes.COLOURS)[int(self.truth.colour[0, index])]
@@ -102,12 +102,12 @@ def open_pipeline(models: Path, task: str, precision: str | None = None) -> Vide
 
 def measure_vae(pipeline: VideoContinuation, world: Sequence[Scene]) -> dict[str, float]:
     """Mean PSNR of encoding and decoding, in dB, of clips of the length that the models make."""
-    found, home = [], next(pipeline.vae.model.parameters()).device  # it waits in host memory
+    ratios, home = [], next(pipeline.vae.model.parameters()).device  # it waits in host memory
     for scene in world:
         pixels = scene.source.frames.permute(3, 0, 1, 2).to(home)
         back = pipeline.vae.decode(pipeline.vae.encode([pixels]))[0]
-        found.append(float(psnr(back[None].clamp(-1, 1), pixels[None])))
-    return {"vae_psnr": statistics.mean(found)}
+        ratios.append(float(psnr(back[None].clamp(-1, 1), pixels[None])))
+    return {"vae_psnr": statistics.mean(ratios)}
 
 
 PHRASE = re.compile(r"a (\w+) (\w+) (moves (\w+)|stays in place)")
@@ -124,13 +124,13 @@ def measure_captioner(pipeline: VideoContinuation, world: Sequence[Scene]) -> di
     total = 0
     for scene in world:
         answer = pipeline.captioner.describe(scene.source.samples(8), pipeline.vlm.question)
-        said, true = told_in(answer), told_in(scene.caption)
+        answered, true = told_in(answer), told_in(scene.caption)
         exact += answer.strip() == scene.caption
         total += len(true)
         for colour, (shape, direction) in true.items():
-            right["colour"] += colour in said
-            right["shape"] += said.get(colour, ("", ""))[0] == shape
-            right["direction"] += said.get(colour, ("", ""))[1] == direction
+            right["colour"] += colour in answered
+            right["shape"] += answered.get(colour, ("", ""))[0] == shape
+            right["direction"] += answered.get(colour, ("", ""))[1] == direction
     shares = {f"caption_{name}": count / total for name, count in right.items()}
     return shares | {"caption_exact": exact / len(world)}
 
@@ -178,12 +178,12 @@ def _judge_one(make: Make, numbered: tuple[int, Scene]) -> OneClip:
 
 def position_errors(scene: Scene, seen: dict[str, Seen], time: float) -> list[float | None]:
     """How far each shape is from where it should be at that moment, as a share of the width; None: it is lost."""
-    found: list[float | None] = []
+    distances: list[float | None] = []
     for index in scene.shapes:
         x, y = scene.truth.positions(torch.tensor([time]))[0, 0, index].tolist()
         shape = seen.get(scene.colour(index))
-        found.append(None if shape is None else ((shape.x - x) ** 2 + (shape.y - y) ** 2) ** 0.5 / scenes.WIDTH)
-    return found
+        distances.append(None if shape is None else ((shape.x - x) ** 2 + (shape.y - y) ** 2) ** 0.5 / scenes.WIDTH)
+    return distances
 
 
 def judge_directions(scene: Scene, frames: Tensor) -> Iterator[bool]:
@@ -278,10 +278,10 @@ def _judge_chain(make: Make, clips: int, numbered: tuple[int, Scene]) -> list[Ch
 
 def judge_names(scene: Scene, seen: dict[str, Seen], prompt: str) -> list[bool]:
     """Of the shapes that are of their kind in a picture, whether the prompt calls them so."""
-    said = told_in(prompt)
+    named = told_in(prompt)
     kinds = {scene.colour(index): scenes.SHAPES[int(scene.truth.shape[0, index])] for index in scene.shapes}
-    there = [colour for colour, kind in kinds.items() if colour in seen and seen[colour].shape == kind]
-    return [said.get(colour, ("", ""))[0] == kinds[colour] for colour in there]
+    in_place = [colour for colour, kind in kinds.items() if colour in seen and seen[colour].shape == kind]
+    return [named.get(colour, ("", ""))[0] == kinds[colour] for colour in in_place]
 
 
 def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Sequence[bool] = ()) -> ChainClip:
@@ -301,7 +301,7 @@ def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Seq
 
     def fits(colour: str) -> Iterator[bool]:
         for now, true in zip(seen, truth, strict=True):
-            areas = [there[colour].area for there in (now, true) if colour in there]
+            areas = [shapes[colour].area for shapes in (now, true) if colour in shapes]
             yield len(areas) == 2 and max(areas) <= 1.5 * min(areas)
 
     return ChainClip(
@@ -474,11 +474,11 @@ def main() -> None:
                 arguments.precision,
                 tuple(arguments.loras),
             )
-            found: dict[str, Any] = dict(measure_clips(clips, make, each)) if clips else {}
+            scores: dict[str, Any] = dict(measure_clips(clips, make, each)) if clips else {}
             if chains:
-                found |= measure_chains(chains, make, arguments.chain_clips, each)
-            result[mode] = found
-            log.info("%s: %s", mode, found)
+                scores |= measure_chains(chains, make, arguments.chain_clips, each)
+            result[mode] = scores
+            log.info("%s: %s", mode, scores)
             if arguments.output:  # what there is, should the time be up before the next mode
                 arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     for key, value in result.items():

@@ -80,7 +80,7 @@ def watch(command: Sequence[str], tree: Path, seconds: float) -> tuple[int, dict
     """Exit code, seconds to each of `COLUMNS`, and what was said, of a command on a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-    start, found, said = time.perf_counter(), dict[str, float](), ""
+    start, moments, output = time.perf_counter(), dict[str, float](), ""
     environment = os.environ | {"PYTHONPATH": str(tree)}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, cwd=tree, env=environment)
     os.close(theirs)
@@ -93,20 +93,20 @@ def watch(command: Sequence[str], tree: Path, seconds: float) -> tuple[int, dict
                 data = b""
             if not data:
                 break
-            said += data.decode(errors="replace")
+            output += data.decode(errors="replace")
             now = time.perf_counter() - start
-            seen = {"first line": True, "first bar": BAR.search(said), "first step": FIRST_STEP.search(said)}
-            seen["result"] = RESULT.search(said)
-            found |= {name: now for name, there in seen.items() if there and name not in found}
+            seen = {"first line": True, "first bar": BAR.search(output), "first step": FIRST_STEP.search(output)}
+            seen["result"] = RESULT.search(output)
+            moments |= {name: now for name, appeared in seen.items() if appeared and name not in moments}
         if time.perf_counter() - start > seconds:
             process.kill()
             break
     code = process.wait()
     os.close(ours)
     end = time.perf_counter() - start
-    found["to the prompt"] = end - found.get("result", end)
-    found["end"] = end
-    return code, found, said
+    moments["to the prompt"] = end - moments.get("result", end)
+    moments["end"] = end
+    return code, moments, output
 
 
 def run(args: argparse.Namespace) -> None:

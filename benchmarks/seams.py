@@ -95,11 +95,11 @@ def told(seams: Iterator[tuple[str, SeamScore]]) -> dict[str, Any]:
         by_kind.setdefault(kind, []).append(seam)
     return {
         kind: {
-            "seams": len(found),
-            "visible": mean(seam.score >= VISIBLE for seam in found),
-            "listed": mean(needs_attention(seam.score, seam.warnings) for seam in found),
+            "seams": len(scores),
+            "visible": mean(seam.score >= VISIBLE for seam in scores),
+            "listed": mean(needs_attention(seam.score, seam.warnings) for seam in scores),
         }
-        for kind, found in by_kind.items()
+        for kind, scores in by_kind.items()
     }
 
 

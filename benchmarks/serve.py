@@ -234,13 +234,13 @@ def kill(kills: int, folder: Path, *, clips: int = 4, step: float = 0.1) -> dict
 
 def states(run: Path) -> dict[str, Any]:
     """What is in the states of the clips in a folder: digests of their tensors, and what they were made with."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for path in sorted(run.glob("video_*.safetensors")):
         with safe_open(path, framework="numpy") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             digests = {key: hashlib.sha256(tensor.tobytes()).hexdigest() for key, tensor in tensors.items()}
-            found[path.name] = digests, opened.metadata()  # of which a file keeps no order
-    return found
+            by_name[path.name] = digests, opened.metadata()  # of which a file keeps no order
+    return by_name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -254,12 +254,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     random.seed(given.seed)
     with tempfile.TemporaryDirectory() as folder:
-        found = (
+        result = (
             asyncio.run(load(given.clients, given.seconds, given.every, Path(folder) / "out"))
             if given.what == "load"
             else kill(given.kills, Path(folder))
         )
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -121,12 +121,12 @@ def main() -> None:
     def add(name: str, stage: str, call: Callable[[], Tensor], exact: Tensor, signal: float | None) -> None:
         row: dict[str, Any] = {"pass": name, "stage": stage}
         try:
-            result, found = measured(call, device)
+            result, measurement = measured(call, device)
         except torch.OutOfMemoryError:
             rows.append(row | {"error": "out of memory"})
         else:
-            rate = round(work[stage] / found["seconds"], 1)
-            rows.append(row | found | {"tflops": rate, "db": decibels(result, exact, signal)})
+            rate = round(work[stage] / measurement["seconds"], 1)
+            rows.append(row | measurement | {"tflops": rate, "db": decibels(result, exact, signal)})
         print(rows[-1], flush=True)
 
     with torch.no_grad():

@@ -32,13 +32,13 @@ EXACT_FRAMES = 17
 
 def groups_of(world: World) -> dict[int, Group | None]:
     """How many GPUs share a clip, and this one's group: one alone, pairs, fours, …, all."""
-    found: dict[int, Group | None] = {1: None}
+    groups: dict[int, Group | None] = {1: None}
     for size in (count for count in range(2, world.size + 1) if world.size % count == 0):
         for first in range(0, world.size, size):
             handle = dist.new_group(list(range(first, first + size)))  # each is made by all
             if first <= world.rank < first + size:
-                found[size] = Group(handle, size, world.rank - first)
-    return found
+                groups[size] = Group(handle, size, world.rank - first)
+    return groups
 
 
 def slowest(seconds: float, device: torch.device) -> float:
@@ -95,13 +95,13 @@ def measure(
         for count, group in groups.items():
             made, row = measured(partial(through, group), device, 1 if exact else args.repeats)
             alone = made if alone is None else alone
-            said: dict[str, Any] = {"clip": name, "dtype": str(dtype).rpartition(".")[2], "frames": frames}
-            said |= {"stage": stage, "gpus": count} | row
+            line: dict[str, Any] = {"clip": name, "dtype": str(dtype).rpartition(".")[2], "frames": frames}
+            line |= {"stage": stage, "gpus": count} | row
             if made.shape == alone.shape:  # the first rank of a group has what is decoded
                 distance = (made.double() - alone.double()).norm() / alone.double().norm()
-                said |= {"equal": torch.equal(made, alone), "from_one": float(f"{float(distance):.2e}")}
+                line |= {"equal": torch.equal(made, alone), "from_one": float(f"{float(distance):.2e}")}
             if world.is_first:
-                print(json.dumps(said), flush=True)
+                print(json.dumps(line), flush=True)
             if args.profile:
                 with torch.profiler.profile() as profile:
                     through(group)

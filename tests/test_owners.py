@@ -22,6 +22,7 @@ from wan.device.host_budget import HostPlan
 from wan.device.parallel import ALONE
 from wan.device.ranks import Sizes, World
 from wan.encoding import PromptEmbeddings, SharedVae
+from wan.experts import pipeline_class
 from wan.fitted_frames import FittedFrames
 from wan.models import Models, loaders
 from wan.pipeline import _Shared
@@ -224,9 +225,20 @@ def test_a_size_that_does_not_fit_is_refused_as_soon_as_it_is_asked_for(
     assert checked == [geometry]
 
 
-def test_a_folder_with_other_experts_is_refused() -> None:
-    with pytest.raises(UserError):
-        WanTI2V(float32("ti2v-5B"), GOLDEN / "14b" / "ckpt")
+@pytest.mark.parametrize(("task", "family", "experts"), [("ti2v-5B", "5b", 1), ("i2v-A14B", "14b", 2)])
+def test_a_folder_is_opened_for_as_many_experts_as_the_row_has(
+    monkeypatch: pytest.MonkeyPatch, task: str, family: str, experts: int
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def note(folder: Path, **options: Any) -> None:
+        asked.append((options["experts"], options["in_channels"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan.pipeline.open_checkpoint", note)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline_class(task)(float32(task), GOLDEN / family / "ckpt")
+    assert asked == [(experts, 48 if experts == 1 else 36)]
 
 
 @pytest.mark.parametrize(("vram", "holds_all", "leave"), [(None, False, 0), (8, True, 0), (8, False, 1)])

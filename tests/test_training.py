@@ -212,7 +212,7 @@ def test_many_pictures_are_read_as_one_is() -> None:
     pictures = scenes.sample(12, torch.Generator().manual_seed(5)).draw(torch.tensor([0]))[:, :, 0]
     read = read_many(pictures)
     for row, picture in enumerate(pictures):
-        there = [list(scenes.COLOURS)[index] for index in read.there[row].nonzero()[:, 0]]
+        there = [list(scenes.COLOURS)[index] for index in read.present[row].nonzero()[:, 0]]
         wanted = shapes_in(picture)
         assert there == [shape.colour for shape in wanted]
         for shape in wanted:

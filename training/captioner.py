@@ -80,14 +80,14 @@ class Pool:
 
     def put(self, levels: Tensor, told: list[Told], device: torch.device) -> None:
         for start in range(0, len(told), self.most):
-            part, said = levels[start : start + self.most].to(device), told[start : start + self.most]
+            part, answers = levels[start : start + self.most].to(device), told[start : start + self.most]
             if self.levels is None:
                 self.levels = torch.empty(self.most, *part.shape[1:], dtype=torch.uint8, device=device)
-            if self.place + len(said) > self.most:
+            if self.place + len(answers) > self.most:
                 self.place = 0
-            self.levels[self.place : self.place + len(said)] = part
-            self.told[self.place : self.place + len(said)] = said
-            self.place += len(said)
+            self.levels[self.place : self.place + len(answers)] = part
+            self.told[self.place : self.place + len(answers)] = answers
+            self.place += len(answers)
 
     def take(self, count: int, draw: random.Random) -> tuple[Tensor, list[Told]]:
         """That many at random, some of them perhaps twice."""
@@ -150,8 +150,8 @@ class Conversations:
         if new:
             file = max(new, key=lambda file: file.stat().st_mtime)
             self.taken.add(file)
-            found = load(file)
-            self.made.put(found["levels"], found["told"], self.device)
+            pool = load(file)
+            self.made.put(pool["levels"], pool["told"], self.device)
 
     def levels(self, world: scenes.Scenes, frames: int) -> Tensor:
         """What these scenes look like over that many frames up to moment 0, as the captioner sees them."""
@@ -217,15 +217,15 @@ class Conversations:
 
     def rows(self, pictures: Tensor, told: list[Told], ask: Callable[[Told], tuple[list[int] | str, str]]) -> Batch:
         """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
-        asked, said = zip(*map(ask, told), strict=True)
+        asked, replies = zip(*map(ask, told), strict=True)
         in_words = [question for question in asked if isinstance(question, str)]
         encoded = iter(self._encode(in_words) if in_words else [])
-        if new := [answer for answer in dict.fromkeys(said) if answer not in self.answers]:
+        if new := [answer for answer in dict.fromkeys(replies) if answer not in self.answers]:
             if len(self.answers) > MOST_ANSWERS:
                 self.answers.clear()
-                new = list(dict.fromkeys(said))
+                new = list(dict.fromkeys(replies))
             self.answers |= zip(new, ([*answer, self.end] for answer in self._encode(new)), strict=True)
-        answers = [self.answers[answer] for answer in said]
+        answers = [self.answers[answer] for answer in replies]
         rows = []
         for question, answer in zip(asked, answers, strict=True):
             before = self.before[self.draw.random() < 0.125]
@@ -245,8 +245,8 @@ class Conversations:
         }
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        found: list[list[int]] = self.tokenizer(texts).input_ids
-        return found
+        ids: list[list[int]] = self.tokenizer(texts).input_ids
+        return ids
 
 
 CAMERAS = ("static", "pans left", "pans right")

@@ -44,9 +44,9 @@ def make_chains(name: str, settings: Settings) -> None:
     kept, start = [0] * LINKS, time.monotonic()
     chains = 0
     while number - first < settings.steps and time.monotonic() - start < 60 * settings.minutes:
-        for link, found in enumerate(maker.chain(settings.generator(number))):
-            if count := len(found["told"]):
-                save(folder / f"{number:08d}.pt", found)
+        for link, part in enumerate(maker.chain(settings.generator(number))):
+            if count := len(part["told"]):
+                save(folder / f"{number:08d}.pt", part)
             kept[link] += count
             number += 1
         chains += settings.batch
@@ -123,11 +123,11 @@ def follows(clip: Tensor, world: scenes.Scenes, now: int) -> Tensor:
     )
     heading = world.headings(torch.tensor([now], device=clip.device))[:, 0].sign()  # [B, S, 2]
     wanted, kinds = torch.zeros_like(way), torch.full_like(last.kind, -1)
-    there = torch.zeros_like(last.there)
+    present = torch.zeros_like(last.present)
     for index in range(world.present.shape[1]):
         rows = world.present[:, index].nonzero()[:, 0]
         place = rows, world.colour[rows, index]
-        there[place], kinds[place], wanted[place] = True, world.shape[rows, index], heading[rows, index]
-    right = (last.there == there) & (before.there == there)
-    right &= ~there | ((last.kind == kinds) & (way == wanted).all(-1))
+        present[place], kinds[place], wanted[place] = True, world.shape[rows, index], heading[rows, index]
+    right = (last.present == present) & (before.present == present)
+    right &= ~present | ((last.kind == kinds) & (way == wanted).all(-1))
     return right.all(1)

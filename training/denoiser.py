@@ -48,8 +48,8 @@ class InPlace:
     """The 5B: known latent frames stand in the input, and their tokens have timestep 0."""
 
     def encode(self, codec: Codec, context: Tensor) -> Tensor:
-        found = codec.encode(context)
-        return F.pad(found, (0, 0, 0, 0, 0, KNOWN - found.shape[2]))
+        latents = codec.encode(context)
+        return F.pad(latents, (0, 0, 0, 0, 0, KNOWN - latents.shape[2]))
 
     def target(self, batch: Batch) -> Tensor:
         return batch["latents"]

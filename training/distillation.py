@@ -104,15 +104,15 @@ class LowRank(nn.Module):
 
 def attach(model: Any, turbo: Turbo) -> nn.ModuleDict:
     """Put a new LoRA into the model; returns its factors by official layer, with "/" for the dots."""
-    names, found = family.denoiser_names(family.DENOISERS[STAGES[turbo.denoiser].sizes]), {}
+    names, ranks = family.denoiser_names(family.DENOISERS[STAGES[turbo.denoiser].sizes]), {}
     for number in range(len(model.blocks)):
         for layer in LAYERS:
             official = f"blocks.{number}.{layer}"
             module = model.get_submodule(names[f"{official}.weight"][0].removesuffix(".weight"))
             out, into = module.weight.shape
-            found[official.replace(".", "/")] = part = LowRank(out, into, turbo.rank)
+            ranks[official.replace(".", "/")] = part = LowRank(out, into, turbo.rank)
             parametrize.register_parametrization(module, "weight", part.to(module.weight.device))
-    return nn.ModuleDict(found)
+    return nn.ModuleDict(ranks)
 
 
 def pairs(name: str, settings: Settings, step: int) -> Iterator[Batch]:
@@ -143,10 +143,10 @@ class Teacher:
         turbo = TURBOS[name]
         self.conditioning = STAGES[turbo.denoiser].conditioning
         self.null = Prompts(settings)([NEGATIVE_PROMPT])
-        own = turbo.denoiser
-        two = own != "dit5b"
-        self.own = [level for level in SIGMAS[:-1] if not two or (level >= BOUNDARY) == (own == "dit14b_high")]
-        self.low = opened("dit14b_low" if two else own, settings)
+        denoiser = turbo.denoiser
+        two = denoiser != "dit5b"
+        self.levels = [level for level in SIGMAS[:-1] if not two or (level >= BOUNDARY) == (denoiser == "dit14b_high")]
+        self.low = opened("dit14b_low" if two else denoiser, settings)
         self.high = opened("dit14b_high", settings) if two else self.low
 
     @torch.no_grad()
@@ -155,13 +155,13 @@ class Teacher:
         beside = {key: clips[key] for key in ("known", "count", "text")}
         latents = torch.randn(clips["latents"].shape, generator=generator, device=generator.device)
         for start, end in zip(SIGMAS, SIGMAS[1:], strict=False):
-            if start < min(self.own):
+            if start < min(self.levels):
                 return
-            found = self._go(latents, start, end, beside)
-            if start in self.own:
+            moved = self._go(latents, start, end, beside)
+            if start in self.levels:
                 sigma = torch.full((len(latents),), start, device=latents.device)
-                yield {"latents": latents, "flow": (found - latents) / (end - start), "sigma": sigma, **beside}
-            latents = found
+                yield {"latents": latents, "flow": (moved - latents) / (end - start), "sigma": sigma, **beside}
+            latents = moved
 
     def _go(self, latents: Tensor, start: float, end: float, beside: Batch) -> Tensor:
         """From one noise level to another by the midpoint rule."""

@@ -46,14 +46,14 @@ def encode_clips(name: str, settings: Settings) -> None:
     seen = settings.folder / SEEN / name
     seen.mkdir(parents=True, exist_ok=True)
     number = first = 1 + max((int(file.stem) for file in folder.glob("[0-9]*.pt")), default=-1)
-    start = said = time.monotonic()
+    start = logged = time.monotonic()
     while number - first < settings.steps and (now := time.monotonic()) - start < 60 * settings.minutes:
         save(folder / f"{number:08d}.pt", narrowed(make.chunk(number)))
         if make.seen:
             save(seen / f"{number:08d}.pt", make.seen)
         number += 1
-        if now - said > 15:
-            said = now
+        if now - logged > 15:
+            logged = now
             speed = (number - first) * make.size / (now - start)
             log.info("%s: %d clips, %.0f a second", name, number * make.size, speed)
     log.info("%s: %d clips, %d of them new", name, number * make.size, (number - first) * make.size)
@@ -71,7 +71,7 @@ class Encoder:
         self.conditioning = self.stage.conditioning
         self.codec, self.prompts = Codec(VAE_OF[name], settings), Prompts(settings)
         self.null = self.prompts([NEGATIVE_PROMPT])
-        self.own = Newest(settings.folder / f"{OWN[name]}.pt", self.stage.sizes, settings)
+        self.newest = Newest(settings.folder / f"{OWN[name]}.pt", self.stage.sizes, settings)
         self.seen: dict[str, Any] = {}
         self.begins = name == "clips22"  # now and then nothing is known, so that the 5B can also begin a video
 
@@ -91,7 +91,7 @@ class Encoder:
         earlier, clip = pixels[:, :, : scenes.FRAMES], pixels[:, :, -scenes.FRAMES :]
         kind = uniform()
         context, self.seen = earlier, {}
-        if kind < 0.6 and (model := self.own()) is not None:
+        if kind < 0.6 and (model := self.newest()) is not None:
             for _ in range(1 + (uniform() < 0.5)):
                 context = self._made(model, context, world, float(times[0]), 0.2 + 0.7 * uniform(), generator)
             self.seen = shown_of(context[:SHOWN], world[:SHOWN], frames - 1)

@@ -86,12 +86,12 @@ def _write_wan(folder: Path, kind: str, trained: Mapping[str, Any], tokenizer: P
         if stage in trained:
             _write_denoiser(folder / expert, DENOISERS[STAGES[stage].sizes], trained[stage]["weights"])
     vae = next(stage for stage in trained if stage in VAES)
-    found, sizes = trained[vae], VAES[vae]
-    torch.save(official(found["weights"], family.vae_names(sizes), sizes.shapes()), folder / layout.vae_file)
+    state, sizes = trained[vae], VAES[vae]
+    torch.save(official(state["weights"], family.vae_names(sizes), sizes.shapes()), folder / layout.vae_file)
     text = official(trained["text"]["weights"], family.text_names(TEXT), TEXT.shapes())
     torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     shutil.copytree(tokenizer, folder / "google/umt5-xxl")
-    statistics = {f"vae_{key}": [round(value, 5) for value in found[key]] for key in ("mean", "std")}
+    statistics = {f"vae_{key}": [round(value, 5) for value in state[key]] for key in ("mean", "std")}
     write_json(folder / "wan_config.json", {**DECLARED, **statistics})
 
 

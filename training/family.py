@@ -117,11 +117,11 @@ def official(state: Mapping[str, Tensor], names: Mapping[str, list[str]], shapes
 
 def library(stored: Mapping[str, Tensor], names: Mapping[str, list[str]], like: nn.Module | None = None) -> Any:
     """What `official` stored, in float32 under the library's names; in the shapes of that module's, if there is one."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, parts in names.items():
-        found |= dict(zip(parts, stored[key].float().chunk(len(parts)), strict=True))
+        tensors |= dict(zip(parts, stored[key].float().chunk(len(parts)), strict=True))
     shapes = {} if like is None else {name: value.shape for name, value in like.state_dict().items()}
-    return {name: value.reshape(shapes.get(name, value.shape)).contiguous() for name, value in found.items()}
+    return {name: value.reshape(shapes.get(name, value.shape)).contiguous() for name, value in tensors.items()}
 
 
 def in_fp8(name: str, dimensions: int) -> bool:

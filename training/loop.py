@@ -64,8 +64,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    return found
+    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    return state
 
 
 def resume(name: str, model: nn.Module, settings: Settings) -> Progress:
@@ -76,10 +76,10 @@ def resume(name: str, model: nn.Module, settings: Settings) -> Progress:
     path = settings.folder / f"{name}.pt"
     if not path.is_file():
         return Progress()
-    found = load(path, settings.device)
-    model.load_state_dict(found["weights"])
-    log.info("%s: resumed at step %d", name, found["steps"])
-    return Progress(found["steps"], found["seconds"], [tuple(pair) for pair in found["losses"]])
+    state = load(path, settings.device)
+    model.load_state_dict(state["weights"])
+    log.info("%s: resumed at step %d", name, state["steps"])
+    return Progress(state["steps"], state["seconds"], [tuple(pair) for pair in state["losses"]])
 
 
 def train(
@@ -121,7 +121,7 @@ def train(
 
     stopped: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    start = said = saved = time.monotonic()
+    start = logged = saved = time.monotonic()
     losses, recent, done, batch = progress.losses or [], [], 0, first
 
     def checkpoint() -> dict[str, Any]:
@@ -155,9 +155,9 @@ def train(
             if len(recent) == 50:  # also keeps the host from running far ahead of the GPU
                 losses.append((progress.steps + done, float(torch.stack(recent).mean())))
                 recent.clear()
-                if time.monotonic() - said > 15:
-                    said = time.monotonic()
-                    speed = done / (said - start)
+                if time.monotonic() - logged > 15:
+                    logged = time.monotonic()
+                    speed = done / (logged - start)
                     log.info("%s: step %d loss %.5f, %.1f steps/s", name, *losses[-1], speed)
             if time.monotonic() - saved > settings.save_every:
                 saved = time.monotonic()

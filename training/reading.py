@@ -31,15 +31,15 @@ def shapes_in(picture: Tensor) -> list[Seen]:
     vivid = rgb.amax(0) - rgb.amin(0) > VIVID
     palette = torch.tensor(list(COLOURS.values()))
     nearest = (rgb[None] - palette[:, :, None, None]).square().sum(1).argmin(0)
-    found = []
+    measured = []
     for index, name in enumerate(COLOURS):
         mine = (vivid & (nearest == index)).float()
         # where two shapes meet, thin lines of a third colour can come about: only pixels among their like count
         among = F.avg_pool2d(mine[None], 3, stride=1, padding=1)[0] * 9 > 4.5
         y, x = torch.nonzero(mine.bool() & among, as_tuple=True)
         if len(x) >= SMALLEST:
-            found.append(_measure(name, x.double() + 0.5, y.double() + 0.5))
-    return found
+            measured.append(_measure(name, x.double() + 0.5, y.double() + 0.5))
+    return measured
 
 
 def _measure(name: str, x: Tensor, y: Tensor) -> Seen:
@@ -58,7 +58,7 @@ def _measure(name: str, x: Tensor, y: Tensor) -> Seen:
 class Read:
     """What is in each of B pictures, colour by colour."""
 
-    there: Tensor  # bool [B, C]
+    present: Tensor  # bool [B, C]
     kind: Tensor  # int64 [B, C], indices of SHAPES
     place: Tensor  # [B, C, 2], pixels
 

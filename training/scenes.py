@@ -99,7 +99,7 @@ class Scenes:
         headings, change = self.headings(moment)[:, 0].sign().tolist(), self.radii(moment)[1][:, 0].tolist()
         names, colour, shape = list(COLOURS), self.colour.tolist(), self.shape.tolist()
         present, spin, pan = self.present.tolist(), self.spin.tolist(), self.pan.tolist()
-        found = []
+        captions = []
         for b, shown in enumerate(present):
             phrases = [
                 f"a {names[colour[b][s]]} {SHAPES[shape[b][s]]} {_motion(headings[b][s], change[b][s], spin[b][s])}"
@@ -107,16 +107,16 @@ class Scenes:
                 if is_shown
             ]
             camera = "is still" if pan[b] == 0 else f"pans {'right' if pan[b] > 0 else 'left'}"
-            found.append(f"{', '.join(phrases)}; the camera {camera}.")
-        return found
+            captions.append(f"{', '.join(phrases)}; the camera {camera}.")
+        return captions
 
     def names(self) -> list[list[str]]:
         """What each scene shows, shape by shape: "a red circle"."""
-        colour, shape, there = self.colour.tolist(), self.shape.tolist(), self.present.tolist()
+        colour, shape, present = self.colour.tolist(), self.shape.tolist(), self.present.tolist()
         names = list(COLOURS)
         return [
             [f"a {names[c]} {SHAPES[s]}" for c, s, is_there in zip(*rows, strict=True) if is_there]
-            for rows in zip(colour, shape, there, strict=True)
+            for rows in zip(colour, shape, present, strict=True)
         ]
 
 

@@ -97,8 +97,8 @@ def train_ending(settings: Settings) -> None:
 
     def encoded(ids: Tensor, mask: Tensor) -> Tensor:
         embedded = torch.where((ids == index)[..., None], ending["row"], words[ids])
-        found: Tensor = model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-        return found
+        hidden: Tensor = model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        return hidden
 
     def loss_of(batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -111,12 +111,12 @@ def train_ending(settings: Settings) -> None:
         generator = settings.generator(step)
         while True:
             captions = as_prompts(scenes.sample(settings.batch, generator).captions(), generator)
-            found: Batch = {}
+            batch: Batch = {}
             for name, end in (("plain", ""), ("ended", f" {KEEP}")):
                 rows = [tokenizer(caption + end) for caption in captions]
                 ids, mask = (torch.cat(parts).to(settings.device) for parts in zip(*rows, strict=True))
-                found |= {f"{name}_ids": ids, f"{name}_mask": mask}
-            yield found
+                batch |= {f"{name}_ids": ids, f"{name}_mask": mask}
+            yield batch
 
     def finish() -> dict[str, Any]:
         with torch.no_grad():
@@ -145,8 +145,8 @@ def batches(tokenizer: PromptTokenizer, settings: Settings, step: int) -> Iterat
         rows = [tokenizer(caption) for caption in captions]
         ids, mask = (torch.cat(parts) for parts in zip(*rows, strict=True))
         facts = torch.stack([facts_of(tokenizer, caption, row) for caption, row in zip(captions, ids, strict=True)])
-        found = {"ids": ids, "mask": mask, "facts": facts}
-        yield {key: value.to(settings.device) for key, value in found.items()}
+        batch = {"ids": ids, "mask": mask, "facts": facts}
+        yield {key: value.to(settings.device) for key, value in batch.items()}
 
 
 def as_prompts(captions: list[str], generator: torch.Generator) -> list[str]:
@@ -157,7 +157,7 @@ def as_prompts(captions: list[str], generator: torch.Generator) -> list[str]:
 
 def facts_of(tokenizer: PromptTokenizer, caption: str, ids: Tensor) -> Tensor:
     """For each token [L], what its phrase says about each of FACTS: the option, 0 for none, -1 after the end."""
-    found = torch.full((len(ids), len(FACTS)), -1)
+    facts = torch.full((len(ids), len(FACTS)), -1)
     tokens = tokenizer._tokenizer.convert_ids_to_tokens(ids.tolist())
     phrases = re.split("[,;]", caption)
     # the camera's direction is no direction of a shape
@@ -169,9 +169,9 @@ def facts_of(tokenizer: PromptTokenizer, caption: str, ids: Tensor) -> Tensor:
     for position, token in enumerate(tokens):
         if token in ("</s>", "<pad>"):
             break
-        found[position] = torch.tensor(told[place])
+        facts[position] = torch.tensor(told[place])
         place += token in (",", ";")
-    return found
+    return facts
 
 
 def _option(phrase: str, options: tuple[str, ...]) -> int:

@@ -156,15 +156,15 @@ class Codec:
     """A trained VAE: pixels <-> normalised latents, in batches, not to be trained further."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        found = load(settings.folder / f"{name}.pt", settings.device)
+        state = load(settings.folder / f"{name}.pt", settings.device)
         model = build_vae(VAES[name])
-        model.load_state_dict(found["weights"])
+        model.load_state_dict(state["weights"])
         self.vae = WholeClip(model.requires_grad_(False).eval()).to(settings.device)
         if settings.device.type == "cuda":
             self.vae.channels_last()
         shape = (1, -1, 1, 1, 1)
-        self.mean = torch.tensor(found["mean"], device=settings.device).view(shape)
-        self.std = torch.tensor(found["std"], device=settings.device).view(shape)
+        self.mean = torch.tensor(state["mean"], device=settings.device).view(shape)
+        self.std = torch.tensor(state["std"], device=settings.device).view(shape)
         self.device = settings.device
 
     @torch.no_grad()
