@@ -228,3 +228,17 @@ def test_a_bridge_keeps_the_pictures_and_the_sound_of_both_videos_where_they_bel
 def pictures_of(path: Path) -> list[int]:
     with av.open(str(path)) as container:
         return [number(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+def test_a_joined_video_is_heard_to_the_end_of_its_sound(tmp_path: Path) -> None:
+    heard, clip, out = (tmp_path / f"{name}.mp4" for name in ("heard", "clip", "joined"))
+    film(heard, [("aac", beeps(3, [1.0, 2.9]), 48000, "mono")])
+    media.write_video(clip, numbered(range(24), 64, 36), 24)
+    track = media.find_sound(heard)
+    assert track is not None
+    hearing = sound.listen(track)
+    assert hearing is not None
+    media.join_videos([clip], out, sound=sound.Sound(track, hearing, hearing.start, hearing.end))
+    kept, whole = (sound.listen(one) for path in (out, heard) if (one := media.find_sound(path)))
+    assert kept is not None and whole is not None
+    assert kept.end - kept.start == pytest.approx(whole.end - whole.start, abs=0.03)

@@ -225,3 +225,11 @@ def test_frames_that_do_not_drift_with_the_others_are_not_believed() -> None:
     changes[8:11] += 1.0  # a flash
     drift = correction._Drift.fit(times, changes, np.zeros(10))
     assert np.abs(drift.growth(24.0) - truth[-1]).max() < 0.02
+
+
+@pytest.mark.parametrize(("frames", "told"), [(6, False), (7, True)])
+def test_a_flash_is_told_from_a_step_where_more_frames_are_without_it(frames: int, told: bool) -> None:
+    changes = np.zeros((frames, 10))
+    changes[:3] = 0.3
+    step = correction._Drift.fit(np.arange(float(frames)), changes, np.zeros(10)).step
+    assert np.array_equal(step, np.zeros(10) if told else changes[0])

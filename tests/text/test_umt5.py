@@ -119,3 +119,10 @@ def test_a_slice_is_taken_before_weights_are_read(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         TextEncoder.from_weights(weights, None, **how)  # type: ignore[arg-type]
     assert asked[2:] == ["encoder.block"]
+
+
+def test_weights_without_embeddings_are_no_encoder() -> None:
+    weights = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt").checkpoint.text_encoder
+    without = {name: shape for name, shape in weights.shapes.items() if name != "token_embedding.weight"}
+    with pytest.raises(UserError, match=r"is no UMT5 encoder: it has no shared\.weight"):
+        TextEncoder.check(Weights(weights.path, weights.files, without, {}))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,26 @@ def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest,
                 assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
                 assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
         assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing
+
+
+def test_the_smallest_chunks_pass_the_widest_layers_one_frame_at_a_time(
+    ti2v: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: list[int] = []
+    ends = chunked.ChunkedVae.ends
+
+    def watched(self: chunked.ChunkedVae, network: Any, x: Tensor) -> Tensor:
+        frames.append(x.shape[2])
+        return ends(self, network, x)
+
+    monkeypatch.setattr(chunked.ChunkedVae, "ends", watched)
+    vae = ti2v.vae.model
+    with torch.no_grad():
+        chunked.decode(vae, torch.zeros(1, vae.config.z_dim, 2, 2, 2), 0)
+        assert frames == [1] * 5
+        frames.clear()
+        chunked.decode(vae, torch.zeros(1, vae.config.z_dim, 2, 2, 2), 1)
+    assert frames == [1, 4]
 
 
 def test_pixels_that_arrive_late_land_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:

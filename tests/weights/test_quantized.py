@@ -37,7 +37,7 @@ from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.weights.checkpoint import resolve_folder
 from wan.weights.gguf_files import GGUF_TYPES
-from wan.weights.quantized import QuantizedLinear, _expand
+from wan.weights.quantized import Addition, QuantizedLinear, QuantizedTensor, _expand
 from wan.weights.single_file import open_denoiser
 from wan.weights.tensors import Weights, open_safetensors
 
@@ -309,6 +309,14 @@ def test_a_lora_does_what_it_does_to_weights_that_were_expanded_beforehand(
     merge_loras(model, weights, open_loras((), weights))
     assert torch.equal(forward(model), before)
     assert all(layer.held == () and len(list(layer.buffers())) <= 1 for layer in packed(model).values())
+
+
+def test_what_loras_add_is_no_weight_of_the_model() -> None:
+    packed = QuantizedTensor(torch.ones(4, 3), torch.tensor(0.5))
+    layer = QuantizedLinear(torch.nn.Linear(3, 4), packed, torch.float32, torch.device("cpu"))
+    names = list(layer.state_dict())
+    layer.set_loras([Addition(torch.ones(4, 2), torch.ones(2, 3), 0.5)])
+    assert list(layer.state_dict()) == names and len(layer.additions) == 1
 
 
 def test_a_weight_of_many_pieces_is_the_weight_of_one(
