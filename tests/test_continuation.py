@@ -161,9 +161,10 @@ def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeyp
     is_loaded: dict[str, bool] = {}
     loading = Models.loading
 
-    def noted(self: Models, names: list[str]) -> Any:
+    def noted(self: Models, names: list[str], alone: bool) -> Any:
         asked.append((names, self.is_loaded("high_noise_model")))
-        return loading(self, names)
+        assert alone
+        return loading(self, names, alone)
 
     def on_step(step: Step) -> None:
         is_loaded.setdefault(f"{step.stage} {step.latents is not None}", model.models.is_loaded("low_noise_model"))

@@ -253,7 +253,7 @@ class Remembered:
     """A clip whose last latent frame is known."""
 
     def __init__(self, clip: Clip, motion: Tensor) -> None:
-        self.clip, self.motion, self.last = clip, motion, clip.last
+        self.clip, self.motion, self.last, self.colours = clip, motion, clip.last, clip.colours
 
     def tail(self, count: int, fps: Fraction) -> Tensor:
         return self.clip.tail(count, fps)

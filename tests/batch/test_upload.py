@@ -121,6 +121,8 @@ def test_a_hand_uploads_what_it_finished_and_tells_a_check_what_is_there(folder:
     assert failed["error"]["message"] == f"its upload to {URL} failed (PermissionError: the token has expired)"
 
 
+@pytest.mark.slow
+@pytest.mark.rare
 def test_a_chain_whose_upload_failed_is_tried_again_by_its_worker_and_given_up_with_the_reason() -> None:
     error = {"error": {"code": UPLOAD, "message": "its upload failed"}}
     crew = Crew(lambda name, count: {"state": FAILED, **MADE, **error} if count < 3 else {"state": DONE, **MADE}, 1)
