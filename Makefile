@@ -63,6 +63,7 @@ format: .venv/.ready  ## lay out the code, and mend what ruff can
 
 .venv/.ready: .venv/.installed  # and the developers' tools
 	$(BIN)/python -m pip install $(CHECKED) "wan-continue[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(CHECKED) spandrel einops  # a torchvision for any torch is not to be had
 	touch $@
 
 reference: .venv/.ready  ## docs/commands.md, the page of all flags, from wan/options.py

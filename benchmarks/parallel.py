@@ -11,18 +11,16 @@ import argparse
 import json
 import os
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch.distributed.tensor import DTensor
 
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
-from benchmarks.timing import timed
+from benchmarks.timing import milliseconds
 from wan.configs import WAN_CONFIGS
 from wan.denoiser.attention_backends import use_attention
 from wan.denoiser.fp8 import quantize_model
@@ -73,17 +71,6 @@ def inputs(task: str, width: int, height: int, frames: int, device: torch.device
     return latents, steps if config.boundary is None else steps[:, -1], text
 
 
-def milliseconds(work: Callable[[], Any], repeats: int) -> float:
-    """The median time of some work on the GPU, of the slowest rank."""
-    device, taken = torch.device("cuda"), []
-    for _ in range(repeats):
-        dist.barrier()
-        taken += timed(work, device)
-    slowest = torch.tensor(1000 * statistics.median(taken), device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
-
-
 def by_kernel(work: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of the GPU by what it does, and for how long it does nothing but exchange or wait."""
     kinds = {"nccl": "exchange", "Memcpy": "copies", "fmha|sdpa|flash|attend|cudnn": "attention"}
@@ -110,7 +97,7 @@ def exchange_alone(team: Team, tokens: int, width: int, heads: int, device: torc
     assert team.tokens is not None
     share = Share.of(tokens, team.tokens)
     queries = torch.zeros(1, share.count, heads, width // heads, dtype=torch.bfloat16, device=device)
-    taken = milliseconds(lambda: [share.landed(share.spread(queries)) for _ in range(8)], 3) / 8
+    taken = milliseconds(lambda: [share.landed(share.spread(queries)) for _ in range(8)], device, 3) / 8
     return {"exchange_ms": taken, "exchange_gb_s": queries.nbytes * (1 - 1 / share.heads_ranks) / taken / 1e6}
 
 
@@ -151,7 +138,7 @@ def measure(name: str, world: World, teams: dict[str, Team], args: argparse.Name
                 return flow
 
             flows[label] = forward()
-            seconds_by[count] = milliseconds(forward, args.repeats)
+            seconds_by[count] = milliseconds(forward, device, args.repeats)
         few, many = sorted(seconds_by)
         block = (seconds_by[many] - seconds_by[few]) / (many - few)
         whole = seconds_by[few] + block * (tall - few)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from accelerate import init_empty_weights
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 
 from benchmarks.real_size import DIT, SCENARIOS, commit, materialise
-from benchmarks.timing import timed
+from benchmarks.timing import milliseconds
 from wan.device.hardware import peak_gib, reset_peak
 from wan.device.ranks import World
 
@@ -88,17 +87,6 @@ def measure(name: str, plan: str, args: argparse.Namespace, world: World, alone:
     row |= {"peak_gib": peak_gib(device), "from_one_gpu": float(f"{far:.2e}")}
     if world.is_first:
         print(json.dumps(row), flush=True)
-
-
-def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The median time of the slowest rank."""
-    taken: list[float] = []
-    for _ in range(repeats):
-        dist.barrier()
-        taken += timed(work, device)
-    slowest = torch.tensor(1000 * statistics.median(taken), device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

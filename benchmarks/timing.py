@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from wan.device.hardware import synchronize
 
@@ -38,3 +40,19 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1, warm:
             call()
         taken.append(watch.seconds)
     return taken[warm:]
+
+
+def slowest(value: float, device: torch.device) -> float:
+    """The largest number of all ranks."""
+    number = torch.tensor(value, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
+
+
+def milliseconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The median time of some work that all ranks do together, of the slowest of them."""
+    taken: list[float] = []
+    for _ in range(repeats):
+        dist.barrier()
+        taken += timed(work, device)
+    return slowest(1000 * statistics.median(taken), device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.real_size import SCENARIOS, commit
-from benchmarks.timing import timed
+from benchmarks.timing import slowest, timed
 from benchmarks.vae import build, tf32
 from wan.device.hardware import peak_gib, reset_peak, synchronize
 from wan.device.parallel import Group, Team
@@ -39,13 +39,6 @@ def groups_of(world: World) -> dict[int, Group | None]:
             if first <= world.rank < first + size:
                 groups[size] = Group(handle, size, world.rank - first)
     return groups
-
-
-def slowest(seconds: float, device: torch.device) -> float:
-    """The largest number of all ranks."""
-    value = torch.tensor(seconds, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return float(value)
 
 
 def measured(call: Callable[[], Tensor], device: torch.device, repeats: int) -> tuple[Tensor, dict[str, float]]:

@@ -21,7 +21,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if item.get_closest_marker("rare") and not item.config.getoption("--rare"):
-        pytest.skip("takes a minute: only `make test-all` runs it")
+        pytest.skip("only `make test-all` runs it")
 
 
 __all__ = ["command", "world"]  # the fixtures of whole commands are for all tests

@@ -67,7 +67,9 @@ class Models:
             coming = self._coming.pop(name, None)
             if self._plan.in_turn:
                 self.forget_all()
-            self._loaded[name] = self._loaders[name](self._plan.mapped) if coming is None else coming.result()
+            # what failed in a thread is tried again: its file may have been mended, and else says what is wrong with it
+            has_come = coming is not None and coming.exception() is None
+            self._loaded[name] = coming.result() if coming and has_come else self._loaders[name](self._plan.mapped)
             if self._wanted.get(name):  # it was there before, with them
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
@@ -83,6 +85,7 @@ class Models:
             with self.read_ahead(names) if names else nullcontext():
                 yield lambda: None
             return
+        self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
         wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in self._coming]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
@@ -133,7 +136,10 @@ class Models:
     def is_loaded(self, name: str) -> bool:
         """Whether a model is in memory."""
         name = self._kept_as(name)
-        return name in self._loaded or (name in self._coming and self._coming[name].done())
+        if name in self._loaded:
+            return True
+        coming = self._coming.get(name)
+        return coming is not None and coming.done() and not _has_failed(coming)
 
     def experts_to_keep(self) -> frozenset[str]:
         """The experts that stay in memory from one clip to the next."""
@@ -213,6 +219,10 @@ class Models:
         for file, opened in zip(new, open_loras(new, self.checkpoint.experts[expert]), strict=True):
             self._opened[expert, file] = opened
         return [self._opened[expert, file] for file in files]
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is not None
 
 
 def loaders(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from wan import media
 from wan.commands.finishing import Upscaling
-from wan.commands.inputs import lora_files
+from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
@@ -98,15 +98,7 @@ def _request(job: Job, pipeline: Pipeline) -> Request:
         config.sample_neg_prompt,
         known,
         pipeline.geometry(*size, settings.frame_num or config.frame_num),
-        pipeline.rules.merge(
-            settings.sample_steps,
-            settings.sample_shift,
-            settings.sample_solver,
-            settings.sample_guide_scale,
-            guidance_interval=settings.guidance_interval,
-            cache=settings.cache,
-            preset=settings.preset,
-        ),
+        sampling_of(settings, pipeline.rules),
         draw_seed(settings.base_seed),
         loras,
         settings.motion_amplitude,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wan.commands.inputs import sampling_of
 from wan.commands.lines import PROGRESS
 from wan.device.ranks import World, choose_sizes
 from wan.errors import UserError
@@ -59,16 +60,7 @@ class Gpus:
 
     def _guided(self, pipeline: Pipeline) -> float:
         """The share of steps that have guidance."""
-        settings = self.settings
-        sampling = pipeline.rules.merge(
-            settings.sample_steps,
-            settings.sample_shift,
-            settings.sample_solver,
-            settings.sample_guide_scale,
-            guidance_interval=settings.guidance_interval,
-            preset=settings.preset,
-        )
-        shares = pipeline.rules.shares(sampling)
+        shares = pipeline.rules.shares(sampling_of(self.settings, pipeline.rules))
         return sum(guided for _, guided in shares) / sum(steps for steps, _ in shares)
 
     @contextmanager

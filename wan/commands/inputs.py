@@ -19,10 +19,11 @@ from wan.configs import ModelConfig, parse_size, preset_named
 from wan.errors import UserError
 from wan.kinds import Picture, Video
 from wan.options import EXPERT_OF_DIT, EXPERT_OF_LORA, OPTIONS, PART_OF_FILE, V2V_TASKS, Settings
-from wan.settings import LoraFile
+from wan.settings import LoraFile, Sampling
 
 if TYPE_CHECKING:
     from wan.comfy import ComfyFolder
+    from wan.sampling_rules import SamplingRules
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,19 @@ _OF_MODELS = (
 def model_settings(settings: Settings) -> tuple[Any, ...]:
     """The values of all settings that a pipeline is built from: where they are equal, it may be the same."""
     return tuple(getattr(settings, name) for name in _OF_MODELS)
+
+
+def sampling_of(settings: Settings, rules: SamplingRules) -> Sampling:
+    """How a clip is sampled, as the settings say. Raises UserError."""
+    return rules.merge(
+        settings.sample_steps,
+        settings.sample_shift,
+        settings.sample_solver,
+        settings.sample_guide_scale,
+        guidance_interval=settings.guidance_interval,
+        cache=settings.cache,
+        preset=settings.preset,
+    )
 
 
 def read_scenes(settings: Settings) -> tuple[Scene, ...]:
