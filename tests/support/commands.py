@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -177,7 +178,7 @@ def metadata(video: Path) -> Mapping[str, str]:
 @pytest.fixture
 def command(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Seen]:
+) -> Iterator[Callable[..., Seen]]:
     """Runs a command with what else it needs, and says what it did."""
     now = Seen()
 
@@ -233,7 +234,10 @@ def command(
         now.said, now.told = output.out or without_start(output.err), output.err
         return now
 
-    return run
+    yield run
+    for name, module in list(sys.modules.items()):  # a later test wants the packages themselves
+        if str(getattr(module, "__file__", "")).startswith(f"{world}/"):
+            del sys.modules[name]
 
 
 def _geometry(self: Any, width: int, height: int, frames: int) -> Any:
