@@ -34,9 +34,9 @@ def test_an_address_where_nobody_listens_is_refused_at_once(
     words = ["--videos", str(SHAPES), "--ckpt_dir", "m", "--output_dir", str(tmp_path / "{name}")]
     began = time.monotonic()
     assert cli.batch_main([*words, "--address", address]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --address {address}: Ray cannot be used (") and said.count("\n") == 1
-    assert "refused" in said and time.monotonic() - began < 10
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: --address {address}: Ray cannot be used (") and stderr.count("\n") == 1
+    assert "refused" in stderr and time.monotonic() - began < 10
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from wan.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("said", "clean"),
+    ("raw", "clean"),
     [
         ("<think>hm\nwell</think>\n\n**A cat** runs.", "A cat runs."),
         ("the template opened it</think>The dog sits.", "The dog sits."),
@@ -64,9 +64,9 @@ from wan.errors import UserError
         ("Here is a cat. It sleeps.", "Here is a cat. It sleeps."),
     ],
 )
-def test_caption_is_cleaned(said: str, clean: str | None) -> None:
+def test_caption_is_cleaned(raw: str, clean: str | None) -> None:
     clean = "A red car. It turns. It stops. wheels 4." if clean is None else clean
-    assert clean_caption(said) == clean
+    assert clean_caption(raw) == clean
     assert clean_caption(clean) == clean
 
 
@@ -92,7 +92,7 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "I'm sorry, but I can't assist with that request.",
         "I’m sorry, I cannot describe this video.",
@@ -114,12 +114,12 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "Извините, но я не могу помочь с этим.",
     ],
 )
-def test_a_refusal_is_known(said: str) -> None:
-    assert refusal(said) is not None
+def test_a_refusal_is_known(text: str) -> None:
+    assert refusal(text) is not None
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "A man says sorry and walks away.",
         "The cat can't reach the shelf. It cannot see the mouse.",
@@ -131,8 +131,8 @@ def test_a_refusal_is_known(said: str) -> None:
         "",
     ],
 )
-def test_a_description_is_no_refusal(said: str) -> None:
-    assert refusal(said) is None
+def test_a_description_is_no_refusal(text: str) -> None:
+    assert refusal(text) is None
 
 
 def words(text: str) -> int:

@@ -45,9 +45,9 @@ def write(folder: Path, content: str | bytes, suffix: str = ".yaml") -> Path:
     return path
 
 
-def clip(line: int, prompt: str | None = None, **said: Any) -> Any:
+def clip(line: int, prompt: str | None = None, **settings: Any) -> Any:
     """What a scene says, by the storyboard's keys; None is left to the command line."""
-    return SimpleNamespace(line=line, **dict.fromkeys(KEYS) | {"prompt": prompt} | said)
+    return SimpleNamespace(line=line, **dict.fromkeys(KEYS) | {"prompt": prompt} | settings)
 
 
 def read(folder: Path, content: str | bytes, suffix: str = ".yaml") -> tuple[Any, ...]:
