@@ -74,7 +74,8 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
     good.write_text("- {prompt: a boat, lora: light.safetensors:0.5, guidance: 2}\n")
     bad.write_text("- {frames: 80}\n")
     code = (
-        "from wan.chain.storyboard import check_storyboard, read_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from wan.chain.storyboard import check_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from wan.chain.storyboard_file import read_storyboard\n"
         "from pathlib import Path\nfile = Path(sys.argv[1])\n"
         "check_storyboard(file, read_storyboard(file), config=v2v_5B)"
     )

@@ -21,7 +21,8 @@ from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.fingerprint import difference
 from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
-from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
+from wan.chain.storyboard import Scene, ahead, said_otherwise
+from wan.chain.storyboard_file import read_storyboard
 from wan.errors import UserError
 from wan.pipeline import Pipeline
 from wan.types import Step

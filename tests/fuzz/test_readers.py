@@ -28,7 +28,7 @@ from wan.captioner.next_prompt import Memory, fields_of
 from wan.captioner.text import refusal
 from wan.chain.report import render_report
 from wan.chain.run_folder import RunFolder
-from wan.chain.storyboard import read_storyboard
+from wan.chain.storyboard_file import read_storyboard
 from wan.configs import config_for
 from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
