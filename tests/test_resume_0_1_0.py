@@ -17,8 +17,9 @@ from tests.support.golden import DATA
 from wan import cli
 from wan.captioner import EndpointCaptioner
 from wan.chain.fingerprint import fingerprint
+from wan.chain.finished_clip import FinishedClip
 from wan.chain.report import render_report
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -19,6 +19,7 @@ from tests.support.commands import Seen, frames_in
 from wan import Chain, Settings, cli
 from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.fingerprint import difference
+from wan.chain.finished_clip import prune
 from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.chain.storyboard import Scene, ahead, said_otherwise
@@ -396,15 +397,13 @@ def test_a_clip_is_whole_whenever_pruning_is_interrupted(
 ) -> None:
     assert command("--prompt on --num_videos 3").code == 0
     with monkeypatch.context() as patch, RunFolder(tmp_path / "out") as folder:
-        patch.setattr("wan.chain.run_folder.write_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("wan.chain.finished_clip.write_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            folder.prune(folder.clips()[1])
+            prune(folder.clips()[1])
         assert list(folder.clips()) == [1, 2, 3] and not folder.faults and not folder.clips()[1].is_pruned
     with RunFolder(tmp_path / "out") as folder:
-        assert folder.prune(folder.clips()[1]) > 0
-        assert (
-            list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and folder.prune(folder.clips()[1]) == 0
-        )
+        assert prune(folder.clips()[1]) > 0
+        assert list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and prune(folder.clips()[1]) == 0
 
 
 def test_a_preview_replaces_nobody_s_picture(command: Command, tmp_path: Path) -> None:
@@ -452,7 +451,7 @@ def test_a_clip_that_changes_its_place_is_finished_somewhere_at_any_moment(
     wanted = {clip.fingerprint for clip in RunFolder(tmp_path / "out").clips().values()}
 
     def change_places(folder: RunFolder) -> None:
-        records = [folder.set_clip_aside(folder.clips()[number].record_path) for number in (1, 2)]
+        records = [folder.elsewhere.set_clip_aside(folder.clips()[number].record_path) for number in (1, 2)]
         for number, record in zip((2, 1), records, strict=True):
             folder.restore(number, 2, record)
 
@@ -477,6 +476,6 @@ def test_a_clip_that_changes_its_place_is_finished_somewhere_at_any_moment(
             else:
                 break
         folder = RunFolder(home)
-        fingerprints = {clip.fingerprint for clip in (*folder.clips().values(), *folder.replaced())}
+        fingerprints = {clip.fingerprint for clip in (*folder.clips().values(), *folder.elsewhere.replaced())}
         assert wanted <= fingerprints, stop_at
     assert stop_at > 20 and [clip.record["seed"] for clip in RunFolder(home).clips().values()] == [4, 3]

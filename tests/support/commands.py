@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wan import cli
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.finished_clip import FinishedClip
+from wan.chain.run_folder import RunFolder
 from wan.pipeline import Pipeline
 from wan.types import Clip, Generation, Request, UInt8Array
 
