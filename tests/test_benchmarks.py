@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, memory, seams, timing
+from benchmarks import clip, memory, real_size, seams, timing
 from wan.types import KnownFrames, Request
 
 
@@ -110,3 +110,19 @@ def test_flags_after_two_dashes_are_for_the_command_whose_memory_is_measured(
     assert all(command[command.index("--size") + 1] == "832*480" for command, _ in ran)
     assert ["--vram" in command for command, _ in ran] == [False, True, False]
     assert capsys.readouterr().out.count("FAIL") == 3
+
+
+@pytest.mark.parametrize("task", ["ti2v-5B", "i2v-A14B"])
+def test_a_model_of_random_weights_is_a_pipeline_like_any_other(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 32}
+    monkeypatch.setitem(real_size.DIT, task, real_size.DIT[task] | small)
+    widths = {"base_dim": 4, "z_dim": real_size.VAE[task].get("z_dim", 16)}
+    widths |= {"decoder_base_dim": 4} if task == "ti2v-5B" else {}
+    monkeypatch.setitem(real_size.VAE, task, real_size.VAE[task] | widths)
+    text = {"vocab_size": 1000, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    monkeypatch.setattr(real_size, "TEXT", real_size.TEXT | text)
+    pipeline: Any = real_size.build(task)
+    assert all(pipeline.models.is_loaded(name) for name, _ in pipeline.checkpoint.parts)
+    request = clip.make_request(pipeline, 64, 64, 5, 1, 1)
+    made = pipeline.run(request)
+    assert made.clip.frames.shape == (5, 64, 64, 3)
