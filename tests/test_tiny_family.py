@@ -7,20 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.continued import FOLDERS, Maker, Scene, held_out, open_pipeline
 from benchmarks.quality import (
-    FOLDERS,
     ChainClip,
-    Maker,
-    Scene,
     by_colour,
-    held_out,
     judge_clip,
     judge_names,
     measure_captioner,
     measure_chains,
     measure_clips,
     measure_vae,
-    open_pipeline,
     told_in,
 )
 from tests.support.golden import ROOT
