@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 # A module may import its own layer and those above it in this list.
 LAYERS = [
     ("wan.version", "wan.errors", "wan.files", "wan.foreign", "wan.detail", "wan.pages"),
+    ("wan.public",),
     ("wan.configs",),
     ("wan.kinds",),
     ("wan.options",),

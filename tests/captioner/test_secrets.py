@@ -19,7 +19,7 @@ from tests.support.commands import Seen, metadata
 from wan import prompting
 from wan.captioner import EndpointCaptioner, endpoint, open_captioner
 from wan.errors import UserError
-from wan.kinds import public_path, public_url
+from wan.public import public_path, public_url
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 ANSWER = json.dumps({"choices": [{"message": {"content": "A cat."}}]}).encode()

@@ -25,9 +25,9 @@ from tests.support.golden import DATA, GOLDEN, ROOT, small_checkpoints
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli, media
 from wan.commands.progress import Progress
-from wan.kinds import public_path
 from wan.options import settings_of
 from wan.pipeline import Pipeline
+from wan.public import public_path
 from wan.types import Step, to_uint8
 
 pytestmark = pytest.mark.slow
