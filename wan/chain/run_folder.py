@@ -172,7 +172,8 @@ class RunFolder:
     def __init__(self, path: Path, *, lock: bool = True) -> None:
         self.path = path
         self._digests: dict[Path, str] = {}  # what the records of clips that were replaced say
-        self._lock = FileLock(path / LOCK, fallback_to_soft=False) if lock else None
+        # the thread that opens the folder may not be the one that closes it
+        self._lock = FileLock(path / LOCK, fallback_to_soft=False, thread_local=False) if lock else None
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
