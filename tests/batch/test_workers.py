@@ -92,7 +92,7 @@ def test_why_a_process_ended_is_told(name: str, ranks: int, why: str, tmp_path: 
         pids = (await one.start())["pids"]
         making = asyncio.create_task(one.do(order(name, tmp_path)))
         if name == "hangs":
-            while (await one.look())["clip"] != 2:
+            while (await one.look()).get("clip") != 2:
                 await asyncio.sleep(0.01)
             os.kill(pids[0], signal.SIGKILL)
         report = await asyncio.wait_for(making, 20)

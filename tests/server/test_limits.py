@@ -21,7 +21,7 @@ import wan.server
 from tests.support.golden import ROOT
 from tests.support.served import serving
 from wan import cli
-from wan.chain import run_folder
+from wan.chain import finished_clip, run_folder
 from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
@@ -44,8 +44,9 @@ def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
 
 
 def test_names_of_files_are_those_of_the_run_folder() -> None:
-    for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW", "SHEET"):
+    for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW"):
         assert getattr(folders, name) == getattr(run_folder, name)
+    assert folders.SHEET == finished_clip.SHEET
 
 
 def test_a_preview_is_asked_for_where_there_can_be_one() -> None:
@@ -168,7 +169,7 @@ def test_a_full_disk_fails_a_chain_with_its_reason(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(worker, "make", full)
     send = lambda event, **more: messages.append({"event": event, **more})  # noqa: E731
-    good = worker._work(worker.Models(), Settings(), send, threading.Event())
+    good = worker._work(worker.Models(), Settings(), send, threading.Event(), worker.Behind())
     assert good and messages[0]["state"] == "failed"
     assert messages[0]["error"] == {
         "code": "disk_full",

@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from wan.batch.hand import Hand
+from wan.batch.hand import WRITING, Hand
 from wan.errors import UserError
 from wan.options import Settings
 
@@ -38,12 +38,16 @@ _OBJECTS = 100 << 20  # bytes of Ray's own store, of which words of some kB take
 _FRAMES = 2 << 30  # bytes of it where frames go to captioners: 70 MB a question at 1080p
 _ASK_AGAIN = 2  # times, where a captioner dies of a question or with it
 
-Kind: TypeAlias = Literal["ready", "ended", "lost", "seen"]
+Kind: TypeAlias = Literal["ready", "ended", "written", "lost", "seen"]
+_AT_WORK = ("ended", "written")
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a worker: it is ready, its order has ended, it is lost, or it was looked at."""
+    """What became of a worker: it is ready, its order has ended, it is lost, or it was looked at.
+
+    Where an order ended with `WRITING`, "written" comes later.
+    """
 
     kind: Kind
     worker: int
@@ -196,6 +200,11 @@ class Crew:
                 continue
             if kind == "seen":
                 self._members[worker].looking = False
+            if kind == "ended" and message["state"] == WRITING:
+                if ("written", worker) in self._futures.values():  # that of the order before; it is on its way
+                    self._futures[future] = kind, worker
+                    continue
+                self._futures[self._members[worker].hand.written.remote()] = "written", worker
             if kind == "ready" and "error" in message:
                 self.drop(worker)
                 events.append(Event("lost", worker, {"reason": message["error"]}))
@@ -205,7 +214,7 @@ class Crew:
 
     def _look(self) -> None:
         now = time.monotonic()
-        busy = {worker for kind, worker in self._futures.values() if kind == "ended"}
+        busy = {worker for kind, worker in self._futures.values() if kind in _AT_WORK}
         for worker, member in self._members.items():
             if worker in busy and not member.looking and now - member.looked >= LOOK_SECONDS:
                 member.looking, member.looked = True, now
@@ -232,7 +241,7 @@ class Crew:
         for member in self._members.values():
             member.hand.stop.remote()
         events, end = list[Event](), time.monotonic() + seconds
-        while any(kind == "ended" for kind, _ in self._futures.values()) and time.monotonic() < end:
+        while any(kind in _AT_WORK for kind, _ in self._futures.values()) and time.monotonic() < end:
             events += self.wait(0.2)
         return events
 

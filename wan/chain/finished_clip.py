@@ -33,7 +33,7 @@ from wan.types import Generation, UInt8Array, is_finite, to_uint8
 
 REDONE, TAKES = "redone", "takes"
 SUFFIXES = (".safetensors", ".mp4", ".json")  # of a clip, in the order in which they appear
-_SHEET = "sheet."
+SHEET = "sheet."
 _NAME = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})\.json")
 _REPLACED = re.compile(r"video_0*([1-9]\d{0,4})_seed(\d{1,19})(_\d{1,6})?\.json")  # in redone/
 
@@ -121,7 +121,7 @@ class FinishedClip:
     def sheet(self) -> list[bytes]:
         """JPEGs of the frames around the seam before the clip."""
         with safe_open(self.state, framework="pt") as opened:
-            names = sorted(name for name in opened.keys() if name.startswith(_SHEET))  # noqa: SIM118
+            names = sorted(name for name in opened.keys() if name.startswith(SHEET))  # noqa: SIM118
             return [opened.get_tensor(name).numpy().tobytes() for name in names]
 
 
@@ -186,7 +186,7 @@ def write_clip(stem: Path, made: Generation, settings: Mapping[str, Any], told: 
         **({} if made.handed is None else {"handed": made.handed.contiguous()}),
         **({} if made.colours is None else {"colours": made.colours.contiguous()}),
         "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
-        **{f"{_SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
+        **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
     }
     metadata = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(told.samples)}
     # the library's own writer would leave a file of its own when killed
@@ -224,7 +224,7 @@ def prune(clip: FinishedClip) -> int:
     before = clip.state.stat().st_size
     with safe_open(clip.state, framework="pt") as opened:
         metadata = {"settings": opened.metadata()["settings"]}
-        names = [name for name in opened.keys() if name.startswith(_SHEET)]  # noqa: SIM118
+        names = [name for name in opened.keys() if name.startswith(SHEET)]  # noqa: SIM118
         data = as_bytes({name: opened.get_tensor(name) for name in names}, metadata)
     record = read_json(clip.record_path)
     write_json(clip.record_path, record | {"digests": record["digests"] | {"pruned": digest_of(data)}})
