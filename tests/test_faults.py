@@ -29,7 +29,7 @@ from wan.device.budget import StageMemory
 from wan.device.layers import SLOTS
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.files import file_digest, publish, write_json, write_text
+from wan.files import file_digest, publish, sampled_digest, write_json, write_text
 from wan.media import writing
 
 A14B = "--ckpt_dir i2v --num_videos 3"
@@ -224,6 +224,21 @@ def test_a_digest_is_of_all_of_a_file(tmp_path: Path) -> None:
         file.write_bytes(changed)
         digests.add(file_digest(file))
     assert len(digests) == 5
+
+
+def test_a_digest_of_weights_is_of_their_size_and_their_beginning_middle_and_end(tmp_path: Path) -> None:
+    size, digests = 5 * 2**20, set()
+    for number, place in enumerate((None, 0, size // 2, size - 1)):
+        file = tmp_path / f"{number}.safetensors"
+        with file.open("wb") as opened:
+            opened.truncate(size)
+            if place is not None:
+                opened.seek(place)
+                opened.write(b"x")
+        digests.add(sampled_digest(file))
+    with file.open("ab") as opened:
+        opened.truncate(size + 1)
+    assert len(digests | {sampled_digest(file)}) == 5
 
 
 def test_a_source_that_differs_only_at_its_end_is_another_video(command: Callable[..., Seen], world: Path) -> None:
