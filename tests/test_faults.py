@@ -383,7 +383,7 @@ class Layered(torch.nn.Module):
 
 
 def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], world: Path) -> None:
-    board = story(world, {}, {"seed": 77, "cut": "red.png"}, {"context": 5}, {"frames": 13})
+    board = story(world, {}, {"seed": 77, "cut": "red.png", "fade": 2}, {"context": 5}, {"frames": 13})
     dry = command(f"--num_videos 4 {board} --dry_run")
     lines = dry.output.splitlines()
     table = [line.split()[:5] for line in lines[2:6]]
@@ -394,7 +394,7 @@ def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], wo
     start = 0.0
     for row, (number, clip) in zip(table, sorted(run.clips.items()), strict=True):
         frames = frames_in(clip.video)
-        new = frames - clip.dropped
+        new = frames - clip.dropped - (2 if number == 2 else 0)  # which fade in over frames of the clip before
         assert row == [str(number), str(frames), str(new), f"{start:.2f}", str(clip.record["seed"])]
         start += new / 24
     assert sums == f"{start:.2f} s of new video; 4 of 4 clips are still to be made"

@@ -241,6 +241,13 @@ def test_sound_stays_with_pictures_that_are_shown_later_than_their_stream_begins
     assert abs(begins - (1.0 - 12 / 25)) < 0.06
 
 
+def test_so_it_does_in_a_video_that_is_rewritten(tmp_path: Path) -> None:
+    with_sound(tmp_path / "a.mp4", "aac", whole=False)
+    media.rewrite_video(tmp_path / "a.mp4", tmp_path / "b.mp4", lambda picture: picture)
+    _, begins, _ = tone_begins(tmp_path / "b.mp4")
+    assert abs(begins - (1.0 - 12 / 25)) < 0.06
+
+
 def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     media.write_video(tmp_path / "source.mp4", numbered(range(3), 64, 36), 16)
     clip(tmp_path / "one.mp4", range(5), Fraction(16), 1)

@@ -410,21 +410,25 @@ def test_generic_asks_with_numbered_small_frames() -> None:
             return self
 
     class Processor:
-        def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> Inputs:
-            self.messages = messages
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Inputs:
+            self.messages, self.options = messages, options
             return Inputs(input_ids=torch.tensor([[1, 2, 3]]))
 
         def batch_decode(self, ids: torch.Tensor, **_: Any) -> list[str]:
             return [str(ids.tolist())]
 
     class Model:
-        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert options == {"do_sample": False, "max_new_tokens": 512}  # greedy
             return torch.cat([input_ids, torch.tensor([[8, 9]])], 1)
 
     captioner = GenericCaptioner(GOLDEN_VLM / "hf", "cpu")
     processor = Processor()
     vars(captioner).update(_model=Model(), processor=processor)
     assert captioner.describe(np.zeros((1, 900, 1600, 3), np.uint8), "What is it?", "Be brief.") == "[[8, 9]]"
+    # ids and a mask as tensors, up to where the answer begins
+    wanted = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert processor.options == wanted
     system, user = processor.messages
     assert system["content"][0]["text"] == "Be brief."
     assert [part.get("text") for part in user["content"]] == ["Frame1: ", None, "What is it?"]
