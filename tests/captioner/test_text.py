@@ -159,7 +159,7 @@ def test_a_description_is_no_refusal(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("answer", "meant"),
     [
         ("<THINK>Is it red?</THINK>A ball rolls.", "A ball rolls."),
         ("<reasoning>Is it red?\n</reasoning>\nA ball rolls.", "A ball rolls."),
@@ -172,8 +172,8 @@ def test_a_description_is_no_refusal(text: str) -> None:
         ("![frame 1](a.png) A ball \x1b[31mrolls\x1b[0m.", "A ball rolls."),
     ],
 )
-def test_what_is_around_an_answer_goes(said: str, meant: str) -> None:
-    assert clean_caption(said) == meant
+def test_what_is_around_an_answer_goes(answer: str, meant: str) -> None:
+    assert clean_caption(answer) == meant
 
 
 def test_a_model_that_counts_on_and_on_is_cut() -> None:
@@ -183,10 +183,10 @@ def test_a_model_that_counts_on_and_on_is_cut() -> None:
     )
 
 
-@pytest.mark.parametrize("said", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
-def test_a_caption_without_a_word_is_refused(said: str) -> None:
+@pytest.mark.parametrize("caption", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
+def test_a_caption_without_a_word_is_refused(caption: str) -> None:
     with pytest.raises(UserError, match="holds no usable text"):
-        compose_prompt("continue video", said, words)
+        compose_prompt("continue video", caption, words)
 
 
 def words(text: str) -> int:
