@@ -324,7 +324,10 @@ def test_endpoint_takes_the_model_that_is_named(server: Server) -> None:
     [
         (503, b"loading\nthe model", r"refused with HTTP 503 \(loading the model\)"),
         (200, b"<html>", "did not answer in JSON"),
-        (200, b'{"error": "no"}', "answered without choices"),
+        (200, b'{"choices": []}', "answered without choices"),
+        (200, b'{"error": {"message": "no\\nroom"}}', r"answered with an error \(no room\)"),
+        (200, b'{"error": "no"}', r"answered with an error \(no\)"),
+        (413, b"", r"refused with HTTP 413 \(Request Entity Too Large\)"),
         (200, b'{"choices": [{"message": {"content": null}}]}', "gave an empty answer"),
     ],
 )
@@ -333,6 +336,25 @@ def test_endpoint_errors_are_one_line(server: Server, status: int, reply: bytes,
     with pytest.raises(UserError, match=f"{message}.*or give prompt") as caught:
         EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
     assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_in_a_field_of_its_own_is_what_it_says(server: Server) -> None:
+    server.reply = json.dumps({"choices": [{"message": {"content": None, "refusal": "I can't help."}}]}).encode()
+    assert EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?") == "I can't help."
+
+
+def test_an_answer_that_breaks_off_is_no_answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(self: Handler, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) + 5))
+        self.end_headers()
+        self.wfile.write(body)
+
+    monkeypatch.setattr(Handler, "say", say)
+    with pytest.raises(
+        UserError, match=r"captioning with .* failed \(IncompleteRead.* 5 more expected.*or give prompt"
+    ):
+        EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
 
 
 def test_an_endpoint_that_is_down_is_one_line(server: Server) -> None:

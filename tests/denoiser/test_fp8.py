@@ -19,6 +19,7 @@ from wan import WanTI2V, cli
 from wan.denoiser import fp8
 from wan.denoiser.fp8 import attend_in_fp8, check_precision, multiply, quantize, quantize_model
 from wan.denoiser.model import WanModel
+from wan.device.streaming import PinnedStage
 from wan.errors import UserError
 from wan.weights import loading
 from wan.weights.quantized import Addition, QuantizedLinear, QuantizedTensor
@@ -145,6 +146,20 @@ def test_weights_are_rounded_as_they_are_read(ti2v: Any, monkeypatch: pytest.Mon
     for name, value in low.state_dict().items():
         assert value.dtype == expected[name].dtype
         assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def test_weights_that_pass_through_pinned_memory_are_the_same() -> None:
+    cpu = torch.device("cpu")
+    plain, staged = fp8.Lowering(torch.bfloat16, cpu, cpu), fp8.Lowering(torch.bfloat16, cpu, cpu)
+    staged._stages = PinnedStage(), PinnedStage()  # as on a GPU
+    made = []
+    for size in (24, 48, 16):  # each takes the place of the one before
+        layer, numbers = torch.nn.Linear(size, 32), random(32, size, seed=size)
+        made.append((plain(layer, numbers), staged(layer, numbers)))
+    for one, other in made:
+        assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
+        assert isinstance(one, QuantizedLinear) and isinstance(other, QuantizedLinear)
+        assert one.scale is not None and other.scale is not None and torch.equal(one.scale, other.scale)
 
 
 @pytest.mark.parametrize("precision", fp8.PRECISIONS)

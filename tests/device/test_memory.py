@@ -226,6 +226,31 @@ def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch
     assert streaming._pinned["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
 
 
+def test_a_stage_is_one_piece_of_memory_for_all_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def register(place: int, size: int, flags: int) -> int:
+        calls.append(("pin", size))
+        return 0
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=register,
+        cudaHostUnregister=lambda place: calls.append(("unpin", place)),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
+    stage = streaming.PinnedStage()
+    first = stage.like(torch.zeros(3, 1000), torch.bfloat16)
+    assert first.shape == (3, 1000) and first.dtype == torch.bfloat16 and first.data_ptr() % 4096 == 0
+    assert stage.like(torch.zeros(2, 8), torch.float8_e4m3fn).data_ptr() == first.data_ptr()
+    stage.like(torch.zeros(5000), torch.float32)  # a larger one
+    assert calls == [("pin", 8192), ("unpin", first.data_ptr()), ("pin", 20480)]
+    assert streaming._pinned["bytes"] == 20480
+    del stage
+    assert len(calls) == 4 and streaming._pinned["bytes"] == 0
+
+
 def test_changed_weights_are_those_that_come() -> None:
     model = build(num_layers=6)
     placement = Placement(CPU, weight_budget=room_for(model, 0))

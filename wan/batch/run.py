@@ -42,7 +42,7 @@ def make_batch(settings: Settings) -> None:
 
         check_place(settings.upload.replace(NAME, "name"))
     _refuse(bad, settings)
-    from wan.batch.crew import Crew  # which needs Ray
+    from wan.batch.crew import Crew, Gone  # which needs Ray
 
     tasks = [Task(row) for row in rows]
     crew = Crew(settings)
@@ -59,9 +59,14 @@ def make_batch(settings: Settings) -> None:
             return
         batch.make()
     except BaseException as error:
-        if not isinstance(error, UserError) and not settings.dry_run:
+        if isinstance(error, Exception) and not crew.is_connected:
+            error = Gone(
+                f"the Ray cluster at {settings.address} has gone, or its client server has; finished clips are kept, "
+                "and the same command goes on when it is there again"
+            )
+        if (isinstance(error, Gone) or not isinstance(error, UserError)) and not settings.dry_run:
             batch.leave()
-        raise
+        raise error
     finally:
         crew.close()
     if failed := _count(batch.made, FAILED):
