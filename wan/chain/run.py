@@ -1,8 +1,7 @@
-"""One run of a chain in its folder: which clips are finished, which are made, and what is written about them."""
+"""One run of a chain in its folder: which clips are finished, and which are made."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,15 @@ from wan.chain.draft import ClipDraft, discard
 from wan.chain.fingerprint import fingerprint
 from wan.chain.finished_clip import FinishedClip, Told, prune, seal
 from wan.chain.joined_video import JoinedVideo
-from wan.chain.report import render_report
-from wan.chain.run_folder import DATA, PAGE, RunFolder
+from wan.chain.run_folder import RunFolder
+from wan.chain.run_record import RunRecord
 from wan.chain.script import Script
 from wan.chain.seeds import Seeds
 from wan.chain.telling import tell
 from wan.chain.writer import ClipWriter
 from wan.errors import UserError
-from wan.files import file_digest, numbered, readable, write_json, write_text
-from wan.options import Settings, options_of
+from wan.files import file_digest, numbered, readable
+from wan.options import Settings
 from wan.types import Footage, Generation
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ Describe: TypeAlias = "Callable[[Generation, str | None, Plan], dict[str, Any]]"
 
 
 class ChainRun:
-    """One run in a folder: which of its clips are there already, and what is written about the others.
+    """One run in a folder: which of its clips are there already, and which are made.
 
     A clip that is there counts if it was made with the same settings, seed and predecessor. One that is not what is
     asked for is made again, and so is what follows from it, unless the right clip lies elsewhere in the folder.
@@ -45,13 +44,12 @@ class ChainRun:
         self.settings, self.folder, self.source = settings, folder, source
         self.describe = describe
         self.writer = ClipWriter(self.save)
-        self.started, self.writes = time.perf_counter(), False
         self.finished, before = folder.clips(), folder.run
         self._source_digest = _source_digest(settings)
         self.seeds = Seeds(settings.base_seed, before)
         self.choices = Choices(settings, before)
         self.joined = JoinedVideo(settings, folder, self._source_digest, before)
-        self.seconds_before = float(before.get("seconds") or 0)
+        self.record = RunRecord(settings, folder, float(before.get("seconds") or 0))
         self.clips: dict[int, FinishedClip] = {}
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
         self._to_redo = settings.redo  # until another seed was drawn for it
@@ -254,7 +252,7 @@ class ChainRun:
     def write(self, made: Generation, then: Callable[[FinishedClip], None]) -> None:
         """Put the next clip on disk while the one after it is made, and call `then`; the one before is waited for."""
         self.writer.wait()
-        self.writes = True
+        self.record.makes_clips = True
         number = self.first_missing
         self.writer.write(number, made, lambda: then(self.clips[number]))
 
@@ -286,34 +284,10 @@ class ChainRun:
         )
 
     def report(self, status: str) -> None:
-        """`prompts_log.txt`, `run.json` and the report as things stand."""
+        """What is written about the run, as things stand."""
         clips = [self.clips[number] for number in sorted(self.clips)]
-        records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
-        # a run that has nothing to do leaves the time of those that made the clips
-        made_in = time.perf_counter() - self.started if self.writes else 0.0
-        run = {
-            "status": status,
-            "clips_finished": len(clips),
-            "clips_asked": self.count,
-            **self.seeds.as_json(),
-            **self.choices.as_json(),
-            **self.joined.as_json(),
-            "seconds": round(self.seconds_before + made_in, 3),
-            "arguments": self._arguments(),
-            "clips": records,
-        }
-        self.folder.write_run(run)  # first: it tells that the other files are ours
-        self.folder.write_prompts(clips)
-        page, data = render_report(run, records, [clip.sheet for clip in clips])
-        write_json(self.folder.path / DATA, data)
-        write_text(self.folder.path / PAGE, page)
-
-    def _arguments(self) -> dict[str, Any]:
-        """What the command was told, as JSON values that may be handed on."""
-        given = {
-            one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("continuous") if one.flag
-        }
-        return dict(sorted(given.items()))
+        state = self.seeds.as_json() | self.choices.as_json() | self.joined.as_json()
+        self.record.write(status, clips, self.count, state)
 
     def finish(self, status: str) -> Path | None:
         """Join the clips up to the first that is missing, and report."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -179,7 +179,7 @@ class RunFolder:
         """Replace the record of the run."""
         write_json(self.path / RUN, record)
 
-    def write_prompts(self, clips: list[FinishedClip]) -> None:
+    def write_prompts(self, clips: Sequence[FinishedClip]) -> None:
         """`prompts_log.txt`: one line a clip."""
         lines = [
             f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n"
