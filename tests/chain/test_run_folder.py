@@ -1,0 +1,87 @@
+"""The owners of a run's folder, each built by itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from wan.chain.elsewhere import ClipsElsewhere
+from wan.chain.fingerprint import fingerprint
+from wan.chain.finished_clip import REDONE, FinishedClip, Told, prune, read_clip, write_clip
+from wan.chain.lock import FolderLock
+from wan.chain.run_folder import RunFolder
+from wan.chain.run_record import RunRecord
+from wan.errors import InUse
+from wan.options import Settings
+from wan.types import Clip, Generation
+
+SETTINGS = {"width": 32, "height": 32, "seed": 7}
+
+
+def clip(stem: Path) -> Path:
+    """A clip of five frames on disk; returns its record."""
+    stem.parent.mkdir(exist_ok=True)
+    request: Any = SimpleNamespace(seed=7)
+    made = Generation(Clip(torch.zeros(5, 32, 32, 3), Fraction(24)), torch.zeros(4, 2, 4, 4), request)
+    record = {"seed": 7, "prompt": "a boat", "fps": "24", "frame_num": 5, "dropped": 1}
+    write_clip(stem, made, SETTINGS, Told(lambda: record, (2, None), [b"a jpeg"], metadata=False))
+    return stem.with_suffix(".json")
+
+
+def test_a_clip_is_read_as_it_was_written_and_not_once_a_file_has_changed(tmp_path: Path) -> None:
+    path = clip(tmp_path / "video_03_seed7")
+    one = read_clip(path)
+    assert isinstance(one, FinishedClip) and (one.number, one.dropped, one.settings) == (3, 1, SETTINGS)
+    assert one.tail(2, Fraction(24)).shape == (2, 32, 32, 3) and one.motion.shape == (4, 1, 4, 4)
+    assert one.sheet == [b"a jpeg"] and one.samples(2).shape == (2, 32, 32, 3)
+    one.video.write_bytes(one.video.read_bytes()[:-1])
+    fault = read_clip(path)
+    assert not isinstance(fault, FinishedClip)
+    assert (fault.number, fault.reason) == (3, "video_03_seed7.mp4 is not what was written")
+
+
+def test_a_clip_that_was_replaced_is_known_by_its_fingerprint_while_it_is_whole(tmp_path: Path) -> None:
+    elsewhere, digest = ClipsElsewhere(tmp_path), fingerprint(SETTINGS)
+    assert elsewhere.find(digest) is None
+    moved = elsewhere.set_clip_aside(clip(tmp_path / "video_03_seed7"))
+    again = elsewhere.set_clip_aside(clip(tmp_path / "video_03_seed7"))  # under a name that is free
+    assert moved.parent == again.parent == tmp_path / REDONE and moved != again
+    assert sorted(file.name for file in tmp_path.iterdir()) == [REDONE] and len(elsewhere.replaced()) == 2
+    for record in sorted((moved, again)):
+        one = elsewhere.find(digest)
+        assert one is not None and one.record_path == record
+        assert prune(one) > 0  # nothing can go on from it now
+    assert elsewhere.find(digest) is None and elsewhere.find("another") is None
+
+
+def test_a_folder_has_one_lock_which_others_get_once_it_is_let_go(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    with pytest.raises(InUse, match="in use by another run"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_a_run_that_makes_nothing_leaves_the_time_of_those_that_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    folder = RunFolder(tmp_path)
+    record = RunRecord(Settings(ckpt_dir="x", video="films/a.mp4"), folder, 12.5)
+    now = 102.0
+    record.write("running", [], 2, {"base_seed": 3})
+    assert folder.run["seconds"] == 12.5 and folder.run["clips_asked"] == 2 and folder.run["base_seed"] == 3
+    record.makes_clips = True
+    record.write("finished", [], 2, {"base_seed": 3})
+    assert folder.run["seconds"] == 14.5 and folder.run["arguments"]["video"] == "films/a.mp4"
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["status"] == "finished"
