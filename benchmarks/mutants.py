@@ -33,8 +33,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         *("test_options", "test_shell", "test_from", "test_cli"),
     ),
     "wan/chain": (
-        *("test_continuation_pairs", "test_faults", "test_trust", "test_options", "test_edited_folders"),
-        *("test_outputs", "test_resume", "test_long_video"),
+        *("test_run_folder", "test_continuation_pairs", "test_faults", "test_trust", "test_options"),
+        *("test_edited_folders", "test_outputs", "test_resume", "test_long_video"),
     ),
     "wan/chain/plan.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
     "wan/chain/report.py": ("test_report",),
