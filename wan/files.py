@@ -124,18 +124,33 @@ def unreadable(file: Path, error: BaseException) -> UserError:
     """Why a file of weights cannot be read, told from how it begins."""
     if isinstance(error, PermissionError):
         return UserError(f"{file} may not be read by this user; change its permissions")
+    if other := something_else(file):
+        return other
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")
+
+
+def something_else(file: Path, *, text: bool = False) -> UserError | None:
+    """What a file is that was to be downloaded, if that is seen from how it begins; weights are no `text`."""
     try:
         with file.open("rb") as opened:
-            head = opened.read(512).lstrip().lower()
+            head = opened.read(512).strip()
     except PermissionError:
         return UserError(f"{file} may not be read by this user; change its permissions")
     except OSError:
-        head = b""
-    if head.startswith(b"version https://git-lfs"):
+        return None
+    if head.lower().startswith(b"version https://git-lfs"):
         return UserError(
-            f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` there or download it again"
+            f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` there or download it again"
         )
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if head.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")
+    if (
+        not text
+        and head
+        and head.isascii()
+        and (words := head.decode()).replace("\n", "").replace("\r", "").isprintable()
+    ):
+        shown = " ".join(words.split())[:60]
+        return UserError(f"{file} is a text ({shown!r}) that was saved under this name; download the file itself")
+    return None

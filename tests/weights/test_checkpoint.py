@@ -123,7 +123,7 @@ BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: truncate(f / "Wan2.2_VAE.pth"), r"Wan2.2_VAE.pth cannot be read, it may be truncated"),
     (
         lambda f: (f / "Wan2.2_VAE.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        r"VAE.pth is a pointer of Git LFS, not the weights",
+        r"VAE.pth is a pointer of Git LFS, not the file itself",
     ),
     (lambda f: (f / "Wan2.2_VAE.pth").unlink(), r"expected Wan2.2_VAE.pth, found no such file"),
     (lambda f: (f / "models_t5_umt5-xxl-enc-bf16.pth").unlink(), r"expected models_t5_umt5-xxl-enc-bf16.pth"),

@@ -23,10 +23,12 @@ from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import unreadable
+from wan.foreign import read_json
 from wan.options import OPTIONS, Settings
 from wan.settings import LoraFile
 from wan.text.umt5 import _library_name
 from wan.weights.checkpoint import Names, identify
+from wan.weights.reading import read_pth
 from wan.weights.single_file import open_denoiser
 
 VAES = {"14b": "Wan2.1_VAE.pth", "5b": "Wan2.2_VAE.pth"}
@@ -285,6 +287,7 @@ def test_a_gguf_that_lost_dimensions_is_the_model_that_it_was(patch: bool, kind:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Not found</body></html>" * 9
+TEXT = b'{"error": "Access to this model is restricted",\n "code": 403}'
 
 
 @pytest.mark.parametrize(
@@ -296,13 +299,35 @@ def test_pointers_and_pages_are_called_what_they_are(name: str, tmp_path: Path) 
     file = {"diffusion.safetensors": shard, "Wan2.2_VAE.pth": folder / name}.get(name, tmp_path / name)
     more: dict[str, Any] = {"dit_files": {"model": file}} if name == "x.gguf" else {}
     more |= {"part_files": {"vae": file}} if name == "vae.safetensors" else {}
-    for content, message in ((POINTER, "is a pointer of Git LFS, not the weights"), (PAGE, "is a web page that was")):
+    for content, message in (
+        (POINTER, "is a pointer of Git LFS, not the file itself"),
+        (PAGE, "is a web page that was"),
+        (TEXT, """is a text ('{"error": "Access to this model is restricted", "code": 403}') that was saved"""),
+    ):
         file.write_bytes(content)
         if name == "lora.safetensors":
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(UserError, match=re.escape(message)):
                 open_loras([LoraFile(file)], open_pipeline(folder).checkpoint.experts["model"])
         else:
             refused(f"{file} {message}", folder, **more)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 99, b"\x80\x02cos\nsystem\n.", b"\x1f\x8b" + b"x" * 99])
+def test_a_pth_that_is_none_gets_no_advice_to_run_its_code(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pth cannot be read.*\(it is no file of tensors alone\)"):
+        read_pth(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["config.json", "wan_config.json", "diffusion_pytorch_model.safetensors.index.json"])
+def test_a_config_that_is_a_pointer_or_a_page_is_called_so(name: str, tmp_path: Path) -> None:
+    for content, message in ((POINTER, "is a pointer of Git LFS"), (PAGE, "is a web page that was"), (TEXT, None)):
+        (tmp_path / name).write_bytes(content)
+        if message is None:
+            assert read_json(tmp_path / name)["code"] == 403
+        else:
+            with pytest.raises(UserError, match=f"{name} {message}"):
+                read_json(tmp_path / name)
 
 
 def test_a_file_that_may_not_be_read_is_said(tmp_path: Path) -> None:
