@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -22,6 +23,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU")
     if item.get_closest_marker("rare") and not item.config.getoption("--rare"):
         pytest.skip("only `make test-all` runs it")
+
+
+def pytest_collection_finish() -> None:
+    _leave_out_of_collections()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        _leave_out_of_collections()
+
+
+def _leave_out_of_collections() -> None:
+    """Each command ends with a collection of garbage, which would go through a million objects of imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 __all__ = ["command", "world"]  # the fixtures of whole commands are for all tests

@@ -37,10 +37,10 @@ class Scripted:
 
     def describe(self, frames: UInt8Array, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         self.questions.append(question)
-        said = self.script.pop(0)
-        if isinstance(said, UserError):
-            raise said
-        return said
+        answer = self.script.pop(0)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ from wan.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("said", "clean"),
+    ("raw", "clean"),
     [
         ("<think>hm\nwell</think>\n\n**A cat** runs.", "A cat runs."),
         ("the template opened it</think>The dog sits.", "The dog sits."),
@@ -64,9 +64,9 @@ from wan.errors import UserError
         ("Here is a cat. It sleeps.", "Here is a cat. It sleeps."),
     ],
 )
-def test_caption_is_cleaned(said: str, clean: str | None) -> None:
+def test_caption_is_cleaned(raw: str, clean: str | None) -> None:
     clean = "A red car. It turns. It stops. wheels 4." if clean is None else clean
-    assert clean_caption(said) == clean
+    assert clean_caption(raw) == clean
     assert clean_caption(clean) == clean
 
 
@@ -92,7 +92,7 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "I'm sorry, but I can't assist with that request.",
         "I’m sorry, I cannot describe this video.",
@@ -134,12 +134,12 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "متأسفم، من نمی‌توانم کمک کنم.",
     ],
 )
-def test_a_refusal_is_known(said: str) -> None:
-    assert refusal(said) is not None
+def test_a_refusal_is_known(text: str) -> None:
+    assert refusal(text) is not None
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "A man says sorry and walks away.",
         "The cat can't reach the shelf. It cannot see the mouse.",
@@ -154,12 +154,12 @@ def test_a_refusal_is_known(said: str) -> None:
         "",
     ],
 )
-def test_a_description_is_no_refusal(said: str) -> None:
-    assert refusal(said) is None
+def test_a_description_is_no_refusal(text: str) -> None:
+    assert refusal(text) is None
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("answer", "meant"),
     [
         ("<THINK>Is it red?</THINK>A ball rolls.", "A ball rolls."),
         ("<reasoning>Is it red?\n</reasoning>\nA ball rolls.", "A ball rolls."),
@@ -172,8 +172,8 @@ def test_a_description_is_no_refusal(said: str) -> None:
         ("![frame 1](a.png) A ball \x1b[31mrolls\x1b[0m.", "A ball rolls."),
     ],
 )
-def test_what_is_around_an_answer_goes(said: str, meant: str) -> None:
-    assert clean_caption(said) == meant
+def test_what_is_around_an_answer_goes(answer: str, meant: str) -> None:
+    assert clean_caption(answer) == meant
 
 
 def test_a_model_that_counts_on_and_on_is_cut() -> None:
@@ -183,10 +183,10 @@ def test_a_model_that_counts_on_and_on_is_cut() -> None:
     )
 
 
-@pytest.mark.parametrize("said", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
-def test_a_caption_without_a_word_is_refused(said: str) -> None:
+@pytest.mark.parametrize("caption", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
+def test_a_caption_without_a_word_is_refused(caption: str) -> None:
     with pytest.raises(UserError, match="holds no usable text"):
-        compose_prompt("continue video", said, words)
+        compose_prompt("continue video", caption, words)
 
 
 def words(text: str) -> int:

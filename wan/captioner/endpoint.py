@@ -21,7 +21,7 @@ from PIL import Image
 from wan.captioner.base import BackEnd, Pictures, one_line, to_images
 from wan.errors import UserError
 from wan.foreign import parse_json
-from wan.kinds import public_url
+from wan.public import public_url
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
 MOST_BYTES = 4 << 20  # of an answer
