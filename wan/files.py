@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,13 @@ def unreadable(file: Path, error: BaseException) -> UserError:
     return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")
 
 
+_FORMATS = (  # how files of weights begin
+    (re.compile(rb"GGUF"), "GGUF", ".gguf"),
+    (re.compile(rb"PK\x03\x04"), "PyTorch", ".pth"),
+    (re.compile(rb".{1,6}\0{1,7}\{\"", re.DOTALL), "safetensors", ".safetensors"),
+)
+
+
 def something_else(file: Path, *, text: bool = False) -> UserError | None:
     """What a file is that was to be downloaded, if that is seen from how it begins; weights are no `text`."""
     try:
@@ -145,12 +153,11 @@ def something_else(file: Path, *, text: bool = False) -> UserError | None:
         )
     if head.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
-    if (
-        not text
-        and head
-        and head.isascii()
-        and (words := head.decode()).replace("\n", "").replace("\r", "").isprintable()
-    ):
-        shown = " ".join(words.split())[:60]
-        return UserError(f"{file} is a text ({shown!r}) that was saved under this name; download the file itself")
+    if text:
+        return None
+    for begins, kind, suffix in _FORMATS:
+        if begins.match(head) and file.suffix.lower() != suffix:
+            return UserError(f"{file} is a {kind} file by its contents; give it a name that ends in {suffix}")
+    if head and head.isascii() and (words := " ".join(head.decode().split())).isprintable():
+        return UserError(f"{file} is a text ({words[:60]!r}) that was saved under this name; download the file itself")
     return None

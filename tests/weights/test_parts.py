@@ -312,6 +312,22 @@ def test_pointers_and_pages_are_called_what_they_are(name: str, tmp_path: Path) 
             refused(f"{file} {message}", folder, **more)
 
 
+def test_weights_of_another_format_are_to_be_renamed(tmp_path: Path) -> None:
+    folder, state = GOLDEN / "5b" / "ckpt", {"conv1.weight": torch.zeros(2, 2)}
+    save_file(state, tmp_path / "1.gguf")
+    save_file(state, tmp_path / "1.pth")
+    torch.save(state, tmp_path / "2.safetensors")
+    (tmp_path / "3.safetensors").write_bytes(b"GGUF\3\0\0\0" + bytes(99))
+    for name, kind, suffix, part in (
+        ("1.gguf", "safetensors", ".safetensors", "dit"),
+        ("1.pth", "safetensors", ".safetensors", "vae"),
+        ("2.safetensors", "PyTorch", ".pth", "vae"),
+        ("3.safetensors", "GGUF", ".gguf", "dit"),
+    ):
+        files = {"dit_files": {"model": tmp_path / name}} if part == "dit" else {"part_files": {part: tmp_path / name}}
+        refused(f"{name} is a {kind} file by its contents; give it a name that ends in {suffix}", folder, **files)
+
+
 @pytest.mark.parametrize("content", [b"\0" * 99, b"\x80\x02cos\nsystem\n.", b"\x1f\x8b" + b"x" * 99])
 def test_a_pth_that_is_none_gets_no_advice_to_run_its_code(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(content)
