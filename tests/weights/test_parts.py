@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.golden import GOLDEN
 from tests.support.quantized_files import State, gguf_file, official, plain_fp8
@@ -310,6 +310,13 @@ def test_pointers_and_pages_are_called_what_they_are(name: str, tmp_path: Path) 
                 open_loras([LoraFile(file)], open_pipeline(folder).checkpoint.experts["model"])
         else:
             refused(f"{file} {message}", folder, **more)
+
+
+def test_a_denoiser_that_lacks_its_last_block_is_refused(tmp_path: Path) -> None:
+    folder, file = GOLDEN / "5b" / "ckpt", tmp_path / "cut.safetensors"
+    whole = {name: value for shard in sorted(folder.glob("*.safetensors")) for name, value in load_file(shard).items()}
+    save_file({name: value for name, value in whole.items() if not name.startswith("blocks.1.")}, file)
+    refused("config.json says 2; download it again", folder, dit_files={"model": file})
 
 
 def test_weights_of_another_format_are_to_be_renamed(tmp_path: Path) -> None:
