@@ -134,7 +134,7 @@ def unreadable(file: Path, error: BaseException) -> UserError:
 _FORMATS = (  # how files of weights begin
     (re.compile(rb"GGUF"), "GGUF", ".gguf"),
     (re.compile(rb"PK\x03\x04"), "PyTorch", ".pth"),
-    (re.compile(rb".{1,6}\0{1,7}\{\"", re.DOTALL), "safetensors", ".safetensors"),
+    (re.compile(rb".{6}\0\0\{\"", re.DOTALL), "safetensors", ".safetensors"),
 )
 
 
@@ -142,11 +142,12 @@ def something_else(file: Path, *, text: bool = False) -> UserError | None:
     """What a file is that was to be downloaded, if that is seen from how it begins; weights are no `text`."""
     try:
         with file.open("rb") as opened:
-            head = opened.read(512).strip()
+            begin = opened.read(512)
     except PermissionError:
         return UserError(f"{file} may not be read by this user; change its permissions")
     except OSError:
         return None
+    head = begin.strip()
     if head.lower().startswith(b"version https://git-lfs"):
         return UserError(
             f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` there or download it again"
@@ -155,8 +156,9 @@ def something_else(file: Path, *, text: bool = False) -> UserError | None:
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
     if text:
         return None
+    others = {suffix for *_, suffix in _FORMATS}  # what .pt and .ckpt hold, they do not say
     for begins, kind, suffix in _FORMATS:
-        if begins.match(head) and file.suffix.lower() != suffix:
+        if begins.match(begin) and file.suffix.lower() in others - {suffix}:
             return UserError(f"{file} is a {kind} file by its contents; give it a name that ends in {suffix}")
     if head and head.isascii() and (words := " ".join(head.decode().split())).isprintable():
         return UserError(f"{file} is a text ({words[:60]!r}) that was saved under this name; download the file itself")

@@ -114,7 +114,7 @@ class Encoded(Local):
     def check(self, value: Any) -> None:
         super().check(value)
         try:
-            for text in [value] if isinstance(value, str) else value:
+            for text in map(str, value) if isinstance(value, tuple | list) else (str(value),):
                 text.encode()
         except UnicodeEncodeError as error:
             raise Unfit(f"{readable(text)} is not valid UTF-8; give another name") from error

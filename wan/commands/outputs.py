@@ -105,10 +105,11 @@ def _same(one: Path, other: Path) -> bool:
 def _is_clip(video: Path) -> bool:
     """Whether a file is a clip of ours as it was written, or is gone and its record is there."""
     record = _record(video)
-    made = record.get("versions")
-    digests = record.get("digests", {})  # earlier releases noted none
-    is_whole = not video.exists() or "mp4" not in digests or digests["mp4"] == file_digest(video)
-    return isinstance(made, dict) and "wan-continue" in made and "seed" in record and is_whole
+    versions, digests = record.get("versions"), record.get("digests")
+    if not isinstance(versions, dict) or "wan-continue" not in versions or "seed" not in record:
+        return False
+    # earlier releases noted no digest
+    return not (video.exists() and isinstance(digests, dict)) or digests.get("mp4") == file_digest(video)
 
 
 def _is_larger(video: Path) -> bool:
