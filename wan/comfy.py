@@ -100,7 +100,8 @@ class ComfyFolder:
         known = {name for names in _FOLDERS.values() for name in names} | {_BUNDLES}
         roots = [root for root in (folder, folder / "models") if any((root / name).is_dir() for name in known)]
         if not roots:
-            lack = "has none of the folders" if folder.is_dir() else "does not exist; name the one with"
+            is_file = "is a file" if folder.exists() else "does not exist"
+            lack = "has none of the folders" if folder.is_dir() else f"{is_file}; name the folder with"
             raise UserError(f"`comfy_dir` {folder} {lack} {', '.join(sorted(known - {_BUNDLES}))}")
         self.root = roots[0]
         self._configs = [one / part for one in (self.root, *configs) for part in (".", HIGH, LOW, "transformer")]

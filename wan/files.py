@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -124,18 +125,41 @@ def unreadable(file: Path, error: BaseException) -> UserError:
     """Why a file of weights cannot be read, told from how it begins."""
     if isinstance(error, PermissionError):
         return UserError(f"{file} may not be read by this user; change its permissions")
+    if other := something_else(file):
+        return other
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")
+
+
+_FORMATS = (  # how files of weights begin
+    (re.compile(rb"GGUF"), "GGUF", ".gguf"),
+    (re.compile(rb"PK\x03\x04"), "PyTorch", ".pth"),
+    (re.compile(rb".{6}\0\0\{\"", re.DOTALL), "safetensors", ".safetensors"),
+)
+
+
+def something_else(file: Path, *, text: bool = False) -> UserError | None:
+    """What a file is that was to be downloaded, if that is seen from how it begins; weights are no `text`."""
     try:
         with file.open("rb") as opened:
-            head = opened.read(512).lstrip().lower()
+            begin = opened.read(512)
     except PermissionError:
         return UserError(f"{file} may not be read by this user; change its permissions")
     except OSError:
-        head = b""
-    if head.startswith(b"version https://git-lfs"):
+        return None
+    head = begin.strip()
+    if head.lower().startswith(b"version https://git-lfs"):
         return UserError(
-            f"{file} is a pointer of Git LFS, not the weights; run `git lfs pull` there or download it again"
+            f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull` there or download it again"
         )
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if head.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return UserError(f"{file} is a web page that was saved under this name; download the file itself")
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{file} cannot be read, it may be truncated or damaged; download it again ({reason})")
+    if text:
+        return None
+    others = {suffix for *_, suffix in _FORMATS}  # what .pt and .ckpt hold, they do not say
+    for begins, kind, suffix in _FORMATS:
+        if begins.match(begin) and file.suffix.lower() in others - {suffix}:
+            return UserError(f"{file} is a {kind} file by its contents; give it a name that ends in {suffix}")
+    if head and head.isascii() and (words := " ".join(head.decode().split())).isprintable():
+        return UserError(f"{file} is a text ({words[:60]!r}) that was saved under this name; download the file itself")
+    return None

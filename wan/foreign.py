@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from wan.errors import UserError
-from wan.files import unreadable
+from wan.files import something_else, unreadable
 
 MOST_BYTES = 16 << 20  # of a file, where its reader says nothing else
 DEEPEST = 40  # lists and objects in one another
@@ -69,7 +69,11 @@ def read_bytes(path: Path, most: int = MOST_BYTES, advice: str = "remove it, or 
 
 def read_json(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """A JSON object. Raises UserError."""
-    value = parse_json(read_bytes(path, most), str(path))
+    content = read_bytes(path, most)
+    try:
+        value = parse_json(content, str(path))
+    except UserError as error:
+        raise something_else(path, text=True) or error from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must be a JSON object, it is a {type(value).__name__}")
     return value

@@ -108,15 +108,21 @@ class Local(Kind):
 
 
 @dataclass(frozen=True)
-class Output(Local):
-    """A file or a folder to write, whose name stands in records, in the list for FFmpeg and on the terminal."""
+class Encoded(Local):
+    """A file or a folder with a name in UTF-8: the libraries that read weights open no other."""
 
     def check(self, value: Any) -> None:
         super().check(value)
         try:
-            str(value).encode()
+            for text in map(str, value) if isinstance(value, tuple | list) else (str(value),):
+                text.encode()
         except UnicodeEncodeError as error:
-            raise Unfit(f"{readable(value)} is not valid UTF-8; give another name") from error
+            raise Unfit(f"{readable(text)} is not valid UTF-8; give another name") from error
+
+
+@dataclass(frozen=True)
+class Output(Encoded):
+    """A file or a folder to write, whose name stands in records, in the list for FFmpeg and on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -493,7 +499,7 @@ class TakeOf(Kind):
 
 
 @dataclass(frozen=True)
-class Files(Local):
+class Files(Encoded):
     """Files, each PATH or PATH:STRENGTH."""
 
     def write(self, value: Any) -> list[str]:

@@ -24,6 +24,7 @@ from wan.kinds import (
     Choice,
     Count,
     Cut,
+    Encoded,
     Files,
     Frames,
     Gib,
@@ -257,7 +258,7 @@ class Settings:
         "describe", client=True, fingerprint="prompt_mode", record=True, continues=True,
     )
     vlm_path: str | None = option(
-        PROMPT, Local("DIR"), "InternVL folder or hub id (owner/name@COMMIT), or the endpoint's model",
+        PROMPT, Encoded("DIR"), "InternVL folder or hub id (owner/name@COMMIT), or the endpoint's model",
         unset="InternVL3_5-8B in `ckpt_dir` or next to it, else from the hub",
         row=True, fingerprint="vlm", record=True, was="vlm", continues=True,
     )
@@ -469,31 +470,31 @@ class Settings:
 
     # Weights and LoRAs
     ckpt_dir: str | None = option(
-        WEIGHTS, Local("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
+        WEIGHTS, Encoded("DIR"), "checkpoint folder, official or diffusers layout, or a hub id",
         unset="none; needed without `comfy_dir`", row=True, fingerprint="checkpoint", record=True, was="checkpoint",
     )
     comfy_dir: str | None = option(
-        WEIGHTS, Local("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
+        WEIGHTS, Encoded("DIR"), "ComfyUI's folder models: parts that are not named otherwise come from there",
         unset="none", row=True, fingerprint="checkpoint", record=True,
     )
     dit: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
+        WEIGHTS, Encoded("FILE"), f"{_DIT} (5B; or one for both experts of A14B)", unset="none",
         row=True, fingerprint="checkpoint", record=True,
     )
     dit_high: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, high noise)", unset="none", row=True,
+        WEIGHTS, Encoded("FILE"), f"{_DIT} (A14B, high noise)", unset="none", row=True,
         fingerprint="checkpoint", record=True,
     )
     dit_low: str | None = option(
-        WEIGHTS, Local("FILE"), f"{_DIT} (A14B, low noise)", unset="none", row=True,
+        WEIGHTS, Encoded("FILE"), f"{_DIT} (A14B, low noise)", unset="none", row=True,
         fingerprint="checkpoint", record=True,
     )
     vae: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors or .pth VAE in place of the folder's", unset="none",
+        WEIGHTS, Encoded("FILE"), "a .safetensors or .pth VAE in place of the folder's", unset="none",
         row=True, fingerprint="checkpoint", record=True,
     )
     t5: str | None = option(
-        WEIGHTS, Local("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
+        WEIGHTS, Encoded("FILE"), "a .safetensors, .gguf or .pth text encoder in place of the folder's", unset="none",
         row=True, fingerprint="checkpoint", record=True,
     )
     lora: tuple[str, ...] = option(
@@ -509,7 +510,7 @@ class Settings:
         scene="lora_low", row=True, fingerprint="loras",
     )
     upscale: str | None = option(
-        WEIGHTS, Local("FILE"),
+        WEIGHTS, Encoded("FILE"),
         "write the finished video once more, enlarged by an upscaling model in .safetensors or .pth", unset="off",
         same=_SHOWN,
     )

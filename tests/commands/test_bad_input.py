@@ -98,6 +98,13 @@ GENERATE: list[tuple[str, str]] = [
     ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device tpu", "device 'tpu' is not"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_device cuda:77", "device 'cuda:77' is not there"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --prompt caf\udce9", "--prompt is not valid UTF-8"),
+    ("--ckpt_dir caf\udce9 --video {clip.mp4} --prompt x", r"--ckpt_dir caf\xe9 is not valid UTF-8; give another name"),
+    ("--ckpt_dir {ti2v} --video {clip.mp4} --vlm_path v\udce9", r"--vlm_path v\xe9 is not valid UTF-8"),
+    (
+        "--ckpt_dir {ti2v} --video {clip.mp4} --prompt x --lora a --lora b\udce9:0.5",
+        r"--lora b\xe9:0.5 is not valid UTF-8",
+    ),
+    ("--comfy_dir {clip.mp4} --video {clip.mp4} --prompt x", "clip.mp4 is a file; name the folder with clip"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --base_seed 99999999999999999999", "is too large; the largest seed is"),
     ("--ckpt_dir {ti2v} --video {clip.mp4} --prompt x --sample_guide_scale 3,7", "has one expert and takes one number"),
     # several GPUs

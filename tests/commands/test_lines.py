@@ -64,11 +64,18 @@ def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("story.yaml", "is there and is no log"), ("no/where.log", "cannot be written")]
+    ("name", "message"),
+    [
+        ("story.yaml", "is there and is no log"),
+        ("no/where.log", "cannot be written"),
+        ("out.mp4", "is the name of something else than a log"),
+        ("run.JSON", "is the name of something else than a log"),
+    ],
 )
 def test_a_log_file_that_is_none_is_refused(command: Callable[..., Seen], name: str, message: str) -> None:
     seen = command(f"--log_file {name}")
     assert seen.code == 2 and message in seen.output and not seen.requests
+    assert not Path(name).exists() or name == "story.yaml"
 
 
 @pytest.mark.slow

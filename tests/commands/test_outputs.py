@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import Seen, frames_in
+from wan.cli import continuous_main
 
 OF_THE_RUN = ("joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json")
 
@@ -81,6 +82,26 @@ def test_a_source_in_the_folder_under_another_name_is_continued(command: Callabl
     assert source.read_bytes() == Path("source.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".MP4"])
+def test_nor_does_a_take_that_is_the_source(command: Callable[..., Seen], tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / "out" / "takes" / "01" / f"take_1_seed3{suffix}"
+    source.parent.mkdir(parents=True)
+    shutil.copy("source.mp4", source)
+    seen = command(f"--video {source} --takes 2")
+    assert seen.code == 2 and not seen.requests and f"{source} would be overwritten: --video needs it" in seen.output
+
+
+def test_what_only_bears_a_clips_name_stays_where_it_is(command: Callable[..., Seen], tmp_path: Path) -> None:
+    source = tmp_path / "out" / "video_02_seed4.mov"
+    source.parent.mkdir()
+    shutil.copy("source.mp4", source)
+    for suffix in (".srt", ".txt", ".png"):
+        source.with_suffix(suffix).write_bytes(b"theirs")
+    before = content(source.parent)
+    assert command(f"--video {source} --include_source").code == 0
+    assert before.items() <= content(source.parent).items()
+
+
 # --- what nobody here made
 
 
@@ -137,6 +158,31 @@ def test_a_save_file_of_ours_is_replaced_and_another_is_not(command: Callable[..
     assert frames_in(target) > 1 and "seed" in json.loads(target.with_suffix(".json").read_text())
 
 
+def test_one_that_was_changed_since_is_not_ours(command: Callable[..., Seen], tmp_path: Path) -> None:
+    target = tmp_path / "movie.mp4"
+    assert command(f"--save_file {target}", generate=True).code == 0
+    shutil.copy("source.mp4", target)  # graded, and saved under the same name
+    before = content(tmp_path)
+    seen = command(f"--save_file {target}", generate=True)
+    assert seen.code == 2 and not seen.requests and f"{target} is there already" in seen.output
+    assert content(tmp_path) == before
+
+
+def test_a_larger_video_has_a_record_of_its_own(command: Callable[..., Seen], tmp_path: Path) -> None:
+    target, larger = tmp_path / "movie.mp4", tmp_path / "movie_upscaled.mp4"
+    words = f"--save_file {target} --upscale larger.safetensors"
+    assert command(words, generate=True).code == 0
+    assert command(words, generate=True).code == 0  # both are ours
+    for theirs in (larger, larger.with_suffix(".json")):
+        kept = theirs.read_bytes()
+        theirs.write_bytes(b"{}")
+        before = content(tmp_path)
+        seen = command(words, generate=True)
+        assert seen.code == 2 and not seen.requests and f"{larger} is there already" in seen.output
+        assert content(tmp_path) == before
+        theirs.write_bytes(kept)
+
+
 @pytest.mark.parametrize("flag", ["--video {}", "--ckpt_dir i2v --task i2v-A14B --image {}", "--lora {}"])
 def test_what_one_clip_is_made_from_is_never_replaced(command: Callable[..., Seen], tmp_path: Path, flag: str) -> None:
     given = tmp_path / "in.mp4"
@@ -184,3 +230,13 @@ def test_temporary_files_go_only_where_the_lock_keeps_other_runs_out(
     part.touch()
     assert command(flag).code == 0
     assert part.exists() == left
+
+
+# --- what is no run's
+
+
+def test_only_a_run_of_ours_is_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text('{"epoch": 3}')
+    assert continuous_main(["--prune", str(tmp_path)]) == 2
+    assert "is no folder of a run" in capsys.readouterr().err
+    assert content(tmp_path) == {"run.json": b'{"epoch": 3}'}

@@ -898,6 +898,15 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
             write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B, f"{Q}__alpha": A}),
             "no alpha that can be read",
         ),
+        (
+            write(**{f"{Q}__lora_A__weight": A[:0], f"{Q}__lora_B__weight": B[:, :0]}),
+            "is damaged: blocks.0.self_attn.q is empty",
+        ),
+        (write(**{f"{Q}__diff_b": A[0, :0]}), "is damaged: blocks.0.self_attn.q is empty"),
+        (
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B.to(torch.int8)}),
+            r"holds blocks.0.self_attn.q in whole numbers \(I8\); give one in bf16",
+        ),
         (lambda file: file.write_bytes(b""), "cannot be read, it may be truncated"),
         (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "is a web page that was saved under this name"),
         (lambda file: file.mkdir(), "is a folder; name the .safetensors file in it"),

@@ -26,7 +26,7 @@ from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.loading import _range
 from wan.weights.prefetch import ReadAhead
 from wan.weights.pth import OtherPickleError, _tensor
-from wan.weights.tensors import Weights
+from wan.weights.tensors import Weights, open_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: truncate(f / "Wan2.2_VAE.pth"), r"Wan2.2_VAE.pth cannot be read, it may be truncated"),
     (
         lambda f: (f / "Wan2.2_VAE.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-        r"VAE.pth is a pointer of Git LFS, not the weights",
+        r"VAE.pth is a pointer of Git LFS, not the file itself",
     ),
     (lambda f: (f / "Wan2.2_VAE.pth").unlink(), r"expected Wan2.2_VAE.pth, found no such file"),
     (lambda f: (f / "models_t5_umt5-xxl-enc-bf16.pth").unlink(), r"expected models_t5_umt5-xxl-enc-bf16.pth"),
@@ -345,3 +345,19 @@ def test_a_tensor_of_a_pth_lies_in_its_storage(count: int, fits: bool) -> None:
     else:
         with pytest.raises(OtherPickleError):
             _tensor(stored, 0, (2, 3), (3, 1))
+
+
+def test_a_link_that_leads_nowhere_is_not_called_missing(tmp_path: Path) -> None:
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    file.symlink_to("moved.safetensors")
+    with pytest.raises(UserError, match=f"{file} is a link that leads nowhere; download it again"):
+        open_safetensors(tmp_path, "diffusion_pytorch_model")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=f"{file} is no file"):
+        open_safetensors(tmp_path, "diffusion_pytorch_model")
+
+
+def test_an_address_is_no_checkpoint_folder() -> None:
+    with pytest.raises(UserError, match="is an address; give a folder, or a hub id"):
+        resolve_folder("https://example.org/Wan-AI/Wan2.2-TI2V-5B")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.golden import GOLDEN
 from tests.support.quantized_files import State, gguf_file, official, plain_fp8
@@ -23,10 +23,12 @@ from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import unreadable
+from wan.foreign import read_json
 from wan.options import OPTIONS, Settings
 from wan.settings import LoraFile
 from wan.text.umt5 import _library_name
 from wan.weights.checkpoint import Names, identify
+from wan.weights.reading import read_pth
 from wan.weights.single_file import open_denoiser
 
 VAES = {"14b": "Wan2.1_VAE.pth", "5b": "Wan2.2_VAE.pth"}
@@ -285,6 +287,7 @@ def test_a_gguf_that_lost_dimensions_is_the_model_that_it_was(patch: bool, kind:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Not found</body></html>" * 9
+TEXT = b'{"error": "Access to this model is restricted",\n "code": 403}'
 
 
 @pytest.mark.parametrize(
@@ -296,13 +299,58 @@ def test_pointers_and_pages_are_called_what_they_are(name: str, tmp_path: Path) 
     file = {"diffusion.safetensors": shard, "Wan2.2_VAE.pth": folder / name}.get(name, tmp_path / name)
     more: dict[str, Any] = {"dit_files": {"model": file}} if name == "x.gguf" else {}
     more |= {"part_files": {"vae": file}} if name == "vae.safetensors" else {}
-    for content, message in ((POINTER, "is a pointer of Git LFS, not the weights"), (PAGE, "is a web page that was")):
+    for content, message in (
+        (POINTER, "is a pointer of Git LFS, not the file itself"),
+        (PAGE, "is a web page that was"),
+        (TEXT, """is a text ('{"error": "Access to this model is restricted", "code": 403}') that was saved"""),
+    ):
         file.write_bytes(content)
         if name == "lora.safetensors":
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(UserError, match=re.escape(message)):
                 open_loras([LoraFile(file)], open_pipeline(folder).checkpoint.experts["model"])
         else:
             refused(f"{file} {message}", folder, **more)
+
+
+def test_a_denoiser_that_lacks_its_last_block_is_refused(tmp_path: Path) -> None:
+    folder, file = GOLDEN / "5b" / "ckpt", tmp_path / "cut.safetensors"
+    whole = {name: value for shard in sorted(folder.glob("*.safetensors")) for name, value in load_file(shard).items()}
+    save_file({name: value for name, value in whole.items() if not name.startswith("blocks.1.")}, file)
+    refused("config.json says 2; download it again", folder, dit_files={"model": file})
+
+
+def test_weights_of_another_format_are_to_be_renamed(tmp_path: Path) -> None:
+    folder, state = GOLDEN / "5b" / "ckpt", {"conv1.weight": torch.zeros(2, 2)}
+    save_file(state, tmp_path / "1.gguf")
+    save_file(state, tmp_path / "1.pth")
+    torch.save(state, tmp_path / "2.safetensors")
+    (tmp_path / "3.safetensors").write_bytes(b"GGUF\3\0\0\0" + bytes(99))
+    for name, kind, suffix, part in (
+        ("1.gguf", "safetensors", ".safetensors", "dit"),
+        ("1.pth", "safetensors", ".safetensors", "vae"),
+        ("2.safetensors", "PyTorch", ".pth", "vae"),
+        ("3.safetensors", "GGUF", ".gguf", "dit"),
+    ):
+        files = {"dit_files": {"model": tmp_path / name}} if part == "dit" else {"part_files": {part: tmp_path / name}}
+        refused(f"{name} is a {kind} file by its contents; give it a name that ends in {suffix}", folder, **files)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 99, b"\x80\x02cos\nsystem\n.", b"\x1f\x8b" + b"x" * 99])
+def test_a_pth_that_is_none_gets_no_advice_to_run_its_code(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pth cannot be read.*\(it is no file of tensors alone\)"):
+        read_pth(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["config.json", "wan_config.json", "diffusion_pytorch_model.safetensors.index.json"])
+def test_a_config_that_is_a_pointer_or_a_page_is_called_so(name: str, tmp_path: Path) -> None:
+    for content, message in ((POINTER, "is a pointer of Git LFS"), (PAGE, "is a web page that was"), (TEXT, None)):
+        (tmp_path / name).write_bytes(content)
+        if message is None:
+            assert read_json(tmp_path / name)["code"] == 403
+        else:
+            with pytest.raises(UserError, match=f"{name} {message}"):
+                read_json(tmp_path / name)
 
 
 def test_a_file_that_may_not_be_read_is_said(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, dynamic_preprocess
 from wan.device.placement import Placement
 from wan.errors import UserError
+from wan.files import something_else
 from wan.foreign import fit, parsing, shards
 from wan.weights.prefetch import ReadAhead
+from wan.weights.tensors import safetensors_shapes
 
 log = logging.getLogger(__name__)
 
@@ -333,20 +335,16 @@ def weight_files(folder: Path) -> list[Path]:
         names = shards(read_config(index), index)
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing[:3])}: download the VLM again, as safetensors")
-    return [check_content(folder / name) for name in names]
+    for name in names:
+        _ = dict(safetensors_shapes(folder / name))  # its header can be read
+    return [folder / name for name in names]
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raises UserError unless there is a tokenizer to read."""
-    if (folder / "tokenizer.json").is_file():
-        check_content(folder / "tokenizer.json")
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        if other := something_else(file, text=True):
+            raise other
     elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise UserError(f"{folder} lacks tokenizer.json (or vocab.json and merges.txt): download the VLM again")
-
-
-def check_content(path: Path) -> Path:
-    """The path, unless git left a note there in place of the file. Raises UserError."""
-    with path.open("rb") as file:
-        if file.read(20) == b"version https://git-":
-            raise UserError(f"{path} is a Git LFS pointer, not the file: run git lfs pull in {path.parent}")
-    return path

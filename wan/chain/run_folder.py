@@ -85,9 +85,13 @@ class RunFolder:
             if os.path.lexists(path := self.path / name) and not fits(path):
                 raise UserError(f"{path} is no {wanted}, and a run needs that name; move it, or give another folder")
 
-    def writes(self, name: str) -> bool:
-        """Whether a run may give a file this name, on systems too that do not tell letters by their case."""
-        file = Path(name.casefold())
+    def writes(self, path: Path) -> bool:
+        """Whether a run may write a file or move it away, on systems too that do not tell letters by their case."""
+        file = Path(path.name.casefold())
+        if _is_folder(path.parent.parent, self.path / TAKES):
+            return file.suffix in SUFFIXES and file.name.startswith("take_")
+        if not _is_folder(path.parent, self.path):
+            return False
         return file.name in (*_OF_THE_RUN, *UPSCALED) or (file.suffix in SUFFIXES and clip_number(file) is not None)
 
     def foreign(self, *, preview: bool = False, upscaled: bool = False) -> Path | None:
@@ -151,10 +155,13 @@ class RunFolder:
     def _make_room(self, number: int, stem: str) -> None:
         """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.
 
+        Notes and subtitles that bear it too stay, for they are in nobody's way.
+
         What a killed run left of this very clip is overwritten. It has no record yet; its state, which comes first,
         tells.
         """
-        files = [file for file in self.path.glob("video_*") if clip_number(file) == number]
+        named = [file for file in self.path.glob("video_*") if clip_number(file) == number]
+        files = [file for file in named if file.suffix.lower() in SUFFIXES]
         recorded = {file.stem for file in files if file.suffix == ".json"}
         left = stem if stem not in recorded and settings_in(self.path / f"{stem}.safetensors") else None
         for name in sorted({file.stem for file in files} - {left}):
@@ -186,3 +193,7 @@ class RunFolder:
             for clip in clips
         ]
         write_text(self.path / PROMPTS, "".join(lines))
+
+
+def _is_folder(one: Path, folder: Path) -> bool:
+    return one.exists() and folder.exists() and one.samefile(folder)

@@ -16,7 +16,7 @@ from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.outputs import check_file
 from wan.commands.progress import Progress, say
-from wan.files import numbered, write_json
+from wan.files import file_digest, numbered, write_json
 from wan.options import settings_of
 from wan.settings import check_end_image, check_motion_amplitude
 from wan.sizes import begun_size
@@ -55,7 +55,7 @@ def generate(job: Job) -> None:
         frames = (to_uint8(frame) for frame in made.clip.frames)
         metadata = None if settings.no_video_metadata else settings_of(record)
         media.write_video(target, frames, made.clip.fps, metadata=metadata)
-        write_json(target.with_suffix(".json"), record)
+        write_json(target.with_suffix(".json"), record | {"digests": {"mp4": file_digest(target)}})
     freed.result()
     say(str(target))
     if upscaling is not None:

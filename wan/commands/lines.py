@@ -13,6 +13,7 @@ from wan.options import Settings
 
 PROGRESS = "wan.commands.progress"  # the logger of what a command says while it works
 STAGE, CLIP = logging.DEBUG, logging.INFO  # its levels: lines of a stage, and those of a clip
+_NO_LOGS = (".mp4", ".json", ".safetensors", ".html", ".webp")  # a command writes such files itself
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
@@ -87,6 +88,8 @@ class _LogFile(logging.FileHandler):
 
 
 def _file(path: Path) -> _LogFile:
+    if path.suffix.lower() in _NO_LOGS:
+        raise UserError(f"`log_file` {path} is the name of something else than a log; give one such as run.log")
     try:
         if path.is_file() and path.stat().st_size and not _STAMP.match(path.read_bytes()[:40].decode(errors="replace")):
             raise UserError(f"`log_file` {path} is there and is no log; give another name")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan import media
 from wan.errors import UserError
+from wan.files import file_digest
 from wan.foreign import read_json
 from wan.kinds import Files
 from wan.options import OPTIONS, OUTPUT
@@ -23,23 +24,22 @@ if TYPE_CHECKING:
 
 def check_file(job: Job, target: Path) -> None:
     """Raise UserError for an mp4 that cannot be written, or that would replace what we did not make."""
-    media.check_output(target)
-    files = [target, target.with_suffix(".json")]
+    videos = {target: _is_clip}
     if job.settings.upscale is not None:
-        larger = upscaled_name(target)
-        media.check_output(larger)
-        files += [larger, larger.with_suffix(".json")]
-    for user, file in _inputs(job):
-        if any(_same(file, ours) for ours in files):
-            raise UserError(f"`save_file` {target} would replace {file}, which {user} needs; give another name")
-    if job.settings.overwrite:
-        return
-    existing = [file for file in files if file.exists()]
-    if existing and not _is_record(files[1]):
-        raise UserError(
-            f"{existing[0]} is there already, and no record beside it says that it was made here: give another "
-            "`save_file`, or `overwrite` to replace it"
-        )
+        videos[upscaled_name(target)] = _is_larger
+    inputs = list(_inputs(job))
+    for video, is_ours in videos.items():
+        media.check_output(video)
+        files = [video, video.with_suffix(".json")]
+        for user, file in inputs:
+            if any(_same(file, ours) for ours in files):
+                raise UserError(f"`save_file` {target} would replace {file}, which {user} needs; give another name")
+        existing = [file for file in files if file.exists()]
+        if existing and not job.settings.overwrite and not is_ours(video):
+            raise UserError(
+                f"{existing[0]} is there already, and no record beside it says that it was made here: give another "
+                "`save_file`, or `overwrite` to replace it"
+            )
 
 
 def upscaled_name(video: Path) -> Path:
@@ -62,7 +62,7 @@ def check_folder(job: Job, folder: RunFolder) -> None:
     for user, file in _inputs(job):
         # as it is named, and as what it is: a link in the folder would be replaced as well
         for place in (file, file.resolve()):
-            if _same(place.parent, output) and folder.writes(place.name):
+            if folder.writes(place):
                 raise UserError(
                     f"{file} would be overwritten: {user} needs it, and a run in {output} writes a file of that name; "
                     "give another `output_dir`"
@@ -102,10 +102,25 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def _is_record(path: Path) -> bool:
-    """Whether a file is the record of a clip of ours."""
-    try:
-        record = read_json(path)
-        return "wan-continue" in record["versions"] and "seed" in record
-    except (UserError, LookupError, TypeError):
+def _is_clip(video: Path) -> bool:
+    """Whether a file is a clip of ours as it was written, or is gone and its record is there."""
+    record = _record(video)
+    versions, digests = record.get("versions"), record.get("digests")
+    if not isinstance(versions, dict) or "wan-continue" not in versions or "seed" not in record:
         return False
+    # earlier releases noted no digest
+    return not (video.exists() and isinstance(digests, dict)) or digests.get("mp4") == file_digest(video)
+
+
+def _is_larger(video: Path) -> bool:
+    """Whether a file is a larger video of ours as it was written, or is gone and its record is there."""
+    record = _record(video)
+    return "model_digest" in record and (not video.exists() or record.get("video_digest") == file_digest(video))
+
+
+def _record(video: Path) -> dict[str, Any]:
+    """What the JSON file next to a video says; empty for one that is none."""
+    try:
+        return read_json(video.with_suffix(".json"))
+    except UserError:
+        return {}

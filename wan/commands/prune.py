@@ -15,7 +15,7 @@ def prune(path: Path) -> None:
 
     Says how much space that gave. Raises UserError for what is no run's folder.
     """
-    if not (path / RUN).is_file():
+    if not (path / RUN).is_file() or RunFolder(path, lock=False).foreign() is not None:
         raise UserError(f"{path} is no folder of a run; give the one that holds its {RUN}")
     with RunFolder(path) as folder:
         clips = {number: finished_clip.seal(clip) for number, clip in folder.clips().items()}

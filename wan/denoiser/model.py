@@ -434,10 +434,16 @@ def infer_config(weights: Weights) -> dict[str, Any]:
         raise UserError(
             f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]}"
         )
+    layers = count_numbered(shapes, "blocks.", str(weights.path))
+    declared = config.get("num_layers", layers)
+    if declared != layers:  # a conversion that was cut short
+        raise UserError(
+            f"{weights.path} has {layers} blocks, and its config.json says {str(declared)[:40]}; download it again"
+        )
     return sizes | {
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
-        "num_layers": count_numbered(shapes, "blocks.", str(weights.path)),
+        "num_layers": layers,
         "cross_attn_norm": norm in shapes,
         "eps": eps,
     }

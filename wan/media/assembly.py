@@ -197,6 +197,8 @@ class _Begin:
         if self.source.until is None and self.hearing.end - end > _AUDIBLE:
             lost = self.hearing.end - end
             say_once(self.source.path, f"the last {lost:.1f} s of its sound, after its last picture, are left out")
+        if (early := self.start - self.hearing.start) > _AUDIBLE:
+            say_once(self.source.path, f"the first {early:.1f} s of its sound, before its first picture, are left out")
         return Sound(self.track, self.hearing, start, end)
 
 

@@ -32,6 +32,7 @@ COPIED = frozenset({"aac", "ac3", "alac", "eac3", "mp3", "opus"})
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _PREROLL = 0.1  # seconds: a decoder needs what comes before the first sound; the file says that it is not played
 _TRIAL = 100  # packets, two seconds or so, that tell whether a track can be decoded
+_RESTART = 0.5  # seconds by which no clock runs backwards unless it begins again
 _LOOSE = 0.04  # seconds: clocks of containers are that rough, and lips are seen to move with the sound up to there
 _NOT_MAIN = Disposition.comment | Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.lyrics
 
@@ -111,14 +112,14 @@ def listen(track: SoundTrack) -> Hearing | None:
     formats: set[tuple[int, str]] = set()
     channels, steady = 1, True
     start = end = before = None
-    for packet, frames in _decoded(track):
+    for packet, frames in _timed(track):
         if packet.size:
             steady &= packet.pts is not None and (before is None or packet.pts > before)
             before = packet.pts if packet.pts is not None else before
-        for frame in frames:
+        for moment, frame in frames:
             formats.add((frame.sample_rate, frame.layout.name))
             channels = max(channels, _channels(frame))
-            begin = end if frame.time is None else frame.time
+            begin = end if moment is None else moment
             start = begin if start is None else start
             end = (begin or 0.0) + frame.samples / frame.sample_rate
     if start is None or end is None:
@@ -210,13 +211,13 @@ class Sound:
     def _resampled(self, rate: int, layout: str) -> Iterator[tuple[float | None, Samples]]:
         """The track in one format, with the moment of each piece; None goes on from the piece before."""
         resampler, now = None, None
-        for _, frames in _decoded(self.track):
-            for frame in frames:
+        for _, frames in _timed(self.track):
+            for moment, frame in frames:
                 kind = (frame.format.name, frame.layout.name, frame.sample_rate)
                 if resampler is None or kind != now:
                     yield from _flushed(resampler)
                     resampler, now = AudioResampler("fltp", layout, rate), kind
-                moment, frame.pts = frame.time, None
+                frame.pts = None
                 for piece in resampler.resample(frame):
                     yield moment, cast(Samples, piece.to_ndarray())
                     moment = None
@@ -316,6 +317,22 @@ def _fits(track: SoundTrack) -> bool:
 
 def _stream(container: InputContainer, track: SoundTrack) -> AudioStream:
     return cast(AudioStream, container.streams[track.index])
+
+
+def _timed(track: SoundTrack) -> Iterator[tuple[AudioPacket, list[tuple[float | None, AudioFrame]]]]:
+    """As `_decoded`, each frame with its moment, which goes on where two put-together files restart the clock."""
+    end, shift = None, 0.0
+    for packet, frames in _decoded(track):
+        timed: list[tuple[float | None, AudioFrame]] = []
+        for frame in frames:
+            moment = None if frame.time is None else frame.time + shift
+            if moment is not None and end is not None and moment < end - _RESTART:
+                shift += end - moment
+                moment = end
+            begin = end if moment is None else moment
+            end = None if begin is None else begin + frame.samples / frame.sample_rate
+            timed.append((moment, frame))
+        yield packet, timed
 
 
 def _decoded(track: SoundTrack) -> Iterator[tuple[AudioPacket, list[AudioFrame]]]:

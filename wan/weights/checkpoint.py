@@ -80,6 +80,8 @@ def resolve_folder(name: str | Path, files: Container[str] = ()) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{name} is a file; a checkpoint is a folder (or a hub id such as Wan-AI/Wan2.2-TI2V-5B)")
+    if "://" in str(name):
+        raise UserError(f"{name} is an address; give a folder, or a hub id such as Wan-AI/Wan2.2-TI2V-5B")
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0].startswith((".", "~")):
         raise UserError(f"checkpoint folder {name} does not exist")

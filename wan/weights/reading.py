@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -79,7 +80,13 @@ def _load(file: Path) -> Any:
         mapped = zipfile.is_zipfile(file)
         if mapped:
             check_zip(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            if "weights_only" not in str(error):
+                raise
+            # its advice is to run whatever code the file holds
+            raise ValueError("it is no file of tensors alone") from error
 
 
 def _check_bytes(file: Path, name: object, value: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,9 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
             raise UserError(f"{folder}: {len(absent)} of {len(files)} shards are missing ({', '.join(absent[:3])})")
     elif single.is_file():
         listed, files = None, (single,)
+    elif os.path.lexists(single):
+        what = "is no file" if single.exists() else "is a link that leads nowhere"
+        raise UserError(f"{single} {what}; download it again")
     else:
         raise UserError(f"{folder}: expected {single.name} or {index.name}, found neither")
     shapes = {key: shape for file in files for key, shape in safetensors_shapes(file)}
