@@ -91,6 +91,31 @@ def test_an_upload_that_fails_is_none_and_goes_on_where_it_was(cuts: bool, why: 
     assert Flaky.puts[4:] == ["joined.mp4"]
 
 
+class NoSuchBucket(Exception):
+    """As botocore's."""
+
+
+class Buckets(Flaky):
+    """A store that would make a bucket, as s3fs does, for a folder in one that is not there."""
+
+    protocol = ("s3", "s3a")  # type: ignore[assignment]
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        raise AssertionError(f"{path} would be made")
+
+    def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
+        raise FileNotFoundError("The specified bucket does not exist") from NoSuchBucket()
+
+    pipe_file = cat_file
+
+
+def test_a_bucket_that_is_not_there_is_said_and_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Buckets(), "nowhere/a b"))
+    for do in (is_uploaded, upload):
+        with pytest.raises(UploadError, match="The specified bucket does not exist"):
+            do(folder, "s3://nowhere/a b")
+
+
 MAKER = """
 import json, sys
 def say(event, **more): print(json.dumps({"event": event, "id": name, **more}), flush=True)
