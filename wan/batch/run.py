@@ -292,9 +292,10 @@ def outline(tasks: Sequence[Task], bad: Sequence[BadRow], gpus: int) -> list[str
     seconds, missing = sum(task.seconds for task in fit), sum(task.missing for task in fit)
     measured = all(task.measured or not task.missing for task in fit)
     basis = "as finished clips took" if measured else "on H200s, where no clip tells yet"
+    disk = _gib(sum(task.disk_bytes for task in fit))
     lines.append(
         f"{counted(len(fit), 'chain')} with {counted(sum(task.clips for task in fit), 'clip')}, {missing} to make: "
-        f"about {seconds / 3600:.1f} GPU hours of sampling ({basis}) and {_gib(sum(task.disk_bytes for task in fit))} of disk"
+        f"about {seconds / 3600:.1f} GPU hours of sampling ({basis}) and {disk} of disk"
     )
     if gpus > 1 and seconds:
         lines.append(f"about {span(seconds / gpus)} on {gpus} GPUs")
