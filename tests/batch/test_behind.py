@@ -82,12 +82,12 @@ def test_a_failure_of_the_writing_is_that_chain_s(full: bool, monkeypatch: pytes
     monkeypatch.setattr("wan.commands.continuous.Chain", Chains)
     monkeypatch.setattr("wan.commands.job.Job.read", lambda *_: None)
     monkeypatch.setattr(Chains, "full", full)
-    said, behind = list[tuple[str, str, Any]](), worker.Behind()
+    events_sent, behind = list[tuple[str, str, Any]](), worker.Behind()
     models: Any = type("Models", (), {"open": lambda *_: None})()
 
     def send(event: str, **more: Any) -> None:
         error = more.get("error") or {}
-        said.append((worker._chain.get(), event, error.get("code") or more.get("state")))
+        events_sent.append((worker._chain.get(), event, error.get("code") or more.get("state")))
 
     for name in ("a", "b"):
         token = worker._chain.set(name)
@@ -96,10 +96,10 @@ def test_a_failure_of_the_writing_is_that_chain_s(full: bool, monkeypatch: pytes
     behind.wait()
     end = "disk_full" if full else DONE
     for name in ("a", "b"):
-        events = [one[1:] for one in said if one[0] == name and one[1] != "stage"]
+        events = [one[1:] for one in events_sent if one[0] == name and one[1] != "stage"]
         assert events[0] == ("clip_started", None) and sorted(events[1:], key=str) == [("end", end), ("made", None)]
     # one at most is behind: the end of the first is told before the second is made
-    assert said.index(("a", "end", end)) < said.index(("b", "made", None))
+    assert events_sent.index(("a", "end", end)) < events_sent.index(("b", "made", None))
 
 
 def test_what_ends_the_process_waits_for_the_chain_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,9 +34,9 @@ def test_an_address_where_nobody_listens_is_refused_at_once(
     words = ["--videos", str(SHAPES), "--ckpt_dir", "m", "--output_dir", str(tmp_path / "{name}")]
     began = time.monotonic()
     assert cli.batch_main([*words, "--address", address]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --address {address}: Ray cannot be used (") and said.count("\n") == 1
-    assert "refused" in said and time.monotonic() - began < 10
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: --address {address}: Ray cannot be used (") and stderr.count("\n") == 1
+    assert "refused" in stderr and time.monotonic() - began < 10
 
 
 @pytest.fixture
@@ -60,14 +60,14 @@ def begin(folder: Path, address: str, jobs: int) -> subprocess.Popen[bytes]:
     (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["--videos", str(folder / "list.jsonl"), "--output_dir", str(folder / "runs/{name}"), "--workers", "2"]
     command = [sys.executable, str(ROOT / "generate_batch.py"), *words, "--address", address, *EACH]
-    with (folder / "said.log").open("ab") as log:
+    with (folder / "output.log").open("ab") as log:
         return subprocess.Popen(command, stderr=log, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def wait_for(what: str, folder: Path, count: int, running: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 180
     while len(list(folder.glob(what))) < count:
-        assert running.poll() is None and time.monotonic() < end, (folder / "said.log").read_text(encoding="utf-8")
+        assert running.poll() is None and time.monotonic() < end, (folder / "output.log").read_text(encoding="utf-8")
         time.sleep(0.05)
 
 
@@ -89,7 +89,7 @@ def test_a_chain_whose_node_goes_is_finished_on_another(cluster: Any, tmp_path: 
     try:
         wait_for("runs/*/video_01*.json", tmp_path, 2, running)  # by both workers
         cluster.remove_node(cluster.second, allow_graceful=False)
-        assert running.wait(300) == 0, (tmp_path / "said.log").read_text("utf-8")
+        assert running.wait(300) == 0, (tmp_path / "output.log").read_text("utf-8")
     finally:
         running.kill()
     rows = rows_of(tmp_path)
@@ -115,11 +115,11 @@ def test_a_head_that_goes_ends_the_command_with_a_line(what: str, cluster: Any, 
         assert running.wait(100) == 2
     finally:
         running.kill()
-    said = (tmp_path / "said.log").read_text(encoding="utf-8")
-    last = said.splitlines()[-1]
-    assert "Traceback" not in said and last.startswith("error: ") and "finished clips are kept, and the same" in last
-    assert ("the head of the Ray cluster" if what == "head" else "its raylet has ended") in last, said
-    assert "chains are finished; the same command goes on with the others" in said
+    output = (tmp_path / "output.log").read_text(encoding="utf-8")
+    last = output.splitlines()[-1]
+    assert "Traceback" not in output and last.startswith("error: ") and "finished clips are kept, and the same" in last
+    assert ("the head of the Ray cluster" if what == "head" else "its raylet has ended") in last, output
+    assert "chains are finished; the same command goes on with the others" in output
     left = [process for process in psutil.process_iter() if is_worker_in(tmp_path, process)]
     assert not psutil.wait_procs(left, 10)[1]
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/video_*.json")}

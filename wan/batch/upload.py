@@ -14,7 +14,7 @@ import fsspec
 
 from wan.errors import UserError
 from wan.files import file_digest
-from wan.kinds import without_login
+from wan.public import without_login
 
 LIST = "uploaded.json"
 # stores without folders; s3fs would create a bucket for one, and with a name that was mistyped, too

@@ -14,8 +14,9 @@ from wan import media
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
+from wan.chain.finished_clip import FinishedClip
 from wan.chain.run import ChainRun
-from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.run_folder import PREVIEW, RunFolder
 from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.finishing import Upscaling

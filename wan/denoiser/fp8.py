@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.device.hardware import runs_triton
+from wan.device.hardware import runs_triton, synchronize
+from wan.device.streaming import PinnedStage
 from wan.errors import UserError
-from wan.weights.loading import Lower
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
 PRECISIONS = ("fp8", "fp8_attention")  # the second: self-attention too
@@ -66,24 +66,34 @@ def _fault(precision: str, device: torch.device) -> str:
     return ""
 
 
-def lowering(dtype: torch.dtype, home: torch.device, on: torch.device) -> Lower:
-    """Rounds the weights of blocks as they come from a file, on a device, and keeps them at `home`.
+class Lowering:
+    """Rounds weights of blocks to `dtype` and then to e4m3 on a device, and keeps them at `home`.
 
     So a host holds no expert in bf16 on the way. The blocks still have to be told what they compute in, by
     `quantize_model`.
     """
 
-    def lower(name: str, layer: nn.Linear, numbers: Tensor) -> nn.Linear | None:
+    def __init__(self, dtype: torch.dtype, home: torch.device, on: torch.device) -> None:
+        self.dtype, self.home, self.on = dtype, home, on
+        # by pinned memory: from other memory, and to it, a GPU copies at a fraction of the rate
+        self._stages = None if on.type == "cpu" else (PinnedStage(), PinnedStage())
+
+    def takes(self, name: str) -> bool:
+        """Whether the weight of the linear layer of this name is rounded."""
         place = name.split(".", 2)
-        return None if place[0] != "blocks" or place[-1] in _KEPT else _rounded(layer, numbers, dtype, home, on)
+        return place[0] == "blocks" and place[-1] not in _KEPT
 
-    return lower
-
-
-def _rounded(layer: nn.Linear, numbers: Tensor, dtype: torch.dtype, home: torch.device, on: torch.device) -> nn.Linear:
-    """A layer with these numbers, which are rounded to `dtype` and then to e4m3 on a device, and kept at `home`."""
-    rows, scale = quantize(numbers.detach().to(on).to(dtype))
-    return QuantizedLinear(layer, QuantizedTensor(rows.to(home), scale.to(home)), dtype, home)
+    def __call__(self, layer: nn.Linear, numbers: Tensor) -> nn.Linear:
+        """A layer with these numbers [out, in], of any dtype, in 8 bits."""
+        values = numbers.detach()
+        up, down = self._stages or (None, None)
+        if up is not None and values.device.type == "cpu":
+            values = up.like(values, self.dtype).copy_(values)
+        rows, scale = quantize(values.to(self.on, non_blocking=True).to(self.dtype))
+        if down is not None and self.home.type == "cpu":
+            rows = down.like(rows, rows.dtype).copy_(rows, non_blocking=True)
+        synchronize(self.on)  # the next weight takes the places of this one
+        return QuantizedLinear(layer, QuantizedTensor(rows, scale), self.dtype, self.home)
 
 
 def quantize_model(model: Denoiser, precision: str, device: torch.device) -> None:
@@ -98,7 +108,7 @@ def quantize_model(model: Denoiser, precision: str, device: torch.device) -> Non
                 continue
             if not isinstance(layer, QuantizedLinear):
                 weight = layer.weight
-                layer = _rounded(layer, weight, weight.dtype, weight.device, device)
+                layer = Lowering(weight.dtype, weight.device, device)(layer, weight)
                 block.set_submodule(name, layer)
             if layer.weight.dtype != torch.float8_e4m3fn:
                 raise UserError(

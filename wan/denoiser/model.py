@@ -24,7 +24,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor, nn
 
-from wan.denoiser.fp8 import lowering, quantize_model
+from wan.denoiser.fp8 import Lowering, quantize_model
 from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
@@ -98,7 +98,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
             machine=machine,
-            lower=None if low_precision is None else lowering(dtype, device, rounded_on or device),
+            lower=None if low_precision is None else Lowering(dtype, device, rounded_on or device),
         )
         model.to(device).eval()
         if low_precision is not None:

@@ -167,8 +167,7 @@ class PinnedBuffer(HostTensors):
         in_place = self._in_place()
         self.host = self._gathered() if in_place is None else in_place
         self.places = [tensor.data_ptr() for tensor in tensors]
-        if _pin(self.host):
-            weakref.finalize(self, _unpin, self.host).atexit = False  # it keeps the memory until then
+        _pin_for(self, self.host)
 
     def copy_to(self, buffer: Tensor) -> None:
         buffer.copy_(self.host, non_blocking=True)
@@ -199,8 +198,7 @@ class PinnedBuffer(HostTensors):
     @classmethod
     def memory(cls, tensors: Sequence[Tensor]) -> Tensor:
         """Host memory for such a buffer: a pinned page has nothing else in it."""
-        memory = torch.empty(cls.size(tensors) + cls.PAGE, dtype=torch.uint8)
-        return memory[-memory.data_ptr() % cls.PAGE :][: cls.size(tensors)]
+        return _pages(cls.size(tensors))
 
     @classmethod
     def of(cls, module: nn.Module, tensors: Sequence[Tensor]) -> PinnedBuffer:
@@ -213,6 +211,23 @@ class PinnedBuffer(HostTensors):
         return known
 
 
+class PinnedStage:
+    """Host memory that tensors pass through, one at a time, on their way to a GPU or back; pinned where it can be."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], object] = lambda: None
+
+    def like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """An empty tensor of this shape; the one before lies there too, and has to have passed."""
+        size = tensor.numel() * dtype.itemsize
+        if size > len(self._memory):
+            self._unpin()
+            self._memory = _pages(-(-size // HostTensors.PAGE) * HostTensors.PAGE)
+            self._unpin = _pin_for(self, self._memory)
+        return self._memory[:size].view(dtype).view(tensor.shape)
+
+
 def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:
     """Empty tensors like these (on any device) in one host buffer, so that `Placement` need not copy them.
 
@@ -221,6 +236,12 @@ def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> li
     layouts = [_layout(tensor) for tensor in tensors]
     memory = PinnedBuffer.memory(tensors) if memory is None else memory
     return _views(memory, tensors, PinnedBuffer.starts_of(tensors), layouts)
+
+
+def _pages(size: int) -> Tensor:
+    """Bytes of host memory from the beginning of a page."""
+    memory = torch.empty(size + HostTensors.PAGE, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % HostTensors.PAGE :][:size]
 
 
 def _views(
@@ -256,6 +277,15 @@ def _pin(host: Tensor) -> bool:
         return False
     _pinned["bytes"] += host.nbytes
     return True
+
+
+def _pin_for(owner: object, host: Tensor) -> Callable[[], object]:
+    """Pin host memory, if that can be, until its owner is gone or what this returns is called."""
+    if not _pin(host):
+        return lambda: None
+    unpin = weakref.finalize(owner, _unpin, host)  # it keeps the memory until then
+    unpin.atexit = False
+    return unpin
 
 
 def _unpin(host: Tensor) -> None:

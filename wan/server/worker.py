@@ -38,7 +38,7 @@ from wan.server.wire import CHECKED, owner_settings, settings_of_chain
 from wan.types import Step
 
 if TYPE_CHECKING:
-    from wan.chain.run_folder import FinishedClip
+    from wan.chain.finished_clip import FinishedClip
     from wan.commands.job import Job
     from wan.continuation import VideoContinuation
 

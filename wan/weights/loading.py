@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +22,15 @@ from wan.errors import UserError
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
 from wan.weights.tensors import Weights, listing
 
-# The name of a linear layer, the layer and the numbers of its weight, as the file holds them -> what takes its place
-Lower: TypeAlias = Callable[[str, nn.Linear, Tensor], nn.Linear | None]
+
+class Lower(Protocol):
+    """Makes linear layers with weights in fewer bits."""
+
+    def takes(self, name: str) -> bool:
+        """Whether it makes one of the linear layer of this name."""
+
+    def __call__(self, layer: nn.Linear, numbers: Tensor) -> nn.Linear:
+        """What takes the place of a layer, with its weight, whose numbers are those [out, in] of a file."""
 
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
@@ -62,10 +73,11 @@ def load_into(
     `source_of` maps each parameter of the model to its key in the files, `dtype_of` says its dtype. `rounding` rounds
     every value through that dtype first. What is quantized in the file is expanded, but for the weights of
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
-    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. `lower` may make a layer
-    with a weight in fewer bits of a linear layer and its numbers. Host memory never holds more than the model and one
-    file; those buffers are the same memory in all processes of a `machine`, each of which calls this, and the first of
-    which fills it. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is expanded.
+    offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. `lower` makes layers with
+    weights in fewer bits, one by one in a thread, while the next weight is read. Host memory never holds more than the
+    model and one file; those buffers are the same memory in all processes of a `machine`, each of which calls this, and
+    the first of which fills it. Of a model of slices (`wan.device.sharding`) only those are read, and all of it is
+    expanded.
     Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
@@ -79,51 +91,101 @@ def load_into(
     places = _places(likes, None if shared is None else shared.memory)
     waits = set() if shared is None or shared.memory is None or shared.fills else set(places)
     blocks = _Blocks()
-    for key, tensor in weights.tensors():
-        name = name_of[key]
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        sliced = sharding.slice_of(module._parameters.get(leaf))
-        if sliced is not None:
-            tensor = dequantize(tensor).view(weights.shapes[key])[sliced.rows]
-        seen = name in waits and isinstance(tensor, Tensor)  # by the first process, which reads it
-        if not seen and not blocks.see(name, tensor):
-            raise UserError(
-                f"{weights.place_of(key)} holds numbers in {key} that are NaN or infinite; download it again"
-            )
-        if sliced is not None:
-            _fill(sliced.numbers, tensor, rounding)
-            continue
-        if (
-            isinstance(tensor, QuantizedTensor)
-            and isinstance(module, nn.Linear)
-            and leaf == "weight"
-            and stays_quantized(name)
-        ):
-            model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
-            continue
-        if lower is not None and leaf == "weight" and isinstance(module, nn.Linear) and isinstance(tensor, Tensor):
-            numbers = tensor.view(weights.shapes[key])
-            if (lowered := lower(owner, module, numbers)) is not None:
-                model.set_submodule(owner, lowered)
+    with _Behind() as behind:
+        for key, tensor in weights.tensors():
+            name = name_of[key]
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            sliced = sharding.slice_of(module._parameters.get(leaf))
+            if sliced is not None:
+                tensor = dequantize(tensor).view(weights.shapes[key])[sliced.rows]
+            seen = name in waits and isinstance(tensor, Tensor)  # by the first process, which reads it
+            if not seen and not blocks.see(name, tensor):
+                raise UserError(
+                    f"{weights.place_of(key)} holds numbers in {key} that are NaN or infinite; download it again"
+                )
+            if sliced is not None:
+                _fill(sliced.numbers, tensor, rounding)
                 continue
-        if mapped and isinstance(tensor, Tensor) and tensor.dtype == dtype_of(name):
-            value = tensor.view(weights.shapes[key])
-        else:
-            place = places.pop(name, None)
-            value = torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
-            if name not in waits:
-                _fill(value, tensor, rounding)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
+            if (
+                isinstance(tensor, QuantizedTensor)
+                and isinstance(module, nn.Linear)
+                and leaf == "weight"
+                and stays_quantized(name)
+            ):
+                model.set_submodule(owner, QuantizedLinear(module, tensor, dtype_of(name), device))
+                continue
+            if (
+                lower is not None
+                and isinstance(tensor, Tensor)
+                and isinstance(module, nn.Linear)
+                and leaf == "weight"
+                and lower.takes(owner)
+            ):
+                numbers = tensor.view(weights.shapes[key])
+                behind.do(partial(lower, module, numbers), partial(_replace, model, owner))
+                continue
+            if mapped and isinstance(tensor, Tensor) and tensor.dtype == dtype_of(name):
+                value = tensor.view(weights.shapes[key])
+            else:
+                place = places.pop(name, None)
+                value = (
+                    torch.empty(weights.shapes[key], dtype=dtype_of(name), device=device) if place is None else place
+                )
+                if name not in waits:
+                    _fill(value, tensor, rounding)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
     if shared is not None:
         shared.done()
     if blocks.zero:
         block = min(blocks.zero)
         key = next(source_of[name] for name in source_of if name.startswith(f"{block}."))
         raise UserError(f"{weights.place_of(key)} is damaged: all weights of {block} are zero; download it again")
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Linear) -> None:
+    """Put a layer in the place of another, with that one's bias, which may have come while this one was made."""
+    layer._parameters["bias"] = model.get_submodule(name)._parameters["bias"]
+    model.set_submodule(name, layer)
+
+
+class _Behind:
+    """Does work in a thread, in its order, while the `with` block brings more of it: a piece is done, one waits.
+
+    The first error of the work is raised in the block or at its end. Nothing is at work after that.
+    """
+
+    WAITING = 2  # pieces, so that what they hold stays little
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "weights")
+        self._unfinished: deque[tuple[Future[nn.Linear], Callable[[nn.Linear], None]]] = deque()
+
+    def do(self, work: Callable[[], nn.Linear], use: Callable[[nn.Linear], None]) -> None:
+        """Have this done as soon as what came before is done, and its result used, in the caller's thread, after that.
+
+        Waits while there are two pieces.
+        """
+        while len(self._unfinished) >= self.WAITING:
+            self._finish()
+        self._unfinished.append((self._thread.submit(work), use))
+
+    def _finish(self) -> None:
+        result, use = self._unfinished.popleft()
+        use(result.result())
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            while kind is None and self._unfinished:
+                self._finish()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
 
 
 def _fill(value: Tensor, tensor: Tensor | QuantizedTensor, rounding: torch.dtype | None) -> None:

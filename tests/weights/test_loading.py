@@ -1,0 +1,144 @@
+"""Weights that are made smaller in a thread while the next ones are read."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wan.errors import UserError
+from wan.weights.loading import load_into
+
+COUNT = 6
+PATIENCE = 20  # seconds after which a test that would hang fails
+
+
+class Files:
+    """The weights of some layers, every second bias before its weight; `on_read` is called before one is handed on."""
+
+    path = Path("a.safetensors")
+
+    def __init__(self, on_read: Callable[[str], None] = lambda key: None) -> None:
+        self.on_read = on_read
+        self.numbers: dict[str, Tensor] = {}
+        for layer in range(COUNT):
+            for part in ("weight", "bias") if layer % 2 else ("bias", "weight"):
+                self.numbers[f"{layer}.{part}"] = torch.full((4, 4) if part == "weight" else (4,), layer + 1.0)
+        self.shapes = {key: tuple(value.shape) for key, value in self.numbers.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for key, value in self.numbers.items():
+            self.on_read(key)
+            yield key, value
+
+    def place_of(self, key: str) -> str:
+        return str(self.path)
+
+
+class Halves:
+    """Takes the weights of all layers but the first, and makes half of their numbers; `on_make` is called before."""
+
+    def __init__(self, on_make: Callable[[int], None] = lambda number: None) -> None:
+        self.on_make = on_make
+        self.made: list[int] = []
+
+    def takes(self, name: str) -> bool:
+        return name != "0"
+
+    def __call__(self, layer: nn.Linear, numbers: Tensor) -> nn.Linear:
+        number = int(numbers[0, 0]) - 1
+        self.on_make(number)
+        self.made.append(number)
+        smaller = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        smaller._parameters["weight"] = nn.Parameter(numbers.half() / 2, requires_grad=False)
+        return smaller
+
+
+def load(files: Any, lower: Any) -> nn.Sequential:
+    model = nn.Sequential(*(nn.Linear(4, 4, device="meta") for _ in range(COUNT)))
+    sources = {key: key for key in files.shapes}
+    load_into(model, files, sources, lambda name: torch.float32, torch.device("cpu"), lower=lower)
+    return model
+
+
+def at_work() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_each_layer_gets_its_own_numbers() -> None:
+    """A bias may come before its weight, after it, or while the layer is made of that."""
+    half = Halves(lambda number: time.sleep(0.01))
+    model = load(Files(), half)
+    assert half.made == [1, 2, 3, 4, 5]
+    for number, layer in enumerate(model):
+        assert isinstance(layer, nn.Linear)
+        assert torch.equal(layer.bias, torch.full((4,), number + 1.0))
+        expected = torch.full((4, 4), number + 1.0) if number == 0 else torch.full((4, 4), (number + 1) / 2).half()
+        assert torch.equal(layer.weight, expected) and layer.weight.dtype == expected.dtype
+    assert at_work() == []
+
+
+def test_one_weight_is_made_while_the_next_is_read() -> None:
+    pause = 0.04
+    start = time.perf_counter()
+    load(Files(lambda key: time.sleep(pause if "weight" in key else 0)), Halves(lambda number: time.sleep(pause)))
+    # one after the other it would be 11 pauses
+    assert time.perf_counter() - start < 0.85 * (2 * COUNT - 1) * pause
+
+
+def test_no_more_than_two_weights_wait() -> None:
+    reading: list[int] = []
+    ahead: list[int] = []
+
+    def on_make(number: int) -> None:
+        time.sleep(0.03)  # long enough to read all others
+        ahead.append(reading[-1] - number)
+
+    load(Files(lambda key: reading.append(int(key[0])) if "weight" in key else None), Halves(on_make))
+    assert len(ahead) == COUNT - 1 and max(ahead) <= 2
+
+
+def test_an_error_of_what_makes_weights_is_raised_once_and_nothing_is_at_work_after_it() -> None:
+    def on_make(number: int) -> None:
+        if number == 2:
+            raise MemoryError("no room for layer 2")
+
+    half = Halves(on_make)
+    with pytest.raises(MemoryError, match="no room for layer 2"):
+        load(Files(), half)
+    assert at_work() == []
+    last = Halves(lambda number: (_ for _ in ()).throw(MemoryError("at the end")) if number == COUNT - 1 else None)
+    with pytest.raises(MemoryError, match="at the end"):
+        load(Files(), last)
+    assert at_work() == []
+
+
+def test_an_error_of_what_reads_ends_what_makes_weights() -> None:
+    begun, held = threading.Event(), threading.Event()
+
+    def on_read(key: str) -> None:
+        if key == "3.weight":
+            assert begun.wait(PATIENCE)
+            threading.Timer(0.05, held.set).start()
+            raise OSError("the disk is gone")
+
+    def on_make(number: int) -> None:
+        if number == 2:
+            begun.set()
+            assert held.wait(PATIENCE)
+
+    half = Halves(on_make)
+    with pytest.raises(OSError, match="the disk is gone"):
+        load(Files(on_read), half)
+    assert at_work() == [] and half.made == [1, 2]  # what was begun has been waited for
+    files = Files()
+    files.numbers["4.weight"] = torch.full((4, 4), torch.nan)
+    with pytest.raises(UserError, match=r"holds numbers in 4\.weight that are NaN"):
+        load(files, Halves())
+    assert at_work() == []
