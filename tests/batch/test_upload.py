@@ -13,12 +13,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.batch.test_run import MADE, Crew, make, tasks_of
+from tests.batch.test_run import MADE, Crew, Event, make, tasks_of
 from tests.support.served import SHAPES
 from wan import cli
 from wan.batch.hand import UPLOAD, Hand
 from wan.batch.schedule import Schedule
 from wan.batch.upload import LIST, UploadError, check_place, is_uploaded, upload
+from wan.errors import UserError
 from wan.kinds import Place
 from wan.server.tickets import DONE, FAILED
 from wan.server.wire import CHECKED
@@ -157,6 +158,16 @@ def test_a_chain_whose_upload_failed_is_tried_again_by_its_worker_and_given_up_w
     tasks = tasks_of("b")
     make(Crew(lambda name, count: {"state": FAILED, **MADE, **error}), tasks)
     assert (tasks[0].state, tasks[0].reason, tasks[0].done) == (FAILED, "its upload failed", 2)
+
+
+def test_a_store_out_of_reach_is_one_line_however_many_rows_there_are() -> None:
+    crew = Crew(lambda name, count: pytest.fail("nothing is begun"), 2)
+    error = {"error": {"code": UPLOAD, "message": "the upload to s3://x cannot be looked at (down)"}}
+    crew.give = lambda worker, order: crew.events.append(  # type: ignore[method-assign]
+        Event("ended", worker, {"state": FAILED, "done": 0, "count": 0, "made": 0, **error})
+    )
+    with pytest.raises(UserError, match=r"^the upload to s3://x cannot be looked at \(down\); nothing was begun$"):
+        make(crew, tasks_of(*"abcdefgh"), max_failures=1, skip_bad=True)
 
 
 @pytest.mark.parametrize("uploaded", [True, False])

@@ -98,11 +98,14 @@ class Batch:
         self._idle: set[int] = set()
         self._opened: set[int] = set()
         self._false_starts = 0
+        self._checks = False
         self._schedule = Schedule((), 1)
 
     def check(self) -> None:
-        """Check every task, as making it does before its first clip."""
+        """Check every task, as making it does before its first clip. Raises UserError for a store out of reach."""
+        self._checks = True
         self._work(Schedule(self.tasks, self.settings.max_failures), "check", lambda task: None)
+        self._checks = False
 
     def make(self) -> None:
         """Make all that passed the check and is not finished."""
@@ -224,6 +227,9 @@ class Batch:
                 self._idle.add(worker)
             return
         schedule.end(task, message)
+        code = (message.get("error") or {}).get("code")
+        if self._checks and task.state == FAILED and code == UPLOAD:  # no row's fault, and the same for each of them
+            raise UserError(f"{task.reason}; nothing was begun")
         if message["state"] == LOST:
             self.crew.drop(worker)
             self._fail(schedule, worker, str(message["error"]["message"]))
