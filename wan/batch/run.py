@@ -44,12 +44,11 @@ def make_batch(settings: Settings) -> None:
     _refuse(bad, settings)
     from wan.batch.crew import Crew, Gone  # which needs Ray
 
-    told.info("Ray and its workers start, which takes some seconds")
-
     tasks = [Task(row) for row in rows]
     crew = Crew(settings)
     batch = Batch(settings, crew, tasks, None if settings.dry_run else Report(folder, settings, tuple(bad)))
     try:
+        told.info("the workers start, which takes some seconds")
         if crew.dashboard:
             told.info("Ray's dashboard: http://%s", crew.dashboard)
         batch.check()
