@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -42,28 +43,46 @@ def work() -> int:
     """A worker that speaks as `wan.server.worker` does, and whose clips are files that say who made them."""
     from filelock import FileLock, Timeout
 
-    name, skew, pause = "", random.uniform(-DAY, DAY), float(os.environ.get("SLEEP_CLIP", "0.1"))
+    skew, pause = random.uniform(-DAY, DAY), float(os.environ.get("SLEEP_CLIP", "0.1"))
+    behind, talking = threading.Thread(), threading.Lock()
 
     def say(event: str, **more: Any) -> None:
-        print(json.dumps({"event": event, "id": name, **more}), flush=True)
+        with talking:
+            print(json.dumps({"event": event, **more}), flush=True)
 
-    def make(folder: Path) -> None:
+    def write(name: str, folder: Path, number: int) -> None:
+        file = folder / f"clip_{number}.json"
+        write_json(file, {"clip": number})
+        with (folder / LINE).open("a", encoding="utf-8") as log:
+            log.write(f"{number}\n")
+        os.utime(file, (time.time() + skew, time.time() + skew))
+        write_json(folder / "run.json", {"clips_finished": number, "when": time.time() + skew})
+        say("clip_finished", id=name, clip=number, count=CLIPS, seam=None)
+
+    def make(name: str, folder: Path, ahead: bool) -> threading.Thread | None:
+        """With `ahead` the thread that is to write its last clip."""
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock").acquire(blocking=False):
-            finished = len(list(folder.glob("clip_*.json")))
-            say("there", done=finished, count=CLIPS)
-            for number in range(finished + 1, CLIPS + 1):
-                say("clip_started", clip=number, count=CLIPS, seed=number)
-                time.sleep(pause)
-                if name == "poison":
-                    os.abort()
-                file = folder / f"clip_{number}.json"
-                write_json(file, {"clip": number})
-                with (folder / LINE).open("a", encoding="utf-8") as log:
-                    log.write(f"{number}\n")
-                os.utime(file, (time.time() + skew, time.time() + skew))
-                write_json(folder / "run.json", {"clips_finished": number, "when": time.time() + skew})
-                say("clip_finished", clip=number, count=CLIPS, seam=None)
+        lock = FileLock(folder / ".lock", thread_local=False)
+        lock.acquire(blocking=False)
+        finished = len(list(folder.glob("clip_*.json")))
+        say("there", id=name, done=finished, count=CLIPS)
+        for number in range(finished + 1, CLIPS + 1):
+            say("clip_started", id=name, clip=number, count=CLIPS, seed=number)
+            time.sleep(pause)
+            if name == "poison":
+                os.abort()
+            if ahead and number == CLIPS:
+                return threading.Thread(target=write_last, args=(name, folder, lock))
+            write(name, folder, number)
+        lock.release()
+        say("end", id=name, state="completed")
+        return None
+
+    def write_last(name: str, folder: Path, lock: FileLock) -> None:
+        time.sleep(pause)
+        write(name, folder, CLIPS)
+        lock.release()
+        say("end", id=name, state="completed")
 
     sys.stdin.readline()
     say("ready")
@@ -81,13 +100,19 @@ def work() -> int:
                 "seconds": pause * missing,
             }
             estimate |= {"measured": False, "disk_bytes": 0.0, "status": "" if missing else "finished"}
-            say("end", state="checked", found=estimate)
+            say("end", id=name, state="checked", found=estimate)
             continue
         try:
-            make(folder)
-            say("end", state="completed")
+            last = make(name, folder, order["ahead"])
         except Timeout:
-            say("end", state="failed", error={"code": "in_use", "message": "in use"})
+            say("end", id=name, state="failed", error={"code": "in_use", "message": "in use"})
+            continue
+        if last is not None:
+            if behind.ident is not None:
+                behind.join()
+            behind = last
+            behind.start()
+            say("made", id=name)
     return 0
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.utils import disp_len
 
 from wan.batch import run as run_module
 from wan.batch.report import Report
 from wan.batch.rows import BadRow, Row
 from wan.batch.run import Batch, outline
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
+from wan.batch.table import line_of, shorten
 from wan.errors import UserError
 from wan.options import Settings
 from wan.server.tickets import DONE, FAILED, PAUSED
@@ -261,15 +263,24 @@ def test_a_batch_that_is_left_says_how_to_go_on(caplog: pytest.LogCaptureFixture
     assert '"clips_finished": 1' in (tmp_path / "batch.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_long_name_leaves_room_for_how_far_a_worker_is() -> None:
+    live = {"clip": 2, "count": 3, "stage": "denoise", "step": 4, "steps": 40, "seconds_left": 61.0}
+    for name in ("a long name " * 9, "長い名前" * 20, "short"):
+        line = line_of(3, tasks_of(name)[0], live, 80)
+        assert disp_len(line) <= 79 and line.endswith(", clip 2/3 denoise 4/40, 61 s left")
+        assert line.startswith(f"worker 3: {name[:4]}") and ("…" in line) == (name != "short")
+    assert shorten("abcdef", 4) == "a…ef" and shorten("abcdef", 6) == "abcdef"
+
+
 def test_a_dry_run_adds_up_clips_hours_and_disk() -> None:
     crew, tasks = Crew(lambda name, count: None), tasks_of("a", "b")
     Batch(Settings(quiet=True), crew, tasks, None).check()  # type: ignore[arg-type]
     lines = outline(tasks, [BadRow("l, line 3", "x")], 4)
     assert lines[1].split() == ["2", "2", "2.0", "h", "1.0", "GiB", "a"]
-    assert lines[3].startswith(
-        "2 chains with 4 clips, of which 4 are to be made: about 4.0 GPU hours of sampling (on H200s"
+    assert lines[3].startswith("2 chains with 4 clips, 4 to make: about 4.0 GPU hours of sampling (on H200s")
+    assert (
+        lines[3].endswith("2.0 GiB of disk") and lines[4] == "about 60 min on 4 GPUs" and "1 row left out" in lines[5]
     )
-    assert lines[3].endswith("2.0 GiB of disk") and lines[4] == "about 60 min on 4 GPUs" and "1 rows" in lines[5]
 
 
 def test_rows_that_cannot_be_made_are_said_before_anything_begins(

@@ -13,12 +13,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.batch.test_run import MADE, Crew, make, tasks_of
+from tests.batch.test_run import MADE, Crew, Event, make, tasks_of
 from tests.support.served import SHAPES
 from wan import cli
 from wan.batch.hand import UPLOAD, Hand
 from wan.batch.schedule import Schedule
 from wan.batch.upload import LIST, UploadError, check_place, is_uploaded, upload
+from wan.errors import UserError
 from wan.kinds import Place
 from wan.server.tickets import DONE, FAILED
 from wan.server.wire import CHECKED
@@ -91,6 +92,31 @@ def test_an_upload_that_fails_is_none_and_goes_on_where_it_was(cuts: bool, why: 
     assert Flaky.puts[4:] == ["joined.mp4"]
 
 
+class NoSuchBucket(Exception):
+    """As botocore's."""
+
+
+class Buckets(Flaky):
+    """A store that would make a bucket, as s3fs does, for a folder in one that is not there."""
+
+    protocol = ("s3", "s3a")  # type: ignore[assignment]
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        raise AssertionError(f"{path} would be made")
+
+    def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
+        raise FileNotFoundError("The specified bucket does not exist") from NoSuchBucket()
+
+    pipe_file = cat_file
+
+
+def test_a_bucket_that_is_not_there_is_said_and_not_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Buckets(), "nowhere/a b"))
+    for do in (is_uploaded, upload):
+        with pytest.raises(UploadError, match="The specified bucket does not exist"):
+            do(folder, "s3://nowhere/a b")
+
+
 MAKER = """
 import json, sys
 def say(event, **more): print(json.dumps({"event": event, "id": name, **more}), flush=True)
@@ -132,6 +158,16 @@ def test_a_chain_whose_upload_failed_is_tried_again_by_its_worker_and_given_up_w
     tasks = tasks_of("b")
     make(Crew(lambda name, count: {"state": FAILED, **MADE, **error}), tasks)
     assert (tasks[0].state, tasks[0].reason, tasks[0].done) == (FAILED, "its upload failed", 2)
+
+
+def test_a_store_out_of_reach_is_one_line_however_many_rows_there_are() -> None:
+    crew = Crew(lambda name, count: pytest.fail("nothing is begun"), 2)
+    error = {"error": {"code": UPLOAD, "message": "the upload to s3://x cannot be looked at (down)"}}
+    crew.give = lambda worker, order: crew.events.append(  # type: ignore[method-assign]
+        Event("ended", worker, {"state": FAILED, "done": 0, "count": 0, "made": 0, **error})
+    )
+    with pytest.raises(UserError, match=r"^the upload to s3://x cannot be looked at \(down\); nothing was begun$"):
+        make(crew, tasks_of(*"abcdefgh"), max_failures=1, skip_bad=True)
 
 
 @pytest.mark.parametrize("uploaded", [True, False])

@@ -137,9 +137,11 @@ def test_two_processes_share_one_chain_after_the_other(tmp_path: Path) -> None:
         group = Hand((sys.executable, "-m", "wan.server.worker"), 2, 1, str(ROOT), "1")
         pids = (await group.start())["pids"]
         assert len(pids) == 2
-        for name in ("a", "b"):
-            report = await group.do(order(name, tmp_path / name, base_seed=7, **each))
-            assert (report["state"], report["made"]) == ("completed", 1), report
+        for name in ("a", "b"):  # the second one begins while the first one is written
+            making = await group.do(order(name, tmp_path / name, base_seed=7, **each) | {"ahead": True})
+            assert making["state"] == "writing", making
+        report = await group.written()
+        assert (report["state"], report["made"]) == ("completed", 1), report
         await group.end()
         assert not any(psutil.pid_exists(pid) for pid in pids)
 

@@ -111,8 +111,12 @@ class Crew:
             raise UserError(
                 f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at {advice}"
             ) from error
+        except SystemExit:  # by SIGTERM, for which Ray has put a handler of its own there
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
+            raise
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, before)
         try:
             self.size, self.siblings = self._places(settings)
             self._captioners = [self._captioner(node) for node in self._captioner_nodes]

@@ -161,7 +161,7 @@ class Hand:
         progress: dict[str, Any] = {"done": work.done, "count": work.count, "made": work.clips_made}
         progress["warnings"] = work.live.warnings[-_KEPT_WARNINGS:]
         estimate, place = end.get("found"), order.get("upload")
-        if place and (end["state"] == DONE or (estimate and estimate["missing"] == 0)):
+        if place and (end["state"] == DONE or estimate is not None):
             end |= await asyncio.to_thread(self._upload, work.folder, place, estimate)
         if not order.get("check") or (estimate is not None and estimate["missing"] < estimate["clips"]):
             end |= await asyncio.to_thread(_seen, work.folder)

@@ -14,7 +14,7 @@ from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
 from wan.commands.flags import NAME
 from wan.commands.lines import PROGRESS
-from wan.commands.progress import say, span
+from wan.commands.progress import counted, say, span
 from wan.errors import UserError
 from wan.foreign import read_json
 from wan.options import Settings
@@ -48,6 +48,7 @@ def make_batch(settings: Settings) -> None:
     crew = Crew(settings)
     batch = Batch(settings, crew, tasks, None if settings.dry_run else Report(folder, settings, tuple(bad)))
     try:
+        told.info("the workers start, which takes some seconds")
         if crew.dashboard:
             told.info("Ray's dashboard: http://%s", crew.dashboard)
         batch.check()
@@ -71,10 +72,13 @@ def make_batch(settings: Settings) -> None:
         crew.close()
     if failed := _count(batch.made, FAILED):
         raise UserError(
-            f"{failed} of {len(tasks)} chains failed, {folder / PAGE} says why; the same command tries them again"
+            f"{failed} of {counted(len(batch.made), 'chain')} failed, {folder / PAGE} says why; the same command tries "
+            f"{'it' if failed == 1 else 'them'} again"
         )
     if stopped := _count(tasks, STOPPED):
-        told.warning("%d chains were stopped by a file in their folders; the same command goes on with them", stopped)
+        told.warning(
+            "%s stopped by a file in the chain's folder; the same command makes the rest", counted(stopped, "chain")
+        )
     say(str(folder / PAGE))
 
 
@@ -93,11 +97,14 @@ class Batch:
         self._idle: set[int] = set()
         self._opened: set[int] = set()
         self._false_starts = 0
+        self._checks = False
         self._schedule = Schedule((), 1)
 
     def check(self) -> None:
-        """Check every task, as making it does before its first clip."""
+        """Check every task, as making it does before its first clip. Raises UserError for a store out of reach."""
+        self._checks = True
         self._work(Schedule(self.tasks, self.settings.max_failures), "check", lambda task: None)
+        self._checks = False
 
     def make(self) -> None:
         """Make all that passed the check and is not finished."""
@@ -219,6 +226,9 @@ class Batch:
                 self._idle.add(worker)
             return
         schedule.end(task, message)
+        code = (message.get("error") or {}).get("code")
+        if self._checks and task.state == FAILED and code == UPLOAD:  # no row's fault, and the same for each of them
+            raise UserError(f"{task.reason}; nothing was begun")
         if message["state"] == LOST:
             self.crew.drop(worker)
             self._fail(schedule, worker, str(message["error"]["message"]))
@@ -260,14 +270,12 @@ class Batch:
         self.lives.pop(worker, None)
 
     def _say(self, task: Task) -> None:
-        over = sum(one.is_over for one in self.tasks)
+        count = f"{sum(one.is_over for one in self.made)}/{len(self.made)} {task.row.name}"
         if task.state == DONE:
-            seen = f", {len(task.attention)} seams to look at" if task.attention else ""
-            told.info(
-                "%d/%d %s: %d clips in %s%s", over, len(self.tasks), task.row.name, task.clips, task.row.folder, seen
-            )
+            seen = f", {counted(len(task.attention), 'seam')} to look at" if task.attention else ""
+            told.info("%s: %s in %s%s", count, counted(task.clips, "clip"), task.row.folder, seen)
         else:
-            told.warning("%d/%d %s %s: %s", over, len(self.tasks), task.row.name, task.state, task.reason)
+            told.warning("%s %s: %s", count, task.state, task.reason)
 
 
 def done_of(task: Task) -> int:
@@ -289,14 +297,15 @@ def outline(tasks: Sequence[Task], bad: Sequence[BadRow], gpus: int) -> list[str
     seconds, missing = sum(task.seconds for task in fit), sum(task.missing for task in fit)
     measured = all(task.measured or not task.missing for task in fit)
     basis = "as finished clips took" if measured else "on H200s, where no clip tells yet"
+    disk = _gib(sum(task.disk_bytes for task in fit))
     lines.append(
-        f"{len(fit)} chains with {sum(task.clips for task in fit)} clips, of which {missing} are to be made: about "
-        f"{seconds / 3600:.1f} GPU hours of sampling ({basis}) and {_gib(sum(task.disk_bytes for task in fit))} of disk"
+        f"{counted(len(fit), 'chain')} with {counted(sum(task.clips for task in fit), 'clip')}, {missing} to make: "
+        f"about {seconds / 3600:.1f} GPU hours of sampling ({basis}) and {disk} of disk"
     )
     if gpus > 1 and seconds:
         lines.append(f"about {span(seconds / gpus)} on {gpus} GPUs")
     if bad:
-        lines.append(f"{len(bad)} rows cannot be made and are left out")
+        lines.append(f"{counted(len(bad), 'row')} left out, which cannot be made")
     return lines
 
 

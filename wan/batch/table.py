@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.utils import disp_len
 
 from wan.batch.schedule import Task
 from wan.commands.lines import PROGRESS
-from wan.commands.progress import span
+from wan.commands.progress import counted, span
 
 told = logging.getLogger(PROGRESS)
 
 MOST_LINES = 32  # of workers on a terminal
 LINE_SECONDS = 60.0  # from one line to the next off a terminal
+_COLUMNS = 80  # of a terminal that does not say
+_SHORTEST = 12  # columns of a name
 
 
 class Table:
@@ -43,7 +47,8 @@ class Table:
                 self._shown_at = time.monotonic()
                 told.info(self.summary())
             return
-        lines = [line_of(worker, *live) for worker, live in sorted(lives.items())[:MOST_LINES]]
+        columns = _columns()
+        lines = [line_of(worker, *live, columns=columns) for worker, live in sorted(lives.items())[:MOST_LINES]]
         if len(lives) > MOST_LINES:
             lines.append(f"and {len(lives) - MOST_LINES} more workers")
         lines.append(self.summary())
@@ -65,17 +70,33 @@ class Table:
             rest = max(0, missing - made)
             line += f", {3600 * made / seconds:.1f} clips an hour, about {span(rest * seconds / made)} left"
         if elsewhere := sum(task.elsewhere for task in self.tasks):
-            line += f", {elsewhere} chains are made by another run"
+            line += f", {counted(elsewhere, 'chain')} made by another run"
         return line
 
 
-def line_of(worker: int, task: Task, live: Mapping[str, Any]) -> str:
-    """A worker's line."""
-    line = f"worker {worker}: {task.row.name}"
+def line_of(worker: int, task: Task, live: Mapping[str, Any], columns: int = _COLUMNS) -> str:
+    """A worker's line, in which a long name leaves room for how far it is."""
+    line = ""
     if live.get("clip"):
         line += f", clip {live['clip']}/{live['count'] or task.clips} {live['stage']}"
         if live["steps"]:
             line += f" {live['step']}/{live['steps']}"
         if live["seconds_left"] is not None:
             line += f", {span(live['seconds_left'])} left"
-    return line
+    begin = f"worker {worker}: "
+    return begin + shorten(task.row.name, max(_SHORTEST, columns - 1 - disp_len(begin + line))) + line
+
+
+def shorten(text: str, columns: int) -> str:
+    """A text of one line, cut in its middle if it takes more columns."""
+    head, tail = text[: len(text) // 2], text[len(text) // 2 :]
+    while disp_len(f"{head}…{tail}") > columns and disp_len(text) > columns:
+        head, tail = (head[:-1], tail) if len(head) >= len(tail) else (head, tail[1:])
+    return text if len(head) + len(tail) == len(text) else f"{head}…{tail}"
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
+    except (OSError, ValueError):  # a stand-in for stderr, which has no size
+        return _COLUMNS

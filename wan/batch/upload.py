@@ -17,6 +17,8 @@ from wan.files import file_digest
 from wan.public import without_login
 
 LIST = "uploaded.json"
+# stores without folders; s3fs would create a bucket for one, and with a name that was mistyped, too
+_BUCKETS = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "cos", "tos"))
 
 
 class UploadError(Exception):
@@ -76,20 +78,22 @@ class _Place:
         """What was uploaded, as the list there says."""
         try:
             listed = json.loads(self.files.cat_file(self._path(LIST)))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if type(error.__cause__).__name__ == "NoSuchBucket":  # of botocore: nothing can be brought there
+                raise
             return {"complete": False, "files": {}}
         return {"complete": listed["complete"], "files": listed["files"]}
 
     def say(self, files: Mapping[str, Any], *, complete: bool) -> None:
         """Write that list."""
         text = json.dumps({"complete": complete, "files": files}, indent=1)
-        self.files.makedirs(self.root, exist_ok=True)
+        self._make_folder(self.root)
         self.files.pipe_file(self._path(LIST), text.encode())
 
     def put(self, path: Path, name: str) -> None:
         """Bring a file there."""
         target = self._path(name)
-        self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._make_folder(target.rpartition("/")[0])
         self.files.put_file(str(path), target)
 
     def size(self, name: str) -> int | None:
@@ -99,6 +103,11 @@ class _Place:
             return int(self.files.info(self._path(name))["size"])
         except FileNotFoundError:
             return None
+
+    def _make_folder(self, path: str) -> None:
+        names = self.files.protocol
+        if _BUCKETS.isdisjoint((names,) if isinstance(names, str) else names):
+            self.files.makedirs(path, exist_ok=True)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

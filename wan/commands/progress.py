@@ -166,6 +166,11 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def counted(count: int, word: str) -> str:
+    """1 clip, 2 clips."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def _facts(record: Mapping[str, Any]) -> str:
     taken, seam = sum((record.get("seconds") or {}).values()), record.get("seam") or {}
     facts = [f" in {taken:.1f} s"] if taken else []
