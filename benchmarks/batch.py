@@ -1,19 +1,22 @@
-"""How a batch stands kills: `python -m benchmarks.batch fake|tiny|twice|gpus`. The last line is JSON.
+"""How a batch stands kills: `python -m benchmarks.batch fake|tiny|twice|between|gpus`. The last line is JSON.
 
 `fake`: jobs of a model that sleeps, while a worker's process is killed every few seconds; each process has a clock of
 its own, up to a day off, and one job ends whichever process makes it. `tiny`: jobs of the tiny 5B with kills, whose
-states are compared with those of lone runs. `twice`: two commands make one list at once. `gpus`: chains on all GPUs of
-this machine against one after another on one GPU, with a real checkpoint.
+states are compared with those of lone runs. `twice`: two commands make one list at once. `between`: how long a worker
+computes nothing between two chains of one clip, when it waits for their files and when it does not. `gpus`: chains on
+all GPUs of this machine against one after another on one GPU, with a real checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -224,6 +227,52 @@ def tiny(jobs: int, every: float, workers: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def between(jobs: int, words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Chains of one clip by one worker, alone and ahead: the tiny 5B, or the flags of another checkpoint."""
+    return {name: asyncio.run(_between(jobs, words, folder / name, name == "ahead")) for name in ("alone", "ahead")}
+
+
+async def _between(jobs: int, words: Sequence[str], folder: Path, ahead: bool) -> dict[str, Any]:
+    from tests.support.served import MODELS, SHAPES
+    from wan.batch.hand import WRITING, Hand
+    from wan.commands.flags import parse
+    from wan.server.wire import as_json
+
+    tiny = ("--video", str(SHAPES), "--ckpt_dir", str(MODELS / "tiny-Wan2.2-TI2V-5B"), "--prompt", "On.")
+    worker = Hand((sys.executable, "-m", "wan.server.worker"), 1, 1, os.getcwd(), os.environ.get("OMP_NUM_THREADS"))
+    await worker.start()
+    spans, chains = list[tuple[float, float]](), list[dict[str, Any]]()
+    written: asyncio.Task[dict[str, Any]] | None = None
+    for number in range(jobs):
+        given = (*(words or tiny), "--num_videos", "1", "--output_dir", str(folder / str(number)))
+        settings = as_json(parse("continuous", given))
+        making = asyncio.create_task(worker.do({"id": str(number), "settings": settings, "ahead": ahead}))
+        began, ended = 0.0, 0.0
+        while not making.done():
+            look = await worker.look()
+            if look["id"] == str(number) and look["stage"] not in ("", "write"):
+                began, ended = began or time.monotonic(), time.monotonic()
+            await asyncio.sleep(0.005)
+        spans.append((began, ended))
+        if written is not None:
+            chains.append(await written)
+            written = None
+        if making.result()["state"] == WRITING:
+            written = asyncio.create_task(worker.written())
+        else:
+            chains.append(making.result())
+    if written is not None:
+        chains.append(await written)
+    seconds = time.monotonic() - spans[0][1]
+    await worker.end()
+    return {
+        "states": Counter(chain["state"] for chain in chains),
+        "seconds_a_chain": round(seconds / (jobs - 1), 2),
+        "computes": round(statistics.median(end - begin for begin, end in spans[1:]), 2),
+        "computes_nothing": round(statistics.median(two[0] - one[1] for one, two in itertools.pairwise(spans)), 2),
+    }
+
+
 def gpus(video: Path, words: Sequence[str], jobs: int, count: int, folder: Path) -> dict[str, Any]:
     """Clips an hour by all workers at once, and by one with its share of the jobs.
 
@@ -323,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["command"]:
         return command(words[1:])
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("fake", "tiny", "twice", "gpus"))
+    parser.add_argument("what", choices=("fake", "tiny", "twice", "between", "gpus"))
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--every", type=float, default=3.0, help="seconds from one kill to the next")
     parser.add_argument("--workers", type=int, default=4)
@@ -337,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = tiny(given.jobs, given.every, given.workers, folder)
         elif given.what == "twice":
             result = twice(given.jobs, given.workers, folder)
+        elif given.what == "between":
+            result = between(given.jobs, more, folder)
         else:
             result = gpus(given.video, more, given.jobs, given.workers, folder)
     print(json.dumps(result))

@@ -43,6 +43,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "wan/chain/measures.py": ("test_report",),
     "wan/chain/scores.py": ("test_report", "test_page_charts"),
     "wan/chain/storyboard.py": ("test_storyboard", "test_faults", "test_options"),
+    "wan/chain/storyboard_file.py": ("test_storyboard", "test_faults", "test_options"),
     "wan/chain/dry_run.py": ("test_faults", "test_options", "test_long_video"),
     "wan/continuation.py": ("test_owners", "test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
     "wan/pipeline.py": (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,18 +18,9 @@ from wan.continuation import VideoContinuation
 from wan.denoiser.fp8 import quantize_model
 from wan.denoiser.model import WanModel, policy_dtype
 from wan.denoiser.policy import FLOAT32_PARTS
-from wan.device.budget import MemoryBudget
-from wan.device.host_budget import HostBudget, host_limit
-from wan.encoding import PromptEmbeddings
-from wan.fitted_frames import FittedFrames
-from wan.models import Models
-from wan.planning import Planner
-from wan.prompting import CaptionerOwner, PromptBuilder
-from wan.sampling_rules import SamplingRules
 from wan.text.umt5 import TextEncoder
 from wan.video2video import WanV2V
 from wan.wan22video2video5B import WanV2V5B
-from wan.weights.checkpoint import Checkpoint
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 from wan.weights.tensors import Weights
 
@@ -56,6 +50,16 @@ VAE: dict[str, dict[str, Any]] = {
         "latents_std": [1.0] * 48,
     },
 }
+TEXT: dict[str, Any] = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+TOKENIZER = Path(__file__).resolve().parent.parent / "models" / "tiny-Wan2.2-TI2V-5B" / "google" / "umt5-xxl"
 
 
 def materialise(model: torch.nn.Module, dtype_of: Any, device: torch.device) -> Any:
@@ -116,13 +120,25 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
     """The pipeline of `task` with its models in host memory, as after loading a checkpoint."""
     cpu = torch.device("cpu")
     config = WAN_CONFIGS[task]
-    experts = ("model",) if config.boundary is None else ("low_noise_model", "high_noise_model")
-    pipeline: Any = object.__new__(WanV2V if task == "i2v-A14B" else WanV2V5B)
-    pipeline.config, pipeline.tokenizer = config, Words()
-    pipeline.convert_model_dtype, pipeline.compile_blocks, pipeline.video_reader = False, True, "auto"
-    pipeline.device = pipeline.text_device = DEVICE
+    with init_empty_weights():
+        denoiser, vae = WanModel(**DIT[task]), AutoencoderKLWan(**VAE[task])
+        text = UMT5Config(**TEXT)
+        text._attn_implementation = "eager"
+        encoder = UMT5EncoderModel(text)
+    denoisers = ("transformer",) if config.boundary is None else ("transformer", "transformer_2")
+    with TemporaryDirectory() as folder:  # only its headers are ever looked at: the models are put in below
+        checkpoint = Path(folder)
+        (checkpoint / "model_index.json").write_text("{}")
+        for part in denoisers:
+            write_headers(checkpoint / part / "diffusion_pytorch_model.safetensors", denoiser)
+            sizes = {"num_attention_heads": DIT[task]["num_attention_heads"]}
+            (checkpoint / part / "config.json").write_text(json.dumps(sizes))
+        write_headers(checkpoint / "vae" / "diffusion_pytorch_model.safetensors", vae)
+        write_headers(checkpoint / "text_encoder" / "model.safetensors", encoder)
+        shutil.copytree(TOKENIZER, checkpoint / "tokenizer")
+        pipeline: VideoContinuation = (WanV2V if task == "i2v-A14B" else WanV2V5B)(config, checkpoint)
 
-    def denoiser() -> WanModel:
+    def filled() -> WanModel:
         with init_empty_weights():
             model = WanModel(**DIT[task])
         materialise(model, lambda name: policy_dtype(name, config.param_dtype), cpu)
@@ -132,44 +148,27 @@ def build(task: str, packed: str | None = None, precision: str | None = None) ->
             quantize_model(model, precision, pipeline.device)
         return model
 
-    made: dict[str, Any] = {name: denoiser() for name in experts}
-    with init_empty_weights():
-        vae = AutoencoderKLWan(**VAE[task])
+    for name in pipeline.checkpoint.experts:
+        pipeline.models.put(name, filled())
     vae = materialise(vae, lambda name: torch.float32, cpu)
-    made["vae"] = type(pipeline).vae_class(vae, config.vae_mean, config.vae_std)
-    with init_empty_weights():
-        text = UMT5Config(
-            vocab_size=256384,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-        text._attn_implementation = "eager"
-        encoder = UMT5EncoderModel(text)
+    pipeline.models.put("vae", pipeline.vae_class(vae, config.vae_mean, config.vae_std))
     encoder = materialise(encoder, lambda name: config.t5_dtype, cpu)
     encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    made["text_encoder"] = TextEncoder(encoder, Words())  # type: ignore[arg-type]
-    shapes = {name: headers(made[name]) for name in experts}
-    pipeline.checkpoint = Checkpoint(Path("."), shapes, headers(vae), headers(encoder), Path("."))
-    pipeline.models = Models(task, pipeline.checkpoint, {})
-    for name, model in made.items():
-        pipeline.models.put(name, model)
-    pipeline.budget = MemoryBudget(pipeline.checkpoint, config, DEVICE, DEVICE)
-    pipeline.host = HostBudget(pipeline.checkpoint, config, host_limit("auto"))
-    pipeline.sharded = set()
-    pipeline.rules = SamplingRules(config, pipeline.checkpoint)
-    pipeline.embeddings = PromptEmbeddings(lambda: pipeline.text_encoder, DEVICE, DEVICE)
-    pipeline.frames = FittedFrames(pipeline.frame_for, pipeline.fps)
-    pipeline.plan = Planner(
-        pipeline.rules, pipeline.models, pipeline.fit, pipeline.geometry, lambda plan: pipeline._check_memory(plan)
-    )
-    pipeline.vlm = CaptionerOwner(None, url=None, question="?", trust_remote_code=False, main=DEVICE, device=DEVICE)
-    pipeline.prompts = PromptBuilder(pipeline.vlm, pipeline.tokenizer.count, config.text_len, pipeline.fps)
-    built: VideoContinuation = pipeline
-    return built
+    pipeline.models.put("text_encoder", TextEncoder(encoder, Words()))  # type: ignore[arg-type]
+    return pipeline
+
+
+def write_headers(file: Path, model: torch.nn.Module) -> None:
+    """A safetensors file with the names and shapes of a model, and a hole, which takes no disk, for its numbers."""
+    header, end = dict[str, Any](), 0
+    for name, parameter in model.named_parameters():
+        begin, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as opened:
+        opened.write(len(words).to_bytes(8, "little") + words)
+        opened.truncate(8 + len(words) + end)
 
 
 def headers(model: torch.nn.Module) -> Weights:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.finished_clip import FinishedClip
+from wan.chain.run_folder import RunFolder
 from wan.errors import UserError
 from wan.media import probe, read_last_frame, read_tail, sample_frames
 

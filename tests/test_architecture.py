@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "wan").rglob("*.py"))
 # A module may import its own layer and those above it in this list.
 LAYERS = [
     ("wan.version", "wan.errors", "wan.files", "wan.foreign", "wan.detail", "wan.pages"),
+    ("wan.public",),
     ("wan.configs",),
     ("wan.kinds",),
     ("wan.options",),
@@ -67,13 +68,13 @@ def name_of(file: Path) -> str:
 
 def imports_of(file: Path) -> set[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "wan"}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "wan"}
 
 
 def part(name: str) -> str | None:
@@ -94,12 +95,12 @@ def test_every_module_has_a_layer() -> None:
 def test_imports_point_one_way() -> None:
     wrong = []
     for file in FILES:
-        here = part(name_of(file))
+        importer = part(name_of(file))
         for name in imports_of(file):
-            there = part(name)
-            if here is None or there is None or there == here:
+            imported = part(name)
+            if importer is None or imported is None or imported == importer:
                 continue
-            if layer(there) > layer(here) or (here in APART and there in APART):
+            if layer(imported) > layer(importer) or (importer in APART and imported in APART):
                 wrong.append(f"{name_of(file)} imports {name}")
     assert wrong == []
 
@@ -174,22 +175,22 @@ POSIX_NAMES = {
 
 def posix_only(code: str) -> list[str]:
     """What code imports, or names of a module, that Windows lacks; and text files in whatever encoding it has there."""
-    found: list[str] = []
+    lacking: list[str] = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name in POSIX_MODULES]
+            lacking += [alias.name for alias in node.names if alias.name in POSIX_MODULES]
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
-            found += [node.module] if node.module in POSIX_MODULES else []
-            found += [f"{node.module}.{name}" for name in names if name in POSIX_NAMES.get(node.module or "", ())]
+            lacking += [node.module] if node.module in POSIX_MODULES else []
+            lacking += [f"{node.module}.{name}" for name in names if name in POSIX_NAMES.get(node.module or "", ())]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found += [f"{node.value.id}.{node.attr}"] if node.attr in POSIX_NAMES.get(node.value.id, ()) else []
+            lacking += [f"{node.value.id}.{node.attr}"] if node.attr in POSIX_NAMES.get(node.value.id, ()) else []
         elif isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             if called in ("read_text", "write_text") and isinstance(node.func, ast.Attribute):
                 given = {word.arg for word in node.keywords}
-                found += [called] if "encoding" not in given else []
-    return found
+                lacking += [called] if "encoding" not in given else []
+    return lacking
 
 
 def test_nothing_is_for_posix_only() -> None:
@@ -201,7 +202,7 @@ def test_what_is_for_posix_only_is_found() -> None:
     assert sorted(posix_only(code)) == ["fcntl", "os.fork", "os.sysconf", "read_text", "resource"]
 
 
-# Words that say nothing of what they stand for. The tests are to follow.
+# Words that say nothing of what they stand for.
 NO_NAMES = {"found", "said", "there", "own"}
 
 
@@ -217,7 +218,10 @@ def names_bound_in(tree: ast.AST) -> set[str]:
 
 def test_a_name_says_what_it_stands_for() -> None:
     assert names_bound_in(ast.parse("def _said(own): self.found = there = 1")) >= NO_NAMES
-    files = [*FILES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "training").rglob("*.py")]
+    files = [
+        *FILES,
+        *(file for folder in ("benchmarks", "training", "tests") for file in (ROOT / folder).rglob("*.py")),
+    ]
     wrong = {
         file.relative_to(ROOT).as_posix(): sorted(names & NO_NAMES)
         for file in files

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, memory, seams, timing
+from benchmarks import clip, memory, real_size, seams, timing
 from wan.types import KnownFrames, Request
 
 
@@ -26,13 +26,13 @@ def request_5b(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> Request:
 @pytest.fixture
 def seen(ti2v: Any) -> Iterator[dict[str, list[Any]]]:
     """The timesteps' rows of each forward of the denoiser, and the calls of its text embedder."""
-    found: dict[str, list[Any]] = {"rows": [], "embedded": []}
+    counts: dict[str, list[Any]] = {"rows": [], "embedded": []}
     embedder = ti2v.model.condition_embedder.text_embedder
     hooks = [
-        ti2v.model.register_forward_pre_hook(lambda _, inputs: found["rows"].append(inputs[1].shape[1])),
-        embedder.register_forward_pre_hook(lambda *_: found["embedded"].append(1)),
+        ti2v.model.register_forward_pre_hook(lambda _, inputs: counts["rows"].append(inputs[1].shape[1])),
+        embedder.register_forward_pre_hook(lambda *_: counts["embedded"].append(1)),
     ]
-    yield found
+    yield counts
     for hook in hooks:
         hook.remove()
     for block in ti2v.model.blocks:  # a kernel stays until another is chosen
@@ -58,8 +58,8 @@ def test_what_a_run_is_without_is_back_after_it(
 ) -> None:
     whole = clip.timed_run(ti2v, request_5b, True, 1)["latents"]
     compiles = ti2v.compile_blocks
-    for found in seen.values():
-        found.clear()
+    for count in seen.values():
+        count.clear()
     with clip.without(name, ti2v, request_5b.geometry.tokens):
         lacking = clip.timed_run(ti2v, request_5b, True, 1)["latents"]
         assert ti2v.compile_blocks == (compiles and name != "compile")
@@ -73,10 +73,10 @@ def test_what_a_run_is_without_is_back_after_it(
 
 
 def test_seams_of_footage_that_was_cut_are_visible_and_of_footage_that_goes_on_are_not() -> None:
-    found = seams.told(seams.world_seams(16, seed=3))
-    assert found["goes on"]["seams"] == found["another scene"]["seams"] == 16
-    assert found["goes on"]["listed"] <= 2 / 16  # one in twenty of many
-    assert found["a second later"]["visible"] >= 15 / 16 and found["another scene"]["visible"] == 1
+    shares = seams.told(seams.world_seams(16, seed=3))
+    assert shares["goes on"]["seams"] == shares["another scene"]["seams"] == 16
+    assert shares["goes on"]["listed"] <= 2 / 16  # one in twenty of many
+    assert shares["a second later"]["visible"] >= 15 / 16 and shares["another scene"]["visible"] == 1
 
 
 def test_where_a_film_is_cut_is_no_place_to_cut_it() -> None:
@@ -110,3 +110,19 @@ def test_flags_after_two_dashes_are_for_the_command_whose_memory_is_measured(
     assert all(command[command.index("--size") + 1] == "832*480" for command, _ in ran)
     assert ["--vram" in command for command, _ in ran] == [False, True, False]
     assert capsys.readouterr().out.count("FAIL") == 3
+
+
+@pytest.mark.parametrize("task", ["ti2v-5B", "i2v-A14B"])
+def test_a_model_of_random_weights_is_a_pipeline_like_any_other(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "text_dim": 32}
+    monkeypatch.setitem(real_size.DIT, task, real_size.DIT[task] | small)
+    widths = {"base_dim": 4, "z_dim": real_size.VAE[task].get("z_dim", 16)}
+    widths |= {"decoder_base_dim": 4} if task == "ti2v-5B" else {}
+    monkeypatch.setitem(real_size.VAE, task, real_size.VAE[task] | widths)
+    text = {"vocab_size": 1000, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    monkeypatch.setattr(real_size, "TEXT", real_size.TEXT | text)
+    pipeline: Any = real_size.build(task)
+    assert all(pipeline.models.is_loaded(name) for name, _ in pipeline.checkpoint.parts)
+    request = clip.make_request(pipeline, 64, 64, 5, 1, 1)
+    made = pipeline.run(request)
+    assert made.clip.frames.shape == (5, 64, 64, 3)

@@ -44,9 +44,9 @@ def png(width: int, height: int) -> bytes:
 def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path, width: int, height: int) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height))
-    with warnings.catch_warnings(record=True) as said, pytest.raises(UserError, match="pixels; make it smaller"):
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(UserError, match="pixels; make it smaller"):
         media.read_image(path)
-    assert said == []  # Pillow's own warning would be more lines
+    assert warned == []  # Pillow's own warning would be more lines
 
 
 def test_a_large_picture_is_put_over_white_in_bands_with_the_same_values() -> None:
@@ -98,12 +98,12 @@ def test_a_compressed_pth_is_refused_before_it_is_unpacked(
 
 def test_json_is_measured_before_it_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for text, said in (
+    for text, message in (
         ("[" * 10**6 + "]" * 10**6, "nested more than 40 deep"),
         (json.dumps({"a": json.loads("[" * 41 + "]" * 41)}), "nested more than 40 deep"),
         ('{"a": ' + "9" * 10**6 + "}", "a number of 1000000 digits"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             parse_json(text, "it")
     with path.open("wb") as file:
         file.truncate(1 << 34)  # 16 GiB that take no disk

@@ -30,10 +30,10 @@ I2V, TI2V = (36, 16), (48, 48)  # input channels, latent channels
 @pytest.fixture(scope="module")
 def parts() -> Mapping[str, State]:
     """The tensors of both tiny models."""
-    found = {"high": official(A14B / HIGH), "low": official(A14B / LOW), "5b": official(FIVE)}
-    found |= {f"vae_{name}": read(folder / VAES[name]) for name, folder in (("14b", A14B), ("5b", FIVE))}
-    found["t5"] = library_names(read(FIVE / T5))
-    return {name: {key: value.contiguous() for key, value in state.items()} for name, state in found.items()}
+    tensors = {"high": official(A14B / HIGH), "low": official(A14B / LOW), "5b": official(FIVE)}
+    tensors |= {f"vae_{name}": read(folder / VAES[name]) for name, folder in (("14b", A14B), ("5b", FIVE))}
+    tensors["t5"] = library_names(read(FIVE / T5))
+    return {name: {key: value.contiguous() for key, value in state.items()} for name, state in tensors.items()}
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def put(state: State, file: Path, dtype: torch.dtype = torch.float16) -> Path:
     return file
 
 
-def found(folder: Path, parts: tuple[str, ...] = EXPERTS, kind: tuple[int, int] = I2V, **more: Any) -> dict[str, str]:
+def files_of(
+    folder: Path, parts: tuple[str, ...] = EXPERTS, kind: tuple[int, int] = I2V, **more: Any
+) -> dict[str, str]:
     return {one.part: str(one.file.relative_to(folder)) for one in ComfyFolder(folder).find(parts, *kind, **more)}
 
 
@@ -96,9 +98,9 @@ def test_every_part_of_a_5b_comes_from_comfyui_s_folder(text: str, parts: Mappin
     assert taken["vae"].file == comfy / "vae/linked/wan2.2_vae.safetensors"
     assert taken["tokenizer"].file == taken["text_encoder"].file
     files = {name: one.file for name, one in taken.items()}
-    own: dict[str, Any] = {"dit_files": {"model": files.pop("model")}, "part_files": files}
+    files_given: dict[str, Any] = {"dit_files": {"model": files.pop("model")}, "part_files": files}
     row = WAN_CONFIGS["ti2v-5B"].variant(t5_dtype="float32")
-    ours, theirs = WanTI2V(row, comfy, **own), WanTI2V(row, FIVE)
+    ours, theirs = WanTI2V(row, comfy, **files_given), WanTI2V(row, FIVE)
     assert same_vae(ours, theirs, torch.float32) and same_t5(ours, meant)
     experts = ours.model.state_dict(), theirs.model.state_dict()
     assert all(torch.equal(experts[0][key], experts[1][key]) for key in experts[1])
@@ -120,7 +122,7 @@ def test_what_is_nearest_to_the_released_weights_is_taken(parts: Mapping[str, St
         "of 3 that fit the one nearest to the released weights"
     )
     (comfy / RELEASED.format("low", "fp16")).unlink()
-    with_low = found(comfy)  # a pair of one format comes before one half of more bits
+    with_low = files_of(comfy)  # a pair of one format comes before one half of more bits
     assert set(with_low) == set(EXPERTS) and "fp16" not in with_low[HIGH] and "fp16" not in with_low[LOW]
     assert with_low[HIGH].replace("High", "Low").replace("high", "low") == with_low[LOW]
 
@@ -128,14 +130,14 @@ def test_what_is_nearest_to_the_released_weights_is_taken(parts: Mapping[str, St
 def test_of_equal_sizes_the_format_that_is_computed_in_is_taken(parts: Mapping[str, State], comfy: Path) -> None:
     pair(parts, comfy, form="fp16")
     pair(parts, comfy, form="bf16", dtype=torch.bfloat16)
-    assert found(comfy) == {part: RELEASED.format(part.partition("_")[0], "bf16") for part in EXPERTS}
+    assert files_of(comfy) == {part: RELEASED.format(part.partition("_")[0], "bf16") for part in EXPERTS}
 
 
 def test_an_expert_may_be_told_by_its_folder(parts: Mapping[str, State], comfy: Path) -> None:
     for expert in ("high", "low"):
         (comfy / f"unet/{expert}Noise").mkdir(parents=True)
         gguf_file("Q8_0")(parts[expert], comfy / f"unet/{expert}Noise/Wan2.2-I2V-A14B-Q8_0.gguf")
-    assert found(comfy)[LOW] == "unet/lowNoise/Wan2.2-I2V-A14B-Q8_0.gguf"
+    assert files_of(comfy)[LOW] == "unet/lowNoise/Wan2.2-I2V-A14B-Q8_0.gguf"
 
 
 def test_one_denoiser_may_serve_both_experts(parts: Mapping[str, State], comfy: Path) -> None:
@@ -146,18 +148,18 @@ def test_one_denoiser_may_serve_both_experts(parts: Mapping[str, State], comfy: 
         "distilled by its name"
     )
     pair(parts, comfy)  # which comes before, but for a preset of few steps
-    assert set(found(comfy)) == set(EXPERTS)
+    assert set(files_of(comfy)) == set(EXPERTS)
 
 
 def test_a_distilled_pair_is_for_a_preset_of_few_steps(parts: Mapping[str, State], comfy: Path) -> None:
     pair(parts, comfy)
     pair(parts, comfy, "diffusion_models/wan2.2_i2v_A14b_{}_noise_lightx2v_4step.safetensors")
-    assert "lightx2v" not in found(comfy)[HIGH] and "lightx2v" in found(comfy, distilled=True)[LOW]
+    assert "lightx2v" not in files_of(comfy)[HIGH] and "lightx2v" in files_of(comfy, distilled=True)[LOW]
 
 
 def test_a_real_choice_is_refused_with_a_list(parts: Mapping[str, State], comfy: Path) -> None:
-    for own in ("smoothMix", "dasiwa"):
-        pair(parts, comfy, f"diffusion_models/{own}_i2v_{{}}.safetensors")
+    for author in ("smoothMix", "dasiwa"):
+        pair(parts, comfy, f"diffusion_models/{author}_i2v_{{}}.safetensors")
     listed = "diffusion_models/dasiwa_i2v_high.safetensors, diffusion_models/smoothMix_i2v_high.safetensors"
     refused(f"{listed} may each be the high-noise expert; name one with dit_high", comfy)
     put(parts["vae_5b"], comfy / "vae/wan2.2_vae.safetensors")
@@ -179,11 +181,11 @@ def test_what_is_missing_or_does_not_fit_is_said(parts: Mapping[str, State], com
     put(parts["vae_14b"], comfy / "vae/qwen_image_vae.safetensors")  # of the same shapes
     refused("no VAE of 16 latent channels in vae, checkpoints", comfy, ("vae",))
     whole = put(parts["vae_14b"], comfy / "vae/wan_2.1_vae.safetensors").read_bytes()
-    assert found(comfy, ("vae",)) == {"vae": "vae/wan_2.1_vae.safetensors"}
+    assert files_of(comfy, ("vae",)) == {"vae": "vae/wan_2.1_vae.safetensors"}
     (comfy / "vae/wan_2.1_vae.safetensors").write_bytes(whole[:-9])
     refused("wan_2.1_vae.safetensors cannot be read, it may be truncated", comfy, ("vae",))
     put(parts["t5"], comfy / "text_encoders/umt5-xxl-enc-bf16.safetensors")
-    assert found(comfy, ("text_encoder",)) == {"text_encoder": "text_encoders/umt5-xxl-enc-bf16.safetensors"}
+    assert files_of(comfy, ("text_encoder",)) == {"text_encoder": "text_encoders/umt5-xxl-enc-bf16.safetensors"}
     refused("no text encoder carries its tokenizer", comfy, ("text_encoder", "tokenizer"))
     put(parts["low"], comfy / "diffusion_models/wan2.1_i2v_14B_fp16.safetensors")
     refused("no low-noise expert of I2V-A14B", comfy)
@@ -218,7 +220,7 @@ def test_a_chain_needs_no_checkpoint_folder(filled: Path, command: Callable[...,
         "--comfy_dir: text encoder text_encoders/umt5_xxl_fp16.safetensors",
         "--comfy_dir: tokenizer in text_encoders/umt5_xxl_fp16.safetensors",
     ]
-    assert dry.code == 0 and dry.told.splitlines()[:4] == lines and "2 clips of 64x32" in dry.said
+    assert dry.code == 0 and dry.stderr.splitlines()[:4] == lines and "2 clips of 64x32" in dry.output
     made = command("--vlm_path vlm", weights=weights)
     assert made.code == 0 and len(made.clips) == 2
     record = made.clips[1].record
@@ -228,7 +230,7 @@ def test_a_chain_needs_no_checkpoint_folder(filled: Path, command: Callable[...,
     assert again.code == 0 and again.requests == []
     put(read_back(filled), filled / "diffusion_models/wan2.2_ti2v_5B_fp32.safetensors", torch.float32)
     changed = command("--vlm_path vlm", weights=weights)
-    assert changed.code == 2 and "another checkpoint" in changed.told
+    assert changed.code == 2 and "another checkpoint" in changed.stderr
 
 
 def read_back(folder: Path) -> State:
@@ -251,7 +253,7 @@ def test_what_is_given_comes_first(filled: Path, command: Callable[..., Seen]) -
     other = shutil.copy(filled / "vae/wan2.2_vae.safetensors", filled.parent / "mine.safetensors")
     shutil.rmtree(seen.folder)
     seen = command(f"--vae {other} --quiet", weights=f"--comfy_dir {filled}")
-    assert seen.code == 0 and seen.pipeline.checkpoint.vae.path == Path(other) and "--comfy_dir" not in seen.told
+    assert seen.code == 0 and seen.pipeline.checkpoint.vae.path == Path(other) and "--comfy_dir" not in seen.stderr
 
 
 def test_two_models_in_one_folder_need_the_task(
@@ -261,5 +263,5 @@ def test_two_models_in_one_folder_need_the_task(
         shutil.copy(A14B / part / "config.json", filled / part)
     pair(parts, filled)
     seen = command("", weights=f"--comfy_dir {filled}")
-    assert seen.code == 2 and seen.told.startswith("error: --comfy_dir") and "with --task" in seen.told
+    assert seen.code == 2 and seen.stderr.startswith("error: --comfy_dir") and "with --task" in seen.stderr
     assert command("--dry_run --task v2v-5B", weights=f"--comfy_dir {filled}").code == 0

@@ -72,10 +72,10 @@ def test_a_chain_of_forty_clips_holds_one_clip_at_a_time() -> None:
     alive: list[int] = []
 
     def extend(clip: Any, seed: int) -> Generation:
-        found = one_level_brighter(clip, seed)
-        made.append(weakref.ref(found.clip))
+        generation = one_level_brighter(clip, seed)
+        made.append(weakref.ref(generation.clip))
         alive.append(sum(one() is not None for one in made))
-        return found
+        return generation
 
     assert sum(1 for _ in chain(grey(10), count=40, extend=extend, seed=7)) == 40
     assert max(alive) == 2

@@ -116,7 +116,7 @@ def covering() -> Iterator[Chosen]:
         yield best
 
 
-def said(chosen: Chosen) -> str:
+def description(chosen: Chosen) -> str:
     return "-".join(str(value) for value in chosen if value)
 
 
@@ -124,13 +124,13 @@ def known_frames(known: Any) -> list[torch.Tensor]:
     return [frame.permute(1, 2, 0) for frame in known.leading]
 
 
-@pytest.mark.parametrize("chosen", list(covering()), ids=said)
+@pytest.mark.parametrize("chosen", list(covering()), ids=description)
 def test_every_pair_of_options_keeps_the_promises_of_both(
     chosen: Chosen, command: Callable[..., Seen], world: Path
 ) -> None:
     (world / "pairs.json").write_text(json.dumps(chosen.board))
     seen = command(" ".join(chosen.words))
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     records = [clip.record for _, clip in sorted(seen.clips.items())]
     settings = seen.fingerprinted
     assert len(records) == 3
@@ -187,17 +187,17 @@ def test_every_pair_of_options_keeps_the_promises_of_both(
         # what is written down
         assert record["dropped"] == (0 if new_shot else chosen.repeated)
         assert (record["seam"] is None) == new_shot
-        own = settings[number]
-        assert own["seed"] == SEED + number - 1 and (own["parent"] is None) == new_shot
-        assert ("cut" in own) == new_shot and (own.get("cut") is True) == prompted
-        assert ("end_image" in own) == end and ("anchor" in own) == (chosen.mode == "svi2pro")
+        clip_settings = settings[number]
+        assert clip_settings["seed"] == SEED + number - 1 and (clip_settings["parent"] is None) == new_shot
+        assert ("cut" in clip_settings) == new_shot and (clip_settings.get("cut") is True) == prompted
+        assert ("end_image" in clip_settings) == end and ("anchor" in clip_settings) == (chosen.mode == "svi2pro")
         mode, _, length = chosen.mode.partition(":")
-        assert own.get("continuation", "last_frame") == mode
-        assert own.get("context_frames") == (int(length) if length else None)
-        assert own.get("drift_correction") == (0.5 if chosen.drift else None)
-        assert own.get("best_of") == (2 if chosen.best_of == 2 else None)
-        assert own.get("prompt_mode", "describe") == chosen.prompt_mode
-        assert (own["vlm"] is not None) == described
+        assert clip_settings.get("continuation", "last_frame") == mode
+        assert clip_settings.get("context_frames") == (int(length) if length else None)
+        assert clip_settings.get("drift_correction") == (0.5 if chosen.drift else None)
+        assert clip_settings.get("best_of") == (2 if chosen.best_of == 2 else None)
+        assert clip_settings.get("prompt_mode", "describe") == chosen.prompt_mode
+        assert (clip_settings["vlm"] is not None) == described
 
         (made,) = (made for request, made in ours if request.seed == record["seed"])
         before = {"frames": made.clip.frames / (2 if corrected else 1), "motion": made.motion}
@@ -237,7 +237,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(
 ) -> None:
     (world / "pairs.json").write_text(json.dumps(REFUSED[message].board))
     seen = command(" ".join(REFUSED[message].words))
-    assert seen.code == 2 and message in seen.said.replace("--", "")
+    assert seen.code == 2 and message in seen.output.replace("--", "")
     assert (seen.requests, seen.asked) == ([], []) and not seen.folder.exists()
 
 

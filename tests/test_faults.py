@@ -29,7 +29,7 @@ from wan.device.budget import StageMemory
 from wan.device.layers import SLOTS
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.files import file_digest, publish, write_json, write_text
+from wan.files import file_digest, publish, sampled_digest, write_json, write_text
 from wan.media import writing
 
 A14B = "--ckpt_dir i2v --num_videos 3"
@@ -81,7 +81,7 @@ def test_after_a_cut_nothing_of_the_old_shot_is_kept_up(
 
     monkeypatch.setattr(Speaking, "describe", describe)
     seen = command("--num_videos 4 --prompt_mode continue " + story(world, {}, {}, {"cut": "red.png"}, {}))
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     questions = [question for _, question in seen.asked]
     assert questions.count(IDENTITY_QUESTION) == 2  # of the first shot and of the second
     later = questions[len(questions) - 1 - questions[::-1].index(IDENTITY_QUESTION) :]
@@ -165,13 +165,13 @@ def test_what_gets_its_name_is_on_the_disk_before(write: str, tmp_path: Path, mo
     fsync, replace = os.fsync, os.replace
 
     def syncing(descriptor: int) -> None:
-        found = os.fstat(descriptor)
-        synced[found.st_ino] = found.st_size
+        stat = os.fstat(descriptor)
+        synced[stat.st_ino] = stat.st_size
         fsync(descriptor)
 
     def naming(part: Any, path: Any) -> None:
-        found = os.stat(part)
-        named.append((synced.get(found.st_ino, -1), found.st_size))
+        stat = os.stat(part)
+        named.append((synced.get(stat.st_ino, -1), stat.st_size))
         replace(part, path)
 
     monkeypatch.setattr(os, "fsync", syncing)
@@ -226,6 +226,21 @@ def test_a_digest_is_of_all_of_a_file(tmp_path: Path) -> None:
     assert len(digests) == 5
 
 
+def test_a_digest_of_weights_is_of_their_size_and_their_beginning_middle_and_end(tmp_path: Path) -> None:
+    size, digests = 5 * 2**20, set()
+    for number, place in enumerate((None, 0, size // 2, size - 1)):
+        file = tmp_path / f"{number}.safetensors"
+        with file.open("wb") as opened:
+            opened.truncate(size)
+            if place is not None:
+                opened.seek(place)
+                opened.write(b"x")
+        digests.add(sampled_digest(file))
+    with file.open("ab") as opened:
+        opened.truncate(size + 1)
+    assert len(digests | {sampled_digest(file)}) == 5
+
+
 def test_a_source_that_differs_only_at_its_end_is_another_video(command: Callable[..., Seen], world: Path) -> None:
     box = b"free"
     source = (world / "source.mp4").read_bytes() + (2**21).to_bytes(4, "big") + box + bytes(2**21 - 8)
@@ -233,7 +248,7 @@ def test_a_source_that_differs_only_at_its_end_is_another_video(command: Callabl
     assert command("--video long.mp4").code == 0
     (world / "long.mp4").write_bytes(source[:-1] + b"x")
     again = command("--video long.mp4")
-    assert again.code == 2 and "another video" in again.said
+    assert again.code == 2 and "another video" in again.output
 
 
 @pytest.mark.parametrize(
@@ -250,7 +265,7 @@ def test_every_file_of_weights_tells_one_checkpoint_from_another(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     again = command(words)
-    assert again.code == 2 and "another checkpoint" in again.said
+    assert again.code == 2 and "another checkpoint" in again.output
 
 
 def test_a_free_name_is_looked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +385,7 @@ class Layered(torch.nn.Module):
 def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], world: Path) -> None:
     board = story(world, {}, {"seed": 77, "cut": "red.png"}, {"context": 5}, {"frames": 13})
     dry = command(f"--num_videos 4 {board} --dry_run")
-    lines = dry.said.splitlines()
+    lines = dry.output.splitlines()
     table = [line.split()[:5] for line in lines[2:6]]
     assert dry.requests == [] and not dry.folder.exists()
     sums, disk = lines[6], lines[7]
@@ -387,7 +402,7 @@ def test_a_dry_run_tells_the_numbers_of_the_run(command: Callable[..., Seen], wo
     assert re.fullmatch(r"about \d+ MiB of disk, of which .*; \d+ MiB with --keep_state last", disk)
 
     finished = command(f"--num_videos 4 {board} --dry_run")
-    assert finished.said.splitlines()[6:] == [f"{start:.2f} s of new video; 0 of 4 clips are still to be made"]
+    assert finished.output.splitlines()[6:] == [f"{start:.2f} s of new video; 0 of 4 clips are still to be made"]
 
 
 def test_a_dry_run_tells_the_disk_that_clips_take(
@@ -395,7 +410,7 @@ def test_a_dry_run_tells_the_disk_that_clips_take(
 ) -> None:
     monkeypatch.setattr("wan.chain.dry_run.MP4_BYTES", 0.0)  # how far footage can be compressed is a guess
     words = "--num_videos 5 --frame_num 33 --size 128*64"
-    (told,) = re.findall(r"about (\d+) MiB of disk", command(f"{words} --dry_run").said)
+    (told,) = re.findall(r"about (\d+) MiB of disk", command(f"{words} --dry_run").output)
     written = sum(clip.state.stat().st_size for clip in command(words).clips.values())
     assert written / 2**20 > 8 and abs(int(told) - written / 2**20) < 1
 
@@ -406,7 +421,7 @@ def test_a_dry_run_counts_the_steps_of_every_candidate(
     monkeypatch.setattr("wan.chain.dry_run.H200_FLOPS", 1.0)
 
     def hours(words: str) -> float:
-        (told,) = re.findall(r"about ([\d.]+) h of sampling on an H200", command(f"{words} --dry_run").said)
+        (told,) = re.findall(r"about ([\d.]+) h of sampling on an H200", command(f"{words} --dry_run").output)
         return float(told)
 
     once = hours("--sample_steps 4")

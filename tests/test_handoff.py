@@ -37,9 +37,9 @@ def program(tmp_path: Path, code: str) -> str:
 
 
 def test_what_a_program_changes_is_known_and_the_rest_stays_unrounded(tmp_path: Path) -> None:
-    found = hand_off(program(tmp_path, "Image.new('RGB', Image.open(paths[4]).size, 'red').save(paths[4])"), FRAMES)
-    assert torch.equal(found[:4], FRAMES[:4])
-    assert torch.equal(found[4], torch.tensor([1.0, -1.0, -1.0]).expand(6, 8, 3))
+    frames = hand_off(program(tmp_path, "Image.new('RGB', Image.open(paths[4]).size, 'red').save(paths[4])"), FRAMES)
+    assert torch.equal(frames[:4], FRAMES[:4])
+    assert torch.equal(frames[4], torch.tensor([1.0, -1.0, -1.0]).expand(6, 8, 3))
     assert torch.equal(hand_off(program(tmp_path, "print('nothing')"), FRAMES), FRAMES)
 
 
@@ -123,7 +123,7 @@ def test_a_run_keeps_what_a_program_left_and_knows_when_it_is_another(
     shutil.copy(world / "paint.py", world / "mine.py")
     words = f"--continuation tail --frame_num 13 --handoff_command '{PYTHON} mine.py {{frames}}'"
     seen = command(words)
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     for request, clip in zip(seen.requests, seen.clips.values(), strict=True):
         leading: Any = request.known.leading
         known = torch.stack([frame.permute(1, 2, 0) for frame in leading])
@@ -136,7 +136,7 @@ def test_a_run_keeps_what_a_program_left_and_knows_when_it_is_another(
     assert (again.code, again.requests) == (0, [])
     (world / "mine.py").write_text("import sys\nsys.exit('the disk is full')\n")
     changed = command(f"{words} --yes")
-    assert changed.code == 2 and "--handoff_command failed with exit code 1: the disk is full" in changed.told
+    assert changed.code == 2 and "--handoff_command failed with exit code 1: the disk is full" in changed.stderr
 
 
 def test_a_draft_keeps_what_a_program_left_with_the_latents_that_began_with_it(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_draft_keeps_what_a_program_left_with_the_latents_that_began_with_it(t
     latents = torch.rand(4, 3, 2, 2)
     draft.keep(7, Sampled(latents), ClipPrompt("it goes on"), FRAMES)
     again = ClipDraft(tmp_path, 2, {"steps": 4})
-    found = again.find(7)
-    assert found is not None and torch.equal(found.latents, latents)
+    sampled = again.find(7)
+    assert sampled is not None and torch.equal(sampled.latents, latents)
     assert again.handed is not None and torch.equal(again.handed, FRAMES)
     (path,) = tmp_path.glob(".draft_2_*")
     damaged = bytearray(path.read_bytes())

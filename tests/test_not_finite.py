@@ -72,14 +72,16 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "said"), BROKEN, ids=["denoiser", "expert", "decoder", "encoder", "text"])
+@pytest.mark.parametrize(
+    ("name", "damage", "message"), BROKEN, ids=["denoiser", "expert", "decoder", "encoder", "text"]
+)
 def test_a_damaged_model_is_named_and_no_clip_is_left(
-    home: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None], said: str
+    home: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(home)
     assert chain(home, name, "--sample_steps", "4") == 2
     error = capsys.readouterr().err
-    assert said.format(home=home) in error and "NaN or infinite" in error
+    assert message.format(home=home) in error and "NaN or infinite" in error
     assert not list((home / "out").glob("*.mp4")) and not list((home / "out").glob("video_*.json"))
 
 

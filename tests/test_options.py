@@ -54,7 +54,7 @@ def imported(code: str, *words: str) -> tuple[int, str, list[str]]:
 
 @pytest.mark.parametrize("main", ["generate_main", "continuous_main"])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--help", "Prompt and captions"),
         ("--version", "wan-continue "),
@@ -62,10 +62,10 @@ def imported(code: str, *words: str) -> tuple[int, str, list[str]]:
         ("--ckpt_dir x --video nowhere.mp4", "error: cannot read video 'nowhere.mp4'"),
     ],
 )
-def test_what_the_words_alone_tell_needs_no_model_library(main: str, words: str, said: str) -> None:
+def test_what_the_words_alone_tell_needs_no_model_library(main: str, words: str, message: str) -> None:
     code = f"from wan.cli import {main}\ntry:\n    {main}(sys.argv[1:])\nexcept SystemExit:\n    pass"
     _, output, heavy = imported(code, *words.split())
-    assert said in output and heavy == []
+    assert message in output and heavy == []
 
 
 def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None:
@@ -74,19 +74,20 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
     good.write_text("- {prompt: a boat, lora: light.safetensors:0.5, guidance: 2}\n")
     bad.write_text("- {frames: 80}\n")
     code = (
-        "from wan.chain.storyboard import check_storyboard, read_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from wan.chain.storyboard import check_storyboard\nfrom wan.configs import v2v_5B\n"
+        "from wan.chain.storyboard_file import read_storyboard\n"
         "from pathlib import Path\nfile = Path(sys.argv[1])\n"
         "check_storyboard(file, read_storyboard(file), config=v2v_5B)"
     )
     assert imported(code, str(good))[2] == []
     code = "from wan.cli import continuous_main\nprint(continuous_main(sys.argv[1:]))"
     video = str(MADE / "source.mp4")
-    _, said, heavy = imported(code, "--ckpt_dir", "x", "--video", video, "--storyboard", str(bad))
-    assert "bad.yaml, line 1: frames must be 4n+1: 80 is not" in said and heavy == []
+    _, output, heavy = imported(code, "--ckpt_dir", "x", "--video", video, "--storyboard", str(bad))
+    assert "bad.yaml, line 1: frames must be 4n+1: 80 is not" in output and heavy == []
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--ckpt_dir {empty}", "holds no Wan2.2 checkpoint"),
         ("--ckpt_dir {a14b} --task v2v-5B", "found I2V-A14B (2 expert(s), 36 input channels)"),
@@ -101,14 +102,14 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
         ("--ckpt_dir {5b} --vlm_path {empty}/no", "check --vlm_path, or give --prompt to go on without captioning"),
     ],
 )
-def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, said: str, tmp_path: Path) -> None:
+def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, message: str, tmp_path: Path) -> None:
     models = ROOT / "models"
     places = {"empty": tmp_path, "a14b": models / "tiny-Wan2.2-I2V-A14B", "5b": models / "tiny-Wan2.2-TI2V-5B"}
     places["loras"] = models / "tiny-loras"
     code = "import wan.device.host as host\nhost.has_gpu_driver = lambda: False\nfrom wan.cli import generate_main\n"
     code += "print(generate_main(sys.argv[1:], own_process=True))"
     _, output, heavy = imported(code, "--video", str(MADE / "source.mp4"), *words.format(**places).split())
-    assert said in output and heavy == []
+    assert message in output and heavy == []
 
 
 @pytest.mark.parametrize(("main", "words"), [("generate", []), ("continuous", ["--num_videos", "2"])])
@@ -257,8 +258,8 @@ def texts_of(file: Path) -> list[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     owners = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
     docs = {id(node.body[0].value) for node in owners if node.body and isinstance(node.body[0], ast.Expr)}
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
-    return [node.value for node in found if isinstance(node.value, str)]
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+    return [node.value for node in constants if isinstance(node.value, str)]
 
 
 def test_no_message_of_the_library_holds_a_flag() -> None:
@@ -266,10 +267,10 @@ def test_no_message_of_the_library_holds_a_flag() -> None:
     assert len(homes) > 80
     # the words of a command line are written there, for the report's commands to type
     homes.remove(ROOT / "wan" / "options.py")
-    found = {
+    flagged = {
         str(file): [text for text in texts_of(file) if re.search(r"(?<![-\w])--(?=[a-z]|$)", text)] for file in homes
     }
-    assert {file: texts for file, texts in found.items() if texts} == {}
+    assert {file: texts for file, texts in flagged.items() if texts} == {}
 
 
 # --- what a setting does
@@ -448,14 +449,14 @@ CASES: dict[str, Case] = {
         [("light_low.safetensors", 2.0)],
         A14B,
     ),
-    "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.said, "theirs.mp4\n", generate=True),
+    "overwrite": Case("--save_file theirs.mp4 --overwrite", lambda s: s.output, "theirs.mp4\n", generate=True),
     "upscale": Case(
         "--upscale larger.safetensors",
         lambda s: [read_last_frame(file).size for file in sorted(s.folder.glob("joined*.mp4"))],
         [(64, 32), (128, 64)],
     ),
-    "save_file": Case("--save_file mine.mp4", lambda s: s.said, "mine.mp4\n", generate=True),
-    "output_dir": Case("--output_dir elsewhere", lambda s: s.said.endswith("elsewhere/joined.mp4\n"), True),
+    "save_file": Case("--save_file mine.mp4", lambda s: s.output, "mine.mp4\n", generate=True),
+    "output_dir": Case("--output_dir elsewhere", lambda s: s.output.endswith("elsewhere/joined.mp4\n"), True),
     "fade": Case(
         "--fade 3 --storyboard second.yaml",
         lambda s: frames_in(s.folder / "joined.mp4"),
@@ -465,7 +466,7 @@ CASES: dict[str, Case] = {
     "include_source": Case("--include_source", lambda s: frames_in(s.folder / "joined.mp4") > 20, True),
     "preview": Case("--preview", previewed, True),
     "no_video_metadata": Case("--no_video_metadata", lambda s: "comment" in metadata(s.folder / "joined.mp4"), False),
-    "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.told, False),
+    "quiet": Case("--quiet", lambda s: "clip 1/2 seed 3" in s.stderr, False),
     "log_file": Case("--log_file said.log", lambda s: Path("said.log").exists(), True),
     "keep_state": Case(
         "--keep_state last",
@@ -475,7 +476,7 @@ CASES: dict[str, Case] = {
     ),
     "prune": Case("--prune out", lambda s: s.code, 2),  # with anything else
     "no_lock": Case("--no_lock", lambda s: RunFolder(s.folder).run["arguments"]["no_lock"], True),
-    "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.said), (0, True)),
+    "dry_run": Case("--dry_run", lambda s: (len(s.requests), "clips are still to be made" in s.output), (0, True)),
 }
 
 
@@ -502,12 +503,12 @@ def test_a_setting_reaches_the_place_where_it_is_used(
         return command(words, generate=case.generate)
 
     before = run(case.base)
-    assert before.code == 0, before.said
+    assert before.code == 0, before.output
     usual = None if name == "task" else case.look(before)
     seen = run(f"{case.base} {case.words}")
-    found = case.look(seen)
-    assert found != usual
-    assert case.value in (found, ...), (found, seen.said)
+    value = case.look(seen)
+    assert value != usual
+    assert case.value in (value, ...), (value, seen.output)
 
 
 def test_a_task_that_is_given_is_not_guessed(command: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +541,7 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
     ):  # refused, or nothing is made
         assert seen.code == (0 if name == "dry_run" else 2)
         return
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     clips = seen.fingerprinted
     assert clips
     changed = {

@@ -102,6 +102,25 @@ def test_what_has_no_tail_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("cut", [False, True, "picture"])
+@pytest.mark.parametrize(("mode", "frames"), [("last_frame", 1), ("tail", 5), ("svi2pro", 5)])
+@pytest.mark.parametrize("has_motion", [False, True])
+def test_a_clip_ends_with_its_end_image_however_it_begins(
+    mode: str, frames: int, cut: bool | str, has_motion: bool
+) -> None:
+    red, anchor = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
+    before: Any = SimpleNamespace(
+        last=anchor, tail=lambda count, fps: footage(9).frames[-count:], motion=torch.zeros(16, 1, 2, 2)
+    )
+    picture = anchor if cut == "picture" else cut
+    of = plan(mode, frames, end=red, anchor=anchor, cut=picture, is_cut=cut is not False)
+    known = FITTED.known(before if has_motion else footage(9), of)
+    assert known.end is not None and torch.equal(torch.as_tensor(known.end), red)
+    goes_on = {"last_frame": 1, "tail": 5, "svi2pro": 0 if has_motion else 9}[mode]
+    new_shot = 1 if cut == "picture" and mode != "svi2pro" else 0
+    assert len(known.leading) == (new_shot if cut else goes_on)
+
+
 def test_svi_and_its_loras_go_together(caplog: pytest.LogCaptureFixture) -> None:
     def pair(name: str) -> dict[str, tuple[LoraFile, ...]]:
         return {expert: (LoraFile(Path(name)),) for expert in EXPERTS}

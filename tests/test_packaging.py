@@ -37,14 +37,14 @@ def declared() -> list[Requirement]:
     """All that pyproject.toml asks for, its extras too, without the extra that only names the others."""
     extras = PROJECT["project"]["optional-dependencies"]
     texts = [*PROJECT["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]
-    return [found for found in map(Requirement, texts) if found.name != PROJECT["project"]["name"]]
+    return [requirement for requirement in map(Requirement, texts) if requirement.name != PROJECT["project"]["name"]]
 
 
-def wanted(found: list[Requirement], platform: str, python: str) -> dict[str, Requirement]:
+def wanted(items: list[Requirement], platform: str, python: str) -> dict[str, Requirement]:
     """What pip would take from the list on that platform."""
     environment = PLATFORMS[platform] | {"python_version": python, "python_full_version": f"{python}.5"}
     return {
-        canonicalize_name(item.name): item for item in found if item.marker is None or item.marker.evaluate(environment)
+        canonicalize_name(item.name): item for item in items if item.marker is None or item.marker.evaluate(environment)
     }
 
 
@@ -103,9 +103,9 @@ def installs() -> list[str]:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="the Makefile is for systems that have make")
 def test_a_set_up_checks_the_bytes_of_all_that_an_index_gives() -> None:
-    said = installs()
-    assert sum("wan-continue[dev]" in line for line in said) == 2, "the Makefile's and the workflow's"
-    for line in said:
+    commands = installs()
+    assert sum("wan-continue[dev]" in line for line in commands) == 2, "the Makefile's and the workflow's"
+    for line in commands:
         unasked = "--no-index" in line or "--no-deps --no-build-isolation --editable ." in line
         tool = re.search(r"build/(uv|audit)/bin", line) is not None  # what looks at packages, and runs none of them
         assert "--require-hashes" in line or unasked or tool, line
@@ -134,8 +134,8 @@ def test_the_locked_torchvision_is_the_one_for_the_locked_torch() -> None:
     ("platform", "reader"), [("linux-x86_64", "decord"), ("linux-arm64", None), ("macos-arm64", "decord2")]
 )
 def test_decord_is_asked_for_only_where_it_has_wheels(platform: str, reader: str | None) -> None:
-    for found in (requirements("requirements.txt"), declared(), requirements("requirements.lock")):
-        names = wanted(found, platform, "3.11").keys() & {"decord", "decord2"}
+    for needed in (requirements("requirements.txt"), declared(), requirements("requirements.lock")):
+        names = wanted(needed, platform, "3.11").keys() & {"decord", "decord2"}
         assert names == ({reader} if reader else set())
 
 

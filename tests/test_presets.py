@@ -329,8 +329,8 @@ def test_a_resumed_chain_knows_its_cache_and_interval(
     record = json.loads(next(tmp_path.glob("video_01*.json")).read_text(encoding="utf-8"))
     assert record["cache"] == "first_block:0.5" and record["guidance_interval"] == [0.3, 1.0]
     assert cli.continuous_main([*common, "--num_videos", "2", "--dry_run"]) == 0
-    said = capsys.readouterr().out
-    assert "clip 1: --cache 'first_block:0.5', now not set, --guidance_interval [0.3, 1.0], now not set" in said
+    stdout = capsys.readouterr().out
+    assert "clip 1: --cache 'first_block:0.5', now not set, --guidance_interval [0.3, 1.0], now not set" in stdout
     assert cli.continuous_main([*common, *cached, "--num_videos", "2"]) == 0
     assert len(list(tmp_path.glob("video_*.mp4"))) == 2
 

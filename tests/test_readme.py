@@ -17,7 +17,7 @@ from tests.support.quantized_files import comfyui, gguf_file, official
 from tests.support.text_encoders import in_safetensors, sentencepiece_model
 from tests.support.tiny_checkpoint import write_all
 from wan import cli
-from wan.chain.storyboard import read_storyboard
+from wan.chain.storyboard_file import read_storyboard
 from wan.commands import flags as flags_module
 from wan.commands.flags import parse
 from wan.options import OPTIONS, Command

@@ -17,8 +17,9 @@ from tests.support.golden import DATA
 from wan import cli
 from wan.captioner import EndpointCaptioner
 from wan.chain.fingerprint import fingerprint
+from wan.chain.finished_clip import FinishedClip
 from wan.chain.report import render_report
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +27,8 @@ MADE = DATA / "run_0_1_0"
 
 
 def read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
 FLAGS: Mapping[str, list[str]] = {name: run["flags"] for name, run in read(MADE / "runs.json").items()}
@@ -43,8 +44,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # clips of a CPU are another run on a GPU
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)  # 0.1.0 computed in fp8 on a CPU
     monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
-    said = "A red square slides to the right. The camera stays static."
-    monkeypatch.setattr(EndpointCaptioner, "describe", lambda *_, **__: said)
+    caption = "A red square slides to the right. The camera stays static."
+    monkeypatch.setattr(EndpointCaptioner, "describe", lambda *_, **__: caption)
     (tmp_path / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot
     monkeypatch.syspath_prepend(str(tmp_path))
     return home
@@ -59,27 +60,27 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
     A record is what it says, but for the digests that it gets.
     """
-    found = {}
+    contents = {}
     for path in sorted(folder.rglob("video_*")):
-        said = (path.stat().st_mtime_ns, path.read_bytes())
+        content = (path.stat().st_mtime_ns, path.read_bytes())
         if path.suffix == ".json":
-            record = {key: value for key, value in json.loads(said[1]).items() if key != "digests"}
-            said = (0, json.dumps(record).encode())
-        found[str(path.relative_to(folder))] = said
-    return found
+            record = {key: value for key, value in json.loads(content[1]).items() if key != "digests"}
+            content = (0, json.dumps(record).encode())
+        contents[str(path.relative_to(folder))] = content
+    return contents
 
 
-def of(number: int, found: Mapping[str, tuple[int, bytes]]) -> dict[str, tuple[int, bytes]]:
+def of(number: int, contents: Mapping[str, tuple[int, bytes]]) -> dict[str, tuple[int, bytes]]:
     """The files of one clip as it is now."""
-    return {name: what for name, what in found.items() if name.startswith(f"video_{number:02d}_")}
+    return {name: what for name, what in contents.items() if name.startswith(f"video_{number:02d}_")}
 
 
-def redone(found: Mapping[str, tuple[int, bytes]]) -> dict[str, tuple[int, bytes]]:
+def redone(contents: Mapping[str, tuple[int, bytes]]) -> dict[str, tuple[int, bytes]]:
     """The files of clips that were replaced."""
-    return {name: what for name, what in found.items() if name.startswith("redone")}
+    return {name: what for name, what in contents.items() if name.startswith("redone")}
 
 
-def own(clip: FinishedClip) -> dict[str, Any]:
+def settings_of(clip: FinishedClip) -> dict[str, Any]:
     """What a clip was made with, but for its seed and its predecessor."""
     return {key: value for key, value in clip.settings.items() if key not in ("seed", "parent")}
 
@@ -116,7 +117,7 @@ def test_one_more_clip_is_the_only_one_that_is_made(home: Path, name: str) -> No
     assert new.settings["parent"] == old[more - 1].fingerprint
     assert new.settings["seed"] == read(home / name / "run.json")["base_seed"] + more - 1
     if "--storyboard" not in FLAGS[name]:  # where nothing else is said of it
-        assert own(new) == own(old[1])
+        assert settings_of(new) == settings_of(old[1])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_redo_makes_that_clip_and_what_follows_from_it_again(
         was = set(of(number, before).values())
         assert was.isdisjoint(of(number, after).values()) and was <= set(redone(after).values())
         # what 0.1.0 wrote of a clip is written again, key by key
-        assert own(new[number]) == own(old[number])
+        assert settings_of(new[number]) == settings_of(old[number])
         assert new[number].settings.keys() == old[number].settings.keys()
     redo = again[0]
     assert new[redo].settings["parent"] == old[redo].settings["parent"]
@@ -189,8 +190,8 @@ def test_the_report_reads_the_records_as_0_1_0_did(home: Path, name: str) -> Non
         assert facts[key] == told[key]
     assert facts["attention"] == told["attention"] and facts["drift"] == told["drift"]
     assert facts["versions"] == told["versions"]
-    for found, clip in zip(facts["clips"], told["clips"], strict=True):
-        assert {key: found.get(key) for key in clip if key not in ("settings", "redo")} == {
+    for facts_of_clip, clip in zip(facts["clips"], told["clips"], strict=True):
+        assert {key: facts_of_clip.get(key) for key in clip if key not in ("settings", "redo")} == {
             key: value for key, value in clip.items() if key not in ("settings", "redo")
         }
     own_settings = (

@@ -204,16 +204,16 @@ def tone_begins(path: Path) -> tuple[str, float, float]:
     """Codec, the second at which the sound gets loud, and its end."""
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
-        found, end = -1.0, 0.0
+        start, end = -1.0, 0.0
         for frame in container.decode(stream):
             begin = frame.time
             assert begin is not None
             levels = frame.to_ndarray().astype(np.float64).ravel()
             loud = np.flatnonzero(np.abs(levels) > (2000 if levels.max() > 2 else 0.1))
-            if found < 0 and len(loud):
-                found = begin + loud[0] / frame.sample_rate
+            if start < 0 and len(loud):
+                start = begin + loud[0] / frame.sample_rate
             end = begin + frame.samples / frame.sample_rate
-        return stream.codec_context.name, found, end
+        return stream.codec_context.name, start, end
 
 
 @pytest.mark.parametrize(
@@ -292,8 +292,8 @@ def test_a_source_of_uneven_times_loses_no_frame_and_keeps_its_pace(tmp_path: Pa
 def test_a_damaged_source_ends_with_the_picture_that_was_continued(tmp_path: Path) -> None:
     media.write_video(tmp_path / "clip.mp4", numbered(range(1000, 1009), 320, 180), 16, keyframes=frozenset({0, 1}))
     media.assemble(CORPUS / "trunc_moov_front.mp4", [tmp_path / "clip.mp4"], tmp_path / "joined.mp4", drops=[1])
-    own = [frame for frame in numbers_in(tmp_path / "joined.mp4") if frame < 1000]
-    assert own[-1] == number(media.read_last_frame(CORPUS / "trunc_moov_front.mp4"))
+    numbers = [frame for frame in numbers_in(tmp_path / "joined.mp4") if frame < 1000]
+    assert numbers[-1] == number(media.read_last_frame(CORPUS / "trunc_moov_front.mp4"))
 
 
 def assembled(source: Path, folder: Path) -> tuple[list[int], Fraction]:

@@ -7,20 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.continued import FOLDERS, Maker, Scene, held_out, open_pipeline
 from benchmarks.quality import (
-    FOLDERS,
     ChainClip,
-    Maker,
-    Scene,
     by_colour,
-    held_out,
     judge_clip,
     judge_names,
     measure_captioner,
     measure_chains,
     measure_clips,
     measure_vae,
-    open_pipeline,
     told_in,
 )
 from tests.support.golden import ROOT
@@ -61,8 +57,8 @@ def test_the_vae_gives_back_what_it_was_given(task: str, world: list[Scene]) -> 
 
 @torch.no_grad()
 def test_the_captioner_says_what_moves_where(world: list[Scene]) -> None:
-    found = measure_captioner(open_pipeline(MODELS, "v2v-5B"), world)
-    assert min(found["caption_colour"], found["caption_shape"], found["caption_direction"]) >= 0.9
+    shares = measure_captioner(open_pipeline(MODELS, "v2v-5B"), world)
+    assert min(shares["caption_colour"], shares["caption_shape"], shares["caption_direction"]) >= 0.9
 
 
 def test_a_clip_begins_with_the_frame_that_it_was_given(from_last_frame: dict[str, float]) -> None:
@@ -73,23 +69,23 @@ def test_a_clip_goes_on_where_its_footage_ends(
     task: str, world: list[Scene], from_last_frame: dict[str, float]
 ) -> None:
     assert from_last_frame["direction"] >= 0.75
-    found = measure_clips(world[:2], Maker(MODELS, task, "tail:5"))
-    assert found["position_error"] <= 0.07 and found["lost_after_1s"] <= 0.2
+    errors = measure_clips(world[:2], Maker(MODELS, task, "tail:5"))
+    assert errors["position_error"] <= 0.07 and errors["lost_after_1s"] <= 0.2
 
 
 def test_the_second_clip_of_a_chain_still_has_the_shapes(world: list[Scene]) -> None:
     one_shape = [scene for scene in world if len(scene.shapes) == 1][:2]
-    found = measure_chains(one_shape, Maker(MODELS, "v2v-5B", "tail:5"), 2)
-    assert found["colours_right"] == [1, 1]
+    shares = measure_chains(one_shape, Maker(MODELS, "v2v-5B", "tail:5"), 2)
+    assert shares["colours_right"] == [1, 1]
 
 
 def test_the_truth_is_right_in_all_that_is_counted(world: list[Scene]) -> None:
     scene = next(scene for scene in world if len(scene.shapes) == 3)
     frames = scene.truth.draw(torch.arange(-4, 13))[0].transpose(0, 1)
-    found = judge_clip(scene, frames, -4, 8)
-    assert found.colours == found.all_right == [True]
-    assert found.kinds == found.areas == [True] * 3
-    assert max(found.errors) < 0.02
+    judged_clip = judge_clip(scene, frames, -4, 8)
+    assert judged_clip.colours == judged_clip.all_right == [True]
+    assert judged_clip.kinds == judged_clip.areas == [True] * 3
+    assert max(judged_clip.errors) < 0.02
 
 
 def test_a_shape_of_another_kind_or_size_or_one_that_is_gone_is_counted_so(world: list[Scene]) -> None:
@@ -106,9 +102,9 @@ def test_a_shape_of_another_kind_or_size_or_one_that_is_gone_is_counted_so(world
     gone = judged(present=torch.zeros_like(scene.truth.present))
     assert gone == ChainClip([], [False], [False], [False], [False], [], gone.levels, [])
     assert gone.levels[0] > 0.5 and judged().levels == [0]
-    there = scene.truth.positions(torch.tensor([8]))[:, 0]
-    aside = torch.where(there[..., :1] < 80, 20, -20) * torch.tensor([1, 0])  # pixels, towards the middle
-    [error] = judged(start=there + aside, velocity=0 * scene.truth.velocity).errors
+    place = scene.truth.positions(torch.tensor([8]))[:, 0]
+    aside = torch.where(place[..., :1] < 80, 20, -20) * torch.tensor([1, 0])  # pixels, towards the middle
+    [error] = judged(start=place + aside, velocity=0 * scene.truth.velocity).errors
     assert error == pytest.approx(20 / 160, abs=0.01)
 
 
@@ -140,8 +136,8 @@ def test_each_seed_has_scenes_of_its_own(world: list[Scene]) -> None:
 
 
 def test_captions_are_read_by_colour() -> None:
-    said = told_in("a red circle moves up and turns, a blue square stays in place and grows; the camera is still.")
-    assert said == {"red": ("circle", "up"), "blue": ("square", "stays")}
+    motions = told_in("a red circle moves up and turns, a blue square stays in place and grows; the camera is still.")
+    assert motions == {"red": ("circle", "up"), "blue": ("square", "stays")}
 
 
 @torch.no_grad()

@@ -74,9 +74,9 @@ def test_a_stage_goes_on_from_its_own_checkpoint(stage: str, tmp_path: Path, mon
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["training", *command])
         main()
-        found = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
-        steps.append(found["steps"])
-        assert all(torch.isfinite(value).all() for value in found["weights"].values())
+        saved = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+        steps.append(saved["steps"])
+        assert all(torch.isfinite(value).all() for value in saved["weights"].values())
     assert steps == [1, 2]
 
 
@@ -92,10 +92,10 @@ def test_a_denoiser_goes_on_from_the_exported_one_with_its_own_errors(
         assert all(torch.isfinite(value).all() for value in chunk.values())
         train_denoiser(stage, settings)
         assert load(imported / f"{stage}.pt")["steps"] == steps
-    found = load(imported / f"{stage}.pt")["weights"]
-    for name, value in found.items():
+    weights = load(imported / f"{stage}.pt")["weights"]
+    for name, value in weights.items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-3)
-    assert any(not torch.equal(value, before[name]) for name, value in found.items())
+    assert any(not torch.equal(value, before[name]) for name, value in weights.items())
     made = load(next((imported / "seen" / clips).glob("*.pt")))  # by the denoiser, for the captioner
     assert len(made["told"]) == len(made["levels"]) <= 1  # none if the clip is not what the scene shows
 
@@ -117,8 +117,8 @@ def test_a_matrix_that_is_stored_in_fp8_is_rounded_while_the_model_learns_and_it
     )
     for weight in used:
         assert torch.equal(weight, weight.to(torch.float8_e4m3fn).float())
-    found = load(tmp_path / "any.pt")["weights"]["blocks.0.weight"]  # what a resumed training goes on with
-    assert not torch.equal(found, found.to(torch.float8_e4m3fn).float())
+    kept = load(tmp_path / "any.pt")["weights"]["blocks.0.weight"]  # what a resumed training goes on with
+    assert not torch.equal(kept, kept.to(torch.float8_e4m3fn).float())
 
 
 def test_the_a14b_is_taught_to_keep_the_frames_that_it_is_given() -> None:
@@ -212,9 +212,9 @@ def test_many_pictures_are_read_as_one_is() -> None:
     pictures = scenes.sample(12, torch.Generator().manual_seed(5)).draw(torch.tensor([0]))[:, :, 0]
     read = read_many(pictures)
     for row, picture in enumerate(pictures):
-        there = [list(scenes.COLOURS)[index] for index in read.present[row].nonzero()[:, 0]]
+        colours = [list(scenes.COLOURS)[index] for index in read.present[row].nonzero()[:, 0]]
         wanted = shapes_in(picture)
-        assert there == [shape.colour for shape in wanted]
+        assert colours == [shape.colour for shape in wanted]
         for shape in wanted:
             place = row, list(scenes.COLOURS).index(shape.colour)
             assert scenes.SHAPES[int(read.kind[place])] == shape.shape
@@ -258,9 +258,9 @@ def test_a_prompt_without_the_ending_is_encoded_as_before_it_was_a_word(imported
 def test_chains_are_made_for_the_captioner(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.chains.LINKS", 2)
     make_chains("chains21", Settings(imported, torch.device("cpu"), 5, batch=2, rate=0.0, seed=1, steps=1))
-    found = [load(file) for file in (imported / "seen" / "chains21").glob("*.pt")]
-    assert 1 <= len(found) <= 2
-    for one in found:
+    chains = [load(file) for file in (imported / "seen" / "chains21").glob("*.pt")]
+    assert 1 <= len(chains) <= 2
+    for one in chains:
         assert one["levels"].shape[1:] == (8, 3, 112, 112) and len(one["levels"]) == len(one["told"]) > 0
 
 

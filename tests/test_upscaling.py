@@ -93,8 +93,8 @@ def test_rate_and_sound_stay_as_they_are(tmp_path: Path) -> None:
     last = np.asarray(media.read_last_frame(target)).astype(int)
     wanted = np.asarray(media.read_last_frame(source)).repeat(2, 0).repeat(2, 1)
     assert np.abs(last - wanted).mean() < 2  # H.264 at crf 17
-    said = json.loads((tmp_path / "larger.json").read_text())
-    assert (said["upscaled"], said["of"], said["video_digest"]) == ("a.mp4", "a", file_digest(target))
+    record = json.loads((tmp_path / "larger.json").read_text())
+    assert (record["upscaled"], record["of"], record["video_digest"]) == ("a.mp4", "a", file_digest(target))
 
 
 # --- a file of weights
@@ -158,7 +158,7 @@ def test_nothing_in_a_file_is_executed(world: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             "--upscale nowhere.pth",
@@ -170,10 +170,10 @@ def test_nothing_in_a_file_is_executed(world: Path, tmp_path: Path, monkeypatch:
 )
 @pytest.mark.parametrize("generate", [False, True])
 def test_a_model_that_cannot_be_used_is_refused_before_any_work(
-    command: Callable[..., Seen], words: str, said: str, generate: bool
+    command: Callable[..., Seen], words: str, message: str, generate: bool
 ) -> None:
     seen = command(words, generate=generate)
-    assert seen.code == 2 and said in seen.said and not seen.requests and not seen.folder.exists()
+    assert seen.code == 2 and message in seen.output and not seen.requests and not seen.folder.exists()
 
 
 def test_without_the_package_it_says_what_to_install(
@@ -182,7 +182,7 @@ def test_without_the_package_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "spandrel", None)
     seen = command("--upscale larger.safetensors")
     assert seen.code == 2 and not seen.requests
-    assert '--upscale needs the package spandrel: pip install -e ".[finish]" in the project' in seen.said
+    assert '--upscale needs the package spandrel: pip install -e ".[finish]" in the project' in seen.output
 
 
 def test_pictures_that_no_player_takes_are_refused() -> None:
@@ -199,11 +199,11 @@ def test_a_chain_keeps_what_it_hands_on_and_its_larger_video_follows_it(command:
     foreign.write_bytes(b"theirs")
 
     dry = command("--upscale larger.safetensors --dry_run")
-    assert "joined_upscaled.mp4: 128x64 by larger.safetensors, about 0 MiB" in dry.said.splitlines()
+    assert "joined_upscaled.mp4: 128x64 by larger.safetensors, about 0 MiB" in dry.output.splitlines()
 
     first = command("--upscale larger.safetensors")
     larger = first.folder / "joined_upscaled.mp4"
-    assert first.said.splitlines() == [str(first.folder / "joined.mp4"), str(larger)] and not first.requests
+    assert first.output.splitlines() == [str(first.folder / "joined.mp4"), str(larger)] and not first.requests
     assert (first.folder / "redone" / "joined_upscaled.mp4").read_bytes() == b"theirs"
     assert frames_in(larger) == frames_in(first.folder / "joined.mp4") == 17
     assert {number: file_digest(clip.state) for number, clip in first.clips.items()} == states
@@ -229,10 +229,10 @@ def test_a_chain_that_is_not_finished_is_not_enlarged(
 
 def test_a_single_clip_is_enlarged_beside_its_own_file(command: Callable[..., Seen], world: Path) -> None:
     seen = command("--save_file small.mp4 --upscale larger.safetensors", generate=True)
-    assert seen.said.splitlines() == ["small.mp4", "small_upscaled.mp4"]
+    assert seen.output.splitlines() == ["small.mp4", "small_upscaled.mp4"]
     with av.open(str(world / "small_upscaled.mp4")) as opened:
         assert (opened.streams.video[0].width, opened.streams.video[0].height) == (128, 64)
     assert command("--save_file small.mp4 --upscale larger.safetensors", generate=True).code == 0  # ours
     (world / "new_upscaled.mp4").write_bytes(b"theirs")
     seen = command("--save_file new.mp4 --upscale larger.safetensors", generate=True)
-    assert seen.code == 2 and "new_upscaled.mp4 is there already" in seen.said and not seen.requests
+    assert seen.code == 2 and "new_upscaled.mp4 is there already" in seen.output and not seen.requests

@@ -105,6 +105,11 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def batch_program() -> NoReturn:
+    """`wan-batch`: ends the process. What is left of Ray, whose head may have gone, would hold up its end."""
+    _leave(batch_main())
+
+
 def serve_main(argv: Sequence[str] | None = None) -> int:
     """`wan-serve`: returns the exit code."""
 

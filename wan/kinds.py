@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from numbers import Integral
 from numbers import Real as Number
 from typing import Any
-from urllib.parse import urlsplit
 
 from wan.configs import parse_size
 from wan.errors import UserError
 from wan.files import readable
+from wan.public import public_path, public_url, without_login
 
 LARGEST_SEED = 2**63 - 1
 MOST_CLIPS = 10_000
 MOST_GIB = 4096  # more than a machine has
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
 
 
 class Unfit(Exception):
@@ -532,33 +533,3 @@ def read_plain(kind: Kind, value: Any) -> Any:
 
 def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
-
-
-def public_path(path: str | os.PathLike[str]) -> str:
-    """A path as others may see it: one that is not below the working folder by its last name."""
-    text = os.fspath(path)
-    if os.path.isabs(text):
-        below = os.path.relpath(text)
-        text = os.path.basename(os.path.normpath(text)) if below.startswith(os.pardir) else below
-    return readable(text)
-
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
-
-
-def without_login(url: str) -> str:
-    """An address of any scheme without user, password and query."""
-    return re.sub(r"://[^/]*@", "://", url).partition("?")[0]
-
-
-def public_url(url: str) -> str | None:
-    """An http or https address without user, password, query and fragment; None for what is no such address."""
-    try:
-        parts = urlsplit(url)
-        port = "" if parts.port is None else f":{parts.port}"
-    except ValueError:
-        return None
-    if not (url.isascii() and url.isprintable() and " " not in url and parts.hostname):
-        return None
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme in ("http", "https") else None

@@ -113,10 +113,10 @@ def test_prompts_by_a_shared_captioner_that_was_killed_are_those_of_lone_runs(
         while time.monotonic() < end and not killed:
             for process in psutil.Process().children(recursive=True):
                 try:
-                    found = process.cmdline()[0].startswith("ray::Describer")
+                    is_describer = process.cmdline()[0].startswith("ray::Describer")
                 except (psutil.Error, IndexError):
                     continue
-                if found and list(tmp_path.glob("runs/*/video_01*.json")):
+                if is_describer and list(tmp_path.glob("runs/*/video_01*.json")):
                     process.kill()
                     killed.append(process.pid)
                     return

@@ -49,8 +49,8 @@ def test_a_folder_and_a_pattern_name_their_videos(folder: Path) -> None:
         assert rows[0].settings == Settings(
             video=str(folder / "a.mp4"), ckpt_dir="m", output_dir=str(folder / "runs/a"), num_videos=3
         )
-    for videos, said in (("nowhere", "is no folder and no list"), ("*.avi", "no file has such a name")):
-        with pytest.raises(UserError, match=said):
+    for videos, message in (("nowhere", "is no folder and no list"), ("*.avi", "no file has such a name")):
+        with pytest.raises(UserError, match=message):
             read_rows(settings(videos))
 
 
@@ -99,17 +99,17 @@ def test_files_are_looked_for_in_the_list_s_folder_and_hub_ids_stay(folder: Path
         "vlm_path": "o/n",
     }
     (only,) = rows_of("sub/list.jsonl", json.dumps(row))
-    found, sub = only.settings, folder / "sub"
-    assert (found.video, found.storyboard, found.ckpt_dir) == (
+    settings, sub = only.settings, folder / "sub"
+    assert (settings.video, settings.storyboard, settings.ckpt_dir) == (
         str(sub / "a.mp4"),
         str(sub / "s.yaml"),
         str(sub / "mine"),
     )
-    assert found.lora == (f"{sub / 'x.safetensors'}:0.5",) and found.vlm_path == "o/n"
+    assert settings.lora == (f"{sub / 'x.safetensors'}:0.5",) and settings.vlm_path == "o/n"
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "parts"),
     [
         ("l.csv", "video,promt\na.mp4,x\n", ["l.csv, line 1: 'promt': did you mean prompt?"]),
         ("l.csv", "prompt\nx\n", ["l.csv, line 1: the first line of a table names its columns, of which one is video"]),
@@ -135,9 +135,9 @@ def test_files_are_looked_for_in_the_list_s_folder_and_hub_ids_stay(folder: Path
         ("l.txt", "# none\n", ["videos l.txt names no videos"]),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_its_line(name: str, text: str, said: list[str]) -> None:
-    found = wrong(name, text)
-    assert found and all(any(part in line for line in found) for part in said), found
+def test_what_is_wrong_is_said_with_its_line(name: str, text: str, parts: list[str]) -> None:
+    lines = wrong(name, text)
+    assert lines and all(any(part in line for line in lines) for part in parts), lines
 
 
 def test_rows_of_one_folder_are_found_whatever_leads_there(folder: Path) -> None:

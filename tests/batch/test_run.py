@@ -33,8 +33,8 @@ def failed(code: str, message: str = "x", why: str | None = None) -> dict[str, A
 
 
 class Event:
-    def __init__(self, kind: str, worker: int, said: Mapping[str, Any]) -> None:
-        self.kind, self.worker, self.message = kind, worker, said
+    def __init__(self, kind: str, worker: int, message: Mapping[str, Any]) -> None:
+        self.kind, self.worker, self.message = kind, worker, message
 
 
 class Crew:
@@ -58,15 +58,17 @@ class Crew:
         name = order["id"]
         if order["check"]:
             self.checks.add(name)
-            said: Mapping[str, Any] | None = {"state": CHECKED, "found": FOUND | {"status": ""}, **NOTHING}
+            answer: Mapping[str, Any] | None = {"state": CHECKED, "found": FOUND | {"status": ""}, **NOTHING}
         else:
             self.given.append((worker, name))
-            said = self.answer(name, sum(other == name for _, other in self.given))
-        self.events.append(Event("lost", worker, {"reason": "died"}) if said is None else Event("ended", worker, said))
+            answer = self.answer(name, sum(other == name for _, other in self.given))
+        self.events.append(
+            Event("lost", worker, {"reason": "died"}) if answer is None else Event("ended", worker, answer)
+        )
 
     def wait(self, seconds: float) -> list[Event]:
-        found, self.events = self.events, []
-        return found
+        events, self.events = self.events, []
+        return events
 
     def drop(self, worker: int) -> None:
         self.dropped.append(worker)

@@ -37,14 +37,14 @@ class Flaky(MemoryFileSystem):  # type: ignore[misc]
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.removeprefix("flaky:/")))
 
-    def put_file(self, here: str, there: str, **more: Any) -> None:
-        self.puts.append(there.rpartition("/")[2])
+    def put_file(self, local: str, remote: str, **more: Any) -> None:
+        self.puts.append(remote.rpartition("/")[2])
         if len(self.puts) == self.fails_at:
             if not self.cuts:
                 raise PermissionError("the token has expired")
-            self.pipe_file(there, Path(here).read_bytes()[:1])
+            self.pipe_file(remote, Path(local).read_bytes()[:1])
             return
-        super().put_file(here, there, **more)
+        super().put_file(local, remote, **more)
 
 
 fsspec.register_implementation("flaky", Flaky, clobber=True)
@@ -82,8 +82,8 @@ def test_an_upload_that_fails_is_none_and_goes_on_where_it_was(cuts: bool, why: 
     with pytest.raises(UploadError, match=why):
         upload(folder, URL)
     assert not is_uploaded(folder, URL)
-    said = json.loads(Flaky().cat_file(f"/store/runs/a b/{LIST}"))
-    assert not said["complete"] and list(said["files"]) == ["joined.mp4"]
+    listed = json.loads(Flaky().cat_file(f"/store/runs/a b/{LIST}"))
+    assert not listed["complete"] and list(listed["files"]) == ["joined.mp4"]
     upload(folder, URL)
     assert Flaky.puts == ["joined.mp4", "run.json", "run.json", "one.mp4"] and is_uploaded(folder, URL)
     Flaky().rm_file("/store/runs/a b/joined.mp4")  # by somebody else
@@ -138,8 +138,8 @@ def test_a_chain_whose_upload_failed_is_tried_again_by_its_worker_and_given_up_w
 def test_what_is_finished_and_not_uploaded_is_given_to_a_worker(uploaded: bool) -> None:
     schedule = Schedule(tasks := tasks_of("a"), 3)
     schedule.begin(tasks[0], 0)
-    found = {"clips": 2, "missing": 0, "work": 0.0, "seconds": 0.0, "measured": True, "disk_bytes": 0.0}
-    schedule.end(tasks[0], {"state": CHECKED, "found": found | {"status": "finished", "uploaded": uploaded}})
+    facts = {"clips": 2, "missing": 0, "work": 0.0, "seconds": 0.0, "measured": True, "disk_bytes": 0.0}
+    schedule.end(tasks[0], {"state": CHECKED, "found": facts | {"status": "finished", "uploaded": uploaded}})
     assert tasks[0].state == (DONE if uploaded else CHECKED)
 
 
@@ -156,8 +156,8 @@ def test_a_place_that_is_none_is_said_before_anything_begins(
 ) -> None:
     words = ["--videos", str(SHAPES), "--ckpt_dir", "m", "--output_dir", str(tmp_path / "{name}"), "--upload", url]
     assert cli.batch_main(words) == 2
-    said = capsys.readouterr().err
-    assert why in said and said.startswith("error: --upload") and said.count("\n") == 1 and "secret" not in said
+    stderr = capsys.readouterr().err
+    assert why in stderr and stderr.startswith("error: --upload") and stderr.count("\n") == 1 and "secret" not in stderr
 
 
 def test_a_store_is_shown_without_its_password() -> None:

@@ -61,9 +61,9 @@ def test_a_hand_says_what_its_process_says(tmp_path: Path) -> None:
         one = hand(siblings=2, threads="7")
         ready = await one.start()
         assert len(ready["pids"]) == 1
-        said = await one.do(order("a", tmp_path))
-        assert (said["state"], said["done"], said["count"], said["made"]) == ("completed", 2, 3, 1)
-        assert said["warnings"] == ["it is dark"] and said["got"] == one._share >= 1
+        report = await one.do(order("a", tmp_path))
+        assert (report["state"], report["done"], report["count"], report["made"]) == ("completed", 2, 3, 1)
+        assert report["warnings"] == ["it is dark"] and report["got"] == one._share >= 1
         assert (await one.do(order("b", tmp_path, host_memory=3)))["got"] == 3
         assert one._tail[0] == "7 None"
         making = asyncio.create_task(one.do(order("hangs", tmp_path)))
@@ -92,12 +92,12 @@ def test_why_a_process_ended_is_told(name: str, ranks: int, why: str, tmp_path: 
         pids = (await one.start())["pids"]
         making = asyncio.create_task(one.do(order(name, tmp_path)))
         if name == "hangs":
-            while (await one.look())["clip"] != 2:
+            while (await one.look()).get("clip") != 2:
                 await asyncio.sleep(0.01)
             os.kill(pids[0], signal.SIGKILL)
-        said = await asyncio.wait_for(making, 20)
-        assert said["state"] == "lost" and said["error"]["message"].startswith(why)
-        assert said["done"] == 1 or ranks > 1  # the other one may be quicker
+        report = await asyncio.wait_for(making, 20)
+        assert report["state"] == "lost" and report["error"]["message"].startswith(why)
+        assert report["done"] == 1 or ranks > 1  # the other one may be quicker
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
     asyncio.run(work())
@@ -138,8 +138,8 @@ def test_two_processes_share_one_chain_after_the_other(tmp_path: Path) -> None:
         pids = (await group.start())["pids"]
         assert len(pids) == 2
         for name in ("a", "b"):
-            said = await group.do(order(name, tmp_path / name, base_seed=7, **each))
-            assert (said["state"], said["made"]) == ("completed", 1), said
+            report = await group.do(order(name, tmp_path / name, base_seed=7, **each))
+            assert (report["state"], report["made"]) == ("completed", 1), report
         await group.end()
         assert not any(psutil.pid_exists(pid) for pid in pids)
 
@@ -164,15 +164,17 @@ def test_six_chains_with_a_kill_are_those_of_lone_runs(tmp_path: Path) -> None:
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         killed = kill_one(running, tmp_path / "runs")
-        _, said = running.communicate(timeout=120)
+        _, stderr = running.communicate(timeout=120)
     finally:
         running.kill()
-    assert running.returncode == 0, said
-    found = [json.loads(line) for line in (tmp_path / "runs/batch.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["state"] for row in found] == ["completed"] * 6 and sum(row["failures"] for row in found) == 1, said
+    assert running.returncode == 0, stderr
+    recorded = [json.loads(line) for line in (tmp_path / "runs/batch.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["state"] for row in recorded] == ["completed"] * 6 and sum(row["failures"] for row in recorded) == 1, (
+        stderr
+    )
     assert not psutil.pid_exists(killed)
     assert not list(tmp_path.glob("runs/*/redone")) and len(list(tmp_path.glob("runs/*/video_*.json"))) == 9
-    again = next(row for row in found if row["failures"])
+    again = next(row for row in recorded if row["failures"])
     lone = ["--video", str(SHAPES), "--output_dir", str(tmp_path / "lone"), "--num_videos", str(again["clips"]), *each]
     assert cli.continuous_main([*lone, "--base_seed", str(10 * int(again["name"].split()[1]))]) == 0
     assert states(tmp_path / "runs" / again["name"]) == states(tmp_path / "lone") != {}

@@ -61,10 +61,10 @@ NEEDED = {"awq": ["gptqmodel"], "gptq": ["gptqmodel", "optimum"], "bitsandbytes"
 def test_a_quantised_vlm_needs_its_packages_before_anything_loads(
     method: str, inside: bool, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there: set[str] = set()
-    monkeypatch.setattr("wan.captioner.factory.find_spec", lambda name: name if name in there else None)
-    said = {"quantization_config": {"quant_method": method, "bits": 4}}
-    config = {"text_config" if model_type == "qwen3_vl" else "llm_config": said} if inside else said
+    installed: set[str] = set()
+    monkeypatch.setattr("wan.captioner.factory.find_spec", lambda name: name if name in installed else None)
+    declared = {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = {"text_config" if model_type == "qwen3_vl" else "llm_config": declared} if inside else declared
     folder = folder_with(tmp_path, model_type=model_type, auto_map={}, **config)
     for number, package in enumerate(NEEDED[method]):
         missing = " and ".join(NEEDED[method][number:])
@@ -72,7 +72,7 @@ def test_a_quantised_vlm_needs_its_packages_before_anything_loads(
             with pytest.raises(UserError, match=rf"is quantised \({method}\): install {missing}, or give") as caught:
                 open_captioner(folder, device="cpu", trust_remote_code=own_code)
             assert "\n" not in str(caught.value)
-        there.add(package)
+        installed.add(package)
 
 
 def test_a_quantisation_that_nobody_knows_is_refused(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         one.cache_clear()
 
 
-def quantised(folder: Path, said: Mapping[str, Any]) -> Path:
+def quantised(folder: Path, quantization: Mapping[str, Any]) -> Path:
     """A tiny InternVL whose config says that its language model is quantised."""
     write_internvl(folder, InternVL())
     config = json.loads((folder / "config.json").read_text())
-    config["llm_config"]["quantization_config"] = said
+    config["llm_config"]["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -140,8 +140,8 @@ def test_what_transformers_asks_of_a_package_is_said_before_loading(
 ) -> None:
     packages(gptqmodel="0.1.0", optimum="0.1.0")
     folder = quantised(tmp_path / "vlm", {"quant_method": "gptq", "bits": 4})
-    said = r"is quantised \(gptq\), which cannot be loaded here \(.*(optimum|version).*\); give weights in bf16"
-    with pytest.raises(UserError, match=said) as caught:
+    message = r"is quantised \(gptq\), which cannot be loaded here \(.*(optimum|version).*\); give weights in bf16"
+    with pytest.raises(UserError, match=message) as caught:
         open_captioner(folder, device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -166,11 +166,11 @@ def test_an_internvl_in_bitsandbytes_describes(kind: str, tmp_path: Path) -> Non
         device_map={"": "cpu"},
     )
     made.save_pretrained(tmp_path / "native")
-    said = json.loads((tmp_path / "native/config.json").read_text())["quantization_config"]
-    original = quantised(tmp_path / "chat", said)
+    quantization = json.loads((tmp_path / "native/config.json").read_text())["quantization_config"]
+    original = quantised(tmp_path / "chat", quantization)
     shutil.copy(tmp_path / "orig/config.json", original)
     config = json.loads((original / "config.json").read_text())
-    config["llm_config"]["quantization_config"] = said
+    config["llm_config"]["quantization_config"] = quantization
     (original / "config.json").write_text(json.dumps(config))
     stored = {key: value for file in weight_files(tmp_path / "native") for key, value in load_file(file).items()}
     renamed = {key.replace("model.language_model.", "language_model.model."): value for key, value in stored.items()}
@@ -198,10 +198,10 @@ def test_an_internvl_in_bitsandbytes_describes(kind: str, tmp_path: Path) -> Non
     for folder in (tmp_path / "native", original):
         captioner = open_captioner(folder, device="cpu", dtype=torch.float32)
         assert isinstance(captioner, InternVLCaptioner)
-        found = captioner.model(input_ids=ids, pixel_values=pixels).logits.detach()
+        logits = captioner.model(input_ids=ids, pixel_values=pixels).logits.detach()
         # int8 rounds the inputs too
         torch.testing.assert_close(
-            found, expected, rtol=0, atol=(0.05 if "8" in kind else 1e-4) * float(expected.abs().max())
+            logits, expected, rtol=0, atol=(0.05 if "8" in kind else 1e-4) * float(expected.abs().max())
         )
         assert captioner.describe(FRAMES, "what?", max_new_tokens=5)
 
@@ -324,7 +324,10 @@ def test_endpoint_takes_the_model_that_is_named(server: Server) -> None:
     [
         (503, b"loading\nthe model", r"refused with HTTP 503 \(loading the model\)"),
         (200, b"<html>", "did not answer in JSON"),
-        (200, b'{"error": "no"}', "answered without choices"),
+        (200, b'{"choices": []}', "answered without choices"),
+        (200, b'{"error": {"message": "no\\nroom"}}', r"answered with an error \(no room\)"),
+        (200, b'{"error": "no"}', r"answered with an error \(no\)"),
+        (413, b"", r"refused with HTTP 413 \(Request Entity Too Large\)"),
         (200, b'{"choices": [{"message": {"content": null}}]}', "gave an empty answer"),
     ],
 )
@@ -333,6 +336,25 @@ def test_endpoint_errors_are_one_line(server: Server, status: int, reply: bytes,
     with pytest.raises(UserError, match=f"{message}.*or give prompt") as caught:
         EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
     assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_in_a_field_of_its_own_is_what_it_says(server: Server) -> None:
+    server.reply = json.dumps({"choices": [{"message": {"content": None, "refusal": "I can't help."}}]}).encode()
+    assert EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?") == "I can't help."
+
+
+def test_an_answer_that_breaks_off_is_no_answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(self: Handler, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) + 5))
+        self.end_headers()
+        self.wfile.write(body)
+
+    monkeypatch.setattr(Handler, "say", say)
+    with pytest.raises(
+        UserError, match=r"captioning with .* failed \(IncompleteRead.* 5 more expected.*or give prompt"
+    ):
+        EndpointCaptioner(server.url, "m").describe(FRAMES, "What is it?")
 
 
 def test_an_endpoint_that_is_down_is_one_line(server: Server) -> None:
@@ -461,8 +483,8 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    own = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
-    path = folder_with(tmp_path / "remote", model_type="internvl_chat", force_image_size=56, auto_map=own)
+    classes = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    path = folder_with(tmp_path / "remote", model_type="internvl_chat", force_image_size=56, auto_map=classes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((GOLDEN_VLM / "orig" / name).read_bytes())
     (path / "own.py").write_text(REMOTE_CODE, encoding="utf-8")

@@ -19,7 +19,7 @@ from tests.support.commands import Seen, metadata
 from wan import prompting
 from wan.captioner import EndpointCaptioner, endpoint, open_captioner
 from wan.errors import UserError
-from wan.kinds import public_path, public_url
+from wan.public import public_path, public_url
 
 FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 ANSWER = json.dumps({"choices": [{"message": {"content": "A cat."}}]}).encode()
@@ -158,8 +158,8 @@ def test_an_answer_that_drips_has_an_end(serve: Serve, part: str, monkeypatch: p
 
 
 def test_half_a_surrogate_pair_is_said_as_a_question_mark(serve: Serve) -> None:
-    said = b'{"choices": [{"message": {"content": "A cat \\ud800 sits \\ud83d\\ude00."}}]}'
-    assert ask(f"http://{serve(lambda handler: handler.say(said)).place}/v1") == "A cat ? sits \U0001f600."
+    body = b'{"choices": [{"message": {"content": "A cat \\ud800 sits \\ud83d\\ude00."}}]}'
+    assert ask(f"http://{serve(lambda handler: handler.say(body)).place}/v1") == "A cat ? sits \U0001f600."
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_no_file_of_a_run_holds_a_secret_or_a_folder_of_this_machine(
     url = f"http://me:hunter2@{server.place}/v1?key=hidden"
     words = f"--ckpt_dir {world}/ti2v --video {world}/source.mp4 --vlm_path m --vlm_url {url}"
     seen = command(f"{words} --dit {world}/dit.safetensors --lora {world}/light.safetensors:0.5")
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     files = [file for file in seen.folder.rglob("*") if file.is_file()]
     assert len(files) == 12
     for file in files:

@@ -12,7 +12,7 @@ from wan.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("said", "clean"),
+    ("raw", "clean"),
     [
         ("<think>hm\nwell</think>\n\n**A cat** runs.", "A cat runs."),
         ("the template opened it</think>The dog sits.", "The dog sits."),
@@ -64,9 +64,9 @@ from wan.errors import UserError
         ("Here is a cat. It sleeps.", "Here is a cat. It sleeps."),
     ],
 )
-def test_caption_is_cleaned(said: str, clean: str | None) -> None:
+def test_caption_is_cleaned(raw: str, clean: str | None) -> None:
     clean = "A red car. It turns. It stops. wheels 4." if clean is None else clean
-    assert clean_caption(said) == clean
+    assert clean_caption(raw) == clean
     assert clean_caption(clean) == clean
 
 
@@ -92,7 +92,7 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "I'm sorry, but I can't assist with that request.",
         "I’m sorry, I cannot describe this video.",
@@ -112,14 +112,34 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "申し訳ありませんが、その動画を説明することはできません。",
         "죄송하지만 도와드릴 수 없습니다.",
         "Извините, но я не могу помочь с этим.",
+        "I apologize, however there is no video attached.",
+        "It seems that no video has been provided. Could you upload it?",
+        "I don't see any uploaded video. Can you try again?",
+        '{"error": "I am sorry, I cannot help with this request."}',
+        "<Thinking>a person</Thinking>\n¡Lo siento! No puedo ayudar con eso.",
+        "すみません、そのご依頼にはお応えできません。",
+        "Niestety nie mogę pomóc w tej sprawie.",
+        "Het spijt me, dit verzoek kan ik niet uitvoeren.",
+        "Maalesef bu isteği yerine getiremem.",
+        "عذرًا، لا يمكنني المساعدة في هذا الطلب.",
+        "मुझे खेद है, मैं इस अनुरोध में सहायता नहीं कर सकता।",
+        "Tôi xin lỗi, tôi không thể giúp việc này.",
+        "Mohon maaf, saya tidak bisa membantu permintaan ini.",
+        "ต้องขออภัย ไม่สามารถช่วยเรื่องนี้ได้",
+        "На жаль, я не можу допомогти з цим.",
+        "Jag kan tyvärr inte hjälpa till med det.",
+        "Bohužel nemůžu s tímto pomoci.",
+        "Δυστυχώς, δεν μπορώ να βοηθήσω σε αυτό.",
+        "אני לא יכול לעזור בזה.",
+        "متأسفم، من نمی‌توانم کمک کنم.",
     ],
 )
-def test_a_refusal_is_known(said: str) -> None:
-    assert refusal(said) is not None
+def test_a_refusal_is_known(text: str) -> None:
+    assert refusal(text) is not None
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "A man says sorry and walks away.",
         "The cat can't reach the shelf. It cannot see the mouse.",
@@ -128,11 +148,45 @@ def test_a_refusal_is_known(said: str) -> None:
         "I cannot see any text. The video shows a red ball that rolls over a green table to the left.",
         "I'm sorry for the confusion. A man walks along a beach.",
         "As night falls, a boat turns left.",
+        "No frames hang on the wall; a cat walks below it.",
+        "Der Mann kann die Tür leider nicht öffnen.",
+        "لا أحد في الشارع، وقطة تمشي على الرصيف.",
         "",
     ],
 )
-def test_a_description_is_no_refusal(said: str) -> None:
-    assert refusal(said) is None
+def test_a_description_is_no_refusal(text: str) -> None:
+    assert refusal(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "meant"),
+    [
+        ("<THINK>Is it red?</THINK>A ball rolls.", "A ball rolls."),
+        ("<reasoning>Is it red?\n</reasoning>\nA ball rolls.", "A ball rolls."),
+        ("<|channel|>analysis<|message|>Red.<|end|><|channel|>final<|message|>A ball rolls.", "A ball rolls."),
+        ("Of course, I'd be happy to help. Based on the frames provided, a ball rolls.", "A ball rolls."),
+        ("A ball rolls.\n\nNote: As an AI, I can only see frames.", "A ball rolls."),
+        ("¡Claro! Aquí tienes una descripción:\n\nRueda una pelota.\n\n¿Necesitas algo más?", "Rueda una pelota."),
+        ("Certainly! I'd be happy to help. Please let me know what you need.", ""),
+        ('{"scene": "A ball rolls.", "mood": "It is \\"calm', "A ball rolls."),  # cut off by the longest answer
+        ("![frame 1](a.png) A ball \x1b[31mrolls\x1b[0m.", "A ball rolls."),
+    ],
+)
+def test_what_is_around_an_answer_goes(answer: str, meant: str) -> None:
+    assert clean_caption(answer) == meant
+
+
+def test_a_model_that_counts_on_and_on_is_cut() -> None:
+    text = "A ball rolls. " + " ".join(f"Then it passes post {number}." for number in range(1, 90)) + " It stops."
+    assert clean_caption(text) == (
+        "A ball rolls. Then it passes post 1. Then it passes post 2. Then it passes post 3. It stops."
+    )
+
+
+@pytest.mark.parametrize("caption", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
+def test_a_caption_without_a_word_is_refused(caption: str) -> None:
+    with pytest.raises(UserError, match="holds no usable text"):
+        compose_prompt("continue video", caption, words)
 
 
 def words(text: str) -> int:

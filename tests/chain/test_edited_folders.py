@@ -29,10 +29,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], object]:
-    def change(found: dict[str, Any]) -> None:
+    def change(record: dict[str, Any]) -> None:
         for key in keys[:-1]:
-            found = found[key]
-        found[keys[-1]] = value
+            record = record[key]
+        record[keys[-1]] = value
 
     return change
 
@@ -94,8 +94,8 @@ def test_an_edited_record_is_one_line_and_nothing_is_lost(command: Callable[...,
         edit(path, put(*keys, value=value))
         before = contents(folder)
         seen = command("")
-        assert seen.code == 2 and seen.said.count("\n") == 1, (keys, value, seen.said)
-        assert f"{path.name}: {keys[0]}" in seen.said and "remove the file to make the clip again" in seen.said
+        assert seen.code == 2 and seen.output.count("\n") == 1, (keys, value, seen.output)
+        assert f"{path.name}: {keys[0]}" in seen.output and "remove the file to make the clip again" in seen.output
         assert contents(folder) == before and seen.requests == []
         path.write_bytes(whole)
     assert command("").code == 0
@@ -108,8 +108,8 @@ def test_an_edited_run_json_is_one_line_and_nothing_is_lost(command: Callable[..
         edit(path, put(*keys, value=value))
         before = contents(folder)
         seen = command("")
-        assert seen.code == 2 and seen.said.count("\n") == 1, (keys, value, seen.said)
-        assert "run.json" in seen.said and len(seen.said) < 500
+        assert seen.code == 2 and seen.output.count("\n") == 1, (keys, value, seen.output)
+        assert "run.json" in seen.output and len(seen.output) < 500
         assert contents(folder) == before and seen.requests == []
         path.write_bytes(whole)
     assert command("").code == 0
@@ -123,7 +123,7 @@ def test_a_record_that_is_none_is_made_again_and_kept(command: Callable[..., See
     path.write_text(text)
     before = contents(folder)
     seen = command("")
-    assert seen.code == 0 and len(seen.requests) == 1, seen.said
+    assert seen.code == 0 and len(seen.requests) == 1, seen.output
     assert before <= contents(folder)
     path = folder / "run.json"
     path.write_text(text)
@@ -137,8 +137,8 @@ def test_two_records_of_one_clip_are_one_line_and_nothing_is_lost(command: Calla
     before = contents(folder)
     for more in ("", "--dry_run", "--redo 2"):
         seen = command(more)
-        assert seen.code == 2 and seen.said.count("\n") == 1 and seen.requests == []
-        assert "two records of clip 2, video_02_seed4.json and video_02_seed9.json" in seen.said
+        assert seen.code == 2 and seen.output.count("\n") == 1 and seen.requests == []
+        assert "two records of clip 2, video_02_seed4.json and video_02_seed9.json" in seen.output
         assert contents(folder) == before
     for path in brought_back:
         path.unlink()
@@ -152,7 +152,7 @@ def test_a_pipe_for_a_record_is_no_clip_and_does_not_hang(command: Callable[...,
         path.unlink()
         os.mkfifo(path)
         seen = command("")
-        assert seen.code == 0 and len(seen.requests) == 1, seen.said
+        assert seen.code == 0 and len(seen.requests) == 1, seen.output
 
 
 @pytest.mark.parametrize("name", ["redone", "joined.mp4", "run.json", "report.html", "report.json", "prompts_log.txt"])
@@ -169,7 +169,7 @@ def test_a_name_that_a_run_needs_is_looked_at_before_it_begins(
         path.mkdir()
     seen = command(f"--redo 1 {dry}")
     assert seen.code == 2 and seen.requests == []
-    assert f"{path} is no {'folder' if name == 'redone' else 'file'}" in seen.said
+    assert f"{path} is no {'folder' if name == 'redone' else 'file'}" in seen.output
 
 
 def test_a_redo_is_noted_before_it_starts(

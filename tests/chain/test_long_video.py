@@ -326,10 +326,10 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
 def test_a_dry_run_says_which_sound_of_the_source_is_kept(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for video, said in ((DATA / "corpus" / "audio_longer.mp4", "track 1 of 1, aac, "), (VIDEO, "none")):
+    for video, sound in ((DATA / "corpus" / "audio_longer.mp4", "track 1 of 1, aac, "), (VIDEO, "none")):
         flags = (*PROMPT, "--include_source", "--dry_run")
         assert chain(checkpoints, tmp_path / "run", *flags, video=video) == 0
-        assert f"sound of the source: {said}" in capsys.readouterr().out
+        assert f"sound of the source: {sound}" in capsys.readouterr().out
     assert chain(checkpoints, tmp_path / "run", *PROMPT, "--dry_run") == 0
     assert "sound of" not in capsys.readouterr().out
 

@@ -138,8 +138,8 @@ def test_the_page_is_well_formed_and_needs_no_other_file_and_no_network() -> Non
     page, _ = report([clip(number) for number in (1, 2, 3)])
     targets = [element[name] for _, element in page.elements for name in ("src", "href", "poster") if name in element]
     pictures = [target for target in targets if target.startswith("data:image/jpeg;base64,")]
-    own = [target for target in targets if re.fullmatch(r"#clip-\d+|\./(joined|video_\d+_seed\d+)\.mp4", target)]
-    assert len(pictures) + len(own) == len(targets)
+    links = [target for target in targets if re.fullmatch(r"#clip-\d+|\./(joined|video_\d+_seed\d+)\.mp4", target)]
+    assert len(pictures) + len(links) == len(targets)
     assert {"script", "link", "iframe", "form"}.isdisjoint(tag for tag, _ in page.elements)
     assert all(video["preload"] == "none" for video in page.all("video"))
     assert len(page.all("video")) == 4
@@ -177,8 +177,8 @@ def test_no_text_can_become_part_of_the_page(text: str) -> None:
 
 
 def test_worst_seams_come_first() -> None:
-    found = [seam(0.2), seam(1.8), seam(3.0, "colour step"), seam(0.1, "freeze"), None, seam(1.3, "slow start")]
-    page, data = report([clip(number, seam=one) for number, one in enumerate(found, 1)])
+    seams = [seam(0.2), seam(1.8), seam(3.0, "colour step"), seam(0.1, "freeze"), None, seam(1.3, "slow start")]
+    page, data = report([clip(number, seam=one) for number, one in enumerate(seams, 1)])
     assert [one["clip"] for one in data["attention"]] == [3, 2, 4]
     assert data["attention"][0]["warnings"] == ["colour step"]
     assert "the colours change at once" in page.text
@@ -291,8 +291,8 @@ def test_a_clip_shows_only_the_settings_that_are_its_own() -> None:
 
 def test_drift_adds_up_the_steps_of_the_seams_with_their_sign() -> None:
     shifts = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], None, [-2.0, 0.0, 3.0]]
-    found = [None if shift is None else seam() | {"colour_shift": shift} for shift in shifts]
-    page, data = report([clip(number, seam=one) for number, one in enumerate(found, 1)])
+    seams = [None if shift is None else seam() | {"colour_shift": shift} for shift in shifts]
+    page, data = report([clip(number, seam=one) for number, one in enumerate(seams, 1)])
     assert data["drift"]["colour"] == [1.0, 2.0, None, 3.0]
     assert "so far 3.0 yellower" in page.text
     assert data["drift"]["lightness"] == pytest.approx([0, 100 / 51, 200 / 51, 300 / 51])

@@ -82,9 +82,9 @@ def test_killed_at_every_boundary_and_at_random_a_chain_ends_as_if_nothing_had_h
     command = [sys.executable, "-m", "tests.support.kill_runs", str(checkpoint), str(VIDEO), str(tmp_path), "8"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["wrong"] == []
-    assert found["kills"] >= 12 and found["copies"] >= 30 and found["events"] >= 50
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["wrong"] == []
+    assert result["kills"] >= 12 and result["copies"] >= 30 and result["events"] >= 50
 
 
 def test_a_state_is_lossless(folder: Path) -> None:

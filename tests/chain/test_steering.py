@@ -19,9 +19,11 @@ from tests.support.commands import Seen, frames_in
 from wan import Chain, Settings, cli
 from wan.chain.changes import Change, find_change, in_words, other_run
 from wan.chain.fingerprint import difference
+from wan.chain.finished_clip import prune
 from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
-from wan.chain.storyboard import Scene, ahead, read_storyboard, said_otherwise
+from wan.chain.storyboard import Scene, ahead, said_otherwise
+from wan.chain.storyboard_file import read_storyboard
 from wan.errors import UserError
 from wan.pipeline import Pipeline
 from wan.types import Step
@@ -92,14 +94,14 @@ def test_a_run_that_would_make_finished_clips_again_asks(
     before = stamps(tmp_path / "out")
     seen = command(f"{count} {board(story, 'one', 'changed', 'three', 'four')}")
     assert seen.code == 2 and stamps(tmp_path / "out") == before
-    assert "3 finished clips of" in seen.told and "give --yes" in seen.told and "redo" not in seen.told
-    assert "(clip 2: its prompt changed; clips 3 to 4 follow from clip 2)" in seen.told
-    assert "clip 2: its prompt changed" in command(f"{count} --storyboard {story} --dry_run").said
+    assert "3 finished clips of" in seen.stderr and "give --yes" in seen.stderr and "redo" not in seen.stderr
+    assert "(clip 2: its prompt changed; clips 3 to 4 follow from clip 2)" in seen.stderr
+    assert "clip 2: its prompt changed" in command(f"{count} --storyboard {story} --dry_run").output
     monkeypatch.setattr("wan.commands.continuous.on_terminal", lambda: True)
     answers = iter(["n", "y"])
     monkeypatch.setattr("wan.commands.steering.ask", lambda question: next(answers))
     seen = command(f"{count} --storyboard {story}")
-    assert seen.code == 2 and "nothing was made" in seen.told and stamps(tmp_path / "out") == before
+    assert seen.code == 2 and "nothing was made" in seen.stderr and stamps(tmp_path / "out") == before
     made = during(monkeypatch, {2: lambda: os.kill(os.getpid(), signal.SIGINT)})
     assert command(f"{count} --storyboard {story}").code == 130
     # it was agreed to: the run that goes on does not ask again
@@ -108,7 +110,7 @@ def test_a_run_that_would_make_finished_clips_again_asks(
     assert made == ["changed", "three", "three", "four"]
     # one clip alone is made again without a question, and says why
     seen = command(f"{count} {board(story, 'one', 'changed', 'three', 'last')}")
-    assert seen.code == 0 and "clip 4: its prompt changed\n" in seen.told and len(made) == 5
+    assert seen.code == 0 and "clip 4: its prompt changed\n" in seen.stderr and len(made) == 5
 
 
 def test_a_setting_that_was_not_there_is_said_so() -> None:
@@ -119,10 +121,10 @@ def test_a_setting_that_was_not_there_is_said_so() -> None:
 def test_another_video_is_offered_a_folder_of_its_own(command: Command, tmp_path: Path) -> None:
     assert command("").code == 0
     seen = command("--video other.mp4")
-    assert seen.code == 2 and "redo" not in seen.told
-    assert f"the same command with --output_dir {tmp_path / 'out_other'} makes this one" in seen.told
+    assert seen.code == 2 and "redo" not in seen.stderr
+    assert f"the same command with --output_dir {tmp_path / 'out_other'} makes this one" in seen.stderr
     (tmp_path / "out_other").mkdir()
-    assert f"--output_dir {tmp_path / 'out_other_2'} " in command("--video other.mp4").told
+    assert f"--output_dir {tmp_path / 'out_other_2'} " in command("--video other.mp4").stderr
 
 
 # The storyboard
@@ -162,12 +164,12 @@ def test_the_storyboard_is_read_again_before_each_clip(
     )
     seen = command(words)
     assert seen.code == 0 and made == ["one", "two", "other", "end"] == prompts(tmp_path / "out")
-    assert "the storyboard has changed: clip 1 (prompt), clip 3 (prompt)" in seen.told
-    assert "clips up to 1 are made already" in seen.told and "is not JSON" in seen.told
-    assert "the storyboard has changed: clip 4 (prompt)" in seen.told
+    assert "the storyboard has changed: clip 1 (prompt), clip 3 (prompt)" in seen.stderr
+    assert "clips up to 1 are made already" in seen.stderr and "is not JSON" in seen.stderr
+    assert "the storyboard has changed: clip 4 (prompt)" in seen.stderr
     # clip 1 is what the next run is about
     assert (
-        "clip 1: its prompt changed; clips 2 to 4 follow" in command("--num_videos 4 --storyboard " + str(story)).told
+        "clip 1: its prompt changed; clips 2 to 4 follow" in command("--num_videos 4 --storyboard " + str(story)).stderr
     )
 
 
@@ -183,7 +185,7 @@ def test_a_storyboard_that_would_undo_finished_clips_waits_for_the_next_run(
     made = during(monkeypatch, {1: lambda: board(story, "one", "two", "changed", "four", "five")})
     seen = command(f"--num_videos 5 --storyboard {story}")
     assert seen.code == 0 and made == ["one", "two", "five"]
-    assert "that waits for the next run" in seen.told
+    assert "that waits for the next run" in seen.stderr
     after = stamps(tmp_path / "out")
     kept = {name: data for name, data in before.items() if name.startswith(("video_03", "video_04"))}
     assert len(kept) == 2 and {name: after[name] for name in kept} == kept
@@ -210,8 +212,8 @@ def test_clips_with_names_are_inserted_dropped_and_moved(
     # and back: nothing is made, all of it lies in the folder
     seen = command("--num_videos 4 " + board(story, fog, "new", night, end))
     assert seen.code == 0 and len(made) == 5 and prompts(out) == ["fog", "new", "night", "end"]
-    assert "clip 1 is there already: it is redone/video_01" in seen.told
-    assert "changed" not in seen.told
+    assert "clip 1 is there already: it is redone/video_01" in seen.stderr
+    assert "changed" not in seen.stderr
 
 
 def test_a_damaged_clip_that_was_replaced_is_not_used(
@@ -230,7 +232,7 @@ def test_a_damaged_clip_that_was_replaced_is_not_used(
 def test_prompts_for_some_clips(command: Command) -> None:
     seen = command("--num_videos 3 --prompt on --prompt_for 2 turn --prompt_for 3 stop")
     assert [one.prompt.split()[-1] for one in seen.requests] == ["on", "turn", "stop"]
-    for words, said in (
+    for words, message in (
         ("--prompt_for 5 x", "--prompt_for 5 is beyond --num_videos 2"),
         ("--prompt_for x y", "--prompt_for must be a whole number, 'x' is not"),
         ("--prompt_for 0 y", "--prompt_for must be at least 1, 0 is not"),
@@ -238,7 +240,7 @@ def test_prompts_for_some_clips(command: Command) -> None:
         ("--prompt_for 1 x --storyboard story.yaml", "for a chain without --storyboard"),
     ):
         seen = command(words)
-        assert seen.code == 2 and said in seen.told
+        assert seen.code == 2 and message in seen.stderr
 
 
 # Stop, pause, review
@@ -252,11 +254,11 @@ def test_files_and_a_signal_stop_a_run_after_the_clip(
     for done in (1, 2, 3):
         seen = command("--num_videos 3 --prompt on")
         assert seen.code == 0 and len(made) == len(prompts(out)) == done
-        assert seen.said.endswith("joined.mp4\n") and not (out / "stop").exists()
-        assert (f"{done} of 3 clips are finished" in seen.told) == (done < 3)
+        assert seen.output.endswith("joined.mp4\n") and not (out / "stop").exists()
+        assert (f"{done} of 3 clips are finished" in seen.stderr) == (done < 3)
     (out / "stop").touch()
     seen = command("--num_videos 4 --prompt on")
-    assert seen.code == 2 and f"{out / 'stop'} asks a run to stop; remove it" in seen.told
+    assert seen.code == 2 and f"{out / 'stop'} asks a run to stop; remove it" in seen.stderr
 
 
 def test_a_run_waits_while_it_is_paused(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,14 +279,14 @@ def test_a_run_waits_while_it_is_paused(command: Command, tmp_path: Path, monkey
     seen = command("--prompt on")
     timer.join()
     assert seen.code == 0 and len(made) == 2
-    assert f"paused; remove {pause} to go on" in seen.told and "going on" in seen.told
+    assert f"paused; remove {pause} to go on" in seen.stderr and "going on" in seen.stderr
 
 
 def test_a_review_keeps_makes_again_edits_and_stops(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert "which needs a terminal" in command("--review").told
+    assert "which needs a terminal" in command("--review").stderr
     monkeypatch.setattr("wan.commands.continuous.on_terminal", lambda: True)
     answers = iter(["maybe", "again", "y", "e", "the ship turns", "s"])
     monkeypatch.setattr("wan.commands.steering.ask", lambda question: next(answers))
@@ -311,15 +313,15 @@ def test_takes_are_kept_and_chosen(command: Command, tmp_path: Path, monkeypatch
         "take_1_seed4.mp4",
         "take_2_seed1000004.mp4",
     ]
-    assert "clip 2/3 take 2, seam " in seen.told
+    assert "clip 2/3 take 2, seam " in seen.stderr
     best = json.loads(next(out.glob("video_02*.json")).read_text())["seed"]
     before, made = stamps(out), during(monkeypatch, {})
     other, same = (2, 1) if best == 4 else (1, 2)
     assert command(f"{words} --take 2={same}").code == 0 and made == []  # it was that one
-    assert "clip 3 continues clip 2" in command(f"{words} --take 2={other} --dry_run").said
+    assert "clip 3 continues clip 2" in command(f"{words} --take 2={other} --dry_run").output
     seen = command(f"{words} --take 2={other}")
     assert seen.code == 0 and len(made) == 2  # two takes of the clip that follows, none of the one that was chosen
-    assert f"clip 2 is there already: it is takes/02/take_{other}_seed" in seen.told
+    assert f"clip 2 is there already: it is takes/02/take_{other}_seed" in seen.stderr
     chosen = json.loads(next(out.glob("video_02*.json")).read_text())
     assert chosen["seed"] == {1: 4, 2: 1000004}[other]
     assert command(words).code == 0 and len(made) == 2  # the choice stays
@@ -327,11 +329,11 @@ def test_takes_are_kept_and_chosen(command: Command, tmp_path: Path, monkeypatch
     assert command(f"{words} --take 2={same}").code == 0 and len(made) == 2
     after = stamps(out)
     assert {name: after[name] for name in before} == before
-    for wrong, said in (("--take 2=3", "--take 2=3: the clip has 2"), ("--take 4=1", "--take 4=1 is beyond")):
+    for wrong, message in (("--take 2=3", "--take 2=3: the clip has 2"), ("--take 4=1", "--take 4=1 is beyond")):
         seen = command(f"{words} {wrong}")
-        assert seen.code == 2 and said in seen.told
-    assert "--take must be K=N" in command("--take 2").told
-    assert "give one of them" in command("--takes 2 --best_of 2").told
+        assert seen.code == 2 and message in seen.stderr
+    assert "--take must be K=N" in command("--take 2").stderr
+    assert "give one of them" in command("--takes 2 --best_of 2").stderr
 
 
 def test_a_storyboard_asks_for_takes_of_one_clip(command: Command, tmp_path: Path) -> None:
@@ -347,17 +349,17 @@ def test_a_storyboard_asks_for_takes_of_one_clip(command: Command, tmp_path: Pat
 def test_with_its_source_the_joined_video_is_renewed_after_each_clip(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, joined = list[int](), tmp_path / "out" / "joined.mp4"
+    lengths, joined = list[int](), tmp_path / "out" / "joined.mp4"
     renew = ChainRun._renew_joined
 
     def counted(self: ChainRun) -> Path | None:
         path = renew(self)
-        found.append(frames_in(joined))
+        lengths.append(frames_in(joined))
         return path
 
     monkeypatch.setattr(ChainRun, "_renew_joined", counted)
     assert command("--num_videos 3 --prompt on --include_source").code == 0
-    first, second, third, end = found
+    first, second, third, end = lengths
     assert first < second < third == end and second - first == third - second
 
 
@@ -370,11 +372,11 @@ def test_a_run_keeps_no_more_state_than_it_was_told_to(
     out, words = tmp_path / "out", "--prompt on --num_videos"
     assert command(f"{words} 4").code == 0
     whole = {number: clip.state.stat().st_size for number, clip in RunFolder(out).clips().items()}
-    assert "with --keep_state last" in command(f"{words} 9 --dry_run").said
+    assert "with --keep_state last" in command(f"{words} 9 --dry_run").output
     capsys.readouterr()
     assert cli.continuous_main(["--prune", str(out)]) == 0
-    said, clips = capsys.readouterr().out, RunFolder(out).clips()
-    assert "the last two can be made again" in said and list(clips) == [1, 2, 3, 4]
+    stdout, clips = capsys.readouterr().out, RunFolder(out).clips()
+    assert "the last two can be made again" in stdout and list(clips) == [1, 2, 3, 4]
     assert [clip.is_pruned for clip in clips.values()] == [True, True, False, False]
     assert clips[1].state.stat().st_size < whole[1] / 2 and len(clips[1].sheet) == 8
     made = during(monkeypatch, {})
@@ -382,8 +384,8 @@ def test_a_run_keeps_no_more_state_than_it_was_told_to(
     assert [clip.is_pruned for clip in RunFolder(out).clips().values()] == [True, True, True, False, False]
     assert command(f"{words} 5 --keep_state last --redo 5").code == 0 and len(made) == 2
     seen = command(f"{words} 5 --redo 3")
-    assert seen.code == 2 and len(made) == 2 and "error: clip 3 would be made after clip 2" in seen.told
-    assert "--redo 1 makes the chain again from there" in seen.told
+    assert seen.code == 2 and len(made) == 2 and "error: clip 3 would be made after clip 2" in seen.stderr
+    assert "--redo 1 makes the chain again from there" in seen.stderr
     assert command(f"{words} 5 --redo 1").code == 0 and len(made) == 7
     assert cli.continuous_main(["--prune", str(tmp_path)]) == 2
     assert cli.continuous_main(["--prune", str(out), "--yes"]) == 2
@@ -395,22 +397,20 @@ def test_a_clip_is_whole_whenever_pruning_is_interrupted(
 ) -> None:
     assert command("--prompt on --num_videos 3").code == 0
     with monkeypatch.context() as patch, RunFolder(tmp_path / "out") as folder:
-        patch.setattr("wan.chain.run_folder.write_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("wan.chain.finished_clip.write_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            folder.prune(folder.clips()[1])
+            prune(folder.clips()[1])
         assert list(folder.clips()) == [1, 2, 3] and not folder.faults and not folder.clips()[1].is_pruned
     with RunFolder(tmp_path / "out") as folder:
-        assert folder.prune(folder.clips()[1]) > 0
-        assert (
-            list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and folder.prune(folder.clips()[1]) == 0
-        )
+        assert prune(folder.clips()[1]) > 0
+        assert list(folder.clips()) == [1, 2, 3] and folder.clips()[1].is_pruned and prune(folder.clips()[1]) == 0
 
 
 def test_a_preview_replaces_nobody_s_picture(command: Command, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "preview.webp").touch()
     seen = command("--preview")
-    assert seen.code == 2 and "preview.webp would be overwritten" in seen.told
+    assert seen.code == 2 and "preview.webp would be overwritten" in seen.stderr
     assert command("").code == 0
 
 
@@ -427,8 +427,8 @@ def test_a_chain_is_made_in_five_lines(command: Command, tmp_path: Path) -> None
             numbers.append(clip.number)
             if len(numbers) == 1:
                 break
-    there = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert there["status"] == "stopped" and there["clips_finished"] >= 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "stopped" and record["clips_finished"] >= 1
     steps = list[Step]()
     with Chain(settings, on_step=steps.append) as chain:
         assert [clip.number for clip in chain] == [1, 2, 3]
@@ -451,7 +451,7 @@ def test_a_clip_that_changes_its_place_is_finished_somewhere_at_any_moment(
     wanted = {clip.fingerprint for clip in RunFolder(tmp_path / "out").clips().values()}
 
     def change_places(folder: RunFolder) -> None:
-        records = [folder.set_clip_aside(folder.clips()[number].record_path) for number in (1, 2)]
+        records = [folder.elsewhere.set_clip_aside(folder.clips()[number].record_path) for number in (1, 2)]
         for number, record in zip((2, 1), records, strict=True):
             folder.restore(number, 2, record)
 
@@ -476,6 +476,6 @@ def test_a_clip_that_changes_its_place_is_finished_somewhere_at_any_moment(
             else:
                 break
         folder = RunFolder(home)
-        found = {clip.fingerprint for clip in (*folder.clips().values(), *folder.replaced())}
-        assert wanted <= found, stop_at
+        fingerprints = {clip.fingerprint for clip in (*folder.clips().values(), *folder.elsewhere.replaced())}
+        assert wanted <= fingerprints, stop_at
     assert stop_at > 20 and [clip.record["seed"] for clip in RunFolder(home).clips().values()] == [4, 3]

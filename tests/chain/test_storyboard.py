@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wan.chain.storyboard import Scene, check_storyboard, read_storyboard
+from wan.chain.storyboard import Scene, check_storyboard
+from wan.chain.storyboard_file import read_storyboard
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.options import Settings, by_scene_key
@@ -45,9 +46,9 @@ def write(folder: Path, content: str | bytes, suffix: str = ".yaml") -> Path:
     return path
 
 
-def clip(line: int, prompt: str | None = None, **said: Any) -> Any:
+def clip(line: int, prompt: str | None = None, **settings: Any) -> Any:
     """What a scene says, by the storyboard's keys; None is left to the command line."""
-    return SimpleNamespace(line=line, **dict.fromkeys(KEYS) | {"prompt": prompt} | said)
+    return SimpleNamespace(line=line, **dict.fromkeys(KEYS) | {"prompt": prompt} | settings)
 
 
 def read(folder: Path, content: str | bytes, suffix: str = ".yaml") -> tuple[Any, ...]:
@@ -421,7 +422,7 @@ def test_more_than_a_chain_has_is_refused_while_it_is_read(folder: Path, monkeyp
     assert refusal(folder, many, ".txt").startswith(
         "FILE, line 10001: there are 10001 prompts; a chain has at most 10000"
     )
-    monkeypatch.setattr("wan.chain.storyboard.MOST_VALUES", 20)
+    monkeypatch.setattr("wan.chain.storyboard_file.MOST_VALUES", 20)
     assert refusal(folder, "- {seed: 1}\n" * 10) == "FILE holds more than 20 values; is it the right file?"
 
 

@@ -62,7 +62,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(
         "clip 2 is made again: video_02_seed4.safetensors is not there",
         "clip 3 is made again: its record video_03_seed5.json is none",
     ):
-        assert line in dry.said
+        assert line in dry.output
     assert not dry.requests
     seen = command("--num_videos 4")
     assert seen.code == 0 and [request.seed for request in seen.requests] == [3, 4, 5]
@@ -100,14 +100,14 @@ def test_one_that_is_visibly_broken_is_made_again_too(command: Callable[..., See
     folder = command("").folder
     strip(folder)
     state = folder / "video_01_seed3.safetensors"
-    tensors, said = load_file(state), _metadata(state)
+    tensors, header = load_file(state), _metadata(state)
     if fault == "mp4":
         video = state.with_suffix(".mp4")
         video.write_bytes(video.read_bytes()[:100])
     else:
         tail = tensors["tail"]
         tensors["tail"] = tail[:, :16].contiguous() if fault == "size" else tail.clone().fill_(float("nan"))
-        save_file(tensors, state, said)
+        save_file(tensors, state, header)
     assert [request.seed for request in command("").requests] == [3]
 
 
@@ -167,9 +167,9 @@ def test_after_sampling_nothing_is_sampled_again(
     assert chain(checkpoint, tmp_path / "run", *more) == 0
     assert 3 not in sampled and 4 in sampled
     for one in sorted((tmp_path / "whole").glob("video_*.safetensors")):
-        found, expected = load_file(tmp_path / "run" / one.name), load_file(one)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        tensors, expected = load_file(tmp_path / "run" / one.name), load_file(one)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
     record = json.loads(next((tmp_path / "run").glob("video_01_*.json")).read_text())
     assert record["seconds"]["sample"] > 0 and record["prompt"] == "continue video x"
     assert not list((tmp_path / "run").glob(".draft*"))

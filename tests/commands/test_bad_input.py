@@ -255,10 +255,10 @@ def test_a_name_that_no_file_has_is_refused_before_anything_loads(
     if name == "anchor_image":
         given |= {"continuation": "svi2pro", "lora_high": "a.safetensors", "lora_low": "a.safetensors"}
     no_file = {} if name in ("ckpt_dir", "vlm_path", "output_dir") else {str(world / "empty"): ""}
-    for value, said in (NO_NAME | no_file).items():
+    for value, message in (NO_NAME | no_file).items():
         words = [f"--{key}={one}" for key, one in (given | {name: value}).items()]
         assert main(words) == 2, value
         output = capsys.readouterr()
         error = without_start(output.err)
-        assert error.startswith("error: ") and error.count("\n") == 1 and said in error, output.err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, output.err
         assert len(error) < 500 and output.out == "" and not list(tmp_path.iterdir())

@@ -25,9 +25,9 @@ from tests.support.golden import DATA, GOLDEN, ROOT, small_checkpoints
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan import cli, media
 from wan.commands.progress import Progress
-from wan.kinds import public_path
 from wan.options import settings_of
 from wan.pipeline import Pipeline
+from wan.public import public_path
 from wan.types import Step, to_uint8
 
 pytestmark = pytest.mark.slow
@@ -110,14 +110,14 @@ def test_a_prompt_that_is_too_long_is_said(checkpoints: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    ("world", "said"), [("8", "WORLD_SIZE is 8 without RANK, LOCAL_RANK"), ("abc", "WORLD_SIZE='abc' is no number")]
+    ("world", "message"), [("8", "WORLD_SIZE is 8 without RANK, LOCAL_RANK"), ("abc", "WORLD_SIZE='abc' is no number")]
 )
 def test_a_launcher_s_environment_must_be_whole(
-    world: str, said: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: str, message: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", world)
     assert cli.generate_main(["--ckpt_dir", str(checkpoints / "ti2v"), "--video", str(VIDEO), "--prompt", "x"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def run_chain(checkpoints: Path, output: Path, *more: str, count: int = 3) -> int:
@@ -207,8 +207,8 @@ def test_an_interrupted_chain_keeps_what_is_finished_and_the_same_command_goes_o
     output = tmp_path / "chain"
     assert run_chain(checkpoints, output, "--prompt", "it goes on") == 130
     lines = capsys.readouterr().err.splitlines()
-    said = [f"2 of 3 clips are finished in {output}", "the same command goes on from there", "interrupted"]
-    assert lines[-3:] == said
+    last = [f"2 of 3 clips are finished in {output}", "the same command goes on from there", "interrupted"]
+    assert lines[-3:] == last
     assert len(frames_of(output / "joined.mp4")) == 9
     assert json.loads((output / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
 

@@ -35,7 +35,7 @@ def test_the_first_clip_goes_without_svi_and_anchors_change_without_a_cut(
 ) -> None:
     clips = told(world, {"continuation": "last_frame"}, {}, {"anchor": "red.png"}, {}, {"cut": "small.png"}, {})
     seen = command(f"{SVI} {clips}")
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     first, *others = seen.requests
     known: list[Any] = [one.known for one in others]
     assert len(first.known.leading) == 1 and first.known.anchor is None and not any(first.loras.values())
@@ -61,19 +61,19 @@ def test_a_clip_of_svi_after_others_holds_on_to_the_picture_of_its_shot(
     both = {"lora_high": "svi_pro_high.safetensors", "lora_low": "svi_pro_low.safetensors"}
     clips = told(world, {"cut": "red.png"}, {"continuation": "svi2pro", **both})
     seen = command(f"--ckpt_dir i2v {clips}")
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     assert seen.requests[0].known.anchor is None
     known: Any = seen.requests[1].known
     assert float(known.anchor.mean()) == seen.mean(seen.requests[0].known.leading[0])
     wrong = command(f"--ckpt_dir i2v {told(world, {'anchor': 'red.png'})} --output_dir wrong")
-    assert wrong.code == 2 and "clips.json, line 1: anchor goes with --continuation svi2pro" in wrong.told
+    assert wrong.code == 2 and "clips.json, line 1: anchor goes with --continuation svi2pro" in wrong.stderr
 
 
 def test_what_is_discarded_is_in_no_file_and_the_next_clip_starts_before_it(
     command: Callable[..., Seen], world: Path
 ) -> None:
     seen = command(told(world, {"discard": 4}, {}))
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     assert [frames_in(seen.clips[number].video) for number in (1, 2)] == [9, 13]
     known: Any = seen.requests[1].known.leading[0]
     frames = seen.made[0].clip.frames  # as they were sampled
@@ -95,7 +95,7 @@ def test_cuts_fade_and_nothing_but_the_fade_is_encoded_again(
     monkeypatch.setattr(writing, "write_video", counted)
     words = told(world, {}, {"cut": "red.png"}, {"cut": "red.png"}, {})
     seen = command(f"{words} --fade 4")
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     assert frames_in(seen.folder / "joined.mp4") == 13 + 9 + 9 + 12
     assert {count for name, count in written if name.endswith(PIECE)} == {4} and not list(seen.folder.glob(".joined*"))
     assert [clip.settings.get("fade") for clip in seen.clips.values()] == [None] * 4
@@ -107,14 +107,14 @@ def test_cuts_fade_and_nothing_but_the_fade_is_encoded_again(
         (f"{words} --fade 4 --include_source --output_dir b", "leave --include_source out"),
     ):
         refused = command(wrong)
-        assert refused.code == 2 and problem in refused.told
+        assert refused.code == 2 and problem in refused.stderr
 
 
 def test_a_bridge_ends_on_the_first_frame_of_what_follows_and_joins_all(
     command: Callable[..., Seen], world: Path
 ) -> None:
     seen = command("--until other.mp4")
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     first, last = seen.requests
     end: Any = last.known.end
     assert first.known.end is None
@@ -131,7 +131,7 @@ def test_a_bridge_ends_on_the_first_frame_of_what_follows_and_joins_all(
         (f"--until other.mp4 {told(world, {'end_image': 'red.png'})}", "ends with the first frame of --until"),
     ):
         refused = command(f"{wrong} --output_dir {world / 'none'}")
-        assert refused.code == 2 and problem in refused.told, refused.told
+        assert refused.code == 2 and problem in refused.stderr, refused.stderr
 
 
 def test_a_folder_of_end_images_says_how_many_clips_may_have_prompts() -> None:
@@ -156,7 +156,7 @@ def test_identity_is_measured_against_the_shot_s_first_picture(
     assert plain.code == 0 and not any("identity" in clip.record for clip in plain.clips.values())
     monkeypatch.setattr(Speaking, "view", view, raising=False)
     seen = command(words)
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     measured = [clip.record.get("identity") for clip in seen.clips.values()]
     assert measured[0] == measured[2] == 1  # a shot's first clip begins with the picture itself
     assert measured[4] is None  # nobody looked

@@ -38,7 +38,7 @@ def test_the_hint_names_the_flag_that_continues_the_motion(
     caplog.clear()
     folder = seen.folder
     seen = command(f"--video {fading} --from {hint}")
-    assert seen.code == 2 and "another video or another --from" in seen.said  # the folder holds another run
+    assert seen.code == 2 and "another video or another --from" in seen.output  # the folder holds another run
     seen = command(f"--video {fading} --from {hint} --include_source --output_dir {folder}_2")
     assert seen.code == 0 and "continues from" not in caplog.text
     expected = media.read_last_frame(fading, float(hint))
@@ -60,18 +60,18 @@ def test_a_video_that_moves_to_its_end_gets_no_hint(
 
 
 @pytest.mark.parametrize(
-    ("moment", "said"), [("0", "--from must be a positive number"), ("90", "it ends at 2.00 s; give an earlier")]
+    ("moment", "message"), [("0", "--from must be a positive number"), ("90", "it ends at 2.00 s; give an earlier")]
 )
 def test_a_moment_that_is_not_in_the_video_is_refused(
-    command: Callable[..., Seen], fading: Path, moment: str, said: str
+    command: Callable[..., Seen], fading: Path, moment: str, message: str
 ) -> None:
     seen = command(f"--video {fading} --from {moment}")
-    assert seen.code == 2 and said in seen.said and not seen.requests
+    assert seen.code == 2 and message in seen.output and not seen.requests
 
 
 def test_one_clip_can_start_there_too(command: Callable[..., Seen], fading: Path, tmp_path: Path) -> None:
     words = f"--task v2v-5B --video {fading} --from 0.5 --frame_num 9 --save_file {tmp_path / 'one.mp4'}"
     seen = command(words, generate=True)
-    assert seen.code == 0, seen.said
+    assert seen.code == 0, seen.output
     assert first_frame(seen) > 50
     assert '"from": 0.5' in (tmp_path / "one.json").read_text()

@@ -28,7 +28,7 @@ from wan.types import Step
 
 def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., Seen]) -> None:
     seen = command("")
-    lines = seen.told.splitlines()
+    lines = seen.stderr.splitlines()
     assert re.fullmatch(r"v2v-5B with ti2v: PyTorch starts, \d\.\d GB of weights are read meanwhile", lines[0])
     assert lines[1] == "clip 1/2 seed 3"
     for number in (1, 2):
@@ -39,20 +39,20 @@ def test_off_a_terminal_each_clip_and_stage_has_its_line(command: Callable[..., 
         done = rf"clip {number}/2 finished( in [\d.]+ s,)?{seam}: {file}"
         assert any(re.fullmatch(done, line) for line in lines), lines
     assert any(re.fullmatch(r"clip 1/2: about \d+ (s|min) left", line) for line in lines)
-    assert seen.said == f"{seen.folder}/joined.mp4\n"  # the result alone is on stdout
-    assert "2 of 2 clips are finished already" in command("").told
+    assert seen.output == f"{seen.folder}/joined.mp4\n"  # the result alone is on stdout
+    assert "2 of 2 clips are finished already" in command("").stderr
 
 
 def test_quiet_says_nothing_but_warnings(command: Callable[..., Seen], tmp_path: Path) -> None:
-    assert command("--quiet").told == ""
+    assert command("--quiet").stderr == ""
     (tmp_path / "story.yaml").write_text("- one\n- two\n- three\n")
-    told = command(f"--quiet --storyboard {tmp_path / 'story.yaml'} --output_dir {tmp_path / 'other'}").told
+    told = command(f"--quiet --storyboard {tmp_path / 'story.yaml'} --output_dir {tmp_path / 'other'}").stderr
     assert told == "WARNING: the storyboard has 3 clips, --num_videos makes the first 2 of them\n"
 
 
 def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[..., Seen], tmp_path: Path) -> None:
     log = tmp_path / "run.log"
-    assert command(f"--quiet --log_file {log}").told == ""
+    assert command(f"--quiet --log_file {log}").stderr == ""
     first = log.read_text()
     assert all(
         re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (clip \d/2|v2v-5B with)", line) for line in first.splitlines()
@@ -64,11 +64,11 @@ def test_a_log_file_has_everything_with_its_time_and_grows(command: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("story.yaml", "is there and is no log"), ("no/where.log", "cannot be written")]
+    ("name", "message"), [("story.yaml", "is there and is no log"), ("no/where.log", "cannot be written")]
 )
-def test_a_log_file_that_is_none_is_refused(command: Callable[..., Seen], name: str, said: str) -> None:
+def test_a_log_file_that_is_none_is_refused(command: Callable[..., Seen], name: str, message: str) -> None:
     seen = command(f"--log_file {name}")
-    assert seen.code == 2 and said in seen.said and not seen.requests
+    assert seen.code == 2 and message in seen.output and not seen.requests
 
 
 @pytest.mark.slow
@@ -144,5 +144,5 @@ def test_a_stage_inside_another_is_charged_once_and_says_its_details() -> None:
             tell_detail("shard 1 of 2")
     tell_detail("nobody listens")
     assert watch.seconds["load"] >= 0.2 > watch.seconds["sample"]
-    said = [(step.index, step.stage, step.detail) for step in heard]
-    assert said[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2")]
+    stages = [(step.index, step.stage, step.detail) for step in heard]
+    assert stages[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2")]

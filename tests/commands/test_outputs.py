@@ -29,7 +29,7 @@ def test_a_source_under_a_name_of_the_run_is_refused(command: Callable[..., Seen
     before = content(source.parent)
     seen = command(f"--video {source} --include_source")
     assert seen.code == 2 and not seen.requests
-    assert f"{source} would be overwritten: --video needs it" in seen.said
+    assert f"{source} would be overwritten: --video needs it" in seen.output
     assert content(source.parent) == before
 
 
@@ -51,7 +51,7 @@ def test_so_is_any_other_file_that_it_reads(
     shutil.copy(file, given)
     seen = command(words.format(given))
     assert seen.code == 2 and not seen.requests
-    assert f"{given} would be overwritten: --{words.split(' {}')[0].split('--')[-1]} needs it" in seen.said
+    assert f"{given} would be overwritten: --{words.split(' {}')[0].split('--')[-1]} needs it" in seen.output
     assert given.read_bytes() == Path(file).read_bytes()
 
 
@@ -61,7 +61,7 @@ def test_so_is_a_picture_that_only_the_storyboard_names(command: Callable[..., S
     shutil.copy("red.png", folder / "video_02_seed4.mp4")  # a picture, whatever it is called
     (tmp_path / "story.yaml").write_text(f"- {{cut: {folder / 'video_02_seed4.mp4'}}}\n")
     seen = command(f"--storyboard {tmp_path / 'story.yaml'}")
-    assert seen.code == 2 and "the storyboard needs it" in seen.said and not seen.requests
+    assert seen.code == 2 and "the storyboard needs it" in seen.output and not seen.requests
 
 
 def test_a_link_does_not_hide_it(command: Callable[..., Seen], tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_link_does_not_hide_it(command: Callable[..., Seen], tmp_path: Path) -
     shutil.copy("source.mp4", folder / "video_01_seed3.mp4")
     (tmp_path / "link.mp4").symlink_to(folder / "video_01_seed3.mp4")
     seen = command(f"--video {tmp_path / 'link.mp4'}")
-    assert seen.code == 2 and "would be overwritten" in seen.said
+    assert seen.code == 2 and "would be overwritten" in seen.output
 
 
 def test_a_source_in_the_folder_under_another_name_is_continued(command: Callable[..., Seen], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_file_without_a_run_of_ours_is_refused(command: Callable[..., Seen], t
     (folder / name).write_text('{"epoch": 3, "loss": 0.1}')
     seen = command("")
     assert seen.code == 2 and not seen.requests
-    assert f"{folder / name} would be overwritten, and no run of ours made it" in seen.said
+    assert f"{folder / name} would be overwritten, and no run of ours made it" in seen.output
     assert content(folder) == {name: b'{"epoch": 3, "loss": 0.1}'}
 
 
@@ -131,7 +131,7 @@ def test_a_save_file_of_ours_is_replaced_and_another_is_not(command: Callable[..
         before = content(tmp_path)
         seen = command(words, generate=True)
         assert seen.code == 2 and not seen.requests
-        assert "is there already" in seen.said and "or --overwrite to replace it" in seen.said
+        assert "is there already" in seen.output and "or --overwrite to replace it" in seen.output
         assert content(tmp_path) == before
     assert command(f"{words} --overwrite", generate=True).code == 0
     assert frames_in(target) > 1 and "seed" in json.loads(target.with_suffix(".json").read_text())
@@ -145,7 +145,7 @@ def test_what_one_clip_is_made_from_is_never_replaced(command: Callable[..., See
     before = content(tmp_path)
     seen = command(flag.format(given) + f"{task} --save_file {given} --overwrite", generate=True)
     assert (
-        seen.code == 2 and f"would replace {given}, which --{flag.split(' {}')[0].split('--')[-1]} needs" in seen.said
+        seen.code == 2 and f"would replace {given}, which --{flag.split(' {}')[0].split('--')[-1]} needs" in seen.output
     )
     assert content(tmp_path) == before
 

@@ -48,7 +48,7 @@ def test_a_second_refusal_stops_the_run_before_sampling_with_its_text(
     says([NO])
     seen = command(f"--prompt_mode {mode}")
     assert seen.code == 2 and not seen.requests
-    assert "can't assist with that request" in seen.said and "--vlm_fallback" in seen.said
+    assert "can't assist with that request" in seen.output and "--vlm_fallback" in seen.output
 
 
 @pytest.mark.parametrize("mode", ["describe", "continue"])
@@ -75,7 +75,7 @@ def test_a_loop_is_one_sentence_in_every_clip(
 @pytest.mark.parametrize("words", ["--prompt=", "--vlm_question=", "--vlm_fallback="])
 def test_a_text_that_says_nothing_is_refused(command: Callable[..., Seen], words: str) -> None:
     seen = command(words)
-    assert seen.code == 2 and f"{words[:-1]} is empty; write something or leave it out" in seen.said
+    assert seen.code == 2 and f"{words[:-1]} is empty; write something or leave it out" in seen.output
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_dry_run_shows_each_whole_prompt(command: Callable[..., Seen], tmp_pat
     long = " ".join(f"word{number}" for number in range(80))
     (tmp_path / "story.yaml").write_text(f"- {long}\n- the end\n")
     words = f"--storyboard {tmp_path / 'story.yaml'}"
-    assert f"continue video {long}\n" in command(f"{words} --dry_run").said
+    assert f"continue video {long}\n" in command(f"{words} --dry_run").output
     assert command(f"{words} --num_videos 1").code == 0
-    said = command(f"{words} --dry_run").said
-    assert f"(finished) continue video {long}\n" in said and "continue video the end\n" in said
+    output = command(f"{words} --dry_run").output
+    assert f"(finished) continue video {long}\n" in output and "continue video the end\n" in output

@@ -28,8 +28,8 @@ FAMILIES = {"5b": ROOT / "models" / "tiny-Wan2.2-TI2V-5B", "14b": ROOT / "models
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
+    with Ranks() as started:
+        yield started
 
 
 def words(family: str, output: Path, *more: str) -> list[str]:
@@ -86,10 +86,10 @@ def test_a_chain_of_several_processes_is_that_of_one_and_goes_on_with_another_co
 ) -> None:
     together = tmp_path / "together"
     cached = [one for one in more if "cache" in one or "first_block" in one]
-    said = run(ranks, size, words(family, together, "--num_videos", "1", *more), tmp_path / "said")
-    assert [code for code, _ in said] == [0] * size
-    assert f"{size} GPUs: {plan}" in said[0][1] and str(together / "joined.mp4") in said[0][1]
-    assert [text for _, text in said[1:]] == [""] * (size - 1)
+    ended = run(ranks, size, words(family, together, "--num_videos", "1", *more), tmp_path / "output")
+    assert [code for code, _ in ended] == [0] * size
+    assert f"{size} GPUs: {plan}" in ended[0][1] and str(together / "joined.mp4") in ended[0][1]
+    assert [text for _, text in ended[1:]] == [""] * (size - 1)
     # the second clip with one process again: none of the first is made again
     made = (together / "video_01_seed3.mp4").stat().st_mtime_ns
     assert cli.continuous_main(words(family, together, "--num_videos", "2", *cached)) == 0
@@ -104,8 +104,8 @@ def test_what_is_wrong_is_said_once(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="process 1 of 2 is not done"):  # it waits for the launcher to end it
         run_wrong = words("5b", tmp_path / "out", "--sample_steps", "0")
         ranks.run(support.command, 2, "continuous_main", run_wrong, str(tmp_path), seconds=8)
-    assert (tmp_path / ".said_0").read_text() == "error: --sample_steps must be at least 1, 0 is not\n"
-    assert (tmp_path / ".said_1").read_text() == ""
+    assert (tmp_path / ".output_0").read_text() == "error: --sample_steps must be at least 1, 0 is not\n"
+    assert (tmp_path / ".output_1").read_text() == ""
 
 
 # --- what goes wrong in one process
@@ -131,12 +131,12 @@ FAULTS = [
 def test_a_fault_in_one_process_ends_all_and_the_same_command_goes_on(
     who: int, stage: str, do: str, line: str, ranks: Ranks, alone: Alone, tmp_path: Path
 ) -> None:
-    folder, said = tmp_path / "run", tmp_path / "said"
-    said.mkdir()
+    folder, outputs = tmp_path / "run", tmp_path / "output"
+    outputs.mkdir()
     given = words("5b", folder, "--num_videos", "2", "--cfg_size", "2", "--collective_timeout", "3")
-    codes = ranks.codes(support.faulty_command, 2, given, str(said), who, stage, do, seconds=60)
+    codes = ranks.codes(support.faulty_command, 2, given, str(outputs), who, stage, do, seconds=60)
     assert None not in codes and 0 not in codes
-    by_first, by_second = ((said / f".said_{rank}").read_text() for rank in (0, 1))
+    by_first, by_second = ((outputs / f".output_{rank}").read_text() for rank in (0, 1))
     name = platform.node()
     if who:
         assert f"error: {line.replace('HOST', name)}" in by_first and by_first.count("process 1 on") == 1
@@ -221,24 +221,26 @@ def test_the_fastest_sizes_are_chosen(
 def test_sizes_that_do_not_go_are_refused_with_those_that_do() -> None:
     with pytest.raises(UserError) as caught:
         choose_sizes(4, 40, 1.0, ulysses=3)
-    said = "ulysses_size 3 does not go with 4 GPUs and 40 heads; what goes: cfg_size 1, ulysses_size 1, ring_size 4; "
-    said += "cfg_size 1, ulysses_size 2, ring_size 2; cfg_size 1, ulysses_size 4; cfg_size 2, ulysses_size 1, "
-    assert str(caught.value) == said + "ring_size 2; cfg_size 2, ulysses_size 2"
+    message = (
+        "ulysses_size 3 does not go with 4 GPUs and 40 heads; what goes: cfg_size 1, ulysses_size 1, ring_size 4; "
+    )
+    message += "cfg_size 1, ulysses_size 2, ring_size 2; cfg_size 1, ulysses_size 4; cfg_size 2, ulysses_size 1, "
+    assert str(caught.value) == message + "ring_size 2; cfg_size 2, ulysses_size 2"
     with pytest.raises(UserError, match="cfg_size 2 does not go with 2 GPUs and 40 heads, without guidance"):
         choose_sizes(2, 40, 0.0, cfg=2)
 
 
 def test_a_launcher_s_environment_is_read() -> None:
-    there = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    assert World.read(there) == World(1, 2, 1) and World.read({}) == World() and World.read({"RANK": ""}).is_first
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert World.read(environment) == World(1, 2, 1) and World.read({}) == World() and World.read({"RANK": ""}).is_first
     with pytest.raises(UserError, match="WORLD_SIZE is 2 without MASTER_PORT: start the command with torchrun"):
-        World.read(there | {"MASTER_PORT": ""})
+        World.read(environment | {"MASTER_PORT": ""})
     with pytest.raises(UserError, match="RANK='one' is no number"):
         World.read({"RANK": "one"})
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (
             ["--ulysses_size", "2"],
@@ -248,10 +250,10 @@ def test_a_launcher_s_environment_is_read() -> None:
     ],
 )
 def test_one_process_is_told_how_to_start_several(
-    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.continuous_main(words("5b", tmp_path, *more)) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_tells_the_sizes_without_other_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ from wan.pipeline import Pipeline
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--frame_num 4097", "--frame_num must be at most 4093, 4097 is not; the models tell 1024 latent frames apart"),
         ("--sample_steps 1000000000", "must be at most 1000, 1000000000 is not; the models tell 1000 noise levels"),
@@ -56,17 +56,17 @@ from wan.pipeline import Pipeline
     ],
 )
 def test_a_value_that_would_end_in_a_crash_or_a_hang_is_refused(
-    command: Callable[..., Seen], words: str, said: str
+    command: Callable[..., Seen], words: str, message: str
 ) -> None:
     seen = command(words)
-    assert seen.code == 2 and seen.said.splitlines()[-1].startswith("error: ") and seen.said.count("\n") <= 2
-    assert said in seen.said and seen.pipeline is None
+    assert seen.code == 2 and seen.output.splitlines()[-1].startswith("error: ") and seen.output.count("\n") <= 2
+    assert message in seen.output and seen.pipeline is None
 
 
 def test_the_frames_of_a_storyboard_have_the_same_limit(command: Callable[..., Seen], world: Path) -> None:
     (world / "long.json").write_text('[{"frames": 9997}]')
     seen = command("--storyboard long.json")
-    assert (seen.code, "frames must be a whole number from 5 to 4093, 9997 is not" in seen.said) == (2, True)
+    assert (seen.code, "frames must be a whole number from 5 to 4093, 9997 is not" in seen.output) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["x" * 252 + ".mp4", "~nouser/x.mp4", "caf\udce9.mp4", "/proc/x.mp4"])
@@ -74,7 +74,7 @@ def test_a_name_that_cannot_be_written_is_refused_before_anything_loads(
     name: str, command: Callable[..., Seen]
 ) -> None:
     seen = command(f"--save_file {name}", generate=True)
-    assert seen.code == 2 and seen.said.count("\n") == 1 and seen.pipeline is None
+    assert seen.code == 2 and seen.output.count("\n") == 1 and seen.pipeline is None
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "漢", "𠀀"])
@@ -186,7 +186,7 @@ def test_a_file_system_without_locks_is_said_and_can_be_used(
 
     monkeypatch.setattr(fcntl, "flock", none)
     seen = command("")
-    assert seen.code == 2 and "cannot be locked (No locks available)" in seen.said and "--no_lock" in seen.said
+    assert seen.code == 2 and "cannot be locked (No locks available)" in seen.output and "--no_lock" in seen.output
     assert command("--no_lock").code == 0
 
 
@@ -198,8 +198,8 @@ def test_a_lock_that_fails_for_another_reason_is_not_said_to_be_one_to_do_withou
 
     monkeypatch.setattr(fcntl, "flock", full)
     seen = command("")
-    assert seen.code == 2 and "cannot be locked (No space left on device); give another folder" in seen.said
-    assert "no_lock" not in seen.said
+    assert seen.code == 2 and "cannot be locked (No space left on device); give another folder" in seen.output
+    assert "no_lock" not in seen.output
 
 
 def test_without_a_lock_a_folder_in_use_is_opened(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_the_mask_is_the_official_one_for_any_set_of_known_frames() -> None:
             flags[:, -1] = 1
         flags = torch.cat([flags[:, :1].repeat(1, 4, 1, 1), flags[:, 1:]], dim=1)
         expected = flags.view(1, 5, 4, 4, 6).transpose(1, 2)[0]
-        found = ImageChannels.from_latents(torch.zeros(2, 5, 4, 6), known, end=end).channels[:4]
-        assert torch.equal(found, expected)
+        mask = ImageChannels.from_latents(torch.zeros(2, 5, 4, 6), known, end=end).channels[:4]
+        assert torch.equal(mask, expected)
 
 
 def test_an_anchor_and_motion_are_followed_by_literal_zeros_and_only_the_anchor_is_marked() -> None:
@@ -71,9 +71,9 @@ def test_an_anchor_and_motion_are_followed_by_literal_zeros_and_only_the_anchor_
 def test_an_amplitude_drives_only_what_is_free_away_from_the_first_frame(known: int, end: bool) -> None:
     image = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(known)) * 2
     plain = ImageChannels.from_latents(image, known, end=end)
-    found = ImageChannels.from_latents(image, known, end=end, amplitude=1.5)
-    assert torch.equal(found.channels[:4], plain.channels[:4])
-    moved = found.channels[4:]
+    driven = ImageChannels.from_latents(image, known, end=end, amplitude=1.5)
+    assert torch.equal(driven.channels[:4], plain.channels[:4])
+    moved = driven.channels[4:]
     free = range((known - 1) // 4 + 1, 4 if end else 5)
     for j in range(5):
         if j not in free:

@@ -185,18 +185,18 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         tensors = [value for value in args if isinstance(value, Tensor)]
         on_gpu = any(tensor.device == META for tensor in tensors)
         if on_gpu and name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_linalg_check_errors"):
-            self.found.append(name)
+            self.operations.append(name)
             raise AssertionError(name)
         result = func(*args, **kwargs or {})
         if name in ("_to_copy", "copy_", "lift_fresh_copy") and {t.device for t in tensors} | {result.device} > {META}:
-            self.found.append(f"{name} between devices")
+            self.operations.append(f"{name} between devices")
         return result
 
 
@@ -234,7 +234,7 @@ def test_nothing_in_the_loop_waits_for_the_gpu(name: str, solver: str, monkeypat
         sample(
             torch.empty(LATENT, device=META), [on_gpu], scheduler, conditions()[name], context, Placement(META, False)
         )
-    assert waits.found == [] and len(looked) == 2
+    assert waits.operations == [] and len(looked) == 2
 
 
 def test_the_watch_for_waits_sees_those_of_the_library() -> None:
@@ -244,7 +244,7 @@ def test_the_watch_for_waits_sees_those_of_the_library() -> None:
     scheduler.set_begin_index(0)
     with Waits() as waits:
         scheduler.step(torch.empty(LATENT, device=META), 999, torch.empty(LATENT, device=META))
-    assert waits.found
+    assert waits.operations
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (3, 3.0), (8, 8.0), (40, 5.0), (100, 12.0)])
@@ -558,7 +558,7 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
     one, other = build(), build()
     one.compile_blocks(backend)
     caching, steps = Caching(StepCache.parse(cache)), 12
-    found = []
+    sampled = []
     for model in (one, other, one):
         stage = Stage(
             expert("e", model, 3.0),
@@ -568,9 +568,9 @@ def test_a_cache_leaves_out_compiled_blocks_and_their_weights_too(cache: str) ->
         scheduler = build_scheduler(Sampling(steps, 5.0, (3.0, 3.0)), CPU.device)
         context = TextContext(prompt(1), prompt(2))
         placement = Counting(CPU.device)
-        found.append(sample(noise(), [stage], scheduler, TextOnly(), context, placement, caching=caching))
-    assert torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+        sampled.append(sample(noise(), [stage], scheduler, TextOnly(), context, placement, caching=caching))
+    assert torch.equal(sampled[0], sampled[2])
+    torch.testing.assert_close(sampled[0], sampled[1], atol=1e-4, rtol=1e-4)
     assert len(graphs) == 1 and one.is_compiled
     whole = len(one.blocks) * 2 * steps
     assert len(layers) % 3 == 0 and len(layers) // 3 < whole

@@ -52,9 +52,9 @@ def test_rows_keep_their_largest_numbers_and_round_the_others_to_four_bits() -> 
 
 def test_a_product_has_the_error_of_its_roundings() -> None:
     x, weight, bias = random(2, 50, 256), random(64, 256, seed=1), random(64, seed=2)
-    found = multiply(x, *quantize(weight), bias)
-    assert found.shape == (2, 50, 64)
-    assert 1e-2 < relative(found, F.linear(x.double(), weight.double(), bias.double())) < 5e-2
+    product = multiply(x, *quantize(weight), bias)
+    assert product.shape == (2, 50, 64)
+    assert 1e-2 < relative(product, F.linear(x.double(), weight.double(), bias.double())) < 5e-2
     powers = torch.tensor([448.0, 2.0, -1.0, 0.5]).repeat(1, 8)  # of which none is rounded
     assert torch.equal(multiply(powers, *quantize(powers), torch.zeros(1)), powers @ powers.T)
 
@@ -78,8 +78,8 @@ def test_the_kernel_is_attention(length: int, columns: int, monkeypatch: pytest.
     key = key + 4
     for integers, bar in ((False, 5e-3), (True, 2e-2)):
         tiles = int8_attention_kernel.Tiles(64, columns, by_descriptor=False, integers=integers)
-        found = int8_attention_kernel.attend_in_int8(query, key, value, tiles)
-        assert relative(found, exact_attention(query, key, value)) < bar
+        attended = int8_attention_kernel.attend_in_int8(query, key, value, tiles)
+        assert relative(attended, exact_attention(query, key, value)) < bar
 
 
 def test_the_kernel_runs_in_triton_s_interpreter() -> None:
@@ -94,13 +94,13 @@ def test_a_gpu_rounds_as_a_cpu_does() -> None:
     x, weight, bias = random(2, 48, 256), random(64, 256, seed=1), random(64, seed=2)
     exact = F.linear(x.double(), weight.double(), bias.double())
     rows, scale = quantize(weight)
-    found = multiply(x.cuda(), rows.cuda(), scale.cuda(), bias.cuda())
-    assert abs(relative(found.cpu(), exact) - relative(multiply(x, rows, scale, bias), exact)) < 4e-3
+    product = multiply(x.cuda(), rows.cuda(), scale.cuda(), bias.cuda())
+    assert abs(relative(product.cpu(), exact) - relative(multiply(x, rows, scale, bias), exact)) < 4e-3
     inputs = random(3, 2, 700, 3, 128)
     inputs[1] += 4
     exact = exact_attention(*inputs)
-    found = attend_in_fp8(*inputs.cuda().bfloat16()).cpu()
-    assert abs(relative(found, exact) - relative(attend_in_fp8(*inputs), exact)) < 1.5e-2
+    attended = attend_in_fp8(*inputs.cuda().bfloat16()).cpu()
+    assert abs(relative(attended, exact) - relative(attend_in_fp8(*inputs), exact)) < 1.5e-2
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def test_a_denoiser_s_blocks_are_lowered_and_little_else(precision: str, ti2v: A
     assert not any("attn2.to_k" in name or "attn2.to_v" in name for name in packed)
     latents, text, t = random(1, 48, 3, 4, 6), random(1, 512, ti2v.model.config.text_dim), torch.tensor([600.0])
     with torch.no_grad():
-        found, exact = (one(latents, t, text, return_dict=False)[0] for one in (model, ti2v.model))
-    assert 1e-3 < relative(found, exact) < 0.15
+        lowered, exact = (one(latents, t, text, return_dict=False)[0] for one in (model, ti2v.model))
+    assert 1e-3 < relative(lowered, exact) < 0.15
 
 
 @pytest.mark.usefixtures("lowered_on_a_cpu")
@@ -249,7 +249,7 @@ def test_an_amd_gpu_is_asked_instead_of_its_number(monkeypatch: pytest.MonkeyPat
     )
     check_precision("fp8", gpu)
     right = fp8.multiply
-    for wrong, said in (
+    for wrong, reason in (
         (lambda x, weight, scale, bias: right(x, weight, 2 * scale, bias), "is off by"),
         (lambda *_: (_ for _ in ()).throw(RuntimeError("e4m3 is not for gfx1100\nat")), r"e4m3 is not for gfx1100\)"),
     ):
@@ -259,7 +259,7 @@ def test_an_amd_gpu_is_asked_instead_of_its_number(monkeypatch: pytest.MonkeyPat
             return next(results)(*given)
 
         monkeypatch.setattr(fp8, "multiply", multiply)
-        with pytest.raises(UserError, match=f"precision fp8 does not work on AMD Radeon RX 7900 XTX .*{said}"):
+        with pytest.raises(UserError, match=f"precision fp8 does not work on AMD Radeon RX 7900 XTX .*{reason}"):
             check_precision("fp8", gpu)
 
 

@@ -73,12 +73,12 @@ def pairs(shapes: Mapping[str, tuple[int, ...]], layers: list[str] = BLOCKS, see
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).div(16).bfloat16()
 
-    found = {}
+    by_layer = {}
     for index, layer in enumerate(layers):
         out, *inner = shapes[f"{layer}.weight"]
         rank = (2, 4, 8)[index % 3]
-        found[layer] = Pair(random(out, rank, *(1 for _ in inner[1:])), random(rank, *inner), 2.0 ** (index % 4))
-    return found
+        by_layer[layer] = Pair(random(out, rank, *(1 for _ in inner[1:])), random(rank, *inner), 2.0 ** (index % 4))
+    return by_layer
 
 
 def diffusers_name(layer: str) -> str:
@@ -140,9 +140,9 @@ def diffusers_with_header(layers: Layers, file: Path) -> None:
     """What save_lora_weights writes since it keeps the configuration: the alphas are in the header."""
     plain = {layer: dataclasses.replace(pair, alpha=len(pair.down)) for layer, pair in layers.items()}
     alphas = {diffusers_name(layer): pair.alpha for layer, pair in layers.items() if pair.alpha != 1}
-    said = {"transformer.r": 4, "transformer.lora_alpha": 1, "transformer.alpha_pattern": alphas}
+    config = {"transformer.r": 4, "transformer.lora_alpha": 1, "transformer.alpha_pattern": alphas}
     state = named(plain, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B")
-    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(said)})
+    save_file(state, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
 def peft(layers: Layers, file: Path) -> None:
@@ -319,20 +319,20 @@ def test_each_expert_has_its_own_alphas_in_a_header(both: bool, checkpoints: Any
     alphas = {"high": 8.0, "low": 4.0}
     models = {"high": "transformer", "low": "transformer_2"}
     state: State = {}
-    said: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for half in alphas if both else ["low"]:
         state |= {key: value.clone() for key, value in diffusers_pair(half, plain).items()}
-        said |= {f"{models[half]}.r": 2, f"{models[half]}.lora_alpha": alphas[half]}
+        config |= {f"{models[half]}.r": 2, f"{models[half]}.lora_alpha": alphas[half]}
     file = tmp_path / "lora.safetensors"
-    save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(said)})
+    save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(config)})
     for half, name in (("high", "A14B"), ("low", "low noise")):
         if both or half == "low":
             model, weights = load(checkpoints[name]), checkpoints[name]
             merge(model, weights, [LoraFile(file)])
             wanted = expected(weights, ({k: dataclasses.replace(v, alpha=alphas[half]) for k, v in lora.items()}, 1.0))
-            found = values(model)
+            merged = values(model)
             for key, value in wanted.items():
-                torch.testing.assert_close(found[key].double(), value, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(merged[key].double(), value, rtol=1e-6, atol=1e-7)
 
 
 # --- other forms ------------------------------------------------------------------------------------------------------
@@ -406,10 +406,10 @@ def formed_lora(form: Formed, weights: Mapping[str, Tensor], file: Path) -> dict
     state: State = {}
     changes: State = {}
     for layer in LAYERS_OF_FORMS:
-        found, changes[layer] = form(
+        tensors, changes[layer] = form(
             weights[f"{layer}.weight"], lambda *shape: torch.randn(shape, generator=generator).div(8).bfloat16()
         )
-        state |= {f"diffusion_model.{layer}.{name}": value for name, value in found.items()}
+        state |= {f"diffusion_model.{layer}.{name}": value for name, value in tensors.items()}
     save_file({key: value.contiguous() for key, value in state.items()}, file)
     return changes
 
@@ -425,11 +425,11 @@ def test_other_forms_add_what_their_formula_says(form: str, a14b: Weights, tmp_p
     (_, match) = matches(asked, a14b)
     assert match.matched == match.total == len(LAYERS_OF_FORMS)
     merge(model, a14b, asked)
-    found, wanted = values(model), expected(a14b, (pairs(a14b.shapes), 0.5))
+    merged, wanted = values(model), expected(a14b, (pairs(a14b.shapes), 0.5))
     for layer, change in changes.items():
         wanted[f"{diffusers_name(layer)}.weight"] += 0.75 * change
     for key, value in wanted.items():
-        torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(merged[key].double(), value, rtol=1e-5, atol=1e-6)
     merge(model, a14b, [])
     assert same(values(model), before)
 
@@ -457,9 +457,9 @@ def test_other_forms_are_added_to_packed_weights(
         if in_fp8:
             linear.scale = torch.ones(1)
             linear.multiply = lambda x, w, scale, bias: F.linear(x, w.float() * scale, bias)
-        found = linear(inputs) if in_fp8 else F.linear(inputs, linear.dense(), linear.bias)
+        product = linear(inputs) if in_fp8 else F.linear(inputs, linear.dense(), linear.bias)
         reference = F.linear(inputs.double(), wanted, linear.bias.double())
-        torch.testing.assert_close(found.double(), reference, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(product.double(), reference, rtol=1e-4, atol=1e-5)
 
 
 def locon(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
@@ -479,8 +479,8 @@ def locon(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, T
 def rebuilt(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Every place of the kernel by itself."""
     places = core.flatten(2).double()
-    found = [left.double().T @ places[..., at] @ right.double() for at in range(places.shape[2])]
-    return torch.stack(found, -1).view(left.shape[1], right.shape[1], *core.shape[2:])
+    matrices = [left.double().T @ places[..., at] @ right.double() for at in range(places.shape[2])]
+    return torch.stack(matrices, -1).view(left.shape[1], right.shape[1], *core.shape[2:])
 
 
 def tucker_loha(shape: Sequence[int], random: Callable[..., Tensor]) -> tuple[State, Tensor]:
@@ -571,9 +571,9 @@ def test_what_peft_saves_is_what_peft_merges(config: Any, a14b: Weights, tmp_pat
     merge(model, a14b, [LoraFile(tmp_path / "adapter_model.safetensors")])
     merged = theirs.merge_and_unload()
     for layer in LAYERS_OF_FORMS:
-        found = model.get_submodule(diffusers_name(layer)).weight
-        assert not torch.equal(found, original[f"{layer}.weight"].float())
-        torch.testing.assert_close(found, merged.get_submodule(layer).weight, rtol=1e-5, atol=1e-6)
+        weight = model.get_submodule(diffusers_name(layer)).weight
+        assert not torch.equal(weight, original[f"{layer}.weight"].float())
+        torch.testing.assert_close(weight, merged.get_submodule(layer).weight, rtol=1e-5, atol=1e-6)
 
 
 # --- what is merged ---------------------------------------------------------------------------------------------------
@@ -713,9 +713,9 @@ def test_a_bias_of_peft_is_scaled_like_the_product(a14b: Weights, tmp_path: Path
 def test_rank_stabilised_alpha_is_divided_by_the_root_of_the_rank(a14b: Weights, tmp_path: Path) -> None:
     lora = pairs(a14b.shapes)
     plain = {layer: dataclasses.replace(pair, alpha=len(pair.down)) for layer, pair in lora.items()}
-    said = json.dumps({"transformer.lora_alpha": 3, "transformer.use_rslora": True})
+    config = json.dumps({"transformer.lora_alpha": 3, "transformer.use_rslora": True})
     state = named(plain, lambda layer: f"transformer.{diffusers_name(layer)}", "lora_A", "lora_B")
-    save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": said})
+    save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": config})
     model = load(a14b)
     merge(model, a14b, [LoraFile(tmp_path / "lora.safetensors")])
     rooted = {layer: dataclasses.replace(pair, alpha=3 * math.sqrt(len(pair.down))) for layer, pair in lora.items()}
@@ -766,7 +766,7 @@ def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp
     merge(wanted, a14b, [lora])
     with placement.on_device(model):
         pass
-    for loras, there in (([lora], values(wanted)), ([], before)):
+    for loras, expected in (([lora], values(wanted)), ([], before)):
         merge(model, a14b, loras)
         with placement.on_device(model):
             for number in range(len(model.layers) if offload else 0):
@@ -775,7 +775,7 @@ def test_what_runs_on_a_gpu_is_what_was_merged(offload: bool, a14b: Weights, tmp
             torch.cuda.synchronize()
             for name, value in values(model).items():
                 assert value.is_cuda
-                torch.testing.assert_close(value.cpu(), there[name], rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-6, atol=1e-7)
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -927,13 +927,13 @@ def test_a_pickle_is_refused_unopened_with_advice(name: str, a14b: Weights, tmp_
 
 def test_a_header_that_is_damaged_is_refused(a14b: Weights, tmp_path: Path) -> None:
     state = named(pairs(a14b.shapes), str, "lora_A", "lora_B")
-    for said in ("{", "[]", '{"transformer.lora_alpha": "much"}', '{"transformer.alpha_pattern": {"(": 1}}'):
-        save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": said})
+    for header in ("{", "[]", '{"transformer.lora_alpha": "much"}', '{"transformer.alpha_pattern": {"(": 1}}'):
+        save_file(state, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": header})
         refused(tmp_path / "lora.safetensors", a14b, "(the header of |alpha that can)")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "named"),
     [
         ("SVI_v2_PRO_Wan2.2-I2V-A14B_HIGH_lora_rank_128_fp16", "high"),
         ("SVI_Wan2.2-I2V-A14B_low_noise_lora_v2.0_pro", "low"),
@@ -949,15 +949,15 @@ def test_a_header_that_is_damaged_is_refused(a14b: Weights, tmp_path: Path) -> N
     ],
 )
 def test_a_file_is_for_the_expert_that_its_name_says(
-    name: str, said: str | None, checkpoints: dict[str, Weights], tmp_path: Path
+    name: str, named: str | None, checkpoints: dict[str, Weights], tmp_path: Path
 ) -> None:
     file = tmp_path / f"{name}.safetensors"
     svi(pairs(checkpoints["A14B"].shapes), file)
     for expert, weights in (("high", checkpoints["A14B"]), ("low", checkpoints["low noise"])):
-        if said in (None, expert):
+        if named in (None, expert):
             assert matches([LoraFile(file)], weights)[0].matched == len(BLOCKS)
         else:
-            refused(file, weights, f"is for the {said}-noise expert by its name.* lora_{said}")
+            refused(file, weights, f"is for the {named}-noise expert by its name.* lora_{named}")
     assert matches([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
 
 

@@ -21,8 +21,8 @@ from wan.device.ranks import Sizes, World
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
+    with Ranks() as started:
+        yield started
 
 
 def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -62,9 +62,9 @@ def forward(
 def in_a_rank(rank: int, size: int, ring: int, cases: list[Any]) -> list[Any]:
     sizes = Sizes(1, size // ring, ring)
     team = Team.start(World(rank, size, rank), sizes, torch.device("cpu"), 60)
-    found = [forward(team, *case) for case in cases]
+    outputs = [forward(team, *case) for case in cases]
     team.end()
-    return found
+    return outputs
 
 
 CASES: list[tuple[Any, ...]] = [
@@ -84,8 +84,8 @@ CASES: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize(("size", "ring"), [(2, 1), (2, 2), (4, 1), (4, 2), pytest.param(5, 5, marks=pytest.mark.rare)])
 def test_a_forward_of_several_processes_is_that_of_one(size: int, ring: int, ranks: Ranks) -> None:
     cases = CASES
-    for found in ranks.run(in_a_rank, size, ring, cases):
-        for case, output in zip(cases, found, strict=True):
+    for outputs in ranks.run(in_a_rank, size, ring, cases):
+        for case, output in zip(cases, outputs, strict=True):
             exact = forward(None, case[0], case[1], case[2], torch.float32, False)
             one = forward(None, *list[Any](case))
             if case[3] == torch.float32 and case[5:] != ("8 bits",):

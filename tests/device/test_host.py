@@ -83,10 +83,10 @@ def test_a_device_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch, cap
     drivers: set[str] = set()
     monkeypatch.setattr(hardware, "has_driver", lambda *names: bool(drivers & set(names)))
     assert hardware.main_device().type == "cpu" and not caplog.text
-    for driver, said in (("libcuda.so.1", "install one for CUDA"), ("amdhip64.dll", "install one for ROCm")):
+    for driver, advice in (("libcuda.so.1", "install one for CUDA"), ("amdhip64.dll", "install one for ROCm")):
         drivers.clear()
         drivers.add(driver)
-        assert hardware.main_device().type == "cpu" and said in caplog.text
+        assert hardware.main_device().type == "cpu" and advice in caplog.text
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert hardware.main_device().type == "cpu" and "`vlm_device` mps is accepted" in caplog.text
     assert hardware.parse_device("mps").type == "mps"

@@ -107,13 +107,13 @@ def made(pipeline: Any, plan: HostPlan, monkeypatch: pytest.MonkeyPatch, loras: 
     """A small clip with a plan of host memory, and which models were there at each step."""
     from PIL import Image
 
-    there: list[list[str]] = []
+    loaded: list[list[str]] = []
     monkeypatch.setattr(HostBudget, "plan", lambda *_: plan)
     image = Image.open(GOLDEN / "14b" / "image.png").convert("RGB")
 
     def on_step(step: Any) -> None:
         if step.latents is not None:
-            there.append(sorted(pipeline.models._loaded))
+            loaded.append(sorted(pipeline.models._loaded))
 
     if loras is not None:
         run = pipeline.run
@@ -121,7 +121,7 @@ def made(pipeline: Any, plan: HostPlan, monkeypatch: pytest.MonkeyPatch, loras: 
             pipeline, "run", lambda request, **more: run(dataclasses.replace(request, loras=loras), **more)
         )
     video = pipeline.generate("a boat", image, max_area=64 * 96, frame_num=9, sampling_steps=4, seed=3, on_step=on_step)
-    return video, there
+    return video, loaded
 
 
 @pytest.mark.parametrize("plan", [IN_TURN, MAPPED])
@@ -131,11 +131,11 @@ def test_models_that_take_turns_give_the_same_clip(
     config = float32("i2v-A14B")
     expected, together = made(WanI2V(config, checkpoint), ALL, monkeypatch)
     pipeline = WanI2V(config, checkpoint)
-    found, there = made(pipeline, plan, monkeypatch)
-    assert torch.equal(found, expected)
+    video, loaded = made(pipeline, plan, monkeypatch)
+    assert torch.equal(video, expected)
     counts = [len(names) for names in together]  # the low-noise expert comes when it is needed, and all stay
     assert counts == sorted(counts) and set(counts) == {3, 4}
-    assert [names for n, names in enumerate(there) if names not in there[:n]] == [
+    assert [names for n, names in enumerate(loaded) if names not in loaded[:n]] == [
         ["high_noise_model"],
         ["low_noise_model"],
     ]
@@ -161,8 +161,8 @@ def test_loras_are_merged_into_an_expert_that_is_read_again(
     expected, _ = made(probe, ALL, monkeypatch, loras)
     plain, _ = made(WanI2V(config, checkpoint), ALL, monkeypatch)
     pipeline = WanI2V(config, checkpoint)
-    found, _ = made(pipeline, IN_TURN, monkeypatch, loras)
-    assert torch.equal(found, expected) and not torch.equal(found, plain)
+    video, _ = made(pipeline, IN_TURN, monkeypatch, loras)
+    assert torch.equal(video, expected) and not torch.equal(video, plain)
     assert set(pipeline.models.matches) == {"high_noise_model", "low_noise_model"}
 
 
@@ -221,7 +221,7 @@ def test_the_flag_refuses_before_loading(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("wan.device.host_budget.LIBRARIES", 3 * GIB)
     checkpoint = ["--ckpt_dir", str(GOLDEN / "5b" / "ckpt"), "--prompt", "a cat", "--size", "1280*704"]
     assert cli.generate_main([*checkpoint, "--host_memory", "2"]) == 2
-    assert "GiB of host memory" in (said := capsys.readouterr().err) and "--host_memory is 2" in said
+    assert "GiB of host memory" in (stderr := capsys.readouterr().err) and "--host_memory is 2" in stderr
     assert cli.generate_main([*checkpoint, "--host_memory", "much"]) == 2
     assert "--host_memory must be auto or a number of GiB" in capsys.readouterr().err
 

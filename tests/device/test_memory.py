@@ -163,9 +163,9 @@ def test_one_piece_of_memory_keeps_what_is_channels_last_and_what_is_shared() ->
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
     for _ in range(2):
         with Placement(CPU, weight_budget=2**30).on_device(model):
-            there = model.state_dict()
-            assert all(torch.equal(there[name], value) for name, (value, _) in before.items())
-            assert {name: there[name].stride() for name in there} == {
+            state = model.state_dict()
+            assert all(torch.equal(state[name], value) for name, (value, _) in before.items())
+            assert {name: state[name].stride() for name in state} == {
                 name: stride for name, (_, stride) in before.items()
             }
         after = model.state_dict()
@@ -185,14 +185,14 @@ def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureReq
     text = TextEncoder.from_weights(loaded.checkpoint.text_encoder, words, dtype=torch.bfloat16, device=CPU)
     models: list[Any] = [dit, text]
     for model in models:
-        there = [places(layer) for layer in model.layers]
+        addresses = [places(layer) for layer in model.layers]
         expected = {name: value.clone() for name, value in model.state_dict().items()}
         with Placement(CPU, weight_budget=2**40).on_device(model):
-            for number in range(len(there)):
+            for number in range(len(addresses)):
                 model.before_layer(number)
-                assert not set(there[number]) & set(places(model.layers[number]))
+                assert not set(addresses[number]) & set(places(model.layers[number]))
             assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-        assert [places(layer) for layer in model.layers] == there
+        assert [places(layer) for layer in model.layers] == addresses
     model = WanModel.from_weights(  # whose weights give way to others: what is left must not hold their memory
         loaded.checkpoint.experts[denoiser], dtype=torch.bfloat16, device=CPU, low_precision="fp8"
     )
@@ -435,7 +435,7 @@ def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -
 
 
 @pytest.mark.parametrize(
-    ("task", "given", "there", "advice"),
+    ("task", "given", "vram", "advice"),
     [
         ("i2v-A14B", {}, 24, r"give `vram` 21.5"),
         ("i2v-A14B", {"offload": False}, 48, r"give `offload_model` True"),
@@ -445,19 +445,19 @@ def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -
         ("i2v-A14B", {"vram": 3 * GIB}, 3, r"give a smaller `size`"),
     ],
 )
-def test_what_is_advised_would_have_worked(task: str, given: dict[str, Any], there: int, advice: str) -> None:
+def test_what_is_advised_would_have_worked(task: str, given: dict[str, Any], vram: int, advice: str) -> None:
     budget = at_real_size(task)
     config = dataclasses.replace(budget.config, vae_dtype=given.get("vae_dtype", torch.float16))
     budget = dataclasses.replace(budget, config=config, vram=given.get("vram"))
     geometry = clip_of(budget, *MEASURED[task][0])
-    said = budget.advice(geometry, given.get("offload", True), there * GIB)
-    match = re.fullmatch(advice, said)
-    assert match, said
+    advised = budget.advice(geometry, given.get("offload", True), vram * GIB)
+    match = re.fullmatch(advice, advised)
+    assert match, advised
     if match.groups():  # by the estimate, that many frames fit and no more
         frames = int(match[1])
-        dataclasses.replace(budget, vram=there * GIB).check(dataclasses.replace(geometry, frames=frames))
+        dataclasses.replace(budget, vram=vram * GIB).check(dataclasses.replace(geometry, frames=frames))
         with pytest.raises(UserError):
-            dataclasses.replace(budget, vram=there * GIB).check(dataclasses.replace(geometry, frames=frames + 4))
+            dataclasses.replace(budget, vram=vram * GIB).check(dataclasses.replace(geometry, frames=frames + 4))
 
 
 def test_running_out_of_memory_names_what_would_have_worked(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,9 +470,7 @@ def test_running_out_of_memory_names_what_would_have_worked(ti2v: Any, monkeypat
         raise errors[-1]
 
     monkeypatch.setattr(type(ti2v), "_run", fail)
-    monkeypatch.setattr(
-        MemoryBudget, "advice", lambda self, of, offload, there: f"{of.frames} {offload} {there // GIB}"
-    )
+    monkeypatch.setattr(MemoryBudget, "advice", lambda self, of, offload, vram: f"{of.frames} {offload} {vram // GIB}")
     monkeypatch.setattr(ti2v, "budget", dataclasses.replace(ti2v.budget, free=20 * GIB))
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore"),

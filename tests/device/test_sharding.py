@@ -28,27 +28,27 @@ BLOCK = "diffusion_model.blocks.0.self_attn.q"
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
+    with Ranks() as started:
+        yield started
 
 
 def numbers(pipeline: WanTI2V, lora: str) -> list[torch.Tensor]:
     """A prompt's embedding, and the denoiser's output without a LoRA, with one, and without it again."""
     text = pipeline.text_encoder("a red square moves left")
     latents = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    found = [text]
+    outputs = [text]
     for files in ((), (LoraFile(Path(lora)),), ()):
         pipeline.models.merge_loras({"model": files})
         model = pipeline.model
         with torch.no_grad():
-            found.append(model(latents, torch.full((1, 3), 500.0), model.text_keys(text), return_dict=False)[0])
-    return found
+            outputs.append(model(latents, torch.full((1, 3), 500.0), model.text_keys(text), return_dict=False)[0])
+    return outputs
 
 
 def in_a_rank(rank: int, size: int, lora: str) -> Any:
     pipeline = WanTI2V(config_for("ti2v-5B", FOLDER), FOLDER, t5_fsdp=True, dit_fsdp=True)
     pipeline.team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 60)
-    found = numbers(pipeline, lora)
+    outputs = numbers(pipeline, lora)
     model, encoder = pipeline.model, pipeline.text_encoder
     assert is_sharded(model) and is_sharded(encoder)
     for layer in (*model.blocks, *encoder.layers):  # what is outside of them stays whole for a while after a forward
@@ -56,7 +56,7 @@ def in_a_rank(rank: int, size: int, lora: str) -> Any:
             sliced = slice_of(parameter)
             assert sliced is not None and len(sliced.numbers) <= -(-len(parameter) // size)
     pipeline.team.end()
-    return found
+    return outputs
 
 
 def test_slices_give_the_numbers_of_whole_weights_with_loras_too(ranks: Ranks, tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_slices_give_the_numbers_of_whole_weights_with_loras_too(ranks: Ranks, t
     save_file({f"{one}.{key}.weight": part.clone() for one in layers for key, part in parts.items()}, lora)
     expected = numbers(whole, str(lora))
     assert not torch.equal(expected[1], expected[2]) and torch.equal(expected[1], expected[3])
-    for found in ranks.run(in_a_rank, 2, str(lora)):
-        for one, other in zip(expected, found, strict=True):
+    for outputs in ranks.run(in_a_rank, 2, str(lora)):
+        for one, other in zip(expected, outputs, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
 
 

@@ -23,8 +23,8 @@ WIDE: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
+    with Ranks() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def memory() -> torch.Tensor:
 def in_a_rank(rank: int, size: int, folder: str) -> Any:
     team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 60)
     assert team.machine is not None and (team.machine.size, team.machine.index) == (size, rank)
-    cpu, found = torch.device("cpu"), []
+    cpu, results = torch.device("cpu"), []
     weights = open_safetensors(Path(folder), "model")
     small = open_safetensors(Path(folder) / "small", "model")
     WanModel.from_weights(small, dtype=torch.bfloat16, device=cpu)  # what libraries take when they are first used
@@ -66,11 +66,11 @@ def in_a_rank(rank: int, size: int, folder: str) -> Any:
         with Placement(cpu, weight_budget=size_of * 3 // 4).on_device(model), torch.no_grad():
             flow = model(latents, torch.tensor([500.0]), tiny_denoiser.prompt(1), return_dict=False)[0]
         assert places == [parameter.data_ptr() for parameter in model.blocks.parameters()]
-        found.append((flow, grown / (size_of / 2**20)))
+        results.append((flow, grown / (size_of / 2**20)))
         team.share(lambda: None)
         del model
     team.end()
-    return found
+    return results
 
 
 def missing(*_: Any, **more: Any) -> Any:

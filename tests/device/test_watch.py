@@ -25,8 +25,8 @@ TIMEOUT = 2.0
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    with Ranks() as found:
-        yield found
+    with Ranks() as started:
+        yield started
 
 
 def _work(rank: int, size: int, folder: str, do: str) -> None:
@@ -66,15 +66,15 @@ def _work(rank: int, size: int, folder: str, do: str) -> None:
                 if do == "hangs":
                     time.sleep(100)
         one.close()
-        (where / f"said_{rank}").write_text("done")
+        (where / f"output_{rank}").write_text("done")
     except BaseException as error:
         cause = one.end(error)
-        (where / f"said_{rank}").write_text(f"{type(cause).__name__}: {cause}")
+        (where / f"output_{rank}").write_text(f"{type(cause).__name__}: {cause}")
         raise cause from None
 
 
-def said(folder: Path, rank: int) -> str:
-    file = folder / f"said_{rank}"
+def output_of(folder: Path, rank: int) -> str:
+    file = folder / f"output_{rank}"
     return file.read_text() if file.exists() else ""
 
 
@@ -95,14 +95,14 @@ def test_all_end_and_the_one_at_fault_is_named(do: str, line: str, ranks: Ranks,
 
     def release(pids: list[int]) -> None:
         """What is stopped cannot end itself, which is a launcher's work."""
-        while do == "stops" and not said(tmp_path, 0):
+        while do == "stops" and not output_of(tmp_path, 0):
             time.sleep(0.1)
             assert time.monotonic() - begun < 30
         if do == "stops":
             os.kill(pids[2], signal.SIGKILL)
 
     codes = ranks.codes(_work, SIZE, str(tmp_path), do, meanwhile=release, seconds=30)
-    assert said(tmp_path, 0).startswith(line.replace("HOST", os.uname().nodename))
+    assert output_of(tmp_path, 0).startswith(line.replace("HOST", os.uname().nodename))
     expected: dict[str, list[Any]] = {
         "nothing": [0, 0, 0],
         "dies": [1, 1, -9],
@@ -123,7 +123,7 @@ def test_a_signal_stops_all(number: signal.Signals, ranks: Ranks, tmp_path: Path
 
     codes = ranks.codes(_work, SIZE, str(tmp_path), "runs", meanwhile=stop, seconds=30)
     assert None not in codes and 0 not in codes
-    assert said(tmp_path, 0).startswith("KeyboardInterrupt")
+    assert output_of(tmp_path, 0).startswith("KeyboardInterrupt")
 
 
 def test_one_process_that_is_stopped_alone_is_named(ranks: Ranks, tmp_path: Path) -> None:
@@ -135,15 +135,15 @@ def test_one_process_that_is_stopped_alone_is_named(ranks: Ranks, tmp_path: Path
 
     codes = ranks.codes(_work, SIZE, str(tmp_path), "runs", meanwhile=stop, seconds=30)
     assert None not in codes and 0 not in codes
-    assert said(tmp_path, 0).startswith(f"Ended: process 1 on {os.uname().nodename} was stopped by SIGTERM")
+    assert output_of(tmp_path, 0).startswith(f"Ended: process 1 on {os.uname().nodename} was stopped by SIGTERM")
 
 
 def test_what_follows_from_a_death_is_not_its_cause() -> None:
     kinds: list[watch.Kind] = ["signal", "waited", "hung", "died"]
-    found = Watch(0, 4, lambda: 0, lambda: None, 1.0)
-    found._signs = [watch._Sign(kind, rank, "host") for rank, kind in enumerate(kinds)]
-    found._decide()
-    assert found.fault is not None and found.fault.startswith("process 3 on host has died")
+    watcher = Watch(0, 4, lambda: 0, lambda: None, 1.0)
+    watcher._signs = [watch._Sign(kind, rank, "host") for rank, kind in enumerate(kinds)]
+    watcher._decide()
+    assert watcher.fault is not None and watcher.fault.startswith("process 3 on host has died")
     assert is_collective(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert not is_collective(RuntimeError("shapes differ")) and not is_collective(Ended("gloo"))
 

@@ -28,7 +28,7 @@ from wan.captioner.next_prompt import Memory, fields_of
 from wan.captioner.text import refusal
 from wan.chain.report import render_report
 from wan.chain.run_folder import RunFolder
-from wan.chain.storyboard import read_storyboard
+from wan.chain.storyboard_file import read_storyboard
 from wan.configs import config_for
 from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
@@ -58,27 +58,27 @@ class Mutator:
 
     def bytes(self, data: bytes) -> bytes:
         """A text or a file of bytes with a fault in it."""
-        kind, found = self.random.randrange(9), bytearray(data)
-        at = self.random.randrange(len(found) + 1)
+        kind, changed = self.random.randrange(9), bytearray(data)
+        at = self.random.randrange(len(changed) + 1)
         if kind == 0:
             return data[:at]
         if kind == 1:
             return self.random.choice(DEEP).encode()
         if kind == 2:
-            return bytes(found[:at]) + self.random.choice((b"\0", b"\xff\xfe", b"9" * 5000, b"[" * 2000)) + data[at:]
+            return bytes(changed[:at]) + self.random.choice((b"\0", b"\xff\xfe", b"9" * 5000, b"[" * 2000)) + data[at:]
         if kind == 3:
             return self.random.randbytes(self.random.choice((0, 1, 8, 500)))
         if kind == 4 and b"{" in data:
             with contextlib.suppress(ValueError, RecursionError):
                 return json.dumps(self.value(json.loads(data))).encode()
         if kind == 5:  # a length or an offset that leads far away
-            for index in range(at, min(at + 8, len(found))):
-                found[index] = 0xFF
-            return bytes(found)
+            for index in range(at, min(at + 8, len(changed))):
+                changed[index] = 0xFF
+            return bytes(changed)
         for _ in range(self.random.choice((1, 1, 5, 50))):
-            if found:
-                found[self.random.randrange(min(len(found), self.random.choice((200, 10**9))))] ^= 1 << kind % 8
-        return bytes(found)
+            if changed:
+                changed[self.random.randrange(min(len(changed), self.random.choice((200, 10**9))))] ^= 1 << kind % 8
+        return bytes(changed)
 
     def value(self, value: Any) -> Any:
         """A JSON value in which one part is another."""
@@ -95,21 +95,21 @@ class Mutator:
     def names(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of which one has another name or another shape."""
         name = self.random.choice(list(tensors))
-        found, value = dict(tensors), tensors[name]
+        changed, value = dict(tensors), tensors[name]
         kind = self.random.randrange(5)
         if kind == 0:
-            del found[name]
+            del changed[name]
         elif kind == 1:
-            found[name] = value.flatten()[:1].reshape(self.random.choice(((), (1,), (1, 1, 1, 1, 1), (1, 1)))).clone()
+            changed[name] = value.flatten()[:1].reshape(self.random.choice(((), (1,), (1, 1, 1, 1, 1), (1, 1)))).clone()
         elif kind == 2:
-            found[name] = torch.zeros(self.random.choice(((0,), (0, 3), (7, 0, 1, 1, 1))))
+            changed[name] = torch.zeros(self.random.choice(((0,), (0, 3), (7, 0, 1, 1, 1))))
         else:
-            del found[name]
+            del changed[name]
             number = self.random.choice(("999999999", "x", "-1", "01", "7"))
-            found[re.sub(r"\.\d+\.", f".{number}.", name, count=1) if kind == 3 else f"blocks.{number}.a.weight"] = (
+            changed[re.sub(r"\.\d+\.", f".{number}.", name, count=1) if kind == 3 else f"blocks.{number}.a.weight"] = (
                 value
             )
-        return found
+        return changed
 
 
 @pytest.fixture
@@ -308,10 +308,10 @@ def test_a_lora(tmp_path: Path, rounds: int, attacker: Callable[[Path, Callable[
 def test_what_a_lora_says_of_itself(tmp_path: Path, rounds: int) -> None:
     weights = open_safetensors(MADE / "ti2v", "diffusion_pytorch_model")
     path, tensors = tmp_path / "a.safetensors", load_file(MADE / "light.safetensors")
-    said = {"lora_alpha": 4, "alpha_pattern": {"blocks.0": 3}, "use_rslora": True, "r": 4}
+    config = {"lora_alpha": 4, "alpha_pattern": {"blocks.0": 3}, "use_rslora": True, "r": 4}
 
     def once(number: int) -> None:
-        header = Mutator(number).bytes(json.dumps(said).encode()).decode(errors="replace")
+        header = Mutator(number).bytes(json.dumps(config).encode()).decode(errors="replace")
         save_file(tensors, path, {"lora_adapter_metadata": header})
         open_loras([LoraFile(path, 1.0)], weights)
 
@@ -347,8 +347,8 @@ def test_the_folder_of_a_run(tmp_path: Path, rounds: int, name: str) -> None:
                 assert clip.last.ndim == 3 and clip.dropped >= 0
             records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
             float(run.get("seconds") or 0)
-            own = run | {"arguments": {}}  # the command's, not those of the file
-            render_report(own, records, [clip.sheet for clip in clips])
+            facts = run | {"arguments": {}}  # the command's, not those of the file
+            render_report(facts, records, [clip.sheet for clip in clips])
 
     files_attack(folder / name, read, 12 * rounds)
 
@@ -375,12 +375,12 @@ def test_a_picture(tmp_path: Path, rounds: int) -> None:
 
 def test_an_endpoint(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     whole = json.dumps({"choices": [{"message": {"content": "A cat."}}], "data": [{"id": "m"}]}).encode()
-    said = b""
-    monkeypatch.setattr(endpoint, "_ask", lambda *_: said)
+    body = b""
+    monkeypatch.setattr(endpoint, "_ask", lambda *_: body)
 
     def once(number: int) -> None:
-        nonlocal said
-        said = Mutator(number).bytes(whole)
+        nonlocal body
+        body = Mutator(number).bytes(whole)
         answer = EndpointCaptioner("http://127.0.0.1:1/v1").describe(np.zeros((1, 8, 8, 3), np.uint8), "What?")
         clean_caption(answer).encode()
 

@@ -111,7 +111,7 @@ def test_wide_colours_of_sdr_footage_are_converted(
     assert np.abs(expected - COLOURS).max() > 15
     assert np.abs(middles(media.read_last_frame(path)) - expected).max() <= 2
     assert np.abs(middles(media.sample_frames(path, 1)[0]) - expected).max() <= 2
-    assert len([said for said in warnings_in(caplog) if word in said]) == len(warnings_in(caplog)) == 1
+    assert len([line for line in warnings_in(caplog) if word in line]) == len(warnings_in(caplog)) == 1
 
 
 def test_display_p3_with_the_curve_of_srgb_is_converted_by_that(tmp_path: Path) -> None:

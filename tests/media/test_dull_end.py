@@ -62,11 +62,11 @@ def write(path: Path, pictures: Sequence[np.ndarray]) -> Path:
 )
 def test_a_cut_to_something_dull_is_found_to_the_frame(end: list[np.ndarray], kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", [*panning(60), *end])
-    found = find_dull_end(path)
-    assert found is not None and found.kind == kind
-    assert found.last_lively == pytest.approx(59 / RATE, abs=1e-3)
-    assert found.seconds == pytest.approx(len(end) / RATE, abs=0.05)
-    assert f"last {len(end) / RATE:.1f} s" in str(found)
+    dull = find_dull_end(path)
+    assert dull is not None and dull.kind == kind
+    assert dull.last_lively == pytest.approx(59 / RATE, abs=1e-3)
+    assert dull.seconds == pytest.approx(len(end) / RATE, abs=0.05)
+    assert f"last {len(end) / RATE:.1f} s" in str(dull)
 
 
 @pytest.mark.parametrize("target", [0, 255])
@@ -76,25 +76,25 @@ def test_a_fade_is_left_before_it_is_seen(length: int, target: int, tmp_path: Pa
     for at in range(length):
         share = (at + 1) / length
         pictures[60 + at] = np.rint(pictures[60 + at] * (1 - share) + target * share).astype(np.uint8)
-    found = find_dull_end(write(tmp_path / "a.mp4", pictures + plain((target,) * 3, 6)))
-    assert found is not None and found.last_lively is not None
-    assert 59 - 12 <= found.last_lively * RATE <= 59 + 0.15 * length
+    dull = find_dull_end(write(tmp_path / "a.mp4", pictures + plain((target,) * 3, 6)))
+    assert dull is not None and dull.last_lively is not None
+    assert 59 - 12 <= dull.last_lively * RATE <= 59 + 0.15 * length
 
 
 def test_motion_that_comes_to_rest_is_left_where_it_rests(tmp_path: Path) -> None:
     pictures = panning(60)
-    found = find_dull_end(write(tmp_path / "a.mp4", pictures + [pictures[-1]] * 72))
-    assert found is not None and found.kind == "still"
-    assert found.last_lively == pytest.approx(59 / RATE, abs=1e-3) and found.seconds == pytest.approx(3.04, abs=0.1)
+    dull = find_dull_end(write(tmp_path / "a.mp4", pictures + [pictures[-1]] * 72))
+    assert dull is not None and dull.kind == "still"
+    assert dull.last_lively == pytest.approx(59 / RATE, abs=1e-3) and dull.seconds == pytest.approx(3.04, abs=0.1)
 
 
 def test_noise_is_no_motion(tmp_path: Path) -> None:
     rng, pictures = np.random.default_rng(0), panning(60)
     still = [pictures[-1] + 2 * rng.standard_normal(pictures[-1].shape) for _ in range(72)]
     noisy = [np.rint(picture).clip(0, 255).astype(np.uint8) for picture in still]
-    found = find_dull_end(write(tmp_path / "a.mp4", pictures + noisy))
-    assert found is not None and found.kind == "still"
-    assert found.last_lively == pytest.approx(59 / RATE, abs=0.05)
+    dull = find_dull_end(write(tmp_path / "a.mp4", pictures + noisy))
+    assert dull is not None and dull.kind == "still"
+    assert dull.last_lively == pytest.approx(59 / RATE, abs=0.05)
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -122,24 +122,24 @@ def test_a_night_scene_is_not_black(tmp_path: Path) -> None:
 def test_a_video_that_is_dull_throughout_has_no_lively_frame(
     pictures: list[np.ndarray], kind: str, tmp_path: Path
 ) -> None:
-    found = find_dull_end(write(tmp_path / "a.mp4", pictures))
-    assert found is not None and (found.kind, found.last_lively) == (kind, None)
-    assert found.seconds == pytest.approx(2.5, abs=0.05)
+    dull = find_dull_end(write(tmp_path / "a.mp4", pictures))
+    assert dull is not None and (dull.kind, dull.last_lively) == (kind, None)
+    assert dull.seconds == pytest.approx(2.5, abs=0.05)
 
 
 def test_a_show_of_stills_has_no_lively_frame(tmp_path: Path) -> None:
     stills = [picture for seed in range(8) for picture in [natural(*SIZE, seed=seed)] * 36]
-    found = find_dull_end(write(tmp_path / "a.mp4", stills))
-    assert found is not None and (found.kind, found.last_lively) == ("still", None)
+    dull = find_dull_end(write(tmp_path / "a.mp4", stills))
+    assert dull is not None and (dull.kind, dull.last_lively) == ("still", None)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
 def test_a_last_picture_that_is_held_is_a_standstill(name: str, tmp_path: Path) -> None:
     video = "libvpx-vp9" if name == "a.webm" else "libx264"
     recording(tmp_path / name, [at / 30 for at in range(31)], last=4.0, video=video)
-    found = find_dull_end(tmp_path / name)
-    assert found is not None and (found.kind, found.last_lively) == ("still", 1.0)
-    assert found.seconds == pytest.approx(4, abs=0.01)
+    dull = find_dull_end(tmp_path / name)
+    assert dull is not None and (dull.kind, dull.last_lively) == ("still", 1.0)
+    assert dull.seconds == pytest.approx(4, abs=0.01)
 
 
 def remux(path: Path, kind: str) -> Path:
@@ -164,10 +164,10 @@ def test_the_last_lively_frame_is_the_last_one_up_to_its_moment(kind: str, tmp_p
     else:
         write(path, pictures)
         path = path if kind == "mp4" else remux(path, kind)
-    found = find_dull_end(path)
-    assert found is not None and found.kind == "black" and found.last_lively is not None
-    assert number(media.read_last_frame(path, found.last_lively)) == 39
-    assert find_dull_end(path, found.last_lively) is None
+    dull = find_dull_end(path)
+    assert dull is not None and dull.kind == "black" and dull.last_lively is not None
+    assert number(media.read_last_frame(path, dull.last_lively)) == 39
+    assert find_dull_end(path, dull.last_lively) is None
 
 
 def test_moments_count_from_where_a_player_does(tmp_path: Path) -> None:
@@ -175,9 +175,9 @@ def test_moments_count_from_where_a_player_does(tmp_path: Path) -> None:
     one = remux(write(tmp_path / "one.mp4", moving(24)), "ts").read_bytes()
     two = remux(write(tmp_path / "two.mp4", list(numbered(range(24, 48), *SIZE)) + plain((0, 0, 0), 12)), "ts")
     (tmp_path / "both.ts").write_bytes(one + two.read_bytes())
-    found = find_dull_end(tmp_path / "both.ts")
-    assert found is not None and found.last_lively is not None
-    assert number(media.read_last_frame(tmp_path / "both.ts", found.last_lively)) == 47
+    dull = find_dull_end(tmp_path / "both.ts")
+    assert dull is not None and dull.last_lively is not None
+    assert number(media.read_last_frame(tmp_path / "both.ts", dull.last_lively)) == 47
     assert number(media.read_last_frame(tmp_path / "both.ts", 0.5)) == 12
 
 

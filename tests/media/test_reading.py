@@ -394,7 +394,7 @@ def test_pictures_that_were_converted_do_not_stay_in_memory() -> None:
     try:
         for frame in source.Pictures(opened):
             colour.to_rgb(frame, opened)
-        kept = [found for found in gc.get_objects() if type(found) is VideoFrame and found.width > 16]
+        kept = [item for item in gc.get_objects() if type(item) is VideoFrame and item.width > 16]
     finally:
         gc.enable()
     assert len(kept) <= 2

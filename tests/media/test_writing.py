@@ -398,17 +398,17 @@ def test_a_fade_mixes_the_frames_around_a_cut_and_leaves_the_others_alone(keyed:
         shown.append(rgb_of(paths[-1]))
     joined = tmp_path / "joined.mp4"
     assert media.join_videos(paths, joined, drops=[0, 0, 0], fades=[0, 4, 4]) == 20 + 16 + 16
-    found = rgb_of(joined)
+    faded = rgb_of(joined)
     assert not list(tmp_path.glob(".*"))
     whole = [(slice(0, 16), shown[0][:16]), (slice(20, 32), shown[1][4:16]), (slice(36, 52), shown[2][4:])]
     for place, before in whole:
-        apart = np.abs(found[place].astype(int) - before)
+        apart = np.abs(faded[place].astype(int) - before)
         assert apart.max() == 0 if keyed else apart.max() <= 6
     for first, (end, begin) in ((16, (shown[0][16:], shown[1][:4])), (32, (shown[1][16:], shown[2][:4]))):
         for step in range(4):
             share = (step + 1) / 5
             wanted = (1 - share) * end[step] + share * begin[step]
-            assert np.abs(found[first + step] - wanted).mean() < 2
+            assert np.abs(faded[first + step] - wanted).mean() < 2
 
 
 def rgb_of(path: Path) -> np.ndarray:

@@ -24,46 +24,48 @@ def motion(camera: Path = still, shapes: Path | None = None) -> Motion:
     [((2, 0), "right"), ((-2, 0), "left"), ((0, 2), "down"), ((0, -2), "up"), ((2, -2), "up to the right")],
 )
 def test_a_subject_is_seen_to_go_its_way(velocity: tuple[float, float], words: str) -> None:
-    found = motion(shapes=pan(*velocity))
-    assert (found.pan, found.zoom, found.still) == ((0.0, 0.0), 0.0, False)
-    assert found.sentence().startswith(f"the main motion goes {words} at")
-    assert found.speed == pytest.approx((velocity[0] ** 2 + velocity[1] ** 2) ** 0.5 * 16 / 256, rel=0.3)
-    assert found.sentence().endswith("the camera is still")
+    measured = motion(shapes=pan(*velocity))
+    assert (measured.pan, measured.zoom, measured.still) == ((0.0, 0.0), 0.0, False)
+    assert measured.sentence().startswith(f"the main motion goes {words} at")
+    assert measured.speed == pytest.approx((velocity[0] ** 2 + velocity[1] ** 2) ** 0.5 * 16 / 256, rel=0.3)
+    assert measured.sentence().endswith("the camera is still")
 
 
 def test_a_pan_is_the_cameras_and_no_subjects() -> None:
-    found = motion(pan(1.6))
-    assert found.pan == pytest.approx((0.1, 0), abs=0.01)
-    assert found.moving == 0
-    assert found.sentence() == ("nothing moves by itself; the camera moves right at about 10 % of the width per second")
+    measured = motion(pan(1.6))
+    assert measured.pan == pytest.approx((0.1, 0), abs=0.01)
+    assert measured.moving == 0
+    assert measured.sentence() == (
+        "nothing moves by itself; the camera moves right at about 10 % of the width per second"
+    )
 
 
 def test_a_subject_that_the_camera_follows_moves_against_the_background() -> None:
-    found = motion(pan(2), pan(2))
-    assert "goes right" in found.sentence() and "camera moves right" in found.sentence()
+    measured = motion(pan(2), pan(2))
+    assert "goes right" in measured.sentence() and "camera moves right" in measured.sentence()
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1.01, "comes nearer"), (0.99, "draws back")])
 def test_a_zoom_is_told_from_a_pan(factor: float, words: str) -> None:
     view = Scene(0)
-    found = measure_motion(to_frames(view.at(0, factor**time) for time in range(9)), 16)
-    assert found.zoom == pytest.approx((factor - 1) * 16, rel=0.2)
-    assert found.pan == (0, 0)
-    assert words in found.sentence()
+    measured = measure_motion(to_frames(view.at(0, factor**time) for time in range(9)), 16)
+    assert measured.zoom == pytest.approx((factor - 1) * 16, rel=0.2)
+    assert measured.pan == (0, 0)
+    assert words in measured.sentence()
 
 
 def test_motion_to_and_fro_has_no_direction() -> None:
-    found = motion(shapes=to_and_fro(4, 8))
-    assert found.speed == 0 and found.moving > 0
-    assert found.sentence() == "what moves goes in different directions; the camera is still"
+    measured = motion(shapes=to_and_fro(4, 8))
+    assert measured.speed == 0 and measured.moving > 0
+    assert measured.sentence() == "what moves goes in different directions; the camera is still"
 
 
 def test_nothing_moves_in_a_still_or_in_a_single_frame() -> None:
     for frames in (Scene(0).clip([0] * 5), Scene(0).clip([0]), torch.zeros(4, 64, 64, 3)):
-        found = measure_motion(frames, 16)
-        assert found.still
-        assert found.sentence() == "almost nothing moves; the camera is still"
-        assert json.dumps(dataclasses.asdict(found), allow_nan=False)
+        measured = measure_motion(frames, 16)
+        assert measured.still
+        assert measured.sentence() == "almost nothing moves; the camera is still"
+        assert json.dumps(dataclasses.asdict(measured), allow_nan=False)
 
 
 def test_a_rate_must_be_above_zero() -> None:

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.slow
 
 
 def new_chain(quick: Served, **fields: object) -> str:
-    said = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-    status, chain = quick.send("/v1/chains", said, [("video", "shapes.mp4", SHAPES.read_bytes())])
+    form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    status, chain = quick.send("/v1/chains", form, [("video", "shapes.mp4", SHAPES.read_bytes())])
     assert status == 201, chain
     return str(chain["id"])
 
 
-def listen(quick: Served, name: str, found: list[tuple[str, dict[str, object]]]) -> threading.Thread:
+def listen(quick: Served, name: str, events: list[tuple[str, dict[str, object]]]) -> threading.Thread:
     """Collect the events of a chain on a thread until its state is an end."""
     answer = urllib.request.urlopen(f"{quick.url}/v1/chains/{name}/events", timeout=120)
 
@@ -33,8 +33,8 @@ def listen(quick: Served, name: str, found: list[tuple[str, dict[str, object]]])
                 if key == "event":
                     event = value
                 elif key == "data":
-                    found.append((event, json.loads(value)))
-                    if event == "state" and (found[-1][1].get("state") or found[-1][1].get("status")) == "completed":
+                    events.append((event, json.loads(value)))
+                    if event == "state" and (events[-1][1].get("state") or events[-1][1].get("status")) == "completed":
                         return
 
     thread = threading.Thread(target=read, daemon=True)
@@ -57,7 +57,7 @@ def test_a_chain_is_planned_started_watched_and_changed(quick: Served) -> None:
     assert not thread.is_alive()
     kinds = [event for event, _ in events]
     assert {"state", "clip_started", "stage", "step", "prompt", "preview", "clip_finished"} <= set(kinds)
-    assert [said["clip"] for event, said in events if event == "clip_finished"] == [1, 2]
+    assert [told["clip"] for event, told in events if event == "clip_finished"] == [1, 2]
     assert [clip["takes"] for clip in chain["clips"]] == [[], [1, 2]] and chain["clips"][1]["said"]["name"] == "stop"
     assert all(isinstance(clip["seam"]["score"], float) for clip in chain["clips"]) and chain["drift"]["colour"]
     for path, kind in (

@@ -79,8 +79,8 @@ def made(server: Served, name: str) -> list[Any]:
 
 
 def workers(server: Served) -> list[psutil.Process]:
-    found = psutil.Process(server.process.pid).children(recursive=True)
-    return [one for one in found if "wan.server.worker" in " ".join(one.cmdline())]
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [one for one in children if "wan.server.worker" in " ".join(one.cmdline())]
 
 
 @pytest.mark.slow
@@ -111,6 +111,6 @@ def test_a_video_is_made_on_two_processes_and_a_killed_one_costs_no_more_than_ti
     server.wait(alone, "completed")
     expected = made(server, alone)
     assert expected
-    for found in (made(two, together), made(two, after)):
-        for one, other in zip(expected, found, strict=True):
+    for video in (made(two, together), made(two, after)):
+        for one, other in zip(expected, video, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()

@@ -56,15 +56,18 @@ def asking() -> Callable[..., tuple[int, dict[str, str], Any]]:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        said = {"host": "localhost:8188"} | {name.replace("_", "-"): value for name, value in headers.items()}
-        said = {
-            name: value.replace("TOKEN", keys.token).replace("SESSION", keys.session) for name, value in said.items()
+        request_headers = {"host": "localhost:8188"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        request_headers = {
+            name: value.replace("TOKEN", keys.token).replace("SESSION", keys.session)
+            for name, value in request_headers.items()
         }
         scope = {
             "type": "http",
             "method": method,
             "path": path,
-            "headers": [(k.encode(), v.encode()) for k, v in said.items()],
+            "headers": [(k.encode(), v.encode()) for k, v in request_headers.items()],
         }
         asyncio.run(guard(scope, receive, send))
         answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
@@ -102,8 +105,8 @@ def test_a_page_in_the_user_s_browser_cannot_drive_the_server(
 
 
 def test_our_own_page_may_ask_and_a_link_may_lead_to_it(asking: Callable[..., Any]) -> None:
-    own = {"origin": "http://localhost:8188", "sec_fetch_site": "same-origin", TOKEN: "TOKEN"}
-    assert asking("POST", **own)[0] == 200
+    headers = {"origin": "http://localhost:8188", "sec_fetch_site": "same-origin", TOKEN: "TOKEN"}
+    assert asking("POST", **headers)[0] == 200
     assert asking("GET", "/", sec_fetch_site="cross-site", sec_fetch_mode="navigate")[0] == 200
 
 
@@ -177,7 +180,7 @@ def test_clients_set_the_rows_that_are_marked_for_them() -> None:
         if one.name not in CLIENT:
             with pytest.raises(ApiError, match="is no setting"):
                 read_settings({one.name: "x"})
-    said = {
+    fields = {
         "sample_guide_scale": [1, 2],
         "guidance_interval": "0.1 0.9",
         "from": "1.5",
@@ -186,8 +189,8 @@ def test_clients_set_the_rows_that_are_marked_for_them() -> None:
         "take": [[5, 2]],
         "prompt_for": [[5, "it turns"]],
     }
-    found = read_settings(said)
-    assert found == {
+    settings = read_settings(fields)
+    assert settings == {
         "sample_guide_scale": (1, 2),
         "guidance_interval": (0.1, 0.9),
         "from_": 1.5,
@@ -227,8 +230,8 @@ def test_a_clip_names_only_pictures_that_came_with_it() -> None:
 
 
 def test_no_path_is_in_an_error() -> None:
-    said = "cannot write '/srv/data/jobs/video_1/run/video_01.mp4': disk full (in /home/me/x)"
-    assert public(said) == "cannot write 'video_01.mp4': disk full (in x)"
+    error = "cannot write '/srv/data/jobs/video_1/run/video_01.mp4': disk full (in /home/me/x)"
+    assert public(error) == "cannot write 'video_01.mp4': disk full (in x)"
     assert public("size must be 160*96 or 1/2") == "size must be 160*96 or 1/2"
 
 

@@ -13,11 +13,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.rare]
 
 
 def test_killed_servers_and_workers_finish_what_was_asked_for_once(tmp_path: Path) -> None:
-    found = kill(4, tmp_path, clips=2, step=0.05)
-    assert found == {"kills": 4, "ends": ["completed"] * 3, "bit_equal": True, "made_twice": 0, "left": []}
+    result = kill(4, tmp_path, clips=2, step=0.05)
+    assert result == {"kills": 4, "ends": ["completed"] * 3, "bit_equal": True, "made_twice": 0, "left": []}
 
 
 def test_no_request_is_lost_and_a_client_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
-    found = asyncio.run(load(10, 12, 4, tmp_path / "out"))
-    assert (found["lost"], found["left"]) == (0, 0), found["first_lost"]
-    assert found["gets"] > 30 and found["uploads"] > 0
+    result = asyncio.run(load(10, 12, 4, tmp_path / "out"))
+    assert (result["lost"], result["left"]) == (0, 0), result["first_lost"]
+    assert result["gets"] > 30 and result["uploads"] > 0

@@ -21,7 +21,7 @@ import wan.server
 from tests.support.golden import ROOT
 from tests.support.served import serving
 from wan import cli
-from wan.chain import run_folder
+from wan.chain import finished_clip, run_folder
 from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
@@ -44,8 +44,9 @@ def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
 
 
 def test_names_of_files_are_those_of_the_run_folder() -> None:
-    for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW", "SHEET"):
+    for name in ("JOINED", "RUN", "DATA", "PAGE", "STOP", "PREVIEW"):
         assert getattr(folders, name) == getattr(run_folder, name)
+    assert folders.SHEET == finished_clip.SHEET
 
 
 def test_a_preview_is_asked_for_where_there_can_be_one() -> None:
@@ -79,8 +80,8 @@ def test_the_process_that_answers_imports_no_model_library() -> None:
 def test_quotas_and_what_the_model_cannot(tmp_path: Path) -> None:
     chains = chains_of(tmp_path, max_queue=1, max_frames=500)
 
-    async def ask(**said: Any) -> Ticket:
-        return await chains.intake.create({"prompt": "x", **said.pop("settings", {})}, **said)
+    async def ask(**given: Any) -> Ticket:
+        return await chains.intake.create({"prompt": "x", **given.pop("settings", {})}, **given)
 
     with pytest.raises(ApiError, match="567 frames are more than the 500") as caught:
         asyncio.run(ask(settings={"num_videos": 7}))
@@ -161,16 +162,16 @@ def test_a_file_that_was_made_to_hurt_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_fails_a_chain_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
 
     def full(*_: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", "/data/x")
 
     monkeypatch.setattr(worker, "make", full)
-    send = lambda event, **more: said.append({"event": event, **more})  # noqa: E731
-    good = worker._work(worker.Models(), Settings(), send, threading.Event())
-    assert good and said[0]["state"] == "failed"
-    assert said[0]["error"] == {
+    send = lambda event, **more: messages.append({"event": event, **more})  # noqa: E731
+    good = worker._work(worker.Models(), Settings(), send, threading.Event(), worker.Behind())
+    assert good and messages[0]["state"] == "failed"
+    assert messages[0]["error"] == {
         "code": "disk_full",
         "message": "No space left on device; free space on the disk of the server",
     }
@@ -215,8 +216,8 @@ def test_no_name_in_a_report_leads_out_of_the_folder(tmp_path: Path) -> None:
 def test_a_server_works_on_one_machine_and_its_first_process_serves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in (said | {"LOCAL_WORLD_SIZE": "2"}).items():
+    environment = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (environment | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="a server works on the GPUs of one machine; start torchrun there alone"):
         serve(Settings(ckpt_dir="x", output_dir=str(tmp_path / "out")))

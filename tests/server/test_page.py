@@ -31,7 +31,7 @@ def page() -> Iterator[Any]:
         opened: Any = browser.new_page(viewport={"width": 1100, "height": 900})
         opened.wrong, opened.asked = list[str](), list[str]()
         opened.on("pageerror", lambda error: opened.wrong.append(str(error)))
-        opened.on("console", lambda said: opened.wrong.append(said.text) if is_fault(said) else None)
+        opened.on("console", lambda message: opened.wrong.append(message.text) if is_fault(message) else None)
         opened.on("response", lambda answer: opened.wrong.append(answer.url) if is_refused(answer) else None)
         opened.on("request", lambda asked: opened.asked.append(asked.url))
         opened.set_default_timeout(60_000)
@@ -39,8 +39,8 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def is_fault(said: Any) -> bool:
-    return said.type == "error" and not said.text.startswith("Failed to load resource")
+def is_fault(message: Any) -> bool:
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
 
 
 def is_refused(answer: Any) -> bool:
@@ -57,8 +57,8 @@ def serious(page: Any) -> list[str]:
     """What axe-core finds that keeps somebody from something."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page).response["violations"]
-    return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found if one["impact"] in ("serious", "critical")]
+    violations = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {one['nodes'][0]['html']}" for one in violations if one["impact"] in ("serious", "critical")]
 
 
 def until(page: Any, true: str) -> None:

@@ -59,11 +59,11 @@ def test_the_official_client_makes_extends_downloads_lists_and_deletes(
     assert [clip["prompt"] for clip in clips] == ["A green circle moves left."] * 2 + ["It stops."]
     # it goes on from the frames themselves: the first two clips are the files of the video before
     for number in (1, 2):
-        there = [
+        downloads = [
             next((server.folder / "jobs" / name / "run").glob(f"video_0{number}_*.safetensors"))
             for name in (made.id, longer.id)
         ]
-        assert there[0].samefile(there[1])
+        assert downloads[0].samefile(downloads[1])
     picture = client.videos.download_content(longer.id, variant="thumbnail").read()
     assert Image.open(io.BytesIO(picture)).format == "WEBP"
     sheet = client.videos.download_content(longer.id, variant="spritesheet").read()

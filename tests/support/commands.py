@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wan import cli
-from wan.chain.run_folder import FinishedClip, RunFolder
+from wan.chain.finished_clip import FinishedClip
+from wan.chain.run_folder import RunFolder
 from wan.pipeline import Pipeline
 from wan.types import Clip, Generation, Request, UInt8Array
 
@@ -77,8 +78,8 @@ class Seen:
     readers: list[str] = field(default_factory=list)
     corrected: list[float] = field(default_factory=list)
     folder: Path = Path()
-    said: str = ""  # on stdout, or else on stderr
-    told: str = ""  # on stderr
+    output: str = ""  # on stdout, or else on stderr
+    stderr: str = ""
 
     @property
     def first(self) -> Request:
@@ -231,7 +232,7 @@ def command(
             common += ["--frame_num", "9", "--base_seed", "3", "--output_dir", str(now.folder)]
             now.code = cli.continuous_main([*common, *shlex.split(words)])
         output = capsys.readouterr()
-        now.said, now.told = output.out or without_start(output.err), output.err
+        now.output, now.stderr = output.out or without_start(output.err), output.err
         return now
 
     yield run

@@ -20,10 +20,10 @@ GOLDEN_VLM = DATA / "golden_vlm"
 
 def small_checkpoints(folder: Path, sizes: tuple[str, ...] = ("96*64",), **declared: Any) -> None:
     """The golden checkpoints as folders `i2v` and `ti2v` that declare small sizes, and what else is given."""
-    said = {"sizes": list(sizes), "frame_num": 5, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
+    common = {"sizes": list(sizes), "frame_num": 5, "sample_steps": 2, "param_dtype": "float32", "t5_dtype": "float32"}
     for name, source in (("i2v", "14b"), ("ti2v", "5b")):
         shutil.copytree(GOLDEN / source / "ckpt", folder / name)
-        (folder / name / "wan_config.json").write_text(json.dumps(said | declared))
+        (folder / name / "wan_config.json").write_text(json.dumps(common | declared))
 
 
 def float32(task: str) -> ModelConfig:

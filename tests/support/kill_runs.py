@@ -98,10 +98,10 @@ def content(folder: Path) -> dict[str, Any]:
 def differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     """What is not the same in two folders, nothing if all is."""
     # x264 does not always make the same bytes of the same frames, so of the joined video only the count is compared
-    found = [f"{key}: {one[key]}, not {other[key]}" for key in ("frames", "names") if one[key] != other[key]]
+    differing = [f"{key}: {one[key]}, not {other[key]}" for key in ("frames", "names") if one[key] != other[key]]
     for name in (name for name in sorted(one.keys() & other.keys()) if name.endswith(".safetensors")):
-        found += [f"{key} in {name}" for key in other[name] if not torch.equal(one[name][key], other[name][key])]
-    return "; ".join(found)
+        differing += [f"{key} in {name}" for key in other[name] if not torch.equal(one[name][key], other[name][key])]
+    return "; ".join(differing)
 
 
 def finished(folder: Path) -> dict[str, int]:

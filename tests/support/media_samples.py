@@ -27,8 +27,8 @@ def numbered(numbers: Sequence[int], width: int = 320, height: int = 180) -> Ite
 
 def number(picture: Any) -> int:
     """The number that a picture shows; -1 when it cannot be read."""
-    found = vidmark.read(np.asarray(picture))
-    return int(found["index"]) if found else -1
+    mark = vidmark.read(np.asarray(picture))
+    return int(mark["index"]) if mark else -1
 
 
 def natural(width: int = 1280, height: int = 720, seed: int = 0) -> np.ndarray:
@@ -163,7 +163,7 @@ def samples(path: Path) -> np.ndarray:
 
 def beeps_in(path: Path) -> list[float]:
     """The moments at which a tone begins after a silence, by the file's clock."""
-    found, before = [], -1.0
+    times, before = [], -1.0
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("flt", "mono", None)
         for frame in container.decode(audio=0):
@@ -172,6 +172,6 @@ def beeps_in(path: Path) -> list[float]:
             for part in resampler.resample(frame):
                 for at in np.flatnonzero(np.abs(part.to_ndarray().ravel()) > 0.2) / part.sample_rate + begin:
                     if at - before > 0.05:
-                        found.append(float(at))
+                        times.append(float(at))
                     before = at
-    return found
+    return times

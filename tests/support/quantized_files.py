@@ -51,9 +51,9 @@ def comfyui(state: State, file: Path) -> State:
 
 def comfyui_mixed(state: State, file: Path) -> State:
     prefix = "model.diffusion_model."
-    said = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    declared = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     beside = {
-        f"{prefix}blocks.0.ffn.0.comfy_quant": said,
+        f"{prefix}blocks.0.ffn.0.comfy_quant": declared,
         f"{prefix}blocks.0.ffn.0.input_scale": torch.tensor(1.0),
     }
     return scaled(state, file, ".weight_scale", prefix=prefix, beside=beside)

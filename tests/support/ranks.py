@@ -40,18 +40,18 @@ class Ranks:
     def run(self, work: Callable[..., Any], size: int, *given: Any, seconds: float = 240) -> list[Any]:
         """What `work(rank, size, *given)` returns in each process."""
         pipes, running = self.start(work, size, *given)
-        found = []
+        results = []
         try:
             for rank, pipe in enumerate(pipes):
                 assert pipe.poll(seconds), f"process {rank} of {size} is not done after {seconds} s"
                 good, value = pipe.recv()
                 assert good, value
-                found.append(pickle.loads(value))
+                results.append(pickle.loads(value))
         finally:
             for process in running:
-                process.join(0 if len(found) < size else 30)
+                process.join(0 if len(results) < size else 30)
                 process.kill()
-        return found
+        return results
 
     def codes(
         self,
@@ -81,14 +81,14 @@ class Ranks:
             port = free.getsockname()[1]
         pipes, running = [], []
         for rank in range(size):
-            here, there = self.context.Pipe()
+            ours, theirs = self.context.Pipe()
             launched = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
             launched |= {"MASTER_PORT": port}
             environment = {name: str(value) for name, value in launched.items()}
-            process = self.context.Process(target=_work, args=(there, environment, work, rank, size, given))
+            process = self.context.Process(target=_work, args=(theirs, environment, work, rank, size, given))
             process.start()
-            there.close()
-            pipes.append(here)
+            theirs.close()
+            pipes.append(ours)
             running.append(process)
         return pipes, running
 
@@ -109,11 +109,11 @@ def command(rank: int, size: int, main: str, words: list[str], folder: str) -> t
     """The exit code of a command in one of the processes, and what it printed."""
     from wan import cli
 
-    said = Path(folder) / f".said_{rank}"
-    with said.open("w") as file:
+    output = Path(folder) / f".output_{rank}"
+    with output.open("w") as file:
         sys.stdout = sys.stderr = file
         code = getattr(cli, main)(words)
-    return code, said.read_text()
+    return code, output.read_text()
 
 
 def faulty_command(rank: int, size: int, words: list[str], folder: str, who: int, stage: str, do: str) -> int:

@@ -186,9 +186,9 @@ class TextEncoder:
     num_layers: int = 2
 
     def shapes(self) -> dict[str, Shape]:
-        found: dict[str, Shape] = {"token_embedding.weight": (self.vocab_size, self.dim)}
+        shapes: dict[str, Shape] = {"token_embedding.weight": (self.vocab_size, self.dim)}
         for block in (f"blocks.{index}" for index in range(self.num_layers)):
-            found |= {f"{block}.attn.{part}.weight": (self.dim_attn, self.dim) for part in "qkv"} | {
+            shapes |= {f"{block}.attn.{part}.weight": (self.dim_attn, self.dim) for part in "qkv"} | {
                 f"{block}.attn.o.weight": (self.dim, self.dim_attn),
                 f"{block}.ffn.gate.0.weight": (self.dim_ffn, self.dim),
                 f"{block}.ffn.fc1.weight": (self.dim_ffn, self.dim),
@@ -197,7 +197,7 @@ class TextEncoder:
                 f"{block}.norm2.weight": (self.dim,),
                 f"{block}.pos_embedding.embedding.weight": (32, self.num_heads),
             }
-        return found | {"norm.weight": (self.dim,)}
+        return shapes | {"norm.weight": (self.dim,)}
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,22 @@ SIZE = 9, 112, 48  # 7 rows of latents of the 5B, 14 of A14B, which do not divid
 
 
 def pass_through(team: Team | None) -> list[torch.Tensor]:
-    found = []
+    outputs = []
     for task, folder in FOLDERS.items():
         path = ROOT / "models" / folder
         vae = pipeline_class(task)(config_for(task, path), path).vae
         clip = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(2)) * 2 - 1
         group = None if team is None else team.all_
         latents = vae.encode([clip], group=group)[0]
-        found += [latents, vae.decode([latents], group=group)[0]]
-    return found
+        outputs += [latents, vae.decode([latents], group=group)[0]]
+    return outputs
 
 
 def in_a_rank(rank: int, size: int) -> Any:
     team = Team.start(World(rank, size, rank), Sizes(1, size), torch.device("cpu"), 60)
-    found = pass_through(team)
+    outputs = pass_through(team)
     team.end()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.rare)])

@@ -269,10 +269,10 @@ def test_loading_never_holds_more_than_the_model_and_one_shard(tmp_path: Path) -
     command = [sys.executable, "-m", "benchmarks.loading", str(tmp_path / "dit"), "--layers", "12", "--dim", "512"]
     subprocess.run(command, capture_output=True, cwd=ROOT)  # writes
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["loaded_gib"] == pytest.approx(found["files_gib"] / 2, rel=0.1)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loaded_gib"] == pytest.approx(result["files_gib"] / 2, rel=0.1)
     slack = 0.03  # what the allocator and the first use of libraries take
-    assert found["peak_above_start_gib"] < found["allowed_gib"] + slack < found["files_gib"]
+    assert result["peak_above_start_gib"] < result["allowed_gib"] + slack < result["files_gib"]
 
 
 def test_files_are_read_ahead_in_their_order_and_not_too_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ def same_vae(pipeline: Any, reference: Any, rounded: torch.dtype) -> bool:
 
 
 def same_t5(pipeline: Any, meant: State) -> bool:
-    found = pipeline.text_encoder.model.state_dict()
-    return all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in meant.items())
+    loaded = pipeline.text_encoder.model.state_dict()
+    return all(torch.equal(loaded[key], value.to(loaded[key].dtype)) for key, value in meant.items())
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_an_expert_that_holds_large_numbers_of_float16_is_none_of_them(tmp_path:
 
 
 def lost(state: State, patch: bool) -> State:
-    found = {key: value.squeeze(0) if key.endswith("modulation") else value for key, value in state.items()}
+    flattened = {key: value.squeeze(0) if key.endswith("modulation") else value for key, value in state.items()}
     if patch:
-        found["patch_embedding.weight"] = state["patch_embedding.weight"].flatten(0, 1)
-    return found
+        flattened["patch_embedding.weight"] = state["patch_embedding.weight"].flatten(0, 1)
+    return flattened
 
 
 @pytest.mark.parametrize("patch", [False, True])
@@ -277,8 +277,8 @@ def test_a_gguf_that_lost_dimensions_is_the_model_that_it_was(patch: bool, kind:
         model = WanModel.from_weights(weights, dtype=torch.float32, device=CPU)
         merge_loras(model, weights, open_loras([LoraFile(tmp_path / "lora.safetensors")], weights))
         loaded.append(model.state_dict())
-    whole, found = loaded
-    assert whole.keys() == found.keys() and all(torch.equal(whole[key], found[key]) for key in whole)
+    whole, read_again = loaded
+    assert whole.keys() == read_again.keys() and all(torch.equal(whole[key], read_again[key]) for key in whole)
 
 
 # --- files that are none ----------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_a_download_without_one_expert_is_said(part: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("found", "given", "message"),
+    ("shape", "given", "message"),
     [
         ((2, 16), {"dit_high": "h.gguf", "dit_low": "l.gguf"}, "dit_high h.gguf and dit_low l.gguf is T2V-A14B, which"),
         ((2, 16), {}, "ckpt_dir there is T2V-A14B, which takes no video; give the files of I2V-A14B or TI2V-5B"),
@@ -331,9 +331,9 @@ def test_a_download_without_one_expert_is_said(part: str, tmp_path: Path) -> Non
         ((1, 20), {}, "which ckpt_dir there gives"),
     ],
 )
-def test_a_denoiser_that_no_task_is_for_is_named(found: tuple[int, int], given: dict[str, Any], message: str) -> None:
+def test_a_denoiser_that_no_task_is_for_is_named(shape: tuple[int, int], given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        choose_task(Settings(ckpt_dir="there", video="clip.mp4", **given), found)
+        choose_task(Settings(ckpt_dir="there", video="clip.mp4", **given), shape)
 
 
 @pytest.mark.parametrize("name", ["vlm_path", "video", "ckpt_dir", "vae", "storyboard", "output_dir"])

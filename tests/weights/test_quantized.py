@@ -184,7 +184,7 @@ def test_how_far_quantised_weights_are_from_float32(
     states: dict[str, State], beside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Relative L2 of one forward in bf16: what rounding the weights to bf16 does, and fp8 and Q8_0 beside it."""
-    found: dict[str, dict[str, float]] = {}
+    errors_by_size: dict[str, dict[str, float]] = {}
     for size, state in states.items():
         whole = open_state(state, beside / size)
         reference = forward(load(whole, torch.float32))
@@ -194,10 +194,13 @@ def test_how_far_quantised_weights_are_from_float32(
             "fp8": open_denoiser(beside / "x.safetensors", beside),
             "Q8_0": open_denoiser(beside / "x.gguf", beside),
         }
-        found[size] = {name: error(weights, reference) for name, weights in {"bf16": whole, **files}.items()}
+        errors_by_size[size] = {name: error(weights, reference) for name, weights in {"bf16": whole, **files}.items()}
     with capsys.disabled():
-        print("\nrelative error of one forward:", json.dumps({key: _short(value) for key, value in found.items()}))
-    for errors in found.values():
+        print(
+            "\nrelative error of one forward:",
+            json.dumps({key: _short(value) for key, value in errors_by_size.items()}),
+        )
+    for errors in errors_by_size.values():
         assert errors["bf16"] < errors["Q8_0"] < 4 * errors["bf16"]
         assert errors["Q8_0"] < errors["fp8"] < 16 * errors["bf16"]  # e4m3 has four bits less of mantissa than bf16
 
@@ -217,12 +220,12 @@ def test_offloading_takes_all_of_a_packed_model_along(name: str, states: dict[st
     placement = Placement(torch.device("cpu"), weight_budget=2**40)  # the GPU is played by other pieces of host memory
     with placement.on_device(model):
         assert torch.equal(forward(model), before)
-    there = places(model)
+    before_places = places(model)
     with pytest.raises(KeyError), placement.on_device(model):
         assert torch.equal(forward(model), before)
-        assert not places(model) & there
+        assert not places(model) & before_places
         raise KeyError
-    assert places(model) == there and torch.equal(forward(model), before)
+    assert places(model) == before_places and torch.equal(forward(model), before)
     held = sum(layer.weight.nbytes for layer in packed(model).values())
     assert held < 1.1 * sum(layer.weight.numel() for layer in packed(model).values())
 
@@ -390,7 +393,7 @@ def run(
 ) -> tuple[int, str]:
     """The exit code and the standard error of a command; {name} is that file of the folder, {clip} a video."""
     paths = {"clip": str(VIDEO)}
-    words = re.sub(r"\{(.+?)\}", lambda found: paths.get(found[1], str(world / found[1])), text).split()
+    words = re.sub(r"\{(.+?)\}", lambda match: paths.get(match[1], str(world / match[1])), text).split()
     if main is generate_main:
         words += ["--save_file", str(world / "out.mp4")]
     return main(words), capsys.readouterr().err
@@ -410,8 +413,8 @@ HIGH_FILE, LOW_FILE = "{Wan2.2-I2V-A14B-HighNoise-Q8_0.gguf}", "{wan2.2_i2v_low_
 def test_files_stand_in_for_the_shards_of_a_folder(
     flags: str, task: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, said = run(world, flags, capsys)
-    assert code == 0, said
+    code, output = run(world, flags, capsys)
+    assert code == 0, output
     record = json.loads((world / "out.json").read_text())
     given = {name for name in ("dit", "dit_high", "dit_low") if record[name]}
     assert record["task"] == task and given == ({"dit_high", "dit_low"} if "A14B" in task else {"dit"})
@@ -420,9 +423,9 @@ def test_files_stand_in_for_the_shards_of_a_folder(
 def test_a_chain_is_not_gone_on_with_from_another_file(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chain = f"--ckpt_dir {{ti2v}} --video {{clip}} --prompt x --frame_num 5 --num_videos 1 --output_dir {world}/chain"
     for file, wanted in (("5b.gguf", 0), ("5b.gguf", 0), ("5b.safetensors", 2)):
-        code, said = run(world, f"{chain} --dit {{{file}}}", capsys, continuous_main)
-        assert code == wanted, said
-    assert "another checkpoint" in said
+        code, output = run(world, f"{chain} --dit {{{file}}}", capsys, continuous_main)
+        assert code == wanted, output
+    assert "another checkpoint" in output
 
 
 A14B, FIVE_B = "--ckpt_dir {i2v} --image {i2v.png} --prompt x", "--ckpt_dir {ti2v} --prompt x"
@@ -461,17 +464,17 @@ def test_a_wrong_file_is_said_in_one_line_before_anything_loads(
 ) -> None:
     monkeypatch.setattr("wan.models.WanModel.from_weights", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr("wan.models.TextEncoder.from_weights", lambda *_, **__: pytest.fail("loaded"))
-    code, said = run(world, flags, capsys)
-    assert code == 2 and message in said, said
-    assert len(without_start(said).strip().splitlines()) == 1
+    code, output = run(world, flags, capsys)
+    assert code == 2 and message in output, output
+    assert len(without_start(output).strip().splitlines()) == 1
 
 
 def test_a_missing_extra_is_said(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    code, said = run(world, f"{FIVE_B} --dit {{5b.gguf}}", capsys)
-    assert code == 2 and 'pip install -e ".[gguf]" in the project' in said
+    code, output = run(world, f"{FIVE_B} --dit {{5b.gguf}}", capsys)
+    assert code == 2 and 'pip install -e ".[gguf]" in the project' in output
     assert run(world, f"{FIVE_B} --dit {{5b.safetensors}}", capsys)[0] == 0
 
 

@@ -39,8 +39,8 @@ def model() -> bytes:
 
 
 def ids(tokenizer: PromptTokenizer, text: str) -> list[int]:
-    found, mask = tokenizer(text)
-    return [int(one) for one in found[mask.bool()]]
+    numbers, mask = tokenizer(text)
+    return [int(one) for one in numbers[mask.bool()]]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
@@ -59,9 +59,9 @@ def test_a_tokenizer_that_a_file_carries_gives_the_ids_of_sentencepiece(
 def test_a_tokenizer_that_a_file_carries_gives_the_ids_of_the_folder(kind: str, model: bytes, tmp_path: Path) -> None:
     """The folder of the tiny checkpoints, its pieces as sentencepiece's model."""
     write_prompt_tokenizer(tmp_path / "folder", 256)
-    said = Tokenizer.from_file(str(tmp_path / "folder" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "folder" / "tokenizer.json"))
     proto = import_protobuf().ModelProto.FromString(model)
-    of_folder = json.loads(said.to_str())["model"]["vocab"]
+    of_folder = json.loads(tokenizer.to_str())["model"]["vocab"]
     del proto.pieces[:]
     for piece, score in of_folder:
         kept = proto.pieces.add(piece=piece, score=score)

@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeAlias
 
 import ray
 from ray.exceptions import RayError
+from ray.util.client import ray as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from wan.batch.hand import Hand
+from wan.batch.hand import WRITING, Hand
 from wan.errors import UserError
 from wan.options import Settings
 
@@ -32,18 +33,24 @@ WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 LOOK_SECONDS = 1.0  # from one look at a worker to the next
 END_SECONDS = 10.0  # until an actor that was told to end its processes is killed
 START_SECONDS = 60.0  # until a worker that waits for a GPU is worth a word
-REACH_SECONDS = 10.0  # for the head of a cluster to answer
+REACH_SECONDS = 10.0  # for the head of a cluster to answer, at first
+HEAD_SECONDS = 20.0  # without the head until a batch ends: Ray itself ends this process after 60
+HEAD_LOOK_SECONDS = 3.0  # from one look at it to the next, and for it to answer then
 _PLACE = re.compile(r"(?:ray://)?(?P<host>[\w.-]+|\[[0-9a-fA-F:.]+\]):(?P<port>\d{1,5})(?:/.*)?")
 _OBJECTS = 100 << 20  # bytes of Ray's own store, of which words of some kB take nothing
 _FRAMES = 2 << 30  # bytes of it where frames go to captioners: 70 MB a question at 1080p
 _ASK_AGAIN = 2  # times, where a captioner dies of a question or with it
 
-Kind: TypeAlias = Literal["ready", "ended", "lost", "seen"]
+Kind: TypeAlias = Literal["ready", "ended", "written", "lost", "seen"]
+_AT_WORK = ("ended", "written")
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a worker: it is ready, its order has ended, it is lost, or it was looked at."""
+    """What became of a worker: it is ready, its order has ended, it is lost, or it was looked at.
+
+    Where an order ended with `WRITING`, "written" comes later.
+    """
 
     kind: Kind
     worker: int
@@ -62,6 +69,10 @@ class _Line:
         except RayError as error:
             return {"failed": _reason(error)}
         return answer
+
+
+class Gone(UserError):
+    """Ray has gone, or this machine from it. Workers may be asked to stop, and nothing else."""
 
 
 @dataclass
@@ -90,12 +101,15 @@ class Crew:
                 store = {"object_store_memory": objects, "include_dashboard": False}
                 self._context = ray.init(address="local", num_cpus=cores, **store, **quiet)
             else:
-                _reach(self.address)
+                _reach(self.address, REACH_SECONDS)
                 self._context = ray.init(address=self.address, **quiet)
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
+            advice = "ray status"
+            if (self.address or "").startswith("ray://"):
+                advice = "ray_client_server.err among the head's logs, and at RAY_AUTH_MODE here if it wants a token"
             raise UserError(
-                f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at ray status"
+                f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at {advice}"
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has put its own there
@@ -107,6 +121,11 @@ class Crew:
             raise
         self._members: dict[int, _Member] = {}
         self._futures: dict[Any, tuple[Kind, int]] = {}
+        by_client = (self.address or "").startswith("ray://")
+        self._head = str(self.address if by_client else ray.get_runtime_context().gcs_address)
+        self._head_seen = self._head_looked = time.monotonic()
+        self._gone = False
+        self._by_client = by_client
 
     def _places(self, settings: Settings) -> tuple[int, int]:
         """How many workers there are, and on one machine at most. Raises UserError."""
@@ -141,6 +160,11 @@ class Crew:
         return size, min(size, max(places))
 
     @property
+    def is_connected(self) -> bool:
+        """Whether anything can be asked of Ray. With ray:// it cannot when the cluster's client server has gone."""
+        return not self._by_client or client.is_connected()
+
+    @property
     def dashboard(self) -> str:
         """The address of Ray's own page, where the cluster has one."""
         return str(getattr(self._context, "dashboard_url", None) or "")
@@ -173,7 +197,8 @@ class Crew:
         self._futures[self._members[worker].hand.do.remote(dict(order))] = "ended", worker
 
     def wait(self, seconds: float) -> list[Event]:
-        """What has happened, after so many seconds at most."""
+        """What has happened, after so many seconds at most. Raises Gone."""
+        self._look_at_head()
         self._look()
         if not self._futures:
             time.sleep(seconds)
@@ -182,7 +207,8 @@ class Crew:
             done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
             more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
         except (RayError, ConnectionError) as error:
-            raise UserError(f"Ray has gone ({_reason(error)}); the same command goes on") from error
+            self._gone = True
+            raise Gone(f"Ray has gone ({_reason(error)}); the same command goes on") from error
         events = []
         for future in dict.fromkeys([*done, *more]):
             if future not in self._futures:  # of a worker that was lost a moment ago
@@ -196,6 +222,11 @@ class Crew:
                 continue
             if kind == "seen":
                 self._members[worker].looking = False
+            if kind == "ended" and message["state"] == WRITING:
+                if ("written", worker) in self._futures.values():  # that of the order before; it is on its way
+                    self._futures[future] = kind, worker
+                    continue
+                self._futures[self._members[worker].hand.written.remote()] = "written", worker
             if kind == "ready" and "error" in message:
                 self.drop(worker)
                 events.append(Event("lost", worker, {"reason": message["error"]}))
@@ -203,9 +234,34 @@ class Crew:
                 events.append(Event(kind, worker, message))
         return events
 
+    def _look_at_head(self) -> None:
+        """Raise Gone before Ray ends this process in words of its own, or lets it wait for ever."""
+        now = time.monotonic()
+        if self._gone or now - self._head_looked < HEAD_LOOK_SECONDS:
+            return
+        self._head_looked = now
+        try:
+            _reach(self._head, HEAD_LOOK_SECONDS)
+        except OSError as error:
+            if now - self._head_seen < HEAD_SECONDS:
+                return
+            self._gone = True
+            raise Gone(
+                f"the head of the Ray cluster, {self._head}, has gone ({error}); finished clips are kept, and the same "
+                "command goes on when there is a cluster again"
+            ) from error
+        self._head_seen = now
+        here = ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here):
+            self._gone = True
+            raise Gone(
+                "this machine is no longer part of the Ray cluster, for its raylet has ended; finished clips are kept, "
+                "and the same command goes on when ray status names this machine again"
+            )
+
     def _look(self) -> None:
         now = time.monotonic()
-        busy = {worker for kind, worker in self._futures.values() if kind == "ended"}
+        busy = {worker for kind, worker in self._futures.values() if kind in _AT_WORK}
         for worker, member in self._members.items():
             if worker in busy and not member.looking and now - member.looked >= LOOK_SECONDS:
                 member.looking, member.looked = True, now
@@ -229,18 +285,27 @@ class Crew:
 
     def stop(self, seconds: float) -> list[Event]:
         """Let all workers leave what they make, and hear of those that have within so many seconds."""
+        if not self.is_connected:
+            return []
         for member in self._members.values():
             member.hand.stop.remote()
         events, end = list[Event](), time.monotonic() + seconds
-        while any(kind == "ended" for kind, _ in self._futures.values()) and time.monotonic() < end:
-            events += self.wait(0.2)
+        while any(kind in _AT_WORK for kind, _ in self._futures.values()) and time.monotonic() < end:
+            try:
+                events += self.wait(0.2)
+            except Gone:  # which is said already, or is no news to who stops
+                break
         return events
 
     def close(self) -> None:
         """End all workers, and Ray where it was started here."""
+        if not self.is_connected:  # Ray ends the workers of a client that has gone
+            return
         ends = [member.hand.end.remote() for member in self._members.values()]
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
+        if self._gone:  # what follows would wait for the head; see `cli.batch_program`
+            return
         for worker in list(self._members):
             ray.kill(self._members[worker].hand)
             self._forget(worker)
@@ -253,10 +318,10 @@ class Crew:
         self._futures = {future: order for future, order in self._futures.items() if order[1] != worker}
 
 
-def _reach(address: str) -> None:
+def _reach(address: str, seconds: float) -> None:
     """Raise OSError for a machine and port where nobody listens: Ray itself would try for minutes."""
     if place := _PLACE.fullmatch(address):
-        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=REACH_SECONDS):
+        with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=seconds):
             pass
 
 

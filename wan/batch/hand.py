@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,45 @@ from wan.server.live import Live
 from wan.server.tickets import DONE, FAILED
 
 LOST, UPLOAD = "lost", "upload"
+WRITING = "writing"  # a chain that is computed, whose files are still written and uploaded
 _LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
 _LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
 _ALL_OF_IT = 0.9  # of the host's memory are for the workers of a node together
+
+
+@dataclass
+class _Work:
+    """An order on its way, and what its process has said of it."""
+
+    order: Mapping[str, Any]
+    made: asyncio.Future[Any]  # when only its files are still to be written
+    ended: asyncio.Future[Any]
+    live: Live = field(default_factory=Live)
+    done: int = 0
+    count: int = 0
+    clips_made: int = 0
+    clip_began: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.order["settings"]["output_dir"])
+
+    def hear(self, event: str, message: dict[str, Any]) -> None:
+        """Take in what the process says of it."""
+        self.live.hear(event, message)
+        if event == "there":
+            self.done, self.count = message["done"], message["count"]
+        elif event == "clip_started":
+            self.clip_began = time.monotonic()
+        elif event == "clip_finished":
+            self.done, self.count = message["clip"], message["count"]
+            self.clips_made += 1
+        elif event == "made":
+            self.made.set_result(None)
+        elif event == "end":
+            self.ended.set_result(message)
 
 
 class Hand:
@@ -51,14 +86,14 @@ class Hand:
     ) -> None:
         self.command, self.ranks, self.siblings = command, ranks, siblings
         self.folder, self.threads, self.captioner = folder, threads, captioner
-        self.live, self.done, self.count, self.made = Live(), 0, 0, 0
         self._heard = time.monotonic()
-        self._clip_began: float | None = None
-        self._making: str | None = None
+        self._works: dict[str, _Work] = {}  # the last of which is being made, and one at most is written
+        self._behind: asyncio.Task[dict[str, Any]] | None = None
         self._processes: list[asyncio.subprocess.Process] = []
         self._tail: deque[str] = deque(maxlen=_TAIL)
         self._reading: list[asyncio.Task[None]] = []
         self._asking: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
         # this may be in place of one that ended, beside others that have taken their shares
         share = min(host_free_bytes(), int(_ALL_OF_IT * host_bytes()) // (siblings * ranks)) / GIB
         self._share = max(1.0, round(share, 2))
@@ -84,6 +119,7 @@ class Hand:
         message = await self._next()
         if message is None:
             return {"error": await self._why()}
+        self._hearing = asyncio.create_task(self._hear_all())
         return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
 
     def _environment(self, rank: int) -> dict[str, str]:
@@ -94,20 +130,43 @@ class Hand:
         return dict(os.environ) | variables | rank_environment(rank, self.ranks)
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Make or check a chain; what came of it, and what there is to see of it."""
-        self.live, self.done, self.count, self.made = Live(), 0, 0, 0
-        self._heard, self._clip_began, self._making = time.monotonic(), None, order["id"]
+        """Make or check a chain; what came of it, and what there is to see of it.
+
+        With `ahead` in the order this returns as soon as the chain is computed, with `WRITING`: then `written` has the
+        rest, and the next order may come.
+        """
+        loop = asyncio.get_running_loop()
+        work = self._works[order["id"]] = _Work(order, loop.create_future(), loop.create_future())
+        self._heard = time.monotonic()
         self._say(self._with_share(order))
-        end = await self._until_end(order["id"])
-        self._making = None
-        progress: dict[str, Any] = {"done": self.done, "count": self.count, "made": self.made}
-        progress["warnings"] = self.live.warnings[-_KEPT_WARNINGS:]
+        if self._hearing is None or self._hearing.done():  # the process ended after its last chain
+            self._lose_all(await self._why())
+        await asyncio.wait([work.made, work.ended], return_when=asyncio.FIRST_COMPLETED)
+        if not work.made.done():
+            return await self._finish(work)
+        if self._behind is not None:
+            await asyncio.wait([self._behind])
+        self._behind = asyncio.create_task(self._finish(work))
+        return {"state": WRITING, "done": work.done, "count": work.count, "made": work.clips_made}
+
+    async def written(self) -> dict[str, Any]:
+        """What came of the chain that was being written when the last order ended."""
+        assert self._behind is not None
+        return await self._behind
+
+    async def _finish(self, work: _Work) -> dict[str, Any]:
+        """When its process is done with a chain: upload it, and gather what there is to see."""
+        order = work.order
+        end: dict[str, Any] = await work.ended
+        progress: dict[str, Any] = {"done": work.done, "count": work.count, "made": work.clips_made}
+        progress["warnings"] = work.live.warnings[-_KEPT_WARNINGS:]
         estimate, place = end.get("found"), order.get("upload")
         if place and (end["state"] == DONE or (estimate and estimate["missing"] == 0)):
-            end |= await asyncio.to_thread(self._upload, Path(order["settings"]["output_dir"]), place, estimate)
-        if order.get("check") and (estimate is None or estimate["missing"] == estimate["clips"]):
-            return progress | end
-        return progress | end | await asyncio.to_thread(_seen, Path(order["settings"]["output_dir"]))
+            end |= await asyncio.to_thread(self._upload, work.folder, place, estimate)
+        if not order.get("check") or (estimate is not None and estimate["missing"] < estimate["clips"]):
+            end |= await asyncio.to_thread(_seen, work.folder)
+        self._works.pop(order["id"], None)
+        return progress | end
 
     def _upload(self, folder: Path, place: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
         """Bring a finished chain to its place, or for a check see whether it is there; what that changes of its end."""
@@ -134,24 +193,27 @@ class Hand:
             settings = {**settings, "host_memory": self._share}
         return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
 
-    async def _until_end(self, name: str) -> dict[str, Any]:
-        while (message := await self._next()) is not None:
-            event = message.pop("event")
-            if message.get("id") != name:
-                continue
-            if event == "end":
-                return message
-            if event == "ask":
-                self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
-                continue
-            self.live.hear(event, message)
-            if event == "there":
-                self.done, self.count = message["done"], message["count"]
-            elif event == "clip_started":
-                self._clip_began = time.monotonic()
-            elif event == "clip_finished":
-                self.done, self.count, self.made = message["clip"], message["count"], self.made + 1
-        return {"state": LOST, "error": {"code": "worker_lost", "message": await self._why()}}
+    async def _hear_all(self) -> None:
+        """Hear the first process to its end, which is that of all that it had in hand."""
+        try:
+            while (message := await self._next()) is not None:
+                event, work = message.pop("event"), self._works.get(message.get("id", ""))
+                if work is None:
+                    continue
+                if event == "ask":
+                    self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
+                else:
+                    work.hear(event, message)
+            why = await self._why()
+        except Exception as error:  # it said what cannot be understood; whoever waits for its word hears of that
+            await self.end()
+            why = f"the process that makes videos was ended, for it said: {type(error).__name__}: {error}"
+        self._lose_all(why)
+
+    def _lose_all(self, why: str) -> None:
+        for work in self._works.values():
+            if not work.ended.done():
+                work.ended.set_result({"state": LOST, "error": {"code": "worker_lost", "message": why}})
 
     async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
         assert self.captioner is not None  # the process was told whether it may ask
@@ -190,26 +252,29 @@ class Hand:
         return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
 
     async def look(self) -> dict[str, Any]:
-        """How far it is. Durations are by this machine's own clock."""
-        now, live = time.monotonic(), self.live
+        """How far it is with what it makes, else with what it writes. Durations are by this machine's own clock."""
+        now, work = time.monotonic(), next(reversed(self._works.values()), None)
+        if work is None:
+            return {"id": None}
+        began, live = work.clip_began, work.live
         return {
-            "id": self._making,
-            "done": self.done,
-            "count": self.count,
-            "made": self.made,
+            "id": work.order["id"],
+            "done": work.done,
+            "count": work.count,
+            "made": work.clips_made,
             "clip": live.clip,
             "stage": live.stage,
             "step": live.step,
             "steps": live.steps,
             "seconds_left": live.seconds_left,
             "silent": now - self._heard,
-            "clip_seconds": None if self._clip_began is None else now - self._clip_began,
+            "clip_seconds": None if began is None or work.made.done() else now - began,
         }
 
     async def stop(self) -> None:
-        """Let it leave what it makes; finished clips are joined."""
-        if self._making is not None:
-            self._say({"cancel": self._making})
+        """Let it leave what it makes; finished clips are joined, and what is only written is written."""
+        for name in self._works:
+            self._say({"cancel": name})
 
     async def end(self) -> None:
         """Kill the processes."""

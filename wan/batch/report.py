@@ -15,9 +15,9 @@ from urllib.parse import quote
 from wan.batch.rows import DATA, PAGE, BadRow
 from wan.batch.schedule import Task
 from wan.files import readable, write_text
-from wan.kinds import public_path
 from wan.options import Settings, options_of, words_of
 from wan.pages import templates
+from wan.public import public_path
 from wan.server.tickets import FAILED
 
 RENEW_SECONDS = 5.0  # from one writing to the next, and no more than this share of the time

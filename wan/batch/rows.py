@@ -31,7 +31,7 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from wan.chain.storyboard import compose
+from wan.chain.storyboard_file import compose
 from wan.commands.flags import NAME, check_together
 from wan.errors import UserError
 from wan.foreign import parse_json, read_bytes

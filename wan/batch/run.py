@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.batch.hand import UPLOAD
+from wan.batch.hand import LOST, UPLOAD, WRITING
 from wan.batch.report import Report
 from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
@@ -42,7 +42,7 @@ def make_batch(settings: Settings) -> None:
 
         check_place(settings.upload.replace(NAME, "name"))
     _refuse(bad, settings)
-    from wan.batch.crew import Crew  # which needs Ray
+    from wan.batch.crew import Crew, Gone  # which needs Ray
 
     tasks = [Task(row) for row in rows]
     crew = Crew(settings)
@@ -59,9 +59,14 @@ def make_batch(settings: Settings) -> None:
             return
         batch.make()
     except BaseException as error:
-        if not isinstance(error, UserError) and not settings.dry_run:
+        if isinstance(error, Exception) and not crew.is_connected:
+            error = Gone(
+                f"the Ray cluster at {settings.address} has gone, or its client server has; finished clips are kept, "
+                "and the same command goes on when it is there again"
+            )
+        if (isinstance(error, Gone) or not isinstance(error, UserError)) and not settings.dry_run:
             batch.leave()
-        raise
+        raise error
     finally:
         crew.close()
     if failed := _count(batch.made, FAILED):
@@ -82,6 +87,8 @@ class Batch:
         self.lives: dict[int, Mapping[str, Any]] = {}
         self.nodes: dict[int, str] = {}
         self._at: dict[int, Task] = {}  # what each worker does
+        self._written: dict[int, Task] = {}  # and what it writes meanwhile
+        self._unfit: set[int] = set()  # workers that are replaced when that is written
         self._like: dict[int, tuple[Any, ...]] = {}  # the weights that it has
         self._idle: set[int] = set()
         self._opened: set[int] = set()
@@ -106,10 +113,15 @@ class Batch:
     def leave(self) -> None:
         """Stop in the middle, and say how to go on."""
         for event in self.crew.stop(STOP_SECONDS):
-            task = self._at.pop(event.worker, None)
-            if task is not None and event.kind == "ended":
-                self._schedule.end(task, event.message)
-        for task in self._at.values():
+            if event.kind == "ended" and event.worker in self._at:
+                task = self._at.pop(event.worker)
+                if event.message["state"] == WRITING:
+                    self._written[event.worker] = task
+                else:
+                    self._schedule.end(task, event.message)
+            elif event.kind == "written" and event.worker in self._written:
+                self._schedule.end(self._written.pop(event.worker), event.message)
+        for task in (*self._at.values(), *self._written.values()):
             task.state, task.worker = WAITING, None
         # while rows are checked, the report of the last time is the better one
         if self.report is not None and self.made:
@@ -127,84 +139,123 @@ class Batch:
             while not schedule.is_over:
                 self._give(schedule, check=title == "check")
                 for event in self.crew.wait(WAIT_SECONDS):
-                    task = self._hear(schedule, event.kind, event.worker, event.message)
-                    if task is not None and task.is_over:
-                        over(task)
+                    for task in self._hear(schedule, event.kind, event.worker, event.message):
+                        if task.is_over:
+                            over(task)
                 self._replace_slow(schedule)
-                table.show({worker: (task, self.lives.get(worker, {})) for worker, task in self._at.items()})
+                table.show({worker: (task, self.lives.get(worker, {})) for worker, task in self._busy.items()})
                 if self.report is not None and title == "make":
                     self.report.renew(self.tasks, self._places())
         if self.report is not None and title == "make":
             self.report.write(self.tasks, self._places(), status="finished")
 
+    @property
+    def _busy(self) -> dict[int, Task]:
+        """What each worker does, or else writes."""
+        return self._written | self._at
+
     def _places(self) -> dict[int, str]:
-        return {worker: self.nodes.get(worker, "") for worker in self._at}
+        return {worker: self.nodes.get(worker, "") for worker in self._busy}
 
     def _give(self, schedule: Schedule, *, check: bool) -> None:
-        for worker in sorted(self._idle):
-            task = schedule.next(self._like.get(worker))
+        for worker in sorted(self._idle, key=lambda one: (one in self._written, one)):
+            written = self._written.get(worker)
+            if written is not None and written.lost:  # see `Schedule.next`
+                continue
+            task = schedule.next(self._like.get(worker), beside=written is not None)
             if task is None:
-                break
+                if written is None:
+                    break
+                continue
             self._idle.discard(worker)
             self._at[worker], self._like[worker] = task, task.key
             self.lives.pop(worker, None)
-            schedule.begin(task, worker)
-            order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check}
+            schedule.begin(task, worker, written)
+            order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check, "ahead": not check}
             if self.settings.upload is not None:
                 order["upload"] = self.settings.upload.replace(NAME, task.row.name)
             self.crew.give(worker, order)
-        waiting = sum(not task.is_over and task not in self._at.values() for task in schedule.tasks)
+        at_work = {id(task) for task in (*self._at.values(), *self._written.values())}
+        waiting = sum(not task.is_over and id(task) not in at_work for task in schedule.tasks)
         for worker in range(self.crew.size):
             if worker not in self._opened and waiting > len(self._opened - self._at.keys() - self._idle):
                 self._opened.add(worker)
                 self.crew.open(worker)
 
-    def _hear(self, schedule: Schedule, kind: str, worker: int, message: Mapping[str, Any]) -> Task | None:
-        """Take in an event; the task that it is about."""
-        task = self._at.get(worker)
+    def _hear(self, schedule: Schedule, kind: str, worker: int, message: Mapping[str, Any]) -> list[Task]:
+        """Take in an event; the tasks that it is about."""
+        task, written = self._at.get(worker), self._written.get(worker)
         if kind == "ready":
             self._false_starts = 0
             self.nodes[worker] = message["node"]
             self._idle.add(worker)
         elif kind == "seen":
-            if task is not None and message["id"] == task.row.name:
+            one = self._busy.get(worker)
+            if one is not None and message["id"] == one.row.name:
                 self.lives[worker] = message
-                schedule.see(task, message)
-        elif kind == "ended":
-            assert task is not None
-            del self._at[worker]
-            schedule.end(task, message)
-            if message["state"] in (DONE, CHECKED) or _is_fit(message, self.crew.gpus_per_job):
+                schedule.see(one, message)
+        elif kind in ("ended", "written"):
+            self._end(schedule, kind, worker, message)
+        elif task is None and written is None:
+            self._lose(worker)
+            self._false_starts += 1
+            if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
+                raise UserError(f"no worker can start: {message['reason']}")
+            log.warning("worker %d could not start: %s", worker, message["reason"])
+        else:
+            self._fail(schedule, worker, str(message["reason"]))
+        return [one for one in (task, written) if one is not None]
+
+    def _end(self, schedule: Schedule, kind: str, worker: int, message: Mapping[str, Any]) -> None:
+        """A worker is done with what it made, or with what it wrote meanwhile."""
+        tasks, other = (self._at, self._written) if kind == "ended" else (self._written, self._at)
+        if worker not in tasks:  # it was lost with the other one a moment ago
+            return
+        task = tasks.pop(worker)
+        if message["state"] == WRITING:
+            self._written[worker] = task
+            schedule.see(task, message)
+            if worker not in self._unfit:
                 self._idle.add(worker)
-            else:
+            return
+        schedule.end(task, message)
+        if message["state"] == LOST:
+            self.crew.drop(worker)
+            self._fail(schedule, worker, str(message["error"]["message"]))
+            return
+        if worker in other:
+            other[worker].beside = False
+        if message["state"] not in (DONE, CHECKED) and not _is_fit(message, self.crew.gpus_per_job):
+            self._unfit.add(worker)
+        if worker in self._unfit:
+            if worker not in other:
                 self._lose(worker)
                 self.crew.drop(worker)
-        else:
-            self._lose(worker)
-            if task is None:
-                self._false_starts += 1
-                if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
-                    raise UserError(f"no worker can start: {message['reason']}")
-                log.warning("worker %d could not start: %s", worker, message["reason"])
             else:
-                self._at.pop(worker)
-                schedule.fail(task, str(message["reason"]))
-        return task
+                self._idle.discard(worker)
+        elif kind == "ended":
+            self._idle.add(worker)
 
     def _replace_slow(self, schedule: Schedule) -> None:
-        for worker, task in list(self._at.items()):
+        for worker, task in self._busy.items():
             live = self.lives.get(worker)
             if live and (why := schedule.too_slow(task, live, self.settings.patience)):
                 log.warning("%s: %s, and is replaced", task.row.name, why)
                 self.crew.drop(worker)
-                self._lose(worker)
-                self._at.pop(worker)
-                schedule.fail(task, why)
+                self._fail(schedule, worker, why)
+
+    def _fail(self, schedule: Schedule, worker: int, why: str) -> None:
+        """A worker is lost, with all that it had in hand."""
+        self._lose(worker)
+        for tasks in (self._written, self._at):
+            if worker in tasks:
+                schedule.fail(tasks.pop(worker), why)
 
     def _lose(self, worker: int) -> None:
         """Forget a worker, whose place another takes."""
         self._opened.discard(worker)
         self._idle.discard(worker)
+        self._unfit.discard(worker)
         self._like.pop(worker, None)
         self.lives.pop(worker, None)
 

@@ -51,6 +51,7 @@ class Task:
     not_before: float = 0.0
     began: float = 0.0
     elsewhere: bool = False  # another run is at work in its folder
+    beside: bool = False  # its worker has another one in hand, too
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -92,10 +93,15 @@ class Schedule:
         """Whether nothing is left to do."""
         return all(task.is_over for task in self.tasks)
 
-    def next(self, like: tuple[Any, ...] | None = None) -> Task | None:
-        """The chain to make now, one with the weights `like` those that a worker has if there is one."""
+    def next(self, like: tuple[Any, ...] | None = None, *, beside: bool = False) -> Task | None:
+        """The chain to make now, one with the weights `like` those that a worker has if there is one.
+
+        One that has failed is made alone, and not `beside` another: what fails once more is its own fault.
+        """
         now = self.now()
         ready = [task for task in self.tasks if task.state == WAITING and task.not_before <= now]
+        if beside:
+            ready = [task for task in ready if not task.lost]
         if not ready:
             return None
         alike = [task for task in ready if like is not None and task.key == like]
@@ -108,10 +114,12 @@ class Schedule:
         best = max(most, key=lambda key: most[key] / (1 + busy[key]))
         return next(task for task in ready if id(task.key) == best)
 
-    def begin(self, task: Task, worker: int) -> None:
-        """A worker was given it."""
+    def begin(self, task: Task, worker: int, beside: Task | None = None) -> None:
+        """A worker was given it, `beside` one whose files it writes."""
         task.state, task.worker, task.began, task.elsewhere = MAKING, worker, self.now(), False
-        task.made_before = task.made
+        task.made_before, task.beside = task.made, beside is not None
+        if beside is not None:
+            beside.beside = True
 
     def see(self, task: Task, live: Mapping[str, Any]) -> None:
         """A worker says how far it is."""
@@ -158,10 +166,13 @@ class Schedule:
             task.state = WAITING
 
     def fail(self, task: Task, reason: str, *, wait: bool = False) -> None:
-        """It failed with its worker, or `wait`s a little before the next one tries."""
+        """It failed with its worker, or `wait`s a little before the next one tries.
+
+        Where its worker had another one in hand, which of them is to blame is not known, and it does not count.
+        """
         self._progress(task, max(task.done, self.done_of(task)), task.clips)
         task.worker, task.reason = None, reason
-        task.failures, task.lost = task.failures + 1, task.lost + 1
+        task.failures, task.lost = task.failures + (wait or not task.beside), task.lost + 1
         task.state = FAILED if task.failures >= self.max_failures else WAITING
         task.not_before = self.now() + (min(2.0**task.failures, LONGEST_WAIT) if wait else 0.0)
 

@@ -14,7 +14,7 @@ import fsspec
 
 from wan.errors import UserError
 from wan.files import file_digest
-from wan.kinds import without_login
+from wan.public import without_login
 
 LIST = "uploaded.json"
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent import futures
-from http.client import HTTPMessage
+from http.client import HTTPMessage, IncompleteRead
 from threading import Thread
 from typing import IO, Any
 from urllib.error import HTTPError
@@ -21,7 +21,7 @@ from PIL import Image
 from wan.captioner.base import BackEnd, Pictures, one_line, to_images
 from wan.errors import UserError
 from wan.foreign import parse_json
-from wan.kinds import public_url
+from wan.public import public_url
 
 FRAME_SIZE = 448  # pixels; a square of this size stays one tile, servers cut others into up to 13
 MOST_BYTES = 4 << 20  # of an answer
@@ -66,7 +66,8 @@ class EndpointCaptioner(BackEnd):
             {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens},
         )
         message = self.first(reply, "choices", "message")
-        text = message.get("content") if isinstance(message, dict) else None
+        # OpenAI's API has a field of its own for a refusal
+        text = (message.get("content") or message.get("refusal")) if isinstance(message, dict) else None
         if isinstance(text, list):  # some servers answer in parts
             text = " ".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
         return text if isinstance(text, str) else ""
@@ -77,6 +78,11 @@ class EndpointCaptioner(BackEnd):
     def first(self, reply: Any, items: str, key: str) -> Any:
         """reply[items][0][key]. Raises UserError."""
         try:
+            if isinstance(reply, dict) and reply.get("error"):  # some servers say so with HTTP 200
+                error = reply["error"]
+                reason = error.get("message", error) if isinstance(error, dict) else error
+                reason = one_line(ValueError(self._without_secrets(str(reason))))
+                raise UserError(f"{self.url} answered with an error ({reason}): check `vlm_url`")
             return reply[items][0][key]
         except (LookupError, TypeError) as error:
             raise UserError(f"{self.url} answered without {items}: give an OpenAI-compatible `vlm_url`") from error
@@ -139,12 +145,14 @@ def _ask(request: Request, timeout: float) -> bytes:
             content = b""
             while len(content) <= MOST_BYTES and time.monotonic() < until:
                 if not (block := response.read1(MOST_BYTES + 1 - len(content))):
+                    if response.length:  # what it announced and did not send; read1 does not mind
+                        raise IncompleteRead(content, response.length)
                     return content
                 content += block
             return content
     except HTTPError as error:
         if error.code // 100 != 3:
-            error.msg = error.read(2000).decode(errors="replace")
+            error.msg = error.read(2000).decode(errors="replace").strip() or error.msg
         raise
 
 

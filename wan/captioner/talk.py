@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 _AGREEING = {
-    "en": r"sure(?: thing)?|certainly|of course|absolutely|okay|ok|great(?: question)?|no problem|happy to help",
+    "en": (
+        r"sure(?: thing)?|certainly|of course|absolutely|okay|ok|great(?: question)?|no problem"
+        r"|(?:i(?:['’]d| would) be |i['’]m |i am )?(?:happy|glad) to (?:help|assist)(?: you)?(?: with (?:that|this))?"
+    ),
     "zh": r"好的|当然(?:可以)?|没问题",
     "de": r"natürlich|gerne|klar",
     "fr": r"bien sûr|certainement|d'accord",
@@ -34,14 +37,15 @@ _OFFERING = {
         r"|if you(?:['’]d| would)?\b.{0,40}\b(?:need|have|like|want|wish)\b"
         r"|would you like\b|do you (?:need|want|have)\b"
         r"|is there anything\b|please (?:provide|share|upload|send|try)\b"
+        r"|(?:please )?note(?: that|:)? (?:as an ai\b|i (?:am|can|do)\b)"
     ),
     "zh": r"(?:如果|若)(?:您|你)|希望(?:这|以上|对)|请(?:随时|告诉我|让我|提供|上传)",
     "de": r"lass(?:en sie)? (?:es )?mich\b|ich hoffe\b|(?:wenn|falls) (?:du|sie)\b",
     "fr": r"n['’]hésitez pas\b|faites-moi savoir\b|j['’]espère\b|si vous\b",
-    "es": r"avísame\b|no dudes?\b|espero que\b|si (?:necesitas?|deseas?|quieres?|tienes?)\b",
+    "es": r"avísame\b|no dudes?\b|espero que\b|si (?:necesitas?|deseas?|quieres?|tienes?)\b|¿(?:necesitas?|quieres?)\b",
     "pt": r"me avise\b|se (?:você )?(?:precisar|quiser)\b",
     "it": r"fammi sapere\b|spero che\b|se (?:hai|vuoi|desideri)\b",
-    "ja": r"(?:何か)?(?:ご質問|ご不明|ご要望)|お役に立て",
+    "ja": r"(?:何か|他に|ほかに)*(?:ご質問|ご不明|ご要望)|お役に立て",
     "ko": r"더 (?:궁금|필요)|도움이 되",
     "ru": r"дайте (?:мне )?знать|если (?:вам|у вас|вы)\b|надеюсь\b",
 }
@@ -57,8 +61,9 @@ _REFUSING = {
         rf"|(?:as an ai\b[^.!?]{{0,60}}\b)?\bi ?{_CANNOT} (?:to )?(?:assist|help|describe|provide|view|see|watch"
         r"|analy[sz]e|process|fulfil+|comply|continue|access|discuss|engage|generate|create|answer|respond|any|an?|the|that|this"
         r"|comfortable)\b"
-        r"|as an ai\b|no (?:video|images?|frames?) (?:was|were|has been|have been)"
-        r" (?:provided|attached|given|uploaded)\b"
+        r"|as an ai\b|(?:[^.!?]{0,60}\b(?:appears?|seems?|looks like)\b[^.!?]{0,20}\b|[^.!?]{0,60}\bthere (?:is|are) )?"
+        r"no (?:video|images?|frames?)(?: files?)? (?:(?:was|were|has been|have been) )?"
+        r"(?:provided|attached|given|uploaded)\b"
     ),
     "zh": (
         r"(?:我)?(?:很|非常|十分)?(?:抱歉|对不起|不好意思|遗憾)"
@@ -72,9 +77,28 @@ _REFUSING = {
     "es": r"lo siento|no puedo\b|lamentablemente",
     "pt": r"desculpe|sinto muito|lamento|não posso\b|infelizmente,? (?:eu )?não",
     "it": r"mi dispiace|non posso\b|purtroppo non",
-    "ja": r"申し訳|すみませんが|恐れ入りますが",
+    "ja": r"申し訳|すみません(?:が|、)|恐れ入りますが",
     "ko": r"죄송|미안하지만",
     "ru": r"извините|простите|к сожалению,? я|я не могу",
+    "uk": r"вибачте|перепрошую|на жаль,? я|я не можу",
+    "pl": r"przepraszam\b|przykro mi|niestety,? nie (?:mogę|jestem)|nie mogę\b",
+    "cs": r"omlouvám se|je mi líto|bohužel,? ne(?:mohu|můžu)|nemohu\b",
+    "nl": r"het spijt (?:me|mij)|sorry,? (?:maar )?ik\b|helaas kan ik|ik kan (?:je|u|deze|dit|dat|hier)\b.{0,80}\bniet",
+    "sv": r"tyvärr kan jag|jag kan (?:tyvärr )?inte|jag är ledsen",
+    "da": r"beklager\b|desværre kan jeg|jeg kan (?:desværre |dessverre )?ikke",  # and Norwegian
+    "fi": r"valitettavasti en\b|anteeksi,? mutta|en (?:voi|pysty)\b",
+    "hu": r"sajnálom|sajnos nem",
+    "ro": r"îmi pare rău|din păcate,? nu pot|nu pot (?:să|ajuta|descrie)",
+    "el": r"λυπάμαι|συγγνώμη|δυστυχώς,? δεν|δεν μπορώ",
+    "tr": r"üzgünüm|özür dilerim|maalesef\b",
+    "ar": r"عذر[اًا]+|آسف|أعتذر|معذرة|للأسف،? لا|لا (?:أستطيع|يمكنني)",
+    "he": r"מצטער|סליחה|לצערי|אני לא יכול",
+    "fa": r"مت[أا]سفم|ببخشید|متأسفانه|من نمی\u200c?\s?توانم",
+    "hi": r"क्षमा करें|मुझे खेद है|मुझे माफ|माफ\S* (?:कीजिए|करें)|मैं .{0,80}नहीं (?:कर )?सक",
+    "bn": r"দুঃখিত|আমি দুঃখিত",
+    "vi": r"(?:tôi )?(?:rất )?xin lỗi|rất tiếc|tôi không thể",
+    "id": r"(?:mohon )?maaf\b|saya tidak (?:dapat|bisa)",
+    "th": r"(?:ต้อง)?ขออภัย|ขอโทษ|(?:ฉัน|ผม|ดิฉัน)ไม่สามารถ",
 }
 
 
@@ -83,9 +107,10 @@ def _any(*patterns: str) -> str:
 
 
 _AGREE, _ANNOUNCE = _any(*_AGREEING.values()), _any(*_ANNOUNCING.values())
+_BASED = r"based (?:up)?on the (?:\w+ ){0,3}(?:frames?|images?|video|footage|pictures?)(?: \w+){0,5}, "
 LEAD_IN = re.compile(  # "Sure! Here is a description of the video:"
-    rf"(?:{_AGREE}\s*[,.!:，。！：、—-]+\s*)?{_ANNOUNCE}[^.!?。！？:：]{{0,150}}[:：]\s*"
-    rf"|{_AGREE}\s*[!！]+\s*|{_AGREE}\s*[,.，。、]\s+",
+    rf"¡?(?:(?:{_AGREE}\s*[,.!:，。！：、—-]+\s*)*{_ANNOUNCE}[^.!?。！？:：]{{0,150}}[:：]\s*"
+    rf"|(?:{_AGREE}(?:\s*[!！]+\s*|\s*[,.，。、]\s+))+(?:{_BASED})?|{_BASED})",
     re.IGNORECASE,
 )
 CLOSING = re.compile(_any(*_OFFERING.values()), re.IGNORECASE)  # "Let me know if you need more."

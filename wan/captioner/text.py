@@ -7,6 +7,7 @@ import logging
 import re
 import unicodedata
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 
 from wan.captioner.base import MOST_CHARACTERS
@@ -27,7 +28,10 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _CHARACTER = re.compile(r"\S")
 _BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
-_REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_THOUGHT = r"think|thinking|thought|reasoning|reflection"
+_REASONING = re.compile(rf"<({_THOUGHT})>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_THOUGHT_END = re.compile(rf"</(?:{_THOUGHT})>", re.IGNORECASE)
+_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]{0,60}<\|message\|>")  # gpt-oss's way to begin its answer
 _BOX = re.compile(r"<box>.{0,500}?</box>", re.DOTALL)
 _SPACES, _LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n(?:[^\S\n]*\n)+")
 _RUN = re.compile(
@@ -40,7 +44,8 @@ _TAG = re.compile(
     r"|(?<!\w)<[A-Za-z][\w:-]{0,60}(?:\s+[\w:-]{1,60}=[^<>\s]{0,200})*\s*/?>"
 )
 _FENCE_OR_RULE = re.compile(r"^\s*(?:```.*|(?:[-*_]\s*){3,})$", re.MULTILINE)
-_LINK = re.compile(r"!?\[([^\]]{0,300})\]\([^)]{0,500}\)")
+_LINK = re.compile(r"!\[[^\]]{0,300}\]\([^)]{0,500}\)|\[([^\]]{0,300})\]\([^)]{0,500}\)")  # of a picture nothing stays
+_ESCAPE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]")  # a colour of a terminal
 _BLOCK = re.compile(r"^\s*(?:>\s*)?(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
 _EMPHASIS = re.compile(
     r"`+|__|(?<!\d)\*{2,3}|\*{2,3}(?!\d)|(?<![\w)*])[*_](?=\S)|(?<=\S)[*_](?![\w(*])"  # 5*3*2 is no emphasis
@@ -54,13 +59,17 @@ _FRAME_MENTION = re.compile(
     re.IGNORECASE,
 )
 
+_JSON_VALUE = re.compile(r'[:\[,]\s*"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*)(?:"(?!\s*:)|$)')
+
 _LONGEST_LOOP = 30  # words that come again and again
+_MOST_COUNTED = 3
 _FEWEST_WORDS = 8  # of a description that stands beside a refusal
 
 
 def without_reasoning(text: str) -> str:
     """A VLM's answer without what it thought before answering."""
-    return _REASONING.sub(" ", text).rpartition("</think>")[2]  # a chat template may have opened the block itself
+    # a chat template may have opened the block itself
+    return _THOUGHT_END.split(_REASONING.sub(" ", _CHANNEL.split(text)[-1]))[-1]
 
 
 def bounded(text: str) -> str:
@@ -83,9 +92,9 @@ def refusal(answer: str) -> str | None:
 
     An answer that declines a part and describes the rest is a description.
     """
-    text = " ".join(_TAG.sub(" ", bounded(without_reasoning(answer))).split())
+    text = " ".join(_TAG.sub(" ", _words_of_json(bounded(without_reasoning(answer)))).split())
     first, *rest = sentences(_without_talk(text)) or [""]
-    opening = REFUSAL.match(first.lstrip(_CLOSERS + "*"))
+    opening = REFUSAL.match(first.lstrip(_CLOSERS + "*_#¡ "))
     if opening is None or BUT.search(first, opening.end()):
         return None
     described = [one for one in rest if not (REFUSAL.match(one) or CLOSING.match(one) or ABOUT_ITSELF.search(one))]
@@ -102,9 +111,9 @@ def clean_caption(text: str) -> str:
     stay, as sentences.
     """
     text = _words_of_json(bounded(without_reasoning(text)))
-    text = _TAG.sub(" ", _BOX.sub(" ", text))
+    text = _ESCAPE.sub("", _TAG.sub(" ", _BOX.sub(" ", text)))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
-    text = _LINK.sub(r"\1", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
+    text = _LINK.sub(lambda link: link[1] or "", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
     text = " ".join(_plain_line(line) for line in text.split("\n"))
     text = _FRAME_MENTION.sub(_without_mention, " ".join(text.split()))
     text = re.sub(r"\s+(?=[,.;:!?](?:\s|$))", "", " ".join(text.split()))
@@ -123,7 +132,7 @@ def compose_prompt(user_text: str, caption: str, count_tokens: Callable[[str], i
     never cut: the encoder truncates it. Raises UserError for an empty caption.
     """
     user_text, caption = user_text.strip(), clean_caption(caption)
-    if not caption:
+    if not any(char.isalnum() or unicodedata.category(char) == "So" for char in caption):  # an emoji says something
         raise UserError(f"the caption holds no usable text: ask with another `vlm_question`, {OFFER}")
     for unit in (_SENTENCE, _WORD, _CHARACTER):
         prompts = [f"{user_text} {caption[: match.end()]}".strip() for match in unit.finditer(caption)]
@@ -140,8 +149,11 @@ def _words_of_json(answer: str) -> str:
         return answer
     try:
         return _said_in(json.loads(bare, strict=False))
-    except (ValueError, RecursionError):
+    except RecursionError:
         return answer
+    except ValueError:  # it may have been cut off, in its last text too
+        texts = [json.loads(f'"{text}"', strict=False) for text in _JSON_VALUE.findall(bare)]
+        return " ".join([*map(_said_in, texts[:-1]), *texts[-1:]]) or answer
 
 
 def _said_in(value: object, name: str = "") -> str:
@@ -160,18 +172,24 @@ def _without_talk(text: str) -> str:
     if lead := LEAD_IN.match(text):
         text = text[lead.end() : lead.end() + 1].upper() + text[lead.end() + 1 :]
     sentences = list(_SENTENCE.finditer(text))
-    while len(sentences) > 1 and CLOSING.match(sentences[-1].group()):
+    while sentences and CLOSING.match(sentences[-1].group()):
         text = text[: sentences.pop().start()].rstrip()
     return text
 
 
 def _without_loops(text: str) -> str:
-    """A text with each sentence once, and with words once that come three times or more in a row."""
+    """A text with each sentence once, and with words once that come three times or more in a row.
+
+    Of sentences that differ in their numbers alone the first three stay: a model that counts does not end.
+    """
     seen: set[tuple[str, ...]] = set()
+    counting: Counter[tuple[str, ...]] = Counter()
     again = ""
     for sentence in _SENTENCE.finditer(text):
         words = tuple(bare_words(sentence.group()))
-        if words and words in seen:
+        counted = tuple("0" if word.isdecimal() else word for word in words)
+        counting[counted] += 1
+        if words and (words in seen or counting[counted] > _MOST_COUNTED):
             continue
         seen.add(words)
         between = " " if again and text[sentence.start() - 1].isspace() else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from wan.chain.fingerprint import fingerprint
-from wan.chain.run_folder import FinishedClip
+from wan.chain.finished_clip import FinishedClip
 from wan.errors import UserError
 from wan.options import CANDIDATE_STEP, Settings
 

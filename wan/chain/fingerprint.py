@@ -16,8 +16,8 @@ import torch
 from wan.chain.plan import LaterPicture, Plan
 from wan.files import readable, sampled_digest
 from wan.handoff import identity
-from wan.kinds import public_url
 from wan.options import by_fingerprint_key
+from wan.public import public_url
 from wan.types import Frame
 
 if TYPE_CHECKING:

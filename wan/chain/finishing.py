@@ -30,6 +30,6 @@ def upscale_joined(
     if before == list(of):
         return target
     if not (isinstance(before, list) and before and before == list(of)[: len(before)]):
-        folder.set_upscaled_aside()
+        folder.set_aside(*UPSCALED)
     upscale(folder.path / JOINED, target, upscaler, device, of=list(of), metadata=metadata, on_frame=on_frame)
     return target

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wan import media
-from wan.chain.run_folder import JOINED, FinishedClip, RunFolder
+from wan.chain.finished_clip import FinishedClip
+from wan.chain.run_folder import JOINED, RunFolder
 from wan.files import file_digest
 from wan.options import Settings
 
@@ -54,7 +55,7 @@ class JoinedVideo:
         if parts == self._made_here:
             return self.path
         if self.made_of != parts[: len(self.made_of)] or not self.made_of:
-            self._folder.set_joined_aside()
+            self._folder.set_aside(JOINED)
         self.made_of = parts
         announce()  # what a killed run leaves is no more than this says
         self._join(clips, fades, complete, base_seed)

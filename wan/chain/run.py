@@ -12,9 +12,10 @@ from wan.chain.changes import Change, find_change, other_run
 from wan.chain.choices import Choices
 from wan.chain.draft import ClipDraft, discard
 from wan.chain.fingerprint import fingerprint
+from wan.chain.finished_clip import FinishedClip, Told, prune, seal
 from wan.chain.joined_video import JoinedVideo
 from wan.chain.report import render_report
-from wan.chain.run_folder import DATA, PAGE, FinishedClip, RunFolder, Told
+from wan.chain.run_folder import DATA, PAGE, RunFolder
 from wan.chain.script import Script
 from wan.chain.seeds import Seeds
 from wan.chain.telling import tell
@@ -114,13 +115,13 @@ class ChainRun:
         """With `keep_state` last leave out what only making a clip again has need of."""
         if self.settings.keep_state == "last":
             for clip in self.folder.to_prune(self.clips).values():
-                self.folder.prune(clip)
+                prune(clip)
 
     def _elsewhere(self, wanted: Mapping[str, Any]) -> FinishedClip | None:
         """A clip with these settings that is whole and lies under another number, or among those that were replaced."""
         digest = fingerprint(wanted)
         moved = next((clip for clip in self.finished.values() if clip.fingerprint == digest), None)
-        return moved or self.folder.find(digest)
+        return moved or self.folder.elsewhere.find(digest)
 
     def _take(self, number: int, wanted: Mapping[str, Any]) -> dict[str, int]:
         """The take that was chosen of a clip with these settings."""
@@ -209,7 +210,7 @@ class ChainRun:
         """Say that the run goes on. Clips of 0.1.0 get their digests, and each clip comes to its place."""
         self._give_up_changed()
         here = {number: clip for number, clip in self.clips.items() if number not in self.elsewhere}
-        self.clips |= {number: self.folder.seal(clip) for number, clip in here.items()}
+        self.clips |= {number: seal(clip) for number, clip in here.items()}
         self.report("running")
         if self.elsewhere:
             self.put_in_place()
@@ -230,7 +231,7 @@ class ChainRun:
     def put_in_place(self) -> None:
         """Bring the clips that lie elsewhere in the folder to the places where they are wanted."""
         moving = {clip.record_path for clip in self.elsewhere.values()}
-        aside = {path: self.folder.set_clip_aside(path) for path in moving if path.parent == self.folder.path}
+        aside = {path: self.folder.elsewhere.set_clip_aside(path) for path in moving if path.parent == self.folder.path}
         for number, clip in self.elsewhere.items():
             path = aside.get(clip.record_path, clip.record_path)
             self.clips[number] = self.finished[number] = self.folder.restore(number, self._digits, path)
@@ -270,7 +271,7 @@ class ChainRun:
         """Put a take of a clip that is being made on disk; returns its mp4."""
         self.writer.wait()  # what it is measured against is there then
         settings = {key: value for key, value in self.wanted[number].items() if key != "take"} | {"take": take}
-        return self.folder.save_take(number, self._digits, take, made, settings, self._told_of(number, made))
+        return self.folder.elsewhere.save_take(number, self._digits, take, made, settings, self._told_of(number, made))
 
     def _told_of(self, number: int, made: Generation) -> Told:
         """What is kept of a clip next to its frames and latents."""

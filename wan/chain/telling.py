@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wan import media
+from wan.chain.finished_clip import FinishedClip, Told
 from wan.chain.report import seam_thumbnails
-from wan.chain.run_folder import FinishedClip, Told
 from wan.types import Footage, Generation, from_uint8
 
 if TYPE_CHECKING:

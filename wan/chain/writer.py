@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,7 +49,8 @@ class ClipWriter:
             self._save(made)
             then()
 
-        self._pending = _Pending(number, made, self._thread.submit(work))
+        # who hears what is said meanwhile can tell of which run it is
+        self._pending = _Pending(number, made, self._thread.submit(contextvars.copy_context().run, work))
 
     def wait(self) -> None:
         """Until what is being written is on disk."""

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from wan.configs import ModelConfig
-from wan.kinds import public_path
 from wan.options import Command, Settings, options_of
+from wan.public import public_path
 from wan.version import __version__
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from wan import media
 from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
+from wan.chain.finished_clip import FinishedClip
 from wan.chain.run import ChainRun
-from wan.chain.run_folder import PREVIEW, FinishedClip, RunFolder
+from wan.chain.run_folder import PREVIEW, RunFolder
 from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.finishing import Upscaling
@@ -131,6 +133,17 @@ class Chain:
         return estimate(self._pipeline, run)
 
     def __iter__(self) -> Iterator[FinishedClip]:
+        with closing(self.steps()) as steps:
+            for clip in steps:
+                if clip is not None:
+                    yield clip
+
+    def steps(self) -> Generator[FinishedClip | None, None, None]:
+        """As iterating, with None where all is computed and only files are still to be written.
+
+        From there another thread may go on, while this one uses the pipeline for another chain. With `upscale`, which
+        computes until the end, there is no None.
+        """
         settings = self.job.settings
         # what cannot be made is refused before there is a folder
         script = None if self.folder.exists() else self._scripts.run(RunFolder(self.folder)).script
@@ -139,19 +152,19 @@ class Chain:
             for line in _damaged(run):
                 print(line, file=sys.stderr)
             _agree(run)
-            with (
-                self.job.gpus.together(self._pipeline),
-                self._watch("", run.count, settings.quiet) as progress,
-                self._steering.listening(),
-            ):
-                try:
-                    yield from self._make(run, progress)
-                except BaseException as error:
-                    if fault := run.writer.settle():
-                        print(fault, file=sys.stderr)
-                    progress.rest()  # what is said next is the last, and in no bar's line
-                    _say_what_is_there(run, error)
-                    raise
+            with ExitStack() as team:
+                team.enter_context(self.job.gpus.together(self._pipeline))
+                with (
+                    self._watch("", run.count, settings.quiet) as progress,
+                    self._steering.listening(),
+                    _saying_what_is_there(run, progress),
+                ):
+                    handed_out = yield from self._make(run, progress)
+                    team.close()
+                    if self._upscaling is None:
+                        yield None
+                    run.writer.wait()
+                    yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
             missing = run.first_missing <= run.count
             if missing:
                 _say_how_to_go_on(run)
@@ -159,8 +172,8 @@ class Chain:
             if self._upscaling is not None and not missing:
                 self.upscaled = self._upscaling.of_chain(run, self._watch)
 
-    def _make(self, run: ChainRun, progress: Progress) -> Iterator[FinishedClip]:
-        """Make what is missing; hands out each clip that nobody has a say in any more."""
+    def _make(self, run: ChainRun, progress: Progress) -> Generator[FinishedClip, None, int]:
+        """Make what is missing; hands out each clip that nobody has a say in any more, and says how many those were."""
         handed_out = 0
         run.begin()
         progress.finish_clips(len(run.clips))
@@ -187,8 +200,7 @@ class Chain:
         if self._is_commands:
             # giving tens of GB back takes the system seconds, which the last clip's writing takes too
             self._pipeline.close()
-        run.writer.wait()
-        yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
+        return handed_out
 
     def _extend(self, run: ChainRun, number: int, progress: Progress) -> Generation:
         def on_step(step: Step) -> None:
@@ -375,6 +387,19 @@ def _say_how_to_go_on(run: ChainRun) -> None:
     without = f" without --redo {settings.redo}" if settings.redo else ""
     without += " --keep_following" if settings.keep_following else ""
     print(f"the same command{without} goes on from there", file=sys.stderr)
+
+
+@contextmanager
+def _saying_what_is_there(run: ChainRun, progress: Progress) -> Iterator[None]:
+    """Whatever stops the block: what was made of the run is written down, joined and said."""
+    try:
+        yield
+    except BaseException as error:
+        if fault := run.writer.settle():
+            print(fault, file=sys.stderr)
+        progress.rest()  # what is said next is the last, and in no bar's line
+        _say_what_is_there(run, error)
+        raise
 
 
 def _say_what_is_there(run: ChainRun, error: BaseException) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan import media
-from wan.chain.storyboard import Scene, read_storyboard
+from wan.chain.storyboard import Scene
+from wan.chain.storyboard_file import read_storyboard
 from wan.commands.examples import example_of
 from wan.commands.flags import check_video_settings
 from wan.commands.lines import PROGRESS

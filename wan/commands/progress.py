@@ -15,7 +15,7 @@ from tqdm.auto import tqdm  # in a notebook a widget
 from wan.commands.lines import CLIP, PROGRESS, STAGE
 
 if TYPE_CHECKING:
-    from wan.chain.run_folder import FinishedClip
+    from wan.chain.finished_clip import FinishedClip
     from wan.types import Step
 
 log = logging.getLogger(PROGRESS)

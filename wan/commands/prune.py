@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from wan.chain import finished_clip
 from wan.chain.run_folder import RUN, RunFolder
 from wan.commands.progress import say
 from wan.errors import UserError
@@ -17,7 +18,7 @@ def prune(path: Path) -> None:
     if not (path / RUN).is_file():
         raise UserError(f"{path} is no folder of a run; give the one that holds its {RUN}")
     with RunFolder(path) as folder:
-        clips = {number: folder.seal(clip) for number, clip in folder.clips().items()}
-        freed = sum(folder.prune(clip) for clip in folder.to_prune(clips).values())
-        freed += sum(folder.prune(clip) for clip in folder.replaced())
+        clips = {number: finished_clip.seal(clip) for number, clip in folder.clips().items()}
+        freed = sum(finished_clip.prune(clip) for clip in folder.to_prune(clips).values())
+        freed += sum(finished_clip.prune(clip) for clip in folder.elsewhere.replaced())
         say(f"{path}: {freed / 2**20:.0f} MiB less; of {len(clips)} clips the last two can be made again by themselves")

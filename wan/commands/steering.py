@@ -55,7 +55,9 @@ class Steering:
         try:
             yield
         finally:
-            signal.signal(number, before)
+            # a run may end in another thread; the handler of the next one in this process then takes this one's place
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, before)
 
     def goes_on(self) -> bool:
         """Whether to make another clip; in a pause it waits. The file that stops a run is removed."""

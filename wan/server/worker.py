@@ -2,8 +2,9 @@
 
 A server has one of them, a batch one for each GPU or group of GPUs. Lines of JSON come in on stdin and go out on
 stdout. It ends when stdin does, so that it never outlives who started it; what it was making goes on from there in the
-next one. With `asks` it asks a captioner that others share. Where a launcher's environment says that it is one of
-several, all get the same lines; the first answers.
+next one. An order with `ahead` is "made" as soon as only its files are to be written: then the next order may come,
+and "end" is said of the first when they are. With `asks` it asks a captioner that others share. Where a launcher's
+environment says that it is one of several, all get the same lines; the first answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -36,7 +38,7 @@ from wan.server.wire import CHECKED, owner_settings, settings_of_chain
 from wan.types import Step
 
 if TYPE_CHECKING:
-    from wan.chain.run_folder import FinishedClip
+    from wan.chain.finished_clip import FinishedClip
     from wan.commands.job import Job
     from wan.continuation import VideoContinuation
 
@@ -45,6 +47,8 @@ _OFTEN = 0.1  # seconds between two words about a step
 _FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 Send = Callable[..., None]
+
+_chain = ContextVar[str]("chain")  # whose thread this is; unset in those that belong to no chain
 
 
 class Cancelled(KeyboardInterrupt):
@@ -73,12 +77,31 @@ class Models:
         return self._opened
 
 
+class Behind:
+    """Writes what is left of a chain while the next one is made."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def begin(self, work: Callable[[], object]) -> None:
+        """Begin with a chain's files, when those of the one before are written. `work` raises nothing."""
+        self.wait()
+        self._thread = threading.Thread(target=copy_context().run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
 class Telling(Progress):
     """Tells the server what a command would draw on a terminal."""
 
-    def __init__(self, send: Send, cancelled: threading.Event, clips: int) -> None:
+    def __init__(self, send: Send, cancelled: threading.Event, clips: int, behind: Behind) -> None:
         super().__init__("", clips, quiet=True)
-        self._send, self._cancelled = send, cancelled
+        self._send, self._cancelled, self._behind = send, cancelled, behind
         self._clip, self._told = 0, 0.0
 
     def finish_clips(self, count: int) -> None:
@@ -94,6 +117,8 @@ class Telling(Progress):
         if name != self._stage:
             self._send("stage", clip=self._clip, stage=name)
         super().stage(name)
+        if name == "write":  # so that the frames of one clip at most wait beside those that are made
+            self._behind.wait()
 
     def finish(self, clip: FinishedClip) -> None:
         super().finish(clip)
@@ -121,8 +146,16 @@ class _Warnings(logging.Handler):
         self._send("warning", message=" ".join(record.getMessage().replace("`", "").split()))
 
 
-def make(models: Models, settings: Settings, watch: Callable[[str, int, bool], Progress]) -> str:
-    """Make a chain, or what is missing of it; returns the state that it is in then."""
+def make(
+    models: Models,
+    settings: Settings,
+    watch: Callable[[str, int, bool], Progress],
+    write_later: Callable[[Callable[[], str]], None] | None = None,
+) -> str | None:
+    """Make a chain, or what is missing of it; returns the state that it is in then.
+
+    With `write_later` None: that has the rest of the work, which gives the state.
+    """
     from wan.commands.continuous import Chain
     from wan.commands.job import Job
 
@@ -133,8 +166,19 @@ def make(models: Models, settings: Settings, watch: Callable[[str, int, bool], P
         return shown[-1]
 
     job = Job.read("continuous", settings)
-    finished = sum(1 for _ in Chain(job, pipeline=models.open(job), watch=watching))
-    return DONE if finished == shown[-1].clips else PAUSED
+    steps = Chain(job, pipeline=models.open(job), watch=watching).steps()
+    finished = 0
+
+    def rest() -> str:
+        return DONE if finished + sum(clip is not None for clip in steps) == shown[-1].clips else PAUSED
+
+    for clip in steps:
+        if clip is not None:
+            finished += 1
+        elif write_later is not None:
+            write_later(rest)
+            return None
+    return rest()
 
 
 def check(models: Models, settings: Settings) -> dict[str, Any]:
@@ -154,19 +198,19 @@ def main() -> int:
     first = json.loads(sys.stdin.readline())
     world, root = World.read(os.environ), first.get("root")
     owner, orders = owner_settings(first["settings"]), queue.Queue[dict[str, Any]]()
-    cancelled, now = threading.Event(), {"id": ""}
-    writing = threading.Lock()
+    cancels, now = dict[str, threading.Event](), {"id": ""}
+    writing, behind = threading.Lock(), Behind()
 
     def send(event: str, **more: Any) -> None:
         with writing:
-            _write(out, {"event": event, "id": now["id"], **more})
+            _write(out, {"event": event, "id": _chain.get(now["id"]), **more})
 
     def go_on() -> None:
-        if cancelled.is_set():
+        if cancels[now["id"]].is_set():
             raise Cancelled
 
     questions = Questions(send, go_on)
-    threading.Thread(target=_listen, args=(orders, questions, cancelled, now), daemon=True).start()
+    threading.Thread(target=_listen, args=(orders, questions, cancels), daemon=True).start()
     # the one of a server that was killed may still be there for a moment
     with nullcontext() if root is None or not world.is_first else FileLock(Path(root) / LOCK):
         logging.root.addHandler(_Warnings(send))
@@ -174,8 +218,8 @@ def main() -> int:
         send("ready", pid=os.getpid())
         while True:
             order = orders.get()
-            cancelled.clear()
             now["id"] = order["id"]
+            of_chain = _chain.set(order["id"])
             settings = settings_of_chain(owner, order["settings"])
             if "port" in order:
                 os.environ["MASTER_PORT"] = str(order["port"])
@@ -186,9 +230,13 @@ def main() -> int:
                 except UserError as error:  # the first process says it, or has said what this one ends by
                     logging.getLogger(__name__).info("%s", error)
                     return 1
-            elif not _work(models, settings, send, cancelled, only_check=bool(order.get("check"))):
-                return 1
+            else:
+                only_check, ahead = bool(order.get("check")), bool(order.get("ahead"))
+                if not _work(models, settings, send, cancels[order["id"]], behind, only_check, ahead):
+                    return 1
+            del cancels[order["id"]]
             now["id"] = ""
+            _chain.reset(of_chain)
 
 
 def follow(models: Models, settings: Settings) -> None:
@@ -200,9 +248,38 @@ def follow(models: Models, settings: Settings) -> None:
 
 
 def _work(
-    models: Models, settings: Settings, send: Send, cancelled: threading.Event, *, only_check: bool = False
+    models: Models,
+    settings: Settings,
+    send: Send,
+    cancelled: threading.Event,
+    behind: Behind,
+    only_check: bool = False,
+    ahead: bool = False,
 ) -> bool:
     """Make a chain, or check it, and say what came of it; whether this process is still good for another."""
+
+    def work() -> dict[str, Any] | None:
+        def watch(title: str, clips: int, quiet: bool) -> Progress:
+            return Telling(send, cancelled, clips, behind)
+
+        if only_check:
+            return {"state": CHECKED, "found": check(models, settings)}
+        try:
+            state = make(models, settings, watch, write_later if ahead else None)
+        except BaseException:
+            behind.wait()  # this process may be ended for it, and the chain before has nothing to do with that
+            raise
+        return None if state is None else {"state": state}
+
+    def write_later(rest: Callable[[], str]) -> None:
+        behind.begin(lambda: _end(send, lambda: {"state": rest()}))
+        send("made")
+
+    return _end(send, work)
+
+
+def _end(send: Send, work: Callable[[], dict[str, Any] | None]) -> bool:
+    """Do some work and say what came of its chain, unless it is None; whether this process is still good for more."""
 
     def failed(code: str, message: str, cause: BaseException | None = None) -> None:
         # the cause is for who started this process, and not for clients
@@ -210,11 +287,8 @@ def _work(
         send("end", state="failed", error={"code": code, "message": message}, why=why)
 
     try:
-        if only_check:
-            send("end", state=CHECKED, found=check(models, settings))
-            return True
-        state = make(models, settings, lambda title, clips, quiet: Telling(send, cancelled, clips))
-        send("end", state=state)
+        if (ended := work()) is not None:
+            send("end", **ended)
     except Cancelled:
         send("end", state="cancelled")
     except Ended as error:  # another process of this chain has failed, so this one's end is no word on the chain
@@ -224,16 +298,15 @@ def _work(
         failed("in_use", str(error))
     except UserError as error:
         failed("invalid_request", str(error), error)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        full = error.errno in _FULL
-        failed(
-            "disk_full" if full else "input_output",
-            f"{error.strerror}; {'free space on' if full else 'look at'} the disk of the server",
-            error,
-        )
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a system call's
+            full = error.errno in _FULL
+            failed(
+                "disk_full" if full else "input_output",
+                f"{error.strerror}; {'free space on' if full else 'look at'} the disk of the server",
+                error,
+            )
+            return True
         traceback.print_exc()
         memory = "OutOfMemory" in type(error).__name__
         failed(
@@ -245,17 +318,16 @@ def _work(
     return True
 
 
-def _listen(
-    orders: queue.Queue[dict[str, Any]], questions: Questions, cancelled: threading.Event, now: Mapping[str, str]
-) -> None:
-    """Take orders from stdin; its end is the end of this process."""
+def _listen(orders: queue.Queue[dict[str, Any]], questions: Questions, cancels: dict[str, threading.Event]) -> None:
+    """Take orders from stdin; its end is the end of this process. `cancels` are those of orders that are not over."""
     for line in sys.stdin:
         order = json.loads(line)
         if "answer" in order:
             questions.hear(order)
         elif (name := order.get("cancel")) is None:
+            cancels[order["id"]] = threading.Event()
             orders.put(order)
-        elif name == now["id"]:
+        elif (cancelled := cancels.get(name)) is not None:
             cancelled.set()
     os._exit(0)
 

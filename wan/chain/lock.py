@@ -1,0 +1,44 @@
+"""The lock of a run's folder: of the system, so that it goes with the process."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from wan.errors import InUse, UserError
+
+LOCK = ".lock"  # an empty file that stays
+
+
+class FolderLock:
+    """Keeps other runs out of a folder that is there, while it is held."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # a mark in the place of a lock would outlast a kill
+        # the thread that opens the folder may not be the one that closes it
+        self._lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
+
+    def acquire(self) -> None:
+        """Raise InUse where another run holds it, and UserError where the folder cannot be locked."""
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InUse(f"{self.folder} is in use by another run; wait for it, or give another folder") from error
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            # where files can be written, and only locks are missing
+            without = ", or `no_lock` if no other run uses it" if _has_no_locks(error) else ""
+            raise UserError(f"{self.folder} cannot be locked ({reason}); give another folder{without}") from error
+
+    def release(self) -> None:
+        """Let other runs in."""
+        self._lock.release()
+
+
+def _has_no_locks(error: OSError | NotImplementedError) -> bool:
+    """Whether a file could not be locked because its file system knows no locks."""
+    known = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+    return isinstance(error, NotImplementedError) or error.errno in known
