@@ -93,12 +93,21 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
         ("--ckpt_dir {a14b} --task v2v-5B", "found I2V-A14B (2 expert(s), 36 input channels)"),
         ("--ckpt_dir {5b} --vae {a14b}/Wan2.1_VAE.pth", "has 16 latent channels, the denoiser"),
         ("--ckpt_dir {5b} --t5 {a14b}/Wan2.1_VAE.pth", "is no text encoder of Wan"),
+        ("--ckpt_dir {5b} --lora_high x.safetensors", "--lora_high is not for v2v-5B, which takes --lora"),
+        ("--ckpt_dir {5b} --lora x.safetensors", "LoRA x.safetensors does not exist"),
+        ("--ckpt_dir {5b} --lora {5b}/diffusion_pytorch_model.safetensors", "is no LoRA that can be merged"),
+        ("--ckpt_dir {5b} --lora {loras}/tiny-I2V-A14B-4steps-high.safetensors", "width 192, this one is 320"),
+        ("--ckpt_dir {5b} --preset turbo", "--preset turbo needs --lora FILE"),
+        ("--ckpt_dir {5b} --precision fp8", "and there is none; give --precision bf16"),
+        ("--ckpt_dir {5b} --vlm_path {empty}/no", "check --vlm_path, or give --prompt to go on without captioning"),
     ],
 )
 def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, message: str, tmp_path: Path) -> None:
     models = ROOT / "models"
     places = {"empty": tmp_path, "a14b": models / "tiny-Wan2.2-I2V-A14B", "5b": models / "tiny-Wan2.2-TI2V-5B"}
-    code = "from wan.cli import generate_main\nprint(generate_main(sys.argv[1:]))"
+    places["loras"] = models / "tiny-loras"
+    code = "import wan.device.host as host\nhost.has_gpu_driver = lambda: False\nfrom wan.cli import generate_main\n"
+    code += "print(generate_main(sys.argv[1:], own_process=True))"
     _, output, heavy = imported(code, "--video", str(MADE / "source.mp4"), *words.format(**places).split())
     assert message in output and heavy == []
 
@@ -480,8 +489,12 @@ def test_every_setting_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_setting_reaches_the_place_where_it_is_used(name: str, command: Callable[..., Seen], tmp_path: Path) -> None:
+def test_a_setting_reaches_the_place_where_it_is_used(
+    name: str, command: Callable[..., Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[name]
+    if name == "precision":  # 8 bits are refused where no GPU is
+        monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
 
     def run(words: str) -> Seen:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)

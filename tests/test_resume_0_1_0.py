@@ -43,6 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(home)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # clips of a CPU are another run on a GPU
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)  # 0.1.0 computed in fp8 on a CPU
+    monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
     caption = "A red square slides to the right. The camera stays static."
     monkeypatch.setattr(EndpointCaptioner, "describe", lambda *_, **__: caption)
     (tmp_path / "decord.py").touch()  # enough to be asked for; PyAV reads what it cannot

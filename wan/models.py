@@ -15,20 +15,16 @@ from torch import nn
 
 from wan.configs import ModelConfig
 from wan.denoiser.lora import merge_loras
-from wan.denoiser.lora_file import LoraMatch, OpenedLora, open_loras
+from wan.denoiser.lora_file import LoraMatch, OpenedLora, check_for_experts, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
-from wan.errors import UserError
-from wan.options import EXPERT_OF_LORA
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.prefetch import ReadAhead, that_fit
-
-LORA_SETTING: Mapping[str, str] = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
 
 
 class Models:
@@ -175,16 +171,13 @@ class Models:
 
     def check_loras(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Look at LoRA files, by the expert that they are for, without loading them. Raises UserError."""
-        self._check_single(loras)
+        check_for_experts(loras, self.checkpoint, self.name)
         for expert, files in loras.items():
-            if expert not in self.checkpoint.experts:
-                takes = " and ".join(LORA_SETTING[one] for one in sorted(self.checkpoint.experts))
-                raise UserError(f"{LORA_SETTING.get(expert, expert)} is not for {self.name}, which takes {takes}")
             self._open(expert, files)
 
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
-        self._check_single(wanted)
+        check_for_experts(wanted, self.checkpoint, self.name)
         self._wanted = wanted
         for expert in sorted(wanted.keys() | self.merged.keys()):  # several processes load them together
             # one that is not there gets them when it is read again
@@ -207,11 +200,6 @@ class Models:
     def matches(self) -> dict[str, list[LoraMatch]]:
         """How the LoRAs that are wanted match, by expert, whether or not that is in memory now."""
         return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
-
-    def _check_single(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:
-        if self.checkpoint.single and loras.get("high_noise_model", ()) != loras.get("low_noise_model", ()):
-            path = self.checkpoint.experts["high_noise_model"].path
-            raise UserError(f"{path} serves both experts; give the same LoRAs with `lora_high` and `lora_low`")
 
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""

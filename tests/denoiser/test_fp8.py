@@ -107,6 +107,7 @@ def test_a_gpu_rounds_as_a_cpu_does() -> None:
 def lowered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU computes the same roundings; users are refused it, since nothing is gained."""
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
+    monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
 
 
 @pytest.mark.usefixtures("lowered_on_a_cpu")

@@ -21,11 +21,11 @@ from wan.errors import UserError
 from wan.foreign import parsing, read_json
 from wan.pictures import as_shown
 from wan.types import UInt8Array
+from wan.weights.hub import OFFER
 
 Pictures: TypeAlias = UInt8Array | Sequence["Image.Image | UInt8Array"]
 
 MOST_CHARACTERS = 8_000  # of an answer; the longest that is asked for has 512 tokens
-OFFER = "or give `prompt` to go on without captioning"
 
 
 class Captioner(Protocol):

@@ -16,11 +16,9 @@ from wan.captioner.endpoint import EndpointCaptioner
 from wan.captioner.generic import GenericCaptioner, RemoteCodeCaptioner
 from wan.captioner.internvl import InternVLCaptioner, quantization_method, quantization_of
 from wan.errors import UserError
-from wan.weights.hub import unreachable
+from wan.weights.hub import HUB_ID, check_vlm_place, unreachable
 
 log = logging.getLogger(__name__)
-
-HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[0-9a-f]{40}))?")
 
 
 def open_captioner(
@@ -59,14 +57,14 @@ def open_captioner(
             raise UserError("captioning needs a model: give `vlm_path` or `vlm_url`")
         if Path(path).is_dir():
             return open_folder(Path(path))
-        if (hub := HUB_ID.fullmatch(str(path))) and not Path(path).parent.is_dir():
-            if trust_remote_code and not hub["revision"]:
-                raise UserError(
-                    f"`vlm_trust_remote_code` runs code of {path} from the hub: say which, as {path}@ and 40 digits "
-                    "of a commit that you have read, or give a folder"
-                )
-            return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
-        raise UserError(f"there is no VLM folder {path}: check `vlm_path`")
+        check_vlm_place(path)
+        hub = HUB_ID.fullmatch(str(path))
+        if trust_remote_code and hub is not None and not hub["revision"]:
+            raise UserError(
+                f"`vlm_trust_remote_code` runs code of {path} from the hub: say which, as {path}@ and 40 digits "
+                "of a commit that you have read, or give a folder"
+            )
+        return HubCaptioner(str(path), open_folder, with_code=trust_remote_code)
 
 
 # The packages, all of which transformers needs for weights that are quantised in that way.

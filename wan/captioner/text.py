@@ -10,9 +10,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 
-from wan.captioner.base import MOST_CHARACTERS, OFFER
+from wan.captioner.base import MOST_CHARACTERS
 from wan.captioner.talk import ABOUT_ITSELF, BUT, CLOSING, LEAD_IN, REFUSAL
 from wan.errors import UserError
+from wan.weights.hub import OFFER
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wan import media
+from wan.commands.inputs import lora_files
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.device.host import GIB, has_gpu_driver
@@ -18,6 +19,7 @@ from wan.options import Settings
 from wan.settings import Geometry
 from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
+from wan.weights.hub import OFFER, check_vlm_place
 from wan.weights.prefetch import ReadAhead, that_fit
 
 log = logging.getLogger(PROGRESS)
@@ -83,6 +85,31 @@ def check_budget(job: Job) -> None:
     gpu = NamedDevice("cuda")
     budget = MemoryBudget(job.checkpoint, config, gpu, None if settings.t5_cpu else gpu, int(settings.vram * GIB))
     budget.check(Geometry(frames, height, width, config.vae_stride, config.patch_size))
+
+
+def check_early(job: Job) -> None:
+    """Raise UserError for what is refused once PyTorch is there, where files' headers and settings tell it before.
+
+    These are the checks of `VideoContinuation.plan` and `Models.check_loras`, by their own functions.
+    """
+    settings, checkpoint, loras = job.settings, job.checkpoint, lora_files(job.settings)
+    described = settings.prompt is None or settings.prompt_mode == "continue"
+    if settings.video is not None and settings.vlm_url is None and settings.cut is not True and described:
+        try:
+            check_vlm_place(settings.vlm_path or default_vlm(checkpoint.folder))
+        except UserError as error:
+            raise UserError(f"{error.marked}, {OFFER}") from error
+    # these ask for torchvision, which is left out by now
+    from wan.denoiser.lora_file import check_for_experts, check_headers
+    from wan.denoiser.policy import no_gpu_for
+    from wan.sampling_rules import SamplingRules
+
+    if job.config.low_precision is not None and not has_gpu_driver():
+        raise no_gpu_for(job.config.low_precision)
+    check_for_experts(loras, checkpoint, job.config.name)
+    for expert, files in loras.items():
+        check_headers(files, checkpoint.experts[expert])
+    SamplingRules(job.config, checkpoint).check_distilled(settings.preset, loras)
 
 
 def read_ahead(job: Job) -> ReadAhead:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.denoiser.policy import needs_of, no_gpu_for
 from wan.device.hardware import runs_triton, synchronize
 from wan.device.streaming import PinnedStage
 from wan.errors import UserError
@@ -34,9 +35,9 @@ def check_precision(precision: str | None, device: torch.device) -> None:
     """Raise UserError where a device cannot compute in a precision. What computes on a CPU is for tests."""
     if precision is None:
         return
-    needs = f"`precision` {precision} needs a GPU with 8-bit floats (RTX 40-series, Hopper or newer)"
     if device.type != "cuda":
-        raise UserError(f"{needs}, and there is none; give `precision` bf16")
+        raise no_gpu_for(precision)
+    needs = needs_of(precision)
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"{needs}, {name} has none; give `precision` bf16")

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-from wan.denoiser.model import key_map
+from wan.denoiser.names import in_model, key_map
 from wan.errors import UserError
 from wan.foreign import fit, parse_json, read_json
+from wan.options import EXPERT_OF_LORA
 from wan.settings import LoraFile
-from wan.weights.quantized import dequantize
+from wan.weights.checkpoint import Checkpoint
 from wan.weights.single_file import check_expert
 from wan.weights.tensors import Shape, Weights, open_file, stored_types
 
 _LOGGER = logging.getLogger(__name__)
+
+LORA_SETTING: Mapping[str, str] = {expert: f"`{name}`" for name, expert in EXPERT_OF_LORA.items()}
 
 # The layers by their official names. A modulation is a parameter by itself, of which a LoRA may hold the difference.
 _LAYERS = (
@@ -88,6 +89,23 @@ class LoraMatch:
         )
 
 
+def check_for_experts(loras: Mapping[str, tuple[LoraFile, ...]], checkpoint: Checkpoint, name: str) -> None:
+    """Raise UserError for LoRAs, by expert, of experts that a checkpoint lacks; `name` is that of the model."""
+    if checkpoint.single and loras.get("high_noise_model", ()) != loras.get("low_noise_model", ()):
+        path = checkpoint.experts["high_noise_model"].path
+        raise UserError(f"{path} serves both experts; give the same LoRAs with `lora_high` and `lora_low`")
+    for expert in loras:
+        if expert not in checkpoint.experts:
+            takes = " and ".join(LORA_SETTING[one] for one in sorted(checkpoint.experts))
+            raise UserError(f"{LORA_SETTING.get(expert, expert)} is not for {name}, which takes {takes}")
+
+
+def check_headers(loras: Sequence[LoraFile], weights: Weights) -> None:
+    """Raise UserError where the headers of files tell what `open_loras` would refuse; needs no PyTorch."""
+    for lora in loras:
+        _Fitting.of(lora.path, weights)
+
+
 def open_loras(loras: Sequence[LoraFile], weights: Weights) -> list[OpenedLora]:
     """These LoRAs as they fit the model; reads headers and alphas only. Layers that do not fit are warned of.
 
@@ -121,35 +139,55 @@ class OpenedLora:
         return name in self.parts and "dora_scale" in self.parts[name].keys
 
 
+@dataclass(frozen=True)
+class _Fitting:
+    """The keys of a file by layer and role, and the layers of the model that it has, by their names in the file."""
+
+    file: Weights
+    half: str
+    layers: Mapping[str, Mapping[str, str]]
+    stems: Mapping[str, str]  # of the layers that fit
+    shapes: Mapping[str, Shape]  # of the model's parameters
+
+    @classmethod
+    def of(cls, path: Path, weights: Weights) -> _Fitting:
+        """What headers say of a file, checked against the model and its expert. Raises UserError."""
+        _check_path(path)
+        check_expert("LoRA ", path, weights.expert, "lora")
+        file = open_file(path)
+        half, chosen = _half(file, weights.expert)
+        layers = _layers(file, chosen)
+        shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
+        spellings = _spellings(shapes)
+        known = {layer: spellings[flat] for layer in layers if (flat := layer.replace(".", "_")) in spellings}
+        if not known:
+            raise UserError(
+                f"{file.path} holds no layer of this model (its first is {next(iter(layers))}); is it for Wan?"
+            )
+        by_telling = sorted(known.items(), key=lambda item: "attn" not in item[1])  # a wrong width is seen there
+        known = {layer: stem for layer, stem in by_telling if _fits(file, layers[layer], stem, shapes)}
+        if 2 * len(known) < len(layers):
+            raise UserError(
+                f"{file.path} is for another model: only {len(known)} of its {len(layers)} layers are in this one, "
+                f"not {_listing([layer for layer in layers if layer not in known])}"
+            )
+        return cls(file, half, layers, known, shapes)
+
+
 def _open(lora: LoraFile, weights: Weights) -> OpenedLora:
     """The file, checked against the model and its expert. Raises UserError."""
-    _check_path(lora.path)
-    check_expert("LoRA ", lora.path, weights.expert, "lora")
-    file = open_file(lora.path)
+    fitting = _Fitting.of(lora.path, weights)
+    file, layers, known = fitting.file, fitting.layers, fitting.stems
     lora.digest  # noqa: B018  (of what is read now; when the record is written, the file may be another or gone)
-    half, chosen = _half(file, weights.expert)
-    layers = _layers(file, chosen)
-    shapes = {name: weights.shapes[key] for name, key in key_map(weights).items()}
-    spellings = _spellings(shapes)
-    known = {layer: spellings[flat] for layer in layers if (flat := layer.replace(".", "_")) in spellings}
-    if not known:
-        raise UserError(f"{file.path} holds no layer of this model (its first is {next(iter(layers))}); is it for Wan?")
-    by_telling = sorted(known.items(), key=lambda item: "attn" not in item[1])  # a wrong width is seen there
-    known = {layer: stem for layer, stem in by_telling if _fits(file, layers[layer], stem, shapes)}
-    unmatched = tuple(layer for layer in layers if layer not in known)
-    if 2 * len(known) < len(layers):
-        raise UserError(
-            f"{file.path} is for another model: only {len(known)} of its {len(layers)} layers are in this one, "
-            f"not {_listing(unmatched)}"
-        )
-    scales = _scales(file, layers, half)
+    scales = _scales(file, layers, fitting.half)
     parts: dict[str, LayerKeys] = {}
     for layer, stem in known.items():
-        for name, keys in _by_parameter(layers[layer], stem, shapes).items():
+        for name, keys in _by_parameter(layers[layer], stem, fitting.shapes).items():
             if name in parts:
                 raise UserError(f"{file.path} holds {layer} twice, under two names; merge each once, from its own file")
             parts[name] = LayerKeys(keys, scales[layer])
     ranks = {rank for layer in known if (rank := _rank(file, layers[layer]))}
+    unmatched = tuple(layer for layer in layers if layer not in known)
     match = LoraMatch(lora, len(known), len(layers), tuple(sorted(ranks)), unmatched)
     return OpenedLora(file, parts, match)
 
@@ -319,11 +357,10 @@ def _spellings(names: Container[str]) -> dict[str, str]:
     """Every spelling of a layer, with underscores for dots -> its name in the model: official and diffusers' names."""
     blocks = itertools.takewhile(lambda n: f"blocks.{n}.attn1.to_q.weight" in names, itertools.count())
     official = [*_LAYERS, *(f"blocks.{n}.{layer}" for n in blocks for layer in _BLOCK_LAYERS)]
-    renamed = convert_wan_transformer_to_diffusers({f"{layer}.weight": layer for layer in official})
     spellings: dict[str, str] = {}
-    for name, layer in renamed.items():
-        stem = name.removesuffix(".weight")
-        if stem in names or name in names:
+    for layer in official:
+        stem = in_model(layer)
+        if stem in names or f"{stem}.weight" in names:
             spellings |= {dotted.replace(".", "_"): stem for dotted in (layer, stem)}
     return spellings
 
@@ -363,6 +400,8 @@ def _fits(file: Weights, keys: Mapping[str, str], stem: str, shapes: Mapping[str
 
 def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]], half: str) -> dict[str, float]:
     """alpha / rank by layer. Where the file says nothing of alpha, or a layer has no rank, it is 1."""
+    from wan.weights.quantized import dequantize  # of PyTorch, which headers need not wait for
+
     read = file.read({keys["alpha"] for keys in layers.values() if "alpha" in keys})
     alphas = {key: dequantize(value) for key, value in read}
     adapter = _adapter(file, half)

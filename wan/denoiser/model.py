@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor, nn
 
 from wan.denoiser.fp8 import Lowering, quantize_model
+from wan.denoiser.names import key_map
 from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
@@ -380,16 +380,6 @@ class _TextAttention:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         mixed: Tensor = dispatch_attention_fn(query, *encoder_hidden_states, backend=self._attention_backend)
         return attn.to_out[0](mixed.flatten(2).type_as(query))  # type: ignore[no-any-return]
-
-
-def key_map(weights: Weights) -> dict[str, str]:
-    """The key in the files of each parameter of `WanModel`."""
-    keys = {key: key for key in weights.shapes}
-    if "blocks.0.self_attn.q.weight" not in keys:
-        return keys
-    # the converter renames the keys of the dict it is given, whatever the values are, and empties that dict
-    renamed: dict[str, str] = convert_wan_transformer_to_diffusers(keys)
-    return renamed
 
 
 def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
