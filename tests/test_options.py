@@ -40,6 +40,13 @@ pytestmark = pytest.mark.slow
 HEAVY = ("torch", "transformers", "diffusers")
 
 
+@pytest.fixture(autouse=True)
+def computes_in_8_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the case is that of `precision`: without a driver it would be refused."""
+    if request.node.name.endswith("[precision]"):
+        monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
+
+
 # --- without PyTorch
 
 
@@ -489,12 +496,8 @@ def test_every_setting_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_setting_reaches_the_place_where_it_is_used(
-    name: str, command: Callable[..., Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_setting_reaches_the_place_where_it_is_used(name: str, command: Callable[..., Seen], tmp_path: Path) -> None:
     case = CASES[name]
-    if name == "precision":  # 8 bits are refused where no GPU is
-        monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
 
     def run(words: str) -> Seen:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
