@@ -107,6 +107,15 @@ def test_a_driver_is_looked_for_under_each_of_its_names(monkeypatch: pytest.Monk
     assert not host.has_driver("amdhip64.dll", "libamdhip64.so")
 
 
+@pytest.mark.parametrize(("device", "expected"), [("/dev/kfd", True), ("/dev/null-1", False)])
+def test_a_pytorch_that_brings_its_own_library_has_a_gpu_where_the_system_has_one(
+    device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.device.host.has_driver", lambda *names: False)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) == device)
+    assert host.has_gpu_driver() is expected
+
+
 @pytest.mark.parametrize(("limit", "counts"), [(host._UNLIMITED, False), (host._UNLIMITED - 1, True)])
 def test_the_kernel_s_word_for_no_limit_is_none(tmp_path: Path, limit: int, counts: bool) -> None:
     group(tmp_path, 2, limit)

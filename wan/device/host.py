@@ -71,7 +71,9 @@ def _read(group: Path, limit: str, usage: str, cached: str) -> list[tuple[int, i
 
 def has_gpu_driver() -> bool:
     """Whether there is a driver of a GPU that PyTorch may use, told without it."""
-    return has_driver("nvcuda.dll", "libcuda.so.1") or has_driver("amdhip64.dll", "libamdhip64.so")
+    # a PyTorch for AMD brings the library itself: then Linux, or Linux in Windows, has one of these
+    devices = any(Path(name).exists() for name in ("/dev/kfd", "/dev/dxg"))
+    return devices or has_driver("nvcuda.dll", "libcuda.so.1") or has_driver("amdhip64.dll", "libamdhip64.so")
 
 
 def has_driver(*libraries: str) -> bool:
