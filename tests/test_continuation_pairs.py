@@ -63,7 +63,7 @@ class Chosen(NamedTuple):
         ]
         mode, _, known = self.mode.partition(":")
         words += ["--continuation", mode, *(["--context_frames", known] if known else [])]
-        words += SVI if self.mode == "svi2pro" else []
+        words += SVI if self.mode == "svi2pro" and self.model == "i2v" else []  # the 5B takes no such files
         words += ["--end_image", "red.png"] if self.end else []
         words += ["--drift_correction", "0.5"] if self.drift else []
         words += ["--best_of", str(self.best_of), "--prompt_mode", self.prompt_mode]

@@ -192,7 +192,9 @@ def test_what_one_clip_is_made_from_is_never_replaced(command: Callable[..., See
     seen = command(flag.format(given) + f"{task} --save_file {given} --overwrite", generate=True)
     name = flag.split(" {}")[0].split("--")[-1]
     # a LoRA of that name is refused before the output is looked at
-    refused = f"LoRA {given} is no .safetensors file" if name == "lora" else f"would replace {given}, which --{name} needs"
+    refused = (
+        f"LoRA {given} is no .safetensors file" if name == "lora" else f"would replace {given}, which --{name} needs"
+    )
     assert seen.code == 2 and refused in seen.output
     assert content(tmp_path) == before
 
