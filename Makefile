@@ -29,12 +29,14 @@ demo: .venv/.installed  ## continue a clip and make a chain of three with the ti
 	@echo "  all at a glance     $(CURDIR)/$(DEMO)/contact_sheet.png"
 	@echo "  the chain's report  file://$(CURDIR)/$(DEMO)/chain/report.html"
 
-quick: .venv/.ready  ## the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
-
 # Two processes with a thread each: with more threads than cores most of their time goes to waiting for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: .venv/.ready  ## the tests that are not marked slow
+	$(TESTS) -m "not slow"
+
 test: lint  ## lint, format, types and all tests, as CI runs them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS)
 
 test-all: lint demo  ## the same with the demo, ten times the fuzzing, and the share of wan/ that the tests run
 	$(BIN)/python -m pytest --rare --fuzz 10 --cov --cov-report=term:skip-covered

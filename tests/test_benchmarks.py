@@ -15,6 +15,8 @@ from PIL import Image
 from benchmarks import clip, memory, real_size, seams, timing
 from wan.types import KnownFrames, Request
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def request_5b(ti2v: Any, monkeypatch: pytest.MonkeyPatch) -> Request:

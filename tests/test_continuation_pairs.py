@@ -19,6 +19,8 @@ import torch
 from tests.support.commands import Seen, frames_in
 from wan.types import to_uint8
 
+pytestmark = pytest.mark.slow
+
 FRAMES, SEED, NEXT_CANDIDATE = 13, 3, 1_000_000
 SVI = ["--lora_high", "svi_pro_high.safetensors", "--lora_low", "svi_pro_low.safetensors"]
 RED = torch.tensor([1.0, -1.0, -1.0])

@@ -14,6 +14,8 @@ import pytest
 from tests.support.commands import Seen
 from wan.chain.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(command: Callable[..., Seen], tmp_path: Path) -> Path:

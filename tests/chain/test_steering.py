@@ -28,6 +28,8 @@ from wan.errors import UserError
 from wan.pipeline import Pipeline
 from wan.types import Step
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Seen]
 
 

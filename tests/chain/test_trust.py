@@ -19,6 +19,8 @@ from wan.chain.run_folder import RunFolder
 from wan.files import write_text
 from wan.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 VIDEO = DATA / "corpus" / "h264_faststart.mp4"
 
 

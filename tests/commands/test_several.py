@@ -23,6 +23,8 @@ from wan import cli
 from wan.device.ranks import Sizes, World, choose_sizes
 from wan.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {"5b": ROOT / "models" / "tiny-Wan2.2-TI2V-5B", "14b": ROOT / "models" / "tiny-Wan2.2-I2V-A14B"}
 
 

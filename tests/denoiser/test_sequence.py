@@ -18,6 +18,8 @@ from wan.denoiser.sequence import Share
 from wan.device.parallel import Team
 from wan.device.ranks import Sizes, World
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:

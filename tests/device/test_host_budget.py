@@ -21,6 +21,8 @@ from wan.device.streaming import MappedTensors, PinnedBuffer
 from wan.settings import LoraFile
 from wan.weights.tensors import Weights
 
+pytestmark = pytest.mark.slow
+
 ALL, IN_TURN, MAPPED = PLANS
 
 

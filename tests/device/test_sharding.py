@@ -22,6 +22,8 @@ from wan.errors import UserError
 from wan.settings import LoraFile
 from wan.textimage2video import WanTI2V
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "models" / "tiny-Wan2.2-TI2V-5B"
 BLOCK = "diffusion_model.blocks.0.self_attn.q"
 

@@ -19,6 +19,8 @@ from wan.device.parallel import Group, Team
 from wan.device.ranks import Sizes, World
 from wan.device.watch import Ended, Watch, is_collective
 
+pytestmark = pytest.mark.slow
+
 SIZE = 3
 TIMEOUT = 2.0
 

@@ -17,6 +17,8 @@ from wan.experts import pipeline_class
 from wan.vae.bands import Band
 from wan.vae.vae import WanVAE
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {"ti2v-5B": "tiny-Wan2.2-TI2V-5B", "i2v-A14B": "tiny-Wan2.2-I2V-A14B"}
 SIZE = 9, 112, 48  # 7 rows of latents of the 5B, 14 of A14B, which do not divide by two or four
 

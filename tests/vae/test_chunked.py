@@ -14,6 +14,8 @@ from torch import Tensor
 
 from wan.vae import chunked
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["ti2v", "i2v"])
 def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest, family: str) -> None:
