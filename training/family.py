@@ -19,6 +19,7 @@ from tests.support.tiny_checkpoint import Denoiser, InternVL, TextEncoder, Vae, 
 from training import scenes
 from wan.captioner.internvl import SYSTEM, native_config, native_tensors
 from wan.denoiser import model as denoiser
+from wan.denoiser.headers import infer_config
 from wan.text import umt5 as text_encoder
 from wan.vae import vae
 from wan.weights.tensors import Shape, Weights
@@ -47,7 +48,7 @@ def build_vae(sizes: Vae) -> AutoencoderKLWan:
 
 
 def build_denoiser(sizes: Denoiser) -> denoiser.WanModel:
-    return denoiser.WanModel(**denoiser.infer_config(_weights(sizes.shapes(), sizes.config())))
+    return denoiser.WanModel(**infer_config(_weights(sizes.shapes(), sizes.config())))
 
 
 def build_text_encoder(sizes: TextEncoder) -> Any:

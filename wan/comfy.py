@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wan.denoiser.model import WanModel, infer_config
+from wan.denoiser.headers import infer_config
+from wan.denoiser.model import WanModel
 from wan.errors import UserError
 from wan.files import readable
 from wan.options import EXPERT_OF_DIT, PART_OF_FILE

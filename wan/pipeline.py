@@ -18,7 +18,8 @@ from wan.clip_sampler import DAMAGED, NOT_FINITE, ClipSampler, ClipStart
 from wan.configs import ModelConfig
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
-from wan.denoiser.model import WanModel, infer_config
+from wan.denoiser.headers import infer_config
+from wan.denoiser.model import WanModel
 from wan.denoiser.sampling import Expert
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tests.support.golden import GOLDEN
 from wan.denoiser import lora_file as lora_file_module
+from wan.denoiser.headers import infer_config, key_map
 from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import LoraMatch, open_loras
-from wan.denoiser.model import WanModel, infer_config
-from wan.denoiser.names import key_map
+from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.files import sampled_digest

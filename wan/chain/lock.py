@@ -17,9 +17,11 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # a mark in the place of a lock would outlast a kill
-        # the thread that opens the folder may not be the one that closes it
-        self._lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
+        self._lock = FileLock(
+            folder / LOCK,
+            fallback_to_soft=False,  # a file in the place of a lock would outlast a kill
+            thread_local=False,  # the thread that opens the folder may not be the one that closes it
+        )
 
     def acquire(self) -> None:
         """Raise InUse where another run holds it, and UserError where the folder cannot be locked."""

@@ -153,12 +153,10 @@ class RunFolder:
         return restored
 
     def _make_room(self, number: int, stem: str) -> None:
-        """Move to `redone/` whatever bears a clip's number, the record last: an earlier clip, or what is not ours.
+        """Move to `redone/` all files of the kinds of a clip's that bear its number, the record last.
 
-        Notes and subtitles that bear it too stay, for they are in nobody's way.
-
-        What a killed run left of this very clip is overwritten. It has no record yet; its state, which comes first,
-        tells.
+        They are an earlier clip, or not ours. Notes and subtitles of that number stay. What a killed run left of this
+        very clip is overwritten: it has no record yet, and its state, which is written first, tells whose it is.
         """
         named = [file for file in self.path.glob("video_*") if clip_number(file) == number]
         files = [file for file in named if file.suffix.lower() in SUFFIXES]

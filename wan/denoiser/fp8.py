@@ -6,6 +6,7 @@ them are cross-attention's keys and values, which are computed once a clip, and 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -103,13 +104,15 @@ def quantize_model(model: Denoiser, precision: str, device: torch.device) -> Non
     Weights that are fp8 in the file, or were rounded as they were loaded, are used as they are. Raises UserError for
     those of another quantisation.
     """
+    # for all layers of a kind, whose pinned memory it keeps
+    lowering = cache(lambda dtype, home: Lowering(dtype, home, device))
     for block in model.blocks:
         for name, layer in list(block.named_modules()):
             if not isinstance(layer, nn.Linear) or name in _KEPT:
                 continue
             if not isinstance(layer, QuantizedLinear):
                 weight = layer.weight
-                layer = Lowering(weight.dtype, weight.device, device)(layer, weight)
+                layer = lowering(weight.dtype, weight.device)(layer, weight)
                 block.set_submodule(name, layer)
             if layer.weight.dtype != torch.float8_e4m3fn:
                 raise UserError(

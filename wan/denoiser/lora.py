@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from wan.denoiser.headers import key_map
 from wan.denoiser.lora_file import LOHA, OpenedLora
 from wan.denoiser.model import WanModel
-from wan.denoiser.names import key_map
 from wan.device.sharding import write
 from wan.errors import UserError
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize

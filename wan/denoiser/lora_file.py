@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan.denoiser.names import in_model, key_map
+from wan.denoiser.headers import in_model, key_map
 from wan.errors import UserError
 from wan.foreign import fit, parse_json, read_json
 from wan.options import EXPERT_OF_LORA

@@ -24,13 +24,12 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import Tensor, nn
 
 from wan.denoiser.fp8 import Lowering, quantize_model
-from wan.denoiser.names import key_map
+from wan.denoiser.headers import infer_config, key_map
 from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.device.sharding import shard
-from wan.errors import UserError
-from wan.foreign import count_numbered, parsing
+from wan.foreign import parsing
 from wan.weights.loading import check_fit, load_into
 from wan.weights.tensors import Weights
 
@@ -385,58 +384,6 @@ class _TextAttention:
 def policy_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter by the official precision policy, when matrix products are computed in `dtype`."""
     return torch.float32 if stays_float32(name) else dtype
-
-
-def infer_config(weights: Weights) -> dict[str, Any]:
-    """Constructor arguments of `WanModel` from shapes; only what no shape tells comes from config.json."""
-    shapes, config = weights.shapes, weights.config
-    official = "blocks.0.self_attn.q.weight" in shapes
-    if official:
-        text, time, head, ffn = "text_embedding.0", "time_embedding.0", "head.head", "blocks.0.ffn.0"
-        norm = "blocks.0.norm3.weight"
-    else:
-        embedder = "condition_embedder"
-        text, time = f"{embedder}.text_embedder.linear_1", f"{embedder}.time_embedder.linear_1"
-        head, ffn, norm = "proj_out", "blocks.0.ffn.net.0.proj", "blocks.0.norm2.weight"
-    try:
-        dim, in_channels, *patch = shapes["patch_embedding.weight"]
-        if len(patch) != 3 or min(dim, in_channels, *patch) < 1:
-            raise UserError(
-                f"{weights.path} is no Wan2.2 denoiser: its patch_embedding.weight is {[dim, in_channels, *patch]}"
-            )
-        sizes = {
-            "patch_size": tuple(patch),
-            "in_channels": in_channels,
-            "out_channels": shapes[f"{head}.weight"][0] // math.prod(patch),
-            "text_dim": shapes[f"{text}.weight"][1],
-            "freq_dim": shapes[f"{time}.weight"][1],
-            "ffn_dim": shapes[f"{ffn}.weight"][0],
-        }
-    except KeyError as error:
-        raise UserError(f"{weights.path} is no Wan2.2 denoiser: it has no {error.args[0]}") from error
-    except IndexError as error:
-        raise UserError(f"{weights.path} is no Wan2.2 denoiser: a weight of it is a single number") from error
-    eps = config.get("eps", 1e-6)
-    if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
-        raise UserError(f"{weights.path}/config.json: expected eps between 0 and 1, found {str(eps)[:40]}")
-    heads = config.get("num_heads", config.get("num_attention_heads"))
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % heads:
-        raise UserError(
-            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]}"
-        )
-    layers = count_numbered(shapes, "blocks.", str(weights.path))
-    declared = config.get("num_layers", layers)
-    if declared != layers:  # a conversion that was cut short
-        raise UserError(
-            f"{weights.path} has {layers} blocks, and its config.json says {str(declared)[:40]}; download it again"
-        )
-    return sizes | {
-        "num_attention_heads": heads,
-        "attention_head_dim": dim // heads,
-        "num_layers": layers,
-        "cross_attn_norm": norm in shapes,
-        "eps": eps,
-    }
 
 
 class _Sinusoid64(nn.Module):

@@ -152,9 +152,10 @@ def make(
     watch: Callable[[str, int, bool], Progress],
     write_later: Callable[[Callable[[], str]], None] | None = None,
 ) -> str | None:
-    """Make a chain, or what is missing of it; returns the state that it is in then.
+    """Make a chain, or what is missing of it; returns the state that it is in then, `DONE` or `PAUSED`.
 
-    With `write_later` None: that has the rest of the work, which gives the state.
+    Where only files are left to write, and there is a `write_later`, that is given the rest as a function, which
+    returns the state; then this returns None.
     """
     from wan.commands.continuous import Chain
     from wan.commands.job import Job

@@ -6,7 +6,7 @@ import pytest
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from tests.support.golden import GOLDEN
-from wan.denoiser.names import in_model, key_map
+from wan.denoiser.headers import in_model, key_map
 from wan.weights.tensors import open_safetensors
 
 
