@@ -321,19 +321,22 @@ def measure(
     def whole(test: str) -> None:
         copy = free.get()
         try:
-            baseline = copy.baseline(test, max(0.0, min(_LONGEST, end - time.monotonic())))
-            if time.monotonic() < end:
-                on_baseline(test, baseline)
-            baselines[test] = baseline
+            if (left := end - time.monotonic()) > 0:
+                baseline = copy.baseline(test, min(_LONGEST, left))
+                if time.monotonic() < end:
+                    baselines[test] = baseline
+                    on_baseline(test, baseline)
         finally:
             free.put(copy)
 
     def seen(mutant: Mutant) -> bool | None:
         copy, tests = free.get(), covering_tests(mutant.file)
         try:
+            if time.monotonic() >= end:
+                return None
             words = [word for test in tests for word in _passing(test, baselines[test])]
             limit = 30 + 3 * sum(baselines[test].seconds for test in tests)
-            if not words or time.monotonic() >= end:
+            if not words:
                 return None
             is_seen = copy.sees(mutant, words, min(limit, end - time.monotonic()))
             return is_seen if time.monotonic() < end else None

@@ -98,6 +98,8 @@ def test_a_run_out_of_time_begins_nothing_and_does_not_count_what_it_cut_off() -
     copy = _Copy(ROOT, lasts=0.3)
     assert list(measure(FAULTS, [copy], {SEQUENCE: Baseline(2.0)}, print, time.monotonic() + 0.2)) == []
     assert len(copy.calls) == 1 and copy.calls[0][1] <= 0.2
+    known = dict[str, Baseline]()
+    assert list(measure(FAULTS, [copy], known, print, time.monotonic())) == [] and known == {}  # none fails
 
 
 def test_a_log_holds_what_a_run_that_was_cut_off_knew(tmp_path: Path) -> None:
