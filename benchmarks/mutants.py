@@ -105,6 +105,7 @@ TESTS: dict[str, str] = {
     "wan/device/sharding.py": "sharding",
     "wan/device/shared.py": "shared",
     "wan/device/watch.py": "watch",
+    "wan/device/peers.py": "watch",
     "wan/device/ranks.py": "sequence several",
     "wan/batch": "rows behind locks upload captioners run workers cluster",
     "wan/server": "guard group limits videos chains page_charts",

@@ -21,6 +21,7 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline"),
     (
         "wan.device.ranks",
+        "wan.device.peers",
         "wan.device.watch",
         "wan.device.parallel",
         "wan.device.shared",

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from filelock import FileLock
 
 from wan.commands.progress import Progress
+from wan.device.peers import Ended
 from wan.device.ranks import World
-from wan.device.watch import Ended
 from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.server.questions import Questions
