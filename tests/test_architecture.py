@@ -93,6 +93,24 @@ def test_every_module_has_a_layer() -> None:
     } == set()
 
 
+def test_the_map_names_every_module() -> None:
+    design = (ROOT / "docs/DESIGN.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1]: row for row in design.splitlines() if row.startswith("| `wan/")}
+    lost = []
+    for file in FILES:
+        path = file.relative_to(ROOT)
+        folder = next((row for name, row in rows.items() if f"`{path.parent.as_posix()}/`" in name), "")
+        named = f"`{file.name}`" in folder or any(f"`{path.as_posix()}`" in name for name in rows)
+        if not named and file.stem[0] != "_" and path.parts[1] not in ("modules", "version.py"):
+            lost.append(path.as_posix())
+    assert lost == []
+    files = {file.name for file in FILES}
+    stale = [
+        name for row in rows.values() for name in re.findall(r"`(?:[\w]+/)*([\w]+\.py)`", row) if name not in files
+    ]
+    assert stale == []
+
+
 def test_imports_point_one_way() -> None:
     wrong = []
     for file in FILES:
