@@ -108,7 +108,7 @@ TESTS: dict[str, str] = {
     "wan/device/peers.py": "watch",
     "wan/device/ranks.py": "sequence several",
     "wan/batch": "rows behind locks upload captioners run workers cluster",
-    "wan/server": "guard group limits videos chains page_charts",
+    "wan/server": "guard processes limits videos chains page_charts",
 }
 PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))
 _LONGEST = 300.0  # seconds of a file of tests without a fault

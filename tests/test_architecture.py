@@ -133,7 +133,7 @@ def test_policy_has_an_address() -> None:
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {
             *("wan/cli.py", "wan/commands/job.py", "wan/commands/gpus.py", "wan/captioner/endpoint.py"),
-            *("wan/server/main.py", "wan/server/worker.py", "wan/server/group.py"),
+            *("wan/server/main.py", "wan/server/worker.py", "wan/server/processes.py"),
             *("wan/batch/hand.py", "wan/batch/crew.py"),
         },
         r"torch\.load\(|safe_open\(": {

@@ -316,7 +316,7 @@ def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path:
 
 
 def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
-    from wan.server.worker import Models
+    from wan.server.worker import KeptPipeline
 
     closed: list[str] = []
 
@@ -329,7 +329,7 @@ def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
             vlm = type("Vlm", (), {})()
             return type("Pipeline", (), {"vlm": vlm, "close": lambda self: closed.append(key)})()
 
-    models: Any = Models()
+    models: Any = KeptPipeline()
     first = models.open(Job("5B", "Why?"))
     assert models.open(Job("5B", "How?")) is first and first.vlm.question == "How?" and closed == []
     assert models.open(Job("A14B", "Why?")) is not first and closed == ["5B"]

@@ -18,8 +18,8 @@ from typing import Any
 import wan
 from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
-from wan.server.group import Group
 from wan.server.live import Live
+from wan.server.processes import Processes
 from wan.server.tickets import DONE, FAILED
 
 LOST, UPLOAD = "lost", "upload"
@@ -83,7 +83,7 @@ class Hand:
         self._heard = time.monotonic()
         self._works: dict[str, _Work] = {}  # the last of which is being made, and one at most is written
         self._behind: asyncio.Task[dict[str, Any]] | None = None
-        self._group: Group | None = None
+        self._processes: Processes | None = None
         self._asking: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         # this may be in place of one that ended, beside others that have taken their shares
@@ -95,7 +95,7 @@ class Hand:
         # Ray sets OMP_NUM_THREADS to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        group = self._group = await Group.start(
+        processes = self._processes = await Processes.start(
             self.command,
             self.ranks,
             variables={"OMP_NUM_THREADS": threads, "PYTHONPATH": path},
@@ -103,11 +103,11 @@ class Hand:
             keeps_tail=True,  # stderr is Ray's log of the actor
             last_word=0,
         )
-        group.say({"settings": {}, "asks": self.captioner is not None})
-        if await group.hear() is None:
-            return {"error": await group.why(_LEAVE_SECONDS)}
-        self._hearing = asyncio.create_task(self._hear_all(group))
-        return {"node": platform.node(), "pids": [process.pid for process in group.processes]}
+        processes.say({"settings": {}, "asks": self.captioner is not None})
+        if await processes.hear() is None:
+            return {"error": await processes.why(_LEAVE_SECONDS)}
+        self._hearing = asyncio.create_task(self._hear_all(processes))
+        return {"node": platform.node(), "pids": [process.pid for process in processes.processes]}
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it.
@@ -115,13 +115,13 @@ class Hand:
         With `ahead` in the order this returns as soon as the chain is computed, with `WRITING`: then `written` has the
         rest, and the next order may come.
         """
-        assert self._group is not None  # it was started
+        assert self._processes is not None  # it was started
         loop = asyncio.get_running_loop()
         work = self._works[order["id"]] = _Work(order, loop.create_future(), loop.create_future())
         self._heard = time.monotonic()
-        self._group.say(self._with_share(order))
+        self._processes.say(self._with_share(order))
         if self._hearing is None or self._hearing.done():  # the process ended after its last chain
-            self._lose_all(await self._group.why(_LEAVE_SECONDS))
+            self._lose_all(await self._processes.why(_LEAVE_SECONDS))
         await asyncio.wait([work.made, work.ended], return_when=asyncio.FIRST_COMPLETED)
         if not work.made.done():
             return await self._finish(work)
@@ -171,19 +171,19 @@ class Hand:
             settings = {**settings, "host_memory": self._share}
         return {**order, "settings": settings}
 
-    async def _hear_all(self, group: Group) -> None:
+    async def _hear_all(self, processes: Processes) -> None:
         """Hear the first process to its end, which is that of all that it had in hand."""
         try:
-            while (message := await group.hear()) is not None:
+            while (message := await processes.hear()) is not None:
                 self._hear()
                 event, work = message.pop("event"), self._works.get(message.get("id", ""))
                 if work is None:
                     continue
                 if event == "ask":
-                    self._asking = asyncio.create_task(self._answer(group, message["number"], message["asked"]))
+                    self._asking = asyncio.create_task(self._answer(processes, message["number"], message["asked"]))
                 else:
                     work.hear(event, message)
-            why = await group.why(_LEAVE_SECONDS)
+            why = await processes.why(_LEAVE_SECONDS)
         except Exception as error:  # it said what cannot be understood; whoever waits for its word hears of that
             await self.end()
             why = f"the process that makes videos was ended, for it said: {type(error).__name__}: {error}"
@@ -194,11 +194,11 @@ class Hand:
             if not work.ended.done():
                 work.ended.set_result({"state": LOST, "error": {"code": "worker_lost", "message": why}})
 
-    async def _answer(self, group: Group, number: int, asked: Mapping[str, Any]) -> None:
+    async def _answer(self, processes: Processes, number: int, asked: Mapping[str, Any]) -> None:
         assert self.captioner is not None  # the process was told whether it may ask
         answer = await self.captioner(asked)
         self._hear()
-        group.say({"number": number, "answer": answer}, to_all=False)
+        processes.say({"number": number, "answer": answer}, to_all=False)
 
     async def look(self) -> dict[str, Any]:
         """How far it is with what it makes, else with what it writes. Durations are by this machine's own clock."""
@@ -222,14 +222,14 @@ class Hand:
 
     async def stop(self) -> None:
         """Let it leave what it makes; finished clips are joined, and what is only written is written."""
-        if self._group is not None:
+        if self._processes is not None:
             for name in self._works:
-                self._group.say({"cancel": name})
+                self._processes.say({"cancel": name})
 
     async def end(self) -> None:
         """Kill the processes."""
-        if self._group is not None:
-            await self._group.end(0)
+        if self._processes is not None:
+            await self._processes.end(0)
 
 
 def _seen(path: Path) -> dict[str, Any]:

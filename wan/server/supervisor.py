@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from wan.server.errors import public
-from wan.server.group import Group
 from wan.server.live import Audience
 from wan.server.metrics import Metrics
+from wan.server.processes import Processes
 from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Supervisor:
         self.state = "starting"
         self.making: str | None = None
         self.audience = Audience()
-        self._group: Group | None = None
+        self._processes: Processes | None = None
         self._wake = asyncio.Event()
         self._unwanted: set[str] = set()
         self._gone: dict[str, asyncio.Event] = {}
@@ -77,8 +77,8 @@ class Supervisor:
 
     async def end_worker(self) -> None:
         """Kill the worker."""
-        if self._group is not None:
-            self._group.kill()
+        if self._processes is not None:
+            self._processes.kill()
 
     # --- the worker
 
@@ -101,20 +101,20 @@ class Supervisor:
             await asyncio.sleep(wait)
 
     async def _one_worker(self) -> None:
-        group = self._group = await Group.start(self.command, self.ranks)
+        processes = self._processes = await Processes.start(self.command, self.ranks)
         self._say({"settings": dict(self.settings), "root": str(self.root)})
         giving = asyncio.create_task(self._give())
         try:
-            while (message := await group.hear()) is not None:
+            while (message := await processes.hear()) is not None:
                 if not await self._heard(message):
                     break
         finally:
             giving.cancel()
-            await group.end(_END_SECONDS)
+            await processes.end(_END_SECONDS)
 
     def _say(self, order: Mapping[str, Any]) -> None:
-        if self._group is not None:
-            self._group.say(order)
+        if self._processes is not None:
+            self._processes.say(order)
 
     async def _give(self) -> None:
         """Give the worker the next chain whenever it has none."""

@@ -48,7 +48,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class Group:
+class Processes:
     """Processes that get the same lines, of which the first answers. They end with the first of them that does.
 
     `last_word`: seconds in which the first one may still say what became of another. `tail`: the last lines of their
@@ -71,7 +71,7 @@ class Group:
         folder: str | None = None,
         keeps_tail: bool = False,
         last_word: float = _LAST_WORD,
-    ) -> Group:
+    ) -> Processes:
         """Start them, in a folder and with more variables. What the others than the first say is for nobody.
 
         Raises OSError.
