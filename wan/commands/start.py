@@ -100,12 +100,15 @@ def check_early(job: Job) -> None:
         except UserError as error:
             raise UserError(f"{error.marked}, {OFFER}") from error
     # these ask for torchvision, which is left out by now
+    from wan.denoiser.headers import check_denoiser
     from wan.denoiser.lora_file import check_for_experts, check_headers
     from wan.denoiser.policy import no_gpu_for
     from wan.sampling_rules import SamplingRules
 
     if job.config.low_precision is not None and not has_gpu_driver():
         raise no_gpu_for(job.config.low_precision)
+    for weights in checkpoint.experts.values():
+        check_denoiser(weights)
     check_for_experts(loras, checkpoint, job.config.name)
     for expert, files in loras.items():
         check_headers(files, checkpoint.experts[expert])
