@@ -253,7 +253,7 @@ class Pipeline(ABC):
         budget.check(request.geometry)
         shared = _Shared(request, offload, clips, self.host_plan(request.geometry, request.loras))
         try:
-            return self._run(shared, self._make_room(shared), on_step, sampled, on_sampled)
+            return self._make(shared, self._make_room(shared), on_step, sampled, on_sampled)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -268,7 +268,7 @@ class Pipeline(ABC):
         merged = {expert for expert, files in loras.items() if files}
         return self.host.plan(self.budget, geometry, merged, captioner)
 
-    def _run(
+    def _make(
         self,
         shared: _Shared,
         placements: Callable[[str], Placement],
@@ -276,6 +276,7 @@ class Pipeline(ABC):
         sampled: Sampled | None,
         on_sampled: Callable[[Sampled], None] | None,
     ) -> Generation:
+        """In the first process: the stages of a clip. `_sample` has the first three; then it is kept and decoded."""
         request = shared.request
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
@@ -315,6 +316,8 @@ class Pipeline(ABC):
     def _sample(
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
+        """In all processes: the prompts and what is known of the clip are encoded, and its latents are sampled."""
+
         def encode() -> TextContext:
             return self.embeddings.context(request.prompt, request.negative, placements("text"))
 
