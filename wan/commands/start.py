@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wan import media
-from wan.commands.inputs import lora_files
+from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.device.host import GIB, has_gpu_driver
@@ -120,7 +120,9 @@ def check_early(job: Job) -> None:
     check_for_experts(loras, checkpoint, job.config.name)
     for expert, files in loras.items():
         check_headers(files, checkpoint.experts[expert])
-    SamplingRules(job.config, checkpoint).check_distilled(settings.preset, loras)
+    rules = SamplingRules(job.config, checkpoint)
+    sampling_of(settings, rules)
+    rules.check_distilled(settings.preset, loras)
 
 
 def _check_frames(job: Job) -> None:
