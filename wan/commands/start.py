@@ -153,8 +153,9 @@ def read_ahead(job: Job) -> ReadAhead:
         files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
     limit = None if settings.host_memory == "auto" else int(settings.host_memory * GIB)
     chosen = [] if settings.dry_run else that_fit(dict.fromkeys(files), limit)
-    size = sum(file.stat().st_size for file in chosen) / 1e9
-    what = f", {size:.1f} GB of weights are read meanwhile" if chosen else ""
+    size = sum(file.stat().st_size for file in chosen)
+    shown = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.0f} MB"
+    what = f", {shown} of weights are read meanwhile" if chosen else ""
     log.info("%s with %s: PyTorch starts%s", job.config.name, checkpoint.folder, what)
     reading = ReadAhead(chosen, len(chosen))
     reading.start()
