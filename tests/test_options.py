@@ -506,20 +506,37 @@ def test_every_setting_has_a_case() -> None:
     assert set(CASES) == set(OPTIONS) - ELSEWHERE
 
 
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[str, bool, bool], Seen]:
+    """By words, what they make, and whether in a folder that is finished: each was run once, in a folder of its own."""
+    return {}
+
+
+@pytest.fixture
+def once(
+    runs: dict[tuple[str, bool, bool], Seen], command: Callable[..., Seen], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Seen]:
+    """What a command did, whichever of the tests below has run it; they only look at it."""
+
+    def run(words: str, *, generate: bool = False, again: bool = False) -> Seen:
+        key = (words.strip(), generate, again)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("once") / "out"
+            if again:
+                command("", folder=folder)
+            runs[key] = command(words, generate=generate, folder=folder)
+        return runs[key]
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_setting_reaches_the_place_where_it_is_used(name: str, command: Callable[..., Seen], tmp_path: Path) -> None:
+def test_a_setting_reaches_the_place_where_it_is_used(name: str, once: Callable[..., Seen]) -> None:
     case = CASES[name]
-
-    def run(words: str) -> Seen:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        if case.again:
-            command("")
-        return command(words, generate=case.generate)
-
-    before = run(case.base)
+    before = once(case.base, generate=case.generate, again=case.again)
     assert before.code == 0, before.output
     usual = None if name == "task" else case.look(before)
-    seen = run(f"{case.base} {case.words}")
+    seen = once(f"{case.base} {case.words}", generate=case.generate, again=case.again)
     value = case.look(seen)
     assert value != usual
     assert case.value in (value, ...), (value, seen.output)
@@ -531,18 +548,12 @@ def test_a_task_that_is_given_is_not_guessed(command: Callable[..., Seen], monke
 
 
 @pytest.mark.parametrize("name", [one.name for one in options_of("continuous")])
-def test_a_setting_that_changes_a_result_changes_the_fingerprint(
-    name: str, command: Callable[..., Seen], tmp_path: Path
-) -> None:
+def test_a_setting_that_changes_a_result_changes_the_fingerprint(name: str, once: Callable[..., Seen]) -> None:
     case, one = CASES[name], OPTIONS[name]
     # a checkpoint of another task is the only way to another task
     base, words = ("", "--ckpt_dir i2v") if name == "task" else (case.base, f"{case.base} {case.words}")
-    usual = command("" if case.again else base).fingerprinted
-    if not case.again:
-        shutil.rmtree(tmp_path / "out")
-    seen = command(words)
-    if name == "output_dir":
-        seen.folder = Path("elsewhere")
+    usual = once("" if case.again else base).fingerprinted
+    seen = once(words, again=case.again)
     if name in (
         "review",
         "prune",
@@ -556,7 +567,8 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(
         assert seen.code == (0 if name == "dry_run" else 2)
         return
     assert seen.code == 0, seen.output
-    clips = seen.fingerprinted
+    made = dataclasses.replace(seen, folder=Path("elsewhere")) if name == "output_dir" else seen
+    clips = made.fingerprinted
     assert clips
     changed = {
         key

@@ -221,9 +221,11 @@ def command(
     monkeypatch.syspath_prepend(str(world))
     monkeypatch.chdir(world)
 
-    def run(words: str, *, generate: bool = False, weights: str = "--ckpt_dir ti2v") -> Seen:
+    def run(
+        words: str, *, generate: bool = False, weights: str = "--ckpt_dir ti2v", folder: Path = tmp_path / "out"
+    ) -> Seen:
         nonlocal now
-        now = Seen(folder=tmp_path / "out")
+        now = Seen(folder=folder)
         capsys.readouterr()
         if generate:
             common = [*weights.split(), "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]
