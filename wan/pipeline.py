@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from wan.clip_sampler import DAMAGED, NOT_FINITE, ClipSampler, ClipStart
 from wan.configs import ModelConfig
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
 from wan.denoiser.headers import check_denoiser, infer_config
-from wan.denoiser.sampling import Expert
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
@@ -42,8 +40,12 @@ from wan.settings import LoraFile
 from wan.stopwatch import Stopwatch
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, TextContext, is_finite
-from wan.vae.vae import Wan2_1_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
+
+if TYPE_CHECKING:
+    # diffusers, whose import takes seconds, is for what computes: a plan is made without it
+    from wan.denoiser.sampling import Expert
+    from wan.vae.vae import WanVAE
 
 
 class Pipeline(ABC):
@@ -65,7 +67,6 @@ class Pipeline(ABC):
     describes.
     """
 
-    vae_class: type[WanVAE] = Wan2_1_VAE
     team = ALONE
 
     def __init__(
@@ -127,7 +128,7 @@ class Pipeline(ABC):
             self.checkpoint,
             config,
             self.tokenizer,
-            self.vae_class,
+            lambda: self.vae_class,
             device=self.device,
             load_device=home,
             convert_model_dtype=convert_model_dtype,
@@ -205,6 +206,13 @@ class Pipeline(ABC):
         """The VAE, in host memory until it is used."""
         vae: WanVAE = self.models["vae"]
         return vae
+
+    @property
+    def vae_class(self) -> type[WanVAE]:
+        """The class of its VAE."""
+        from wan.vae.vae import Wan2_1_VAE
+
+        return Wan2_1_VAE
 
     @property
     def shared_vae(self) -> SharedVae:
@@ -295,6 +303,8 @@ class Pipeline(ABC):
             pixels = self.shared_vae.decode(sampled.latents, placements("decoding"), group)
             finite = is_finite(pixels)
         if not finite:
+            from wan.clip_sampler import DAMAGED, NOT_FINITE
+
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
             )
@@ -317,6 +327,7 @@ class Pipeline(ABC):
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
         """In all processes: the prompts and what is known of the clip are encoded, and its latents are sampled."""
+        from wan.clip_sampler import ClipSampler, ClipStart
 
         def encode() -> TextContext:
             return self.embeddings.context(request.prompt, request.negative, placements("text"))

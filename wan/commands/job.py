@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,9 @@ class Job:
         import transformers
 
         from wan.experts import pipeline_class
+
+        if not self.settings.dry_run:
+            import_module("wan.clip_sampler")  # now, while files are read, and not in a stage of the first clip
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
         settings = self.settings
