@@ -19,6 +19,7 @@ from wan.chain.script import Script
 from wan.chain.seeds import Seeds
 from wan.chain.telling import tell
 from wan.chain.writer import ClipWriter
+from wan.chain.written import Written
 from wan.errors import UserError
 from wan.files import file_digest, numbered, readable
 from wan.options import Settings
@@ -48,8 +49,9 @@ class ChainRun:
         self._source_digest = _source_digest(settings)
         self.seeds = Seeds(settings.base_seed, before)
         self.choices = Choices(settings, before)
-        self.joined = JoinedVideo(settings, folder, self._source_digest, before)
-        self.record = RunRecord(settings, folder, float(before.get("seconds") or 0))
+        written = Written(folder, before)
+        self.joined = JoinedVideo(settings, folder, written, self._source_digest, before)
+        self.record = RunRecord(settings, folder, written, float(before.get("seconds") or 0))
         self.clips: dict[int, FinishedClip] = {}
         self.wanted: dict[int, dict[str, Any]] = {}  # what each clip is made with, by its number, counted from 1
         self._to_redo = settings.redo  # until another seed was drawn for it
