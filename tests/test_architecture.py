@@ -21,6 +21,7 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline"),
     (
         "wan.device.ranks",
+        "wan.device.peers",
         "wan.device.watch",
         "wan.device.parallel",
         "wan.device.shared",
@@ -92,6 +93,24 @@ def test_every_module_has_a_layer() -> None:
     } == set()
 
 
+def test_the_map_names_every_module() -> None:
+    design = (ROOT / "docs/DESIGN.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1]: row for row in design.splitlines() if row.startswith("| `wan/")}
+    lost = []
+    for file in FILES:
+        path = file.relative_to(ROOT)
+        folder = next((row for name, row in rows.items() if f"`{path.parent.as_posix()}/`" in name), "")
+        named = f"`{file.name}`" in folder or any(f"`{path.as_posix()}`" in name for name in rows)
+        if not named and file.stem[0] != "_" and path.parts[1] not in ("modules", "version.py"):
+            lost.append(path.as_posix())
+    assert lost == []
+    files = {file.name for file in FILES}
+    stale = [
+        name for row in rows.values() for name in re.findall(r"`(?:[\w]+/)*([\w]+\.py)`", row) if name not in files
+    ]
+    assert stale == []
+
+
 def test_imports_point_one_way() -> None:
     wrong = []
     for file in FILES:
@@ -114,7 +133,7 @@ def test_policy_has_an_address() -> None:
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {
             *("wan/cli.py", "wan/commands/job.py", "wan/commands/gpus.py", "wan/captioner/endpoint.py"),
-            *("wan/server/main.py", "wan/server/worker.py", "wan/server/group.py"),
+            *("wan/server/main.py", "wan/server/worker.py", "wan/server/processes.py"),
             *("wan/batch/hand.py", "wan/batch/crew.py"),
         },
         r"torch\.load\(|safe_open\(": {

@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wan.denoiser.headers import infer_config
-from wan.denoiser.model import WanModel
+from wan.denoiser.headers import check_denoiser, infer_config
 from wan.errors import UserError
 from wan.files import readable
 from wan.options import EXPERT_OF_DIT, PART_OF_FILE
@@ -218,7 +217,7 @@ class ComfyFolder:
     @cached_property
     def _denoisers(self) -> list[_File]:
         def check(weights: Weights) -> int:
-            WanModel.check(weights)
+            check_denoiser(weights)
             return int(infer_config(weights)["in_channels"])
 
         def opened(file: Path) -> Weights:

@@ -18,8 +18,7 @@ from wan.clip_sampler import DAMAGED, NOT_FINITE, ClipSampler, ClipStart
 from wan.configs import ModelConfig
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
-from wan.denoiser.headers import infer_config
-from wan.denoiser.model import WanModel
+from wan.denoiser.headers import check_denoiser, infer_config
 from wan.denoiser.sampling import Expert
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
@@ -115,8 +114,7 @@ class Pipeline(ABC):
         if dit_fsdp:
             self.sharded |= experts
         for weights in self.checkpoint.experts.values():
-            if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
-                WanModel.check(weights)
+            check_denoiser(weights)
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)

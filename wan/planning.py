@@ -14,7 +14,14 @@ from wan.footage import choose_anchor
 from wan.handoff import check_program
 from wan.models import Models
 from wan.sampling_rules import SamplingRules
-from wan.settings import Context, Geometry, LoraFile, check_end_image, check_motion_amplitude
+from wan.settings import (
+    Context,
+    Geometry,
+    LoraFile,
+    check_continuation,
+    check_end_image,
+    check_motion_amplitude,
+)
 from wan.types import Footage, Frame, frame_size
 
 log = logging.getLogger(__name__)
@@ -162,8 +169,7 @@ class Planner:
         config = self.rules.config
         two_experts = config.model_type == "i2v"
         self.check_memory(plan)
-        if plan.context.mode == "svi2pro" and not two_experts:
-            raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {config.name}")
+        check_continuation(config, plan.context.mode)
         if plan.end is not None:
             check_end_image(config, plan.geometry.frames, plan.leading, plan.context.mode)
         check_motion_amplitude(plan.motion_amplitude, config, plan.context.mode)

@@ -218,6 +218,12 @@ def check_end_image(config: ModelConfig, frames: int, known: int = 1, mode: str 
             raise UserError(f"`end_image`: a clip with {count} must have {fewest} or more, {frames} is fewer")
 
 
+def check_continuation(config: ModelConfig, mode: str) -> None:
+    """Raise UserError for a model that cannot go on in this mode."""
+    if mode == "svi2pro" and config.model_type != "i2v":
+        raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {config.name}")
+
+
 def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:
     """Raise UserError where a clip has no image latents that it could act on."""
     if amplitude == 1:

@@ -170,7 +170,9 @@ def test_the_corrected_frames_are_what_is_shown_kept_and_gone_on_from(
     """Noise cannot be followed, so a correction that can be seen stands in; the real one has tests of its own."""
     asked: list[tuple[int, int, float]] = []
 
-    def paler(frames: torch.Tensor, condition: torch.Tensor, *, known: int, strength: float) -> torch.Tensor:
+    def paler(
+        frames: torch.Tensor, condition: torch.Tensor, *, known: int, strength: float, device: torch.device
+    ) -> torch.Tensor:
         asked.append((len(condition), known, strength))
         return frames / 2
 

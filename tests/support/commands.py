@@ -209,6 +209,7 @@ def command(
         return sample_frames(path, count, until=until)
 
     monkeypatch.setattr(Pipeline, "run", sampled)
+    monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
     monkeypatch.setattr("wan.pipeline.gpu_limit", lambda vram, device: vram)  # needs a GPU
     monkeypatch.setattr(Pipeline, "geometry", _geometry)  # a budget that is refused is no news
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)
@@ -220,9 +221,11 @@ def command(
     monkeypatch.syspath_prepend(str(world))
     monkeypatch.chdir(world)
 
-    def run(words: str, *, generate: bool = False, weights: str = "--ckpt_dir ti2v") -> Seen:
+    def run(
+        words: str, *, generate: bool = False, weights: str = "--ckpt_dir ti2v", folder: Path = tmp_path / "out"
+    ) -> Seen:
         nonlocal now
-        now = Seen(folder=tmp_path / "out")
+        now = Seen(folder=folder)
         capsys.readouterr()
         if generate:
             common = [*weights.split(), "--prompt", "x", "--task", "ti2v-5B", "--save_file", "out.mp4"]

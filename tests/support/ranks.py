@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["torch", "torch.distributed", "diffusers", "transformers", "wan.cli", "wan.pipeline", "wan.commands.job"]
-PRELOADED += ["wan.commands.generate", "wan.commands.continuous", "wan.continuation", "wan.video2video", __name__]
-
 
 class Ranks:
     """Runs a function in so many processes, each with the environment that torchrun gives it."""
@@ -29,7 +26,7 @@ class Ranks:
         self.context = multiprocessing.get_context("forkserver")
 
     def __enter__(self) -> Ranks:
-        self.context.set_forkserver_preload(PRELOADED)
+        self.context.set_forkserver_preload(["tests.support.preloaded"])
         return self
 
     def __exit__(

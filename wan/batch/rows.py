@@ -35,7 +35,7 @@ from wan.chain.storyboard_file import compose
 from wan.commands.flags import NAME, check_together
 from wan.errors import UserError
 from wan.foreign import parse_json, read_bytes
-from wan.kinds import Files, Local, Picture, Pictures, Unfit, Video, Words, read_plain
+from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, read_plain
 from wan.options import BATCH, OPTIONS, Option, Settings, by_row_key
 from wan.settings import LoraFile
 
@@ -204,7 +204,7 @@ def _placed(settings: Settings, folder: Path, names: Mapping[str, Any] | None = 
             absolute[one.name] = tuple(f"{_whole(folder, lora.path)}:{lora.strength!r}" for lora in loras)
         else:
             path = _whole(folder, value)
-            needed = isinstance(one.kind, Video | Picture | Pictures) or one.name in ("storyboard", "output_dir")
+            needed = isinstance(one.kind, Video | Picture | PictureFolder) or one.name in ("storyboard", "output_dir")
             if needed or path.exists():
                 absolute[one.name] = str(path)
     return dataclasses.replace(settings, **absolute)

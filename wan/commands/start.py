@@ -16,7 +16,7 @@ from wan.device.host import GIB, has_gpu_driver
 from wan.errors import UserError
 from wan.foreign import read_json
 from wan.options import Settings
-from wan.settings import Geometry
+from wan.settings import Context, Geometry, check_continuation, check_end_image, check_motion_amplitude
 from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
 from wan.weights.hub import OFFER, check_vlm_place
@@ -63,16 +63,20 @@ def _vlm_folder(settings: Settings, checkpoint: Path) -> Path:
 
 
 def check_budget(job: Job) -> None:
-    """Raise UserError where headers tell that a clip of the usual size needs more of a GPU than `vram` gives.
+    """Raise UserError where headers tell that a clip of the usual size needs more memory than there is.
 
-    What is not known before PyTorch, such as what is free, and clips that a storyboard changes are checked after it.
+    Of a GPU that is what `vram` gives: what is free there is not known before PyTorch. Clips that a storyboard changes
+    are checked after it.
     """
     # it asks for torchvision, which is left out by now
-    from wan.device.budget import MemoryBudget, NamedDevice
+    from wan.device.budget import MemoryBudget, NamedDevice, no_gpu_for_vram
+    from wan.device.host_budget import HostBudget, host_limit
 
     settings, config = job.settings, job.config
+    if settings.vram is not None and not has_gpu_driver():
+        raise no_gpu_for_vram()
     # several GPUs may share a model, which is arranged later
-    if not isinstance(settings.vram, int | float) or job.world.size > 1 or not has_gpu_driver():
+    if job.world.size > 1:
         return
     width, height = job.size
     if settings.video is not None:
@@ -81,10 +85,13 @@ def check_budget(job: Job) -> None:
     elif settings.image is not None:
         image = media.read_image(settings.image)
         width, height = begun_size(config.model_type, image.width, image.height, width * height)
-    frames = settings.frame_num or config.frame_num
-    gpu = NamedDevice("cuda")
-    budget = MemoryBudget(job.checkpoint, config, gpu, None if settings.t5_cpu else gpu, int(settings.vram * GIB))
-    budget.check(Geometry(frames, height, width, config.vae_stride, config.patch_size))
+    geometry = Geometry(settings.frame_num or config.frame_num, height, width, config.vae_stride, config.patch_size)
+    device = NamedDevice("cuda" if has_gpu_driver() else "cpu")
+    limit = int(settings.vram * GIB) if isinstance(settings.vram, int | float) else None
+    budget = MemoryBudget(job.checkpoint, config, device, None if settings.t5_cpu else device, limit)
+    budget.check(geometry)
+    host = HostBudget(job.checkpoint, config, host_limit(settings.host_memory), given=settings.host_memory != "auto")
+    host.plan(budget, geometry, lora_files(settings))
 
 
 def check_early(job: Job) -> None:
@@ -100,16 +107,35 @@ def check_early(job: Job) -> None:
         except UserError as error:
             raise UserError(f"{error.marked}, {OFFER}") from error
     # these ask for torchvision, which is left out by now
+    from wan.denoiser.headers import check_denoiser
     from wan.denoiser.lora_file import check_for_experts, check_headers
     from wan.denoiser.policy import no_gpu_for
     from wan.sampling_rules import SamplingRules
 
+    _check_frames(job)
     if job.config.low_precision is not None and not has_gpu_driver():
         raise no_gpu_for(job.config.low_precision)
+    for weights in checkpoint.experts.values():
+        check_denoiser(weights)
     check_for_experts(loras, checkpoint, job.config.name)
     for expert, files in loras.items():
         check_headers(files, checkpoint.experts[expert])
     SamplingRules(job.config, checkpoint).check_distilled(settings.preset, loras)
+
+
+def _check_frames(job: Job) -> None:
+    """Raise UserError for a way to go on, or an end, that the model cannot make."""
+    settings, config = job.settings, job.config
+    mode, leading = "last_frame", int(settings.image is not None)
+    if settings.video is not None:
+        context = Context.choose(settings.continuation, settings.context_frames)
+        mode, leading = context.mode, context.frames
+        if settings.cut:
+            leading = 0 if settings.cut is True else 1
+    check_continuation(config, mode)
+    if settings.end_image is not None or settings.until is not None or job.ends:
+        check_end_image(config, settings.frame_num or config.frame_num, leading, mode)
+    check_motion_amplitude(settings.motion_amplitude, config, mode)
 
 
 def read_ahead(job: Job) -> ReadAhead:

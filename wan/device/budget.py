@@ -100,13 +100,18 @@ def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
     from wan.device.hardware import grow_segments, hold_to
 
     if device.type != "cuda":
-        raise UserError("`vram` is for a GPU, and there is none; leave it out")
+        raise no_gpu_for_vram()
     if vram == "auto":
         return free_limit(device)
     grow_segments()
     limit = int(vram * GIB)
     hold_to(device, int(limit - CONTEXT))
     return limit
+
+
+def no_gpu_for_vram() -> UserError:
+    """That there is no GPU at all."""
+    return UserError("`vram` is for a GPU, and there is none; leave it out")
 
 
 def free_limit(device: torch.device) -> int:
