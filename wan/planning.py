@@ -110,12 +110,14 @@ class Planner:
         offload: bool = True,
         number: int = 1,
         count: int = 1,
+        check: bool = True,
     ) -> Plan:
         """A plan that fits the footage: its aspect within `max_area` pixels. None means the preset's or config's value.
 
         `context` may be a number of known frames. `loras` are files, as `LoraFile` or as text PATH[:STRENGTH]: one or
         several for a model with one denoiser, and by the name of the expert ("high_noise_model", "low_noise_model")
-        for one with two. The rest are fields of `Plan`. Raises UserError.
+        for one with two. The rest are fields of `Plan`. Without `check` it is a plan that no clip is made by, whose
+        fields are of use. Raises UserError.
         """
         config = self.rules.config
         if max_area is None:
@@ -159,9 +161,10 @@ class Planner:
             number=number,
             count=count,
         )
-        if handoff is not None:
-            check_program(handoff)
-        self.check(plan)
+        if check:
+            if handoff is not None:
+                check_program(handoff)
+            self.check(plan)
         return plan
 
     def check(self, plan: Plan) -> None:

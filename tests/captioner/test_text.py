@@ -183,6 +183,14 @@ def test_a_model_that_counts_on_and_on_is_cut() -> None:
     )
 
 
+def test_a_list_that_counts_is_none() -> None:
+    text = " ".join(f"Lamp {number} hangs over table {number + 3}." for number in range(1, 9))
+    assert clean_caption(text) == text
+    assert clean_caption(f"{text} Lamp 9 hangs over table 12. A cat sleeps.") == (
+        "Lamp 1 hangs over table 4. Lamp 2 hangs over table 5. Lamp 3 hangs over table 6. A cat sleeps."
+    )
+
+
 @pytest.mark.parametrize("caption", ["…", "... !!! --- ???", "。、", "<think>a", "¡¿?!"])
 def test_a_caption_without_a_word_is_refused(caption: str) -> None:
     with pytest.raises(UserError, match="holds no usable text"):

@@ -62,7 +62,7 @@ _FRAME_MENTION = re.compile(
 _JSON_VALUE = re.compile(r'[:\[,]\s*"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*)(?:"(?!\s*:)|$)')
 
 _LONGEST_LOOP = 30  # words that come again and again
-_MOST_COUNTED = 3
+_LONGEST_LIST, _OF_A_COUNT = 8, 3  # sentences that differ in numbers alone: of a list, and that stay of more
 _FEWEST_WORDS = 8  # of a description that stands beside a refusal
 
 
@@ -180,16 +180,18 @@ def _without_talk(text: str) -> str:
 def _without_loops(text: str) -> str:
     """A text with each sentence once, and with words once that come three times or more in a row.
 
-    Of sentences that differ in their numbers alone the first three stay: a model that counts does not end.
+    Up to eight sentences that differ in their numbers alone are a list of what is seen. More of them are a model that
+    counts on and on, of which the first three stay.
     """
     seen: set[tuple[str, ...]] = set()
-    counting: Counter[tuple[str, ...]] = Counter()
+    sentences = [(sentence, tuple(bare_words(sentence.group()))) for sentence in _SENTENCE.finditer(text)]
+    counting = Counter(map(_without_numbers, {words for _, words in sentences}))
+    kept = Counter[tuple[str, ...]]()
     again = ""
-    for sentence in _SENTENCE.finditer(text):
-        words = tuple(bare_words(sentence.group()))
-        counted = tuple("0" if word.isdecimal() else word for word in words)
-        counting[counted] += 1
-        if words and (words in seen or counting[counted] > _MOST_COUNTED):
+    for sentence, words in sentences:
+        alike = _without_numbers(words)
+        kept[alike] += words not in seen
+        if words and (words in seen or (counting[alike] > _LONGEST_LIST and kept[alike] > _OF_A_COUNT)):
             continue
         seen.add(words)
         between = " " if again and text[sentence.start() - 1].isspace() else ""
@@ -197,6 +199,10 @@ def _without_loops(text: str) -> str:
     if (lost := len(bare_words(text)) - len(bare_words(again))) > 0:
         logger.warning("the VLM repeats itself: %d words of its answer are left out", lost)
     return again
+
+
+def _without_numbers(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("0" if word.isdecimal() else word for word in words)
 
 
 def _without_stutter(sentence: str) -> str:
