@@ -171,7 +171,6 @@ class Planner:
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
         config = self.rules.config
         two_experts = config.model_type == "i2v"
-        self.check_memory(plan)
         check_continuation(config, plan.context.mode)
         if plan.end is not None:
             check_end_image(config, plan.geometry.frames, plan.leading, plan.context.mode)
@@ -181,5 +180,6 @@ class Planner:
         if plan.cut is True and plan.prompt is None:
             raise UserError("cut: true makes a clip of text alone: give it a prompt")
         self.models.check_loras(plan.loras)
+        self.check_memory(plan)  # which LoRAs take as well
         self.rules.check_distilled(plan.preset, plan.loras)
         check_pairing(plan, list(self.rules.checkpoint.experts))

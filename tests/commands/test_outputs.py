@@ -282,11 +282,13 @@ def test_a_run_that_noted_no_digests_goes_on_as_before(command: Callable[..., Se
 def test_temporary_files_go_only_where_the_lock_keeps_other_runs_out(
     command: Callable[..., Seen], tmp_path: Path, flag: str, left: bool
 ) -> None:
-    part = tmp_path / "out" / ".video_09_seed1.mp4.0123abcd.part"  # of a run that was killed, or of one that is at work
-    part.parent.mkdir()
-    part.touch()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    names = (".video_09_seed1.mp4.0123abcd.part", "..joined.mp4.3.piece.mp4.0123abcd.part", ".joined.mp4.3.piece.mp4")
+    for name in names:  # of a run that was killed, or of one that is at work
+        (folder / name).touch()
     assert command(flag).code == 0
-    assert part.exists() == left
+    assert [(folder / name).exists() for name in names] == [left] * 3
 
 
 # --- what is no run's

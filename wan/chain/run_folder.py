@@ -68,7 +68,7 @@ class RunFolder:
             self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        for name in ("video_", ".draft_", PREVIEW, *UPSCALED, *_OF_THE_RUN):
+        for name in ("video_", ".draft_", f".{JOINED}.", PREVIEW, *UPSCALED, *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):
                 left.unlink()
         for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
