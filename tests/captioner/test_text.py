@@ -132,6 +132,12 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "Δυστυχώς, δεν μπορώ να βοηθήσω σε αυτό.",
         "אני לא יכול לעזור בזה.",
         "متأسفم، من نمی‌توانم کمک کنم.",
+        "As a text-based AI, I can't view videos.",
+        "This content violates our policy.",
+        "Request blocked by content filter.",
+        "I'd rather not describe this.",
+        "Nem tudok segíteni ebben.",
+        "క్షమించండి, నేను సహాయం చేయలేను.",
     ],
 )
 def test_a_refusal_is_known(text: str) -> None:
@@ -148,6 +154,8 @@ def test_a_refusal_is_known(text: str) -> None:
         "I cannot see any text. The video shows a red ball that rolls over a green table to the left.",
         "I'm sorry for the confusion. A man walks along a beach.",
         "As night falls, a boat turns left.",
+        "As a model airplane lands, a child claps.",
+        "The content of the box is blocked by a lid.",
         "No frames hang on the wall; a cat walks below it.",
         "Der Mann kann die Tür leider nicht öffnen.",
         "لا أحد في الشارع، وقطة تمشي على الرصيف.",
