@@ -72,7 +72,7 @@ class ChainMaker:
     @torch.no_grad()
     def chain(self, generator: torch.Generator) -> Iterator[dict[str, Any]]:
         """Clip by clip of a batch of chains, what the captioner sees of those that are right, and is to say of them."""
-        world = scenes.sample(self.settings.batch, generator, passing=True)
+        world = scenes.sample(self.settings.batch, generator, hard=True)
         clip = world.draw(torch.arange(1 - scenes.FRAMES, 1, device=generator.device))
         now = 0
         for _ in range(LINKS):
