@@ -204,6 +204,10 @@ class Models:
         """How the LoRAs that are wanted match, by expert, whether or not that is in memory now."""
         return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
 
+    def lora_bytes(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> dict[str, int]:
+        """What LoRA files hold for each expert. Raises UserError."""
+        return {expert: sum(one.size for one in self._open(expert, files)) for expert, files in loras.items()}
+
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""
         new = [file for file in files if (expert, file) not in self._opened]

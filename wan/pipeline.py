@@ -257,7 +257,7 @@ class Pipeline(ABC):
         """
         if self.budget.vram is not None and not offload:
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
-        budget = self.budget.for_clip(request.geometry, offload)
+        budget = self.budget_for(request.geometry, offload, request.loras)
         budget.check(request.geometry)
         shared = _Shared(request, offload, clips, self.host_plan(request.geometry, request.loras))
         try:
@@ -270,6 +270,10 @@ class Pipeline(ABC):
             advice = budget.advice(request.geometry, offload, capacity)
         # outside of the handler, whose traceback holds what was on the GPU
         raise UserError(f"out of GPU memory ({reason}); {advice}")
+
+    def budget_for(self, geometry: Geometry, offload: bool, loras: Mapping[str, tuple[LoraFile, ...]]) -> MemoryBudget:
+        """What a clip with these LoRAs may take of the GPU, and what it does. Raises UserError."""
+        return self.budget.for_clip(geometry, offload, self.models.lora_bytes(loras))
 
     def host_plan(self, geometry: Geometry, loras: Mapping[str, tuple[LoraFile, ...]], captioner: int = 0) -> HostPlan:
         """How models live in host memory while a clip is made; `captioner`: bytes of one there. Raises UserError."""
@@ -318,7 +322,7 @@ class Pipeline(ABC):
         """Where the model of each stage lives while a clip is made; those that are in the way leave."""
         self.models.live_by(shared.host)
         geometry = shared.request.geometry
-        budget = self.budget.for_clip(geometry, shared.offload)
+        budget = self.budget_for(geometry, shared.offload, shared.request.loras)
         if budget.vram is not None and not budget.holds_all(geometry):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         return budget.placements(geometry, shared.offload, shared.host.mapped)

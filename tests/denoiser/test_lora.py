@@ -302,6 +302,8 @@ def test_each_expert_takes_its_half_of_a_file_for_both(style: Any, checkpoints: 
         assert not same(values(both), values(load(weights)))
         (match,) = matches([LoraFile(file)], weights)
         assert match.matched == match.total == len(halves[half])
+    sizes = [open_loras([LoraFile(file)], checkpoints[name])[0].size for name in ("A14B", "low noise")]
+    assert file.stat().st_size - 2 <= sum(sizes) <= file.stat().st_size and min(sizes) > 0  # of each its half
     refused(file, checkpoints["5B"], "is for a model of two experts, this one has one")
 
 

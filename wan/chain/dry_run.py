@@ -78,11 +78,11 @@ def outline(continuation: VideoContinuation, inventory: Inventory) -> Iterator[s
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
-    kinds = {(plan.geometry, plan.offload) for plan in missing}
-    budgets = {kind: continuation.budget.for_clip(*kind) for kind in kinds}
-    kind = max(kinds, key=lambda kind: budgets[kind].gpu_bytes(*kind))
-    budget, whole = budgets[kind], budgets[kind].gpu_bytes(*kind)
-    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(kind[0]).items()}
+    kinds = {(plan.geometry, plan.offload, tuple(plan.loras.items())) for plan in missing}
+    budgets = [(continuation.budget_for(*kind[:2], dict(kind[2])), kind) for kind in kinds]
+    budget, (geometry, offload, _) = max(budgets, key=lambda one: one[0].gpu_bytes(*one[1][:2]))
+    whole = budget.gpu_bytes(geometry, offload)
+    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(geometry).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     loading = by_stage if max(peaks.values()) == whole else "all models at once"
     limited = (

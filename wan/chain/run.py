@@ -13,6 +13,7 @@ from wan.chain.joined_video import JoinedVideo
 from wan.chain.run_record import RunRecord
 from wan.chain.telling import tell
 from wan.chain.writer import ClipWriter
+from wan.chain.written import Written
 from wan.types import Footage, Generation
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class ChainRun:
         self.settings, self.folder = inventory.settings, inventory.folder
         before = self.folder.run
         self.writer = ClipWriter(self.save)
-        self.joined = JoinedVideo(self.settings, self.folder, inventory.source_digest, before)
-        self.record = RunRecord(self.settings, self.folder, float(before.get("seconds") or 0))
+        written = Written(self.folder, before)
+        self.joined = JoinedVideo(self.settings, self.folder, written, inventory.source_digest, before)
+        self.record = RunRecord(self.settings, self.folder, written, float(before.get("seconds") or 0))
 
     def before(self, number: int) -> Footage:
         """What a clip goes on from: the clip before as it is in memory, or on disk, or the source."""

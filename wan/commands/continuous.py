@@ -251,7 +251,7 @@ class _Scripts:
     @property
     def geometry(self) -> Geometry:
         """The shape of the clips, of which each may have other frames."""
-        return self.job.plan(self.continuation, self.footage).geometry
+        return self.job.plan(self.continuation, self.footage, check=False).geometry
 
     def inventory(self, folder: RunFolder, script: Script | None = None) -> Inventory:
         """What a folder holds of the script, which is worked out unless it is known. Raises UserError."""

@@ -284,6 +284,6 @@ class Job:
             }
             | more,
         )
-        if plan.described:
+        if plan.described and more.get("check", True):
             continuation.captioner  # noqa: B018  (a wrong vlm_path is said now, not after an hour)
         return plan

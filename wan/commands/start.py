@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wan import media
+from wan.chain.storyboard import Scene
 from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.device.host import GIB, has_gpu_driver
 from wan.errors import UserError
 from wan.foreign import read_json
-from wan.options import Settings
+from wan.options import Settings, usual_clips
 from wan.settings import Context, Geometry, check_continuation, check_end_image, check_motion_amplitude
 from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
@@ -97,37 +99,78 @@ def check_budget(job: Job) -> None:
 def check_early(job: Job) -> None:
     """Raise UserError for what is refused once PyTorch is there, where files' headers and settings tell it before.
 
-    These are the checks of `VideoContinuation.plan` and `Models.check_loras`, by their own functions.
+    These are the checks of `VideoContinuation.plan` and `Models.check_loras`, by their own functions, of every clip.
     """
-    settings, checkpoint, loras = job.settings, job.checkpoint, lora_files(job.settings)
-    described = settings.prompt is None or settings.prompt_mode == "continue"
-    if settings.video is not None and settings.vlm_url is None and settings.cut is not True and described:
-        try:
-            check_vlm_place(settings.vlm_path or default_vlm(checkpoint.folder))
-        except UserError as error:
-            raise UserError(f"{error.marked}, {OFFER}") from error
+    clips = list(_clips(job))
+    for scene, settings, _ in clips:
+        with _saying_where(job, scene):
+            _check_captioner(job, settings)
     # these ask for torchvision, which is left out by now
     from wan.denoiser.headers import check_denoiser
     from wan.denoiser.lora_file import check_for_experts, check_headers
     from wan.denoiser.policy import no_gpu_for
     from wan.sampling_rules import SamplingRules
 
-    _check_frames(job)
+    for scene, settings, is_last in clips:
+        with _saying_where(job, scene):
+            _check_frames(job, scene, settings, is_last)
     if job.config.low_precision is not None and not has_gpu_driver():
         raise no_gpu_for(job.config.low_precision)
+    checkpoint = job.checkpoint
     for weights in checkpoint.experts.values():
         check_denoiser(weights)
-    check_for_experts(loras, checkpoint, job.config.name)
-    for expert, files in loras.items():
-        check_headers(files, checkpoint.experts[expert])
     rules = SamplingRules(job.config, checkpoint)
-    sampling_of(settings, rules)
-    rules.check_distilled(settings.preset, loras)
+    checked = set()
+    for scene, settings, _ in clips:
+        with _saying_where(job, scene):
+            loras = lora_files(settings)
+            if (of_clip := (settings.preset, *loras.items())) not in checked:
+                checked.add(of_clip)
+                check_for_experts(loras, checkpoint, job.config.name)
+                for expert, files in loras.items():
+                    check_headers(files, checkpoint.experts[expert])
+            sampling_of(settings, rules)
+            rules.check_distilled(settings.preset, loras)
 
 
-def _check_frames(job: Job) -> None:
+def _clips(job: Job) -> Iterator[tuple[Scene, Settings, bool]]:
+    """What a storyboard says of a clip, its settings by that, and whether it is the last.
+
+    Those of which nothing is said are alike, and come once.
+    """
+    settings, scenes = job.settings, job.scenes
+    count = settings.num_videos or (len(scenes) if settings.storyboard else len(job.ends) or usual_clips(settings))
+    for number, scene in enumerate(scenes[:count], 1):
+        with _saying_where(job, scene):
+            yield scene, scene.over(settings), number == count
+    if count > len(scenes):
+        yield Scene(0), settings, True
+
+
+@contextmanager
+def _saying_where(job: Job, scene: Scene) -> Iterator[None]:
+    """What is refused in the block is said with the scene's line."""
+    try:
+        yield
+    except UserError as error:
+        if not scene.line:
+            raise
+        raise UserError(f"{job.settings.storyboard}, line {scene.line}: {error.marked}") from error
+
+
+def _check_captioner(job: Job, settings: Settings) -> None:
+    """Raise UserError for a clip that a VLM is to describe which is not there."""
+    described = settings.prompt is None or settings.prompt_mode == "continue"
+    if settings.video is not None and settings.vlm_url is None and settings.cut is not True and described:
+        try:
+            check_vlm_place(settings.vlm_path or default_vlm(job.checkpoint.folder))
+        except UserError as error:
+            raise UserError(f"{error.marked}, {OFFER}") from error
+
+
+def _check_frames(job: Job, scene: Scene, settings: Settings, is_last: bool) -> None:
     """Raise UserError for a way to go on, or an end, that the model cannot make."""
-    settings, config = job.settings, job.config
+    config = job.config
     mode, leading = "last_frame", int(settings.image is not None)
     if settings.video is not None:
         context = Context.choose(settings.continuation, settings.context_frames)
@@ -135,8 +178,13 @@ def _check_frames(job: Job) -> None:
         if settings.cut:
             leading = 0 if settings.cut is True else 1
     check_continuation(config, mode)
-    if settings.end_image is not None or settings.until is not None or job.ends:
-        check_end_image(config, settings.frame_num or config.frame_num, leading, mode)
+    given = {
+        "end_image": settings.end_image if is_last or "end_image" in scene.values else None,
+        "end_images": job.ends or None,
+        "until": settings.until if is_last else None,
+    }
+    for name in (name for name, value in given.items() if value is not None):
+        check_end_image(config, settings.frame_num or config.frame_num, leading, mode, name)
     check_motion_amplitude(settings.motion_amplitude, config, mode)
 
 

@@ -26,6 +26,7 @@ _IN_BLOCK = {"norm2": "norm3", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn
 _IN_BLOCK |= {"modulation": "scale_shift_table"}
 _ATTENTION = {"self_attn": "attn1", "cross_attn": "attn2"}
 _IN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_RELEASED_BLOCKS = {1536: 30, 3072: 30, 5120: 40}  # by the width (source: the official configs)
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?")
 
 
@@ -88,11 +89,11 @@ def infer_config(weights: Weights) -> dict[str, Any]:
             f"{str(heads)[:40]}"
         )
     layers = count_numbered(shapes, "blocks.", str(weights.path))
-    declared = config.get("num_layers", layers)
-    if declared != layers:  # a conversion that was cut short
-        raise UserError(
-            f"{weights.path} has {layers} blocks, and its config.json says {str(declared)[:40]}; download it again"
-        )
+    declared = config.get("num_layers")
+    usual = _RELEASED_BLOCKS.get(dim, layers) if declared is None else declared
+    if usual != layers:  # a conversion that was cut short
+        says = "models of its width have" if declared is None else "its config.json says"
+        raise UserError(f"{weights.path} has {layers} blocks, and {says} {str(usual)[:40]}; download it again")
     return sizes | {
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,

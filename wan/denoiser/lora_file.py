@@ -134,6 +134,13 @@ class OpenedLora:
     parts: Mapping[str, LayerKeys]
     match: LoraMatch
 
+    @property
+    def size(self) -> int:
+        """Bytes of what it holds for the model; a file may hold more."""
+        count = sum(math.prod(self.file.shapes[key]) for part in self.parts.values() for key in part.keys.values())
+        whole = sum(map(math.prod, self.file.shapes.values()))
+        return self.file.path.stat().st_size * count // max(1, whole)
+
     def has_magnitude(self, name: str) -> bool:
         """Whether what this file holds for a parameter depends on the checkpoint's values (DoRA)."""
         return name in self.parts and "dora_scale" in self.parts[name].keys
