@@ -267,8 +267,8 @@ class Copy:
         failing = sorted(json.loads(failed.read_text("utf-8"))) if failed.is_file() else []
         return Baseline(time.monotonic() - start, failing or (() if code == 0 else (test,)))
 
-    def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
-        """Whether a test fails with the fault in, or takes longer than `limit` seconds."""
+    def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool | None:
+        """Whether a test fails with the fault in, or takes longer than `limit` seconds; None: none is to be run."""
         file = self.folder / mutant.file
         whole = file.read_text("utf-8")
         file.write_text(mutant.text, "utf-8")
@@ -278,9 +278,9 @@ class Copy:
             return True
         finally:
             file.write_text(whole, "utf-8")
-        if code == 5:
-            raise SystemExit(f"no tests were found for {mutant.file}: {mutant.change}")
-        return code != 0  # also where an import or a fixture fails, or the interpreter is ended by a signal
+        return (
+            None if code == 5 else code != 0
+        )  # also where an import or a fixture fails, or the interpreter is ended by a signal
 
     def _run(self, words: Sequence[str], limit: float) -> int:
         temporary = self.folder.with_suffix(".tmp")

@@ -175,6 +175,37 @@ def test_no_file_imports_itself_through_others() -> None:
     assert {name: sorted(needed & left.keys()) for name, needed in left.items()} == {}
 
 
+def first_imports(file: Path) -> set[str]:
+    """What a file imports when it is imported itself: not for type checkers, and not inside functions."""
+    names: set[str] = set()
+    left: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not for_checkers and not isinstance(node, ast.FunctionDef | ast.Lambda):
+            left += ast.iter_child_nodes(node)
+    return names | {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
+
+
+def test_a_plan_is_made_without_what_computes() -> None:
+    """diffusers and the slices of weights take seconds to import, which `dry_run` need not wait for."""
+    files = {name_of(file): file for file in FILES}
+    left = ["wan.commands.generate", "wan.commands.continuous", "wan.video2video", "wan.wan22video2video5B"]
+    reached: dict[str, set[str]] = {}
+    while left:
+        name = left.pop()
+        if name in files and name not in reached:
+            reached[name] = first_imports(files[name])
+            left += reached[name]
+    assert "wan.pipeline" in reached and "wan.clip_sampler" not in reached
+    packages = {"diffusers", "transformers", "torch.distributed.fsdp", "torch.distributed.tensor"}
+    assert {name: taken for name, names in reached.items() if (taken := packages & names)} == {}
+
+
 # What CPython has on POSIX systems only. Most people who make videos at home are on Windows.
 POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_NAMES = {

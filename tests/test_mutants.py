@@ -123,17 +123,17 @@ def test_what_fails_without_a_fault_is_known_by_name(tmp_path: Path, monkeypatch
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be chosen here")
 def test_a_copy_keeps_to_its_cores_and_to_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = min(os.sched_getaffinity(0))
-    script = tmp_path / "python"
-    script.write_text(
-        f"#!{sys.executable}\nimport os, time\nwhile len(os.sched_getaffinity(0)) > 1: time.sleep(0.01)\n"
-        "time.sleep(float(os.environ.get('LASTS', '0')))\n"
-    )
-    script.chmod(0o755)
-    copy = Copy(tmp_path, (core,))
+    core, python, script = min(os.sched_getaffinity(0)), sys.executable, tmp_path / "python"
+    script.touch(0o755)
+    copy, mutant = Copy(tmp_path, (core,)), Mutant("a.py", "", "wrong\n")
     (tmp_path / "a.py").write_text("right\n")
     monkeypatch.setattr(sys, "executable", str(script))
-    assert not copy.sees(Mutant("a.py", "", "wrong\n"), ("test_a.py",), 60)
-    monkeypatch.setenv("LASTS", "60")
-    assert copy.sees(Mutant("a.py", "", "wrong\n"), ("test_a.py",), 1)
-    assert (tmp_path / "a.py").read_text() == "right\n"
+    for does, limit, is_seen in (
+        ("while len(os.sched_getaffinity(0)) > 1: time.sleep(0.01)", 60, False),
+        ("raise SystemExit(1)", 60, True),
+        ("raise SystemExit(5)", 60, None),  # pytest's word for no tests
+        ("time.sleep(60)", 1, True),
+    ):
+        script.write_text(f"#!{python}\nimport os, time\n{does}\n")
+        assert copy.sees(mutant, ("test_a.py",), limit) is is_seen
+        assert (tmp_path / "a.py").read_text() == "right\n"

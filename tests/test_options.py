@@ -107,6 +107,7 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
         ("--ckpt_dir {5b} --continuation svi2pro", "svi2pro is for I2V-A14B; use tail with v2v-5B"),
         ("--ckpt_dir {5b} --motion_amplitude 1.2", "--motion_amplitude is for I2V-A14B"),
         ("--ckpt_dir {5b} --frame_num 5 --end_image {picture}", "1 known frame must have 9 or more, 5 is fewer"),
+        ("--ckpt_dir {5b} --sample_steps 1 --cache first_block", "leaves nothing out of 1 steps"),
         ("--ckpt_dir {odd}", "config.json: expected num_heads that divide the width 24 into even parts, found 7"),
     ],
 )

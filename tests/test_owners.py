@@ -209,7 +209,7 @@ def test_an_expert_is_loaded_where_it_waits_and_its_slice_where_it_computes(
         where.append(options["device"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.models.WanModel.from_weights", from_weights)
+    monkeypatch.setattr("wan.denoiser.model.WanModel.from_weights", from_weights)
     config: Any = float32("ti2v-5B")
     checkpoint: Any = SimpleNamespace(experts={"model": None})
     load = loaders(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.support.quality_footage import Path, Scene, lab, pan, to_and_fro, to_frames, unit
+from wan.detail import heard_by
 from wan.errors import UserError
 from wan.quality import correct_drift, correction, score_seam
 
@@ -148,7 +149,10 @@ def test_the_correction_is_bounded_and_clamps_only_what_it_moves() -> None:
 def test_several_known_frames_stay_and_the_drift_counts_from_the_last() -> None:
     before, clean = footage(0)
     clip = torch.cat([before[-4:], drifted(clean[1:], "gain", RAMP[1:])])
-    corrected = correct_drift(clip, before, known=4)
+    told: list[str] = []
+    with heard_by(told.append):
+        corrected = correct_drift(clip, before, known=4)
+    assert [told[0], told[-1]] == ["5 of 28 frames", "28 of 28 frames"]
     assert torch.equal(corrected[:4], clip[:4])
     assert error(corrected[4:], clean[1:]) < 0.2 * error(clip[4:], clean[1:])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan.chain.inventory import Inventory
-from wan.denoiser.sampling import forwards
+from wan.denoiser.timetable import forwards
 from wan.device.budget import CONTEXT, GIB
 from wan.foreign import count_numbered
 from wan.options import LONGEST_CONTEXT

@@ -11,7 +11,7 @@ from typing import Any
 
 from wan import media
 from wan.chain.storyboard import Scene
-from wan.commands.inputs import lora_files
+from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.device.host import GIB, has_gpu_driver
@@ -119,17 +119,18 @@ def check_early(job: Job) -> None:
     checkpoint = job.checkpoint
     for weights in checkpoint.experts.values():
         check_denoiser(weights)
+    rules = SamplingRules(job.config, checkpoint)
     checked = set()
     for scene, settings, _ in clips:
-        loras = lora_files(settings)
-        if (of_clip := (settings.preset, *loras.items())) in checked:
-            continue
-        checked.add(of_clip)
         with _saying_where(job, scene):
-            check_for_experts(loras, checkpoint, job.config.name)
-            for expert, files in loras.items():
-                check_headers(files, checkpoint.experts[expert])
-            SamplingRules(job.config, checkpoint).check_distilled(settings.preset, loras)
+            loras = lora_files(settings)
+            if (of_clip := (settings.preset, *loras.items())) not in checked:
+                checked.add(of_clip)
+                check_for_experts(loras, checkpoint, job.config.name)
+                for expert, files in loras.items():
+                    check_headers(files, checkpoint.experts[expert])
+            sampling_of(settings, rules)
+            rules.check_distilled(settings.preset, loras)
 
 
 def _clips(job: Job) -> Iterator[tuple[Scene, Settings, bool]]:
@@ -200,8 +201,9 @@ def read_ahead(job: Job) -> ReadAhead:
         files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
     limit = None if settings.host_memory == "auto" else int(settings.host_memory * GIB)
     chosen = [] if settings.dry_run else that_fit(dict.fromkeys(files), limit)
-    size = sum(file.stat().st_size for file in chosen) / 1e9
-    what = f", {size:.1f} GB of weights are read meanwhile" if chosen else ""
+    size = sum(file.stat().st_size for file in chosen)
+    shown = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.0f} MB"
+    what = f", {shown} of weights are read meanwhile" if chosen else ""
     log.info("%s with %s: PyTorch starts%s", job.config.name, checkpoint.folder, what)
     reading = ReadAhead(chosen, len(chosen))
     reading.start()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wan.detail import tell_detail
 from wan.errors import UserError
 from wan.options import check
 from wan.quality.vision import LUMA, Array, MeasuredFrame, checked, flow, follow, luma, opencv, same_size, spread
@@ -89,7 +90,8 @@ def correct_drift(
             corrected[time] = _without_by_torch(frames[time].to(device), change)
 
     with ThreadPoolExecutor(min(torch.get_num_threads(), _AT_ONCE)) as threads:
-        list(threads.map(correct, range(known, len(frames))))
+        for done, _ in enumerate(threads.map(correct, range(known, len(frames))), known + 1):
+            tell_detail(f"{done} of {len(frames)} frames")
     return corrected
 
 

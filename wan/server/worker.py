@@ -130,7 +130,7 @@ class Telling(Progress):
         super().__call__(step)
         if step.prompt is not None:
             self._send("prompt", clip=self._clip, prompt=step.prompt)
-        elif (now := time.monotonic()) - self._told >= _OFTEN or step.index in (0, step.total):
+        elif (now := time.monotonic()) - self._told >= _OFTEN or (step.index in (0, step.total) and not step.detail):
             self._told = now
             self._send("step", clip=self._clip, stage=step.stage, step=step.index, steps=step.total)
 
