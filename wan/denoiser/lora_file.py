@@ -427,6 +427,10 @@ def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]], half: str) -
             scales[layer] = float(alpha) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{file.path} says no alpha that can be read ({error}); download it again") from error
+    if scales and not any(scales.values()):
+        raise UserError(
+            f"{file.path} changes nothing: each alpha in it is 0; save it with an alpha, as large as its rank"
+        )
     return scales
 
 
