@@ -12,6 +12,7 @@ import torch.distributed
 import transformers.models.umt5.modeling_umt5  # noqa: F401
 
 import tests.support.ranks
+import tests.support.small_convolutions  # noqa: F401
 import wan.cli
 import wan.commands.continuous
 import wan.commands.generate
