@@ -401,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--every", type=float, default=3.0, help="seconds from one kill to the next")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--video", type=Path, help="gpus: what is continued; further flags are those of the batch")
+    parser.add_argument("--video", type=Path, help="gpus, between: what is continued; further flags are the commands'")
     given, more = parser.parse_known_args(words)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -412,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif given.what == "twice":
             result = twice(given.jobs, given.workers, folder)
         elif given.what == "between":
-            result = between(given.jobs, more, folder)
+            video = [] if given.video is None else ["--video", str(given.video.absolute())]
+            result = between(given.jobs, [*video, *more], folder)
         else:
             result = gpus(given.video, more, given.jobs, given.workers, folder)
     print(json.dumps(result))

@@ -3,21 +3,28 @@
 Cosmic Ray makes the faults, a seeded sample of them for each package. Each is put into a copy of the project, where the
 tests run that are for its file (`TESTS`). A fault is seen when a test fails, or takes far longer than without it. Some
 faults change nothing that can be seen, so that no package gets all of its own.
+
+A run can be cut off (`--seconds`) and taken up again (`--log`): with the same seed and code the sample is the same.
+Tests that fail without any fault, say for want of a codec, are left out and listed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import json
+import math
 import os
 import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -26,98 +33,85 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-# The files of tests for each package or file, the quickest first; the longest name counts.
-TESTS: dict[str, tuple[str, ...]] = {
+# The files of tests, `test_NAME.py`, for each package or file, the quickest first. "wan" is for files that lie in no
+# package. Tests of a file's own name come first without being listed.
+TESTS: dict[str, str] = {
+    "wan": "owners continuation_pairs faults continuation modes",
     "wan/commands": (
-        *("test_lines", "test_outputs", "test_prompts", "test_continuation_pairs", "test_faults", "test_bad_input"),
-        *("test_options", "test_shell", "test_from", "test_cli"),
+        "lines outputs prompts continuation_pairs faults bad_input options shell from inputs several clip_by_clip "
+        "steering cli"
     ),
     "wan/chain": (
-        *("test_run_folder", "test_continuation_pairs", "test_faults", "test_trust", "test_options"),
-        *("test_edited_folders", "test_outputs", "test_resume", "test_long_video"),
+        "run_folder continuation_pairs faults trust options edited_folders outputs steering clip_by_clip resume "
+        "long_video"
     ),
-    "wan/chain/plan.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
-    "wan/chain/report.py": ("test_report",),
-    "wan/chain/facts.py": ("test_report",),
-    "wan/chain/charts.py": ("test_report",),
-    "wan/chain/measures.py": ("test_report",),
-    "wan/chain/scores.py": ("test_report", "test_page_charts"),
-    "wan/chain/storyboard.py": ("test_storyboard", "test_faults", "test_options"),
-    "wan/chain/storyboard_file.py": ("test_storyboard", "test_faults", "test_options"),
-    "wan/chain/dry_run.py": ("test_faults", "test_options", "test_long_video"),
-    "wan/continuation.py": ("test_owners", "test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
-    "wan/pipeline.py": (
-        *("test_owners", "test_continuation_pairs", "test_continuation", "test_presets", "test_memory", "test_modes"),
-        "test_not_finite",
-    ),
-    "wan/planning.py": ("test_owners", "test_continuation_pairs", "test_faults", "test_continuation", "test_modes"),
-    "wan/candidates.py": (
-        "test_owners",
-        "test_continuation_pairs",
-        "test_faults",
-        "test_continuation",
-        "test_modes",
-        "test_long_video",
-    ),
-    "wan/fitted_frames.py": (
-        "test_owners",
-        "test_continuation_pairs",
-        "test_faults",
-        "test_continuation",
-        "test_modes",
-        "test_handoff",
-    ),
-    "wan/caption_helpers.py": ("test_continuation",),
-    "wan/clip_sampler.py": (
-        "test_owners",
-        "test_continuation_pairs",
-        "test_continuation",
-        "test_presets",
-        "test_modes",
-        "test_exact_speed",
-    ),
-    "wan/sampling_rules.py": (*("test_owners", "test_presets", "test_parts"),),
-    "wan/encoding.py": ("test_owners", "test_continuation", "test_modes", "test_memory", "test_several"),
-    "wan/experts.py": ("test_owners", "test_continuation", "test_modes"),
-    "wan/models.py": (
-        "test_owners",
-        "test_continuation_pairs",
-        "test_faults",
-        "test_lora",
-        "test_parts",
-        "test_continuation",
-    ),
-    "wan/prompting.py": ("test_continuation_pairs", "test_faults", "test_continuation", "test_memory", "test_options"),
-    "wan/settings.py": ("test_presets", "test_continuation_pairs", "test_lora", "test_options", "test_modes"),
-    "wan/options.py": ("test_continuation_pairs", "test_faults", "test_bad_input", "test_options", "test_storyboard"),
-    "wan/media": (
-        *("test_faults", "test_timeline", "test_writing", "test_reading", "test_sound", "test_colour", "test_dull_end"),
-    ),
-    "wan/quality": ("test_motion", "test_metrics", "test_correction"),
-    "wan/captioner": ("test_text", "test_next_prompt", "test_faults", "test_backends", "test_secrets", "test_internvl"),
-    "wan/denoiser": ("test_sampling", "test_exact_speed", "test_golden", "test_modes", "test_presets"),
-    "wan/denoiser/conditioning.py": ("test_conditioning", "test_golden", "test_modes"),
-    "wan/denoiser/fp8.py": ("test_fp8", "test_precision"),
-    "wan/denoiser/lora.py": ("test_lora", "test_faults", "test_parts"),
-    "wan/denoiser/lora_file.py": ("test_lora", "test_faults", "test_parts"),
-    "wan/denoiser/sequence.py": ("test_sequence",),
-    "wan/vae": ("test_preview", "test_chunked", "test_golden", "test_not_finite"),
-    "wan/vae/bands.py": ("test_bands",),
-    "wan/text": ("test_umt5", "test_vocabulary", "test_golden", "test_parts", "test_memory"),
-    "wan/weights": (
-        *("test_checkpoint", "test_vocabulary", "test_parts", "test_faults", "test_quantized", "test_readers"),
-    ),
-    "wan/weights/quantized.py": (
-        *("test_quantized", "test_fp8", "test_vocabulary", "test_checkpoint", "test_lora", "test_parts"),
-    ),
-    "wan/device": ("test_memory", "test_faults", "test_host_budget", "test_host"),
-    "wan/device/parallel.py": ("test_sequence", "test_several"),
-    "wan/device/sharding.py": ("test_sharding",),
-    "wan/device/shared.py": ("test_shared",),
-    "wan/device/watch.py": ("test_watch",),
-    "wan/device/ranks.py": ("test_sequence", "test_several"),
+    "wan/chain/plan.py": "continuation_pairs faults continuation modes",
+    "wan/chain/report.py": "report",
+    "wan/chain/facts.py": "report",
+    "wan/chain/charts.py": "report",
+    "wan/chain/measures.py": "report",
+    "wan/chain/scores.py": "report page_charts",
+    "wan/chain/storyboard.py": "storyboard faults options",
+    "wan/chain/storyboard_file.py": "storyboard faults options",
+    "wan/chain/dry_run.py": "faults options long_video",
+    "wan/continuation.py": "owners continuation_pairs faults continuation modes",
+    "wan/pipeline.py": "owners continuation_pairs continuation presets memory modes not_finite",
+    "wan/planning.py": "owners continuation_pairs faults continuation modes",
+    "wan/candidates.py": "owners continuation_pairs faults continuation modes long_video",
+    "wan/fitted_frames.py": "owners continuation_pairs faults continuation modes handoff",
+    "wan/caption_helpers.py": "continuation",
+    "wan/cli.py": "bad_input several faults from",
+    "wan/colour_carry.py": "correction continuation_pairs",
+    "wan/comfy.py": "parts outputs",
+    "wan/errors.py": "bad_input faults",
+    "wan/files.py": "run_folder faults trust outputs resume",
+    "wan/footage.py": "continuation_pairs reading continuation modes from",
+    "wan/foreign.py": "parts lora checkpoint readers",
+    "wan/kinds.py": "options bad_input storyboard rows",
+    "wan/pages.py": "report",
+    "wan/public.py": "secrets outputs report",
+    "wan/sizes.py": "golden continuation modes options",
+    "wan/types.py": "conditioning owners continuation_pairs sampling modes",
+    "wan/upscaling.py": "options faults",
+    "wan/image2video.py": "owners golden modes options",
+    "wan/textimage2video.py": "owners golden modes options",
+    "wan/text2video.py": "owners golden modes options",
+    "wan/clip_sampler.py": "owners continuation_pairs continuation presets modes exact_speed",
+    "wan/sampling_rules.py": "owners presets parts",
+    "wan/encoding.py": "owners continuation modes memory several",
+    "wan/experts.py": "owners continuation modes",
+    "wan/models.py": "owners continuation_pairs faults lora parts continuation",
+    "wan/pictures.py": "faults bombs colour storyboard",
+    "wan/captioner/shared.py": "captioners",
+    "wan/prompting.py": "continuation_pairs faults continuation memory options",
+    "wan/settings.py": "presets continuation_pairs lora options modes",
+    "wan/options.py": "continuation_pairs faults bad_input options storyboard",
+    "wan/media": "faults timeline writing reading sound colour dull_end bombs",
+    "wan/quality": "motion metrics correction",
+    "wan/captioner": "text next_prompt faults backends secrets internvl",
+    "wan/denoiser": "sampling exact_speed golden modes presets precision",
+    "wan/denoiser/conditioning.py": "conditioning golden modes",
+    "wan/denoiser/fp8.py": "fp8 precision",
+    "wan/denoiser/lora.py": "lora faults parts",
+    "wan/denoiser/lora_file.py": "lora faults parts",
+    "wan/denoiser/sequence.py": "sequence",
+    "wan/vae": "preview chunked bands golden not_finite memory",
+    "wan/vae/bands.py": "bands",
+    "wan/text": "umt5 vocabulary golden parts memory",
+    "wan/weights": "checkpoint loading vocabulary parts faults quantized lora readers",
+    "wan/weights/quantized.py": "quantized fp8 vocabulary checkpoint lora parts",
+    "wan/device": "host memory faults host_budget owners shared",
+    "wan/device/parallel.py": "sequence several",
+    "wan/device/sharding.py": "sharding",
+    "wan/device/shared.py": "shared",
+    "wan/device/watch.py": "watch",
+    "wan/device/peers.py": "watch",
+    "wan/device/ranks.py": "sequence several",
+    "wan/batch": "rows behind locks upload captioners run workers cluster",
+    "wan/server": "guard processes limits videos chains page_charts",
 }
-PACKAGES = tuple(name for name in TESTS if name.count("/") == 1)
+PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))
+_LONGEST = 300.0  # seconds of a file of tests without a fault
 # Only a GPU runs what they do.
 NOT_HERE = (
     "wan/captioner/decode_attention_kernel.py",
@@ -148,13 +142,15 @@ OPERATORS = (
 
 def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
-    names = TESTS[max((name for name in TESTS if file.startswith(name)), key=len)]
     files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    return tuple(files[name] for name in names)
+    its_own = f"test_{Path(file).stem}"
+    listed = [f"test_{name}" for name in TESTS[file if file in TESTS else package_of(file)].split()]
+    return tuple(files[name] for name in dict.fromkeys((its_own, *listed)) if name in listed or name in files)
 
 
 def package_of(file: str) -> str:
-    return next(name for name in PACKAGES if file.startswith(name))
+    folder = Path(file).parent.as_posix()
+    return next(name for name in PACKAGES if name == folder)
 
 
 @dataclass(frozen=True)
@@ -192,18 +188,19 @@ def sample(count: int, seed: int, packages: Sequence[str]) -> list[Mutant]:
 
     mutants: list[Mutant] = []
     for package in packages:
-        path, chance = ROOT / package, random.Random(f"{seed} {package}")
+        chance, taken = random.Random(f"{seed} {package}"), 0
         places: dict[str, list[Any]] = {}  # by kind, so that what is most frequent, numbers, is not most of the sample
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for file in sorted((ROOT / package).glob("*.py")):
             name = file.relative_to(ROOT).as_posix()
             for kind, operator, number in () if name in NOT_HERE else mutants_of(name):
                 places.setdefault(kind, []).append((name, operator, number))
-        while places and count > sum(one.file.startswith(package) for one in mutants):
+        while places and taken < count:
             kind = chance.choice(sorted(places))
             name, operator, number = places[kind].pop(chance.randrange(len(places[kind])))
             if not places[kind]:
                 del places[kind]
             mutants.append(Mutant(name, kind, mutate_code((ROOT / name).read_text("utf-8"), operator, number)))
+            taken += 1
     return mutants
 
 
@@ -229,13 +226,24 @@ def _leave_out_call() -> Any:
 
 
 def copy_project(folder: Path) -> Path:
-    """Copy what Git knows of the project; returns the folder."""
+    """Copy what Git knows of the project; without Git all but hidden files and caches. Returns the folder."""
+    if not (ROOT / ".git").exists():
+        hidden = shutil.ignore_patterns(".*", "__pycache__", "build", "outputs")
+        return Path(shutil.copytree(ROOT, folder, ignore=hidden, dirs_exist_ok=True))
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
     for name in listed.stdout.split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     return folder
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A file of tests without a fault: how long it takes, and which of its tests fail here (`FILE`: all of them)."""
+
+    seconds: float
+    failing: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -248,72 +256,112 @@ class Copy:
     folder: Path
     cores: Sequence[int] = ()
 
-    def seconds(self, test: str) -> float:
-        """How long a file of tests takes without a fault. Raises SystemExit where one fails."""
-        start = time.monotonic()
-        if self._run((test,), None) != 0:
-            raise SystemExit(f"without any fault a test fails: {test}")
-        return time.monotonic() - start
+    def baseline(self, test: str, limit: float) -> Baseline:
+        """Run a file of tests without a fault. One that takes longer than `limit` seconds counts as failing."""
+        start, failed = time.monotonic(), self.folder / "build/mutants/v/cache/lastfailed"
+        failed.unlink(missing_ok=True)
+        try:
+            code = self._run((test, "-o", "cache_dir=build/mutants"), limit)
+        except subprocess.TimeoutExpired:
+            return Baseline(limit, (test,))
+        failing = sorted(json.loads(failed.read_text("utf-8"))) if failed.is_file() else []
+        return Baseline(time.monotonic() - start, failing or (() if code == 0 else (test,)))
 
-    def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool:
-        """Whether a test fails with the fault in, or takes longer than `limit` seconds."""
+    def sees(self, mutant: Mutant, tests: Sequence[str], limit: float) -> bool | None:
+        """Whether a test fails with the fault in, or takes longer than `limit` seconds; None: none is to be run."""
         file = self.folder / mutant.file
         whole = file.read_text("utf-8")
         file.write_text(mutant.text, "utf-8")
         try:
-            code = self._run(tests, limit)
+            code = self._run(("-x", "-p", "no:cacheprovider", *tests), limit)
         except subprocess.TimeoutExpired:
             return True
         finally:
             file.write_text(whole, "utf-8")
-        if code == 5:
-            raise SystemExit(f"no tests were found for {mutant.file}: {mutant.change}")
-        return code != 0  # also where an import or a fixture fails, or the interpreter is ended by a signal
+        return (
+            None if code == 5 else code != 0
+        )  # also where an import or a fixture fails, or the interpreter is ended by a signal
 
-    def _run(self, tests: Sequence[str], limit: float | None) -> int:
-        words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        quiet = subprocess.DEVNULL
+    def _run(self, words: Sequence[str], limit: float) -> int:
+        temporary = self.folder.with_suffix(".tmp")
+        temporary.mkdir(exist_ok=True)
         with subprocess.Popen(
-            words, cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=quiet, stderr=quiet
+            [sys.executable, "-B", "-m", "pytest", "-q", *words],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         ) as process:
             if self.cores:
                 os.sched_setaffinity(process.pid, self.cores)
             try:
                 return process.wait(limit)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # also those that a fault has left behind
+                    os.killpg(process.pid, signal.SIGKILL)
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def measure(mutants: Sequence[Mutant], copies: Sequence[Copy]) -> Iterator[tuple[Mutant, bool]]:
-    """Each fault, and whether it is seen, as soon as that is known. Each copy tests one fault at a time."""
+def measure(
+    mutants: Sequence[Mutant],
+    copies: Sequence[Copy],
+    baselines: dict[str, Baseline],
+    on_baseline: Callable[[str, Baseline], None],
+    end: float = math.inf,
+) -> Iterator[tuple[Mutant, bool]]:
+    """Each fault, and whether it is seen, as soon as that is known. Each copy tests one fault at a time.
+
+    Files of tests that `baselines` lacks are run without a fault first, and put there. Faults for which no test passes
+    without them, and those whose tests would end later than `end` (of `time.monotonic`), are left out.
+    """
     free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
     for copy in copies:
         free.put(copy)
 
-    def whole(test: str) -> float:
+    def whole(test: str) -> None:
         copy = free.get()
         try:
-            return copy.seconds(test)
+            if (left := end - time.monotonic()) > 0:
+                baseline = copy.baseline(test, min(_LONGEST, left))
+                if time.monotonic() < end:
+                    baselines[test] = baseline
+                    on_baseline(test, baseline)
         finally:
             free.put(copy)
 
-    def seen(mutant: Mutant) -> bool:
+    def seen(mutant: Mutant) -> bool | None:
         copy, tests = free.get(), covering_tests(mutant.file)
         try:
-            return copy.sees(mutant, tests, 30 + 3 * sum(seconds[test] for test in tests))
+            if time.monotonic() >= end:
+                return None
+            words = [word for test in tests for word in _passing(test, baselines[test])]
+            limit = 30 + 3 * sum(baselines[test].seconds for test in tests)
+            if not words:
+                return None
+            is_seen = copy.sees(mutant, words, min(limit, end - time.monotonic()))
+            return is_seen if time.monotonic() < end else None
         finally:
             free.put(copy)
 
     pool = ThreadPoolExecutor(len(copies))
     try:
-        needed = sorted({test for mutant in mutants for test in covering_tests(mutant.file)})
-        seconds = dict(zip(needed, pool.map(whole, needed), strict=True))
+        needed = dict.fromkeys(test for mutant in mutants for test in covering_tests(mutant.file))
+        list(pool.map(whole, [test for test in needed if test not in baselines]))
         running = {pool.submit(seen, mutant): mutant for mutant in mutants}
         for done in as_completed(running):
-            yield running[done], done.result()
+            is_seen = done.result()
+            if is_seen is not None:
+                yield running[done], is_seen
     finally:
         pool.shutdown(cancel_futures=True)  # nothing more is begun after an error
+
+
+def _passing(test: str, baseline: Baseline) -> list[str]:
+    """The words that make pytest run what passes of a file without a fault."""
+    if any("::" not in name for name in baseline.failing):
+        return []
+    return [test, *(f"--deselect={name}" for name in baseline.failing)]
 
 
 def by_turns(mutants: Sequence[Mutant]) -> list[Mutant]:
@@ -324,6 +372,32 @@ def by_turns(mutants: Sequence[Mutant]) -> list[Mutant]:
     return [one for turn in zip_longest(*groups.values()) for one in turn if one is not None]
 
 
+class Log:
+    """What is known by now, a JSON line each in a file that a cut-off run leaves: baselines, and faults with `seen`."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text("utf-8").splitlines() if file is not None and file.is_file() else []
+        known = [json.loads(line) for line in lines if line.endswith("}")]  # a machine that stops leaves half a line
+        self.baselines = {one["tests"]: Baseline(one["seconds"], one["failing"]) for one in known if "tests" in one}
+        self._seen = {(one["file"], one["operator"], one["change"]): one["seen"] for one in known if "seen" in one}
+
+    def seen(self, mutant: Mutant) -> bool | None:
+        """Whether a fault was seen; None: it was not tried yet."""
+        return self._seen.get((mutant.file, mutant.operator, mutant.change))
+
+    def add(self, mutant: Mutant, is_seen: bool) -> None:
+        self._write({"seen": is_seen, "file": mutant.file, "operator": mutant.operator, "change": mutant.change})
+
+    def add_baseline(self, test: str, baseline: Baseline) -> None:
+        self._write({"tests": test, "seconds": round(baseline.seconds, 1), "failing": list(baseline.failing)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the faults that no test saw, and how many were seen of each package."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -331,8 +405,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=20, help="faults for each package (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="faults that are tested at once (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop then; as many faults of each are tried")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="add results here; what is in it is not tried again")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     given = parser.parse_args(argv)
+    end = time.monotonic() + given.seconds
     packages = given.packages or PACKAGES
     if given.processes < 1:
         parser.error("--processes: at least 1")
@@ -342,19 +419,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.list:
         print(*(f"{mutant.file}  {mutant.operator}  {mutant.change}" for mutant in mutants), sep="\n")
         return
+    log = Log(given.log)
     seen: dict[str, list[bool]] = {package: [] for package in packages}
+
+    def add(mutant: Mutant, is_seen: bool) -> None:
+        seen[package_of(mutant.file)].append(is_seen)
+        print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
+
+    for mutant in mutants:
+        if (is_seen := log.seen(mutant)) is not None:
+            add(mutant, is_seen)
+    left = [mutant for mutant in by_turns(mutants) if log.seen(mutant) is None]
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         count = given.processes
         copies = [Copy(copy_project(Path(folder, str(number))), cores[number::count]) for number in range(count)]
-        for mutant, is_seen in measure(by_turns(mutants), copies):
-            seen[package_of(mutant.file)].append(is_seen)
-            print("seen    " if is_seen else "NOT SEEN", mutant.file, mutant.operator, mutant.change, flush=True)
+        for mutant, is_seen in measure(left, copies, log.baselines, log.add_baseline, end):
+            log.add(mutant, is_seen)
+            add(mutant, is_seen)
     print(f"\n{'package':<22} seen  all")
     seen["all"] = [one for results in seen.values() for one in results]
     for package, results in seen.items():
         if results:
             print(f"{package:<22} {sum(results):>4} {len(results):>4}  {sum(results) / len(results):.0%}")
+    print(f"not tried: {len(mutants) - len(seen['all'])} of {len(mutants)}")
+    for name in sorted(name for baseline in log.baselines.values() for name in baseline.failing):
+        print(f"left out, fails without a fault: {name}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ LAYERS = [
     ("wan.pictures", "wan.types", "wan.compat", "wan.timeline"),
     (
         "wan.device.ranks",
+        "wan.device.peers",
         "wan.device.watch",
         "wan.device.parallel",
         "wan.device.shared",
@@ -92,6 +93,24 @@ def test_every_module_has_a_layer() -> None:
     } == set()
 
 
+def test_the_map_names_every_module() -> None:
+    design = (ROOT / "docs/DESIGN.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1]: row for row in design.splitlines() if row.startswith("| `wan/")}
+    lost = []
+    for file in FILES:
+        path = file.relative_to(ROOT)
+        folder = next((row for name, row in rows.items() if f"`{path.parent.as_posix()}/`" in name), "")
+        named = f"`{file.name}`" in folder or any(f"`{path.as_posix()}`" in name for name in rows)
+        if not named and file.stem[0] != "_" and path.parts[1] not in ("modules", "version.py"):
+            lost.append(path.as_posix())
+    assert lost == []
+    files = {file.name for file in FILES}
+    stale = [
+        name for row in rows.values() for name in re.findall(r"`(?:[\w]+/)*([\w]+\.py)`", row) if name not in files
+    ]
+    assert stale == []
+
+
 def test_imports_point_one_way() -> None:
     wrong = []
     for file in FILES:
@@ -114,7 +133,7 @@ def test_policy_has_an_address() -> None:
         r"\bargparse\b": {"wan/commands/"},
         r"os\.environ": {
             *("wan/cli.py", "wan/commands/job.py", "wan/commands/gpus.py", "wan/captioner/endpoint.py"),
-            *("wan/server/main.py", "wan/server/worker.py", "wan/server/group.py"),
+            *("wan/server/main.py", "wan/server/worker.py", "wan/server/processes.py"),
             *("wan/batch/hand.py", "wan/batch/crew.py"),
         },
         r"torch\.load\(|safe_open\(": {
@@ -154,6 +173,37 @@ def test_no_file_imports_itself_through_others() -> None:
     while roots := left.keys() - {needed for all_needed in left.values() for needed in all_needed}:
         left = {name: needed for name, needed in left.items() if name not in roots}
     assert {name: sorted(needed & left.keys()) for name, needed in left.items()} == {}
+
+
+def first_imports(file: Path) -> set[str]:
+    """What a file imports when it is imported itself: not for type checkers, and not inside functions."""
+    names: set[str] = set()
+    left: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not for_checkers and not isinstance(node, ast.FunctionDef | ast.Lambda):
+            left += ast.iter_child_nodes(node)
+    return names | {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
+
+
+def test_a_plan_is_made_without_what_computes() -> None:
+    """diffusers and the slices of weights take seconds to import, which `dry_run` need not wait for."""
+    files = {name_of(file): file for file in FILES}
+    left = ["wan.commands.generate", "wan.commands.continuous", "wan.video2video", "wan.wan22video2video5B"]
+    reached: dict[str, set[str]] = {}
+    while left:
+        name = left.pop()
+        if name in files and name not in reached:
+            reached[name] = first_imports(files[name])
+            left += reached[name]
+    assert "wan.pipeline" in reached and "wan.clip_sampler" not in reached
+    packages = {"diffusers", "transformers", "torch.distributed.fsdp", "torch.distributed.tensor"}
+    assert {name: taken for name, names in reached.items() if (taken := packages & names)} == {}
 
 
 # What CPython has on POSIX systems only. Most people who make videos at home are on Windows.

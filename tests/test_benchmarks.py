@@ -5,6 +5,7 @@ And the benchmark of seams: the report's threshold tells cut footage from footag
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, memory, real_size, seams, timing
+from benchmarks import clip, many_chains, memory, real_size, seams, timing
+from training import scenes
 from wan.types import KnownFrames, Request
 
 pytestmark = pytest.mark.slow
@@ -128,3 +130,20 @@ def test_a_model_of_random_weights_is_a_pipeline_like_any_other(task: str, monke
     request = clip.make_request(pipeline, 64, 64, 5, 1, 1)
     made = pipeline.run(request)
     assert made.clip.frames.shape == (5, 64, 64, 3)
+
+
+def test_shapes_are_counted_by_what_is_in_sight_of_them() -> None:
+    world = scenes.sample(24, torch.Generator().manual_seed(5))
+    still = torch.zeros_like(world.velocity)
+    world = dataclasses.replace(world, velocity=still, growth=still[..., 0], pan=still[:, 0, 0])
+    behind = world.start.clone()
+    behind[:, 0] = behind[:, 1]  # the first one is drawn first, so the second one covers it
+    world = dataclasses.replace(world, start=torch.where(world.present[:, 1, None, None], behind, world.start))
+    two = world.present[:, 1] & ~world.present[:, 2]
+    free = many_chains.in_sight(world, 0.0)
+    assert two.sum() > 3 and (free[two, 0] < many_chains.COVERED).all() and (free[two, 1] == 1).all()
+    one = ~world.present[:, 1]
+    frames = world.draw(torch.arange(3))
+    assert one.sum() > 3 and many_chains.in_most(frames, world)[one, 0].all()
+    frames[:, :, 1:] = 0
+    assert not many_chains.in_most(frames, world).any()

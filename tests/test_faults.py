@@ -24,7 +24,7 @@ from tests.support.media_samples import numbered
 from wan import cli, media
 from wan.captioner import EndpointCaptioner, endpoint
 from wan.captioner.next_prompt import IDENTITY_QUESTION
-from wan.chain.run import _free
+from wan.chain.inventory import _free
 from wan.device.budget import StageMemory
 from wan.device.layers import SLOTS
 from wan.device.placement import Placement

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.commands import MADE, Seen, frames_in, metadata
 from tests.support.golden import ROOT
@@ -38,13 +39,6 @@ from wan.types import Step
 pytestmark = pytest.mark.slow
 
 HEAVY = ("torch", "transformers", "diffusers")
-
-
-@pytest.fixture(autouse=True)
-def computes_in_8_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the case is that of `precision`: without a driver it would be refused."""
-    if request.node.name.endswith("[precision]"):
-        monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
 
 
 # --- without PyTorch
@@ -107,12 +101,29 @@ def test_a_storyboard_is_checked_without_a_model_library(tmp_path: Path) -> None
         ("--ckpt_dir {5b} --preset turbo", "--preset turbo needs --lora FILE"),
         ("--ckpt_dir {5b} --precision fp8", "and there is none; give --precision bf16"),
         ("--ckpt_dir {5b} --vlm_path {empty}/no", "check --vlm_path, or give --prompt to go on without captioning"),
+        ("--ckpt_dir {made} --dit {empty}/cut.safetensors", "does not fit the model: missing blocks.1.ffn.0.bias"),
+        ("--ckpt_dir {5b} --vram 12", "--vram is for a GPU, and there is none; leave it out"),
+        ("--ckpt_dir {5b} --host_memory 1", "GiB of host memory for 17 frames of 160x96"),
+        ("--ckpt_dir {5b} --continuation svi2pro", "svi2pro is for I2V-A14B; use tail with v2v-5B"),
+        ("--ckpt_dir {5b} --motion_amplitude 1.2", "--motion_amplitude is for I2V-A14B"),
+        ("--ckpt_dir {5b} --frame_num 5 --end_image {picture}", "1 known frame must have 9 or more, 5 is fewer"),
+        ("--ckpt_dir {5b} --sample_steps 1 --cache first_block", "leaves nothing out of 1 steps"),
+        ("--ckpt_dir {odd}", "config.json: expected num_heads that divide the width 24 into even parts, found 7"),
     ],
 )
 def test_what_headers_tell_is_refused_before_pytorch_is_imported(words: str, message: str, tmp_path: Path) -> None:
     models = ROOT / "models"
     places = {"empty": tmp_path, "a14b": models / "tiny-Wan2.2-I2V-A14B", "5b": models / "tiny-Wan2.2-TI2V-5B"}
-    places["loras"] = models / "tiny-loras"
+    places |= {
+        "loras": models / "tiny-loras",
+        "made": MADE / "ti2v",
+        "picture": MADE / "small.png",
+        "odd": tmp_path / "odd",
+    }
+    shutil.copytree(MADE / "ti2v", places["odd"])
+    (places["odd"] / "config.json").write_text('{"num_heads": 7}')
+    numbers = load_file(MADE / "ti2v" / "diffusion_pytorch_model.safetensors")
+    save_file({key: one for key, one in numbers.items() if key != "blocks.1.ffn.0.bias"}, tmp_path / "cut.safetensors")
     code = "import wan.device.host as host\nhost.has_gpu_driver = lambda: False\nfrom wan.cli import generate_main\n"
     code += "print(generate_main(sys.argv[1:], own_process=True))"
     _, output, heavy = imported(code, "--video", str(MADE / "source.mp4"), *words.format(**places).split())

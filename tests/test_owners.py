@@ -209,7 +209,7 @@ def test_an_expert_is_loaded_where_it_waits_and_its_slice_where_it_computes(
         where.append(options["device"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wan.models.WanModel.from_weights", from_weights)
+    monkeypatch.setattr("wan.denoiser.model.WanModel.from_weights", from_weights)
     config: Any = float32("ti2v-5B")
     checkpoint: Any = SimpleNamespace(experts={"model": None})
     load = loaders(
@@ -269,7 +269,7 @@ def test_models_of_a_smaller_clip_leave_the_gpu_for_one_that_does_not_fit(
     monkeypatch.setattr(MemoryBudget, "for_clip", lambda *_: budget)
     monkeypatch.setattr(Models, "wait_at_home", lambda self: left.append(1))
     geometry = Geometry(5, 64, 64, (4, 16, 16))
-    request: Any = SimpleNamespace(geometry=geometry)
+    request: Any = SimpleNamespace(geometry=geometry, loras={})
     plan = HostPlan(mapped=True)
     made: Any = pipeline._make_room(_Shared(request, True, 1, plan))
     assert made == (geometry, True, True) and len(left) == leave

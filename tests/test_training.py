@@ -302,7 +302,15 @@ def test_each_seed_and_each_step_draws_its_own(device: str) -> None:
     assert len(drawn) == 9
 
 
-def test_every_second_scene_may_have_shapes_that_pass_each_other() -> None:
-    world = scenes.sample(400, torch.Generator().manual_seed(1), passing=True)
+def test_scenes_to_train_on_have_more_that_passes_and_more_that_turns() -> None:
+    world = scenes.sample(400, torch.Generator().manual_seed(1), hard=True)
     covered = scenes._covered(world, range(17), 10.0) > 0
-    assert covered[::2].sum() > 3 * covered[1::2].sum() > 0
+    assert covered[::2].sum() > 2 * covered[1::2].sum() > 0
+    turning = (world.spin != 0) & world.present
+    assert turning[1::4].sum() + turning[2::4].sum() > 2 * (turning[::4].sum() + turning[3::4].sum()) > 0
+
+
+def test_scenes_to_measure_with_stay_the_same() -> None:
+    world = scenes.sample(200, torch.Generator().manual_seed(1))
+    assert (world.spin != 0).sum() == 71
+    assert world.captions(0)[0] == "a blue square moves up, a purple square moves down; the camera is still."

@@ -126,7 +126,7 @@ class Conversations:
         lengths = [length for length in LENGTHS for _ in range(4)]
         while True:
             for number, frames in enumerate(lengths):
-                fresh = scenes.sample(batch if not self.drawn.told else max(1, batch // 8), generator, passing=True)
+                fresh = scenes.sample(batch if not self.drawn.told else max(1, batch // 8), generator, hard=True)
                 self.drawn.put(self.levels(fresh, frames), told_of(fresh, 0), self.device)
                 if number % 4 == 0:
                     self._take_made()

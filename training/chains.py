@@ -57,9 +57,9 @@ def make_chains(name: str, settings: Settings) -> None:
 class ChainMaker:
     """The models of a family, making chains in batches."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, steps: int = STEPS, guidance: float = GUIDANCE) -> None:
         vae, stages = MADE_BY[name]
-        self.settings = settings
+        self.settings, self.steps, self.guidance = settings, steps, guidance
         self.codec, self.prompts = Codec(vae, settings), Prompts(settings)
         self.null = self.prompts([NEGATIVE_PROMPT])
         self.conditioning = STAGES[stages[0]].conditioning
@@ -72,7 +72,7 @@ class ChainMaker:
     @torch.no_grad()
     def chain(self, generator: torch.Generator) -> Iterator[dict[str, Any]]:
         """Clip by clip of a batch of chains, what the captioner sees of those that are right, and is to say of them."""
-        world = scenes.sample(self.settings.batch, generator, passing=True)
+        world = scenes.sample(self.settings.batch, generator, hard=True)
         clip = world.draw(torch.arange(1 - scenes.FRAMES, 1, device=generator.device))
         now = 0
         for _ in range(LINKS):
@@ -91,13 +91,13 @@ class ChainMaker:
         }
         shape = (len(known), self.codec.mean.shape[1], (scenes.FRAMES - 1) // 4 + 1, *batch["known"].shape[3:])
         latents = torch.randn(shape, generator=generator, device=known.device)
-        sigmas = shifted(torch.linspace(1, 0, STEPS + 1), SHIFT).tolist()
+        sigmas = shifted(torch.linspace(1, 0, self.steps + 1), SHIFT).tolist()
         for now, then in zip(sigmas, sigmas[1:], strict=False):
             model = self.models[0 if now >= BOUNDARY else -1]
             sigma = torch.full((len(batch["count"]),), now, device=known.device)
             flow, free = self.conditioning.flow(model, latents.repeat(2, 1, 1, 1, 1), sigma, batch)
             told, untold = flow.chunk(2)
-            latents = latents + (then - now) * (untold + GUIDANCE * (told - untold))
+            latents = latents + (then - now) * (untold + self.guidance * (told - untold))
         held = ~free[: len(known), None, :, None, None]  # the 5B's known latents are part of its clip
         if held.any():
             placed = torch.zeros_like(latents)

@@ -85,7 +85,7 @@ class Encoder:
         drawn = uniform()
         count = 1 if drawn < 0.45 else 2 if drawn < 0.7 else KNOWN
         frames = 4 * count - 3
-        world = scenes.sample(self.size, generator, passing=True)
+        world = scenes.sample(self.size, generator, hard=True)
         times = torch.arange(frames - scenes.FRAMES, scenes.FRAMES, device=generator.device)
         pixels = world.draw(times)
         earlier, clip = pixels[:, :, : scenes.FRAMES], pixels[:, :, -scenes.FRAMES :]

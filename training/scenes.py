@@ -30,6 +30,7 @@ MODES = ("", "turns", "grows", "shrinks")
 MOST_SHAPES = 3
 RADII = (9.0, 15.0)  # pixels from the centre to the rim, for a square half its side times the root of pi/2
 SPEEDS = (2.0, 4.0)  # pixels per frame
+TURNING, OFTEN_TURNING = 0.15, 0.45  # of squares and triangles
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,20 @@ class Scenes:
         ]
 
 
-def sample(count: int, generator: torch.Generator, tries: int = 6, passing: bool = False) -> Scenes:
+def sample(count: int, generator: torch.Generator, tries: int = 6, hard: bool = False) -> Scenes:
     """`count` scenes. Of a few candidates each takes the one whose shapes cover each other least around time 0.
 
-    `passing`: every second scene takes the one in which most is covered, moment by moment, from -8 to 16.
+    `hard`, for training: every second scene takes the one in which most is covered, moment by moment, from -8 to 16,
+    and in two of four nearly half of the squares and triangles turn, which are hardest to keep.
     """
     present = torch.randint(MOST_SHAPES, (count, 1), generator=generator, device=generator.device)
     present = torch.arange(MOST_SHAPES, device=generator.device) <= present
-    candidates = _sample(present.repeat_interleave(tries, 0), generator)
+    turning = torch.full((count, 1), TURNING, device=generator.device)
+    if hard:
+        turning[1::4] = turning[2::4] = OFTEN_TURNING
+    candidates = _sample(present.repeat_interleave(tries, 0), turning.repeat_interleave(tries, 0), generator)
     chosen = _covered(candidates, range(-16, 33, 4), 2 * RADII[1]).view(count, tries).argmin(1)
-    if passing:
+    if hard:
         most = _covered(candidates, range(-8, 17, 2), RADII[0]).view(count, tries).argmax(1)
         chosen[::2] = most[::2]
     return candidates[torch.arange(count, device=generator.device) * tries + chosen]
@@ -145,12 +150,13 @@ def _covered(world: Scenes, times: range, distance: float) -> Tensor:
 
 
 def stream(batch: int, generator: torch.Generator) -> Iterator[Scenes]:
-    """Scenes without end."""
+    """Scenes to train on, without end."""
     while True:
-        yield sample(batch, generator)
+        yield sample(batch, generator, hard=True)
 
 
-def _sample(present: Tensor, generator: torch.Generator) -> Scenes:
+def _sample(present: Tensor, turning: Tensor, generator: torch.Generator) -> Scenes:
+    """A scene for each row of `present` [B, S]; of its squares and triangles that share `turning` [B, 1] turns."""
     device, slots, count = present.device, present.shape, len(present)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -170,7 +176,7 @@ def _sample(present: Tensor, generator: torch.Generator) -> Scenes:
     velocity = heading * (uniform(*SPEEDS, *slots) * moves)[..., None]
     mode = uniform(0, 1, *slots)
     sign = torch.where(choice(2, *slots) == 1, 1.0, -1.0)
-    turns = (mode < 0.15) & (shape > 0)  # a circle that turns looks as before
+    turns = (mode < turning) & (shape > 0)  # a circle that turns looks as before
     grows = (mode > 0.85) & ~turns
     level = uniform(0.15, 0.75, count, 1, 1) + uniform(-0.05, 0.05, count, 2, 3)
     pans = uniform(0, 1, count) < 0.3

@@ -99,7 +99,8 @@ class CandidateMaker:
             before = self.frames.tail(self.footage, plan.geometry)
             if plan.colour_carry and self.footage.colours is not None:
                 before = graded(before, self.footage.colours, plan.colour_carry)
-            frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=plan.drift_correction)
+            strength = plan.drift_correction
+            frames = correct_drift(made.clip.frames, before, known=plan.dropped, strength=strength, device=self.device)
         return replace(made, clip=Clip(frames, made.clip.fps), seconds=dict(made.seconds) | watch.seconds)
 
 

@@ -18,7 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from wan.commands.lines import Lines, hush, in_flags, note, tell
-from wan.device.watch import Ended, is_collective
+from wan.device.peers import Ended
+from wan.device.watch import is_collective
 from wan.errors import UserError
 
 if TYPE_CHECKING:

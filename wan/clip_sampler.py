@@ -14,9 +14,10 @@ from wan.configs import ModelConfig
 from wan.denoiser.attention_backends import compile_where_it_pays, use_fastest_attention
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.model import WanModel
-from wan.denoiser.sampling import Expert, NotFinite, forwards, plan_stages, sample, step_shares
+from wan.denoiser.sampling import Expert, NotFinite, plan_stages, sample
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
+from wan.denoiser.timetable import forwards, step_shares
 from wan.device.hardware import peak_gib
 from wan.device.parallel import Team
 from wan.device.placement import Placement

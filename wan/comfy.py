@@ -12,13 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from wan.denoiser.headers import infer_config
-from wan.denoiser.model import WanModel
+from wan.denoiser.headers import check_denoiser, infer_config
 from wan.errors import UserError
 from wan.files import readable
 from wan.options import EXPERT_OF_DIT, PART_OF_FILE
 from wan.text.umt5 import TextEncoder
-from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import kind_of
 from wan.weights.single_file import experts_named, has_vocabulary, open_denoiser, open_part
 from wan.weights.tensors import Weights, stored_types
@@ -218,7 +216,7 @@ class ComfyFolder:
     @cached_property
     def _denoisers(self) -> list[_File]:
         def check(weights: Weights) -> int:
-            WanModel.check(weights)
+            check_denoiser(weights)
             return int(infer_config(weights)["in_channels"])
 
         def opened(file: Path) -> Weights:
@@ -230,6 +228,8 @@ class ComfyFolder:
 
     @cached_property
     def _vaes(self) -> list[_File]:
+        from wan.vae.vae import WanVAE
+
         # other models' VAEs have these shapes, too, and only their names tell
         files = self._files("vae", lambda file: open_part(file, "vae"), WanVAE.check)
         return [file for file in files if not file.own_words or "wan" in file.shown.lower()]

@@ -195,8 +195,8 @@ class VideoContinuation(CaptionHelpers, Pipeline):
         return video
 
     def _check_memory(self, plan: Plan) -> None:
-        if self.budget.vram is None:  # else `geometry` has seen to it
-            self.budget.for_clip(plan.geometry, plan.offload).check(plan.geometry)
+        if self.budget.vram is None or plan.loras:  # else `geometry` has seen to it
+            self.budget_for(plan.geometry, plan.offload, plan.loras).check(plan.geometry)
         self.host_plan(plan.geometry, plan.loras, self.vlm.host_bytes if plan.described else 0)
 
     @property
@@ -281,7 +281,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
 
         def stays() -> bool:
             """The captioner describes again after this clip, which fits beside it."""
-            budget = self.budget.for_clip(plan.geometry, plan.offload)
+            budget = self.budget_for(plan.geometry, plan.offload, plan.loras)
             return plan.number < plan.count and budget.fits_now(plan.geometry, plan.offload, self.models.loaded)
 
         return self.prompts.build(footage, plan, stays, memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from wan.device.parallel import Group, Team
 from wan.device.placement import Placement
 from wan.text.umt5 import TextEncoder
 from wan.types import TextContext
-from wan.vae.vae import WanVAE
+
+if TYPE_CHECKING:
+    from wan.vae.vae import WanVAE
 
 Value = TypeVar("Value")
 

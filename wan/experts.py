@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from wan.denoiser.model import WanModel
-from wan.denoiser.sampling import Expert
 from wan.pipeline import Pipeline
-from wan.vae.vae import Wan2_2_VAE
+
+if TYPE_CHECKING:
+    from wan.denoiser.model import WanModel
+    from wan.denoiser.sampling import Expert
+    from wan.vae.vae import WanVAE
 
 
 class OneExpert(Pipeline):
     """A model with one denoiser (5B)."""
 
-    vae_class = Wan2_2_VAE
+    @property
+    def vae_class(self) -> type[WanVAE]:
+        from wan.vae.vae import Wan2_2_VAE
+
+        return Wan2_2_VAE
 
     @property
     def model(self) -> WanModel:
@@ -22,6 +29,8 @@ class OneExpert(Pipeline):
         return model
 
     def experts(self, guidance: tuple[float, float]) -> list[Expert]:
+        from wan.denoiser.sampling import Expert
+
         return [Expert("denoise", "model", lambda: self.model, guidance[0], 0)]
 
 
@@ -41,6 +50,8 @@ class TwoExperts(Pipeline):
         return model
 
     def experts(self, guidance: tuple[float, float]) -> list[Expert]:
+        from wan.denoiser.sampling import Expert
+
         low, high = guidance
         boundary, lowest = self.config.lowest_timesteps
         return [

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,22 @@ def numbered(name: str) -> Iterator[str]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON file that is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, as_json(value))
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file that is there whole or not at all. What of a file's name is no UTF-8 is written as backslashes."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    """A text file that is there whole or not at all."""
+    write_bytes(path, as_text(text))
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """What a JSON file holds."""
+    return as_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def as_text(text: str) -> bytes:
+    """What a text file holds. What of a file's name is no UTF-8 is written as backslashes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -98,11 +109,18 @@ def publish(part: Path, path: Path) -> None:
     """
     with part.open("r+b") as opened:  # Windows flushes only what may be written to
         os.fsync(opened.fileno())
-    try:
+    with releasing(path, "write"):
         os.replace(part, path)
+
+
+@contextmanager
+def releasing(path: Path, what: str) -> Iterator[None]:
+    """In the block a file is replaced, moved or removed. Raises UserError where the system does not, as it is open."""
+    try:
+        yield
     except PermissionError as error:
         raise UserError(
-            f"cannot write {os.fspath(path)!r}: {error.strerror}; close it where it is open, or give another name"
+            f"cannot {what} {os.fspath(path)!r}: {error.strerror}; close it where it is open, or give another name"
         ) from error
 
 

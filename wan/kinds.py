@@ -131,7 +131,7 @@ class Picture(Local):
 
 
 @dataclass(frozen=True)
-class Pictures(Local):
+class PictureFolder(Local):
     """A folder of picture files."""
 
 

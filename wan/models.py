@@ -8,23 +8,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from wan.configs import ModelConfig
-from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import LoraMatch, OpenedLora, check_for_experts, open_loras
-from wan.denoiser.model import WanModel
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.vae.vae import WanVAE
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.prefetch import ReadAhead, that_fit
+
+if TYPE_CHECKING:
+    from wan.denoiser.model import WanModel
+    from wan.vae.vae import WanVAE
 
 
 class Models:
@@ -188,6 +189,8 @@ class Models:
         model = self[expert]  # which merges them itself where it is read for this
         if files == tuple(match.lora for match in self.merged.get(expert, [])):
             return
+        from wan.denoiser.lora import merge_loras
+
         opened = self._open(expert, files)
         try:
             merge_loras(model, self.checkpoint.experts[expert], opened)
@@ -200,6 +203,10 @@ class Models:
     def matches(self) -> dict[str, list[LoraMatch]]:
         """How the LoRAs that are wanted match, by expert, whether or not that is in memory now."""
         return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
+
+    def lora_bytes(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> dict[str, int]:
+        """What LoRA files hold for each expert. Raises UserError."""
+        return {expert: sum(one.size for one in self._open(expert, files)) for expert, files in loras.items()}
 
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""
@@ -217,7 +224,7 @@ def loaders(
     checkpoint: Checkpoint,
     config: ModelConfig,
     tokenizer: PromptTokenizer,
-    vae_class: type[WanVAE],
+    vae_class: Callable[[], type[WanVAE]],
     *,
     device: torch.device,
     load_device: torch.device,
@@ -242,9 +249,11 @@ def loaders(
 
     def vae(mapped: bool) -> WanVAE:
         mean, std = config.vae_mean, config.vae_std
-        return vae_class.from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
+        return vae_class().from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
 
     def expert(name: str, mapped: bool) -> WanModel:
+        from wan.denoiser.model import WanModel
+
         group = shards(name)
         return WanModel.from_weights(
             checkpoint.experts[name],

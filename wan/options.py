@@ -35,7 +35,7 @@ from wan.kinds import (
     Name,
     Output,
     Picture,
-    Pictures,
+    PictureFolder,
     Place,
     Program,
     PromptFor,
@@ -344,7 +344,7 @@ class Settings:
         scene="end_image", row=True, fingerprint="end_image", record=True,
     )
     end_images: str | None = option(
-        CONTINUITY, Pictures("DIR"), "a folder of last frames, one for each clip in the order of their names",
+        CONTINUITY, PictureFolder("DIR"), "a folder of last frames, one for each clip in the order of their names",
         unset="none", only=("continuous",), row=True, fingerprint="end_image", continues=True,
     )
     cut: str | bool | None = option(

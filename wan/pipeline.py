@@ -9,18 +9,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from wan.clip_sampler import DAMAGED, NOT_FINITE, ClipSampler, ClipStart
 from wan.configs import ModelConfig
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
-from wan.denoiser.headers import infer_config
-from wan.denoiser.model import WanModel
-from wan.denoiser.sampling import Expert
+from wan.denoiser.headers import check_denoiser, infer_config
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
@@ -43,8 +40,12 @@ from wan.settings import LoraFile
 from wan.stopwatch import Stopwatch
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, TextContext, is_finite
-from wan.vae.vae import Wan2_1_VAE, WanVAE
 from wan.weights.checkpoint import Names, open_checkpoint, resolve_folder
+
+if TYPE_CHECKING:
+    # diffusers, whose import takes seconds, is for what computes: a plan is made without it
+    from wan.denoiser.sampling import Expert
+    from wan.vae.vae import WanVAE
 
 
 class Pipeline(ABC):
@@ -66,7 +67,6 @@ class Pipeline(ABC):
     describes.
     """
 
-    vae_class: type[WanVAE] = Wan2_1_VAE
     team = ALONE
 
     def __init__(
@@ -115,8 +115,7 @@ class Pipeline(ABC):
         if dit_fsdp:
             self.sharded |= experts
         for weights in self.checkpoint.experts.values():
-            if weights.path.is_file():  # anyone makes such files; a folder's shards are said when they load
-                WanModel.check(weights)
+            check_denoiser(weights)
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
@@ -129,7 +128,7 @@ class Pipeline(ABC):
             self.checkpoint,
             config,
             self.tokenizer,
-            self.vae_class,
+            lambda: self.vae_class,
             device=self.device,
             load_device=home,
             convert_model_dtype=convert_model_dtype,
@@ -209,6 +208,13 @@ class Pipeline(ABC):
         return vae
 
     @property
+    def vae_class(self) -> type[WanVAE]:
+        """The class of its VAE."""
+        from wan.vae.vae import Wan2_1_VAE
+
+        return Wan2_1_VAE
+
+    @property
     def shared_vae(self) -> SharedVae:
         """The VAE as the processes of the team run it."""
         return SharedVae(lambda: self.vae, self.device, self.team)
@@ -251,11 +257,11 @@ class Pipeline(ABC):
         """
         if self.budget.vram is not None and not offload:
             raise UserError("`vram` needs `offload_model` True: only then is one model at a time on the GPU")
-        budget = self.budget.for_clip(request.geometry, offload)
+        budget = self.budget_for(request.geometry, offload, request.loras)
         budget.check(request.geometry)
         shared = _Shared(request, offload, clips, self.host_plan(request.geometry, request.loras))
         try:
-            return self._run(shared, self._make_room(shared), on_step, sampled, on_sampled)
+            return self._make(shared, self._make_room(shared), on_step, sampled, on_sampled)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -265,12 +271,16 @@ class Pipeline(ABC):
         # outside of the handler, whose traceback holds what was on the GPU
         raise UserError(f"out of GPU memory ({reason}); {advice}")
 
+    def budget_for(self, geometry: Geometry, offload: bool, loras: Mapping[str, tuple[LoraFile, ...]]) -> MemoryBudget:
+        """What a clip with these LoRAs may take of the GPU, and what it does. Raises UserError."""
+        return self.budget.for_clip(geometry, offload, self.models.lora_bytes(loras))
+
     def host_plan(self, geometry: Geometry, loras: Mapping[str, tuple[LoraFile, ...]], captioner: int = 0) -> HostPlan:
         """How models live in host memory while a clip is made; `captioner`: bytes of one there. Raises UserError."""
         merged = {expert for expert, files in loras.items() if files}
         return self.host.plan(self.budget, geometry, merged, captioner)
 
-    def _run(
+    def _make(
         self,
         shared: _Shared,
         placements: Callable[[str], Placement],
@@ -278,6 +288,7 @@ class Pipeline(ABC):
         sampled: Sampled | None,
         on_sampled: Callable[[Sampled], None] | None,
     ) -> Generation:
+        """In the first process: the stages of a clip. `_sample` has the first three; then it is kept and decoded."""
         request = shared.request
         watch = Stopwatch(self.device, request.sampling.steps, on_step)
         reset_peak(self.device)
@@ -296,6 +307,8 @@ class Pipeline(ABC):
             pixels = self.shared_vae.decode(sampled.latents, placements("decoding"), group)
             finite = is_finite(pixels)
         if not finite:
+            from wan.clip_sampler import DAMAGED, NOT_FINITE
+
             of_half = (
                 "; its float16 may overflow: give `vae_dtype` float32" if self.config.vae_dtype.itemsize < 4 else ""
             )
@@ -309,7 +322,7 @@ class Pipeline(ABC):
         """Where the model of each stage lives while a clip is made; those that are in the way leave."""
         self.models.live_by(shared.host)
         geometry = shared.request.geometry
-        budget = self.budget.for_clip(geometry, shared.offload)
+        budget = self.budget_for(geometry, shared.offload, shared.request.loras)
         if budget.vram is not None and not budget.holds_all(geometry):
             self.models.wait_at_home()  # a smaller clip before this one may have left them on the GPU
         return budget.placements(geometry, shared.offload, shared.host.mapped)
@@ -317,6 +330,9 @@ class Pipeline(ABC):
     def _sample(
         self, request: Request, placements: Callable[[str], Placement], watch: Stopwatch, clips: int
     ) -> Sampled:
+        """In all processes: the prompts and what is known of the clip are encoded, and its latents are sampled."""
+        from wan.clip_sampler import ClipSampler, ClipStart
+
         def encode() -> TextContext:
             return self.embeddings.context(request.prompt, request.negative, placements("text"))
 

@@ -14,7 +14,14 @@ from wan.footage import choose_anchor
 from wan.handoff import check_program
 from wan.models import Models
 from wan.sampling_rules import SamplingRules
-from wan.settings import Context, Geometry, LoraFile, check_end_image, check_motion_amplitude
+from wan.settings import (
+    Context,
+    Geometry,
+    LoraFile,
+    check_continuation,
+    check_end_image,
+    check_motion_amplitude,
+)
 from wan.types import Footage, Frame, frame_size
 
 log = logging.getLogger(__name__)
@@ -103,12 +110,14 @@ class Planner:
         offload: bool = True,
         number: int = 1,
         count: int = 1,
+        check: bool = True,
     ) -> Plan:
         """A plan that fits the footage: its aspect within `max_area` pixels. None means the preset's or config's value.
 
         `context` may be a number of known frames. `loras` are files, as `LoraFile` or as text PATH[:STRENGTH]: one or
         several for a model with one denoiser, and by the name of the expert ("high_noise_model", "low_noise_model")
-        for one with two. The rest are fields of `Plan`. Raises UserError.
+        for one with two. The rest are fields of `Plan`. Without `check` it is a plan that no clip is made by, whose
+        fields are of use. Raises UserError.
         """
         config = self.rules.config
         if max_area is None:
@@ -152,18 +161,17 @@ class Planner:
             number=number,
             count=count,
         )
-        if handoff is not None:
-            check_program(handoff)
-        self.check(plan)
+        if check:
+            if handoff is not None:
+                check_program(handoff)
+            self.check(plan)
         return plan
 
     def check(self, plan: Plan) -> None:
         """Raise UserError for a plan that this model cannot follow. LoRA files are looked at, not loaded."""
         config = self.rules.config
         two_experts = config.model_type == "i2v"
-        self.check_memory(plan)
-        if plan.context.mode == "svi2pro" and not two_experts:
-            raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {config.name}")
+        check_continuation(config, plan.context.mode)
         if plan.end is not None:
             check_end_image(config, plan.geometry.frames, plan.leading, plan.context.mode)
         check_motion_amplitude(plan.motion_amplitude, config, plan.context.mode)
@@ -172,5 +180,6 @@ class Planner:
         if plan.cut is True and plan.prompt is None:
             raise UserError("cut: true makes a clip of text alone: give it a prompt")
         self.models.check_loras(plan.loras)
+        self.check_memory(plan)  # which LoRAs take as well
         self.rules.check_distilled(plan.preset, plan.loras)
         check_pairing(plan, list(self.rules.checkpoint.experts))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wan.configs import ModelConfig, preset_named
 from wan.denoiser.lora_file import LORA_SETTING
+from wan.denoiser.timetable import step_shares
 from wan.errors import UserError
 from wan.settings import LoraFile, Sampling, merge_sampling
 from wan.weights.checkpoint import Checkpoint
@@ -65,8 +66,6 @@ class SamplingRules:
 
     def shares(self, sampling: Sampling) -> list[tuple[int, int]]:
         """The steps of each expert, from high noise to low, and how many of them have guidance's second forward."""
-        from wan.denoiser.sampling import step_shares  # of PyTorch, which most refusals need not wait for
-
         return step_shares(sampling, self.config.lowest_timesteps, self.config.num_train_timesteps)
 
     def check_distilled(self, preset: str, loras: Mapping[str, tuple[LoraFile, ...]]) -> None:

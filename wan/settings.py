@@ -207,15 +207,26 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def check_end_image(config: ModelConfig, frames: int, known: int = 1, mode: str = "last_frame") -> None:
-    """Raise UserError for a model that cannot end a clip of so many frames, of which `known` lead, on a given one."""
+def check_end_image(
+    config: ModelConfig, frames: int, known: int = 1, mode: str = "last_frame", name: str = "end_image"
+) -> None:
+    """Raise UserError for a model that cannot end a clip of so many frames, of which `known` lead, on a given one.
+
+    `name` is the setting that gave it.
+    """
     if config.model_type == "t2v":
-        raise UserError(f"`end_image`: {config.name} makes clips of text alone; use I2V-A14B or TI2V-5B")
+        raise UserError(f"`{name}`: {config.name} makes clips of text alone; use I2V-A14B or TI2V-5B")
     if config.model_type == "ti2v" or mode == "svi2pro":  # it takes a latent frame, and one must be left to be made
         fewest = 4 * ((known - 1) // 4 + 2) + 1
         if frames < fewest:
             count = f"{known} known frame" + ("" if known == 1 else "s")
-            raise UserError(f"`end_image`: a clip with {count} must have {fewest} or more, {frames} is fewer")
+            raise UserError(f"`{name}`: a clip with {count} must have {fewest} or more, {frames} is fewer")
+
+
+def check_continuation(config: ModelConfig, mode: str) -> None:
+    """Raise UserError for a model that cannot go on in this mode."""
+    if mode == "svi2pro" and config.model_type != "i2v":
+        raise UserError(f"`continuation` svi2pro is for I2V-A14B; use tail with {config.name}")
 
 
 def check_motion_amplitude(amplitude: float, config: ModelConfig, mode: str = "last_frame") -> None:

@@ -114,7 +114,7 @@ def test_what_ends_the_process_waits_for_the_chain_before(monkeypatch: pytest.Mo
     monkeypatch.setattr(worker, "make", breaks)
     ends = list[Any]()
     send = lambda event, **more: ends.append((list(written), more["error"]["code"]))  # noqa: E731
-    assert not worker._work(worker.Models(), Settings(), send, threading.Event(), behind, ahead=True)
+    assert not worker._work(worker.KeptPipeline(), Settings(), send, threading.Event(), behind, ahead=True)
     assert ends == [(["a"], "internal")]
 
 

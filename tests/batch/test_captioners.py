@@ -19,6 +19,9 @@ from tests.support.golden import ROOT
 from tests.support.served import MODELS, SHAPES
 from wan import cli
 from wan.batch.hand import Hand
+from wan.batch.places import Places, captioner_place, choose_places
+from wan.errors import UserError
+from wan.options import Settings
 from wan.server.questions import Questions
 
 # A process that asks in the middle of its work, and says what it heard.
@@ -77,11 +80,30 @@ def test_a_chain_that_is_not_wanted_any_more_waits_for_no_answer() -> None:
 
 
 def test_captioners_take_gpus_that_no_group_has_use_for() -> None:
-    from wan.batch.crew import captioner_place
-
     assert captioner_place([8, 8], 1) == 0 and captioner_place([7, 8], 1) == 1
     assert captioner_place([8, 6], 4) == 1  # whose last two make no group
     assert captioner_place([0, 1], 1) == 1
+
+
+def test_workers_get_the_gpus_that_captioners_leave(caplog: pytest.LogCaptureFixture) -> None:
+    two = {"a": 8, "b": 6}
+
+    def places(gpus: Mapping[str, int] = two, **settings: Any) -> Places:
+        return choose_places(Settings(**settings), gpus)
+
+    assert places() == Places(14, 8, uses_gpus=True, captioners=[])
+    assert places(gpus_per_job=4, captioners=2) == Places(3, 2, uses_gpus=True, captioners=["b", "b"])
+    assert places(workers=3) == Places(3, 3, uses_gpus=True, captioners=[])
+    assert places(workers=20, address="head:6379").size == 20 and "until the cluster has grown" in caplog.text
+    assert places({"a": 0, "b": 0}, workers=3, captioners=1) == Places(3, 2, uses_gpus=False, captioners=[""])
+    for message, gpus, given in (
+        ("gpus_per_job 2: Ray sees no GPU", {"a": 0}, {"gpus_per_job": 2}),
+        ("gpus_per_job 9 is more than a machine has; the most are 8", two, {"gpus_per_job": 9}),
+        ("captioners 1 leave no worker 1 GPUs", {"a": 1}, {"captioners": 1}),
+        ("workers 20 of 1 GPUs each are more than the 14 GPUs are for; 14 are the most", two, {"workers": 20}),
+    ):
+        with pytest.raises(UserError, match=message):
+            places(gpus, **given)
 
 
 def test_where_the_vlm_is_may_be_said_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_chain_is_refused_in_a_line_and_not_tried_again(
 ) -> None:
     ends = list[dict[str, Any]]()
     send = lambda event, **more: ends.append(more)  # noqa: E731
-    models = worker.Models()
+    models = worker.KeptPipeline()
     good = worker._work(models, settings_of(tmp_path / "a"), send, threading.Event(), worker.Behind(), ahead=True)
     assert good and ends[-1]["state"] == FAILED and not list((tmp_path / "a").glob("video_*"))
     line = ends[-1]["error"]["message"]

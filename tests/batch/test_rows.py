@@ -125,6 +125,8 @@ def test_files_are_looked_for_in_the_list_s_folder_and_hub_ids_stay(folder: Path
         ("l.jsonl", '{"video": "a.mp4", "redo": 2}\n', ["line 1: 'redo': which a row may not set"]),
         ("l.jsonl", '{"video": "a.mp4", "prompt": 5}\n', ["line 1: `prompt` must be text"]),
         ("l.jsonl", '{"video": "a.mp4", "name": "../x"}\n', ["line 1: name '../x' cannot be that of a folder"]),
+        ("l.jsonl", '{"video": "a.mp4", "name": "Aux.1"}\n', ["line 1: name 'Aux.1' cannot be that of a folder"]),
+        ("l.jsonl", '{"video": "a.mp4", "name": "sea."}\n', ["line 1: name 'sea.' cannot be that of a folder"]),
         ("l.jsonl", '{"video": "a.mp4", "seed": 1, "base_seed": 2}\n', ["line 1: base_seed is there twice"]),
         ("l.yaml", "- {video: a.mp4, prompts: 3}\n", ["l.yaml, line 1: 'prompts': did you mean prompt?"]),
         ("l.yaml", "clips: []\n", ["l.yaml, line 1: a list has rows: and may have defaults:"]),

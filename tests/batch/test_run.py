@@ -15,6 +15,7 @@ import pytest
 from tqdm.utils import disp_len
 
 from wan.batch import run as run_module
+from wan.batch.places import Places
 from wan.batch.report import Report
 from wan.batch.rows import BadRow, Row
 from wan.batch.run import Batch, outline
@@ -42,10 +43,10 @@ class Event:
 class Crew:
     """Workers that answer at once; `answer` says what they make of a chain, None is that they die."""
 
-    gpus_per_job, uses_gpus, dashboard = 1, False, ""
+    gpus_per_job, dashboard = 1, ""
 
     def __init__(self, answer: Callable[[str, int], Mapping[str, Any] | None], size: int = 2) -> None:
-        self.answer, self.size = answer, size
+        self.answer, self.places = answer, Places(size, size, uses_gpus=False)
         self.events: list[Event] = []
         self.given: list[tuple[int, str]] = []
         self.opened: Counter[int] = Counter()
@@ -315,7 +316,7 @@ def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path:
 
 
 def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
-    from wan.server.worker import Models
+    from wan.server.worker import KeptPipeline
 
     closed: list[str] = []
 
@@ -328,7 +329,7 @@ def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
             vlm = type("Vlm", (), {})()
             return type("Pipeline", (), {"vlm": vlm, "close": lambda self: closed.append(key)})()
 
-    models: Any = Models()
+    models: Any = KeptPipeline()
     first = models.open(Job("5B", "Why?"))
     assert models.open(Job("5B", "How?")) is first and first.vlm.question == "How?" and closed == []
     assert models.open(Job("A14B", "Why?")) is not first and closed == ["5B"]

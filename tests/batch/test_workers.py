@@ -65,7 +65,7 @@ def test_a_hand_says_what_its_process_says(tmp_path: Path) -> None:
         assert (report["state"], report["done"], report["count"], report["made"]) == ("completed", 2, 3, 1)
         assert report["warnings"] == ["it is dark"] and report["got"] == one._share >= 1
         assert (await one.do(order("b", tmp_path, host_memory=3)))["got"] == 3
-        assert one._tail[0] == "7 None"
+        assert one._processes is not None and one._processes.tail[0] == "7 None"
         making = asyncio.create_task(one.do(order("hangs", tmp_path)))
         while (look := await one.look())["id"] != "hangs" or look["clip"] != 2:
             await asyncio.sleep(0.01)

@@ -132,6 +132,12 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "Δυστυχώς, δεν μπορώ να βοηθήσω σε αυτό.",
         "אני לא יכול לעזור בזה.",
         "متأسفم، من نمی‌توانم کمک کنم.",
+        "As a text-based AI, I can't view videos.",
+        "This content violates our policy.",
+        "Request blocked by content filter.",
+        "I'd rather not describe this.",
+        "Nem tudok segíteni ebben.",
+        "క్షమించండి, నేను సహాయం చేయలేను.",
     ],
 )
 def test_a_refusal_is_known(text: str) -> None:
@@ -148,6 +154,8 @@ def test_a_refusal_is_known(text: str) -> None:
         "I cannot see any text. The video shows a red ball that rolls over a green table to the left.",
         "I'm sorry for the confusion. A man walks along a beach.",
         "As night falls, a boat turns left.",
+        "As a model airplane lands, a child claps.",
+        "The content of the box is blocked by a lid.",
         "No frames hang on the wall; a cat walks below it.",
         "Der Mann kann die Tür leider nicht öffnen.",
         "لا أحد في الشارع، وقطة تمشي على الرصيف.",
@@ -169,6 +177,14 @@ def test_a_description_is_no_refusal(text: str) -> None:
         ("¡Claro! Aquí tienes una descripción:\n\nRueda una pelota.\n\n¿Necesitas algo más?", "Rueda una pelota."),
         ("Certainly! I'd be happy to help. Please let me know what you need.", ""),
         ('{"scene": "A ball rolls.", "mood": "It is \\"calm', "A ball rolls."),  # cut off by the longest answer
+        ("assistant\nA ball rolls.", "A ball rolls."),
+        ("[/INST] A ball rolls.", "A ball rolls."),
+        ("Caption: A ball rolls.", "A ball rolls."),
+        ("**Video description:** A ball rolls.", "A ball rolls."),
+        ("Thought: I see a ball.\nFinal answer: A ball rolls.", "A ball rolls."),
+        ('<tool_call>{"name": "zoom"}</tool_call>A ball rolls.', "A ball rolls."),
+        ("\\boxed{A ball rolls.}", "A ball rolls."),
+        ("The answer: a ball rolls.", "The answer: a ball rolls."),
         ("![frame 1](a.png) A ball \x1b[31mrolls\x1b[0m.", "A ball rolls."),
     ],
 )
@@ -180,6 +196,34 @@ def test_a_model_that_counts_on_and_on_is_cut() -> None:
     text = "A ball rolls. " + " ".join(f"Then it passes post {number}." for number in range(1, 90)) + " It stops."
     assert clean_caption(text) == (
         "A ball rolls. Then it passes post 1. Then it passes post 2. Then it passes post 3. It stops."
+    )
+
+
+def test_a_list_that_counts_is_none() -> None:
+    text = " ".join(f"Lamp {number} hangs over table {number + 3}." for number in range(1, 9))
+    assert clean_caption(text) == text
+    assert clean_caption(f"{text} Lamp 9 hangs over table 12. A cat sleeps.") == (
+        "Lamp 1 hangs over table 4. Lamp 2 hangs over table 5. Lamp 3 hangs over table 6. A cat sleeps."
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "stay"),
+    [
+        ([f"{number}th" for number in range(4, 40)], 3),
+        (["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 8),
+        (list("ABCDEFGHIJKLMNOPQ"), 8),
+        (["red", "blue", "green", "grey", "white", "black"], 6),
+    ],
+)
+def test_so_is_one_that_goes_through_words(words: list[str], stay: int) -> None:
+    lines = [f"A {word} balloon rises." for word in words]
+    assert clean_caption(" ".join(lines)) == " ".join(lines[:stay])
+
+
+def test_a_sentence_that_grows_comes_once() -> None:
+    assert (
+        clean_caption(" ".join(f"A {'very ' * count}big dog runs." for count in range(3, 12))) == "A very big dog runs."
     )
 
 

@@ -170,7 +170,9 @@ def test_the_corrected_frames_are_what_is_shown_kept_and_gone_on_from(
     """Noise cannot be followed, so a correction that can be seen stands in; the real one has tests of its own."""
     asked: list[tuple[int, int, float]] = []
 
-    def paler(frames: torch.Tensor, condition: torch.Tensor, *, known: int, strength: float) -> torch.Tensor:
+    def paler(
+        frames: torch.Tensor, condition: torch.Tensor, *, known: int, strength: float, device: torch.device
+    ) -> torch.Tensor:
         asked.append((len(condition), known, strength))
         return frames / 2
 
@@ -344,10 +346,10 @@ def test_a_clip_is_written_while_the_next_one_is_made(
     order: list[str] = []
 
     def waiting(self: Any, made: Any) -> None:
-        if self.first_missing == 1:
+        if self.inventory.first_missing == 1:
             assert begun.wait(60)  # which a writer in the way of the next clip would never see
         save(self, made)
-        order.append(f"written {self.first_missing - 1}")
+        order.append(f"written {self.inventory.first_missing - 1}")
 
     def beginning(self: Any, footage: Any, seed: int, plan: Any, *more: Any, **named: Any) -> Any:
         order.append(f"begun {plan.number}")
@@ -369,7 +371,7 @@ def test_a_clip_that_cannot_be_written_stops_the_run_at_the_next_step(
     failed = threading.Event()
 
     def failing(self: Any, made: Any) -> None:
-        if self.first_missing == 2:
+        if self.inventory.first_missing == 2:
             failed.set()
             raise OSError(errno.ENOSPC, "No space left on device")
         save(self, made)

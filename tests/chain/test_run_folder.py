@@ -18,6 +18,7 @@ from wan.chain.finished_clip import REDONE, FinishedClip, Told, prune, read_clip
 from wan.chain.lock import FolderLock
 from wan.chain.run_folder import RunFolder
 from wan.chain.run_record import RunRecord
+from wan.chain.written import Written
 from wan.errors import InUse
 from wan.options import Settings
 from wan.types import Clip, Generation
@@ -77,7 +78,7 @@ def test_a_run_that_makes_nothing_leaves_the_time_of_those_that_did(
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     folder = RunFolder(tmp_path)
-    record = RunRecord(Settings(ckpt_dir="x", video="films/a.mp4"), folder, 12.5)
+    record = RunRecord(Settings(ckpt_dir="x", video="films/a.mp4"), folder, Written(folder, {}), 12.5)
     now = 102.0
     record.write("running", [], 2, {"base_seed": 3})
     assert folder.run["seconds"] == 12.5 and folder.run["clips_asked"] == 2 and folder.run["base_seed"] == 3

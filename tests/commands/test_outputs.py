@@ -6,10 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.commands import Seen, frames_in
+from wan.chain.finished_clip import FinishedClip
+from wan.chain.run_folder import RunFolder
 from wan.cli import continuous_main
 
 OF_THE_RUN = ("joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json")
@@ -221,6 +224,57 @@ def test_one_that_lacks_or_remakes_a_clip_leaves_the_old_one(
     assert not (tmp_path / "out" / "redone" / "joined_2.mp4").exists()
 
 
+# --- what somebody has changed of what a run renews
+
+
+@pytest.mark.parametrize("more", ["", "--num_videos 3", "--include_source --redo 2"])
+def test_what_was_edited_in_the_runs_folder_moves_away_and_this_is_said(
+    command: Callable[..., Seen], tmp_path: Path, caplog: pytest.LogCaptureFixture, more: str
+) -> None:
+    assert command("").code == 0
+    out, edited = tmp_path / "out", [name for name in OF_THE_RUN if name != "run.json"]
+    for name in edited:
+        (out / name).write_bytes(f"their {name}".encode())
+    assert command(more).code == 0
+    for name in edited:
+        assert (out / "redone" / name).read_bytes() == f"their {name}".encode()
+        assert (
+            not (out / name).read_bytes().startswith(b"their")
+            and f"{out / name} is not what was written" in caplog.text
+        )
+    caplog.clear()
+    assert command(more.replace("--redo 2", "")).code == 0  # what is there now is ours
+    assert "is not what was written" not in caplog.text
+    assert not list((out / "redone").glob("report_2*"))
+
+
+def test_what_is_edited_while_the_run_goes_on_is_kept_too(
+    command: Callable[..., Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined, save = tmp_path / "out" / "joined.mp4", RunFolder.save
+
+    def edited_before(folder: RunFolder, number: int, *rest: Any) -> FinishedClip:
+        if number == 2:
+            joined.write_bytes(b"graded")
+        return save(folder, number, *rest)
+
+    monkeypatch.setattr(RunFolder, "save", edited_before)
+    assert command("--num_videos 3 --include_source").code == 0
+    assert (tmp_path / "out" / "redone" / "joined.mp4").read_bytes() == b"graded"
+    assert frames_in(joined) == frames_in(Path("source.mp4")) + 3 * 8
+
+
+def test_a_run_that_noted_no_digests_goes_on_as_before(command: Callable[..., Seen], tmp_path: Path) -> None:
+    assert command("").code == 0
+    record = tmp_path / "out" / "run.json"
+    run = json.loads(record.read_text())
+    assert set(run.pop("written")) == {name for name in OF_THE_RUN if name != "run.json"}
+    record.write_text(json.dumps(run))
+    assert command("--num_videos 3").code == 0
+    assert not (tmp_path / "out" / "redone").exists()
+    assert "written" in json.loads(record.read_text())
+
+
 # --- temporary files
 
 
@@ -228,11 +282,13 @@ def test_one_that_lacks_or_remakes_a_clip_leaves_the_old_one(
 def test_temporary_files_go_only_where_the_lock_keeps_other_runs_out(
     command: Callable[..., Seen], tmp_path: Path, flag: str, left: bool
 ) -> None:
-    part = tmp_path / "out" / ".video_09_seed1.mp4.0123abcd.part"  # of a run that was killed, or of one that is at work
-    part.parent.mkdir()
-    part.touch()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    names = (".video_09_seed1.mp4.0123abcd.part", "..joined.mp4.3.piece.mp4.0123abcd.part", ".joined.mp4.3.piece.mp4")
+    for name in names:  # of a run that was killed, or of one that is at work
+        (folder / name).touch()
     assert command(flag).code == 0
-    assert part.exists() == left
+    assert [(folder / name).exists() for name in names] == [left] * 3
 
 
 # --- what is no run's

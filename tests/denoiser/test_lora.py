@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.golden import GOLDEN
@@ -302,7 +302,19 @@ def test_each_expert_takes_its_half_of_a_file_for_both(style: Any, checkpoints: 
         assert not same(values(both), values(load(weights)))
         (match,) = matches([LoraFile(file)], weights)
         assert match.matched == match.total == len(halves[half])
+    sizes = [open_loras([LoraFile(file)], checkpoints[name])[0].size for name in ("A14B", "low noise")]
+    assert file.stat().st_size - 2 <= sum(sizes) <= file.stat().st_size and min(sizes) > 0  # of each its half
     refused(file, checkpoints["5B"], "is for a model of two experts, this one has one")
+
+
+def test_one_whose_alphas_are_all_zero_is_refused(a14b: Weights, tmp_path: Path) -> None:
+    comfyui(pairs(a14b.shapes), tmp_path / "zero.safetensors")
+    state = load_file(tmp_path / "zero.safetensors")
+    alphas = {
+        key.replace("lora_A.weight", "alpha"): torch.tensor(0.0) for key in state if key.endswith("lora_A.weight")
+    }
+    save_file(state | alphas, tmp_path / "zero.safetensors")
+    refused(tmp_path / "zero.safetensors", a14b, "changes nothing: each alpha in it is 0")
 
 
 @pytest.mark.parametrize(("half", "other"), [("high", "low noise"), ("low", "A14B")])

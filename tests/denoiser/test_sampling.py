@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from wan.denoiser.conditioning import TextOnly
 from wan.denoiser.sampling import Expert, plan_stages, sample
+from wan.denoiser.schedule import build_scheduler
+from wan.denoiser.timetable import timesteps_of
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.settings import Sampling
@@ -62,6 +65,15 @@ def test_each_expert_gets_its_share_of_the_schedule_and_its_guidance() -> None:
         *((index, 5, "high") for index in (1, 2, 3)),
         *((index, 5, "low") for index in (4, 5)),
     ]
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0, 12.0])
+def test_timesteps_are_told_without_a_scheduler(solver: str, shift: float) -> None:
+    for steps, train in itertools.product((1, 3, 4, 20, 40, 77), (1000, 500)):
+        sampling = Sampling(steps, shift, (1.0, 1.0), solver)
+        expected = build_scheduler(sampling, torch.device("cpu"), train).timesteps.tolist()
+        assert list(timesteps_of(sampling, train)) == expected
 
 
 def test_guidance_1_needs_no_second_forward() -> None:

@@ -425,6 +425,24 @@ def test_a_clip_that_needs_more_than_is_free_is_made_as_with_vram_auto(
     assert dataclasses.replace(budget, vram=9 * GIB).for_clip(geometry, offload).vram == 9 * GIB
 
 
+def test_loras_beside_packed_weights_are_in_the_estimate(tmp_path: Path) -> None:
+    budget = dataclasses.replace(at_real_size("i2v-A14B"), free=24 * GIB)
+    checkpoint, loras = budget.checkpoint, dict.fromkeys(budget.checkpoint.experts, 2 * GIB)
+    geometry = clip_of(budget, 832, 480, 81)
+    assert budget.for_clip(geometry, True, loras).gpu_bytes(geometry, False) == budget.gpu_bytes(geometry, False)
+    packed = {}
+    for name, weights in checkpoint.experts.items():
+        with (file := tmp_path / f"{name}.gguf").open("wb") as opened:
+            opened.truncate(15 * GIB)  # as Q8_0 is
+        packed[name] = dataclasses.replace(weights, path=file)
+    budget = dataclasses.replace(budget, checkpoint=dataclasses.replace(checkpoint, experts=packed), text_device=None)
+    assert budget.for_clip(geometry, True).vram is None
+    within = budget.for_clip(geometry, True, loras)  # these are too many for whole experts
+    assert within.vram == 24 * GIB and within.tensors is not None
+    assert within.gpu_bytes(geometry, True) <= within.tensors
+    assert within.gpu_bytes(geometry, False) == budget.gpu_bytes(geometry, False) + 4 * GIB
+
+
 def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -> None:
     budget = dataclasses.replace(at_real_size("i2v-A14B"), free=7 * GIB)
     with pytest.raises(

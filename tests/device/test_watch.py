@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from tests.support.ranks import Ranks
-from wan.device import watch
 from wan.device.parallel import Group, Team
+from wan.device.peers import Ended, Peer
 from wan.device.ranks import Sizes, World
-from wan.device.watch import Ended, Watch, is_collective
-
-pytestmark = pytest.mark.slow
+from wan.device.watch import Findings, Kind, Sign, Watch, is_collective
 
 SIZE = 3
 TIMEOUT = 2.0
@@ -80,6 +78,7 @@ def output_of(folder: Path, rank: int) -> str:
     return file.read_text() if file.exists() else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("do", "line"),
     [
@@ -114,6 +113,7 @@ def test_all_end_and_the_one_at_fault_is_named(do: str, line: str, ranks: Ranks,
     assert codes == expected.get(do, [1, 1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all(number: signal.Signals, ranks: Ranks, tmp_path: Path) -> None:
     def stop(pids: list[int]) -> None:
@@ -128,6 +128,7 @@ def test_a_signal_stops_all(number: signal.Signals, ranks: Ranks, tmp_path: Path
     assert output_of(tmp_path, 0).startswith("KeyboardInterrupt")
 
 
+@pytest.mark.slow
 def test_one_process_that_is_stopped_alone_is_named(ranks: Ranks, tmp_path: Path) -> None:
     def stop(pids: list[int]) -> None:
         while len(list(tmp_path.glob("pid_*"))) < SIZE:
@@ -141,13 +142,48 @@ def test_one_process_that_is_stopped_alone_is_named(ranks: Ranks, tmp_path: Path
 
 
 def test_what_follows_from_a_death_is_not_its_cause() -> None:
-    kinds: list[watch.Kind] = ["signal", "waited", "hung", "died"]
+    kinds: list[Kind] = ["signal", "waited", "hung", "died"]
     watcher = Watch(0, 4, lambda: 0, lambda: None, 1.0)
-    watcher._signs = [watch._Sign(kind, rank, "host") for rank, kind in enumerate(kinds)]
+    for rank, kind in enumerate(kinds):
+        watcher.findings.note(Sign(kind, rank, "host"))
     watcher._decide()
     assert watcher.fault is not None and watcher.fault.startswith("process 3 on host has died")
     assert is_collective(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert not is_collective(RuntimeError("shapes differ")) and not is_collective(Ended("gloo"))
+
+
+def _peers(*begun: int, heard: float = 0.0) -> list[Peer]:
+    return [Peer(socket.socket(), rank, "host", heard, count) for rank, count in enumerate(begun, 1)]
+
+
+def test_who_has_begun_the_fewest_operations_when_all_stand_still_hangs() -> None:
+    findings, peers = Findings(5.0), _peers(8, 6, 8)
+    findings.compare(8, peers, 1.0)
+    findings.compare(8, peers, 6.0)
+    peers[2].heard = 6.5
+    assert not findings.is_due(time.monotonic() + 9)  # not longer than allowed
+    findings.compare(8, peers[2:], 6.5)  # something went on
+    findings.compare(8, peers[2:], 12.0)
+    assert not findings.is_due(time.monotonic() + 9)  # all have begun as many: one of them computes
+    for peer in peers:
+        peer.heard = 20.0
+    findings.compare(8, peers, 20.0)
+    findings.compare(8, peers, 25.1)
+    assert findings.is_due(time.monotonic() + 9) and not findings.is_due(time.monotonic())
+    assert findings.cause == Sign("hung", 2, "host", "5")
+
+
+def test_who_says_nothing_for_too_long_hangs_and_who_fails_says_why() -> None:
+    findings, peers = Findings(5.0), _peers(8, 8, heard=10.0)
+    findings.hear(peers[1], {"begun": 9})
+    assert peers[1].begun == 9 and not peers[1].has_said_why
+    peers[1].heard = 15.0
+    findings.compare(9, peers, 16.1)
+    assert findings.cause == Sign("hung", 1, "host", "5")
+    findings.hear(peers[1], {"failed": "ValueError: a bug", "waits": False})
+    assert peers[1].has_said_why and findings.cause == Sign("failed", 2, "host", "ValueError: a bug")
+    findings.hear(peers[0], {"signal": 15})
+    assert findings.cause.kind == "failed"
 
 
 def test_all_groups_are_aborted_at_once_since_one_may_wait_for_another() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.support.quality_footage import Path, Scene, lab, pan, to_and_fro, to_frames, unit
+from wan.detail import heard_by
 from wan.errors import UserError
 from wan.quality import correct_drift, correction, score_seam
 
@@ -148,9 +149,53 @@ def test_the_correction_is_bounded_and_clamps_only_what_it_moves() -> None:
 def test_several_known_frames_stay_and_the_drift_counts_from_the_last() -> None:
     before, clean = footage(0)
     clip = torch.cat([before[-4:], drifted(clean[1:], "gain", RAMP[1:])])
-    corrected = correct_drift(clip, before, known=4)
+    told: list[str] = []
+    with heard_by(told.append):
+        corrected = correct_drift(clip, before, known=4)
+    assert [told[0], told[-1]] == ["5 of 28 frames", "28 of 28 frames"]
     assert torch.equal(corrected[:4], clip[:4])
     assert error(corrected[4:], clean[1:]) < 0.2 * error(clip[4:], clean[1:])
+
+
+def test_threads_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    # so fast that the first frame is soon out of sight, and then a cut
+    frames = [*Scene(3, pan(24, 1), pan(1)).clip(range(6)), *Scene(7, pan(1)).clip(range(1))]
+
+    def tracked(threads: int) -> list[Any]:
+        monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+        return correction._track(frames[0], frames[1:])
+
+    alone = tracked(1)
+    assert len(alone) == 5 and np.array_equal(alone, tracked(4))
+    direct, _ = correction._change(*map(correction._View.of, (frames[0], frames[5])))
+    assert not np.array_equal(alone[-1], direct)  # another frame was measured against on the way
+
+
+def test_a_gpu_takes_out_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, clean = footage(0)
+    clip = drifted(clean, "warmth", RAMP) * 1.3  # out of the range in places
+    change = np.random.default_rng(0).normal(0, 0.05, 10)
+    torch.testing.assert_close(
+        correction._without_by_torch(clip[-1], change), correction._without(clip[-1], change), atol=1e-5, rtol=0
+    )
+    asked: list[torch.device] = []
+
+    def on_gpu(frame: Tensor, change: Any) -> Tensor:
+        asked.append(frame.device)
+        return torch.zeros(frame.shape)
+
+    monkeypatch.setattr(correction, "_without_by_torch", on_gpu)
+    corrected = correct_drift(clip, before, known=1, device=torch.device("meta"))  # stands for a GPU
+    assert asked == [torch.device("meta")] * (NEW - 1)
+    assert torch.equal(corrected[:1], clip[:1]) and not corrected[1:].any()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_clip_is_corrected_as_on_the_cpu() -> None:
+    before, clean = footage(0)
+    clip = drifted(clean, "warmth", RAMP)
+    here, on_gpu = (correct_drift(clip, before, known=1, device=torch.device(name)) for name in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, here, atol=1e-5, rtol=0)
 
 
 def lab_drift(frames: Tensor, amounts: np.ndarray[Any, Any]) -> Tensor:
@@ -179,6 +224,7 @@ def test_a_chain_of_twelve_clips_keeps_its_tones(camera: Path, growth: str, monk
         return without(frame, change)
 
     monkeypatch.setattr(correction, "_without", watched)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # so that the last one is that of the last frame
     tones: list[Any] = []  # what separates the shown frames from the truth at the end of each clip
     shown = view.clip(range(-16, 1))
     for index in range(clips):

@@ -169,7 +169,7 @@ def test_a_full_disk_fails_a_chain_with_its_reason(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(worker, "make", full)
     send = lambda event, **more: messages.append({"event": event, **more})  # noqa: E731
-    good = worker._work(worker.Models(), Settings(), send, threading.Event(), worker.Behind())
+    good = worker._work(worker.KeptPipeline(), Settings(), send, threading.Event(), worker.Behind())
     assert good and messages[0]["state"] == "failed"
     assert messages[0]["error"] == {
         "code": "disk_full",

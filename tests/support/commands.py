@@ -209,6 +209,7 @@ def command(
         return sample_frames(path, count, until=until)
 
     monkeypatch.setattr(Pipeline, "run", sampled)
+    monkeypatch.setattr("wan.commands.start.has_gpu_driver", lambda: True)
     monkeypatch.setattr("wan.pipeline.gpu_limit", lambda vram, device: vram)  # needs a GPU
     monkeypatch.setattr(Pipeline, "geometry", _geometry)  # a budget that is refused is no news
     monkeypatch.setattr("wan.pipeline.check_precision", lambda *_: None)

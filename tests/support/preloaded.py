@@ -14,6 +14,7 @@ import transformers.models.umt5.modeling_umt5  # noqa: F401
 import tests.support.ranks
 import tests.support.small_convolutions  # noqa: F401
 import wan.cli
+import wan.clip_sampler
 import wan.commands.continuous
 import wan.commands.generate
 import wan.commands.job

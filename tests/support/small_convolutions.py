@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional
 
-_conv3d: Any = F.conv3d
+_functional: Any = torch.nn.functional
+_mkldnn: Any = torch.backends.mkldnn
+_conv3d = _functional.conv3d
 
 
 def _triple(value: Any) -> tuple[int, ...]:
@@ -33,5 +35,5 @@ def _conv3d_of_real_sizes(
     return torch.mkldnn_convolution(x, weight, bias, _triple(padding), _triple(stride), _triple(dilation), groups)
 
 
-if torch.backends.mkldnn.is_available():
-    F.conv3d = _conv3d_of_real_sizes
+if _mkldnn.is_available():
+    _functional.conv3d = _conv3d_of_real_sizes

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from wan.detail import heard_by
 from wan.vae import chunked
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,14 @@ def test_the_vae_in_chunks_is_the_library_s_pass(request: pytest.FixtureRequest,
                 assert decoded.shape == pixels.shape == (1, 3, frames, 64, 96)
                 assert (decoded - pixels).abs().max() < 1e-4  # noise has dark spots that norms enlarge
         assert pixels.std() > 0.01  # the comparison is of pictures, not of nothing
+
+
+def test_the_vae_says_how_many_frames_are_done(ti2v: Any) -> None:
+    told: list[str] = []
+    with torch.no_grad(), heard_by(told.append):
+        modes = chunked.encode(ti2v.vae.model, torch.zeros(1, 3, 17, 32, 32), 2)
+        chunked.decode(ti2v.vae.model, modes, 2)
+    assert told == 2 * [f"{frames} of 17 frames" for frames in (5, 13, 17)]
 
 
 def test_the_smallest_chunks_pass_the_widest_layers_one_frame_at_a_time(

@@ -18,6 +18,7 @@ from tests.support.quantized_files import State, gguf_file, official, plain_fp8
 from wan import WanI2V, WanTI2V
 from wan.commands.inputs import choose_task
 from wan.configs import WAN_CONFIGS
+from wan.denoiser.headers import infer_config
 from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
@@ -30,6 +31,7 @@ from wan.text.umt5 import _library_name
 from wan.weights.checkpoint import Names, identify
 from wan.weights.reading import read_pth
 from wan.weights.single_file import open_denoiser
+from wan.weights.tensors import Weights
 
 VAES = {"14b": "Wan2.1_VAE.pth", "5b": "Wan2.2_VAE.pth"}
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -317,6 +319,27 @@ def test_a_denoiser_that_lacks_its_last_block_is_refused(tmp_path: Path) -> None
     whole = {name: value for shard in sorted(folder.glob("*.safetensors")) for name, value in load_file(shard).items()}
     save_file({name: value for name, value in whole.items() if not name.startswith("blocks.1.")}, file)
     refused("config.json says 2; download it again", folder, dit_files={"model": file})
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(1536, 30), (3072, 30), (5120, 40)])
+def test_one_of_a_released_width_has_the_released_blocks_unless_its_config_says_otherwise(
+    width: int, blocks: int
+) -> None:
+    def weights(count: int, config: dict[str, Any]) -> Weights:
+        shapes = {
+            "patch_embedding.weight": (width, 48, 1, 2, 2),
+            "text_embedding.0.weight": (width, 4096),
+            "time_embedding.0.weight": (width, 256),
+            "head.head.weight": (192, width),
+            "blocks.0.self_attn.q.weight": (width, width),
+            "blocks.0.ffn.0.weight": (4 * width, width),
+        } | {f"blocks.{index}.modulation": (1, 6, width) for index in range(count)}
+        return Weights(Path("dit.gguf"), (), shapes, {"num_heads": width // 128} | config)
+
+    assert infer_config(weights(blocks, {}))["num_layers"] == blocks
+    assert infer_config(weights(20, {"num_layers": 20}))["num_layers"] == 20  # one that was pruned on purpose
+    with pytest.raises(UserError, match=f"dit.gguf has 20 blocks, and models of its width have {blocks}; download it"):
+        infer_config(weights(20, {}))
 
 
 def test_weights_of_another_format_are_to_be_renamed(tmp_path: Path) -> None:

@@ -462,7 +462,7 @@ WRONG = [
 def test_a_wrong_file_is_said_in_one_line_before_anything_loads(
     flags: str, message: str, world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan.models.WanModel.from_weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("wan.denoiser.model.WanModel.from_weights", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr("wan.models.TextEncoder.from_weights", lambda *_, **__: pytest.fail("loaded"))
     code, output = run(world, flags, capsys)
     assert code == 2 and message in output, output

@@ -6,7 +6,6 @@ This module alone imports Ray.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from ray.util.client import ray as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wan.batch.hand import WRITING, Hand
+from wan.batch.places import choose_places
 from wan.errors import UserError
 from wan.options import Settings
 
@@ -84,8 +84,42 @@ class _Member:
     waited: bool = False
 
 
+class _Head:
+    """The head of the cluster at an address, and this machine's part of the cluster, looked at now and then."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.gone = False
+        self._seen = self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Raise Gone before Ray ends this process in words of its own, or lets it wait for ever."""
+        now = time.monotonic()
+        if self.gone or now - self._looked < HEAD_LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            _reach(self.address, HEAD_LOOK_SECONDS)
+        except OSError as error:
+            if now - self._seen < HEAD_SECONDS:
+                return
+            self.gone = True
+            raise Gone(
+                f"the head of the Ray cluster, {self.address}, has gone ({error}); finished clips are kept, and the "
+                "same command goes on when there is a cluster again"
+            ) from error
+        self._seen = now
+        here = ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here):
+            self.gone = True
+            raise Gone(
+                "this machine is no longer part of the Ray cluster, for its raylet has ended; finished clips are kept, "
+                "and the same command goes on when ray status names this machine again"
+            )
+
+
 class Crew:
-    """Workers 0 to `size` - 1. Raises UserError for a Ray that cannot be joined."""
+    """Workers 0 to `places.size` - 1. Raises UserError for a Ray that cannot be joined."""
 
     def __init__(self, settings: Settings) -> None:
         self.gpus_per_job, self.address = settings.gpus_per_job, settings.address
@@ -118,50 +152,18 @@ class Crew:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
         try:
-            self.size, self.siblings = self._places(settings)
-            self._captioners = [self._captioner(node) for node in self._captioner_nodes]
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
+            self.places = choose_places(settings, gpus)
+            self._captioners = [self._captioner(node) for node in self.places.captioners]
         except BaseException:
             ray.shutdown()
             raise
         self._members: dict[int, _Member] = {}
         self._futures: dict[Any, tuple[Kind, int]] = {}
         by_client = (self.address or "").startswith("ray://")
-        self._head = str(self.address if by_client else ray.get_runtime_context().gcs_address)
-        self._head_seen = self._head_looked = time.monotonic()
-        self._gone = False
+        self._head = _Head(str(self.address if by_client else ray.get_runtime_context().gcs_address))
         self._by_client = by_client
-
-    def _places(self, settings: Settings) -> tuple[int, int]:
-        """How many workers there are, and on one machine at most. Raises UserError."""
-        wanted = settings.workers
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
-        self.uses_gpus = any(gpus)
-        self._captioner_nodes = [""] * settings.captioners
-        if not self.uses_gpus:
-            if self.gpus_per_job > 1:
-                raise UserError(
-                    f"`gpus_per_job` {self.gpus_per_job}: Ray sees no GPU; look at nvidia-smi and ray status"
-                )
-            size = wanted or 1
-            return size, math.ceil(size / len(nodes))
-        if self.gpus_per_job <= max(gpus):
-            for number in range(settings.captioners):
-                at = captioner_place(gpus, self.gpus_per_job)
-                gpus[at] -= 1
-                self._captioner_nodes[number] = nodes[at]["NodeID"]
-            if not any(count >= self.gpus_per_job for count in gpus):
-                raise UserError(f"`captioners` {settings.captioners} leave no worker {self.gpus_per_job} GPUs")
-        places = [count // self.gpus_per_job for count in gpus]
-        if not any(places):
-            raise UserError(f"`gpus_per_job` {self.gpus_per_job} is more than a machine has; the most are {max(gpus)}")
-        if wanted is not None and wanted > sum(places):
-            shortage = f"`workers` {wanted} of {self.gpus_per_job} GPUs each are more than the {sum(gpus)} GPUs are for"
-            if self.address is None:
-                raise UserError(f"{shortage}; {sum(places)} are the most")
-            log.warning("%s: the others wait until the cluster has grown", shortage)
-        size = wanted or sum(places)
-        return size, min(size, max(places))
 
     @property
     def is_connected(self) -> bool:
@@ -176,23 +178,23 @@ class Crew:
     def _captioner(self, node: str) -> Any:
         """A captioner on a machine; Ray starts it again where it dies, elsewhere where its machine has gone."""
         # no cores: where it is started again a worker that waited must not have taken its place
-        options: dict[str, Any] = {"num_gpus": 1 if self.uses_gpus else 0, "num_cpus": 0}
+        options: dict[str, Any] = {"num_gpus": 1 if self.places.uses_gpus else 0, "num_cpus": 0}
         options |= {"max_restarts": -1, "max_task_retries": _ASK_AGAIN}
         if node:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-        threads = int(self.threads or max(1, (os.cpu_count() or 1) // self.siblings))
+        threads = int(self.threads or max(1, (os.cpu_count() or 1) // self.places.siblings))
         from wan.batch.describer import Describer  # which needs PyTorch
 
         return ray.remote(Describer).options(**options).remote(threads)
 
     def open(self, worker: int) -> None:
         """Start a worker, or the one in place of it; an event tells when it is ready."""
-        resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.uses_gpus else 0, "num_cpus": 1}
+        resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.places.uses_gpus else 0, "num_cpus": 1}
         # the processes of a worker are of one actor, which Ray places on one machine
         hand = ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
         captioners = self._captioners
         line = _Line(captioners[worker % len(captioners)]) if captioners else None
-        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.siblings, os.getcwd(), self.threads, line))
+        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.places.siblings, os.getcwd(), self.threads, line))
         self._members[worker] = member
         self._futures[member.hand.start.remote()] = "ready", worker
 
@@ -202,7 +204,7 @@ class Crew:
 
     def wait(self, seconds: float) -> list[Event]:
         """What has happened, after so many seconds at most. Raises Gone."""
-        self._look_at_head()
+        self._head.look()
         self._look()
         if not self._futures:
             time.sleep(seconds)
@@ -211,7 +213,7 @@ class Crew:
             done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
             more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
         except (RayError, ConnectionError) as error:
-            self._gone = True
+            self._head.gone = True
             raise Gone(f"Ray has gone ({_reason(error)}); the same command goes on") from error
         events = []
         for future in dict.fromkeys([*done, *more]):
@@ -237,31 +239,6 @@ class Crew:
             else:
                 events.append(Event(kind, worker, message))
         return events
-
-    def _look_at_head(self) -> None:
-        """Raise Gone before Ray ends this process in words of its own, or lets it wait for ever."""
-        now = time.monotonic()
-        if self._gone or now - self._head_looked < HEAD_LOOK_SECONDS:
-            return
-        self._head_looked = now
-        try:
-            _reach(self._head, HEAD_LOOK_SECONDS)
-        except OSError as error:
-            if now - self._head_seen < HEAD_SECONDS:
-                return
-            self._gone = True
-            raise Gone(
-                f"the head of the Ray cluster, {self._head}, has gone ({error}); finished clips are kept, and the same "
-                "command goes on when there is a cluster again"
-            ) from error
-        self._head_seen = now
-        here = ray.get_runtime_context().get_node_id()
-        if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here):
-            self._gone = True
-            raise Gone(
-                "this machine is no longer part of the Ray cluster, for its raylet has ended; finished clips are kept, "
-                "and the same command goes on when ray status names this machine again"
-            )
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -308,7 +285,7 @@ class Crew:
         ends = [member.hand.end.remote() for member in self._members.values()]
         if ends:
             ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
-        if self._gone:  # what follows would wait for the head; see `cli.batch_program`
+        if self._head.gone:  # what follows would wait for the head; see `cli.batch_program`
             return
         for worker in list(self._members):
             ray.kill(self._members[worker].hand)
@@ -327,11 +304,6 @@ def _reach(address: str, seconds: float) -> None:
     if place := _PLACE.fullmatch(address):
         with socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=seconds):
             pass
-
-
-def captioner_place(gpus: Sequence[int], gpus_per_job: int) -> int:
-    """Which machine gives a GPU to a captioner, by their free ones: one with some left over, else the fullest."""
-    return max(range(len(gpus)), key=lambda at: (gpus[at] > 0, gpus[at] % gpus_per_job, gpus[at]))
 
 
 def _reason(error: Exception) -> str:

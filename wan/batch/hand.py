@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import json
 import os
 import platform
-import sys
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +18,12 @@ from typing import Any
 import wan
 from wan.device.host import GIB, host_bytes, host_free_bytes
 from wan.server.folders import ChainFolder
-from wan.server.group import free_port, rank_environment
 from wan.server.live import Live
+from wan.server.processes import Processes
 from wan.server.tickets import DONE, FAILED
 
 LOST, UPLOAD = "lost", "upload"
 WRITING = "writing"  # a chain that is computed, whose files are still written and uploaded
-_LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
-_TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _KEPT_WARNINGS = 5
 _LEAVE_SECONDS = 5.0  # for a process to end that has said its last word
 _ALL_OF_IT = 0.9  # of the host's memory are for the workers of a node together
@@ -89,9 +83,7 @@ class Hand:
         self._heard = time.monotonic()
         self._works: dict[str, _Work] = {}  # the last of which is being made, and one at most is written
         self._behind: asyncio.Task[dict[str, Any]] | None = None
-        self._processes: list[asyncio.subprocess.Process] = []
-        self._tail: deque[str] = deque(maxlen=_TAIL)
-        self._reading: list[asyncio.Task[None]] = []
+        self._processes: Processes | None = None
         self._asking: asyncio.Task[None] | None = None
         self._hearing: asyncio.Task[None] | None = None
         # this may be in place of one that ended, beside others that have taken their shares
@@ -100,34 +92,22 @@ class Hand:
 
     async def start(self) -> dict[str, Any]:
         """Start the processes; says where, or what went wrong."""
-        for rank in range(self.ranks):
-            process = await asyncio.create_subprocess_exec(
-                *self.command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_LINE,
-                cwd=self.folder if os.path.isdir(self.folder) else None,
-                env=self._environment(rank),
-                start_new_session=sys.platform != "win32",  # Ctrl-C is for the command, which ends this
-            )
-            self._processes.append(process)
-            self._reading.append(asyncio.create_task(self._keep_tail(process)))
-            if rank:
-                self._reading.append(asyncio.create_task(_drain(process)))
-        self._say({"settings": {}, "asks": self.captioner is not None})
-        message = await self._next()
-        if message is None:
-            return {"error": await self._why()}
-        self._hearing = asyncio.create_task(self._hear_all())
-        return {"node": platform.node(), "pids": [process.pid for process in self._processes]}
-
-    def _environment(self, rank: int) -> dict[str, str]:
-        # Ray sets this to 1 for whoever asks for no cores
+        # Ray sets OMP_NUM_THREADS to 1 for whoever asks for no cores
         threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        variables = {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-        return dict(os.environ) | variables | rank_environment(rank, self.ranks)
+        processes = self._processes = await Processes.start(
+            self.command,
+            self.ranks,
+            variables={"OMP_NUM_THREADS": threads, "PYTHONPATH": path},
+            folder=self.folder if os.path.isdir(self.folder) else None,
+            keeps_tail=True,  # stderr is Ray's log of the actor
+            last_word=0,
+        )
+        processes.say({"settings": {}, "asks": self.captioner is not None})
+        if await processes.hear() is None:
+            return {"error": await processes.why(_LEAVE_SECONDS)}
+        self._hearing = asyncio.create_task(self._hear_all(processes))
+        return {"node": platform.node(), "pids": [process.pid for process in processes.processes]}
 
     async def do(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Make or check a chain; what came of it, and what there is to see of it.
@@ -135,12 +115,13 @@ class Hand:
         With `ahead` in the order this returns as soon as the chain is computed, with `WRITING`: then `written` has the
         rest, and the next order may come.
         """
+        assert self._processes is not None  # it was started
         loop = asyncio.get_running_loop()
         work = self._works[order["id"]] = _Work(order, loop.create_future(), loop.create_future())
         self._heard = time.monotonic()
-        self._say(self._with_share(order))
+        self._processes.say(self._with_share(order))
         if self._hearing is None or self._hearing.done():  # the process ended after its last chain
-            self._lose_all(await self._why())
+            self._lose_all(await self._processes.why(_LEAVE_SECONDS))
         await asyncio.wait([work.made, work.ended], return_when=asyncio.FIRST_COMPLETED)
         if not work.made.done():
             return await self._finish(work)
@@ -184,27 +165,25 @@ class Hand:
         self._heard = time.monotonic()
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The order with this hand's share of the machine's memory, where it is to be what is free.
-
-        Processes that share a chain meet anew for each, at a port where nobody is left from the one before.
-        """
+        """The order with this hand's share of the machine's memory, where it is to be what is free."""
         settings = order["settings"]
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
             settings = {**settings, "host_memory": self._share}
-        return {**order, "settings": settings, **({"port": free_port()} if self.ranks > 1 else {})}
+        return {**order, "settings": settings}
 
-    async def _hear_all(self) -> None:
+    async def _hear_all(self, processes: Processes) -> None:
         """Hear the first process to its end, which is that of all that it had in hand."""
         try:
-            while (message := await self._next()) is not None:
+            while (message := await processes.hear()) is not None:
+                self._hear()
                 event, work = message.pop("event"), self._works.get(message.get("id", ""))
                 if work is None:
                     continue
                 if event == "ask":
-                    self._asking = asyncio.create_task(self._answer(message["number"], message["asked"]))
+                    self._asking = asyncio.create_task(self._answer(processes, message["number"], message["asked"]))
                 else:
                     work.hear(event, message)
-            why = await self._why()
+            why = await processes.why(_LEAVE_SECONDS)
         except Exception as error:  # it said what cannot be understood; whoever waits for its word hears of that
             await self.end()
             why = f"the process that makes videos was ended, for it said: {type(error).__name__}: {error}"
@@ -215,41 +194,11 @@ class Hand:
             if not work.ended.done():
                 work.ended.set_result({"state": LOST, "error": {"code": "worker_lost", "message": why}})
 
-    async def _answer(self, number: int, asked: Mapping[str, Any]) -> None:
+    async def _answer(self, processes: Processes, number: int, asked: Mapping[str, Any]) -> None:
         assert self.captioner is not None  # the process was told whether it may ask
         answer = await self.captioner(asked)
         self._hear()
-        self._say({"number": number, "answer": answer}, self._processes[:1])
-
-    async def _next(self) -> dict[str, Any] | None:
-        """The next word of the first process; None when any of them has ended."""
-        first = self._processes[0]
-        assert first.stdout is not None
-        line = asyncio.ensure_future(first.stdout.readline())
-        ends = [asyncio.ensure_future(process.wait()) for process in self._processes[1:]]
-        await asyncio.wait([line, *ends], return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
-        if not line.done() or not line.result():
-            line.cancel()
-            return None
-        self._hear()
-        message: dict[str, Any] = json.loads(line.result())
-        return message
-
-    async def _why(self) -> str:
-        """Why the processes have ended; those that have not are ended."""
-        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
-        # one that has closed its stdout and lives on is ended, too
-        done, _ = await asyncio.wait(waits, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        code = next((wait.result() for wait in waits if wait in done and wait.result()), 0)
-        for wait in waits:
-            wait.cancel()
-        await self.end()
-        last = next((line for line in reversed(self._tail) if line.strip()), "")
-        if code < 0:
-            return f"the process that makes videos was ended by signal {-code}"
-        return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
+        processes.say({"number": number, "answer": answer}, to_all=False)
 
     async def look(self) -> dict[str, Any]:
         """How far it is with what it makes, else with what it writes. Durations are by this machine's own clock."""
@@ -273,36 +222,14 @@ class Hand:
 
     async def stop(self) -> None:
         """Let it leave what it makes; finished clips are joined, and what is only written is written."""
-        for name in self._works:
-            self._say({"cancel": name})
+        if self._processes is not None:
+            for name in self._works:
+                self._processes.say({"cancel": name})
 
     async def end(self) -> None:
         """Kill the processes."""
-        for process in self._processes:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-            await process.wait()
-        await asyncio.gather(*self._reading, return_exceptions=True)
-
-    def _say(self, order: Mapping[str, Any], to: Sequence[asyncio.subprocess.Process] | None = None) -> None:
-        for process in self._processes if to is None else to:
-            if process.stdin is not None and not process.stdin.is_closing():
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-
-    async def _keep_tail(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stderr is not None
-        while line := await process.stderr.readline():
-            text = line.decode(errors="replace").rstrip()
-            self._tail.append(text)
-            sys.stderr.write(f"{text}\n")  # Ray's log of the actor
-
-
-async def _drain(process: asyncio.subprocess.Process) -> None:
-    """Read what is said by a process that only follows."""
-    assert process.stdout is not None
-    while await process.stdout.readline():
-        pass
+        if self._processes is not None:
+            await self._processes.end(0)
 
 
 def _seen(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from wan.chain.storyboard_file import compose
 from wan.commands.flags import NAME, check_together
 from wan.errors import UserError
 from wan.foreign import parse_json, read_bytes
-from wan.kinds import Files, Local, Picture, Pictures, Unfit, Video, Words, read_plain
+from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, read_plain
 from wan.options import BATCH, OPTIONS, Option, Settings, by_row_key
 from wan.settings import LoraFile
 
@@ -47,6 +47,7 @@ VIDEOS = frozenset(
     (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv")
 )
 PAGE, DATA = "batch.html", "batch.jsonl"
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no file of Windows has such a name
 
 KEYS: Mapping[str, Option] = by_row_key()
 _ALSO = {"seed": "base_seed"}
@@ -174,9 +175,10 @@ def _name(given: Any) -> str:
         Local().check(name)
     except Unfit as error:
         raise Unfit(f"name {error}") from error
-    if name in (".", "..") or any(char in '/\\<>:"|?*' or not char.isprintable() for char in name):
+    if name.endswith(".") or _DEVICE.fullmatch(name) or any(c in '/\\<>:"|?*' or not c.isprintable() for c in name):
         raise Unfit(
-            f'name {name[:60]!r} cannot be that of a folder; leave out / \\ < > : " | ? * and what is unprintable'
+            f'name {name[:60]!r} cannot be that of a folder on every system; leave out / \\ < > : " | ? * and what is '
+            "unprintable, end without a dot, and take no device's name"
         )
     return name
 
@@ -204,7 +206,7 @@ def _placed(settings: Settings, folder: Path, names: Mapping[str, Any] | None = 
             absolute[one.name] = tuple(f"{_whole(folder, lora.path)}:{lora.strength!r}" for lora in loras)
         else:
             path = _whole(folder, value)
-            needed = isinstance(one.kind, Video | Picture | Pictures) or one.name in ("storyboard", "output_dir")
+            needed = isinstance(one.kind, Video | Picture | PictureFolder) or one.name in ("storyboard", "output_dir")
             if needed or path.exists():
                 absolute[one.name] = str(path)
     return dataclasses.replace(settings, **absolute)

@@ -56,7 +56,7 @@ def make_batch(settings: Settings) -> None:
         _refuse(unfit, settings)
         bad += unfit
         if settings.dry_run:
-            say(*outline(tasks, bad, crew.size * crew.gpus_per_job if crew.uses_gpus else 0))
+            say(*outline(tasks, bad, crew.places.size * crew.gpus_per_job if crew.places.uses_gpus else 0))
             return
         batch.make()
     except BaseException as error:
@@ -184,7 +184,7 @@ class Batch:
             self.crew.give(worker, order)
         at_work = {id(task) for task in (*self._at.values(), *self._written.values())}
         waiting = sum(not task.is_over and id(task) not in at_work for task in schedule.tasks)
-        for worker in range(self.crew.size):
+        for worker in range(self.crew.places.size):
             if worker not in self._opened and waiting > len(self._opened - self._at.keys() - self._idle):
                 self._opened.add(worker)
                 self.crew.open(worker)
@@ -206,7 +206,7 @@ class Batch:
         elif task is None and written is None:
             self._lose(worker)
             self._false_starts += 1
-            if self._false_starts >= MOST_FALSE_STARTS * self.crew.size:
+            if self._false_starts >= MOST_FALSE_STARTS * self.crew.places.size:
                 raise UserError(f"no worker can start: {message['reason']}")
             log.warning("worker %d could not start: %s", worker, message["reason"])
         else:

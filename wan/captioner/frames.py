@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from wan.captioner.base import Pictures, to_images
 from wan.errors import UserError
 from wan.pictures import as_shown
 
@@ -63,3 +65,15 @@ def build_transform(input_size: int) -> Callable[[Image.Image], Tensor]:
         return levels.float().div(255).sub(mean).div(std)
 
     return transform
+
+
+def pixels_of(frames: Pictures, side: int) -> Tensor:
+    """Frames uint8 [n, H, W, 3] -> what the vision tower takes, float32 [n, 3, side, side]."""
+    transform = build_transform(side)
+
+    def pixels(image: Image.Image) -> Tensor:
+        return transform(dynamic_preprocess(image, max_num=1, image_size=side)[0])
+
+    # beside each other: a GPU that goes on with a chain waits for them
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return torch.stack(list(threads.map(pixels, to_images(frames))))

@@ -15,9 +15,9 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from wan.captioner.base import LocalModel, Pictures, foreseen_failures, number_frames, read_config, reading, to_images
+from wan.captioner.base import LocalModel, Pictures, foreseen_failures, number_frames, read_config, reading
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
-from wan.captioner.frames import build_transform, dynamic_preprocess
+from wan.captioner.frames import build_transform, pixels_of
 from wan.device.placement import Placement
 from wan.errors import UserError
 from wan.files import something_else
@@ -153,15 +153,14 @@ class InternVLCaptioner(LocalModel):
 
         Both are what the official code makes, exactly.
         """
-        transform = build_transform(self.image_size)
-        tiles = [dynamic_preprocess(image, max_num=1, image_size=self.image_size)[0] for image in to_images(frames)]
+        pixels = pixels_of(frames, self.image_size)
         slot = f"<img>{'<IMG_CONTEXT>' * self.tokens_per_frame}</img>"
-        turns = [("user", number_frames([slot] * len(tiles), question))]
+        turns = [("user", number_frames([slot] * len(pixels), question))]
         if system != "":
             turns.insert(0, ("system", SYSTEM if system is None else system))
         text = "".join(f"<|im_start|>{role}\n{words}{TURN_END}\n" for role, words in turns)
         ids = self.tokenizer(f"{text}<|im_start|>assistant\n", return_tensors="pt").input_ids
-        return ids, torch.stack([transform(tile) for tile in tiles])
+        return ids, pixels
 
     @torch.inference_mode()
     def view(self, picture: Image.Image) -> Tensor:

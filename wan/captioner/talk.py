@@ -61,7 +61,12 @@ _REFUSING = {
         rf"|(?:as an ai\b[^.!?]{{0,60}}\b)?\bi ?{_CANNOT} (?:to )?(?:assist|help|describe|provide|view|see|watch"
         r"|analy[sz]e|process|fulfil+|comply|continue|access|discuss|engage|generate|create|answer|respond|any|an?|the|that|this"
         r"|comfortable)\b"
-        r"|as an ai\b|(?:[^.!?]{0,60}\b(?:appears?|seems?|looks like)\b[^.!?]{0,20}\b|[^.!?]{0,60}\bthere (?:is|are) )?"
+        r"|as an? (?:[\w-]+ ){0,2}(?:ai|language model)\b|i (?:must |have to )?decline\b"
+        r"|i(?: would|['’]d) (?:rather|prefer) not\b"
+        r"|(?:this|your|the) (?:content|request|prompt) (?:was |has been |is |may |might |appears to )?"
+        r"(?:violates?|blocked|rejected|flagged|refused|against|not (?:allowed|permitted))\b"
+        r"|(?:request|response|content) (?:was |has been )?(?:blocked|rejected|filtered|flagged)\b"
+        r"|(?:[^.!?]{0,60}\b(?:appears?|seems?|looks like)\b[^.!?]{0,20}\b|[^.!?]{0,60}\bthere (?:is|are) )?"
         r"no (?:video|images?|frames?)(?: files?)? (?:(?:was|were|has been|have been) )?"
         r"(?:provided|attached|given|uploaded)\b"
     ),
@@ -87,7 +92,7 @@ _REFUSING = {
     "sv": r"tyvärr kan jag|jag kan (?:tyvärr )?inte|jag är ledsen",
     "da": r"beklager\b|desværre kan jeg|jeg kan (?:desværre |dessverre )?ikke",  # and Norwegian
     "fi": r"valitettavasti en\b|anteeksi,? mutta|en (?:voi|pysty)\b",
-    "hu": r"sajnálom|sajnos nem",
+    "hu": r"sajnálom|sajnos nem|nem tudok (?:segíteni|ebben)",
     "ro": r"îmi pare rău|din păcate,? nu pot|nu pot (?:să|ajuta|descrie)",
     "el": r"λυπάμαι|συγγνώμη|δυστυχώς,? δεν|δεν μπορώ",
     "tr": r"üzgünüm|özür dilerim|maalesef\b",
@@ -96,6 +101,9 @@ _REFUSING = {
     "fa": r"مت[أا]سفم|ببخشید|متأسفانه|من نمی\u200c?\s?توانم",
     "hi": r"क्षमा करें|मुझे खेद है|मुझे माफ|माफ\S* (?:कीजिए|करें)|मैं .{0,80}नहीं (?:कर )?सक",
     "bn": r"দুঃখিত|আমি দুঃখিত",
+    "te": r"క్షమించండి|మన్నించండి",
+    "ta": r"மன்னிக்கவும்|மன்னியுங்கள்",
+    "ur": r"معذرت|معاف کیجی",
     "vi": r"(?:tôi )?(?:rất )?xin lỗi|rất tiếc|tôi không thể",
     "id": r"(?:mohon )?maaf\b|saya tidak (?:dapat|bisa)",
     "th": r"(?:ต้อง)?ขออภัย|ขอโทษ|(?:ฉัน|ผม|ดิฉัน)ไม่สามารถ",
@@ -110,6 +118,7 @@ _AGREE, _ANNOUNCE = _any(*_AGREEING.values()), _any(*_ANNOUNCING.values())
 _BASED = r"based (?:up)?on the (?:\w+ ){0,3}(?:frames?|images?|video|footage|pictures?)(?: \w+){0,5}, "
 LEAD_IN = re.compile(  # "Sure! Here is a description of the video:"
     rf"¡?(?:(?:{_AGREE}\s*[,.!:，。！：、—-]+\s*)*{_ANNOUNCE}[^.!?。！？:：]{{0,150}}[:：]\s*"
+    r"|(?:(?:video )?(?:caption|description|summary)|(?:final )?answer|output|response)\s*[:：]\s*"
     rf"|(?:{_AGREE}(?:\s*[!！]+\s*|\s*[,.，。、]\s+))+(?:{_BASED})?|{_BASED})",
     re.IGNORECASE,
 )

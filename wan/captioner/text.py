@@ -28,10 +28,15 @@ _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _CHARACTER = re.compile(r"\S")
 _BARE_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 
-_THOUGHT = r"think|thinking|thought|reasoning|reflection"
+_THOUGHT = r"think|thinking|thought|reasoning|reflection|tool_call"
 _REASONING = re.compile(rf"<({_THOUGHT})>.*?(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _THOUGHT_END = re.compile(rf"</(?:{_THOUGHT})>", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]{0,60}<\|message\|>")  # gpt-oss's way to begin its answer
+_ROLE = re.compile(r"\A\s*(?:(?:assistant|model)\s*\n|\[/INST\])", re.IGNORECASE)  # a template's
+_STEPS = re.compile(  # "Thought: … Answer: …"
+    r"\A\s*(?:thought|reasoning|analysis)\s*:.*^\s*(?:final )?answer\s*:", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
+_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}{1,2}")
 _BOX = re.compile(r"<box>.{0,500}?</box>", re.DOTALL)
 _SPACES, _LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n(?:[^\S\n]*\n)+")
 _RUN = re.compile(
@@ -61,15 +66,17 @@ _FRAME_MENTION = re.compile(
 
 _JSON_VALUE = re.compile(r'[:\[,]\s*"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*)(?:"(?!\s*:)|$)')
 
+_NUMBER = re.compile(r"\d+(?:st|nd|rd|th)?")
 _LONGEST_LOOP = 30  # words that come again and again
-_MOST_COUNTED = 3
+_LONGEST_LIST, _OF_A_COUNT = 8, 3  # sentences that are nearly alike: of a list, and that stay of what counts
 _FEWEST_WORDS = 8  # of a description that stands beside a refusal
 
 
 def without_reasoning(text: str) -> str:
     """A VLM's answer without what it thought before answering."""
     # a chat template may have opened the block itself
-    return _THOUGHT_END.split(_REASONING.sub(" ", _CHANNEL.split(text)[-1]))[-1]
+    answer = _THOUGHT_END.split(_REASONING.sub(" ", _CHANNEL.split(text)[-1]))[-1]
+    return _STEPS.sub("", _ROLE.sub("", answer))
 
 
 def bounded(text: str) -> str:
@@ -111,7 +118,7 @@ def clean_caption(text: str) -> str:
     stay, as sentences.
     """
     text = _words_of_json(bounded(without_reasoning(text)))
-    text = _ESCAPE.sub("", _TAG.sub(" ", _BOX.sub(" ", text)))
+    text = _ESCAPE.sub("", _TAG.sub(" ", _BOX.sub(" ", _BOXED.sub(r"\1", text))))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
     text = _LINK.sub(lambda link: link[1] or "", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
     text = " ".join(_plain_line(line) for line in text.split("\n"))
@@ -180,23 +187,38 @@ def _without_talk(text: str) -> str:
 def _without_loops(text: str) -> str:
     """A text with each sentence once, and with words once that come three times or more in a row.
 
-    Of sentences that differ in their numbers alone the first three stay: a model that counts does not end.
+    Up to eight sentences that differ in their numbers, or in one word, are a list of what is seen. More of them are a
+    model that goes on and on: of those that count the first three stay, of the others the first eight.
     """
-    seen: set[tuple[str, ...]] = set()
-    counting: Counter[tuple[str, ...]] = Counter()
+    sentences = [
+        (text[sentence.start() - 1].isspace(), plain, tuple(bare_words(plain)))
+        for sentence in _SENTENCE.finditer(text)
+        if (plain := _without_stutter(sentence.group()))
+    ]
+    alike = Counter(form for words in {words for *_, words in sentences} for form in _forms(words))
+    seen, kept = set[tuple[str, ...]](), Counter[tuple[str, ...]]()
     again = ""
-    for sentence in _SENTENCE.finditer(text):
-        words = tuple(bare_words(sentence.group()))
-        counted = tuple("0" if word.isdecimal() else word for word in words)
-        counting[counted] += 1
-        if words and (words in seen or counting[counted] > _MOST_COUNTED):
+    for is_apart, plain, words in sentences:
+        forms = _forms(words)
+        most = ((form, _OF_A_COUNT if form is forms[0] else _LONGEST_LIST) for form in forms)
+        if words and (
+            words in seen or any(alike[form] > _LONGEST_LIST and kept[form] >= limit for form, limit in most)
+        ):
             continue
         seen.add(words)
-        between = " " if again and text[sentence.start() - 1].isspace() else ""
-        again += between + _without_stutter(sentence.group())
+        kept.update(forms)
+        again += (" " if again and is_apart else "") + plain
     if (lost := len(bare_words(text)) - len(bare_words(again))) > 0:
         logger.warning("the VLM repeats itself: %d words of its answer are left out", lost)
     return again
+
+
+def _forms(words: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What sentences have in common that differ in their numbers, and in one word."""
+    numbers = tuple("0" if _NUMBER.fullmatch(word) else word for word in words)
+    if not 3 <= len(words) <= _LONGEST_LOOP:
+        return [numbers]
+    return [numbers, *((*words[:index], "", *words[index + 1 :]) for index in range(len(words)))]
 
 
 def _without_stutter(sentence: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wan.chain.run import ChainRun
-from wan.denoiser.sampling import forwards
+from wan.chain.inventory import Inventory
+from wan.denoiser.timetable import forwards
 from wan.device.budget import CONTEXT, GIB
 from wan.foreign import count_numbered
 from wan.options import LONGEST_CONTEXT
@@ -38,50 +38,51 @@ class Estimate:
     disk_bytes: float
 
 
-def estimate(continuation: VideoContinuation, run: ChainRun) -> Estimate:
+def estimate(continuation: VideoContinuation, inventory: Inventory) -> Estimate:
     """What is still to be made. Raises UserError where no GPU or host of this machine's has the memory for it."""
-    missing = [plan for number, plan in enumerate(run.plans, 1) if number not in run.clips]
-    if not missing:
-        return Estimate(run.count, 0, 0.0, 0.0, False, 0.0)
+    if not (missing := inventory.missing):
+        return Estimate(inventory.count, 0, 0.0, 0.0, False, 0.0)
     _memory(continuation, missing)
     _host_memory(continuation, missing)
-    work, (seconds, measured) = _work(continuation, missing), _seconds(continuation, missing, run)
-    disk, _ = _disk_bytes(missing, continuation.config.z_dim, run.settings.keep_state)
-    return Estimate(run.count, len(missing), work, seconds, measured, disk)
+    work, (seconds, measured) = _work(continuation, missing), _seconds(continuation, inventory)
+    disk, _ = _disk_bytes(missing, continuation.config.z_dim, inventory.settings.keep_state)
+    return Estimate(inventory.count, len(missing), work, seconds, measured, disk)
 
 
-def outline(continuation: VideoContinuation, plans: Sequence[Plan], run: ChainRun) -> Iterator[str]:
+def outline(continuation: VideoContinuation, inventory: Inventory) -> Iterator[str]:
     """The lines of the plan: a table of the clips, then sums."""
-    width, height = plans[0].geometry.width, plans[0].geometry.height
-    yield f"{run.count} clips of {width}x{height} at {continuation.fps} frames per second, in {run.folder.path}"
+    size, count = inventory.plans[0].geometry, inventory.count
+    where = inventory.folder.path
+    yield f"{count} clips of {size.width}x{size.height} at {continuation.fps} frames per second, in {where}"
     yield f"{'clip':>4}  {'frames':>6}  {'new':>4}  {'from s':>7}  {'seed':>19}  {'known':<12}  prompt"
     start = 0.0
-    for number, plan in enumerate(plans, 1):
+    for number, plan in enumerate(inventory.plans, 1):
         new = plan.shown - plan.fade_in
         known = "a cut" if plan.is_cut else f"{plan.context.mode} {plan.context.frames}"
-        is_finished = number in run.clips
-        seed = run.clips[number].record["seed"] if is_finished else run.seeds.of(number)
-        if run.seeds.is_drawn(number) and not is_finished:
-            seed = "drawn"
-        words = " ".join((f"(finished) {run.clips[number].record['prompt']}" if is_finished else _words(plan)).split())
+        if (clip := inventory.clips.get(number)) is not None:
+            seed, text = clip.record["seed"], f"(finished) {clip.record['prompt']}"
+        else:
+            seed = "drawn" if inventory.seeds.is_drawn(number) else inventory.seeds.of(number)
+            text = _words(plan)
+        words = " ".join(text.split())
         yield f"{number:>4}  {plan.geometry.frames:>6}  {new:>4}  {start:>7.2f}  {seed:>19}  {known:<12}  {words}"
         start += float(new / continuation.fps)
-    missing = [plan for number, plan in enumerate(plans, 1) if number not in run.clips]
-    yield f"{start:.2f} s of new video; {len(missing)} of {run.count} clips are still to be made"
+    missing = inventory.missing
+    yield f"{start:.2f} s of new video; {len(missing)} of {count} clips are still to be made"
     if missing:
-        yield _disk(missing, continuation.config.z_dim, run.settings.keep_state)
-        yield _time(continuation, missing, run)
+        yield _disk(missing, continuation.config.z_dim, inventory.settings.keep_state)
+        yield _time(continuation, inventory)
         yield _memory(continuation, missing)
         yield _host_memory(continuation, missing)
 
 
 def _memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> str:
     """The most of a GPU's memory that any clip takes, and that of each stage where one model at a time is there."""
-    kinds = {(plan.geometry, plan.offload) for plan in missing}
-    budgets = {kind: continuation.budget.for_clip(*kind) for kind in kinds}
-    kind = max(kinds, key=lambda kind: budgets[kind].gpu_bytes(*kind))
-    budget, whole = budgets[kind], budgets[kind].gpu_bytes(*kind)
-    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(kind[0]).items()}
+    kinds = {(plan.geometry, plan.offload, tuple(plan.loras.items())) for plan in missing}
+    budgets = [(continuation.budget_for(*kind[:2], dict(kind[2])), kind) for kind in kinds]
+    budget, (geometry, offload, _) = max(budgets, key=lambda one: one[0].gpu_bytes(*one[1][:2]))
+    whole = budget.gpu_bytes(geometry, offload)
+    peaks = {name: stage.peak(budget.tensors) for name, stage in budget.stages(geometry).items()}
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     loading = by_stage if max(peaks.values()) == whole else "all models at once"
     limited = (
@@ -163,9 +164,9 @@ def flops(continuation: VideoContinuation, plan: Plan) -> float:
     return forward * len(plan.candidates) * forwards(continuation.rules.shares(plan.sampling), plan.sampling.cache)
 
 
-def _time(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> str:
+def _time(continuation: VideoContinuation, inventory: Inventory) -> str:
     """Sampling time, from this run's finished clips if it has any."""
-    seconds, measured = _seconds(continuation, missing, run)
+    seconds, measured = _seconds(continuation, inventory)
     if measured:
         return f"about {_span(seconds)} of sampling, as its finished clips took"
     return f"about {_span(seconds)} of sampling on an H200; elsewhere the first clip will tell"
@@ -175,12 +176,12 @@ def _work(continuation: VideoContinuation, missing: Sequence[Plan]) -> float:
     return sum(flops(continuation, plan) for plan in missing)
 
 
-def _seconds(continuation: VideoContinuation, missing: Sequence[Plan], run: ChainRun) -> tuple[float, bool]:
+def _seconds(continuation: VideoContinuation, inventory: Inventory) -> tuple[float, bool]:
     """Seconds of sampling, and whether this run's finished clips tell them."""
-    work = _work(continuation, missing)
+    work = _work(continuation, inventory.missing)
     rates = [
-        flops(continuation, run.plans[number - 1]) / seconds
-        for number, clip in run.clips.items()
+        flops(continuation, inventory.plans[number - 1]) / seconds
+        for number, clip in inventory.clips.items()
         if (seconds := (clip.record.get("seconds") or {}).get("sample"))
     ]
     return (work / statistics.median(rates), True) if rates else (work / H200_FLOPS, False)

@@ -18,7 +18,7 @@ from wan.chain.finished_clip import (
     write_clip,
 )
 from wan.errors import UserError
-from wan.files import link_or_copy, numbered
+from wan.files import link_or_copy, numbered, releasing
 from wan.foreign import read_json
 from wan.types import Generation
 
@@ -74,7 +74,8 @@ class ClipsElsewhere:
         """Move files of one name to `redone/`, a record last, under a name that none of them has there."""
         free = self._free_in_redone(files)
         for file in sorted(files, key=lambda file: file.suffix == ".json"):
-            file.rename(free.with_name(f"{free.name}{file.suffix}"))
+            with releasing(file, "move"):
+                file.rename(free.with_name(f"{free.name}{file.suffix}"))
 
     def set_clip_aside(self, record: Path) -> Path:
         """Move a finished clip to `redone/`, which has it whole before it is gone; returns its record there."""
@@ -89,7 +90,8 @@ class ClipsElsewhere:
         for suffix in SUFFIXES:
             link_or_copy(record.with_suffix(suffix), target.with_suffix(suffix))
         for suffix in () if keep else reversed(SUFFIXES):
-            record.with_suffix(suffix).unlink()
+            with releasing(record.with_suffix(suffix), "move"):
+                record.with_suffix(suffix).unlink()
         self._digests.clear()
         return target
 

@@ -138,7 +138,7 @@ _FINGERPRINTED: Mapping[str, Callable[[_Models, Plan], Any]] = {
     ),
 }
 _ALWAYS_SAID = {"prompt", "num_segments", "vlm", "vlm_question"}  # 0.1.0 did
-_OF_THE_CHAIN = {"parent", "seed", "take"}  # `ChainRun` adds them, clip by clip
+_OF_THE_CHAIN = {"parent", "seed", "take"}  # `Inventory` adds them, clip by clip
 _NO_OPTION = {"device", "negative_prompt", "mag_ratios"}
 
 if missing := set(by_fingerprint_key()) ^ (set(_FINGERPRINTED) - _NO_OPTION | _OF_THE_CHAIN):

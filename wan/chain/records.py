@@ -81,6 +81,7 @@ class _Run(_Partly):
     given_up: list[str] | None = None
     joined: str | None = None
     joined_of: list[str] = []
+    written: dict[str, list[str]] = {}
     arguments: dict[str, Any] | None = None
     clips: list[dict[str, Any]] = []
 

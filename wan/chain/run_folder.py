@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from wan.chain.finished_clip import (
 from wan.chain.lock import FolderLock
 from wan.chain.records import read_run
 from wan.errors import UserError
-from wan.files import write_json, write_text
+from wan.files import write_json
 from wan.foreign import read_json
 from wan.types import Generation
 
@@ -68,7 +68,7 @@ class RunFolder:
             self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        for name in ("video_", ".draft_", PREVIEW, *UPSCALED, *_OF_THE_RUN):
+        for name in ("video_", ".draft_", f".{JOINED}.", PREVIEW, *UPSCALED, *_OF_THE_RUN):
             for left in self.path.glob(f".{name}*.part"):
                 left.unlink()
         for left in self.path.glob(f".{JOINED}.*{media.PIECE}"):
@@ -183,14 +183,6 @@ class RunFolder:
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Replace the record of the run."""
         write_json(self.path / RUN, record)
-
-    def write_prompts(self, clips: Sequence[FinishedClip]) -> None:
-        """`prompts_log.txt`: one line a clip."""
-        lines = [
-            f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n"
-            for clip in clips
-        ]
-        write_text(self.path / PROMPTS, "".join(lines))
 
 
 def _is_folder(one: Path, folder: Path) -> bool:

@@ -8,23 +8,24 @@ from typing import Any
 
 from wan.chain.finished_clip import FinishedClip
 from wan.chain.report import render_report
-from wan.chain.run_folder import DATA, PAGE, RunFolder
-from wan.files import write_json, write_text
+from wan.chain.run_folder import DATA, PAGE, PROMPTS, RunFolder
+from wan.chain.written import Written
+from wan.files import as_json, as_text, digest_of, write_bytes
 from wan.options import Settings, options_of
 
 
 class RunRecord:
     """Writes about a run with these settings, which took `seconds` in the commands before this one."""
 
-    def __init__(self, settings: Settings, folder: RunFolder, seconds: float) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: RunFolder, written: Written, seconds: float) -> None:
+        self.settings, self.folder, self.written = settings, folder, written
         self.makes_clips = False  # a run that has nothing to do leaves the time of those that made the clips
         self._seconds, self._started = seconds, time.perf_counter()
 
     def write(self, status: str, clips: Sequence[FinishedClip], asked: int, state: Mapping[str, Any]) -> None:
         """`run.json`, `prompts_log.txt` and the report, with these finished clips of as many as are `asked` for.
 
-        `state` is what else the next run goes on from.
+        `state` is what else the next run goes on from. What somebody has changed of the others moves to `redone/`.
         """
         records = [{"file": clip.video.name} | dict(clip.record) for clip in clips]
         made_in = time.perf_counter() - self._started if self.makes_clips else 0.0
@@ -37,11 +38,13 @@ class RunRecord:
             "arguments": self._arguments(),
             "clips": records,
         }
-        self.folder.write_run(run)  # first: it tells that the other files are ours
-        self.folder.write_prompts(clips)
         page, data = render_report(run, records, [clip.sheet for clip in clips])
-        write_json(self.folder.path / DATA, data)
-        write_text(self.folder.path / PAGE, page)
+        files = {PROMPTS: as_text(_prompts(clips)), DATA: as_json(data), PAGE: as_text(page)}
+        for name, content in files.items():
+            self.written.announce(name, digest_of(content))
+        self.folder.write_run(run | self.written.as_json())  # first: it tells that the other files are ours
+        for name, content in files.items():
+            write_bytes(self.folder.path / name, content)
 
     def _arguments(self) -> dict[str, Any]:
         """What the command was told, as JSON values that may be handed on."""
@@ -49,3 +52,10 @@ class RunRecord:
             one.name: one.kind.public(getattr(self.settings, one.name)) for one in options_of("continuous") if one.flag
         }
         return dict(sorted(given.items()))
+
+
+def _prompts(clips: Sequence[FinishedClip]) -> str:
+    """One line a clip."""
+    return "".join(
+        f"{clip.video.name}\tseed {clip.record['seed']}\t{' '.join(clip.record['prompt'].split())}\n" for clip in clips
+    )

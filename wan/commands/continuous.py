@@ -15,6 +15,7 @@ from wan.chain.changes import in_words
 from wan.chain.dry_run import Estimate, estimate, outline
 from wan.chain.fingerprint import clip_settings
 from wan.chain.finished_clip import FinishedClip
+from wan.chain.inventory import Inventory
 from wan.chain.run import ChainRun
 from wan.chain.run_folder import PREVIEW, RunFolder
 from wan.chain.script import Script
@@ -118,19 +119,20 @@ class Chain:
 
     def outline(self) -> Iterator[str]:
         """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
-        job, run = self.job, self._scripts.run(RunFolder(self.folder))
-        yield from outline(self._pipeline, run.plans, run)
-        yield from (*_damaged(run), *run.moved, *in_words(run.again), *job.gpus.lines(self._pipeline))
+        job, inventory = self.job, self._scripts.inventory(RunFolder(self.folder))
+        yield from outline(self._pipeline, inventory)
+        yield from (*inventory.damaged, *inventory.moved, *in_words(inventory.again))
+        yield from job.gpus.lines(self._pipeline)
         if self._upscaling is not None:
-            yield from self._upscaling.outline(run.plans)
+            yield from self._upscaling.outline(inventory.plans)
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
 
     def estimate(self) -> Estimate:
         """What is still to be made, when all was checked that a run checks before its first clip. Raises UserError."""
-        run = self._scripts.run(RunFolder(self.folder))
-        _agree(run)
-        return estimate(self._pipeline, run)
+        inventory = self._scripts.inventory(RunFolder(self.folder))
+        _agree(inventory)
+        return estimate(self._pipeline, inventory)
 
     def __iter__(self) -> Iterator[FinishedClip]:
         with closing(self.steps()) as steps:
@@ -146,16 +148,17 @@ class Chain:
         """
         settings = self.job.settings
         # what cannot be made is refused before there is a folder
-        script = None if self.folder.exists() else self._scripts.run(RunFolder(self.folder)).script
+        script = None if self.folder.exists() else self._scripts.inventory(RunFolder(self.folder)).script
         with RunFolder(self.folder, lock=not settings.no_lock) as folder:
-            run = self._scripts.run(folder, script)
-            for line in _damaged(run):
+            inventory = self._scripts.inventory(folder, script)
+            for line in inventory.damaged:
                 print(line, file=sys.stderr)
-            _agree(run)
+            _agree(inventory)
+            run = ChainRun(inventory, self._footage, self.job.recorder.describe)
             with ExitStack() as team:
                 team.enter_context(self.job.gpus.together(self._pipeline))
                 with (
-                    self._watch("", run.count, settings.quiet) as progress,
+                    self._watch("", inventory.count, settings.quiet) as progress,
                     self._steering.listening(),
                     _saying_what_is_there(run, progress),
                 ):
@@ -164,28 +167,28 @@ class Chain:
                     if self._upscaling is None:
                         yield None
                     run.writer.wait()
-                    yield from (run.clips[number] for number in range(handed_out + 1, run.first_missing))
-            missing = run.first_missing <= run.count
+                    yield from (inventory.clips[number] for number in range(handed_out + 1, inventory.first_missing))
+            missing = inventory.first_missing <= inventory.count
             if missing:
-                _say_how_to_go_on(run)
+                _say_how_to_go_on(inventory)
             self.joined = run.finish("stopped" if missing else "finished")
             if self._upscaling is not None and not missing:
                 self.upscaled = self._upscaling.of_chain(run, self._watch)
 
     def _make(self, run: ChainRun, progress: Progress) -> Generator[FinishedClip, None, int]:
         """Make what is missing; hands out each clip that nobody has a say in any more, and says how many those were."""
-        handed_out = 0
+        handed_out, inventory = 0, run.inventory
         run.begin()
-        progress.finish_clips(len(run.clips))
+        progress.finish_clips(len(inventory.clips))
         while True:
-            while handed_out + 1 in run.clips:
+            while handed_out + 1 in inventory.clips:
                 handed_out += 1
-                yield run.clips[handed_out]
-            if run.to_make > run.count or not self._steering.goes_on():
+                yield inventory.clips[handed_out]
+            if run.to_make > inventory.count or not self._steering.goes_on():
                 break
             self._scripts.read_again(run)
-            progress.clips = run.count
-            if (number := run.to_make) > run.count:
+            progress.clips = inventory.count
+            if (number := run.to_make) > inventory.count:
                 break
             made = self._extend(run, number, progress)
             progress.stage("write")
@@ -195,7 +198,7 @@ class Chain:
                 progress.rest()
                 if not self._scripts.review(run, number):
                     self._steering.stop()
-                if number not in run.clips:
+                if number not in inventory.clips:
                     progress.take_back()
         if self._is_commands:
             # giving tens of GB back takes the system seconds, which the last clip's writing takes too
@@ -203,6 +206,8 @@ class Chain:
         return handed_out
 
     def _extend(self, run: ChainRun, number: int, progress: Progress) -> Generation:
+        inventory = run.inventory
+
         def on_step(step: Step) -> None:
             run.writer.check()  # a clip that could not be written stops the run now, not a clip later
             for listener in (progress, self._preview, self._on_step):
@@ -213,13 +218,13 @@ class Chain:
             progress.stage("write")
             kept = run.keep_take(number, take, made)
             score = "" if made.seam is None else f", seam {made.seam['score']:.2f}"
-            told.info("clip %d/%d take %d%s: %s", number, run.count, take, score, kept)
+            told.info("clip %d/%d take %d%s: %s", number, inventory.count, take, score, kept)
 
-        progress.begin(f"clip {number}/{run.count}", run.seeds.of(number))
+        progress.begin(f"clip {number}/{inventory.count}", inventory.seeds.of(number))
         return self._pipeline.extend(
             run.before(number),
-            run.seeds.of(number),
-            run.plan(number),
+            inventory.seeds.of(number),
+            inventory.plan(number),
             on_step,
             memory=run.prompt_memory,
             draft=run.draft(number),
@@ -246,14 +251,14 @@ class _Scripts:
     @property
     def geometry(self) -> Geometry:
         """The shape of the clips, of which each may have other frames."""
-        return self.job.plan(self.continuation, self.footage).geometry
+        return self.job.plan(self.continuation, self.footage, check=False).geometry
 
-    def run(self, folder: RunFolder, script: Script | None = None) -> ChainRun:
-        """The run in a folder, with the script of a run that begins there if it is known. Raises UserError."""
+    def inventory(self, folder: RunFolder, script: Script | None = None) -> Inventory:
+        """What a folder holds of the script, which is worked out unless it is known. Raises UserError."""
         job = self.job
         if script is None:
             script = self.script(_edited(self.scenes, folder.run.get("edited") or {}, job.settings.prompt))
-        return ChainRun(job.settings, script, folder, self.footage, job.recorder.describe)
+        return Inventory(job.settings, script, folder)
 
     def script(self, scenes: Sequence[Scene], begun: int = 1) -> Script:
         """The plan of every clip, of which there are at least `begun`. Raises UserError."""
@@ -276,27 +281,27 @@ class _Scripts:
         settings = self.job.settings
         if not settings.storyboard:
             return
-        begun = run.to_make - 1
+        begun, inventory = run.to_make - 1, run.inventory
         try:
             scenes = read_scenes(settings)
             if not (changed := said_otherwise(self.read, scenes)):
                 return
             check_storyboard(Path(settings.storyboard), scenes, config=self.job.config)
             following = ahead(self.scenes, scenes, begun)
-            script = self.script(_edited(following, run.choices.edited, settings.prompt), begun)
+            script = self.script(_edited(following, inventory.choices.edited, settings.prompt), begun)
         except UserError as error:
             log.warning("%s; the run goes on with what the storyboard said before", error.marked)
             return
         run.writer.wait()
-        before = run.script
+        before = inventory.script
         try:
-            run.follow(script, begun)
+            inventory.follow(script, begun)
         except UserError as error:
-            run.follow(before, begun)
+            inventory.follow(before, begun)
             log.warning("%s; the run goes on with what the storyboard said before", error.marked)
             return
-        if len(remade := run.remade) > 1:
-            run.follow(before, begun)
+        if len(remade := inventory.remade) > 1:
+            inventory.follow(before, begun)
             log.warning(
                 "the storyboard has changed, and finished clips would be made again (%s): that waits for the next run",
                 "; ".join(in_words(remade)),
@@ -304,9 +309,9 @@ class _Scripts:
         else:
             self.scenes = following
             self._say(changed, begun)
-            for line in run.moved:
+            for line in inventory.moved:
                 told.info(line)
-            run.put_in_place()
+            inventory.put_in_place()
         self.read = scenes
 
     def _say(self, changed: Mapping[int, Sequence[str]], begun: int) -> None:
@@ -320,17 +325,19 @@ class _Scripts:
 
     def review(self, run: ChainRun, number: int) -> bool:
         """Ask what is to become of a clip that was just made; whether the run goes on."""
-        clip = run.clips[number]
-        answer = review(f"clip {number}/{run.count} {clip.video}")
+        inventory = run.inventory
+        clip = inventory.clips[number]
+        answer = review(f"clip {number}/{inventory.count} {clip.video}")
         if answer == "edit":
-            text = ask(f"the prompt was: {run.prompt(number) or clip.record['prompt']}\nthe new one:")
+            text = ask(f"the prompt was: {inventory.prompt(number) or clip.record['prompt']}\nthe new one:")
             if text:
-                run.choices.edited |= {run.script.key(number): {"prompt": text, "over": self._usual_prompt(number)}}
-                scenes = _edited(self.scenes, run.choices.edited, self.job.settings.prompt)
-                run.follow(self.script(scenes, number), number - 1)
+                key, over = inventory.script.key(number), self._usual_prompt(number)
+                inventory.choices.edited |= {key: {"prompt": text, "over": over}}
+                scenes = _edited(self.scenes, inventory.choices.edited, self.job.settings.prompt)
+                inventory.follow(self.script(scenes, number), number - 1)
         elif answer == "again":
-            run.seeds.draw_again(number)
-            run.follow(run.script, number - 1)
+            inventory.seeds.draw_again(number)
+            inventory.follow(inventory.script, number - 1)
         if answer in ("edit", "again"):
             run.give_up()
         return answer != "stop"
@@ -355,20 +362,20 @@ def _edited(scenes: Sequence[Scene], edited: Mapping[str, Any], usual: str | Non
     return tuple(followed)
 
 
-def _agree(run: ChainRun) -> None:
+def _agree(inventory: Inventory) -> None:
     """Say which finished clips are made again, and why; ask where there are several. Raises UserError."""
-    path, remade = run.folder.path, run.remade
-    asks = len(remade) > 1 and not run.settings.yes
+    path, remade = inventory.folder.path, inventory.remade
+    asks = len(remade) > 1 and not inventory.settings.yes
     advice = "the old settings keep them, and another `output_dir` leaves them as they are"
     if asks and not on_terminal():
         raise UserError(
             f"{len(remade)} finished clips of {path} would be made again ({'; '.join(in_words(remade))}): give "
             f"`yes` for that; {advice}"
         )
-    lines = [*run.moved, *(spell(line, spell_flag) for line in in_words(run.again))]
+    lines = [*inventory.moved, *(spell(line, spell_flag) for line in in_words(inventory.again))]
     if asks:
         lines = [f"{len(remade)} finished clips of {path} would be made again:", *(f"  {line}" for line in lines)]
-    if run.changes:
+    if inventory.changes:
         lines.append("what is replaced moves to redone/")
     for line in lines:
         print(line, file=sys.stderr)
@@ -376,14 +383,9 @@ def _agree(run: ChainRun) -> None:
         raise UserError(f"nothing was made; {advice}")
 
 
-def _damaged(run: ChainRun) -> list[str]:
-    """A line for each clip that was finished and is not what was written."""
-    return [f"clip {number} is made again: {why}" for number, why in run.damaged.items() if number not in run.clips]
-
-
-def _say_how_to_go_on(run: ChainRun) -> None:
-    print(f"{len(run.clips)} of {run.count} clips are finished in {run.folder.path}", file=sys.stderr)
-    settings = run.settings
+def _say_how_to_go_on(inventory: Inventory) -> None:
+    print(f"{len(inventory.clips)} of {inventory.count} clips are finished in {inventory.folder.path}", file=sys.stderr)
+    settings = inventory.settings
     without = f" without --redo {settings.redo}" if settings.redo else ""
     without += " --keep_following" if settings.keep_following else ""
     print(f"the same command{without} goes on from there", file=sys.stderr)
@@ -403,9 +405,9 @@ def _saying_what_is_there(run: ChainRun, progress: Progress) -> Iterator[None]:
 
 
 def _say_what_is_there(run: ChainRun, error: BaseException) -> None:
-    if not run.clips:
+    if not run.inventory.clips:
         return
-    _say_how_to_go_on(run)
+    _say_how_to_go_on(run.inventory)
     statuses = {KeyboardInterrupt: "interrupted", GeneratorExit: "stopped"}  # the latter where a loop is left
     try:
         run.finish(statuses.get(type(error), f"failed: {type(error).__name__}"))

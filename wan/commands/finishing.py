@@ -11,7 +11,6 @@ import torch
 
 from wan import media
 from wan.chain.dry_run import MP4_BYTES, size_in_words
-from wan.chain.finishing import upscale_joined
 from wan.chain.run_folder import JOINED, UPSCALED
 from wan.commands.job import Job
 from wan.commands.outputs import upscaled_name
@@ -19,7 +18,7 @@ from wan.commands.progress import Progress
 from wan.device.hardware import main_device
 from wan.files import file_digest
 from wan.types import Geometry, Step
-from wan.upscaling import open_upscaler, upscale
+from wan.upscaling import made_of, open_upscaler, upscale
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
@@ -42,16 +41,21 @@ class Upscaling:
         yield f"{UPSCALED[0]}: {width}x{height} by {self.upscaler.file.name}, about {size_in_words(size)}"
 
     def of_chain(self, run: ChainRun, watch: Callable[[str, int, bool], Progress]) -> Path:
-        """The larger video of a finished chain's joined one; made only where it is not there already."""
-        with self._progress(run.folder.path / JOINED, watch) as on_frame:
-            return upscale_joined(
-                run.folder,
-                run.joined.made_of,
-                self.upscaler,
-                self._device,
-                metadata=self._metadata,
-                on_frame=on_frame,
-            )
+        """The larger video of a finished chain's joined one. Raises UserError.
+
+        One that is there and is of the same is kept. One of the beginning of the same is replaced, like the joined
+        video; any other file of that name moves to `redone/`.
+        """
+        folder, of = run.folder, list(run.joined.made_of)
+        joined, target = folder.path / JOINED, folder.path / UPSCALED[0]
+        before = made_of(target, self.upscaler)
+        if before == of:
+            return target
+        if not (isinstance(before, list) and before and before == of[: len(before)]):
+            folder.set_aside(*UPSCALED)
+        with self._progress(joined, watch) as on_frame:
+            upscale(joined, target, self.upscaler, self._device, of=of, metadata=self._metadata, on_frame=on_frame)
+        return target
 
     def of_clip(self, video: Path, watch: Callable[[str, int, bool], Progress]) -> Path:
         """The larger video of a single one."""

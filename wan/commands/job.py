@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from wan.settings import Context
 
 if TYPE_CHECKING:
     from wan.chain.plan import Plan
+    from wan.comfy import ComfyFolder
     from wan.continuation import VideoContinuation
     from wan.footage import VideoFile
     from wan.pipeline import Pipeline
@@ -47,6 +49,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAIN_FRAMES = 81  # of each clip of a chain, whatever the task
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a checkpoint's files are: its folder, ComfyUI's, and the parts `at_hand` that have files of their own.
+
+    `kind` is how many experts it has and what goes into them, (0, 0) where nothing needs to tell.
+    """
+
+    folder: Path
+    comfy: ComfyFolder | None
+    at_hand: set[str]
+    kind: tuple[int, int]
+
+
+def _home_of(settings: Settings) -> _Home:
+    """Look at the files that the settings name. Raises UserError."""
+    from wan.weights.checkpoint import Names, identify, identify_files, parts_in, resolve_folder
+
+    files = dit_files(settings)
+    by_files = identify_files(files) if files else None
+    at_hand, comfy = set(files) | set(part_files(settings)), None
+    ours = None if settings.ckpt_dir is None else resolve_folder(settings.ckpt_dir, at_hand)
+    if settings.comfy_dir is not None:
+        from wan.comfy import ComfyFolder
+
+        comfy = ComfyFolder(Path(settings.comfy_dir).expanduser(), [] if ours is None else [ours])
+    folder = ours or (comfy.root if comfy is not None else None)
+    assert folder is not None  # the flags need one of them
+    if settings.task:
+        kind = 0, 0
+    elif by_files is not None:
+        kind = by_files
+    elif comfy is not None and (ours is None or not parts_in(ours, Names()) & set(EXPERT_OF_DIT.values())):
+        kind = comfy.kind(continues=settings.video is not None)
+    else:
+        kind = identify(folder, Names())
+    return _Home(folder, comfy, at_hand, kind)
 
 
 @dataclass(frozen=True)
@@ -79,44 +119,18 @@ class Job:
         if ends:
             check_prompts_for(settings, len(ends))
 
-        from wan.weights.checkpoint import (
-            Names,
-            identify,
-            identify_files,
-            open_checkpoint,
-            parts_in,
-            resolve_folder,
-        )
+        from wan.weights.checkpoint import Names, open_checkpoint, parts_in
 
-        files = dit_files(settings)
-        by_files = identify_files(files) if files else None
-        comfy, at_hand = None, set(files) | set(part_files(settings))
-        if settings.ckpt_dir is not None:
-            folder = resolve_folder(settings.ckpt_dir, at_hand)  # which may download it
-        if settings.comfy_dir is not None:
-            from wan.comfy import ComfyFolder
-
-            root = Path(settings.comfy_dir).expanduser()
-            comfy = ComfyFolder(root, [] if settings.ckpt_dir is None else [folder])
-            folder = comfy.root if settings.ckpt_dir is None else folder
-        if settings.task:
-            kind = 0, 0
-        elif by_files is not None:
-            kind = by_files
-        elif comfy is not None and (
-            settings.ckpt_dir is None or not parts_in(folder, Names()) & set(EXPERT_OF_DIT.values())
-        ):
-            kind = comfy.kind(continues=settings.video is not None)
-        else:
-            kind = identify(folder, Names())
-        task = choose_task(settings, kind)
+        home = _home_of(settings)  # which may be downloaded
+        folder = home.folder
+        task = choose_task(settings, home.kind)
         settings = or_example(settings, task)
         check_task(settings, task)
         config = with_dtypes(config_for(task, folder), settings)
         tokenizer = None
-        if comfy is not None:
-            at_hand |= set() if settings.ckpt_dir is None else parts_in(folder, Names.of(config))
-            settings, tokenizer = take_from(comfy, settings, config, at_hand)
+        if home.comfy is not None:
+            at_hand = home.at_hand | (set() if settings.ckpt_dir is None else parts_in(folder, Names.of(config)))
+            settings, tokenizer = take_from(home.comfy, settings, config, at_hand)
         if command == "continuous" and settings.frame_num is None:
             # a checkpoint may declare that it makes fewer
             settings = dataclasses.replace(settings, frame_num=min(CHAIN_FRAMES, config.frame_num))
@@ -156,6 +170,9 @@ class Job:
         import transformers
 
         from wan.experts import pipeline_class
+
+        if not self.settings.dry_run:
+            import_module("wan.clip_sampler")  # now, while files are read, and not in a stage of the first clip
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
         settings = self.settings
@@ -267,6 +284,6 @@ class Job:
             }
             | more,
         )
-        if plan.described:
+        if plan.described and more.get("check", True):
             continuation.captioner  # noqa: B018  (a wrong vlm_path is said now, not after an hour)
         return plan

@@ -26,7 +26,7 @@ def plans_of(
 ) -> list[Plan]:
     """The plan of every clip: the command line's, with what its scene says. Raises UserError."""
     settings = job.settings
-    common = job.plan(continuation, footage)
+    common = job.plan(continuation, footage, check=count > len(scenes))  # else each clip's scene has its own
 
     def read(file: str) -> Frame:
         """A picture file in the clips' size: the file itself may be large."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wan import media
-from wan.commands.inputs import lora_files
+from wan.chain.storyboard import Scene
+from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
 from wan.commands.lines import PROGRESS
 from wan.device.host import GIB, has_gpu_driver
 from wan.errors import UserError
 from wan.foreign import read_json
-from wan.options import Settings
-from wan.settings import Geometry
+from wan.options import Settings, usual_clips
+from wan.settings import Context, Geometry, check_continuation, check_end_image, check_motion_amplitude
 from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
 from wan.weights.hub import OFFER, check_vlm_place
@@ -63,16 +65,20 @@ def _vlm_folder(settings: Settings, checkpoint: Path) -> Path:
 
 
 def check_budget(job: Job) -> None:
-    """Raise UserError where headers tell that a clip of the usual size needs more of a GPU than `vram` gives.
+    """Raise UserError where headers tell that a clip of the usual size needs more memory than there is.
 
-    What is not known before PyTorch, such as what is free, and clips that a storyboard changes are checked after it.
+    Of a GPU that is what `vram` gives: what is free there is not known before PyTorch. Clips that a storyboard changes
+    are checked after it.
     """
     # it asks for torchvision, which is left out by now
-    from wan.device.budget import MemoryBudget, NamedDevice
+    from wan.device.budget import MemoryBudget, NamedDevice, no_gpu_for_vram
+    from wan.device.host_budget import HostBudget, host_limit
 
     settings, config = job.settings, job.config
+    if settings.vram is not None and not has_gpu_driver():
+        raise no_gpu_for_vram()
     # several GPUs may share a model, which is arranged later
-    if not isinstance(settings.vram, int | float) or job.world.size > 1 or not has_gpu_driver():
+    if job.world.size > 1:
         return
     width, height = job.size
     if settings.video is not None:
@@ -81,35 +87,105 @@ def check_budget(job: Job) -> None:
     elif settings.image is not None:
         image = media.read_image(settings.image)
         width, height = begun_size(config.model_type, image.width, image.height, width * height)
-    frames = settings.frame_num or config.frame_num
-    gpu = NamedDevice("cuda")
-    budget = MemoryBudget(job.checkpoint, config, gpu, None if settings.t5_cpu else gpu, int(settings.vram * GIB))
-    budget.check(Geometry(frames, height, width, config.vae_stride, config.patch_size))
+    geometry = Geometry(settings.frame_num or config.frame_num, height, width, config.vae_stride, config.patch_size)
+    device = NamedDevice("cuda" if has_gpu_driver() else "cpu")
+    limit = int(settings.vram * GIB) if isinstance(settings.vram, int | float) else None
+    budget = MemoryBudget(job.checkpoint, config, device, None if settings.t5_cpu else device, limit)
+    budget.check(geometry)
+    host = HostBudget(job.checkpoint, config, host_limit(settings.host_memory), given=settings.host_memory != "auto")
+    host.plan(budget, geometry, lora_files(settings))
 
 
 def check_early(job: Job) -> None:
     """Raise UserError for what is refused once PyTorch is there, where files' headers and settings tell it before.
 
-    These are the checks of `VideoContinuation.plan` and `Models.check_loras`, by their own functions.
+    These are the checks of `VideoContinuation.plan` and `Models.check_loras`, by their own functions, of every clip.
     """
-    settings, checkpoint, loras = job.settings, job.checkpoint, lora_files(job.settings)
-    described = settings.prompt is None or settings.prompt_mode == "continue"
-    if settings.video is not None and settings.vlm_url is None and settings.cut is not True and described:
-        try:
-            check_vlm_place(settings.vlm_path or default_vlm(checkpoint.folder))
-        except UserError as error:
-            raise UserError(f"{error.marked}, {OFFER}") from error
+    clips = list(_clips(job))
+    for scene, settings, _ in clips:
+        with _saying_where(job, scene):
+            _check_captioner(job, settings)
     # these ask for torchvision, which is left out by now
+    from wan.denoiser.headers import check_denoiser
     from wan.denoiser.lora_file import check_for_experts, check_headers
     from wan.denoiser.policy import no_gpu_for
     from wan.sampling_rules import SamplingRules
 
+    for scene, settings, is_last in clips:
+        with _saying_where(job, scene):
+            _check_frames(job, scene, settings, is_last)
     if job.config.low_precision is not None and not has_gpu_driver():
         raise no_gpu_for(job.config.low_precision)
-    check_for_experts(loras, checkpoint, job.config.name)
-    for expert, files in loras.items():
-        check_headers(files, checkpoint.experts[expert])
-    SamplingRules(job.config, checkpoint).check_distilled(settings.preset, loras)
+    checkpoint = job.checkpoint
+    for weights in checkpoint.experts.values():
+        check_denoiser(weights)
+    rules = SamplingRules(job.config, checkpoint)
+    checked = set()
+    for scene, settings, _ in clips:
+        with _saying_where(job, scene):
+            loras = lora_files(settings)
+            if (of_clip := (settings.preset, *loras.items())) not in checked:
+                checked.add(of_clip)
+                check_for_experts(loras, checkpoint, job.config.name)
+                for expert, files in loras.items():
+                    check_headers(files, checkpoint.experts[expert])
+            sampling_of(settings, rules)
+            rules.check_distilled(settings.preset, loras)
+
+
+def _clips(job: Job) -> Iterator[tuple[Scene, Settings, bool]]:
+    """What a storyboard says of a clip, its settings by that, and whether it is the last.
+
+    Those of which nothing is said are alike, and come once.
+    """
+    settings, scenes = job.settings, job.scenes
+    count = settings.num_videos or (len(scenes) if settings.storyboard else len(job.ends) or usual_clips(settings))
+    for number, scene in enumerate(scenes[:count], 1):
+        with _saying_where(job, scene):
+            yield scene, scene.over(settings), number == count
+    if count > len(scenes):
+        yield Scene(0), settings, True
+
+
+@contextmanager
+def _saying_where(job: Job, scene: Scene) -> Iterator[None]:
+    """What is refused in the block is said with the scene's line."""
+    try:
+        yield
+    except UserError as error:
+        if not scene.line:
+            raise
+        raise UserError(f"{job.settings.storyboard}, line {scene.line}: {error.marked}") from error
+
+
+def _check_captioner(job: Job, settings: Settings) -> None:
+    """Raise UserError for a clip that a VLM is to describe which is not there."""
+    described = settings.prompt is None or settings.prompt_mode == "continue"
+    if settings.video is not None and settings.vlm_url is None and settings.cut is not True and described:
+        try:
+            check_vlm_place(settings.vlm_path or default_vlm(job.checkpoint.folder))
+        except UserError as error:
+            raise UserError(f"{error.marked}, {OFFER}") from error
+
+
+def _check_frames(job: Job, scene: Scene, settings: Settings, is_last: bool) -> None:
+    """Raise UserError for a way to go on, or an end, that the model cannot make."""
+    config = job.config
+    mode, leading = "last_frame", int(settings.image is not None)
+    if settings.video is not None:
+        context = Context.choose(settings.continuation, settings.context_frames)
+        mode, leading = context.mode, context.frames
+        if settings.cut:
+            leading = 0 if settings.cut is True else 1
+    check_continuation(config, mode)
+    given = {
+        "end_image": settings.end_image if is_last or "end_image" in scene.values else None,
+        "end_images": job.ends or None,
+        "until": settings.until if is_last else None,
+    }
+    for name in (name for name, value in given.items() if value is not None):
+        check_end_image(config, settings.frame_num or config.frame_num, leading, mode, name)
+    check_motion_amplitude(settings.motion_amplitude, config, mode)
 
 
 def read_ahead(job: Job) -> ReadAhead:
@@ -125,8 +201,9 @@ def read_ahead(job: Job) -> ReadAhead:
         files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
     limit = None if settings.host_memory == "auto" else int(settings.host_memory * GIB)
     chosen = [] if settings.dry_run else that_fit(dict.fromkeys(files), limit)
-    size = sum(file.stat().st_size for file in chosen) / 1e9
-    what = f", {size:.1f} GB of weights are read meanwhile" if chosen else ""
+    size = sum(file.stat().st_size for file in chosen)
+    shown = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.0f} MB"
+    what = f", {shown} of weights are read meanwhile" if chosen else ""
     log.info("%s with %s: PyTorch starts%s", job.config.name, checkpoint.folder, what)
     reading = ReadAhead(chosen, len(chosen))
     reading.start()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from wan.errors import UserError
 from wan.foreign import count_numbered
-from wan.weights.tensors import Weights
+from wan.weights.tensors import Shape, Weights, check_shapes
 
 _EMBEDDER = "condition_embedder"
 _OUTSIDE = {
@@ -25,6 +26,7 @@ _IN_BLOCK = {"norm2": "norm3", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn
 _IN_BLOCK |= {"modulation": "scale_shift_table"}
 _ATTENTION = {"self_attn": "attn1", "cross_attn": "attn2"}
 _IN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_RELEASED_BLOCKS = {1536: 30, 3072: 30, 5120: 40}  # by the width (source: the official configs)
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?")
 
 
@@ -81,16 +83,17 @@ def infer_config(weights: Weights) -> dict[str, Any]:
     if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < 1:
         raise UserError(f"{weights.path}/config.json: expected eps between 0 and 1, found {str(eps)[:40]}")
     heads = config.get("num_heads", config.get("num_attention_heads"))
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % heads:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or dim % (2 * heads):  # pairs are turned
         raise UserError(
-            f"{weights.path}/config.json: expected num_heads that divide the width {dim}, found {str(heads)[:40]}"
+            f"{weights.path}/config.json: expected num_heads that divide the width {dim} into even parts, found "
+            f"{str(heads)[:40]}"
         )
     layers = count_numbered(shapes, "blocks.", str(weights.path))
-    declared = config.get("num_layers", layers)
-    if declared != layers:  # a conversion that was cut short
-        raise UserError(
-            f"{weights.path} has {layers} blocks, and its config.json says {str(declared)[:40]}; download it again"
-        )
+    declared = config.get("num_layers")
+    usual = _RELEASED_BLOCKS.get(dim, layers) if declared is None else declared
+    if usual != layers:  # a conversion that was cut short
+        says = "models of its width have" if declared is None else "its config.json says"
+        raise UserError(f"{weights.path} has {layers} blocks, and {says} {str(usual)[:40]}; download it again")
     return sizes | {
         "num_attention_heads": heads,
         "attention_head_dim": dim // heads,
@@ -98,3 +101,42 @@ def infer_config(weights: Weights) -> dict[str, Any]:
         "cross_attn_norm": norm in shapes,
         "eps": eps,
     }
+
+
+def parameters(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shape of each parameter of a `WanModel` with these constructor arguments."""
+    dim, ffn, patch = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["ffn_dim"],
+        config["patch_size"],
+    )
+
+    def linear(name: str, into: int, out: int) -> dict[str, Shape]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    shapes: dict[str, Shape] = {
+        "patch_embedding.weight": (dim, config["in_channels"], *patch),
+        "patch_embedding.bias": (dim,),
+        "scale_shift_table": (1, 2, dim),
+        **linear("condition_embedder.time_embedder.linear_1", config["freq_dim"], dim),
+        **linear("condition_embedder.time_embedder.linear_2", dim, dim),
+        **linear("condition_embedder.time_proj", dim, 6 * dim),
+        **linear("condition_embedder.text_embedder.linear_1", config["text_dim"], dim),
+        **linear("condition_embedder.text_embedder.linear_2", dim, dim),
+        **linear("proj_out", dim, config["out_channels"] * math.prod(patch)),
+    }
+    for block in (f"blocks.{number}" for number in range(config["num_layers"])):
+        shapes |= {f"{block}.scale_shift_table": (1, 6, dim)}
+        for attention in (f"{block}.attn1", f"{block}.attn2"):
+            shapes |= {f"{attention}.{norm}.weight": (dim,) for norm in ("norm_q", "norm_k")}
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                shapes |= linear(f"{attention}.{part}", dim, dim)
+        if config["cross_attn_norm"]:
+            shapes |= {f"{block}.norm2.{part}": (dim,) for part in ("weight", "bias")}
+        shapes |= linear(f"{block}.ffn.net.0.proj", dim, ffn) | linear(f"{block}.ffn.net.2", ffn, dim)
+    return shapes
+
+
+def check_denoiser(weights: Weights) -> None:
+    """Raise UserError when the weights are not those of a denoiser; no tensor is read."""
+    check_shapes(parameters(infer_config(weights)), weights, key_map(weights))

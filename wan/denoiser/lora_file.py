@@ -134,6 +134,13 @@ class OpenedLora:
     parts: Mapping[str, LayerKeys]
     match: LoraMatch
 
+    @property
+    def size(self) -> int:
+        """Bytes of what it holds for the model; a file may hold more."""
+        count = sum(math.prod(self.file.shapes[key]) for part in self.parts.values() for key in part.keys.values())
+        whole = sum(map(math.prod, self.file.shapes.values()))
+        return self.file.path.stat().st_size * count // max(1, whole)
+
     def has_magnitude(self, name: str) -> bool:
         """Whether what this file holds for a parameter depends on the checkpoint's values (DoRA)."""
         return name in self.parts and "dora_scale" in self.parts[name].keys
@@ -420,6 +427,10 @@ def _scales(file: Weights, layers: Mapping[str, Mapping[str, str]], half: str) -
             scales[layer] = float(alpha) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{file.path} says no alpha that can be read ({error}); download it again") from error
+    if scales and not any(scales.values()):
+        raise UserError(
+            f"{file.path} changes nothing: each alpha in it is 0; save it with an alpha, as large as its rank"
+        )
     return scales
 
 

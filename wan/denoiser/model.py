@@ -30,7 +30,7 @@ from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.device.sharding import shard
 from wan.foreign import parsing
-from wan.weights.loading import check_fit, load_into
+from wan.weights.loading import load_into
 from wan.weights.tensors import Weights
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,6 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         if low_precision is not None:
             quantize_model(model, low_precision, rounded_on or device)
         return model
-
-    @classmethod
-    def check(cls, weights: Weights) -> None:
-        """Raise UserError when the weights do not fit; no tensor is read."""
-        check_fit(cls._empty(weights), weights, key_map(weights))
 
     @classmethod
     def _empty(cls, weights: Weights) -> WanModel:

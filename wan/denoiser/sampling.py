@@ -10,11 +10,11 @@ from torch import Tensor
 
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.model import TextKeys, WanModel
-from wan.denoiser.schedule import Scheduler, timesteps_of
+from wan.denoiser.schedule import Scheduler
 from wan.denoiser.step_cache import NO_CACHE, Branch, Caching
+from wan.denoiser.timetable import share_out
 from wan.device.parallel import ALONE, Team
 from wan.device.placement import Placement
-from wan.settings import Sampling, StepCache
 from wan.types import OnStep, Step, TextContext, is_finite
 
 
@@ -44,38 +44,6 @@ class Stage:
     expert: Expert
     timesteps: Tensor
     guidance: tuple[float, ...]
-
-
-def share_out(timesteps: Sequence[float], lowest: Sequence[float]) -> list[list[float]]:
-    """The timesteps of each expert, out of falling ones; `lowest` are those that the experts still work at.
-
-    Experts go from high noise to low, and a timestep is for the first that works at it. A14B: the high-noise expert
-    works from boundary * 1000 up.
-    """
-    shares, rest = [], list(timesteps)
-    for limit in lowest:
-        mine = [t for t in rest if t >= limit]
-        shares.append(mine)
-        rest = rest[len(mine) :]
-    return shares
-
-
-def step_shares(sampling: Sampling, lowest: Sequence[float], train_timesteps: int) -> list[tuple[int, int]]:
-    """The steps of each expert, from high noise to low, and how many of them have guidance's second forward."""
-    low, high = sampling.guidance
-    scales = [high, low] if len(lowest) > 1 else [low]
-    shares = share_out(timesteps_of(sampling, train_timesteps), lowest)
-    return [
-        (len(share), 0 if scale == 1 else sum(sampling.guides(t / train_timesteps) for t in share))
-        for share, scale in zip(shares, scales, strict=True)
-    ]
-
-
-def forwards(shares: Sequence[tuple[int, int]], cache: StepCache | None) -> float:
-    """How many forwards of all experts together a clip takes, with a cache about."""
-    return sum(
-        (1 + guided / steps) * (steps if cache is None else cache.computed(steps)) for steps, guided in shares if steps
-    )
 
 
 def plan_stages(

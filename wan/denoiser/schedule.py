@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,12 +58,6 @@ def build_scheduler(sampling: Sampling, device: torch.device, train_timesteps: i
     # two equal integer timesteps would otherwise make the class start at the second
     scheduler.set_begin_index(0)
     return scheduler  # type: ignore[no-any-return]
-
-
-@functools.lru_cache(maxsize=64)
-def timesteps_of(sampling: Sampling, train_timesteps: int = 1000) -> tuple[float, ...]:
-    """The timesteps of a clip, falling, without a scheduler for it."""
-    return tuple(build_scheduler(sampling, torch.device("cpu"), train_timesteps).timesteps.tolist())
 
 
 class _UniPC(UniPCMultistepScheduler):  # type: ignore[misc]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from wan.configs import DTYPES, ModelConfig
@@ -100,13 +100,18 @@ def gpu_limit(vram: float | Literal["auto"], device: torch.device) -> int:
     from wan.device.hardware import grow_segments, hold_to
 
     if device.type != "cuda":
-        raise UserError("`vram` is for a GPU, and there is none; leave it out")
+        raise no_gpu_for_vram()
     if vram == "auto":
         return free_limit(device)
     grow_segments()
     limit = int(vram * GIB)
     hold_to(device, int(limit - CONTEXT))
     return limit
+
+
+def no_gpu_for_vram() -> UserError:
+    """That there is no GPU at all."""
+    return UserError("`vram` is for a GPU, and there is none; leave it out")
 
 
 def free_limit(device: torch.device) -> int:
@@ -133,9 +138,15 @@ class MemoryBudget:
     token_ranks: int = 1  # GPUs that share a clip's tokens
     dit_shards: int = 1  # of which each keeps a slice of the denoisers
     t5_shards: int = 1
+    loras: Mapping[str, int] = field(default_factory=dict)  # bytes of the LoRAs of each expert
 
-    def for_clip(self, geometry: Geometry, offload: bool) -> MemoryBudget:
-        """The budget of a clip: where it was not given one and its models take turns, what is free if that is less."""
+    def for_clip(self, geometry: Geometry, offload: bool, loras: Mapping[str, int] | None = None) -> MemoryBudget:
+        """The budget of a clip: where it was not given one and its models take turns, what is free if that is less.
+
+        `loras` are bytes by expert: they lie beside weights that stay packed.
+        """
+        if loras is not None:
+            return replace(self, loras=loras).for_clip(geometry, offload)
         if self.vram is not None or self.free is None or not offload:
             return self
         within = replace(self, vram=self.free)
@@ -168,8 +179,9 @@ class MemoryBudget:
                 in_8_bits,
                 -(-geometry.tokens // self.token_ranks),
                 config.text_len,
+                self.loras.get(name, 0),
             ).sliced(self.dit_shards)
-            for weights in self.checkpoint.experts.values()
+            for name, weights in self.checkpoint.experts.items()
         ]
 
     def gpu_bytes(self, geometry: Geometry, offload: bool) -> int:
@@ -292,8 +304,10 @@ def text_memory(weights: Weights, dtype: str, length: int) -> StageMemory:
     return _layered(sizes, int(TEXT + length * 1e5))
 
 
-def denoiser_memory(weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int) -> StageMemory:
-    """One expert on a clip of so many tokens; `text`: rows of the prompt.
+def denoiser_memory(
+    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0
+) -> StageMemory:
+    """One expert on a clip of so many tokens; `text`: rows of the prompt, `loras`: bytes of what is added to it.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
     rotation or the feed-forward layer before and after its activation.
@@ -305,7 +319,9 @@ def denoiser_memory(weights: Weights, dtype: str, in_8_bits: bool, tokens: int, 
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
     part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
-    return StageMemory(part.weights, part.working, part.layer, part.count, beside)
+    held = loras if _stored_item(weights) < item else 0  # merged into weights that are not packed
+    layer = part.layer + held // max(1, part.count)
+    return StageMemory(part.weights + held, part.working, layer, part.count, beside)
 
 
 def vae_memory(weights: Weights, dtype: str, geometry: Geometry, known: int) -> tuple[StageMemory, StageMemory]:
@@ -339,10 +355,7 @@ def denoiser_dtypes(dtype: str) -> Callable[[str], str]:
 
 def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False) -> dict[str, int]:
     """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
-    smaller = math.inf
-    if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
-        smaller = min(smaller, weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values())))
-    sizes = {}
+    smaller, sizes = _stored_item(weights), {}
     for name, shape in weights.shapes.items():
         item: float = DTYPES[dtype_of(name)]
         if len(shape) == 2 and _LAYER.search(name):
@@ -351,6 +364,13 @@ def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bo
                 item = min(item, 1.0)
         sizes[name] = int(math.prod(shape) * item)
     return sizes
+
+
+def _stored_item(weights: Weights) -> float:
+    """Bytes of a number in the file of its own that holds a model; infinite for a folder."""
+    if weights.path.is_file() and weights.path.suffix in (".gguf", ".safetensors"):
+        return weights.path.stat().st_size / sum(map(math.prod, weights.shapes.values()))
+    return math.inf
 
 
 _TEXT_KEYS = re.compile(r"\.(?:cross_attn\.[kv]|attn2\.to_[kv])\.weight$")  # computed once a clip, in bf16 too

@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from wan.device.host import has_driver
+from wan.device.host import AMDS, NVIDIAS, has_driver
 from wan.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ def unused_gpu() -> tuple[str, str] | None:
     """A GPU that the models do not run on, and why, in words for the user."""
     if torch.backends.mps.is_available():
         return "Apple's GPU", "PyTorch has no float64 there, which the models need; `vlm_device` mps is accepted"
-    if torch.version.cuda is None and torch.version.hip is None and has_driver("nvcuda.dll", "libcuda.so.1"):
+    if torch.version.cuda is None and torch.version.hip is None and has_driver(*NVIDIAS):
         return "an NVIDIA GPU", "This PyTorch is built for CPUs: install one for CUDA, see pytorch.org"
-    if torch.version.cuda is None and torch.version.hip is None and has_driver("amdhip64.dll", "libamdhip64.so"):
+    if torch.version.cuda is None and torch.version.hip is None and has_driver(*AMDS):
         return "an AMD GPU", "This PyTorch is built for CPUs: install one for ROCm, see pytorch.org"
     return None
 

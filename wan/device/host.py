@@ -10,6 +10,8 @@ import psutil
 
 GIB = 2**30
 _PROC, _CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+NVIDIAS = ("nvcuda.dll", "libcuda.so.1")
+AMDS = ("amdhip64.dll", "amdhip64_6.dll", "amdhip64_7.dll", "libamdhip64.so")  # of ROCm 5, 6 and 7 on Windows
 _UNLIMITED = 2**60  # version 1 writes a number of about 2**63 for no limit
 
 
@@ -73,7 +75,7 @@ def has_gpu_driver() -> bool:
     """Whether there is a driver of a GPU that PyTorch may use, told without it."""
     # a PyTorch for AMD brings the library itself: then Linux, or Linux in Windows, has one of these
     devices = any(Path(name).exists() for name in ("/dev/kfd", "/dev/dxg"))
-    return devices or has_driver("nvcuda.dll", "libcuda.so.1") or has_driver("amdhip64.dll", "libamdhip64.so")
+    return devices or has_driver(*NVIDIAS) or has_driver(*AMDS)
 
 
 def has_driver(*libraries: str) -> bool:

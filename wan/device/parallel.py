@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wan.device.peers import Ended
 from wan.device.ranks import Sizes, World
-from wan.device.watch import Ended, Watch
+from wan.device.watch import Watch
 from wan.errors import UserError
 
 Value = TypeVar("Value")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from wan.device.parallel import Group
 
@@ -27,6 +25,9 @@ def shard(
     `methods` are those that use its own weights, outside of its forward. The numbers of the slices come later, by
     `slice_of` or `write`.
     """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=owner, recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype_of(name), device="meta")
@@ -45,6 +46,10 @@ def shard(
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are slices."""
+    if "torch.distributed.fsdp" not in sys.modules:  # whose import takes a second, and which makes them
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -58,6 +63,10 @@ class Slice:
 
 def slice_of(parameter: Tensor | None) -> Slice | None:
     """This process's slice of a parameter; None for one that is whole."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(parameter, DTensor):
         return None
     each = -(-parameter.shape[0] // parameter.device_mesh.size())

@@ -11,42 +11,35 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
-import json
 import logging
 import os
 import platform
-import secrets
 import selectors
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal
 
+from wan.device.peers import Ended, Peer, connect
 from wan.errors import UserError
 
 log = logging.getLogger(__name__)
 
 SETTLE = 1.0  # seconds from the first sign of a fault to the verdict: what follows from it may be heard of earlier
 LEAVE = 30.0  # seconds in which the first process comes out of what it does, before it is ended
-# A machine that is gone is missed after 40 s, whether something was being sent to it or not.
-MISSED = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 40_000}
 AGAIN = "what is finished is kept; give the same command again"
 
 Kind = Literal["died", "failed", "hung", "waited", "signal"]
 _FIRST_COUNTS: tuple[Kind, ...] = ("died", "failed", "hung", "waited", "signal")
 
 
-class Ended(UserError):
-    """Another process has failed, or does not come."""
-
-
 @dataclass(frozen=True)
-class _Sign:
+class Sign:
     """What was seen of a process: `kind`, the first of which in `_FIRST_COUNTS` is the cause of the others."""
 
     kind: Kind
@@ -68,33 +61,119 @@ class _Sign:
         return f"{event}; {AGAIN}"
 
 
-@dataclass
-class _Peer:
-    """The other end of a connection: which process that is, and what it last said."""
+class Findings:
+    """What the first process has seen go wrong, and which of it is the cause of the rest. For several threads.
 
-    connection: socket.socket
-    rank: int
-    host: str
-    heard: float
-    begun: int = 0  # operations, as it said
-    unread: bytes = b""
-    has_said_why: bool = False  # so that the end of the connection is no news
+    A process that lets the others wait for more than `timeout` seconds hangs.
+    """
 
-    def say(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # its end is heard of where connections are read
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._signs: list[Sign] = []
+        self._due: float | None = None
+        self._lock = threading.Lock()
+        self._counts: list[int] = []  # of operations that were begun, as they were compared last
+        self._changed = 0.0
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None where the connection has ended."""
+    def note(self, sign: Sign) -> None:
+        """Something was seen; what follows from it, or is its cause, may be seen until it is time for a verdict."""
+        with self._lock:
+            self._signs.append(sign)
+            if self._due is None:
+                self._due = time.monotonic() + SETTLE
+
+    def hear(self, peer: Peer, message: Mapping[str, Any]) -> None:
+        """Take in what another process says."""
+        if "begun" in message:
+            peer.begun = message["begun"]
+            return
+        peer.has_said_why = True
+        if "failed" in message:
+            kind: Kind = "waited" if message["waits"] else "failed"
+            self.note(Sign(kind, peer.rank, peer.host, message["failed"]))
+        elif "signal" in message:
+            self.note(Sign("signal", peer.rank, peer.host, number=message["signal"]))
+
+    def compare(self, begun: int, peers: Sequence[Peer], now: float) -> None:
+        """Look for who hangs; `begun` are the first process's operations, and peers say theirs now and then."""
+        counts, given = [begun, *(peer.begun for peer in peers)], f"{self.timeout:g}"
+        if counts != self._counts or len(set(counts)) == 1:
+            self._counts, self._changed = counts, now
+        for peer in peers:
+            if now - peer.heard > self.timeout + 1:
+                self.note(Sign("hung", peer.rank, peer.host, given))
+        if now - self._changed > self.timeout:
+            names = [(0, platform.node()), *((peer.rank, peer.host) for peer in peers)]
+            self.note(Sign("hung", *names[counts.index(min(counts))], given))
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for a verdict."""
+        with self._lock:
+            return self._due is not None and now >= self._due
+
+    @property
+    def cause(self) -> Sign:
+        """What the rest follows from."""
+        with self._lock:
+            return min(self._signs, key=lambda one: (_FIRST_COUNTS.index(one.kind), one.rank))
+
+
+class Signals:
+    """Signals of this process, heard by a thread too: Python itself hears of none while it waits in an operation.
+
+    `is_leaving` tells whether the process is on its way out, where another signal changes nothing; it may raise.
+    """
+
+    def __init__(self, is_leaving: Callable[[], bool]) -> None:
+        self._is_leaving = is_leaving
+        self._wake, self.woken = socket.socketpair()
+        for one in (self._wake, self.woken):
+            one.setblocking(False)
+        self._before: dict[int, Any] = {}
+
+    def take(self) -> None:
+        """Begin to hear; in another thread than the main one there is nothing to hear."""
+        if threading.current_thread() is threading.main_thread():
+            self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._at_signal)
+
+    def give_back(self) -> None:
+        """All as it was before."""
+        if self._before and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._fd_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+
+    def _at_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_leaving():
+            return
+        before = self._before.get(number)
+        if callable(before):
+            before(number, frame)
+        else:
+            raise KeyboardInterrupt(number)
+
+    def read(self) -> list[int]:
+        """Those that have come, as far as they stop a process; for the thread, when `woken` can be read."""
         try:
-            new = self.connection.recv(1 << 16)
-        except OSError:
-            new = b""
-        if not new:
-            return None
-        self.heard = time.monotonic()
-        *lines, self.unread = (self.unread + new).split(b"\n")
-        return [json.loads(line) for line in lines]
+            return [number for number in self.woken.recv(64) if number in _STOPS]
+        except BlockingIOError:
+            return []
+
+    def wake(self) -> None:
+        """Let the thread look up."""
+        with contextlib.suppress(BlockingIOError):  # it is full, so the thread is awake
+            self._wake.send(b"\0")
+
+    def interrupt(self) -> None:
+        """Bring the main thread out of what it waits for, a file or the network, too."""
+        if not self._before:
+            return
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(int(threading.main_thread().ident or 0), signal.SIGTERM)
+        else:  # Windows
+            _thread.interrupt_main(signal.SIGTERM)
 
 
 @dataclass
@@ -113,34 +192,19 @@ class Watch:
     timeout: float
     fault: str | None = None
     stopped: int | None = None
-    _peers: list[_Peer] = field(default_factory=list)
-    _signs: list[_Sign] = field(default_factory=list)
-    _before: dict[int, Any] = field(default_factory=dict)
+    _peers: list[Peer] = field(default_factory=list)
     _closed: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
     _decided: threading.Event = field(default_factory=threading.Event)
     _out: threading.Event = field(default_factory=threading.Event)  # this process is on its way out by itself
     _ended: threading.Event = field(default_factory=threading.Event)  # the first process has said so
 
+    def __post_init__(self) -> None:
+        self.findings, self._signals = Findings(self.timeout), Signals(self._is_leaving)
+
     def start(self, share: Callable[[Callable[[], tuple[int, str]]], tuple[int, str]], address: str) -> None:
-        """Connect with the others. `share` is `Team.share`, and `address` is where the first process can be reached."""
-        self._wake, self._woken = socket.socketpair()
-        for one in (self._wake, self._woken):
-            one.setblocking(False)
-        if self.rank == 0:
-            family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
-            with socket.create_server(("", 0), family=family, backlog=self.size) as listener:
-                key = secrets.token_hex(16)  # whoever else finds the port does not have it
-                listener.settimeout(self.timeout)
-                share(lambda: (listener.getsockname()[1], key))
-                while len(self._peers) < self.size - 1:
-                    self._accept(listener, key)
-        else:
-            port, key = share(lambda: (0, ""))
-            connection = socket.create_connection((address, port), timeout=self.timeout)
-            self._peers = [_Peer(_kept_alive(connection), 0, address, time.monotonic())]
-            self._peers[0].say(rank=self.rank, host=platform.node(), key=key)
-        self._take_signals()
+        """Connect with the others, see `connect`, and begin."""
+        self._peers = connect(self.rank, self.size, share, address, self.timeout)
+        self._signals.take()
         self._thread = threading.Thread(
             target=self._lead if self.rank == 0 else self._follow, daemon=True, name="watch"
         )
@@ -154,30 +218,6 @@ class Watch:
             self.close()
         elif not self._closed:
             self.end(error)
-
-    def _accept(self, listener: socket.socket, key: str) -> None:
-        """The next process that connects; whoever else does is turned away. Raises UserError."""
-        try:
-            connection = listener.accept()[0]
-        except TimeoutError as error:
-            ranks = ", ".join(str(peer.rank) for peer in self._peers) or "none"
-            raise Ended(
-                f"the processes did not all connect within {self.timeout:g} s (`collective_timeout`); there: {ranks}"
-            ) from error
-        peer = _Peer(_kept_alive(connection), 0, "", time.monotonic())
-        try:
-            while b"\n" not in peer.unread and len(peer.unread) < 1000 and (new := connection.recv(1000)):
-                peer.unread += new
-            first, _, peer.unread = peer.unread.partition(b"\n")
-            hello = json.loads(first)
-            known = secrets.compare_digest(str(hello["key"]).encode(), key.encode())
-            peer.rank, peer.host = int(hello["rank"]), str(hello["host"])
-        except (OSError, ValueError, TypeError, KeyError):
-            known = False
-        if not known:
-            connection.close()
-            return
-        self._peers.append(peer)
 
     # --- of the process's own thread
 
@@ -197,7 +237,7 @@ class Watch:
                 self._ended.wait(LEAVE)  # the first process says why, and ends this one
             return error
         if waits:
-            self._note(_Sign("waited", 0, platform.node(), " ".join(str(error).split())[:300]))
+            self._note(Sign("waited", 0, platform.node(), " ".join(str(error).split())[:300]))
         if waits or isinstance(error, KeyboardInterrupt):
             self._decided.wait(10 * SETTLE)
         if self.fault is not None and (waits or isinstance(error, KeyboardInterrupt)):
@@ -213,50 +253,31 @@ class Watch:
         self._closed = True
         atexit.unregister(self._at_exit)
         self._tell_all(done=True)
-        self._wake_up()
+        self._signals.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
-        self._give_signals_back()
+        self._signals.give_back()
 
     def _tell_all(self, **message: Any) -> None:
         for peer in self._peers:
             peer.say(**message)
 
-    def _take_signals(self) -> None:
-        """Hear of signals also while the process waits in an operation, where Python itself does not."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._at_signal)
-
-    def _give_signals_back(self) -> None:
-        if self._before and threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(self._fd_before)
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-            self._before = {}
-
-    def _at_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.fault is not None:
-            if not self._out.is_set():
-                self._out.set()
-                raise Ended(self.fault)
-            return  # it is on its way out
-        before = self._before.get(number)
-        if callable(before):
-            before(number, frame)
-        else:
-            raise KeyboardInterrupt(number)
+    def _is_leaving(self) -> bool:
+        """When a signal comes: whether the fault of another has this process on its way out, on which it is sent."""
+        if self.fault is None:
+            return False
+        if not self._out.is_set():
+            self._out.set()
+            raise Ended(self.fault)
+        return True
 
     # --- of the thread
 
     def _lead(self) -> None:
         every = min(5.0, max(0.2, self.timeout / 8))
-        asked = changed = time.monotonic()
-        counts: list[int] = []
-        verdict_at = None
+        asked = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(self._signals.woken, selectors.EVENT_READ)
             for peer in self._peers:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
                 peer.heard = asked
@@ -270,54 +291,28 @@ class Watch:
                 if now - asked >= every:
                     asked = now
                     self._tell_all(ask=True)
-                    begun = [self.begun(), *(peer.begun for peer in self._peers)]
-                    if begun != counts or len(set(begun)) == 1:
-                        counts, changed = begun, now
-                    self._find_hanging(begun, now - changed, now)
-                with self._lock:
-                    if self._signs and verdict_at is None:
-                        verdict_at = now + SETTLE
-                if verdict_at is not None and now >= verdict_at:
+                    self.findings.compare(self.begun(), self._peers, now)
+                if self.findings.is_due(now):
                     self._decide()
         if self._decided.is_set() and not self._out.wait(LEAVE):
             self._leave_now()
 
-    def _find_hanging(self, counts: list[int], unchanged: float, now: float) -> None:
-        given = f"{self.timeout:g}"
-        for peer in self._peers:
-            if now - peer.heard > self.timeout + 1:
-                self._note(_Sign("hung", peer.rank, peer.host, given))
-        if unchanged > self.timeout:
-            least = counts.index(min(counts))
-            peer_of = [(0, platform.node()), *((peer.rank, peer.host) for peer in self._peers)]
-            self._note(_Sign("hung", *peer_of[least], given))
-
-    def _hear(self, peer: _Peer) -> bool:
+    def _hear(self, peer: Peer) -> bool:
+        """Whether there is more to come."""
         messages = peer.read()
-        if messages is None:
-            if not peer.has_said_why and not self._closed:
-                self._note(_Sign("died", peer.rank, peer.host))
-            return False
-        for message in messages:
-            if "begun" in message:
-                peer.begun = message["begun"]
-            elif "failed" in message:
-                kind: Kind = "waited" if message["waits"] else "failed"
-                self._note(_Sign(kind, peer.rank, peer.host, message["failed"]))
-            elif "signal" in message:
-                self._note(_Sign("signal", peer.rank, peer.host, number=message["signal"]))
-            peer.has_said_why |= not message.keys() & {"begun"}
-        return True
+        if messages is None and not peer.has_said_why and not self._closed:
+            self.findings.note(Sign("died", peer.rank, peer.host))
+        for message in messages or ():
+            self.findings.hear(peer, message)
+        return messages is not None
 
-    def _note(self, sign: _Sign) -> None:
-        with self._lock:
-            self._signs.append(sign)
-        self._wake_up()
+    def _note(self, sign: Sign) -> None:
+        self.findings.note(sign)
+        self._signals.wake()
 
     def _decide(self) -> None:
         """What is the cause of all that was seen; all are told."""
-        with self._lock:
-            sign = min(self._signs, key=lambda one: (_FIRST_COUNTS.index(one.kind), one.rank))
+        sign = self.findings.cause
         if sign.kind == "signal":
             self.stopped = sign.number
         if sign.kind != "signal" or sign.rank:
@@ -325,12 +320,8 @@ class Watch:
         self._decided.set()
         self._tell_all(end=True)
         threading.Thread(target=self.abort, daemon=True, name="abort").start()
-        if self.fault is not None and self._before:
-            # out of a wait for a file or the network, too
-            if hasattr(signal, "pthread_kill"):
-                signal.pthread_kill(int(threading.main_thread().ident or 0), signal.SIGTERM)
-            else:  # Windows
-                _thread.interrupt_main(signal.SIGTERM)
+        if self.fault is not None:
+            self._signals.interrupt()
 
     def _leave_now(self) -> None:
         """End a process that waits for what does not come. Files are whole or not there, so nothing is lost by it."""
@@ -340,25 +331,17 @@ class Watch:
         os._exit(2 if self.stopped is None else 128 + self.stopped)
 
     def _read_signals(self) -> None:
-        try:
-            numbers = [number for number in self._woken.recv(64) if number in _STOPS]
-        except BlockingIOError:
-            return
-        for number in numbers:
+        for number in self._signals.read():
             if self.rank:
                 self._peers[0].say(signal=number)
                 time.sleep(SETTLE)  # what it does may end by itself
                 os._exit(128 + number)
-            self._note(_Sign("signal", 0, platform.node(), number=number))
-
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it is full, so the thread is awake
-            self._wake.send(b"\0")
+            self._note(Sign("signal", 0, platform.node(), number=number))
 
     def _follow(self) -> None:
         first = self._peers[0]
         with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
+            selector.register(self._signals.woken, selectors.EVENT_READ)
             selector.register(first.connection, selectors.EVENT_READ, first)
             while not self._closed:
                 for key, _ in selector.select(1.0):
@@ -387,7 +370,7 @@ class Watch:
 
     def _go_without_first(self, kind: Kind) -> None:
         if self.rank == 1:  # one of them says it
-            log.error("%s", _Sign(kind, 0, self._peers[0].host, f"{self.timeout:g}").line)
+            log.error("%s", Sign(kind, 0, self._peers[0].host, f"{self.timeout:g}").line)
         logging.shutdown()
         os._exit(1)
 
@@ -410,13 +393,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _kept_alive(connection: socket.socket) -> socket.socket:
-    """The kernel asks whether the other machine is there, also while the process itself is stopped."""
-    connection.settimeout(10)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in MISSED.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return connection

@@ -79,10 +79,12 @@ class Assembly:
         metadata: Mapping[str, Any] | None = None,
         *,
         complete: bool = False,
+        to: str | os.PathLike[str] | None = None,
     ) -> int:
         """Write the video of the source and these clips; returns the frame count. Raises UserError.
 
-        With `complete` they are all clips, and what they lead into follows.
+        With `complete` they are all clips, and what they lead into follows. With `to` the file is written under that
+        name, and the caller gives it its own before the next clip.
 
         What it was before stays as it is encoded, if the clips begin with those that were in it.
         """
@@ -120,7 +122,7 @@ class Assembly:
                 shown = (frame for frame in timeline.frames() if frame[0] == index)
                 write_video(piece, _shown(shown, files, sizes[0]), timeline.rate)
             parts = [*([os.fspath(self.path)] if joined else []), *pieces]
-            count = self._join(parts, self._sound(timeline, into is not None), metadata)
+            count = self._join(parts, to or self.path, self._sound(timeline, into is not None), metadata)
         finally:
             for piece in pieces:
                 with suppress(FileNotFoundError):
@@ -141,16 +143,22 @@ class Assembly:
             return first
         return SoundsInTurn([*([] if first is None else [(0.0, first)]), (float(moment), second)])
 
-    def _join(self, parts: Sequence[str], sound: Sound | None, metadata: Mapping[str, Any] | None) -> int:
+    def _join(
+        self,
+        parts: Sequence[str],
+        path: str | os.PathLike[str],
+        sound: Sound | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> int:
         drops = [0] * len(parts)
         try:
-            return join_videos(parts, self.path, drops=drops, metadata=metadata, sound=sound)
+            return join_videos(parts, path, drops=drops, metadata=metadata, sound=sound)
         except SoundError as error:
             say_once(
                 os.fspath(self.source),
                 f"its sound is left out: it does not fit into an mp4 ({error}); convert it to AAC to keep it",
             )
-            return join_videos(parts, self.path, drops=drops, metadata=metadata, sound=None)
+            return join_videos(parts, path, drops=drops, metadata=metadata, sound=None)
 
 
 def _seen(file: str | os.PathLike[str], drop: int) -> tuple[str, int, int, int]:

@@ -65,7 +65,7 @@ def create_app(
         try:
             yield
         finally:
-            supervisor.close_listeners()
+            supervisor.audience.close()
             for task in tasks:
                 task.cancel()
             for task in tasks:

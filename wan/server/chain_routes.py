@@ -26,7 +26,7 @@ _OF_A_CLIP = ("prompt", "answers", "seed", "seam", "candidates", "seconds", "sta
 
 def chain_of(chains: Chains, ticket: Ticket, *, full: bool = True) -> dict[str, Any]:
     """A chain as JSON; `full` with its clips."""
-    live = chains.supervisor.live.get(ticket.id) if chains.supervisor else None
+    live = chains.supervisor.audience.get(ticket.id) if chains.supervisor else None
     making = live is not None and ticket.state == MAKING
     shown: dict[str, Any] = {
         "id": ticket.id,
@@ -254,7 +254,7 @@ def router(chains: Chains) -> APIRouter:
             # what it is now, for one who comes in the middle
             yield {"event": "state", "data": json.dumps(chain_of(chains, ticket, full=False))}
             assert chains.supervisor is not None
-            async for event in chains.supervisor.listen(name, int(last) if last.isdecimal() else 0):
+            async for event in chains.supervisor.audience.listen(name, int(last) if last.isdecimal() else 0):
                 rest = {key: value for key, value in event.items() if key not in ("id", "event")}
                 yield {"id": str(event["id"]), "event": event["event"], "data": json.dumps(rest)}
 
@@ -277,7 +277,7 @@ async def watch_previews(chains: Chains) -> None:
             continue
         if now != last:
             last = now
-            supervisor.tell(name, "preview", version=str(now[1]))
+            supervisor.audience.tell(name, "preview", version=str(now[1]))
 
 
 def _clip(chains: Chains, name: str, number: int, take: int | None) -> Any:

@@ -135,7 +135,8 @@ class Chains:
         scenes = scenes[:count]
         changed = dataclasses.replace(ticket, settings=given, count=count, prompt=given.get("prompt", ticket.prompt))
         self.offer.check(changed, scenes)
-        now = self.supervisor.live[name].clip if self.supervisor and name in self.supervisor.live else 0
+        live = self.supervisor.audience.get(name) if self.supervisor else None
+        now = live.clip if live is not None else 0
         past = [
             n for n, (a, b) in enumerate(zip(_padded(before, count), _padded(scenes, count), strict=True), 1) if a != b
         ]
@@ -188,7 +189,7 @@ class Chains:
             await self.supervisor.cancel(name)
         self.queue.remove(name)
         if self.supervisor is not None:
-            self.supervisor.forget(name)
+            self.supervisor.audience.forget(name)
         await asyncio.to_thread(self._folders.remove, name)
 
     async def plan(self, name: str) -> list[str]:
@@ -231,7 +232,7 @@ class Chains:
 
     def _tell(self, name: str, **values: Any) -> None:
         if self.supervisor is not None:
-            self.supervisor.tell(name, "state", **values)
+            self.supervisor.audience.tell(name, "state", **values)
 
 
 def _padded(scenes: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:

@@ -1,15 +1,17 @@
-"""How far a chain is, from what the worker says while it makes it."""
+"""How far chains are, from what the worker says while it makes them, and who hears of that."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 KEPT = 200  # events of a chain that a client which comes back may ask for
+_BEHIND = 500  # events that a client may be behind before it is let go
 
 
 @dataclass
@@ -51,3 +53,66 @@ class Live:
             self.prompt = values["prompt"]
         elif event == "warning":
             self.warnings.append(values["message"])
+
+
+class Audience:
+    """Those who listen to chains, and what is known of each chain that was begun."""
+
+    def __init__(self) -> None:
+        self._lives: dict[str, Live] = {}
+        self._count = 0  # of all events
+
+    def get(self, name: str) -> Live | None:
+        """What is known of a chain; None where nobody has begun or heard it."""
+        return self._lives.get(name)
+
+    def of(self, name: str) -> Live:
+        """The same, of a chain that somebody begins or hears."""
+        return self._lives.setdefault(name, Live())
+
+    def begin(self, name: str) -> None:
+        """A chain is made from here on; those who listen to it stay."""
+        before = self._lives.get(name)
+        self._lives[name] = Live() if before is None else Live(listeners=before.listeners)
+
+    def tell(self, name: str, event: str, **more: Any) -> None:
+        """Tell those who listen to a chain."""
+        self._count += 1
+        message = {"id": self._count, "event": event, **more}
+        live = self.of(name)
+        live.events.append(message)
+        for listener in list(live.listeners):
+            try:
+                listener.put_nowait(message)
+            except asyncio.QueueFull:
+                live.listeners.discard(listener)
+                with contextlib.suppress(asyncio.QueueEmpty):
+                    listener.get_nowait()
+                listener.put_nowait(None)
+
+    async def listen(self, name: str, after: int = 0) -> AsyncIterator[dict[str, Any]]:
+        """The events of a chain from now on, and those after number `after` that are still known."""
+        live = self.of(name)
+        listener: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_BEHIND)
+        for missed in live.events if after else ():
+            if missed["id"] > after:
+                listener.put_nowait(missed)
+        live.listeners.add(listener)
+        try:
+            while (message := await listener.get()) is not None:
+                yield message
+        finally:
+            live.listeners.discard(listener)
+
+    def forget(self, name: str) -> None:
+        """Let those who listen to a chain go, for it is no more."""
+        live = self._lives.pop(name, None)
+        for listener in live.listeners if live else ():
+            while listener.full():
+                listener.get_nowait()
+            listener.put_nowait(None)
+
+    def close(self) -> None:
+        """Let all go, for the server ends."""
+        for name in list(self._lives):
+            self.forget(name)

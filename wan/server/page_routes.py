@@ -169,7 +169,7 @@ def router(chains: Chains, keys: Keys) -> APIRouter:
     @routes.get("/parts/chains/{name}")
     async def part(name: str) -> HTMLResponse:
         ticket = chains.get(name)
-        live = chains.supervisor.live.get(name) if chains.supervisor else None
+        live = chains.supervisor.audience.get(name) if chains.supervisor else None
         key = (ticket, chains.folder(name).stamps, live and (live.clip, len(live.warnings)))
         if name not in parts or parts[name][0] != key:
             made = page("clips.html.jinja", **facts_of(name))

@@ -6,19 +6,18 @@ Where several GPUs make a chain together it has a process for each of them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan.server.errors import public
-from wan.server.group import Group
-from wan.server.live import Live
+from wan.server.live import Audience
 from wan.server.metrics import Metrics
+from wan.server.processes import Processes
 from wan.server.tickets import DONE, FAILED, MAKING, PAUSED, Queue, Ticket
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,6 @@ WORKER: Sequence[str] = (sys.executable, "-m", "wan.server.worker")
 MOST_ATTEMPTS = 3  # that one chain may take a worker down without finishing a clip
 SHORTEST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two workers that end at once
 _END_SECONDS = 5.0  # until a worker that was told to end is killed
-_BEHIND = 500  # events that a client may be behind before it is let go
 
 
 class Supervisor:
@@ -50,47 +48,17 @@ class Supervisor:
         self.metrics, self.command, self.ranks = metrics, command, ranks
         self.state = "starting"
         self.making: str | None = None
-        self.live: dict[str, Live] = {}
-        self._group: Group | None = None
+        self.audience = Audience()
+        self._processes: Processes | None = None
         self._wake = asyncio.Event()
         self._unwanted: set[str] = set()
         self._gone: dict[str, asyncio.Event] = {}
-        self._count = 0
 
     # --- what others call
 
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()
-
-    def tell(self, name: str, event: str, **more: Any) -> None:
-        """Tell those who listen to a chain."""
-        self._count += 1
-        message = {"id": self._count, "event": event, **more}
-        live = self.live.setdefault(name, Live())
-        live.events.append(message)
-        for listener in list(live.listeners):
-            try:
-                listener.put_nowait(message)
-            except asyncio.QueueFull:
-                live.listeners.discard(listener)
-                with contextlib.suppress(asyncio.QueueEmpty):
-                    listener.get_nowait()
-                listener.put_nowait(None)
-
-    async def listen(self, name: str, after: int = 0) -> AsyncIterator[dict[str, Any]]:
-        """The events of a chain from now on, and those after number `after` that are still known."""
-        live = self.live.setdefault(name, Live())
-        listener: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(_BEHIND)
-        for missed in live.events if after else ():
-            if missed["id"] > after:
-                listener.put_nowait(missed)
-        live.listeners.add(listener)
-        try:
-            while (message := await listener.get()) is not None:
-                yield message
-        finally:
-            live.listeners.discard(listener)
 
     async def cancel(self, name: str) -> None:
         """Return when the worker has nothing to do with a chain any more."""
@@ -107,23 +75,10 @@ class Supervisor:
         finally:
             self._gone.pop(name, None)
 
-    def forget(self, name: str) -> None:
-        """Let those who listen to a chain go, for it is no more."""
-        live = self.live.pop(name, None)
-        for listener in live.listeners if live else ():
-            while listener.full():
-                listener.get_nowait()
-            listener.put_nowait(None)
-
-    def close_listeners(self) -> None:
-        """Let all go, for the server ends."""
-        for name in list(self.live):
-            self.forget(name)
-
     async def end_worker(self) -> None:
         """Kill the worker."""
-        if self._group is not None:
-            self._group.kill()
+        if self._processes is not None:
+            self._processes.kill()
 
     # --- the worker
 
@@ -146,20 +101,20 @@ class Supervisor:
             await asyncio.sleep(wait)
 
     async def _one_worker(self) -> None:
-        group = self._group = await Group.start(self.command, self.ranks)
+        processes = self._processes = await Processes.start(self.command, self.ranks)
         self._say({"settings": dict(self.settings), "root": str(self.root)})
         giving = asyncio.create_task(self._give())
         try:
-            while (message := await group.hear()) is not None:
+            while (message := await processes.hear()) is not None:
                 if not await self._heard(message):
                     break
         finally:
             giving.cancel()
-            await group.end(_END_SECONDS)
+            await processes.end(_END_SECONDS)
 
     def _say(self, order: Mapping[str, Any]) -> None:
-        if self._group is not None:
-            self._group.say(order)
+        if self._processes is not None:
+            self._processes.say(order)
 
     async def _give(self) -> None:
         """Give the worker the next chain whenever it has none."""
@@ -169,9 +124,9 @@ class Supervisor:
             if self.state != "idle" or (ticket := self.queue.next()) is None:
                 continue
             self.state, self.making = "busy", ticket.id
-            self.live[ticket.id] = Live(listeners=self.live[ticket.id].listeners) if ticket.id in self.live else Live()
+            self.audience.begin(ticket.id)
             self.queue.change(ticket.id, state=MAKING, attempts=ticket.attempts + 1)
-            self.tell(ticket.id, "state", state=MAKING)
+            self.audience.tell(ticket.id, "state", state=MAKING)
             self._say({"id": ticket.id, "settings": dict(self.order_of(ticket))})
 
     async def _heard(self, message: dict[str, Any]) -> bool:
@@ -183,7 +138,7 @@ class Supervisor:
             return True
         if not name or name != self.making:
             return True
-        live = self.live.setdefault(name, Live())
+        live = self.audience.of(name)
         if event == "warning":
             message["message"] = public(message["message"])
         live.hear(event, message)
@@ -203,7 +158,7 @@ class Supervisor:
             # processes that share a chain end together when one leaves it
             await self._ended(name, state, error, is_idle=alone or state in (DONE, PAUSED))
             return alone or state in (DONE, PAUSED)
-        self.tell(name, event, **message)
+        self.audience.tell(name, event, **message)
         return True
 
     async def _ended(self, name: str, state: str, error: Mapping[str, Any] | None, *, is_idle: bool) -> None:
@@ -221,7 +176,7 @@ class Supervisor:
         ticket = self.queue[name]
         if ticket.again and state != FAILED:
             self.queue.wait_again(name)
-            self.tell(name, "state", state="queued")
+            self.audience.tell(name, "state", state="queued")
             return
         done: dict[str, Any] = {"done": ticket.count} if state == DONE else {}
         if error is not None:
@@ -229,7 +184,7 @@ class Supervisor:
         ended = None if state == PAUSED else int(time.time())
         await self._keep(name, state=state, error=error, completed_at=ended, again=False, **done)
         self.metrics.chains.labels(state).inc()
-        self.tell(name, "state", state=state, error=error)
+        self.audience.tell(name, "state", state=state, error=error)
 
     async def _keep(self, name: str, **values: Any) -> Ticket | None:
         """Write to the queue, however long its disk is full."""
@@ -259,7 +214,7 @@ class Supervisor:
                 await self._finish(name, FAILED, {"code": "worker_lost", "message": message})
             elif ticket is not None:
                 await self._keep(name, state="queued", queued_at=0)
-                self.tell(name, "state", state="queued")
+                self.audience.tell(name, "state", state="queued")
         if name in self._gone:
             self._gone[name].set()
         self.wake()

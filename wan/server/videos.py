@@ -59,7 +59,7 @@ def progress(chains: Chains, ticket: Ticket) -> int:
     """How much of a chain is made, in percent."""
     if ticket.state == DONE:
         return 100
-    live = chains.supervisor.live.get(ticket.id) if chains.supervisor else None
+    live = chains.supervisor.audience.get(ticket.id) if chains.supervisor else None
     share = live.share if live is not None and ticket.state == MAKING and live.clip == ticket.done + 1 else 0.0
     made, wanted = ticket.done - ticket.base + share, ticket.count - ticket.base
     return max(0, min(int(100 * made / max(wanted, 1)), 99))

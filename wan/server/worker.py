@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from filelock import FileLock
 
 from wan.commands.progress import Progress
+from wan.device.peers import Ended
 from wan.device.ranks import World
-from wan.device.watch import Ended
 from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.server.questions import Questions
@@ -55,7 +55,7 @@ class Cancelled(KeyboardInterrupt):
     """The chain is not wanted any more."""
 
 
-class Models:
+class KeptPipeline:
     """The pipeline of this process, kept from chain to chain of one checkpoint."""
 
     def __init__(self, ask: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
@@ -130,7 +130,7 @@ class Telling(Progress):
         super().__call__(step)
         if step.prompt is not None:
             self._send("prompt", clip=self._clip, prompt=step.prompt)
-        elif (now := time.monotonic()) - self._told >= _OFTEN or step.index in (0, step.total):
+        elif (now := time.monotonic()) - self._told >= _OFTEN or (step.index in (0, step.total) and not step.detail):
             self._told = now
             self._send("step", clip=self._clip, stage=step.stage, step=step.index, steps=step.total)
 
@@ -147,7 +147,7 @@ class _Warnings(logging.Handler):
 
 
 def make(
-    models: Models,
+    kept: KeptPipeline,
     settings: Settings,
     watch: Callable[[str, int, bool], Progress],
     write_later: Callable[[Callable[[], str]], None] | None = None,
@@ -167,7 +167,7 @@ def make(
         return shown[-1]
 
     job = Job.read("continuous", settings)
-    steps = Chain(job, pipeline=models.open(job), watch=watching).steps()
+    steps = Chain(job, pipeline=kept.open(job), watch=watching).steps()
     finished = 0
 
     def rest() -> str:
@@ -182,13 +182,13 @@ def make(
     return rest()
 
 
-def check(models: Models, settings: Settings) -> dict[str, Any]:
+def check(kept: KeptPipeline, settings: Settings) -> dict[str, Any]:
     """What a chain would be, when all was checked that making it checks, as JSON values. Raises UserError."""
     from wan.commands.continuous import Chain
     from wan.commands.job import Job
 
     job = Job.read("continuous", settings)
-    chain = Chain(job, pipeline=models.open(job))
+    chain = Chain(job, pipeline=kept.open(job))
     return dataclasses.asdict(chain.estimate()) | {"status": chain.status}
 
 
@@ -215,7 +215,7 @@ def main() -> int:
     # the one of a server that was killed may still be there for a moment
     with nullcontext() if root is None or not world.is_first else FileLock(Path(root) / LOCK):
         logging.root.addHandler(_Warnings(send))
-        models = Models(questions.ask if first.get("asks") and world.is_first else None)
+        kept = KeptPipeline(questions.ask if first.get("asks") and world.is_first else None)
         send("ready", pid=os.getpid())
         while True:
             order = orders.get()
@@ -227,29 +227,29 @@ def main() -> int:
             if not world.is_first:
                 try:
                     if not order.get("check"):
-                        follow(models, settings)
+                        follow(kept, settings)
                 except UserError as error:  # the first process says it, or has said what this one ends by
                     logging.getLogger(__name__).info("%s", error)
                     return 1
             else:
                 only_check, ahead = bool(order.get("check")), bool(order.get("ahead"))
-                if not _work(models, settings, send, cancels[order["id"]], behind, only_check, ahead):
+                if not _work(kept, settings, send, cancels[order["id"]], behind, only_check, ahead):
                     return 1
             del cancels[order["id"]]
             now["id"] = ""
             _chain.reset(of_chain)
 
 
-def follow(models: Models, settings: Settings) -> None:
+def follow(kept: KeptPipeline, settings: Settings) -> None:
     """In any process of several but the first: make this one's shares of a chain."""
     from wan.commands.job import Job
 
     job = Job.read("continuous", settings)
-    job.follow(models.open(job))
+    job.follow(kept.open(job))
 
 
 def _work(
-    models: Models,
+    kept: KeptPipeline,
     settings: Settings,
     send: Send,
     cancelled: threading.Event,
@@ -264,9 +264,9 @@ def _work(
             return Telling(send, cancelled, clips, behind)
 
         if only_check:
-            return {"state": CHECKED, "found": check(models, settings)}
+            return {"state": CHECKED, "found": check(kept, settings)}
         try:
-            state = make(models, settings, watch, write_later if ahead else None)
+            state = make(kept, settings, watch, write_later if ahead else None)
         except BaseException:
             behind.wait()  # this process may be ended for it, and the chain before has nothing to do with that
             raise

@@ -25,6 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
+from wan.detail import tell_detail
 from wan.device.hardware import runs_triton
 from wan.vae.bands import Band
 from wan.vae.chunks import FIRST, PER_LATENT
@@ -44,7 +45,11 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor, chunk: int, band: Band | None 
     if band is not None:
         pixels = band.mine(pixels)
     lengths = [FIRST + PER_LATENT * (chunk - 1)] + [PER_LATENT * chunk] * (pixels.shape[2] // PER_LATENT)
-    parts = [through.encoder(vae.encoder, part) for part in _chunks(pixels, lengths)]
+    parts, frames = [], 0
+    for part in _chunks(pixels, lengths):
+        parts.append(through.encoder(vae.encoder, part))
+        frames += part.shape[2]
+        tell_detail(f"{frames} of {pixels.shape[2]} frames")
     modes: Tensor = through.conv(vae.quant_conv, torch.cat(parts, dim=2)).chunk(2, dim=1)[0]
     _check([_finite(modes)], band)
     return modes if band is None else band.whole(modes)
@@ -75,6 +80,7 @@ def decode(
             made = band.whole(made)
         if frames:
             pixels.put(made)
+            tell_detail(f"{pixels.frames} of {frames} frames")
     _check(finite, band)
     return pixels.done()
 

@@ -20,7 +20,7 @@ from wan.device.shared import SharedMemory
 from wan.device.streaming import PinnedBuffer, in_one_buffer
 from wan.errors import UserError
 from wan.weights.quantized import FLOAT8, PIECE, QuantizedLinear, QuantizedTensor, dequantize
-from wan.weights.tensors import Weights, listing
+from wan.weights.tensors import Weights, check_shapes
 
 
 class Lower(Protocol):
@@ -35,23 +35,7 @@ class Lower(Protocol):
 
 def check_fit(model: nn.Module, weights: Weights, source_of: Mapping[str, str]) -> None:
     """Raise UserError for missing and extra keys and for wrong shapes; no tensor is read."""
-    target = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    problems = [
-        listing("missing", [_name_in_file(name, source_of) for name in target.keys() - source_of.keys()]),
-        listing("missing", [key for key in source_of.values() if key not in weights.shapes]),
-        listing("unexpected", [key for name, key in source_of.items() if name not in target]),
-        listing("unexpected", weights.shapes.keys() - set(source_of.values())),
-        listing(
-            "wrong shape",
-            [
-                f"{key} {weights.shapes[key]} instead of {target[name]}"
-                for name, key in source_of.items()
-                if key in weights.shapes and name in target and weights.shapes[key] != target[name]
-            ],
-        ),
-    ]
-    if any(problems):
-        raise UserError(f"{weights.path} does not fit the model: {'; '.join(filter(None, problems))}")
+    check_shapes({name: tuple(value.shape) for name, value in model.state_dict().items()}, weights, source_of)
 
 
 def load_into(
@@ -273,13 +257,3 @@ def _places(likes: Sequence[Mapping[str, Tensor]], memory: Tensor | None) -> dic
             here, memory = memory[:size], memory[size:]
         places |= dict(zip(like, in_one_buffer(tensors, here), strict=True))
     return places
-
-
-def _name_in_file(name: str, source_of: Mapping[str, str]) -> str:
-    """What a missing parameter would be called in the file, told from the same one of another block."""
-    block = re.match(r"blocks\.\d+", name)
-    if block is None:
-        return name
-    here = block[0]
-    twins = (key for other, key in source_of.items() if re.sub(r"^blocks\.\d+", here, other) == name)
-    return next((re.sub(r"^blocks\.\d+", here, key) for key in twins), name)

@@ -96,6 +96,39 @@ def listing(what: str, keys: Iterable[str]) -> str:
     return f"{what} {', '.join(ordered[:3])}{more}"
 
 
+def check_shapes(target: Mapping[str, Shape], weights: Weights, source_of: Mapping[str, str]) -> None:
+    """Raise UserError for missing and extra keys and for wrong shapes; no tensor is read.
+
+    `target` has the shape of each parameter of the model, `source_of` its key in the files.
+    """
+    problems = [
+        listing("missing", [_name_in_file(name, source_of) for name in target.keys() - source_of.keys()]),
+        listing("missing", [key for key in source_of.values() if key not in weights.shapes]),
+        listing("unexpected", [key for name, key in source_of.items() if name not in target]),
+        listing("unexpected", weights.shapes.keys() - set(source_of.values())),
+        listing(
+            "wrong shape",
+            [
+                f"{key} {weights.shapes[key]} instead of {target[name]}"
+                for name, key in source_of.items()
+                if key in weights.shapes and name in target and weights.shapes[key] != target[name]
+            ],
+        ),
+    ]
+    if any(problems):
+        raise UserError(f"{weights.path} does not fit the model: {'; '.join(filter(None, problems))}")
+
+
+def _name_in_file(name: str, source_of: Mapping[str, str]) -> str:
+    """What a missing parameter would be called in the file, told from the same one of another block."""
+    block = re.match(r"blocks\.\d+", name)
+    if block is None:
+        return name
+    here = block[0]
+    twins = (key for other, key in source_of.items() if re.sub(r"^blocks\.\d+", here, other) == name)
+    return next((re.sub(r"^blocks\.\d+", here, key) for key in twins), name)
+
+
 def stored_types(weights: Weights) -> dict[str, str]:
     """How each tensor is stored in a GGUF or safetensors file, in the words of its format."""
     kinds: dict[str, str] = {}

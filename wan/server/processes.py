@@ -8,10 +8,14 @@ import json
 import os
 import socket
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-_LINE = 1 << 24  # bytes of one that a process may say
+_LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
+_TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
+_LAST_WORD = 60.0  # seconds in which the first process says what became of the others
 
 
 def rank_environment(rank: int, ranks: int) -> dict[str, str]:
@@ -44,16 +48,34 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-class Group:
-    """Processes that get the same lines, of which the first answers. They end with the first of them that does."""
+class Processes:
+    """Processes that get the same lines, of which the first answers. They end with the first of them that does.
 
-    def __init__(self, processes: Sequence[asyncio.subprocess.Process]) -> None:
-        self.processes = processes
+    `last_word`: seconds in which the first one may still say what became of another. `tail`: the last lines of their
+    logs, where those are kept.
+    """
+
+    def __init__(self, processes: Sequence[asyncio.subprocess.Process], last_word: float = _LAST_WORD) -> None:
+        self.processes, self.last_word = processes, last_word
+        self.tail: deque[str] = deque(maxlen=_TAIL)
         self._works = False
+        self._reading = [asyncio.create_task(self._keep_tail(one.stderr)) for one in processes if one.stderr]
 
     @classmethod
-    async def start(cls, command: Sequence[str], ranks: int) -> Group:
-        """Start them. What the others than the first say is for nobody. Raises OSError."""
+    async def start(
+        cls,
+        command: Sequence[str],
+        ranks: int,
+        *,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        folder: str | None = None,
+        keeps_tail: bool = False,
+        last_word: float = _LAST_WORD,
+    ) -> Processes:
+        """Start them, in a folder and with more variables. What the others than the first say is for nobody.
+
+        Raises OSError.
+        """
         processes: list[asyncio.subprocess.Process] = []
         try:
             for rank in range(ranks):
@@ -62,22 +84,31 @@ class Group:
                         *command,
                         stdin=asyncio.subprocess.PIPE,
                         stdout=asyncio.subprocess.DEVNULL if rank else asyncio.subprocess.PIPE,
+                        stderr=asyncio.subprocess.PIPE if keeps_tail else None,
                         limit=_LINE,
-                        env=without_launcher(os.environ) | rank_environment(rank, ranks),
-                        start_new_session=sys.platform != "win32",  # Ctrl-C is for the server, which ends this
+                        cwd=folder,
+                        env=without_launcher(os.environ) | dict(variables) | rank_environment(rank, ranks),
+                        start_new_session=sys.platform != "win32",  # Ctrl-C is for the command, which ends this
                     )
                 )
         except OSError:
             cls(processes).kill()
             raise
-        return cls(processes)
+        return cls(processes, last_word)
 
-    def say(self, order: Mapping[str, Any]) -> None:
-        """Send a line to all. An order gets the port at which they meet for it."""
+    async def _keep_tail(self, log: asyncio.StreamReader) -> None:
+        while line := await log.readline():
+            text = line.decode(errors="replace").rstrip()
+            self.tail.append(text)
+            sys.stderr.write(f"{text}\n")
+
+    def say(self, order: Mapping[str, Any], *, to_all: bool = True) -> None:
+        """Send a line to all, or to the first. An order gets the port at which they meet for it: nobody is left there
+        from the one before."""
         if len(self.processes) > 1 and "id" in order:
             order = {**order, "port": free_port()}
         self._works |= "id" in order
-        for process in self.processes:
+        for process in self.processes if to_all else self.processes[:1]:
             if process.stdin is not None and not process.stdin.is_closing():
                 process.stdin.write(json.dumps(order).encode() + b"\n")
 
@@ -90,7 +121,7 @@ class Group:
         try:
             await asyncio.wait([line, *ends], return_when=asyncio.FIRST_COMPLETED)
             if not line.done() and self._works:  # the first hears of that end by itself, and has a word on it
-                await asyncio.wait([line], timeout=_LAST_WORD)
+                await asyncio.wait([line], timeout=self.last_word)
             if not line.done() or not line.result():
                 return None
             message: dict[str, Any] = json.loads(line.result())
@@ -99,6 +130,20 @@ class Group:
         finally:
             for one in (line, *ends):
                 one.cancel()
+
+    async def why(self, seconds: float) -> str:
+        """Why they have ended. Those that have not within so many seconds are killed."""
+        waits = [asyncio.ensure_future(process.wait()) for process in self.processes]
+        # one that has closed its stdout and lives on is ended, too
+        done, _ = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        code = next((wait.result() for wait in waits if wait in done and wait.result()), 0)
+        for wait in waits:
+            wait.cancel()
+        await self.end(0)
+        if code < 0:
+            return f"the process that makes videos was ended by signal {-code}"
+        last = next((line for line in reversed(self.tail) if line.strip()), "")
+        return f"the process that makes videos ended with {code}" + (f": {last.strip()[:300]}" if last else "")
 
     async def end(self, seconds: float) -> None:
         """Let them end, and kill those that have not within so many seconds."""
@@ -109,6 +154,7 @@ class Group:
         await asyncio.wait(waits, timeout=seconds)
         self.kill()
         await asyncio.gather(*waits)
+        await asyncio.gather(*self._reading, return_exceptions=True)
 
     def kill(self) -> None:
         """Kill them."""
@@ -116,6 +162,3 @@ class Group:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
-
-
-_LAST_WORD = 60.0  # seconds in which the first process says what became of the others
