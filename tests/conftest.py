@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import tests.support.small_convolutions  # noqa: F401
 from tests.support.commands import command, world
 from tests.support.golden import GOLDEN, float32
 
