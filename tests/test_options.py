@@ -30,7 +30,7 @@ from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.kinds import Among, Gib, Guidance, Local, Real, Seed, Strength, Whole
+from wan.kinds import Among, Gib, Guidance, Local, Output, Real, Seed, Strength, Unfit, Whole
 from wan.media import read_last_frame
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
 from wan.settings import LoraFile
@@ -584,3 +584,32 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(name: str, once
             assert changed <= set(one.fingerprint) | set(case.also.split())
     else:
         assert changed == set(case.also.split()), one.same
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("clip:1.mp4", "clip:1.mp4"),
+        (r"D:\out\a:b.mp4", "a:b.mp4"),
+        ("out?/clip.mp4", "out?"),
+        (r"C:\out\Aux.mp4", "Aux.mp4"),
+        ("com1", "com1"),
+        ("out./clip.mp4", "out."),
+    ],
+)
+def test_a_name_that_windows_has_no_file_for_is_refused_there(
+    name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(isinstance(OPTIONS[option].kind, Output) for option in ("save_file", "output_dir", "report_dir"))
+    Output().check(name)  # other systems have such files
+    with monkeypatch.context() as windows, pytest.raises(Unfit) as caught:
+        windows.setattr(os, "name", "nt")
+        Output().check(name)
+    assert str(caught.value).startswith(f"has {part!r} in it, which no file of Windows is called")
+
+
+def test_names_of_windows_are_taken_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        for name in ("C:/out/a.mp4", r"..\out put\{name}\a.mp4", r"\\server\share\a.mp4", "./a.mp4", r"\\?\C:\a.mp4"):
+            Output().check(name)

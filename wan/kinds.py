@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from numbers import Integral
 from numbers import Real as Number
+from pathlib import PureWindowsPath
 from typing import Any
 
 from wan.configs import parse_size
@@ -22,6 +23,14 @@ MOST_CLIPS = 10_000
 MOST_GIB = 4096  # more than a machine has
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
+
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def fits_windows(name: str) -> bool:
+    """Whether a file or a folder of Windows may have this name."""
+    return not (name.endswith((".", " ")) or _DEVICE.fullmatch(name) or any(letter in '/\\<>:"|?*' for letter in name))
 
 
 class Unfit(Exception):
@@ -123,6 +132,18 @@ class Encoded(Local):
 @dataclass(frozen=True)
 class Output(Encoded):
     """A file or a folder to write, whose name stands in records, in the list for FFmpeg and on the terminal."""
+
+    def check(self, value: Any) -> None:
+        super().check(value)
+        if os.name != "nt":
+            return
+        # what follows a colon would go into a stream that no program shows, and what has a device's name to the device
+        for part in PureWindowsPath(value).parts[bool(PureWindowsPath(value).anchor) :]:
+            if part != ".." and not fits_windows(part):
+                raise Unfit(
+                    f'has {part[:60]!r} in it, which no file of Windows is called; leave out < > : " | ? *, '
+                    "end without a dot or a space, and take no device's name"
+                )
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,8 @@ class Models:
         return {expert: [one.match for one in self._open(expert, files)] for expert, files in self._wanted.items()}
 
     def lora_bytes(self, loras: Mapping[str, tuple[LoraFile, ...]]) -> dict[str, int]:
-        """What LoRA files hold for each expert. Raises UserError."""
-        return {expert: sum(one.size for one in self._open(expert, files)) for expert, files in loras.items()}
+        """What LoRA files hold for each expert that has some. Raises UserError."""
+        return {expert: sum(one.size for one in self._open(expert, files)) for expert, files in loras.items() if files}
 
     def _open(self, expert: str, files: tuple[LoraFile, ...]) -> list[OpenedLora]:
         """The files' headers, read once for each expert."""

@@ -277,8 +277,7 @@ class Pipeline(ABC):
 
     def host_plan(self, geometry: Geometry, loras: Mapping[str, tuple[LoraFile, ...]], captioner: int = 0) -> HostPlan:
         """How models live in host memory while a clip is made; `captioner`: bytes of one there. Raises UserError."""
-        merged = {expert for expert, files in loras.items() if files}
-        return self.host.plan(self.budget, geometry, merged, captioner)
+        return self.host.plan(self.budget, geometry, self.models.lora_bytes(loras), captioner)
 
     def _make(
         self,

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import import_utils
 
+from tests.support import awq
 from tests.support.golden import GOLDEN_VLM
 from tests.support.tiny_checkpoint import InternVL, write_internvl
 from wan.captioner import (
@@ -99,8 +100,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
             one.cache_clear()
 
     yield put
-    for name in ("gptqmodel", "optimum"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("gptqmodel", "optimum")]:
+        del sys.modules[name]
     for one in asked:
         one.cache_clear()
 
@@ -133,6 +134,31 @@ def test_an_internvl_in_awq_opens_where_its_package_is(packages: Callable[..., N
     state["model.vision_tower.encoder.layer.0.attention.q_proj.qweight"] = torch.zeros(2, 2)
     with pytest.raises(UserError, match="its vision part is quantised too"):
         captioner._quantized_as_stored(state)
+
+
+def test_an_internvl_in_awq_answers_as_its_weights_unpacked(packages: Callable[..., None], tmp_path: Path) -> None:
+    """The layers of the package are ours here; the loading, which decides what they get, is that of transformers."""
+    packages(gptqmodel="9.0.0")
+    awq.write_package(tmp_path / "site/gptqmodel")
+    folders = quantised(tmp_path / "vlm", AWQ | {"group_size": awq.GROUP}), tmp_path / "plain"
+    write_internvl(folders[1], InternVL())
+    stored = {key: value for file in weight_files(folders[1]) for key, value in load_file(file).items()}
+    layers = [key for key in stored if key.startswith("language_model.model.layers.") and "_proj." in key]
+    weights = {key: awq.packed(stored[key]) for key in layers}
+    kept = {key: value for key, value in stored.items() if key not in weights}
+    small = {key.removesuffix("weight") + end: part for key, parts in weights.items() for end, part in parts.items()}
+    for folder, more in zip(folders, (small, {key: awq.unpacked(weights[key]) for key in layers}), strict=True):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        save_file(kept | more, folder / "model.safetensors")
+    quick, plain = (open_captioner(folder, device="cpu", dtype=torch.float32) for folder in folders)
+    assert isinstance(quick, InternVLCaptioner) and isinstance(plain, InternVLCaptioner)
+    ids, pixels = plain.prepare(FRAMES, "what?")
+    with torch.inference_mode():
+        logits, expected = (one.model(input_ids=ids, pixel_values=pixels).logits for one in (quick, plain))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert awq.AwqLinear.begun == len(layers) == 14  # and the rest is as it was
+    assert quick.describe(FRAMES, "what?", max_new_tokens=5) == plain.describe(FRAMES, "what?", max_new_tokens=5) != ""
 
 
 def test_what_transformers_asks_of_a_package_is_said_before_loading(

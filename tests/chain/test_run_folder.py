@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +21,7 @@ from wan.chain.lock import FolderLock
 from wan.chain.run_folder import RunFolder
 from wan.chain.run_record import RunRecord
 from wan.chain.written import Written
-from wan.errors import InUse
+from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.types import Clip, Generation
 
@@ -60,6 +62,34 @@ def test_a_clip_that_was_replaced_is_known_by_its_fingerprint_while_it_is_whole(
         assert one is not None and one.record_path == record
         assert prune(one) > 0  # nothing can go on from it now
     assert elsewhere.find(digest) is None and elsewhere.find("another") is None
+
+
+@pytest.mark.parametrize("refused", ["rename", "unlink"])
+def test_a_clip_that_another_program_holds_open_is_one_line_and_stays(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows does it: what is open is neither moved nor removed."""
+    record = clip(tmp_path / "video_03_seed7")
+    files = sorted(tmp_path.iterdir())
+
+    works = getattr(Path, refused)
+
+    def refuse(path: Path, *args: Any, **more: Any) -> None:
+        if path in files:
+            raise PermissionError(13, "The process cannot access the file", os.fspath(path))
+        works(path, *args, **more)
+
+    elsewhere = ClipsElsewhere(tmp_path)
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, refused, refuse)
+        with pytest.raises(UserError) as caught:
+            elsewhere.set_aside(files) if refused == "rename" else elsewhere.set_clip_aside(record)
+    message = r"cannot move '.*video_03_seed7\.\w+': The process cannot access the file; close it where it is open"
+    assert re.match(message, str(caught.value)) and "\n" not in str(caught.value)
+    assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == files
+    assert isinstance(read_clip(record), FinishedClip)
+    elsewhere.set_clip_aside(record)  # once it is closed
+    assert sorted(file.name for file in tmp_path.iterdir()) == [REDONE]
 
 
 def test_a_folder_has_one_lock_which_others_get_once_it_is_let_go(tmp_path: Path) -> None:

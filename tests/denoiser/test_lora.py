@@ -317,6 +317,19 @@ def test_one_whose_alphas_are_all_zero_is_refused(a14b: Weights, tmp_path: Path)
     refused(tmp_path / "zero.safetensors", a14b, "changes nothing: each alpha in it is 0")
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_one_of_zeros_is_said_to_change_nothing(
+    trained: bool, a14b: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an untrained one is, whose B is zero; one layer that was trained is enough."""
+    layers = pairs(a14b.shapes)
+    still = {name: dataclasses.replace(pair, up=torch.zeros_like(pair.up)) for name, pair in layers.items()}
+    comfyui(still | dict(list(layers.items())[-1:] if trained else []), tmp_path / "zeros.safetensors")
+    merge(load(a14b), a14b, [LoraFile(tmp_path / "zeros.safetensors", 0.0)])
+    expected = "changes nothing: it has only zeros for high_noise_model; train it first, or leave it out"
+    assert caplog.messages == ([] if trained else [f"{tmp_path / 'zeros.safetensors'} {expected}"])
+
+
 @pytest.mark.parametrize(("half", "other"), [("high", "low noise"), ("low", "A14B")])
 def test_half_a_file_is_refused_for_the_other_expert(half: str, other: str, checkpoints: Any, tmp_path: Path) -> None:
     save_file(ai_toolkit(half, pairs(checkpoints["A14B"].shapes)), tmp_path / "lora.safetensors")

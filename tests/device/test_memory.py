@@ -36,6 +36,7 @@ from wan.device.budget import (
     gpu_limit,
 )
 from wan.device.hardware import hold_to
+from wan.device.host_budget import HostBudget, HostPlan
 from wan.device.layers import layers_that_stay
 from wan.device.placement import Placement
 from wan.device.streaming import LayerStreamer
@@ -441,6 +442,10 @@ def test_loras_beside_packed_weights_are_in_the_estimate(tmp_path: Path) -> None
     assert within.vram == 24 * GIB and within.tensors is not None
     assert within.gpu_bytes(geometry, True) <= within.tensors
     assert within.gpu_bytes(geometry, False) == budget.gpu_bytes(geometry, False) + 4 * GIB
+    for experts, more in ((packed, 4 * GIB), (checkpoint.experts, 0)):
+        host = HostBudget(dataclasses.replace(checkpoint, experts=experts), budget.config, 0)
+        every = host.need(HostPlan(), budget, geometry, loras) - host.need(HostPlan(), budget, geometry)
+        assert every == more  # in host memory too
 
 
 def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -> None:

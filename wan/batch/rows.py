@@ -35,7 +35,7 @@ from wan.chain.storyboard_file import compose
 from wan.commands.flags import NAME, check_together
 from wan.errors import UserError
 from wan.foreign import parse_json, read_bytes
-from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, read_plain
+from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, fits_windows, read_plain
 from wan.options import BATCH, OPTIONS, Option, Settings, by_row_key
 from wan.settings import LoraFile
 
@@ -47,7 +47,6 @@ VIDEOS = frozenset(
     (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv")
 )
 PAGE, DATA = "batch.html", "batch.jsonl"
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no file of Windows has such a name
 
 KEYS: Mapping[str, Option] = by_row_key()
 _ALSO = {"seed": "base_seed"}
@@ -175,7 +174,7 @@ def _name(given: Any) -> str:
         Local().check(name)
     except Unfit as error:
         raise Unfit(f"name {error}") from error
-    if name.endswith(".") or _DEVICE.fullmatch(name) or any(c in '/\\<>:"|?*' or not c.isprintable() for c in name):
+    if not fits_windows(name) or not name.isprintable():
         raise Unfit(
             f'name {name[:60]!r} cannot be that of a folder on every system; leave out / \\ < > : " | ? * and what is '
             "unprintable, end without a dot, and take no device's name"

@@ -96,9 +96,9 @@ def _host_memory(continuation: VideoContinuation, missing: Sequence[Plan]) -> st
     host, needs = continuation.host, []
     for plan in missing:
         captioner = continuation.vlm.host_bytes if plan.described else 0
-        merged = {expert for expert, files in plan.loras.items() if files}
-        chosen = host.plan(continuation.budget, plan.geometry, merged, captioner)
-        needs.append((host.need(chosen, continuation.budget, plan.geometry, merged, captioner), chosen))
+        loras = continuation.models.lora_bytes(plan.loras)
+        chosen = host.plan(continuation.budget, plan.geometry, loras, captioner)
+        needs.append((host.need(chosen, continuation.budget, plan.geometry, loras, captioner), chosen))
     size, chosen = max(needs, key=lambda one: one[0])
     limited_by = "given" if host.given else "free"
     return f"about {size / GIB:.1f} GiB of host memory, of {host.limit / GIB:.1f} that are {limited_by}: {chosen}"

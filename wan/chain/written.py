@@ -30,7 +30,7 @@ class Written:
 
     def as_json(self) -> dict[str, Any]:
         """What run.json says of it: the digests that each file may have."""
-        return {"written": self._digests}
+        return {"written": dict(self._digests)}  # a preview may come in while this is saved
 
     def keep(self, name: str) -> str | None:
         """The digest of a file that is there as it was written; one that was changed moves to `redone/`."""

@@ -96,7 +96,8 @@ class Chain:
         self._watch = watch
         self._scripts = _Scripts(job, self._pipeline, self._footage)
         self._upscaling = None if job.settings.upscale is None else Upscaling(job, self._scripts.geometry)
-        self._preview = _preview(job, self._pipeline)
+        _check_preview(job)
+        self._preview: Preview | None = None
 
     def __enter__(self) -> Chain:
         return self
@@ -178,6 +179,8 @@ class Chain:
     def _make(self, run: ChainRun, progress: Progress) -> Generator[FinishedClip, None, int]:
         """Make what is missing; hands out each clip that nobody has a say in any more, and says how many those were."""
         handed_out, inventory = 0, run.inventory
+        if self.job.settings.preview:
+            self._preview = Preview(self.folder / PREVIEW, self._pipeline.fps, run.record.written)
         run.begin()
         progress.finish_clips(len(inventory.clips))
         while True:
@@ -232,13 +235,10 @@ class Chain:
         )
 
 
-def _preview(job: Job, continuation: VideoContinuation) -> Preview | None:
-    if not job.settings.preview:
-        return None
-    if job.config.z_dim not in CHANNELS:
+def _check_preview(job: Job) -> None:
+    if job.settings.preview and job.config.z_dim not in CHANNELS:
         known = " and ".join(map(str, CHANNELS))
         raise UserError(f"`preview` shows latents of {known} channels, this model has {job.config.z_dim}; leave it out")
-    return Preview(Path(job.settings.output_dir) / PREVIEW, continuation.fps)
 
 
 class _Scripts:

@@ -7,6 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from wan import media
+from wan.chain.written import Written
+from wan.files import digest_of, write_bytes
 from wan.types import Step
 from wan.vae.preview import preview
 
@@ -15,10 +17,13 @@ _FRAMES_APART = 4  # of the clip, from one latent frame to the next
 
 
 class Preview:
-    """Writes what the latents show after a solver step, as often as that takes at most `SHARE` of the time."""
+    """Writes what the latents show after a solver step, as often as that takes at most `SHARE` of the time.
 
-    def __init__(self, path: Path, fps: Fraction) -> None:
-        self.path, self.fps = path, fps / _FRAMES_APART
+    A file of that name that the run did not write moves to `redone/`, as `written` has it.
+    """
+
+    def __init__(self, path: Path, fps: Fraction, written: Written) -> None:
+        self.path, self.fps, self._written = path, fps / _FRAMES_APART, written
         self._next = 0.0
 
     def __call__(self, step: Step) -> None:
@@ -27,6 +32,8 @@ class Preview:
             return
         latents = step.latents.detach().float().cpu()  # the step is waited for, which would be later otherwise
         start = time.perf_counter()
-        media.write_webp(self.path, preview(latents), self.fps)
+        picture = media.as_webp(preview(latents), self.fps)
+        self._written.announce(self.path.name, digest_of(picture))
+        write_bytes(self.path, picture)
         end = time.perf_counter()
         self._next = end + (end - start) / SHARE

@@ -93,7 +93,8 @@ def check_budget(job: Job) -> None:
     budget = MemoryBudget(job.checkpoint, config, device, None if settings.t5_cpu else device, limit)
     budget.check(geometry)
     host = HostBudget(job.checkpoint, config, host_limit(settings.host_memory), given=settings.host_memory != "auto")
-    host.plan(budget, geometry, lora_files(settings))
+    # what LoRAs themselves take is known when they are opened
+    host.plan(budget, geometry, dict.fromkeys(lora_files(settings), 0))
 
 
 def check_early(job: Job) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,23 +44,30 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
     source_of = key_map(weights)
     name_of = {source_of[name]: name for name in changed | model.altered}
     model.loras, model.altered = None, changed | model.altered  # until all is done
+    changing: set[Path] = set()  # the files that hold more than zeros
     packed = {name: module for name in name_of.values() if (module := _packed(model, name))}
     for name, linear in packed.items():
         device, base = linear.weight.device, None
         if any(file.has_magnitude(name) for file in opened):
             ((_, original),) = weights.read({source_of[name]})
             base = dequantize(original).to(device, torch.float32)
-        linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base)])
+        linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base, changing)])
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
         value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
-            _add(file, name_of[key], value, base)
+            _add(file, name_of[key], value, base, changing)
         write(parameter, value if model.rounding is None else value.to(model.rounding))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
+        if file.file.path not in changing:
+            _LOGGER.warning(
+                "%s changes nothing: it has only zeros for %s; train it first, or leave it out",
+                file.file.path,
+                weights.expert or "this model",
+            )
 
 
 def _packed(model: WanModel, name: str) -> QuantizedLinear | None:
@@ -69,19 +77,21 @@ def _packed(model: WanModel, name: str) -> QuantizedLinear | None:
     return module if leaf == "weight" and isinstance(module, QuantizedLinear) else None
 
 
-def _add(opened: OpenedLora, name: str, value: Tensor, base: Tensor | None) -> None:
+def _add(opened: OpenedLora, name: str, value: Tensor, base: Tensor | None, changing: set[Path]) -> None:
     """Add what a LoRA holds for a parameter to its float32 value; no more of the file is read.
 
-    `base` are the checkpoint's own values, which only DoRA needs.
+    `base` are the checkpoint's own values, which only DoRA needs. A file with more than zeros comes into `changing`.
     """
-    additions = _additions(opened, name, value.device, base)
+    additions = _additions(opened, name, value.device, base, changing)
     for addition in additions:
         addition.add_to(value, base=base)
     if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
         raise _not_finite(opened, name)
 
 
-def _additions(opened: OpenedLora, name: str, device: torch.device, base: Tensor | None) -> list[Addition]:
+def _additions(
+    opened: OpenedLora, name: str, device: torch.device, base: Tensor | None, changing: set[Path]
+) -> list[Addition]:
     """What a LoRA adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
     part = opened.parts.get(name)
     if part is None:
@@ -98,6 +108,8 @@ def _additions(opened: OpenedLora, name: str, device: torch.device, base: Tensor
     if "dora_scale" in tensors:
         assert base is not None
         additions = _with_magnitude(additions, tensors["dora_scale"].float(), base)
+    if opened.file.path not in changing and not all(addition.is_zero for addition in additions):
+        changing.add(opened.file.path)
     strength = opened.match.lora.strength
     return [replace(addition, strength=strength * addition.strength) for addition in additions]
 

@@ -319,7 +319,7 @@ def denoiser_memory(
     working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
     part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
-    held = loras if _stored_item(weights) < item else 0  # merged into weights that are not packed
+    held = beside_packed(weights, dtype, loras)
     layer = part.layer + held // max(1, part.count)
     return StageMemory(part.weights + held, part.working, layer, part.count, beside)
 
@@ -364,6 +364,11 @@ def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bo
                 item = min(item, 1.0)
         sizes[name] = int(math.prod(shape) * item)
     return sizes
+
+
+def beside_packed(weights: Weights, dtype: str, loras: int) -> int:
+    """Bytes of LoRAs that lie beside an expert: those that its file holds packed; into others they are merged."""
+    return loras if _stored_item(weights) < DTYPES[dtype] else 0
 
 
 def _stored_item(weights: Weights) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import psutil
 
 from wan.configs import ModelConfig
-from wan.device.budget import MemoryBudget, denoiser_dtypes, weight_sizes
+from wan.device.budget import MemoryBudget, beside_packed, denoiser_dtypes, weight_sizes
 from wan.device.host import GIB, host_free_bytes
 from wan.errors import UserError
 from wan.settings import Geometry
@@ -19,6 +19,7 @@ from wan.weights.tensors import Weights
 # Beside weights and frames. A14B on a GPU was seen with 67.8 GiB that cannot be reclaimed, of which 64.3 were weights
 # and 0.8 frames.
 LIBRARIES, LIBRARIES_WITH_CUDA = 1.0 * GIB, 2.7 * GIB
+_NO_LORAS: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class HostBudget:
         plan: HostPlan,
         budget: MemoryBudget,
         geometry: Geometry,
-        merged: Collection[str] = (),
+        loras: Mapping[str, int] = _NO_LORAS,
         captioner: int = 0,
     ) -> int:
-        """Bytes with a plan. `merged`: experts that LoRAs are merged into; `captioner`: bytes of one in host memory.
+        """Bytes with a plan. `loras`: their bytes, by expert; `captioner`: bytes of one in host memory.
 
         `budget` is the clip's on its device, whose activations are in host memory too where that is a CPU.
         """
@@ -83,8 +84,10 @@ class HostBudget:
         for name, weights in checkpoint.experts.items():
             # what is changed or rounded is no longer what is in the file
             in_8_bits = config.low_precision is not None
-            stays = plan.mapped and name not in merged and not in_8_bits
-            size = _bytes(weights, denoiser_dtypes(config.dtype_name("param_dtype")), stays, in_8_bits)
+            stays = plan.mapped and name not in loras and not in_8_bits
+            dtype = config.dtype_name("param_dtype")
+            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits)
+            size += beside_packed(weights, dtype, loras.get(name, 0))
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
         beside = 2 * 12 * frames * height * width  # float32 pixels, as they are decoded and as they are handed on
@@ -95,11 +98,11 @@ class HostBudget:
         return beside + (max(parts) if plan.in_turn else sum(parts))
 
     def plan(
-        self, budget: MemoryBudget, geometry: Geometry, merged: Collection[str] = (), captioner: int = 0
+        self, budget: MemoryBudget, geometry: Geometry, loras: Mapping[str, int] = _NO_LORAS, captioner: int = 0
     ) -> HostPlan:
         """The quickest plan that fits. Raises UserError where none does."""
         for plan in PLANS:
-            size = self.need(plan, budget, geometry, merged, captioner)
+            size = self.need(plan, budget, geometry, loras, captioner)
             if size <= self.limit:
                 return plan
         where = f"`host_memory` is {self.limit / GIB:.3g}" if self.given else f"{self.limit / GIB:.1f} are free"

@@ -3,7 +3,7 @@
 from wan.media.assembly import Assembly, assemble
 from wan.media.decord_reader import check_last_frame_with_decord
 from wan.media.dull_end import DullEnd, find_dull_end
-from wan.media.image import read_image, write_png, write_webp
+from wan.media.image import as_webp, read_image, write_png
 from wan.media.reading import READERS, VideoInfo, probe, read_first_frame, read_last_frame, read_tail, sample_frames
 from wan.media.rewriting import rewrite_video
 from wan.media.sound import SoundTrack, find_sound
@@ -11,6 +11,7 @@ from wan.media.source import VideoError
 from wan.media.writing import PIECE, check_output, join_videos, write_video
 
 __all__ = [
+    "as_webp",
     "PIECE",
     "READERS",
     "Assembly",
@@ -33,5 +34,4 @@ __all__ = [
     "sample_frames",
     "write_png",
     "write_video",
-    "write_webp",
 ]

@@ -45,9 +45,9 @@ def write_png(path: Path, picture: Image.Image) -> None:
     write_bytes(path, data.getvalue())
 
 
-def write_webp(path: Path, frames: UInt8Array, fps: Fraction) -> None:
-    """uint8 [F, h, w, 3] RGB frames as a moving picture that is there whole or not at all."""
+def as_webp(frames: UInt8Array, fps: Fraction) -> bytes:
+    """uint8 [F, h, w, 3] RGB frames as the file of a moving picture."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     data = io.BytesIO()
     first.save(data, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), **_WEBP)
-    write_bytes(path, data.getvalue())
+    return data.getvalue()

@@ -90,6 +90,12 @@ class Addition:
         else:
             flat.addmm_(left, self.right.float() * self.strength)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether one of its factors is zero throughout."""
+        factors = (self.left, self.right, torch.as_tensor(self.strength))
+        return not all(factor.float().any() for factor in factors if factor is not None)
+
     @staticmethod
     def _kronecker(left: Tensor, right: Tensor, rows: slice | None) -> Tensor:
         if rows is None:
