@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import tests.support.small_convolutions  # noqa: F401
 from tests.support.commands import command, world
 from tests.support.golden import GOLDEN, float32
+from tests.support.small_convolutions import pytorch_s_kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,7 +41,7 @@ def _leave_out_of_collections() -> None:
     gc.freeze()
 
 
-__all__ = ["command", "world"]  # the fixtures of whole commands are for all tests
+__all__ = ["command", "pytorch_s_kernels", "world"]  # fixtures for all tests
 
 
 @pytest.fixture(scope="session")

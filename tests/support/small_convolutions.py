@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional
 
@@ -37,3 +38,9 @@ def _conv3d_of_real_sizes(
 
 if _mkldnn.is_available():
     _functional.conv3d = _conv3d_of_real_sizes
+
+
+@pytest.fixture
+def pytorch_s_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that compares what it computes, bit for bit, with what a program of its own has computed."""
+    monkeypatch.setattr(_functional, "conv3d", _conv3d)
