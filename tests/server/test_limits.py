@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ from wan.chain import finished_clip, run_folder
 from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
-from wan.server import folders, supervisor, worker
+from wan.server import chain_routes, folders, supervisor, worker
 from wan.server.chains import SHOWN, Chains
 from wan.server.decode import decode
 from wan.server.errors import ApiError
@@ -269,3 +270,25 @@ def test_a_browser_enters_with_the_key_which_is_in_no_process_list(tmp_path: Pat
             assert process.pid == server.pid or KEY not in str(process.environ())
         kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
         assert kept == []
+
+
+def test_previews_are_looked_for_until_there_is_one_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, told, looks = tmp_path / "preview.webp", [], 0
+
+    async def sleep(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        host.making = None if looks == 1 else "a"
+        if looks == 3:  # the clip had no picture until now
+            file.write_bytes(b"1")
+        if looks == 6:
+            raise TimeoutError
+
+    host = SimpleNamespace(making=None, audience=SimpleNamespace(tell=lambda *words, **more: told.append(words)))
+    chains: Any = SimpleNamespace(supervisor=host, folder=lambda name: SimpleNamespace(preview=file))
+    monkeypatch.setattr(chain_routes, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(TimeoutError):
+        asyncio.run(chain_routes.watch_previews(chains))
+    assert told == [("a", "preview")]
