@@ -84,7 +84,7 @@ TESTS: dict[str, str] = {
     "wan/pictures.py": "faults bombs colour storyboard",
     "wan/captioner/shared.py": "captioners",
     "wan/prompting.py": "continuation_pairs faults continuation memory options",
-    "wan/settings.py": "presets continuation_pairs lora options modes",
+    "wan/settings.py": "owners presets continuation_pairs lora options modes",
     "wan/options.py": "continuation_pairs faults bad_input options storyboard",
     "wan/media": "faults timeline writing reading sound colour dull_end bombs",
     "wan/quality": "motion metrics correction",

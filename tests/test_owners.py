@@ -328,3 +328,9 @@ def test_the_default_solver_is_no_choice_against_a_preset(
     with pytest.raises(Planned):
         pipeline.v2v(torch.zeros(1, 8, 8, 3, dtype=torch.uint8).numpy(), "x", sample_solver=solver)
     assert asked == [planned]
+
+
+@pytest.mark.parametrize(("frames", "near"), [(6, "5 and 9"), (8, "5 and 9"), (0, "1 and 5"), (-7, "1 and 5")])
+def test_the_lengths_beside_one_that_no_clip_has_are_told(frames: int, near: str) -> None:
+    with pytest.raises(UserError, match=rf"must be 4n\+1: {frames} is not, {near} are"):
+        Geometry(frames, 64, 64, (4, 16, 16))

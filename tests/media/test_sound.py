@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from tests.support.media_samples import CORPUS, add_audio, add_video, beeps, beeps_in, moment_of, number, numbered
 from wan import files, media
 from wan.media import assembly, sound
+from wan.timeline import Part, Timeline
 
 
 @pytest.fixture(autouse=True)
@@ -276,3 +279,14 @@ def test_a_track_of_which_nothing_is_heard_is_no_sound(tmp_path: Path) -> None:
     begin = assembly._Begin.read(path, None)
     assert begin.sound(0.5) is not None and begin.sound(0.5, skipped=2) is None
     assert replace(begin, hearing=None).sound(0.5) is None and replace(begin, track=None).sound(0.5) is None
+
+
+def test_the_sound_of_what_follows_ends_with_its_pictures() -> None:
+    asked: list[Any] = []
+    joined: Any = media.Assembly("a.mp4", "b.mp4", into="c.mp4")
+    follows = Part(24, Fraction(24), drop=1)
+    joined._begin = SimpleNamespace(sound=asked.append)
+    joined._end = SimpleNamespace(sound=lambda *words: asked.append(words), part=follows)
+    timeline = Timeline([Part(48, Fraction(24)), Part(24, Fraction(24)), follows], Fraction(24))
+    assert joined._sound(timeline, True) is None
+    assert asked == [2.0, (pytest.approx(23 / 24), pytest.approx(1 / 24))]
