@@ -290,3 +290,16 @@ def test_the_sound_of_what_follows_ends_with_its_pictures() -> None:
     timeline = Timeline([Part(48, Fraction(24)), Part(24, Fraction(24)), follows], Fraction(24))
     assert joined._sound(timeline, True) is None
     assert asked == [2.0, (pytest.approx(23 / 24), pytest.approx(1 / 24))]
+
+
+def test_packets_are_copied_from_just_before_the_begin_to_the_end() -> None:
+    unused: Any = None
+    one = sound.Sound(unused, unused, 10.0, 11.0)
+
+    def within(begin: float | None) -> bool:
+        packet: Any = SimpleNamespace(
+            pts=None if begin is None else round(1000 * begin), duration=100, time_base=Fraction(1, 1000)
+        )
+        return one._is_within(packet)
+
+    assert [within(begin) for begin in (None, 0, 10, 10.9, 10.96, 20)] == [False, False, True, True, False, False]

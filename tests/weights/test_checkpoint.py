@@ -330,6 +330,26 @@ def test_a_gguf_s_long_array_of_numbers_is_read_in_one_piece_and_a_cut_one_is_re
         read_gguf_fields(file, ("tokenizer.ggml.scores",))
 
 
+def test_a_gguf_s_vocabulary_is_not_read_element_by_element(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    slow, asked, file = gguf.GGUFReader._get_field_parts, [], tmp_path / "long.gguf"
+
+    def watched(self: Any, offset: int, kind: int) -> Any:
+        asked.append(kind)
+        return slow(self, offset, kind)
+
+    words = [f"word {number}" for number in range(5000)]
+    writer = gguf.GGUFWriter(file, "wan")
+    writer.add_array("tokenizer.ggml.tokens", words)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    monkeypatch.setattr(gguf.GGUFReader, "_get_field_parts", watched)
+    assert read_gguf_fields(file, ("tokenizer.ggml.tokens",)) == [words]
+    assert gguf.GGUFValueType.ARRAY not in asked and asked
+
+
 def test_the_range_of_scaled_numbers_is_that_of_what_they_stand_for() -> None:
     packed: Any = SimpleNamespace(gguf_type=None, scale=torch.tensor(0.5), data=torch.tensor([1.0, 2.0, 3.0]))
     assert _range(packed) == (3.0, 3.0)
