@@ -29,7 +29,7 @@ def write_package(folder: Path) -> None:
 
 def packed(weight: Tensor) -> dict[str, Tensor]:
     """A weight [out, in] in 4 bits, by the ends of its names in a file."""
-    rows = weight.float().T.unflatten(0, (-1, GROUP))  # [groups, GROUP, out]
+    rows = weight.float().T.reshape(-1, GROUP, len(weight))  # [groups, GROUP, out]
     low, high = rows.amin(1), rows.amax(1)
     scales = ((high - low) / 15).half()
     zeros = (-low / scales).round().clamp(0, 15)
@@ -40,12 +40,12 @@ def packed(weight: Tensor) -> dict[str, Tensor]:
 def unpacked(parts: Mapping[str, Tensor]) -> Tensor:
     """The weight float32 [out, in] that `packed` stands for."""
     numbers, zeros = _unpack(parts["qweight"]), _unpack(parts["qzeros"])
-    rows = (numbers.unflatten(0, (-1, GROUP)) - zeros[:, None]) * parts["scales"].float()[:, None]
+    rows = (numbers.reshape(-1, GROUP, numbers.shape[1]) - zeros[:, None]) * parts["scales"].float()[:, None]
     return rows.flatten(0, 1).T.contiguous()
 
 
 def _pack(numbers: Tensor) -> Tensor:
-    eights = numbers.long().unflatten(1, (-1, 8))[..., list(_COLUMNS)]
+    eights = numbers.long().reshape(len(numbers), -1, 8)[..., list(_COLUMNS)]
     return (eights << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
 
 
