@@ -66,7 +66,7 @@ TESTS: dict[str, str] = {
     "wan/errors.py": "bad_input faults",
     "wan/files.py": "run_folder faults trust outputs resume",
     "wan/footage.py": "continuation_pairs reading continuation modes from",
-    "wan/foreign.py": "parts lora checkpoint readers",
+    "wan/foreign.py": "bombs parts lora checkpoint readers",
     "wan/kinds.py": "options bad_input storyboard rows",
     "wan/pages.py": "report",
     "wan/public.py": "secrets outputs report",

@@ -11,6 +11,7 @@ import torch
 
 from tests.support.commands import command, world
 from tests.support.golden import GOLDEN, float32
+from tests.support.small_convolutions import pytorch_s_kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +41,7 @@ def _leave_out_of_collections() -> None:
     gc.freeze()
 
 
-__all__ = ["command", "world"]  # the fixtures of whole commands are for all tests
+__all__ = ["command", "pytorch_s_kernels", "world"]  # fixtures for all tests
 
 
 @pytest.fixture(scope="session")

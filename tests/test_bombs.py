@@ -18,7 +18,7 @@ from tests.support.commands import MADE
 from tests.support.golden import DATA
 from wan import media, pictures
 from wan.errors import UserError
-from wan.foreign import parse_json, read_json
+from wan.foreign import parse_json, parsing, read_json
 from wan.media import VideoError, source
 from wan.weights.checkpoint import Names, open_checkpoint
 
@@ -96,15 +96,26 @@ def test_a_compressed_pth_is_refused_before_it_is_unpacked(
         open_checkpoint(folder, in_channels=48, experts=1, names=Names(vae="Wan2.2_VAE.pth"))
 
 
+def test_a_library_s_panic_is_one_line_and_ctrl_c_is_none() -> None:
+    panic = type("PanicException", (BaseException,), {})  # as PyO3 has it
+    line = r"it cannot be read, .*; download it again \(no such token\)"
+    with pytest.raises(UserError, match=line), parsing("it", "download it again"):
+        raise panic("no such\ntoken")
+    with pytest.raises(KeyboardInterrupt), parsing("it", "download it again"):
+        raise KeyboardInterrupt
+
+
 def test_json_is_measured_before_it_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for text, message in (
         ("[" * 10**6 + "]" * 10**6, "nested more than 40 deep"),
         (json.dumps({"a": json.loads("[" * 41 + "]" * 41)}), "nested more than 40 deep"),
         ('{"a": ' + "9" * 10**6 + "}", "a number of 1000000 digits"),
+        ("9" * 41, "a number of 41 digits"),
     ):
         with pytest.raises(UserError, match=message):
             parse_json(text, "it")
+    assert parse_json("9" * 40, "it") == 10**40 - 1
     with path.open("wb") as file:
         file.truncate(1 << 34)  # 16 GiB that take no disk
     with pytest.raises(UserError, match="is larger than 16 MiB; is it the right file"):

@@ -165,6 +165,10 @@ def test_a_real_choice_is_refused_with_a_list(parts: Mapping[str, State], comfy:
     put(parts["vae_5b"], comfy / "vae/wan2.2_vae.safetensors")
     put(parts["vae_5b"], comfy / "vae/Wan2_2_VAE.safetensors")
     refused("may each be the VAE; name one with vae", comfy, ("vae",), TI2V)
+    for folder in "abc":
+        put(parts["vae_5b"], comfy / f"vae/{folder}/wan2.2_vae.safetensors")
+    with pytest.raises(UserError, match=r": (vae/\S+, ){3}vae/\S+ and more may each be the VAE"):
+        list(ComfyFolder(comfy).find(("vae",), *TI2V))
     shutil.copy(FIVE / "config.json", comfy)
     for part in EXPERTS:
         (comfy / part / "config.json").unlink()

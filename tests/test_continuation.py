@@ -131,6 +131,12 @@ def test_v2v_describes_the_video_when_it_has_no_prompt(v2v: Any) -> None:
     assert prompt.startswith("continue video A picture of level ")
 
 
+def test_frames_in_memory_are_used_from_the_very_first_on() -> None:
+    frames = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    assert to_uint8(FramesInMemory(frames, 16).tail(9, Fraction(16)))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert to_uint8(FramesInMemory(frames, 16).tail(2, Fraction(8)))[:, 0, 0, 0].tolist() == [1, 3]
+
+
 def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[str]] = []
 
@@ -303,7 +309,8 @@ def test_a_failing_captioner_stops_the_run_before_sampling(v2v: Any, monkeypatch
 def test_a_long_description_is_cut_to_the_text_encoder(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = "The boat goes over wave ab slowly. "
     names = ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=2))
-    told = "".join(sentence.replace("ab", name) for name in names)
+    # another wave and another way, since sentences that differ in one word are a loop
+    told = "".join(sentence.replace("ab", name).replace("slowly", f"{name} slowly") for name in names)
     monkeypatch.setattr(v2v.captioner, "describe", lambda *_, **__: told)
     plan = dataclasses.replace(v2v.plan(VideoFile(VIDEO)), prefix="continue video")
     prompt = v2v.build_prompt(VideoFile(VIDEO), plan).text

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -24,6 +25,7 @@ from tests.support.media_samples import numbered
 from wan import cli, media
 from wan.captioner import EndpointCaptioner, endpoint
 from wan.captioner.next_prompt import IDENTITY_QUESTION
+from wan.chain.dry_run import flops, size_in_words
 from wan.chain.inventory import _free
 from wan.device.budget import StageMemory
 from wan.device.layers import SLOTS
@@ -413,6 +415,30 @@ def test_a_dry_run_tells_the_disk_that_clips_take(
     (told,) = re.findall(r"about (\d+) MiB of disk", command(f"{words} --dry_run").output)
     written = sum(clip.state.stat().st_size for clip in command(words).clips.values())
     assert written / 2**20 > 8 and abs(int(told) - written / 2**20) < 1
+
+
+def test_a_forward_is_the_products_of_all_matrices_and_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (8, 4, 1, 2, 2), "blocks.0.q.bias": (8,)}
+    shapes |= {f"blocks.{number}.q.weight": (8, 8) for number in range(2)}
+    continuation: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(experts={"model": SimpleNamespace(shapes=shapes, path="x")}),
+        rules=SimpleNamespace(shares=lambda sampling: sampling),
+    )
+    plan: Any = SimpleNamespace(
+        geometry=SimpleNamespace(tokens=10), candidates=(1, 2), sampling=SimpleNamespace(cache=None)
+    )
+    monkeypatch.setattr("wan.chain.dry_run.forwards", lambda *_: 3)
+    products, attention = 2 * (2 * 8 * 8) * 10, 2 * (2 * 2 * 8 * 10 * 10)  # of two blocks
+    assert flops(continuation, plan) == 2 * 3 * (products + attention)
+
+
+def test_sizes_are_in_gib_from_half_of_one_on() -> None:
+    assert [size_in_words(size) for size in (2**20, 2**29, 2**29 + 2**25, 2**31)] == [
+        "1 MiB",
+        "512 MiB",
+        "0.5 GiB",
+        "2.0 GiB",
+    ]
 
 
 def test_a_dry_run_counts_the_steps_of_every_candidate(

@@ -84,6 +84,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.rare
+@pytest.mark.usefixtures("pytorch_s_kernels")
 def test_a_chain_whose_node_goes_is_finished_on_another(cluster: Any, tmp_path: Path) -> None:
     running = begin(tmp_path, cluster.address, 2)
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from wan.batch.report import Report
 from wan.batch.rows import BadRow, Row
 from wan.batch.run import Batch, _check_report, outline
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
-from wan.batch.table import line_of, shorten
+from wan.batch.table import Table, line_of, shorten
 from wan.errors import UserError
 from wan.options import Settings
 from wan.server.tickets import DONE, FAILED, PAUSED
@@ -333,6 +336,31 @@ def test_models_are_kept_for_chains_of_one_checkpoint() -> None:
     first = models.open(Job("5B", "Why?"))
     assert models.open(Job("5B", "How?")) is first and first.vlm.question == "How?" and closed == []
     assert models.open(Job("A14B", "Why?")) is not first and closed == ["5B"]
+
+
+def test_the_last_line_of_a_table_tells_the_pace_of_this_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("wan.batch.table.time", SimpleNamespace(monotonic=lambda: now))
+    tasks = tasks_of("a", "b")
+    table = Table("make", tasks, quiet=True)
+    for task, made in zip(tasks, (3, 1), strict=True):
+        task.made, task.missing = made, 4
+    now += 1800
+    assert table.summary() == "0 of 2 chains, 4 of 8 clips, 8.0 clips an hour, about 30 min left"
+
+
+@pytest.mark.parametrize(
+    ("quiet", "terminal", "drawn"), [(False, True, True), (True, True, False), (False, False, False)]
+)
+def test_a_table_is_drawn_on_a_terminal(
+    quiet: bool, terminal: bool, drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = io.StringIO()
+    monkeypatch.setattr(errors, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert Table("make", [], quiet).drawn == drawn
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not Table("make", [], quiet).drawn
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_two_processes_share_one_chain_after_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pytorch_s_kernels")
 def test_six_chains_with_a_kill_are_those_of_lone_runs(tmp_path: Path) -> None:
     rows = [{"video": str(SHAPES), "name": f"job {n}", "seed": 10 * n, "num_videos": 1 + (n < 3)} for n in range(6)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -126,6 +126,20 @@ def test_a_folder_saved_by_transformers_5_reads_the_same(captioner: InternVLCapt
     assert again.describe(FRAMES, QUESTION, max_new_tokens=40) == EXPECTED["chat_text"]
 
 
+def test_what_a_config_leaves_out_is_as_the_library_has_it(folder: Callable[[str], Path]) -> None:
+    from transformers import InternVLConfig
+
+    path = folder("hf")
+
+    def leave_out(config: dict[str, Any]) -> None:
+        del config["image_seq_length"], config["downsample_ratio"], config["vision_config"]["patch_size"]
+
+    edit(path / "config.json", leave_out)
+    captioner, usual = InternVLCaptioner(path, "cpu"), InternVLConfig()
+    assert captioner.tokens_per_frame == usual.image_seq_length
+    assert [captioner.image_size] * 2 == list(usual.vision_config.image_size)
+
+
 def test_frames_are_sampled_as_officially() -> None:
     for name, indices in EXPECTED["sampling"].items():
         count, segments = map(int, name.split("x"))

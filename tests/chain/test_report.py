@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from wan.chain.charts import _time_chart, _walk
+from wan.chain.measures import Measure
 from wan.chain.report import _clock, render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
@@ -363,3 +364,12 @@ def test_the_page_has_no_lines_that_the_template_s_statements_left() -> None:
 )
 def test_a_length_of_time_is_in_the_units_that_one_would_say(seconds: float | None, words: str) -> None:
     assert _clock(seconds) == words
+
+
+def test_a_number_is_judged_by_its_ranges_whose_ends_belong_to_them() -> None:
+    measure = Measure("jump", "Jump", "x", (0.5, 1.5), (0.25, 2.0), "less", "as usual", "more")
+    judged = {value: measure.read({"jump": value}) for value in (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)}
+    verdicts = ["visible", "faint", "good", "good", "good", "faint", "visible"]
+    assert [one["verdict"] for one in judged.values()] == verdicts
+    assert [one["words"] for one in judged.values()] == ["less"] * 2 + ["as usual"] * 3 + ["more"] * 2
+    assert judged[0.25]["value"] == "0.25 x" and measure.read({})["verdict"] == "unknown"

@@ -20,7 +20,7 @@ import torch
 
 from tests.support.commands import Seen
 from tests.support.golden import DATA, ROOT, small_checkpoints
-from wan.commands.progress import Progress
+from wan.commands.progress import Progress, span
 from wan.detail import tell_detail
 from wan.stopwatch import Stopwatch
 from wan.types import Step
@@ -155,3 +155,8 @@ def test_a_stage_inside_another_is_charged_once_and_says_its_details() -> None:
     assert watch.seconds["load"] >= 0.2 > watch.seconds["sample"]
     stages = [(step.index, step.stage, step.detail) for step in heard]
     assert stages[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2")]
+
+
+def test_a_length_of_time_is_in_words() -> None:
+    seconds = (0.4, 119.4, 120, 7199, 7200, 9000)
+    assert [span(one) for one in seconds] == ["0 s", "119 s", "2 min", "120 min", "2.0 h", "2.5 h"]

@@ -50,6 +50,14 @@ def test_rows_keep_their_largest_numbers_and_round_the_others_to_four_bits() -> 
     assert quantize(torch.zeros(2, 8))[0].float().eq(0).all()
 
 
+def test_numbers_that_are_rounded_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(7, 16)
+    whole = quantize(x)
+    monkeypatch.setattr(fp8, "_PIECE", 3 * 16)  # the last piece is shorter
+    rows, scale = quantize(x)
+    assert torch.equal(rows.float(), whole[0].float()) and torch.equal(scale, whole[1])
+
+
 def test_a_product_has_the_error_of_its_roundings() -> None:
     x, weight, bias = random(2, 50, 256), random(64, 256, seed=1), random(64, seed=2)
     product = multiply(x, *quantize(weight), bias)

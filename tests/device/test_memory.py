@@ -492,7 +492,7 @@ def test_running_out_of_memory_names_what_would_have_worked(ti2v: Any, monkeypat
     def fail(*_: Any) -> None:
         raise errors[-1]
 
-    monkeypatch.setattr(type(ti2v), "_run", fail)
+    monkeypatch.setattr(type(ti2v), "_make", fail)
     monkeypatch.setattr(MemoryBudget, "advice", lambda self, of, offload, vram: f"{of.frames} {offload} {vram // GIB}")
     monkeypatch.setattr(ti2v, "budget", dataclasses.replace(ti2v.budget, free=20 * GIB))
     for error in (

@@ -122,6 +122,6 @@ def test_the_last_slice_is_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None
         def to_local(self) -> torch.Tensor:
             return torch.zeros((3, 3, 3, 1)[self.rank], 2)
 
-    monkeypatch.setattr("wan.device.sharding.DTensor", Whole)
+    monkeypatch.setattr("torch.distributed.tensor.DTensor", Whole)
     slices: list[Any] = [slice_of(Whole(rank)) for rank in range(4)]  # type: ignore[arg-type]
     assert [(one.rows.start, one.rows.stop) for one in slices] == [(0, 3), (3, 6), (6, 9), (9, 10)]

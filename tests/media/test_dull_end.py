@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -235,3 +236,11 @@ def test_a_source_is_joined_up_to_its_moment(tmp_path: Path) -> None:
         assert shown.index(1001) / 30 == pytest.approx(begins, abs=0.04)
         assert shown[shown.index(1001) - 1] == min(round(until * 30), 30)
         assert beeps_in(tmp_path / "joined.mp4") == pytest.approx(heard, abs=0.03)
+
+
+def test_pictures_of_the_same_moment_do_not_stop_the_clock() -> None:
+    begin = media.source.inspect(CORPUS / "h264_faststart.mp4")
+    frames: list[Any] = [SimpleNamespace(time=begin.start) for _ in range(9)]
+    pictures = media.source.Pictures(begin)
+    shown = list(pictures._up_to((one for one in frames), begin.start + 2.5 / float(begin.fps)))
+    assert len(shown) == 3 and pictures.was_cut

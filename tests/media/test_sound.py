@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -261,3 +262,17 @@ def test_a_joined_video_is_heard_to_the_end_of_its_sound(tmp_path: Path) -> None
     kept, whole = (sound.listen(one) for path in (out, heard) if (one := media.find_sound(path)))
     assert kept is not None and whole is not None
     assert kept.end - kept.start == pytest.approx(whole.end - whole.start, abs=0.03)
+
+
+def test_a_track_of_which_nothing_is_heard_is_no_sound(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        video, track = add_video(container, "libx264", 24, (64, 36)), add_audio(container, "aac", 48000)
+        levels = av.AudioFrame.from_ndarray(beeps(1, [0.5])[None], "s16", "mono")
+        levels.sample_rate, levels.pts, levels.time_base = 48000, 0, Fraction(1, 48000)
+        for picture in numbered(range(24), 64, 36):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")))
+        container.mux([*video.encode(None), *track.encode(levels), *track.encode(None)])
+    begin = assembly._Begin.read(path, None)
+    assert begin.sound(0.5) is not None and begin.sound(0.5, skipped=2) is None
+    assert replace(begin, hearing=None).sound(0.5) is None and replace(begin, track=None).sound(0.5) is None

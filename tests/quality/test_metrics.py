@@ -18,6 +18,7 @@ from tests.support.quality_footage import Scene, pan, still, to_and_fro, to_fram
 from wan.errors import UserError
 from wan.quality import LookPart, SeamScore, measure_look, score_seam
 from wan.quality.metrics import _high_frequency, _noise
+from wan.quality.vision import follow
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +83,13 @@ def test_a_planted_defect_ranks_worse_than_clean_footage_and_is_named(name: str,
     score = score_seam(before(name, seed), DEFECTS[defect](scene(name, seed)))
     assert defect in score.warnings
     assert score.score > clean(name, seed).score + 0.8
+
+
+def test_a_turn_by_a_right_angle_is_a_turn_and_nothing_else() -> None:
+    last = OLD - 1
+    frames = Scene(0, lambda time: (1.4 * min(time, last), 1.4 * max(time - last, 0))).clip(range(OLD + NEW))
+    assert score_seam(frames[:OLD], frames[OLD:]).warnings == ("turn",)
+    assert "turn" not in score_seam(frames[:OLD], frames[last:OLD].expand(NEW, -1, -1, -1)).warnings
 
 
 def test_motion_that_dies_later_is_a_freeze_too() -> None:
@@ -194,6 +202,15 @@ def test_without_opencv_the_message_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="pip install opencv-python-headless"):
         measure_look(torch.zeros(2, 64, 64, 3))
+
+
+def test_a_picture_that_is_pulled_back_is_inside_up_to_its_edges() -> None:
+    picture, field = np.random.default_rng(0).random((6, 8, 3), np.float32), np.zeros((6, 8, 2), np.float32)
+    pulled, inside = follow(picture, field)
+    assert inside.all() and np.allclose(pulled, picture, atol=1e-6)
+    field[:] = 0.5, -0.5
+    inside = follow(picture, field)[1]
+    assert inside[1:, :-1].all() and not inside[0].any() and not inside[:, -1].any()
 
 
 def test_the_last_line_of_an_odd_picture_is_not_needed_for_its_noise() -> None:

@@ -61,6 +61,7 @@ def test_a_chain_is_planned_started_watched_and_changed(quick: Served) -> None:
     assert [clip["takes"] for clip in chain["clips"]] == [[], [1, 2]] and chain["clips"][1]["said"]["name"] == "stop"
     assert all(isinstance(clip["seam"]["score"], float) for clip in chain["clips"]) and chain["drift"]["colour"]
     for path, kind in (
+        ("seam/0", "image/jpeg"),
         ("seam/7", "image/jpeg"),
         ("thumbnail", "image/webp"),
         ("content", "video/mp4"),

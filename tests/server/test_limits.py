@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,16 +26,19 @@ from wan.chain import finished_clip, run_folder
 from wan.configs import v2v_5B, v2v_14B
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
-from wan.server import folders, supervisor, worker
+from wan.server import chain_routes, folders, supervisor, worker
 from wan.server.chains import SHOWN, Chains
 from wan.server.decode import decode
 from wan.server.errors import ApiError
 from wan.server.folders import ChainFolder
+from wan.server.intake import Intake
 from wan.server.live import Live
 from wan.server.main import serve
 from wan.server.metrics import Metrics
+from wan.server.planning import plan_of
 from wan.server.supervisor import Supervisor
-from wan.server.tickets import FAILED, QUEUED, Queue, Ticket, new_id
+from wan.server.tickets import FAILED, MAKING, QUEUED, Queue, Ticket, new_id
+from wan.server.videos import progress
 from wan.vae.preview import CHANNELS
 
 
@@ -269,3 +273,67 @@ def test_a_browser_enters_with_the_key_which_is_in_no_process_list(tmp_path: Pat
             assert process.pid == server.pid or KEY not in str(process.environ())
         kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
         assert kept == []
+
+
+def test_previews_are_looked_for_until_there_is_one_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, told, looks = tmp_path / "preview.webp", [], 0
+
+    async def sleep(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        host.making = None if looks == 1 else "a"
+        if looks == 3:  # the clip had no picture until now
+            file.write_bytes(b"1")
+        if looks == 6:
+            raise TimeoutError
+
+    host = SimpleNamespace(making=None, audience=SimpleNamespace(tell=lambda *words, **more: told.append(words)))
+    chains: Any = SimpleNamespace(supervisor=host, folder=lambda name: SimpleNamespace(preview=file))
+    monkeypatch.setattr(chain_routes, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(TimeoutError):
+        asyncio.run(chain_routes.watch_previews(chains))
+    assert told == [("a", "preview")]
+
+
+def test_progress_is_that_of_the_clips_that_a_chain_adds_to_another() -> None:
+    chains: Any = SimpleNamespace(supervisor=None)
+    assert progress(chains, Ticket("a", state=MAKING, base=2, done=3, count=6)) == 25
+    assert progress(chains, Ticket("a", state=MAKING, base=2, done=2, count=6)) == 0
+    assert progress(chains, Ticket("a", state=MAKING, done=6, count=6)) == 99  # until it is joined
+
+
+def test_a_chain_that_the_queue_does_not_take_leaves_no_folder() -> None:
+    removed: list[str] = []
+
+    def full(ticket: Ticket) -> Ticket:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    jobs: Any = SimpleNamespace(keep=lambda folder, name: None, remove=removed.append)
+    queue: Any = SimpleNamespace(add=full)
+    with pytest.raises(OSError, match="No space"):
+        Intake(jobs, None, queue, 1, lambda: None)._add(Ticket("a"), ChainFolder(Path("a")))  # type: ignore[arg-type]
+    assert removed == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "status", "message"),
+    [(2, "warned\nas well\nit is wrong\n", 400, "it is wrong"), (2, "wrong\n", 400, "wrong"), (1, "x\n", 500, "log")],
+)
+def test_a_plan_that_cannot_be_made_says_why_in_its_last_line(
+    code: int, printed: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        returncode = code
+
+        async def communicate(self, _: bytes) -> tuple[bytes, None]:
+            return printed.encode(), None
+
+    async def begin(*_: str, **__: int) -> Process:
+        return Process()
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", begin)
+    with pytest.raises(ApiError, match=message) as caught:
+        asyncio.run(plan_of(Settings(), {}))
+    assert caught.value.status == status and "warned" not in str(caught.value)

@@ -33,6 +33,7 @@ from pydantic import type_adapter  # noqa: F401
 from safetensors.torch import load_file
 from transformers.models.umt5 import modeling_umt5  # noqa: F401
 
+import tests.support.small_convolutions  # noqa: F401
 import wan.commands.continuous
 import wan.commands.gpus
 import wan.commands.steering

@@ -11,7 +11,8 @@ import torch._dynamo.testing
 import torch.distributed
 import transformers.models.umt5.modeling_umt5  # noqa: F401
 
-import tests.support.ranks  # noqa: F401
+import tests.support.ranks
+import tests.support.small_convolutions  # noqa: F401
 import wan.cli
 import wan.clip_sampler
 import wan.commands.continuous

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.support.golden import GOLDEN, float32
 from tests.support.text_encoders import in_gguf, sentencepiece_model
+from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from wan import WanTI2V
 from wan.errors import UserError
 from wan.text.umt5 import PromptTokenizer, TextEncoder, _from_vocabulary, _infer_config
@@ -31,6 +33,17 @@ def test_a_tokenizer_s_folder_runs_no_code_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", watched)
     PromptTokenizer(GOLDEN / "5b" / "ckpt" / "google" / "umt5-xxl")
     assert trusted == [False]
+
+
+def test_a_tokenizer_that_can_encode_nothing_is_refused_as_it_is_opened(tmp_path: Path) -> None:
+    write_prompt_tokenizer(tmp_path / "whole", 256)
+    assert PromptTokenizer(tmp_path / "whole", 8)("a")[1].sum() > 1
+    file = tmp_path / "whole" / "tokenizer_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    del config["pad_token"]
+    file.write_text(json.dumps(config), "utf-8")
+    with pytest.raises(UserError, match=r"the tokenizer in .*whole cannot be read, .*download it again \(.*padding"):
+        PromptTokenizer(tmp_path / "whole", 8)
 
 
 def test_a_vocabulary_s_table_of_characters_and_whole_words_are_used(tmp_path: Path) -> None:

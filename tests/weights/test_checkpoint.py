@@ -25,7 +25,7 @@ from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, reso
 from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.loading import _range
 from wan.weights.prefetch import ReadAhead
-from wan.weights.pth import OtherPickleError, _tensor
+from wan.weights.pth import OtherPickleError, _Reader, _Storage, _tensor
 from wan.weights.tensors import Weights, open_safetensors
 
 pytestmark = pytest.mark.slow
@@ -361,3 +361,12 @@ def test_a_link_that_leads_nowhere_is_not_called_missing(tmp_path: Path) -> None
 def test_an_address_is_no_checkpoint_folder() -> None:
     with pytest.raises(UserError, match="is an address; give a folder, or a hub id"):
         resolve_folder("https://example.org/Wan-AI/Wan2.2-TI2V-5B")
+
+
+def test_a_pth_s_storage_is_as_large_as_its_file_says() -> None:
+    reader = _Reader(b"", "archive", {"archive/data/0": 8})
+    floats = _Storage("FloatStorage")
+    assert reader.persistent_load(("storage", floats, "0", "cpu", 2)) == ("FloatStorage", 2)
+    for pid in (("storage", floats, "0", "cpu", 3), ("module", floats, "0", "cpu", 2)):
+        with pytest.raises(OtherPickleError):
+            reader.persistent_load(pid)

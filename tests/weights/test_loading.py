@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.errors import UserError
-from wan.weights.loading import load_into
+from wan.weights.loading import _Behind, load_into
 
 COUNT = 6
 PATIENCE = 20  # seconds after which a test that would hang fails
@@ -142,3 +142,12 @@ def test_an_error_of_what_reads_ends_what_makes_weights() -> None:
     with pytest.raises(UserError, match=r"holds numbers in 4\.weight that are NaN"):
         load(files, Halves())
     assert at_work() == []
+
+
+def test_of_the_work_behind_two_pieces_wait_at_most() -> None:
+    used: list[Any] = []
+    with _Behind() as behind:
+        for number in range(4):
+            behind.do(lambda number=number: number, used.append)  # type: ignore[misc]
+            assert used == list(range(number - 1))
+    assert used == [0, 1, 2, 3]
