@@ -21,7 +21,7 @@ from wan.batch import run as run_module
 from wan.batch.places import Places
 from wan.batch.report import Report
 from wan.batch.rows import BadRow, Row
-from wan.batch.run import Batch, outline
+from wan.batch.run import Batch, _check_report, outline
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table, line_of, shorten
 from wan.errors import UserError
@@ -361,3 +361,22 @@ def test_a_table_is_drawn_on_a_terminal(
     assert Table("make", [], quiet).drawn == drawn
     monkeypatch.setattr(sys, "stderr", None)
     assert not Table("make", [], quiet).drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("batch.jsonl", '{"video": "a.mp4", "name": "sea"}\n'),  # a list, say
+        ("batch.jsonl", "notes\n"),
+        ("batch.jsonl", "[1]\n"),
+        ("batch.html", "<!DOCTYPE html>\n<p>notes of generate_batch.py"),
+    ],
+)
+def test_a_file_that_no_batch_made_is_not_replaced_by_the_report(name: str, text: str, tmp_path: Path) -> None:
+    report = Report(tmp_path, Settings(ckpt_dir="x", videos="films"), [BadRow("line 1", "no video")])
+    report.write([], {}, status="running")
+    _check_report(tmp_path, [])  # of the batch before
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name} would be overwritten, and no batch made it; move it"):
+        _check_report(tmp_path, [])
+    assert (tmp_path / name).read_text(encoding="utf-8") == text

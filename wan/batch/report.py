@@ -26,6 +26,18 @@ MOST_PICTURES = 500  # of chains on the page, of which each takes about 5 kB
 MOST_SEAMS = 200
 
 
+def is_report(file: Path) -> bool:
+    """Whether a file of either name is one that a batch has written."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.name == PAGE:
+        return "script-src 'none'" in text and "generate_batch.py" in text
+    try:
+        first = json.loads(text.partition("\n")[0] or "{}")
+    except ValueError:
+        return False
+    return not text or (isinstance(first, dict) and {"where", "state"} <= first.keys())
+
+
 class Report:
     """Both files in a folder, which are renewed as the batch runs."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.batch.hand import LOST, UPLOAD, WRITING
-from wan.batch.report import Report
+from wan.batch.report import Report, is_report
 from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
@@ -338,7 +338,7 @@ def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
 
 
 def _check_report(folder: Path, rows: Sequence[Row]) -> None:
-    """Raise UserError where the report cannot be written."""
+    """Raise UserError where the report cannot be written, or would replace what no batch has made."""
     for name in (PAGE, DATA):
         path = folder / name
         if taken := next((row for row in rows if row.folder == path), None):
@@ -347,5 +347,7 @@ def _check_report(folder: Path, rows: Sequence[Row]) -> None:
             )
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file, and the report needs that name; give `report_dir`")
+        if path.exists() and not is_report(path):
+            raise UserError(f"{path} would be overwritten, and no batch made it; move it, or give `report_dir`")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`report_dir` {folder} is a file; give a folder")
