@@ -510,3 +510,9 @@ FOLDER = [
     "low_noise_model/diffusion_pytorch_model-00001-of-00006.safetensors",
     "Wan2.1_VAE.pth",
 ]
+
+
+@pytest.mark.parametrize("rows", [slice(0, 12), slice(5, 7), slice(3, 9), slice(8, 12), slice(9, 20)])
+def test_rows_of_a_kronecker_product_are_those_of_the_whole(rows: slice) -> None:
+    left, right = (torch.arange(1.0, size + 1).view(-1, 2) for size in (6, 8))
+    assert torch.equal(Addition._kronecker(left, right, rows), torch.kron(left, right)[rows])
