@@ -1,4 +1,7 @@
-"""What is done inside a stage that takes long, for whoever shows it: deep code says it, without knowing who listens."""
+"""Words for whoever shows a run: lengths of time, and what is done inside a stage that takes long.
+
+Deep code says the latter, without knowing who listens.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,10 @@ def tell_detail(detail: str) -> None:
     """A few words, such as "shard 2 of 6"."""
     if (listener := _listener.get()) is not None:
         listener(detail)
+
+
+def span(seconds: float) -> str:
+    """A length of time in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -20,8 +20,8 @@ import torch
 
 from tests.support.commands import Seen
 from tests.support.golden import DATA, ROOT, small_checkpoints
-from wan.commands.progress import Progress, span
-from wan.detail import tell_detail
+from wan.commands.progress import Progress
+from wan.detail import span, tell_detail
 from wan.stopwatch import Stopwatch
 from wan.types import Step
 

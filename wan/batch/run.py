@@ -14,7 +14,8 @@ from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
 from wan.commands.flags import NAME
 from wan.commands.lines import PROGRESS
-from wan.commands.progress import counted, say, span
+from wan.commands.progress import counted, say
+from wan.detail import span
 from wan.errors import UserError
 from wan.foreign import read_json
 from wan.options import Settings

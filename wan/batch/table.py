@@ -14,7 +14,8 @@ from tqdm.utils import disp_len
 
 from wan.batch.schedule import Task
 from wan.commands.lines import PROGRESS
-from wan.commands.progress import counted, span
+from wan.commands.progress import counted
+from wan.detail import span
 
 told = logging.getLogger(PROGRESS)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wan.chain.inventory import Inventory
 from wan.denoiser.timetable import forwards
+from wan.detail import span
 from wan.device.budget import CONTEXT, GIB
 from wan.foreign import count_numbered
 from wan.options import LONGEST_CONTEXT
@@ -168,8 +169,8 @@ def _time(continuation: VideoContinuation, inventory: Inventory) -> str:
     """Sampling time, from this run's finished clips if it has any."""
     seconds, measured = _seconds(continuation, inventory)
     if measured:
-        return f"about {_span(seconds)} of sampling, as its finished clips took"
-    return f"about {_span(seconds)} of sampling on an H200; elsewhere the first clip will tell"
+        return f"about {span(seconds)} of sampling, as its finished clips took"
+    return f"about {span(seconds)} of sampling on an H200; elsewhere the first clip will tell"
 
 
 def _work(continuation: VideoContinuation, missing: Sequence[Plan]) -> float:
@@ -185,9 +186,3 @@ def _seconds(continuation: VideoContinuation, inventory: Inventory) -> tuple[flo
         if (seconds := (clip.record.get("seconds") or {}).get("sample"))
     ]
     return (work / statistics.median(rates), True) if rates else (work / H200_FLOPS, False)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm  # in a notebook a widget
 
 from wan.commands.lines import CLIP, PROGRESS, STAGE
+from wan.detail import span
 
 if TYPE_CHECKING:
     from wan.chain.finished_clip import FinishedClip
@@ -157,13 +158,6 @@ class Progress:
         # None where it was closed before we began
         bars = ("ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())) and not self.quiet
         return tqdm(disable=not bars, dynamic_ncols=True, file=sys.stderr, **options)
-
-
-def span(seconds: float) -> str:
-    """A length of time in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def counted(count: int, word: str) -> str:
