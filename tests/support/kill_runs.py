@@ -87,7 +87,8 @@ def chain(
     extend = WanV2V5B.extend
 
     def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any = None, **more: Any) -> Any:
-        return extend(self, footage, seed, plan, event, **more)
+        # what is told inside a stage changes nothing on disk
+        return extend(self, footage, seed, plan, lambda step: None if step.detail else event(), **more)
 
     WanV2V5B.extend = watched  # type: ignore[method-assign]
     Progress.begin = lambda *_: event()  # type: ignore[method-assign]
