@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support.golden import GOLDEN
+from tests.support.small_convolutions import pytorch_s_choice
 from wan.denoiser.schedule import build_scheduler
 from wan.image2video import preprocess as preprocess_14b
 from wan.settings import Sampling
@@ -20,6 +22,14 @@ from wan.sizes import best_size, exact_size, official_size
 from wan.text.umt5 import clean
 from wan.textimage2video import preprocess as preprocess_5b
 from wan.types import Generation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_it_is() -> Iterator[None]:
+    """The product as it is, with no kernel chosen for tests."""
+    with pytorch_s_choice():
+        yield
+
 
 RUNS = [
     ("5b", "main"),

@@ -19,6 +19,7 @@ from typing import Any
 from wan.errors import UserError
 
 log = logging.getLogger(__name__)
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # of Windows
 
 
 def file_digest(path: Path) -> str:
@@ -44,6 +45,11 @@ def sampled_digest(path: Path) -> str:
             opened.seek(start)
             digest.update(opened.read(block))
     return digest.hexdigest()[:16]
+
+
+def fits_windows(name: str) -> bool:
+    """Whether a file or a folder of Windows may have this name."""
+    return not (name.endswith((".", " ")) or _DEVICE.fullmatch(name) or any(letter in '/\\<>:"|?*' for letter in name))
 
 
 def numbered(name: str) -> Iterator[str]:

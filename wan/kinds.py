@@ -15,7 +15,7 @@ from typing import Any
 
 from wan.configs import parse_size
 from wan.errors import UserError
-from wan.files import readable
+from wan.files import fits_windows, readable
 from wan.public import public_path, public_url, without_login
 
 LARGEST_SEED = 2**63 - 1
@@ -23,14 +23,6 @@ MOST_CLIPS = 10_000
 MOST_GIB = 4096  # more than a machine has
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.")
-
-
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-
-
-def fits_windows(name: str) -> bool:
-    """Whether a file or a folder of Windows may have this name."""
-    return not (name.endswith((".", " ")) or _DEVICE.fullmatch(name) or any(letter in '/\\<>:"|?*' for letter in name))
 
 
 class Unfit(Exception):

@@ -6,6 +6,8 @@ On a CPU, PyTorch gives a convolution over time to oneDNN only where channels x 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -40,7 +42,16 @@ if _mkldnn.is_available():
     _functional.conv3d = _conv3d_of_real_sizes
 
 
+@contextmanager
+def pytorch_s_choice() -> Iterator[None]:
+    """In the block convolutions run on the kernels that PyTorch itself chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_functional, "conv3d", _conv3d)
+        yield
+
+
 @pytest.fixture
-def pytorch_s_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def pytorch_s_kernels() -> Iterator[None]:
     """For a test that compares what it computes, bit for bit, with what a program of its own has computed."""
-    monkeypatch.setattr(_functional, "conv3d", _conv3d)
+    with pytorch_s_choice():
+        yield

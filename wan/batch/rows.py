@@ -34,8 +34,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from wan.chain.storyboard_file import compose
 from wan.commands.flags import NAME, check_together
 from wan.errors import UserError
+from wan.files import fits_windows
 from wan.foreign import parse_json, read_bytes
-from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, fits_windows, read_plain
+from wan.kinds import Files, Local, Picture, PictureFolder, Unfit, Video, Words, read_plain
 from wan.options import BATCH, OPTIONS, Option, Settings, by_row_key
 from wan.settings import LoraFile
 
