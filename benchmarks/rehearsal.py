@@ -85,8 +85,8 @@ def forget(folders: Sequence[Path]) -> None:
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_seconds(folders: Sequence[Path], most: int) -> tuple[float, float]:
-    """How long the weights take to be read one after the other, told from the first `most` bytes, and GB a second."""
+def disk_rate(folders: Sequence[Path], most: int) -> tuple[float, float]:
+    """GB of weights, and GB a second of reading them one after the other, told from the first `most` bytes."""
     forget(folders)
     buffer, start, done = bytearray(8 << 20), time.perf_counter(), 0
     for file in weights(folders):
@@ -94,7 +94,7 @@ def disk_seconds(folders: Sequence[Path], most: int) -> tuple[float, float]:
             while done < most and (count := opened.readinto(buffer)):
                 done += count
     rate = done / (time.perf_counter() - start)
-    return sum(file.stat().st_size for file in weights(folders)) / rate, rate / 1e9
+    return sum(file.stat().st_size for file in weights(folders)) / 1e9, rate / 1e9
 
 
 def watch(
@@ -156,8 +156,8 @@ def run(args: argparse.Namespace) -> None:
     trees = dict(one.split("=", 1) for one in args.tree) or {"this tree": "."}
     rows = ["| tree | cache | " + " | ".join(COLUMNS) + " | refusal |", "| --- " * (len(COLUMNS) + 3) + "|"]
     if "cold" in args.caches:
-        read, rate = disk_seconds(folders, int(args.probe * 1e9))
-        print(f"all weights at the disk's rate of {rate:.2f} GB/s: {read:.1f} s", flush=True)
+        size, rate = disk_rate(folders, int(args.probe * 1e9))
+        print(f"all {size:.1f} GB of weights at the disk's rate of {rate:.2f} GB/s: {size / rate:.1f} s", flush=True)
     with tempfile.TemporaryDirectory() as place:
         video = footage(Path(place) / "in.mp4", kind_of(args.folder))
         given = ["--video", str(video), "--ckpt_dir", str(folders[0]), "--base_seed", "1"]
