@@ -1,8 +1,18 @@
-"""An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`."""
+"""An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`.
+
+    python -m benchmarks.captioning [--vlm FOLDER [--room GIB ...] [--tokens N]]
+
+With `--vlm` a folder's captions: whole on the GPU, then with as much of it for its weights as each `--room` says, so
+that the layers beyond come one by one. Exits with 1 if the words are not the same.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +25,9 @@ from benchmarks.timing import timed
 from wan.captioner.base import Pictures
 from wan.captioner.decoding import GreedyDecoder, fuse_norms
 from wan.captioner.frames import pixels_of
+from wan.captioner.internvl import InternVLCaptioner
 from wan.device.hardware import peak_gib, reset_peak
+from wan.options import QUESTION
 
 FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
 WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
@@ -156,5 +168,59 @@ def worst_choice(logits: Tensor, chosen: Tensor) -> float:
     return float((below / logits.std(1)).max())
 
 
+def streamed(folder: Path, rooms: list[float], tokens: int, device: torch.device) -> bool:
+    """A row for a VLM that is whole on the device and for each GiB that its weights may take there: the same words?"""
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (FRAMES, 480, 832, 3), np.uint8)
+    first, resident, right = None, 0.0, True
+    for room in (None, *rooms):
+        reset_peak(device)
+        limit = None if room is None else partial(int, room * 2**30)
+        captioner = InternVLCaptioner(folder, device, room=limit)
+        begun = time.perf_counter()
+        _ = captioner.model
+        loaded = time.perf_counter() - begun
+        ids, pixels = captioner.prepare(frames, QUESTION)
+        answers: list[Tensor] = []
+
+        def answer(count: int, captioner: Any = captioner, asked: Any = (ids, pixels), into: Any = answers) -> None:
+            into.append(captioner.generate(*asked, count))
+
+        answer(tokens)  # sets up what the next ones find
+        alone, taken = (timed(partial(answer, count), device)[0] for count in (1, tokens))
+        words = answers[-1]
+        first = words if first is None else first
+        resident = resident or taken
+        made = {
+            "room_gib": room,
+            "load": round(loaded, 1),
+            "one_token": round(alone, 3),
+            "seconds": round(taken, 3),
+            "tokens": len(words),
+            "ms_per_token": round(1000 * (taken - alone) / max(1, len(words) - 1), 1),
+            "over_resident": round(taken / resident, 2),
+            "peak_gib": peak_gib(device),
+            "same_words": torch.equal(words, first),
+        }
+        print(made, flush=True)
+        right = right and made["same_words"]
+        captioner.close()
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vlm", type=Path)
+    parser.add_argument("--room", type=float, nargs="*", default=[12, 8, 4], metavar="GIB")
+    parser.add_argument("--tokens", type=int, default=ANSWER)
+    parser.add_argument("--device", default="cuda:0")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.vlm:
+        return not streamed(args.vlm, args.room, args.tokens, device)
+    print(captions(device))
+    return 0
+
+
 if __name__ == "__main__":
-    print(captions(torch.device("cuda:0")))
+    sys.exit(main())

@@ -6,6 +6,7 @@ And the benchmark of seams: the report's threshold tells cut footage from footag
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,18 +103,32 @@ def test_flags_after_two_dashes_are_for_the_command_whose_memory_is_measured(
 ) -> None:
     ran: list[tuple[list[str], float | None]] = []
 
-    def run(command: list[str], host: float | None, until: float) -> dict[str, Any]:
+    def run(command: list[str], host: float | None, until: float, warm: bool) -> dict[str, Any]:
+        assert warm
         ran.append((command, host))
         return {"code": 0, "gpu_gib": 0.0, "host_gib": 0.0}
 
     monkeypatch.setattr(memory, "run", run)
-    options = ["folder", "--video", "in.mp4", "--whole", "--vram", "16", "default", "--host", "32", "64"]
+    options = ["folder", "--video", "in.mp4", "--whole", "--warm", "--vram", "16", "default", "--host", "32", "64"]
     monkeypatch.setattr("sys.argv", ["memory", *options, "--", "--size", "832*480"])
     assert memory.main() == 1  # no run left an mp4 behind
     assert [host for _, host in ran] == [None, 32, 64]
     assert all(command[command.index("--size") + 1] == "832*480" for command, _ in ran)
     assert ["--vram" in command for command, _ in ran] == [False, True, False]
     assert capsys.readouterr().out.count("FAIL") == 3
+
+
+def test_memory_is_counted_on_the_gpu_that_runs_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answered(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="1024\n")
+
+    monkeypatch.setattr(subprocess, "run", answered)
+    for visible, gpu in (("", "0"), ("1", "1"), ("3,0", "3")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert memory.gpu_bytes() == 2**30 and asked[-1][-1] == f"--id={gpu}"
 
 
 @pytest.mark.parametrize("task", ["ti2v-5B", "i2v-A14B"])
