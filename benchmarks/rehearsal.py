@@ -227,14 +227,14 @@ def chain(args: argparse.Namespace) -> int:
         ends, records = dict[int, float](), dict[int, dict[str, float]]()
         for line in process.stdout:
             now = time.perf_counter() - begun
-            if found := CLIP_BEGINS.match(line):
-                starts[int(found[1])] = now
-                print(f"clip {found[1]} begins at {now:.2f} s", flush=True)
-            elif found := CLIP_ENDS.match(line):
-                ends[int(found[1])] = now
-            elif found := CLIP_WRITTEN.match(line):
-                record = json.loads(Path(found[2].strip()).with_suffix(".json").read_text(encoding="utf-8"))
-                records[int(found[1])] = record["seconds"]
+            if match := CLIP_BEGINS.match(line):
+                starts[int(match[1])] = now
+                print(f"clip {match[1]} begins at {now:.2f} s", flush=True)
+            elif match := CLIP_ENDS.match(line):
+                ends[int(match[1])] = now
+            elif match := CLIP_WRITTEN.match(line):
+                record = json.loads(Path(match[2].strip()).with_suffix(".json").read_text(encoding="utf-8"))
+                records[int(match[1])] = record["seconds"]
             elif not line.startswith("clip "):
                 print(line.rstrip(), flush=True)
             for number in sorted(records.keys() - rows.keys()):
@@ -260,7 +260,8 @@ def shares(rows: Sequence[tuple[float, Mapping[str, float]]]) -> str:
     made = sum(stages[name] for name in ("sample", "encode", "decode"))
     parts = {"sampling and VAE": made, "and caption": made + stages["caption"], "in no stage": whole - stages.total()}
     told = ", ".join(f"{name} {100 * seconds / whole:.1f} %" for name, seconds in parts.items())
-    return f"{whole:.2f} s; {told}; { ({name: round(seconds, 3) for name, seconds in stages.items()}) }"
+    rounded = {name: round(seconds, 3) for name, seconds in stages.items()}
+    return f"{whole:.2f} s; {told}; {rounded}"
 
 
 def main() -> None:

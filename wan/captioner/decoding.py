@@ -34,43 +34,111 @@ def fuse_norms(model: Any) -> Any:
 
 
 def use_own_attention(model: Any) -> None:
-    """Let a token's attention run on our kernel on a GPU where that is right; whole prompts keep the library's."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
+    """Let a token's attention run on our kernels on a GPU where they are right; whole prompts keep the library's."""
     language = model.model.language_model
-    config, name = language.config, "one_query"
-    if not runs_triton(language.device):
+    if not runs_triton(language.device) or any("forward" in vars(layer.self_attn) for layer in language.layers):
         return
-    from wan.captioner.decode_attention_kernel import attend_with_one_query
-
-    library = AttentionInterface()["sdpa"]
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if query.shape[2] > 1 or mask is None:
-            return library(module, query, key, value, mask, **options)
-        return attend_with_one_query(query, key, value, mask, options["scaling"]), None
-
     try:
-        generator = torch.Generator(language.device).manual_seed(0)
-        sizes = config.num_attention_heads, config.num_key_value_heads
-        query, key, value = (
-            torch.randn(1, heads, rows, config.head_dim, device=language.device, generator=generator).to(language.dtype)
-            for heads, rows in ((sizes[0], 1), (sizes[1], ROUND), (sizes[1], ROUND))
-        )
-        seen = torch.arange(ROUND, device=language.device)[None, None, None] < ROUND // 3
-        keys, values = (part.double().repeat_interleave(sizes[0] // sizes[1], 1) for part in (key, value))
-        exact = nn.functional.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen).transpose(1, 2)
-        ours = attend_with_one_query(query, key, value, seen, config.head_dim**-0.5)
-        error = float((ours - exact).norm() / exact.norm())
+        error = _error_of_own_attention(language)
     except Exception as reason:  # what Triton raises where it does not fit the machine is its own affair
         log.info("the VLM keeps PyTorch's attention, ours does not run here: %s", reason)
         return
     if not error <= 4 * torch.finfo(language.dtype).eps:  # also when it is NaN
         log.warning("our attention for the VLM is wrong on this machine (error %.1e) and left out", error)
         return
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
-    language.set_attn_implementation(name)
+    for layer in language.layers:
+        layer.self_attn.forward = partial(_attend, layer.self_attn)
+
+
+def _attend(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as Qwen's modules compute it: of one token on our kernels, of more on the library's."""
+    from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+
+    cache: Any = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+    position = options.get("position_ids")
+    here = cache is not None and cache.is_initialized and not cache.is_sliding
+    if hidden_states.shape[1] > 1 or not here or position is None or attention_mask is None:
+        made: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
+        )
+        return made
+    parts = (module.q_proj, module.k_proj, module.v_proj)
+    if (fused := vars(module).get("fused")) is not None:
+        projected = nn.functional.linear(hidden_states, *fused)
+    else:
+        projected = torch.cat([part(hidden_states) for part in parts], -1)
+    norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None
+    epsilon = module.config.rms_norm_eps
+    query = place_one_token(projected, position_embeddings, position, cache.keys, cache.values, norms, epsilon)
+    attended = attend_with_one_query(query, cache.keys, cache.values, attention_mask, module.scaling)
+    return module.o_proj(attended.flatten(2)), None
+
+
+def fuse_projections(model: Any) -> None:
+    """Let query, key and value of a token be one product, of weights that stay where they are from now on."""
+    for layer in model.model.language_model.layers:
+        module = layer.self_attn
+        parts = (module.q_proj, module.k_proj, module.v_proj)
+        if (
+            "forward" not in vars(module)
+            or "fused" in vars(module)
+            or any(type(part) is not nn.Linear for part in parts)
+        ):
+            continue
+        rows = [part.out_features for part in parts]
+        weight = torch.cat([part.weight for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        for part, share in zip(parts, torch.split(weight, rows), strict=True):
+            part.weight = nn.Parameter(share, requires_grad=False)  # the same memory
+        vars(module)["fused"] = (weight, bias)
+
+
+def _error_of_own_attention(language: Any) -> float:
+    """How far what our kernels make of random numbers is from float64, as a share of it."""
+    from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+
+    config, device, dtype, dim = language.config, language.device, language.dtype, language.layers[0].self_attn.head_dim
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    projected, key, value = (
+        draw(1, 1, (heads + 2 * shared) * dim),
+        draw(1, shared, ROUND, dim),
+        draw(1, shared, ROUND, dim),
+    )
+    norms, angle = (draw(dim), draw(dim)), draw(1, 1, dim // 2).repeat(1, 1, 2).float()
+    turn, at = (angle.cos().to(dtype), angle.sin().to(dtype)), ROUND // 3
+    seen = torch.arange(ROUND, device=device)[None, None, None] <= at
+
+    rows = projected.double().view(heads + 2 * shared, dim)
+    query, new = rows[:heads], rows[heads : heads + shared]
+    query, new = (
+        nn.functional.rms_norm(part, (dim,), norm.double(), config.rms_norm_eps)
+        for part, norm in ((query, norms[0]), (new, norms[1]))
+    )
+    cosine, sine = (part[0].double() for part in turn)
+    query, new = (
+        part * cosine + torch.cat((-part[:, dim // 2 :], part[:, : dim // 2]), 1) * sine for part in (query, new)
+    )
+    keys, values = key.double(), value.double()
+    keys[0, :, at], values[0, :, at] = new, rows[heads + shared :]
+    keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
+    exact = nn.functional.scaled_dot_product_attention(query[None, :, None], keys, values, attn_mask=seen)
+
+    position = torch.full((1, 1), at, device=device)
+    placed = place_one_token(projected, turn, position, key, value, norms, config.rms_norm_eps)
+    ours = attend_with_one_query(placed, key, value, seen, dim**-0.5)
+    return float((ours.transpose(1, 2) - exact).norm() / exact.norm())
 
 
 class LayeredVlm(nn.Module):
@@ -108,6 +176,8 @@ class GreedyDecoder:
         from transformers import StaticCache
 
         use_own_attention(model)
+        if recorded and model.device.type == "cuda":
+            fuse_projections(model)
         self.model = model
         self.capacity = -(-needed // ROUND) * ROUND
         self.cache = StaticCache(config=model.config, max_cache_len=self.capacity)
