@@ -401,16 +401,20 @@ def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, m
     torch.testing.assert_close(attend(query, key, value, seen, 0.125), exact.transpose(1, 2), atol=1e-5, rtol=1e-4)
     projected, angle = torch.randn(1, 1, 20 * 64).half(), torch.randn(1, 1, 32).repeat(1, 1, 2)
     turn, weights = (angle.cos().half(), angle.sin().half()), (torch.rand(64).half(), torch.rand(64).half())
-    key, value = torch.zeros(2, 1, 4, 20, 64, dtype=torch.half)
     rows = projected.view(1, 1, 20, 64).transpose(1, 2)
-    placed = decode_attention_kernel.place_one_token(projected, turn, torch.tensor([[7]]), key, value, weights, 1e-6)
-    parts = zip((rows[:, :12], rows[:, 12:16]), weights, strict=True)
-    normed = [torch.nn.functional.rms_norm(part, (64,), weight, 1e-6) for part, weight in parts]
-    for made, wanted in zip((placed, key[:, :, 7:8]), apply_rotary_pos_emb(*normed, *turn), strict=True):
-        torch.testing.assert_close(made, wanted, atol=2e-3, rtol=1e-3)  # the norm's sum has another order
-    assert torch.equal(value[:, :, 7:8], rows[:, 16:]) and not value[:, :, 8:].any() and not key[:, :, :7].any()
+    for norms in (weights, None):
+        parts: list[torch.Tensor] = [rows[:, :12], rows[:, 12:16]]
+        if norms is not None:
+            parts = [torch.nn.functional.rms_norm(*one, 1e-6) for one in zip(parts, [(64,)] * 2, norms, strict=True)]
+        key, value = torch.zeros(2, 1, 4, 20, 64, dtype=torch.half)
+        placed = decode_attention_kernel.place_one_token(projected, turn, torch.tensor([[7]]), key, value, norms, 1e-6)
+        for made, wanted in zip((placed, key[:, :, 7:8]), apply_rotary_pos_emb(*parts, *turn), strict=True):
+            torch.testing.assert_close(made, wanted, atol=2e-3, rtol=1e-3)  # the norm's sum has another order
+        assert torch.equal(value[:, :, 7:8], rows[:, 16:])
+        assert not value[:, :, 8:].any() and not key[:, :, :7].any()
     before = calls.copy()
-    fuse_projections(captioner.model)
+    with torch.inference_mode():  # as a decoder is made
+        fuse_projections(captioner.model)
     first = captioner.model.model.language_model.layers[0].self_attn
     assert first.q_proj.weight.data_ptr() == first.fused[0].data_ptr()
     assert captioner.generate(ids, pixels, 12).tolist() == EXPECTED["greedy_ids"][:12]

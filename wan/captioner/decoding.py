@@ -36,7 +36,7 @@ def fuse_norms(model: Any) -> Any:
 def use_own_attention(model: Any) -> None:
     """Let a token's attention run on our kernels on a GPU where they are right; whole prompts keep the library's."""
     language = model.model.language_model
-    if not runs_triton(language.device) or any("forward" in vars(layer.self_attn) for layer in language.layers):
+    if not runs_triton(language.device) or isinstance(language.layers[0].self_attn, _OneQuery):
         return
     try:
         error = _error_of_own_attention(language)
@@ -47,57 +47,60 @@ def use_own_attention(model: Any) -> None:
         log.warning("our attention for the VLM is wrong on this machine (error %.1e) and left out", error)
         return
     for layer in language.layers:
-        layer.self_attn.forward = partial(_attend, layer.self_attn)
+        kind = type(layer.self_attn)  # each is changed where it is, so that nothing holds on to it
+        layer.self_attn.__class__ = type(kind.__name__, (_OneQuery, kind), {})
 
 
-def _attend(
-    module: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None,
-    past_key_values: Any = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention as Qwen's modules compute it: of one token on our kernels, of more on the library's."""
-    from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+class _OneQuery(nn.Module):
+    """Before a class of attention of Qwen's: one token is computed by our kernels, more of them by that class."""
 
-    cache: Any = None if past_key_values is None else past_key_values.layers[module.layer_idx]
-    position = options.get("position_ids")
-    here = cache is not None and cache.is_initialized and not cache.is_sliding
-    if hidden_states.shape[1] > 1 or not here or position is None or attention_mask is None:
-        made: tuple[Tensor, Tensor | None] = type(module).forward(
-            module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
-        )
-        return made
-    parts = (module.q_proj, module.k_proj, module.v_proj)
-    if (fused := vars(module).get("fused")) is not None:
-        projected = nn.functional.linear(hidden_states, *fused)
-    else:
-        projected = torch.cat([part(hidden_states) for part in parts], -1)
-    norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None
-    epsilon = module.config.rms_norm_eps
-    query = place_one_token(projected, position_embeddings, position, cache.keys, cache.values, norms, epsilon)
-    attended = attend_with_one_query(query, cache.keys, cache.values, attention_mask, module.scaling)
-    return module.o_proj(attended.flatten(2)), None
+    fused: tuple[Tensor, Tensor | None] | None = None  # weight and bias of query, key and value in one
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+
+        module: Any = self
+        cache: Any = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+        position = options.get("position_ids")
+        here = cache is not None and cache.is_initialized and not cache.is_sliding
+        if hidden_states.shape[1] > 1 or not here or position is None or attention_mask is None:
+            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
+            made: tuple[Tensor, Tensor | None] = super().forward(*given, **options)
+            return made
+        if self.fused is not None:
+            projected = nn.functional.linear(hidden_states, *self.fused)
+        else:
+            projected = torch.cat([part(hidden_states) for part in (self.q_proj, self.k_proj, self.v_proj)], -1)
+        norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(self, "q_norm") else None
+        epsilon = module.config.rms_norm_eps
+        query = place_one_token(projected, position_embeddings, position, cache.keys, cache.values, norms, epsilon)
+        attended = attend_with_one_query(query, cache.keys, cache.values, attention_mask, module.scaling)
+        return module.o_proj(attended.flatten(2)), None
 
 
 def fuse_projections(model: Any) -> None:
     """Let query, key and value of a token be one product, of weights that stay where they are from now on."""
     for layer in model.model.language_model.layers:
         module = layer.self_attn
-        parts = (module.q_proj, module.k_proj, module.v_proj)
-        if (
-            "forward" not in vars(module)
-            or "fused" in vars(module)
-            or any(type(part) is not nn.Linear for part in parts)
-        ):
+        if not isinstance(module, _OneQuery) or module.fused is not None:
             continue
-        rows = [part.out_features for part in parts]
+        parts = (module.q_proj, module.k_proj, module.v_proj)
         weight = torch.cat([part.weight for part in parts])
-        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        for part, share in zip(parts, torch.split(weight, rows), strict=True):
+        bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+        shares = torch.split(weight, [part.out_features for part in parts])
+        for part, share in zip(parts, shares, strict=True):
             part.weight = nn.Parameter(share, requires_grad=False)  # the same memory
-        vars(module)["fused"] = (weight, bias)
+        module.fused = weight, bias
 
 
 def _error_of_own_attention(language: Any) -> float:
