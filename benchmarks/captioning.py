@@ -1,6 +1,6 @@
 """An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`.
 
-    python -m benchmarks.captioning [--vlm FOLDER [--room GIB ...] [--tokens N]]
+    python -m benchmarks.captioning [--vlm FOLDER [--room GIB ...] [--tokens N] [--frames N]]
 
 With `--vlm` a folder's captions: whole on the GPU, then with as much of it for its weights as each `--room` says, so
 that the layers beyond come one by one. Exits with 1 if the words are not the same.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.real_size import materialise
 from benchmarks.timing import timed
+from wan.captioner import weight_bytes, working_bytes
 from wan.captioner.base import Pictures
 from wan.captioner.decoding import ROUND, GreedyDecoder, fuse_norms
 from wan.captioner.frames import pixels_of
@@ -204,10 +205,10 @@ def worst_choice(logits: Tensor, chosen: Tensor) -> float:
     return float((below / logits.std(1)).max())
 
 
-def streamed(folder: Path, rooms: list[float], tokens: int, device: torch.device) -> bool:
+def streamed(folder: Path, rooms: list[float], tokens: int, pictures: int, device: torch.device) -> bool:
     """A row for a VLM that is whole on the device and for each GiB that its weights may take there: the same words?"""
     random = np.random.default_rng(0)
-    frames = random.integers(0, 256, (FRAMES, 480, 832, 3), np.uint8)
+    frames = random.integers(0, 256, (pictures, 480, 832, 3), np.uint8)
     first, resident, right = None, 0.0, True
     for room in (None, *rooms):
         reset_peak(device)
@@ -236,6 +237,7 @@ def streamed(folder: Path, rooms: list[float], tokens: int, device: torch.device
             "ms_per_token": round(1000 * (taken - alone) / max(1, len(words) - 1), 1),
             "over_resident": round(taken / resident, 2),
             "peak_gib": peak_gib(device),
+            "estimated_gib": round(((weight_bytes(folder) or 0) + working_bytes(folder, pictures)) / 2**30, 2),
             "same_words": torch.equal(words, first),
         }
         print(made, flush=True)
@@ -249,11 +251,12 @@ def main() -> int:
     parser.add_argument("--vlm", type=Path)
     parser.add_argument("--room", type=float, nargs="*", default=[12, 8, 4], metavar="GIB")
     parser.add_argument("--tokens", type=int, default=ANSWER)
+    parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--device", default="cuda:0")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.vlm:
-        return not streamed(args.vlm, args.room, args.tokens, device)
+        return not streamed(args.vlm, args.room, args.tokens, args.frames, device)
     print(captions(device))
     return 0
 

@@ -490,3 +490,14 @@ def test_a_vlm_whose_layers_come_one_by_one_says_the_same(
     assert roomy.describe(FRAMES, QUESTION, max_new_tokens=12) == words and not came
     streamed.close()
     assert not streamed.is_loaded and streamed._layered is None
+
+
+def test_a_device_without_room_for_two_layers_is_said_with_what_helps() -> None:
+    tight = InternVLCaptioner(GOLDEN_VLM / "orig", "cpu", torch.float32, room=lambda: 1000)
+    with pytest.raises(UserError) as refused:
+        tight.describe(FRAMES, QUESTION, max_new_tokens=12)
+    assert (
+        "even layer by layer" in str(refused.value)
+        and "a smaller InternVL, fewer `num_segments`" in refused.value.marked
+    )
+    assert "smaller clips" not in str(refused.value)

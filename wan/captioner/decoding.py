@@ -147,6 +147,8 @@ def _error_of_own_attention(language: Any) -> float:
 class LayeredVlm(nn.Module):
     """An image-text-to-text model whose language layers can come to a GPU one by one, see `Placement`."""
 
+    title = "the VLM"  # where it is spoken of
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
