@@ -99,6 +99,7 @@ TESTS: dict[str, str] = {
     "wan/vae/bands.py": "bands",
     "wan/text": "umt5 vocabulary golden parts memory",
     "wan/weights": "checkpoint loading vocabulary parts faults quantized lora readers",
+    "wan/weights/loading.py": "loading shared host_budget checkpoint vocabulary parts faults quantized lora readers",
     "wan/weights/quantized.py": "quantized fp8 vocabulary checkpoint lora parts",
     "wan/device": "host memory faults host_budget owners shared",
     "wan/device/parallel.py": "sequence several",
@@ -107,7 +108,7 @@ TESTS: dict[str, str] = {
     "wan/device/watch.py": "watch",
     "wan/device/peers.py": "watch",
     "wan/device/ranks.py": "sequence several",
-    "wan/batch": "rows behind locks upload captioners run workers cluster",
+    "wan/batch": "rows crew schedule behind locks upload captioners run workers cluster",
     "wan/server": "guard processes limits videos chains page_charts",
 }
 PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan.denoiser.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly
+from wan.denoiser.conditioning import HeldImageChannels, ImageChannels, KnownLatents, TextOnly, carried
 from wan.errors import UserError
 from wan.settings import Context
 
@@ -126,3 +126,20 @@ def test_a_context_is_chosen_from_what_is_said_of_it() -> None:
     for mode, frames in (("tail", 4), ("tail", 21), ("last_frame", 5), ("svi2pro", 9), ("head", 1), ("tail", 0)):
         with pytest.raises(UserError):
             Context.choose(mode, frames)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 1.0], [0.0, 0.5, 1.0], [0, 5 / 32, 0.5, 27 / 32, 1]])
+def test_known_latents_take_on_other_colours_little_by_little(weights: list[float]) -> None:
+    latents, plain = torch.randn(2, len(weights), 4, 6), torch.randn(2, len(weights), 4, 6)
+    led = carried(latents, plain, plain + 3)
+    torch.testing.assert_close(led, latents + 3 * torch.tensor(weights)[None, :, None, None])
+
+
+def test_a_change_of_colours_in_one_place_is_smoothed_over_its_neighbours() -> None:
+    plain = torch.zeros(1, 1, 5, 5)
+    graded = plain.clone()
+    graded[0, 0, 2, 2], graded[0, 0, 0, 0] = 9, 0
+    led = carried(plain, plain, graded)[0, 0]
+    assert torch.equal(led[1:4, 1:4], torch.ones(3, 3)) and led.sum() == 9
+    graded[0, 0, 2, 2], graded[0, 0, 0, 0] = 0, 9  # at an edge the picture is taken to go on
+    assert carried(plain, plain, graded)[0, 0, 0, 0] == 4

@@ -1,0 +1,220 @@
+"""When a chain that failed is tried again, and which one a worker gets, with a clock that stands still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from wan.batch.rows import Row
+from wan.batch.schedule import MAKING, WAITING, Schedule, Task
+from wan.batch.table import MOST_LINES, Table, line_of
+from wan.options import Settings
+from wan.server.tickets import DONE, FAILED
+from wan.server.wire import CHECKED
+
+NOTHING: dict[str, Any] = {"done": 0, "count": 4, "made": 0}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tasks_of(*names: str) -> list[Task]:
+    return [Task(Row(name, name, Settings(lora=(name[0],), output_dir=name))) for name in names]
+
+
+def failed(code: str) -> dict[str, Any]:
+    return {"state": FAILED, "error": {"code": code, "message": "x"}, **NOTHING}
+
+
+def test_a_chain_that_failed_waits_twice_as_long_each_time_and_a_minute_at_most() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 99, now=clock)
+    for seconds in (2, 4, 8, 16, 32, 60, 60):
+        schedule.begin(task, 0)
+        schedule.end(task, failed("internal"))
+        assert (task.state, task.worker, task.not_before) == (WAITING, None, clock.now + seconds)
+        clock.now += seconds - 0.1
+        assert schedule.next() is None and not schedule.is_over
+        clock.now += 0.1
+        assert schedule.next() is task
+    assert task.failures == task.lost == 7
+
+
+def test_a_chain_whose_worker_is_lost_does_not_wait() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 2, now=clock)
+    schedule.begin(task, 3)
+    assert (task.state, task.worker, task.began) == (MAKING, 3, 1000)
+    schedule.fail(task, "it died")
+    assert (task.state, task.reason) == (WAITING, "it died") and schedule.next() is task
+    schedule.fail(task, "it died")
+    assert task.state == FAILED and schedule.is_over
+
+
+def test_of_two_that_one_worker_had_in_hand_neither_is_blamed() -> None:
+    (first, second), clock = tasks_of("a", "b"), Clock()
+    schedule = Schedule([first, second], 1, now=clock)
+    schedule.begin(first, 0)
+    assert not first.beside
+    schedule.begin(second, 0, first)
+    assert first.beside and second.beside
+    for task in (first, second):
+        schedule.fail(task, "it died")
+        assert (task.state, task.failures, task.lost) == (WAITING, 0, 1)
+    assert schedule.next(beside=True) is None and schedule.next() is not None  # each is tried alone
+    schedule.begin(first, 0)
+    schedule.fail(first, "it died")
+    assert first.state == FAILED
+
+
+def test_what_fails_by_itself_counts_whatever_else_its_worker_has() -> None:
+    (first, second), clock = tasks_of("a", "b"), Clock()
+    schedule = Schedule([first, second], 1, now=clock)
+    schedule.begin(first, 0)
+    schedule.begin(second, 0, first)
+    schedule.end(second, failed("internal"))
+    assert (second.state, second.failures) == (FAILED, 1)
+
+
+def test_a_folder_in_use_is_looked_at_again_after_five_seconds() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 1, now=clock)
+    schedule.begin(task, 0)
+    schedule.end(task, failed("in_use"))
+    assert (task.state, task.elsewhere, task.not_before, task.failures) == (WAITING, True, 1005, 0)
+    schedule.begin(task, 0)
+    assert not task.elsewhere
+
+
+def test_a_chain_with_weights_at_hand_comes_first_then_one_of_the_same_checkpoint() -> None:
+    tasks = tasks_of("x1", "x2", "y1")
+    other = Task(Row("z", "z", Settings(ckpt_dir="elsewhere", output_dir="z")))
+    schedule = Schedule([other, *tasks], 1, now=Clock())
+    assert schedule.next(tasks[2].key) is tasks[2]
+    tasks[2].state = DONE
+    assert schedule.next(tasks[2].key) in tasks[:2]  # other LoRAs are changed sooner than a checkpoint
+    assert schedule.next(other.key) is other
+    assert schedule.next() in tasks[:2]  # where most is to do
+    schedule.begin(tasks[0], 0)
+    schedule.begin(tasks[1], 1)
+    assert schedule.next() is other
+
+
+def test_what_most_others_are_at_work_on_waits_for_them() -> None:
+    tasks = tasks_of("x1", "x2", "x3", "y1", "y2")
+    schedule = Schedule(tasks, 1, now=Clock())
+    assert schedule.next() is tasks[0]
+    schedule.begin(tasks[0], 0)
+    assert schedule.next() is tasks[3]  # two of y, and two of x that share with one at work
+
+
+def test_how_long_clips_take_is_told_by_their_work() -> None:
+    clock, tasks = Clock(), tasks_of("a", "b")
+    schedule = Schedule(tasks, 3, now=clock)
+    for task, work in zip(tasks, (8.0, 16.0), strict=True):
+        task.work, task.missing = work, 4
+        schedule.begin(task, 0)
+    clock.now += 60
+    schedule.end(tasks[0], {"state": "cancelled", "done": 3, "count": 4, "made": 3})
+    assert schedule._rates == [10.0]  # 20 s for a clip of 2 units
+    assert (tasks[0].state, tasks[0].made, tasks[0].done) == (WAITING, 3, 3)
+    schedule.begin(tasks[0], 0)
+    schedule.see(tasks[0], {"made": 1, "done": 4, "count": 4})
+    assert (tasks[0].made, tasks[0].done) == (4, 4)
+    live = {"silent": 0.0, "clip_seconds": 161.0}
+    assert schedule.too_slow(tasks[1], live, 100) is None
+    schedule._rates += [10.0, 10.0]
+    assert schedule.too_slow(tasks[1], live, 100) == "its worker took 161 s for a clip that takes 40 s"
+    assert schedule.too_slow(tasks[1], live | {"clip_seconds": 160.0}, 100) is None
+    assert schedule.too_slow(tasks[1], live, 161) is None and schedule.too_slow(tasks[1], live, 160.9)
+    assert schedule.too_slow(tasks[1], {"silent": 9.0, "clip_seconds": None}, 9) is None
+    tasks[1].missing = 0
+    assert schedule.too_slow(tasks[1], live, 100) is None
+
+
+def test_a_finished_clip_begins_the_count_of_failures_anew() -> None:
+    (task,) = tasks_of("a")
+    schedule = Schedule([task], 3, done_of=lambda task: 2, now=Clock())
+    task.failures, task.done = 2, 1
+    schedule.fail(task, "it died")  # its folder has one clip more
+    assert (task.done, task.failures, task.state) == (2, 1, WAITING)
+    schedule.see(task, {"made": 0, "done": 2, "count": 0})
+    assert (task.done, task.failures) == (2, 1)
+    task.clips = 5
+    schedule.see(task, {"made": 0, "done": 1, "count": 0})
+    assert (task.done, task.clips) == (2, 5)  # what is not told stays
+
+
+@pytest.mark.parametrize(
+    ("missing", "status", "uploaded", "state"),
+    [
+        (0, "finished", {}, DONE),
+        (0, "finished", {"uploaded": True}, DONE),
+        (0, "finished", {"uploaded": False}, CHECKED),
+        (0, "running", {}, CHECKED),
+        (1, "finished", {}, CHECKED),
+    ],
+)
+def test_a_chain_is_finished_when_all_of_it_is_where_it_belongs(
+    missing: int, status: str, uploaded: dict[str, bool], state: str
+) -> None:
+    (task,) = tasks_of("a")
+    schedule = Schedule([task], 1, now=Clock())
+    estimate = {"clips": 4, "missing": missing, "work": 2.0, "seconds": 9.0, "measured": True, "disk_bytes": 5.0}
+    schedule.end(task, {"state": CHECKED, "found": estimate | {"status": status} | uploaded})
+    assert (task.state, task.finished_before) == (state, state == DONE)
+    assert (task.clips, task.missing, task.done) == (4, missing, 4 - missing)
+    assert (task.work, task.seconds, task.measured, task.disk_bytes) == (2.0, 9.0, True, 5.0)
+
+
+def test_a_worker_s_line_says_how_far_it_is() -> None:
+    (task,) = tasks_of("a")
+    task.clips = 7
+    live = {"clip": 2, "count": 4, "stage": "sample", "step": 3, "steps": 8, "seconds_left": 120.0}
+    assert line_of(5, task, live) == "worker 5: a, clip 2/4 sample 3/8, 2 min left"
+    assert line_of(5, task, live | {"count": 0, "steps": 0, "seconds_left": None}) == "worker 5: a, clip 2/7 sample"
+    assert line_of(5, task, {}) == "worker 5: a"
+    task.row = Row("name" * 50, "", task.row.settings)
+    assert len(line_of(5, task, live, 60)) == 59
+
+
+def test_a_table_tells_of_checks_and_of_what_others_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tasks_of("a", "b", "c")
+    tasks[0].state, tasks[1].elsewhere = DONE, True
+    assert Table("check", tasks, True).summary() == "checked 1 of 3 rows"
+    assert Table("make", tasks, True).summary() == "1 of 3 chains, 0 of 0 clips, 1 chain made by another run"
+
+
+def test_a_terminal_has_a_line_for_each_of_so_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = list[str]()
+
+    class Bar:
+        def __init__(self, *, position: int, **_: Any) -> None:
+            self.position = position
+            lines.append("")
+
+        def set_description_str(self, line: str) -> None:
+            lines[self.position] = line
+
+        def close(self) -> None:
+            lines[self.position] = "closed"
+
+    monkeypatch.setattr("wan.batch.table.tqdm", Bar)
+    (task,) = tasks_of("a")
+    with Table("make", [task], True) as table:
+        table.drawn = True
+        table.show({number: (task, {}) for number in range(MOST_LINES + 2)})
+        assert len(lines) == MOST_LINES + 2
+        assert (lines[0], lines[31], lines[32]) == ("worker 0: a", "worker 31: a", "and 2 more workers")
+        assert lines[-1] == "0 of 1 chains, 0 of 0 clips"
+        table.show({1: (task, {}), 0: (task, {})})
+        assert lines[:3] == ["worker 0: a", "worker 1: a", "0 of 1 chains, 0 of 0 clips"]
+        assert set(lines[3:]) == {""}
+        table.show({number: (task, {}) for number in range(MOST_LINES)})
+        assert lines[32] == "0 of 1 chains, 0 of 0 clips"
+    assert set(lines) == {"closed"}
