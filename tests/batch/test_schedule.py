@@ -92,17 +92,17 @@ def test_a_folder_in_use_is_looked_at_again_after_five_seconds() -> None:
 
 
 def test_a_chain_with_weights_at_hand_comes_first_then_one_of_the_same_checkpoint() -> None:
-    tasks = tasks_of("x1", "x2", "y1")
-    other = Task(Row("z", "z", Settings(ckpt_dir="elsewhere", output_dir="z")))
-    schedule = Schedule([other, *tasks], 1, now=Clock())
-    assert schedule.next(tasks[2].key) is tasks[2]
-    tasks[2].state = DONE
-    assert schedule.next(tasks[2].key) in tasks[:2]  # other LoRAs are changed sooner than a checkpoint
-    assert schedule.next(other.key) is other
-    assert schedule.next() in tasks[:2]  # where most is to do
-    schedule.begin(tasks[0], 0)
-    schedule.begin(tasks[1], 1)
-    assert schedule.next() is other
+    x, y = tasks_of("x", "y")
+    others = [Task(Row(name, name, Settings(ckpt_dir="elsewhere", output_dir=name))) for name in ("z1", "z2")]
+    schedule = Schedule([*others, x, y], 1, now=Clock())
+    assert schedule.next(y.key) is y
+    y.state = DONE
+    assert schedule.next(y.key) is x  # other LoRAs are changed sooner than a checkpoint
+    assert schedule.next(others[0].key) is others[0]
+    assert schedule.next() is others[0]  # where most is to do
+    for worker, task in enumerate(others):
+        schedule.begin(task, worker)
+    assert schedule.next() is x
 
 
 def test_what_most_others_are_at_work_on_waits_for_them() -> None:
