@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.quality_footage import Path, Scene, pan, still, to_and_fro, to_frames
 from wan.errors import UserError
 from wan.quality import Motion, measure_motion
-from wan.quality.motion import _STILL
+from wan.quality.motion import _STILL, _FrameMotion
 from wan.quality.vision import spread
 
 
@@ -87,3 +90,94 @@ def test_frames_are_spread_over_a_clip_with_its_ends() -> None:
 def test_what_moves_less_than_can_be_seen_is_still() -> None:
     at_rest = dataclasses.replace(motion(), pixels=_STILL)
     assert not at_rest.still and dataclasses.replace(at_rest, pixels=0.99 * _STILL).still
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *steps: _FrameMotion, fps: float = 10.0) -> Motion:
+    """The motion of a clip 416 wide with these steps from frame to frame."""
+    coming = iter(steps)
+    monkeypatch.setattr("wan.quality.motion._step", lambda first, second: next(coming))
+    monkeypatch.setattr("wan.quality.motion.MeasuredFrame.of", lambda frame: frame)
+    return measure_motion(torch.zeros(len(steps) + 1, 208, 416, 3), fps)
+
+
+def frame(
+    camera: tuple[float, float] = (0, 0),
+    growth: float = 0.0,
+    moving: float = 0.0,
+    vectors: Sequence[tuple[float, float]] = (),
+    pixels: float = 2.0,
+    followed: bool = True,
+) -> _FrameMotion:
+    return _FrameMotion(
+        followed, np.array(camera, float), growth, moving, np.array(vectors, float).reshape(-1, 2), pixels
+    )
+
+
+def test_the_camera_goes_against_the_background_from_a_third_of_a_pixel_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [frame((at, 0)) for at in (-9.0, 4.16, 99.0)]  # the middle one counts
+    assert told(monkeypatch, *steps).pan == pytest.approx((-0.1, 0))
+    assert told(monkeypatch, frame((0, 0.31))).pan == pytest.approx((0, -0.31 * 10 / 416))
+    assert told(monkeypatch, frame((0, 0.29))).pan == (0, 0)
+    assert told(monkeypatch, frame((0, 2.08)), fps=20).pan == pytest.approx((0, -0.1))
+
+
+def test_a_picture_grows_from_a_third_of_a_pixel_at_its_edge_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for growth, zoom in ((0.00145, 0.0145), (-0.00145, -0.0145), (0.00143, 0), (-0.00143, 0)):
+        assert told(monkeypatch, frame(growth=growth)).zoom == pytest.approx(zoom)
+
+
+def test_what_moves_is_a_hundredth_of_the_picture_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    motion = told(monkeypatch, frame(moving=0.02, vectors=[(4.16, 0)]), frame())
+    assert motion.direction == (1, 0) and (motion.speed, motion.moving) == pytest.approx((0.1, 0.01))
+    motion = told(monkeypatch, frame(moving=0.0199, vectors=[(4.16, 0)]), frame())
+    assert (motion.direction, motion.speed, motion.moving) == ((0, 0), 0, 0)
+
+
+def test_faster_parts_count_for_more_and_parts_that_part_have_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    # weighted by their lengths 3 and 1: (9 - 1) / 4 of a mean length of 10 / 4
+    motion = told(monkeypatch, frame(moving=0.5, vectors=[(0, 3), (0, -1)]))
+    assert motion.direction == (0, 1) and motion.speed == pytest.approx(2 * 10 / 416)
+    # (4 - 2.25) / 3.5 = 0.5 of 6.25 / 3.5 = 1.79, less than 0.4 of it
+    motion = told(monkeypatch, frame(moving=0.5, vectors=[(2, 0), (-1.5, 0)]))
+    assert (motion.direction, motion.speed, motion.moving) == ((0, 0), 0, 0.5)
+
+
+def test_steps_that_cannot_be_followed_count_for_how_much_changes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = frame((99, 99), 1.0, 1.0, pixels=8.0, followed=False)
+    motion = told(monkeypatch, lost, frame((4.16, 0), pixels=4.0))
+    assert motion.pixels == 6 and motion.pan == pytest.approx((-0.1, 0)) and motion.moving == 0
+    motion = told(monkeypatch, lost, lost)
+    assert motion == Motion((0.0, 0.0), 0.0, 0.0, (0.0, 0.0), 0.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({}, "nothing moves by itself; the camera is still"),
+        ({"moving": 0.3}, "what moves goes in different directions; the camera is still"),
+        (
+            {"moving": 0.3, "speed": 0.126, "direction": (-1, 1)},
+            "the main motion goes down to the left at about 13 % of the width per second, in about 30 % of the "
+            "picture; the camera is still",
+        ),
+        (
+            {"moving": 0.049, "speed": 0.001, "direction": (0, -1)},
+            "the main motion goes up at about 1 % of the width per second, in a small part of the picture; the camera "
+            "is still",
+        ),
+        (
+            {"moving": 0.05, "speed": 0.5, "direction": (1, 0)},
+            "the main motion goes right at about 50 % of the width per second, in about 5 % of the picture; the camera "
+            "is still",
+        ),
+        (
+            {"pan": (0.03, -0.04), "zoom": -0.1},
+            "nothing moves by itself; the camera moves up to the right at about 5 % of the width per second and draws "
+            "back",
+        ),
+        ({"zoom": 0.1}, "nothing moves by itself; the camera comes nearer"),
+    ],
+)
+def test_facts_are_told_in_one_sentence(facts: dict[str, Any], sentence: str) -> None:
+    still = Motion((0.0, 0.0), 0.0, 0.0, (0.0, 0.0), 0.0, 5.0)
+    assert dataclasses.replace(still, **facts).sentence() == sentence

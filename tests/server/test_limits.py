@@ -113,6 +113,26 @@ def test_what_is_left_out_of_clips_is_no_part_of_their_length(tmp_path: Path) ->
     assert (offer.clips_of({}, 10.0, still=True), offer.clips_of({"discard": 24}, 10.0, still=True)) == (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "clips", "from_a_picture"),
+    [
+        (0.1, 1, 1),
+        (80 / 24, 1, 1),
+        (81 / 24, 2, 1),
+        (82 / 24, 2, 2),
+        (160 / 24, 2, 2),
+        (161 / 24, 3, 2),
+        (162 / 24, 3, 3),
+    ],
+)
+def test_clips_are_the_fewest_that_are_so_long(frames: int, clips: int, from_a_picture: int, tmp_path: Path) -> None:
+    offer, seconds = chains_of(tmp_path).offer, frames / 24
+    assert offer.clips_of({}, seconds, still=False) == clips
+    assert offer.clips_of({}, seconds, still=True) == from_a_picture
+    assert offer.seconds_of({}, clips, still=False) >= seconds - 1e-9
+    assert offer.seconds_of({}, from_a_picture, still=True) == (81 + 80 * (from_a_picture - 1)) / 24
+
+
 def test_progress_goes_on_through_stages_that_come_between_and_after_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,32 @@ def test_an_idle_worker_gets_what_waited_longest(queue: Queue) -> None:
     queue.change("b", state=PAUSED)
     asyncio.run(give("idle"))
     assert len(orders) == 1 and host.state == "idle"
+
+
+def test_workers_that_end_at_once_are_replaced_more_and_more_slowly(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, _ = supervisor(queue)
+    clock, waits = [0.0], list[float]()
+    lives = iter([0, 1, 60, 9, 9, 9, 9, 61, 9])
+
+    async def one_worker() -> None:
+        clock[0] += next(lives)
+        if len(waits) == 2:
+            raise ConnectionResetError("it hung up")
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 9:
+            raise asyncio.CancelledError
+
+    host._one_worker = one_worker  # type: ignore[method-assign]
+    monkeypatch.setattr("wan.server.supervisor.time", SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 0))
+    monkeypatch.setattr("wan.server.supervisor.asyncio.sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(host.run())
+    assert waits == [1, 2, 4, 8, 16, 30, 30, 0.5, 1] and count(host, "wan_workers_lost_total") == 9
+    assert host.state == "starting"
 
 
 def test_drafts_are_not_listed_and_each_state_is_counted(queue: Queue) -> None:

@@ -24,9 +24,9 @@ from wan.errors import UserError
 from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, resolve_folder
 from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.loading import _range
-from wan.weights.prefetch import ReadAhead
+from wan.weights.prefetch import ReadAhead, that_fit
 from wan.weights.pth import OtherPickleError, _Reader, _Storage, _tensor
-from wan.weights.tensors import Weights, open_safetensors
+from wan.weights.tensors import Weights, listing, open_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -390,3 +390,26 @@ def test_a_pth_s_storage_is_as_large_as_its_file_says() -> None:
     for pid in (("storage", floats, "0", "cpu", 3), ("module", floats, "0", "cpu", 2)):
         with pytest.raises(OtherPickleError):
             reader.persistent_load(pid)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [("", ""), ("b", "lacks b"), ("cba", "lacks a, b, c"), ("dcba", "lacks a, b, c and 1 more")],
+)
+def test_of_many_keys_three_are_named(keys: str, words: str) -> None:
+    assert listing("lacks", keys) == words
+
+
+def test_files_are_read_ahead_as_far_as_half_of_the_free_memory_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name for name in ("a", "missing", "b", "c")]
+    for file in files:
+        if file.name != "missing":
+            file.write_bytes(bytes(10))
+    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 40)
+    a, _, b, c = files
+    assert that_fit(files) == that_fit(files, 99) == [a, b]
+    assert that_fit(files, 39) == [a] and that_fit(files, 19) == []
+    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 60)
+    assert that_fit(files) == [a, b, c]
