@@ -78,6 +78,12 @@ def test_clips_are_taken_over_as_far_as_they_are_finished(
     assert {path.name for path in other.run.iterdir()} == names
 
 
+def test_clips_after_one_that_is_missing_are_not_taken_over(folder: ChainFolder, tmp_path: Path) -> None:
+    (folder.run / "clip_1.mp4").unlink()
+    other = ChainFolder(tmp_path / "b")
+    assert other.take_clips_of(folder, 2) == 0 and not list(other.run.iterdir())
+
+
 def test_a_run_is_asked_to_stop_and_may_go_on(tmp_path: Path) -> None:
     folder = ChainFolder(tmp_path / "a", tmp_path / "elsewhere")
     folder.ask_to_stop()

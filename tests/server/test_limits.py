@@ -114,16 +114,8 @@ def test_what_is_left_out_of_clips_is_no_part_of_their_length(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("seconds", "clips", "from_a_picture"),
-    [
-        (0.1, 1, 1),
-        (80 / 24, 1, 1),
-        (81 / 24, 2, 1),
-        (82 / 24, 2, 2),
-        (160 / 24, 2, 2),
-        (161 / 24, 3, 2),
-        (162 / 24, 3, 3),
-    ],
+    ("frames", "clips", "from_a_picture"),
+    [(1, 1, 1), (80, 1, 1), (81, 2, 1), (82, 2, 2), (160, 2, 2), (161, 3, 2), (162, 3, 3)],
 )
 def test_clips_are_the_fewest_that_are_so_long(frames: int, clips: int, from_a_picture: int, tmp_path: Path) -> None:
     offer, seconds = chains_of(tmp_path).offer, frames / 24

@@ -198,6 +198,35 @@ def test_workers_that_end_at_once_are_replaced_more_and_more_slowly(
     assert host.state == "starting"
 
 
+def test_a_worker_is_told_the_settings_and_ended_when_it_is_good_for_no_more(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.add(Ticket("a", state=MAKING))
+    host, _ = supervisor(queue, 2)
+    lost = {"event": "end", "id": "a", "state": FAILED, "error": {"code": "worker_lost", "message": "gone"}}
+    words, done = [{"event": "step", "id": "b"}, lost, {"event": "ready"}], list[Any]()
+
+    class Worker:
+        async def hear(self) -> Any:
+            return words.pop(0) if words else None
+
+        async def end(self, seconds: float) -> None:
+            done.append(seconds)
+
+        def say(self, order: Any) -> None:
+            done.append(order)
+
+    async def start(command: Any, ranks: int) -> Any:
+        done.append(ranks)
+        return Worker()
+
+    monkeypatch.setattr("wan.server.supervisor.Processes.start", start)
+    asyncio.run(host._one_worker())
+    assert done == [2, {"settings": {}, "root": "."}, 5.0] and words == [{"event": "ready"}]
+    asyncio.run(host._one_worker())  # one that ends by itself
+    assert not words and done[-1] == 5.0 and host.state == "idle"
+
+
 def test_drafts_are_not_listed_and_each_state_is_counted(queue: Queue) -> None:
     for number, state in enumerate((*STATES, QUEUED)):
         queue.add(Ticket(str(number), state=state))
