@@ -116,3 +116,14 @@ def test_a_run_that_makes_nothing_leaves_the_time_of_those_that_did(
     record.write("finished", [], 2, {"base_seed": 3})
     assert folder.run["seconds"] == 14.5 and folder.run["arguments"]["video"] == "films/a.mp4"
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("clips", "pruned"),
+    [([], []), ([1, 2], []), ([1, 2, 3], [1]), ([1, 2, 3, 4, 5], [1, 2, 3]), ([1, 2, 4, 5, 6], [1, 4]), ([1, 6], [])],
+)
+def test_the_state_of_the_last_two_clips_and_of_those_before_a_gap_is_kept(
+    clips: list[int], pruned: list[int], tmp_path: Path
+) -> None:
+    finished: Any = dict.fromkeys(clips)
+    assert list(RunFolder(tmp_path).to_prune(finished)) == pruned

@@ -41,6 +41,15 @@ def test_without_a_gpu_there_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         hardware.parse_device("cuda:0")
 
 
+def test_a_pytorch_for_gpus_that_finds_none_is_not_to_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "has_driver", lambda *names: True)
+    for cuda, hip, replaced in ((None, None, True), ("12.8", None, False), (None, "6.4", False)):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert (hardware.unused_gpu() is not None) is replaced
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_mac_s_gpu_is_taken_where_it_is_there(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_there)

@@ -30,10 +30,10 @@ def unused_gpu() -> tuple[str, str] | None:
     """A GPU that the models do not run on, and why, in words for the user."""
     if torch.backends.mps.is_available():
         return "Apple's GPU", "PyTorch has no float64 there, which the models need; `vlm_device` mps is accepted"
-    if torch.version.cuda is None and torch.version.hip is None and has_driver(*NVIDIAS):
-        return "an NVIDIA GPU", "This PyTorch is built for CPUs: install one for CUDA, see pytorch.org"
-    if torch.version.cuda is None and torch.version.hip is None and has_driver(*AMDS):
-        return "an AMD GPU", "This PyTorch is built for CPUs: install one for ROCm, see pytorch.org"
+    if torch.version.cuda is None and torch.version.hip is None:
+        for gpu, libraries, kind in (("an NVIDIA GPU", NVIDIAS, "CUDA"), ("an AMD GPU", AMDS, "ROCm")):
+            if has_driver(*libraries):
+                return gpu, f"This PyTorch is built for CPUs: install one for {kind}, see pytorch.org"
     return None
 
 
