@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayError
+from ray.util.client import ray as client
 
 from wan.batch import crew
 from wan.batch.crew import Gone
@@ -196,3 +198,100 @@ def test_a_worker_that_waits_long_for_its_place_is_worth_one_line(
         made.wait(0)
         assert len(caplog.records) == (cluster.now > 160)
     assert "worker 1 waits for a place in the cluster" in caplog.text
+
+
+def test_a_worker_that_dies_takes_all_that_was_asked_of_it_along_and_nobody_else(workers: Any) -> None:
+    made, _, results = workers
+    made._members[0].looked = math.inf
+    made._futures = {"do 0": ("ended", 0), "written 0": ("written", 0), "do 1": ("ended", 1)}
+    made._members[1].looked = math.inf
+    results |= {"do 0": RayError("it died"), "written 0": {"state": "completed"}, "do 1": {"state": "completed"}}
+    lost, ended = made.wait(1)
+    assert (lost.kind, lost.worker, lost.message) == ("lost", 0, {"reason": "RayError (it died)"})
+    assert (ended.kind, ended.worker) == ("ended", 1)
+    assert list(made._members) == [1] and not made._futures
+
+
+def test_workers_that_stop_are_heard_for_a_while(
+    workers: Any, monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+) -> None:
+    made, calls, results = workers
+    made._futures = {"do 0": ("ended", 0), "do 1": ("ended", 1)}
+    for member in made._members.values():
+        member.looked = math.inf
+    results["do 0"] = {"state": "cancelled"}
+    waits = list[float]()
+    wait = made.wait
+
+    def waiting(seconds: float) -> Any:
+        waits.append(seconds)
+        cluster.now += 1
+        return wait(seconds)
+
+    made.wait = waiting
+    assert [(event.kind, event.worker) for event in made.stop(3)] == [("ended", 0)]
+    assert calls == [("stop",)] * 2 and len(waits) == 3  # worker 1 never ends
+    results["do 1"] = {"state": "cancelled"}
+    assert [event.worker for event in made.stop(99)] == [1] and len(waits) == 4 and made.stop(99) == []
+
+    def gone(seconds: float) -> Any:
+        waits.append(seconds)
+        raise Gone("it has gone")
+
+    made.wait, made._futures = gone, {"do 0": ("ended", 0)}
+    assert made.stop(99) == [] and len(waits) == 5
+    made._by_client = True
+    monkeypatch.setattr(client, "is_connected", lambda: False)
+    del calls[:]
+    assert made.stop(99) == [] and not calls  # nobody can be asked
+
+
+def test_workers_get_their_gpus_their_threads_and_one_of_the_captioners(
+    workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls, _ = workers
+    asked = list[Any]()
+
+    def remote(kind: type) -> Any:
+        def options(**given: Any) -> Any:
+            def start(*words: Any) -> Actor:
+                asked.append((kind.__name__, given, words))
+                return Actor(calls)
+
+            return SimpleNamespace(remote=start)
+
+        return SimpleNamespace(options=options)
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    made.gpus_per_job, made.places, made.threads = 2, SimpleNamespace(uses_gpus=True, siblings=3), None
+    made._captioners = ["a", "b"]
+    for worker in (0, 1, 3):
+        made.open(worker)
+    assert [words[5].captioner for _, _, words in asked] == ["a", "b", "b"]
+    name, given, words = asked[0]
+    assert name == "Hand" and given == {"max_restarts": 0, "max_task_retries": 0, "num_gpus": 2, "num_cpus": 1}
+    assert words[1:3] == (2, 3) and set(made._futures.values()) >= {("ready", 0), ("ready", 3)}
+    made._captioners, made.places.uses_gpus = [], False
+    made.open(0)
+    assert asked[-1][1]["num_gpus"] == 0 and asked[-1][2][5] is None
+    del asked[:]
+    made._captioner("")
+    made.threads, made.places.uses_gpus = "5", True
+    made._captioner("ab" * 28)
+    assert [words for _, _, words in asked] == [(4,), (5,)]  # twelve cores for three
+    assert [(given["num_gpus"], given["num_cpus"]) for _, given, _ in asked] == [(0, 0), (1, 0)]
+    assert "scheduling_strategy" not in asked[0][1] and asked[1][1]["scheduling_strategy"].soft
+
+
+@pytest.mark.parametrize(("gone", "kills"), [(False, 3), (True, 0)])
+def test_a_crew_that_closes_ends_its_processes_and_ray_where_that_is_there(
+    gone: bool, kills: int, workers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls, _ = workers
+    shut = list[bool]()
+    monkeypatch.setattr(ray, "shutdown", lambda: shut.append(True))
+    made._captioners, made._head.gone = ["a"], gone
+    made.close()
+    assert calls == [("end",)] * 2 + ["kill"] * kills and shut == [True] * (not gone)
+    assert bool(made._members) is gone
