@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from benchmarks.real_size import materialise
 from benchmarks.timing import timed
 from wan.captioner import weight_bytes, working_bytes
 from wan.captioner.base import Pictures
-from wan.captioner.decoding import GreedyDecoder, fuse_norms
+from wan.captioner.decoding import ROUND, GreedyDecoder, fuse_norms
 from wan.captioner.frames import pixels_of
 from wan.captioner.internvl import InternVLCaptioner
 from wan.device.hardware import peak_gib, reset_peak
@@ -107,6 +109,10 @@ class RandomCaptioner:
 def captions(device: torch.device) -> dict[str, Any]:
     """Seconds of a caption with what the first one sets up, and of later ones; the library's `generate` beside it."""
     captioner = RandomCaptioner(device)
+    with patch("wan.captioner.decoding.fuse_projections"):
+        captioner.tokens(ANSWER)
+    apart = per_token(captioner, device)
+    captioner.decoder = None
     reset_peak(device)
     (first,) = timed(lambda: captioner.tokens(ANSWER), device)
     alone, whole = (timed(partial(captioner.tokens, count), device)[0] for count in (1, ANSWER))
@@ -123,6 +129,7 @@ def captions(device: torch.device) -> dict[str, Any]:
     theirs = timed(library, device, 2)
     recorded, decoder = captioner.tokens(ANSWER), captioner.decoder
     assert decoder is not None
+    profile = kernels(decoder)
     words = library()[:ANSWER]
     whole_pass = torch.cat([ids, words[None].to(device)], dim=1)
     logits = captioner.model(input_ids=whole_pass, pixel_values=pixels).logits[0, ids.shape[1] - 1 : -1].float().cpu()
@@ -136,13 +143,42 @@ def captions(device: torch.device) -> dict[str, Any]:
         "vision_in_it": round(vision, 4),
         "pictures_before_it": round(_pictures(), 3),
         "ms_per_token": round(1000 * (whole - alone) / (ANSWER - 1), 2),
+        "ms_per_token_with_projections_apart": round(apart, 2),
         "library_caption": [round(taken, 3) for taken in theirs],
         "ms_per_token_library": round(1000 * (theirs[1] - alone) / (ANSWER - 1), 2),
         "recorded": graph is not None,
+        "kernels": profile,
         "recorded_equals_launched": torch.equal(recorded, launched),
         # below the likeliest token of one pass over all of them, in deviations of its logits: ours, the library's
         "worst_choice": [round(worst_choice(logits, chosen), 3) for chosen in (ours, words)],
         "peak_gib": peak_gib(device),
+    }
+
+
+def per_token(captioner: RandomCaptioner, device: torch.device) -> float:
+    """Milliseconds of each token after the first."""
+    alone, whole = (timed(partial(captioner.tokens, count), device)[0] for count in (1, ANSWER))
+    return 1000 * (whole - alone) / (ANSWER - 1)
+
+
+def kernels(decoder: GreedyDecoder, tokens: int = 16) -> dict[str, Any]:
+    """What runs on the GPU for a token, by the profiler: how many kernels, their milliseconds, the longest."""
+    decoder.position.fill_(ROUND)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(tokens):
+            decoder.advance()
+        torch.cuda.synchronize()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    counts, times = Counter[str](), Counter[str]()
+    for event in events:
+        if "CUDA" in str(event.device_type()):
+            counts[event.name()[:70]] += 1
+            times[event.name()[:70]] += event.duration_ns() / 1e6
+    return {
+        "count": counts.total() / tokens,
+        "ms": round(times.total() / tokens, 3),
+        "longest": {name: (counts[name] / tokens, round(ms / tokens, 3)) for name, ms in times.most_common(16)},
     }
 
 

@@ -1,6 +1,6 @@
 """A process on a GPU that dies, fails, hangs or is stopped: how soon all have ended, and what is said of it.
 
-    python -m benchmarks.faults --gpus 2
+    python -m benchmarks.faults --gpus 2 [--faults hangs stops]
 
 For each fault it starts so many processes as a launcher does, which compute forwards of a random model with shared
 tokens until the last of them breaks.
@@ -93,11 +93,12 @@ def measure(fault: str, gpus: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--fault")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--fault", help="this is one of the processes, and what breaks the last one")
     args = parser.parse_args()
     if args.fault:
         return cli.run(lambda argv: work(args.fault), None)
-    for fault in FAULTS:
+    for fault in args.faults:
         measure(fault, args.gpus)
     return 0
 

@@ -2,7 +2,8 @@
 
 The stock class of diffusers with its own context parallelism (Ulysses, ring) on the GPUs of this host, eager and
 compiled, one guidance forward; the same clips, random weights, layers and rows as `benchmarks.parallel`, whose peer it
-is. Without GPUs a narrow model and a small clip run, for a test of this file.
+is. Without GPUs a narrow model and a small clip run with `--plans "1 GPU"`, for a test of this file: the library's
+parallelism asks for a GPU.
 """
 
 from __future__ import annotations
