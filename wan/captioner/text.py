@@ -61,7 +61,7 @@ _FENCE_OR_RULE = re.compile(r"^\s*(?:```.*|(?:[-*_]\s*){3,})$", re.MULTILINE)
 _LINK = re.compile(r"!\[[^\]]{0,300}\]\([^)]{0,500}\)|\[([^\]]{0,300})\]\([^)]{0,500}\)")  # of a picture nothing stays
 _ESCAPE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]")  # a colour of a terminal
 _QUOTED = re.compile(r"^\s*(?:>\s?)+")
-_BLOCK = re.compile(r"^\s*(?:>\s*)?(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
+_BLOCK = re.compile(r"^\s*(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
 _EMPHASIS = re.compile(
     r"`+|__|(?<!\d)\*{2,3}|\*{2,3}(?!\d)|(?<![\w)*])[*_](?=\S)|(?<=\S)[*_](?![\w(*])"  # 5*3*2 is no emphasis
 )
