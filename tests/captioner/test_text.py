@@ -138,6 +138,10 @@ def test_a_long_answer_is_cleaned_in_no_time() -> None:
         "I'd rather not describe this.",
         "Nem tudok segíteni ebben.",
         "క్షమించండి, నేను సహాయం చేయలేను.",
+        "誠に恐れ入りますが、この動画の内容を説明することはできかねます。",
+        "ご要望にはお応えできません。",
+        "What would you like me to describe?",  # of which nothing would stay
+        "Please provide the video frames so that I can describe them.",
     ],
 )
 def test_a_refusal_is_known(text: str) -> None:
@@ -159,6 +163,8 @@ def test_a_refusal_is_known(text: str) -> None:
         "No frames hang on the wall; a cat walks below it.",
         "Der Mann kann die Tür leider nicht öffnen.",
         "لا أحد في الشارع، وقطة تمشي على الرصيف.",
+        "女性は質問にお答えできませんと言い、部屋を出る。",
+        "How can a cat climb so high? It jumps from branch to branch.",
         "",
     ],
 )
@@ -185,6 +191,21 @@ def test_a_description_is_no_refusal(text: str) -> None:
         ('<tool_call>{"name": "zoom"}</tool_call>A ball rolls.', "A ball rolls."),
         ("\\boxed{A ball rolls.}", "A ball rolls."),
         ("The answer: a ball rolls.", "The answer: a ball rolls."),
+        ("Prompt: A ball rolls.", "A ball rolls."),
+        ("视频描述：球在滚动。", "球在滚动。"),
+        ("Описание видео: мяч катится.", "Мяч катится."),
+        ("> A ball rolls.\n> It stops.", "A ball rolls. It stops."),
+        ("> - A ball rolls", "A ball rolls."),
+        ("[b]A ball[/b] rolls[1]. It stops.[2]", "A ball rolls. It stops."),
+        ("A ball rolls.\\nIt stops.\\n", "A ball rolls. It stops."),
+        (
+            "A ball &amp; a cube roll &mdash; slowly; 3 &lt; 4 &nosuchthing; &lt;b&gt;now&lt;/b&gt;.",
+            "A ball & a cube roll — slowly; 3 < 4 &nosuchthing; now.",
+        ),
+        ("A ball <lora:ball_v2:0.8> rolls.", "A ball rolls."),
+        ('[{"frame": 1, "text": "A ball rolls."}, {"frame": 2, "text": "It stops."}]', "A ball rolls. It stops."),
+        ("{'scene': 'A ball rolls.', 'sure': True, 'more': [\"It's red.\"]}", "A ball rolls. sure True. It's red."),
+        ("{a ball, a cube} roll", "{a ball, a cube} roll"),
         ("![frame 1](a.png) A ball \x1b[31mrolls\x1b[0m.", "A ball rolls."),
     ],
 )

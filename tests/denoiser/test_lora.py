@@ -931,7 +931,11 @@ A, B = torch.zeros(2, 48), torch.zeros(48, 2)
         (write(**{f"{Q}__diff_b": A[0, :0]}), "is damaged: blocks.0.self_attn.q is empty"),
         (
             write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B.to(torch.int8)}),
-            r"holds blocks.0.self_attn.q in whole numbers \(I8\); give one in bf16",
+            r"holds blocks.0.self_attn.q in I8 numbers; give one in bf16",
+        ),
+        (  # powers of two, without a sign
+            write(**{f"{Q}__lora_A__weight": A, f"{Q}__lora_B__weight": B.to(torch.float8_e8m0fnu)}),
+            r"holds blocks.0.self_attn.q in F8_E8M0 numbers; give one in bf16",
         ),
         (lambda file: file.write_bytes(b""), "cannot be read, it may be truncated"),
         (lambda file: file.write_bytes(b"<!DOCTYPE html>" * 9), "is a web page that was saved under this name"),

@@ -131,6 +131,16 @@ def test_ordinary_colours_stay_as_they_are(
     assert warnings_in(caplog) == []
 
 
+@pytest.mark.parametrize(("transfer", "coded"), [(8, "linear"), (9, "logarithmic"), (17, "of digital cinema")])
+def test_tones_that_are_not_those_of_a_screen_are_said(
+    transfer: int, coded: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    film(tmp_path / "a.mkv", stripes(COLOURS), "rgb24", "ffv1", "gbrp10le", (1, transfer, 0))
+    media.read_last_frame(tmp_path / "a.mkv")
+    media.read_last_frame(tmp_path / "a.mkv")
+    assert len(warnings_in(caplog)) == 1 and f"{coded} and are taken for BT.709's" in caplog.text
+
+
 def test_primaries_that_are_not_converted_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     film(tmp_path / "a.mkv", stripes(COLOURS), "rgb24", "ffv1", "gbrp10le", (4, 1, 0))
     media.read_last_frame(tmp_path / "a.mkv")

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.support.media_samples import CORPUS, READABLE, beeps, beeps_in, natural, number, numbered, recording
 from wan import media
 from wan.footage import VideoFile, choose_anchor
-from wan.media import VideoError, find_dull_end
+from wan.media import VideoError, dull_end, find_dull_end
 
 pytestmark = pytest.mark.slow
 
@@ -244,3 +244,9 @@ def test_pictures_of_the_same_moment_do_not_stop_the_clock() -> None:
     pictures = media.source.Pictures(begin)
     shown = list(pictures._up_to((one for one in frames), begin.start + 2.5 / float(begin.fps)))
     assert len(shown) == 3 and pictures.was_cut
+
+
+def test_the_last_picture_of_a_damaged_file_may_be_another_in_each_pass() -> None:
+    steps = [0.0, 9.0, 9.0]
+    look = dull_end._Look([-0.2, -0.1, 0.0], [40.0] * 3, [90.0] * 3, steps, [30.0, 20.0, 10.0], [9.0, 8.0, 7.0])
+    assert dull_end._begins(look, is_blank=False) == 2

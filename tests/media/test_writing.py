@@ -415,3 +415,10 @@ def rgb_of(path: Path) -> np.ndarray:
     """All pictures uint8 [T, H, W, 3]."""
     source = inspect(str(path))
     return np.stack([to_rgb(frame, source) for frame in Pictures(source)])
+
+
+def test_a_name_that_is_too_long_for_a_while_is_not_the_folders_fault(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"File name too long; give a shorter name, which for a time has some letters more$"
+    ):
+        media.write_video(tmp_path / f"{'a' * 250}.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)

@@ -116,7 +116,33 @@ def reshape(tensors: dict[str, torch.Tensor]) -> None:
     tensors[key] = tensors[key][:5].contiguous()
 
 
+def hold(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = shard(folder, 1)
+        tensors = load_file(file)
+        key = next(key for key in tensors if key.endswith("ffn.0.bias"))
+        save_file(tensors | {key: tensors[key].to(dtype)}, file)
+
+    return change
+
+
+def hold_twice(folder: Path) -> None:
+    tensors = load_file(shard(folder, 0))
+    edit_shard(shard(folder, 1), lambda more: more.update(dict([next(iter(tensors.items()))])))
+
+
+def whole_numbers(folder: Path) -> None:
+    file = folder / "Wan2.2_VAE.pth"
+    tensors = torch.load(file)
+    torch.save(tensors | {"conv1.bias": tensors["conv1.bias"].int()}, file)
+
+
 BROKEN_5B: list[tuple[Callable[[Path], Any], str]] = [
+    (hold(torch.int64), r"blocks\.\d\.ffn\.0\.bias holds I64 numbers, which are no weights"),
+    (hold(torch.complex64), r"holds C64 numbers"),  # a traceback
+    (hold(torch.float8_e8m0fnu), r"holds F8_E8M0 numbers"),
+    (whole_numbers, r"VAE.pth: conv1.bias holds whole numbers, which are no weights"),
+    (hold_twice, r"00002-of-00003.safetensors has what another shard has too \(twice blocks"),
     (lambda f: shard(f, 1).unlink(), r"1 of 3 shards are missing \(diffusion_pytorch_model-00002"),
     (lambda f: truncate(shard(f, 1)), r"may be truncated or damaged; download it again"),
     (lambda f: truncate(shard(f, 2), 0.0), r"may be truncated"),

@@ -35,7 +35,7 @@ _OFFERING = {
     "en": (
         r"(?:please )?(?:let me know|feel free|do(?:n['’]t| not) hesitate)\b|i hope (?:this|that|it)\b"
         r"|if you(?:['’]d| would)?\b.{0,40}\b(?:need|have|like|want|wish)\b"
-        r"|would you like\b|do you (?:need|want|have)\b"
+        r"|(?:what )?would you like\b|(?:what )?do you (?:need|want|have)\b|how (?:can|may) i (?:help|assist)\b"
         r"|is there anything\b|please (?:provide|share|upload|send|try)\b"
         r"|(?:please )?note(?: that|:)? (?:as an ai\b|i (?:am|can|do)\b)"
     ),
@@ -82,7 +82,11 @@ _REFUSING = {
     "es": r"lo siento|no puedo\b|lamentablemente",
     "pt": r"desculpe|sinto muito|lamento|não posso\b|infelizmente,? (?:eu )?não",
     "it": r"mi dispiace|non posso\b|purtroppo non",
-    "ja": r"申し訳|すみません(?:が|、)|恐れ入りますが",
+    "ja": (
+        r"申し訳|すみません(?:が|、)|(?:誠に|大変)?恐れ入りますが"
+        r"|(?:その|この)?ご?(?:依頼|要望|質問|リクエスト|内容|動画)(?:に|には|は)"
+        r"(?:お応え|お答え|対応|お手伝い|説明)(?:でき(?:ません|かねます)|いたしかねます)"
+    ),
     "ko": r"죄송|미안하지만",
     "ru": r"извините|простите|к сожалению,? я|я не могу",
     "uk": r"вибачте|перепрошую|на жаль,? я|я не можу",
@@ -114,11 +118,17 @@ def _any(*patterns: str) -> str:
     return f"(?:{'|'.join(patterns)})"
 
 
+_HEADED = (  # "Description:"
+    r"(?:video |image |scene )?(?:caption|description|summary|prompt)|(?:final )?answer|output|response"
+    r"|(?:视频|图片|图像|画面)?(?:内容)?(?:描述|说明)|(?:動画|映像)?の?(?:説明|内容)"
+    r"|(?:비디오|영상|동영상)? ?(?:설명|묘사)|описание(?: видео)?|(?:video)?beschreibung(?: des videos)?"
+    r"|description de la vidéo|descripción(?: del v[ií]deo)?|descrição(?: do vídeo)?|descrizione(?: del video)?"
+)
 _AGREE, _ANNOUNCE = _any(*_AGREEING.values()), _any(*_ANNOUNCING.values())
 _BASED = r"based (?:up)?on the (?:\w+ ){0,3}(?:frames?|images?|video|footage|pictures?)(?: \w+){0,5}, "
 LEAD_IN = re.compile(  # "Sure! Here is a description of the video:"
     rf"¡?(?:(?:{_AGREE}\s*[,.!:，。！：、—-]+\s*)*{_ANNOUNCE}[^.!?。！？:：]{{0,150}}[:：]\s*"
-    r"|(?:(?:video )?(?:caption|description|summary)|(?:final )?answer|output|response)\s*[:：]\s*"
+    rf"|(?:{_HEADED})\s*[:：]\s*"
     rf"|(?:{_AGREE}(?:\s*[!！]+\s*|\s*[,.，。、]\s+))+(?:{_BASED})?|{_BASED})",
     re.IGNORECASE,
 )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import json
 import logging
 import re
 import unicodedata
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 from wan.captioner.base import MOST_CHARACTERS
 from wan.captioner.talk import ABOUT_ITSELF, BUT, CLOSING, LEAD_IN, REFUSAL
@@ -47,11 +51,17 @@ _RUN = re.compile(
 _TAG = re.compile(
     r"<\|[^|<>]*\|>|</[A-Za-z][\w:-]{0,60}\s*>|<[A-Za-z][\w:-]{0,60}\s*/>"
     r"|(?<!\w)<[A-Za-z][\w:-]{0,60}(?:\s+[\w:-]{1,60}=[^<>\s]{0,200})*\s*/?>"
+    r"|<(?:lora|lyco|hypernet):[^<>\s]{1,100}>"
 )
+_ENTITY = re.compile(r"&(?:[A-Za-z]{2,8}|#\d{2,6}|#x[0-9A-Fa-f]{2,5});")
+_WRITTEN_LINE_END = re.compile(r"(?<=[.!?:;,\"])(?:\\n)+|(?:\\n)+\s*\Z")  # as two characters
+_FORUM = re.compile(r"\[/?(?:b|i|u|s|url|quote|center|color|size)(?:=[^\]\n]{0,100})?\]", re.IGNORECASE)
+_NOTE = re.compile(r"(?<=[\w.,;!?)])\[\d{1,2}\]")  # of a source
 _FENCE_OR_RULE = re.compile(r"^\s*(?:```.*|(?:[-*_]\s*){3,})$", re.MULTILINE)
 _LINK = re.compile(r"!\[[^\]]{0,300}\]\([^)]{0,500}\)|\[([^\]]{0,300})\]\([^)]{0,500}\)")  # of a picture nothing stays
 _ESCAPE = re.compile(r"\x1b\[[0-9;]{0,20}[A-Za-z]")  # a colour of a terminal
-_BLOCK = re.compile(r"^\s*(?:>\s*)?(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
+_QUOTED = re.compile(r"^\s*(?:>\s?)+")
+_BLOCK = re.compile(r"^\s*(?:#{1,6}|[-*+•]|\d{1,2}[.)])\s+")
 _EMPHASIS = re.compile(
     r"`+|__|(?<!\d)\*{2,3}|\*{2,3}(?!\d)|(?<![\w)*])[*_](?=\S)|(?<=\S)[*_](?![\w(*])"  # 5*3*2 is no emphasis
 )
@@ -99,15 +109,28 @@ def refusal(answer: str) -> str | None:
 
     An answer that declines a part and describes the rest is a description.
     """
-    text = " ".join(_TAG.sub(" ", _words_of_json(bounded(without_reasoning(answer)))).split())
+    text = " ".join(_TAG.sub(" ", _answered(answer)).split())
     first, *rest = sentences(_without_talk(text)) or [""]
+    if not first and bare_words(text):  # it talks, and describes nothing
+        return shortened(text)
     opening = REFUSAL.match(first.lstrip(_CLOSERS + "*_#¡ "))
     if opening is None or BUT.search(first, opening.end()):
         return None
     described = [one for one in rest if not (REFUSAL.match(one) or CLOSING.match(one) or ABOUT_ITSELF.search(one))]
     if len(bare_words(" ".join(described))) >= _FEWEST_WORDS:
         return None
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A text of up to 200 characters."""
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _answered(answer: str) -> str:
+    """What a VLM says after thinking: of JSON its words, and what is written with escapes as what it stands for."""
+    text = _words_of_json(bounded(without_reasoning(answer)))
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), _WRITTEN_LINE_END.sub(" ", text))
 
 
 def clean_caption(text: str) -> str:
@@ -117,12 +140,13 @@ def clean_caption(text: str) -> str:
     again go, and so does a last sentence that was cut off, unless it is the only one. Of JSON and of tables the words
     stay, as sentences.
     """
-    text = _words_of_json(bounded(without_reasoning(text)))
+    text = _NOTE.sub("", _FORUM.sub("", _answered(text)))
     text = _ESCAPE.sub("", _TAG.sub(" ", _BOX.sub(" ", _BOXED.sub(r"\1", text))))
     text = "".join(char if _is_text(char) else " " if char in "\t\v\f" else "" for char in text.replace("\r", "\n"))
     text = _LINK.sub(lambda link: link[1] or "", _FENCE_OR_RULE.sub("", _TABLE_RULE.sub("", text)))
     text = " ".join(_plain_line(line) for line in text.split("\n"))
     text = _FRAME_MENTION.sub(_without_mention, " ".join(text.split()))
+    text = re.sub(r"(?:(?<=[.!?])\s+|^\s*)\.(?=\s|$)", "", " ".join(text.split()))  # of a sentence that was a mention
     text = re.sub(r"\s+(?=[,.;:!?](?:\s|$))", "", " ".join(text.split()))
     text = _without_loops(_without_talk(text))
     *whole, last = sentences(text) or [""]
@@ -158,7 +182,11 @@ def _words_of_json(answer: str) -> str:
         return _said_in(json.loads(bare, strict=False))
     except RecursionError:
         return answer
-    except ValueError:  # it may have been cut off, in its last text too
+    except ValueError:  # Python's spelling, or it may have been cut off, in its last text too
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            if isinstance(value := ast.literal_eval(bare), dict | list):
+                return _said_in(value)
         texts = [json.loads(f'"{text}"', strict=False) for text in _JSON_VALUE.findall(bare)]
         return " ".join([*map(_said_in, texts[:-1]), *texts[-1:]]) or answer
 
@@ -250,9 +278,10 @@ def _is_text(char: str) -> bool:
 
 def _plain_line(line: str) -> str:
     """A line without Markdown; headings, list items and rows of a table become sentences."""
-    plain = _TABLE_ROW.sub(lambda row: ", ".join(cell.strip() for cell in row[1].split("|") if cell.strip()), line)
-    plain = _BLOCK.sub("", plain)
-    is_block = plain != line
+    row = _TABLE_ROW.sub(lambda row: ", ".join(cell.strip() for cell in row[1].split("|") if cell.strip()), line)
+    unquoted = _QUOTED.sub("", row)
+    plain = _BLOCK.sub("", unquoted)
+    is_block = plain != unquoted or row != line
     plain = _EMPHASIS.sub("", plain).strip()
     return f"{plain}." if is_block and plain and (plain[-1].isalnum() or plain[-1] in ")\"'”’") else plain
 

@@ -21,7 +21,7 @@ from wan.options import EXPERT_OF_LORA
 from wan.settings import LoraFile
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.single_file import check_expert
-from wan.weights.tensors import Shape, Weights, open_file, stored_types
+from wan.weights.tensors import FLOATS, Shape, Weights, open_file, stored_types
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -270,8 +270,8 @@ def _layers(file: Weights, chosen: Sequence[str]) -> dict[str, dict[str, str]]:
         if any(0 in file.shapes[key] for key in keys.values()):
             raise UserError(f"{file.path} is damaged: {layer} is empty; download it again")
         kinds = {types[key] for role, key in keys.items() if role != "alpha"}
-        if odd_kinds := sorted(kind for kind in kinds if not kind.startswith(("F", "BF"))):
-            raise UserError(f"{file.path} holds {layer} in whole numbers ({odd_kinds[0]}); give one in bf16 or float16")
+        if odd_kinds := sorted(kinds - FLOATS):
+            raise UserError(f"{file.path} holds {layer} in {odd_kinds[0]} numbers; give one in bf16 or float16")
         factors = [file.shapes[keys[role]] for role in keys if role in ("up", "down")]
         if any(len(shape) < 2 for shape in factors):
             raise UserError(f"{file.path} is damaged: a half of {layer} is no matrix; download it again")

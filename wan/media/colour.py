@@ -35,6 +35,7 @@ _SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coeffi
 _UNSPECIFIED = frozenset({2, 3})
 _RGB = 0
 _DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})
+_NOT_FOR_SCREENS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "those of digital cinema"}  # H.273
 _NEAR_BT709 = frozenset({0, 1, 2, 3, 5, 6, 7, 22})  # or not said
 
 
@@ -69,6 +70,9 @@ def to_rgb(frame: VideoFrame, source: Source, *, max_side: int | None = None) ->
     elif wide is not None:
         say_once(source.path, f"its {WIDE[wide][0]} colours are converted to BT.709")
         pixels = narrow(pixels, wide, frame.color_trc)
+    if frame.color_trc in _NOT_FOR_SCREENS:
+        coded = _NOT_FOR_SCREENS[frame.color_trc]
+        say_once(source.path, f"its tones are {coded} and are taken for BT.709's; convert it to BT.709 yourself")
     if clear:
         pixels = over_white(pixels, opacity, source.path)
         if size != (frame.width, frame.height):  # after that, or colours that nobody sees bleed into what is seen

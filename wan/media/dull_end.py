@@ -128,7 +128,8 @@ def _difference(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) ->
 def _begins(look: _Look, is_blank: bool) -> int:
     """The first picture of the run at the end that is blank, or the same as the last."""
     flags = [value < _FLAT for value in look.contrast] if is_blank else [value < _SAME for value in look.to_last]
-    return next((at + 1 for at in range(len(flags) - 1, -1, -1) if not flags[at]), 0)
+    # the last one is always in it: of a damaged file another pass may have given another picture to compare with
+    return next((at + 1 for at in range(len(flags) - 2, -1, -1) if not flags[at]), 0)
 
 
 def _before_fade(look: _Look, begins: int) -> int:

@@ -326,7 +326,9 @@ def _reserve(path: str | os.PathLike[str]) -> str:
     try:
         return os.fspath(reserve(Path(name)))
     except OSError as error:
-        raise UserError(f"cannot write {name!r}: {error.strerror}; give a folder that can be written to") from error
+        long = "give a shorter name, which for a time has some letters more"
+        advice = long if error.errno == errno.ENAMETOOLONG else "give a folder that can be written to"
+        raise UserError(f"cannot write {name!r}: {error.strerror}; {advice}") from error
 
 
 @contextmanager

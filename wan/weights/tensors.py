@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from wan.weights.quantized import QuantizedTensor
 
 Shape = tuple[int, ...]
+# The dtypes in which weights may be held, as safetensors and PyTorch name them.
+FLOATS = {
+    *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+}
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes of safetensors and GGUF files
 _DISTILLED = re.compile(r"rapid|lightning|lightx2v|distill|turbo|(?<![a-z0-9])[48][ _-]?steps?(?![a-z])")
 
@@ -154,7 +159,13 @@ def open_safetensors(folder: Path, stem: str) -> Weights:
         raise UserError(f"{single} {what}; download it again")
     else:
         raise UserError(f"{folder}: expected {single.name} or {index.name}, found neither")
-    shapes = {key: shape for file in files for key, shape in safetensors_shapes(file)}
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        here = dict(safetensors_shapes(file))
+        if twice := here.keys() & shapes.keys():
+            raise UserError(f"{folder}: {file.name} has what another shard has too ({listing('twice', twice)})")
+        shapes |= here
+        _check_dtypes(file, safetensors_dtypes(file))
     if listed is not None and shapes.keys() != listed.keys():
         difference = listing("in one only", shapes.keys() ^ listed.keys())
         raise UserError(f"{folder}: the shards and {index.name} disagree ({difference})")
@@ -172,7 +183,16 @@ def open_file(file: Path) -> Weights:
 def open_pth(file: Path) -> Weights:
     if not file.is_file():
         raise UserError(f"{file.parent}: expected {file.name}, found no such file")
-    return Weights(file, (file,), {key: one.shape for key, one in _pth_tensors(file).items()}, {})
+    tensors = _pth_tensors(file)
+    _check_dtypes(file, {key: one.dtype for key, one in tensors.items()})
+    return Weights(file, (file,), {key: one.shape for key, one in tensors.items()}, {})
+
+
+def _check_dtypes(file: Path, dtypes: Mapping[str, str]) -> None:
+    """Raise UserError for what no model is kept in: whole numbers, complex ones, and rarer floats."""
+    for key, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise UserError(f"{file}: {key} holds {dtype or 'whole'} numbers, which are no weights; download it again")
 
 
 def _pth_tensors(file: Path) -> Mapping[str, StoredTensor]:
