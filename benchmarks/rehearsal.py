@@ -179,6 +179,8 @@ def run(args: argparse.Namespace) -> None:
                 cells |= {column: f"{moments[column]:.1f}" for column in COLUMNS if column in moments}
                 if code:
                     print(f"exit {code}: {output[-1500:]}", flush=True)
+                else:
+                    tell(f"stages {json.loads(target.with_suffix('.json').read_text(encoding='utf-8'))['seconds']}")
                 if args.refusal:
                     if cache == "cold":
                         forget(folders + packages)
