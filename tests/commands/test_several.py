@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_once(ranks: Ranks, tmp_path: Path) -> None:
 # --- what goes wrong in one process
 
 FAULTS = [
-    (1, "sample", "kill", "process 1 on HOST has died: it was killed, or is out of memory; what is finished is kept"),
+    (1, "sample", "kill", "process 1 on HOST has died: it was killed, is out of memory, or its machine is gone; what"),
     *(
         pytest.param(*case, marks=pytest.mark.rare)
         for case in (
