@@ -1,9 +1,21 @@
-"""An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`."""
+"""An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`.
+
+    python -m benchmarks.captioning [--vlm FOLDER [--room GIB ...] [--tokens N] [--frames N]]
+
+With `--vlm` a folder's captions: whole on the GPU, then with as much of it for its weights as each `--room` says, so
+that the layers beyond come one by one. Exits with 1 if the words are not the same.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
+from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,10 +24,13 @@ from torch import Tensor
 
 from benchmarks.real_size import materialise
 from benchmarks.timing import timed
+from wan.captioner import weight_bytes, working_bytes
 from wan.captioner.base import Pictures
-from wan.captioner.decoding import GreedyDecoder, fuse_norms
+from wan.captioner.decoding import ROUND, GreedyDecoder, fuse_norms
 from wan.captioner.frames import pixels_of
+from wan.captioner.internvl import InternVLCaptioner
 from wan.device.hardware import peak_gib, reset_peak
+from wan.options import QUESTION
 
 FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
 WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
@@ -94,6 +109,10 @@ class RandomCaptioner:
 def captions(device: torch.device) -> dict[str, Any]:
     """Seconds of a caption with what the first one sets up, and of later ones; the library's `generate` beside it."""
     captioner = RandomCaptioner(device)
+    with patch("wan.captioner.decoding.fuse_projections"):
+        captioner.tokens(ANSWER)
+    apart = per_token(captioner, device)
+    captioner.decoder = None
     reset_peak(device)
     (first,) = timed(lambda: captioner.tokens(ANSWER), device)
     alone, whole = (timed(partial(captioner.tokens, count), device)[0] for count in (1, ANSWER))
@@ -110,6 +129,7 @@ def captions(device: torch.device) -> dict[str, Any]:
     theirs = timed(library, device, 2)
     recorded, decoder = captioner.tokens(ANSWER), captioner.decoder
     assert decoder is not None
+    profile = kernels(decoder)
     words = library()[:ANSWER]
     whole_pass = torch.cat([ids, words[None].to(device)], dim=1)
     logits = captioner.model(input_ids=whole_pass, pixel_values=pixels).logits[0, ids.shape[1] - 1 : -1].float().cpu()
@@ -123,13 +143,42 @@ def captions(device: torch.device) -> dict[str, Any]:
         "vision_in_it": round(vision, 4),
         "pictures_before_it": round(_pictures(), 3),
         "ms_per_token": round(1000 * (whole - alone) / (ANSWER - 1), 2),
+        "ms_per_token_with_projections_apart": round(apart, 2),
         "library_caption": [round(taken, 3) for taken in theirs],
         "ms_per_token_library": round(1000 * (theirs[1] - alone) / (ANSWER - 1), 2),
         "recorded": graph is not None,
+        "kernels": profile,
         "recorded_equals_launched": torch.equal(recorded, launched),
         # below the likeliest token of one pass over all of them, in deviations of its logits: ours, the library's
         "worst_choice": [round(worst_choice(logits, chosen), 3) for chosen in (ours, words)],
         "peak_gib": peak_gib(device),
+    }
+
+
+def per_token(captioner: RandomCaptioner, device: torch.device) -> float:
+    """Milliseconds of each token after the first."""
+    alone, whole = (timed(partial(captioner.tokens, count), device)[0] for count in (1, ANSWER))
+    return 1000 * (whole - alone) / (ANSWER - 1)
+
+
+def kernels(decoder: GreedyDecoder, tokens: int = 16) -> dict[str, Any]:
+    """What runs on the GPU for a token, by the profiler: how many kernels, their milliseconds, the longest."""
+    decoder.position.fill_(ROUND)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(tokens):
+            decoder.advance()
+        torch.cuda.synchronize()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = profile.profiler.kineto_results.events()
+    counts, times = Counter[str](), Counter[str]()
+    for event in events:
+        if "CUDA" in str(event.device_type()):
+            counts[event.name()[:70]] += 1
+            times[event.name()[:70]] += event.duration_ns() / 1e6
+    return {
+        "count": counts.total() / tokens,
+        "ms": round(times.total() / tokens, 3),
+        "longest": {name: (counts[name] / tokens, round(ms / tokens, 3)) for name, ms in times.most_common(16)},
     }
 
 
@@ -156,5 +205,61 @@ def worst_choice(logits: Tensor, chosen: Tensor) -> float:
     return float((below / logits.std(1)).max())
 
 
+def streamed(folder: Path, rooms: list[float], tokens: int, pictures: int, device: torch.device) -> bool:
+    """A row for a VLM that is whole on the device and for each GiB that its weights may take there: the same words?"""
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (pictures, 480, 832, 3), np.uint8)
+    first, resident, right = None, 0.0, True
+    for room in (None, *rooms):
+        reset_peak(device)
+        limit = None if room is None else partial(int, room * 2**30)
+        captioner = InternVLCaptioner(folder, device, room=limit)
+        begun = time.perf_counter()
+        _ = captioner.model
+        loaded = time.perf_counter() - begun
+        ids, pixels = captioner.prepare(frames, QUESTION)
+        answers: list[Tensor] = []
+
+        def answer(count: int, captioner: Any = captioner, asked: Any = (ids, pixels), into: Any = answers) -> None:
+            into.append(captioner.generate(*asked, count))
+
+        answer(tokens)  # sets up what the next ones find
+        alone, taken = (timed(partial(answer, count), device)[0] for count in (1, tokens))
+        words = answers[-1]
+        first = words if first is None else first
+        resident = resident or taken
+        made = {
+            "room_gib": room,
+            "load": round(loaded, 1),
+            "one_token": round(alone, 3),
+            "seconds": round(taken, 3),
+            "tokens": len(words),
+            "ms_per_token": round(1000 * (taken - alone) / max(1, len(words) - 1), 1),
+            "over_resident": round(taken / resident, 2),
+            "peak_gib": peak_gib(device),
+            "estimated_gib": round(((weight_bytes(folder) or 0) + working_bytes(folder, pictures)) / 2**30, 2),
+            "same_words": torch.equal(words, first),
+        }
+        print(made, flush=True)
+        right = right and bool(made["same_words"])
+        captioner.close()
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vlm", type=Path)
+    parser.add_argument("--room", type=float, nargs="*", default=[12, 8, 4], metavar="GIB")
+    parser.add_argument("--tokens", type=int, default=ANSWER)
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--device", default="cuda:0")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.vlm:
+        return not streamed(args.vlm, args.room, args.tokens, args.frames, device)
+    print(captions(device))
+    return 0
+
+
 if __name__ == "__main__":
-    print(captions(torch.device("cuda:0")))
+    sys.exit(main())

@@ -2,27 +2,110 @@
 """Peak host memory and time of loading a denoiser of several GB, generated for the purpose.
 
     python -m benchmarks.loading FOLDER [--layers 24] [--dim 2560] [--precision fp8]
+    python -m benchmarks.loading FOLDER --readers ours safetensors fastsafetensors runai [--device cuda cpu] [--cold]
 
 Writes a float32 checkpoint into FOLDER (kept, and used again), loads it in bf16, or in 8 bits that a GPU rounds where
 there is one, and compares the peak with the bytes of the loaded model. Resident memory counts the pages of the mapped
 files too. A folder of weights that is there already will do as well. The last line is JSON.
+
+With `--readers` a line for each of them and each device: seconds until every tensor of the same files is in memory of
+its own there, with files in the system's cache and, with `--cold`, out of it. Exits with 1 where one reads other bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.rehearsal import forget
 from benchmarks.timing import Timer
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.fp8 import PRECISIONS
 from wan.denoiser.model import WanModel
 from wan.device.host import host_peak_gib
-from wan.weights.tensors import open_safetensors
+from wan.weights.tensors import Weights, open_safetensors
+
+
+def ours(weights: Weights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Mapped tensors, copied while the next file is read: what `wan.weights.loading` fills models with."""
+    for name, tensor in weights.tensors():
+        assert isinstance(tensor, Tensor)
+        yield name, tensor.to(device, copy=True)
+
+
+def of_safetensors(weights: Weights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """As the format's own library reads a file."""
+    from safetensors.torch import load_file
+
+    for file in weights.files:
+        for name, tensor in load_file(file, device=str(device)).items():
+            yield name, tensor.clone() if device.type == "cpu" else tensor  # lest it stay in the file
+
+
+def of_fastsafetensors(weights: Weights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Without GPUDirect Storage, which a rented machine's disk lacks."""
+    from fastsafetensors import ParallelLoader
+
+    files = [str(file) for file in weights.files]
+    loader = ParallelLoader(None, files, device=str(device), nogds=True, use_tqdm_on_load=False)
+    try:
+        with contextlib.closing(loader.iterate_weights()) as tensors:
+            yield from tensors
+    finally:
+        loader.close()
+
+
+def of_runai(weights: Weights, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Its tensors are the caller's."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(file) for file in weights.files], device=str(device))
+        yield from streamer.get_tensors()
+
+
+READERS: dict[str, Callable[[Weights, torch.device], Iterator[tuple[str, Tensor]]]] = {
+    "ours": ours,
+    "safetensors": of_safetensors,
+    "fastsafetensors": of_fastsafetensors,
+    "runai": of_runai,
+}
+
+
+def compare(folder: Path, readers: Sequence[str], devices: Sequence[str], cold: bool) -> bool:
+    """A line for each reader, device and cache; whether all read the same bits. One that is not installed is told."""
+    weights = open_safetensors(folder, "diffusion_pytorch_model")
+    size, sums = sum(file.stat().st_size for file in weights.files) / 1e9, set()
+    for device in map(torch.device, devices):
+        torch.zeros(1, device=device)  # what CUDA takes is not the reader's
+        for reader in readers:
+            for cache in ("cold", "warm") if cold else ("warm",):
+                if cache == "cold":
+                    forget([folder])
+                row: dict[str, Any] = {"reader": reader, "device": device.type, "cache": cache}
+                try:
+                    with Timer(device) as watch:
+                        made = dict(READERS[reader](weights, device))
+                except ImportError as error:
+                    print(json.dumps(row | {"not_installed": str(error)}), flush=True)
+                    break
+                right = {name: tuple(tensor.shape) for name, tensor in made.items()} == dict(weights.shapes)
+                bits = sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in made.values())
+                sums.add((right, bits))
+                row |= {"seconds": round(watch.seconds, 2), "gb_per_s": round(size / watch.seconds, 2), "bits": bits}
+                print(json.dumps(row), flush=True)
+                del made
+                gc.collect()
+    return len(sums) <= 1 and all(right for right, _ in sums)
 
 
 def main() -> None:
@@ -32,7 +115,12 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--precision", choices=PRECISIONS)
+    parser.add_argument("--readers", choices=tuple(READERS), nargs="+")
+    parser.add_argument("--device", choices=("cuda", "cpu"), nargs="+", default=["cuda"])
+    parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
+    if args.readers and args.folder.exists():
+        sys.exit(not compare(args.folder, args.readers, args.device, args.cold))
     if not args.folder.exists():
         sizes = {
             "dim": args.dim,

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """One clip from a checkpoint folder within so much GPU and host memory: does it hold, and with the same frames?
 
-    python -m benchmarks.memory FOLDER --video FILE [--whole] [--vram 24 16] [--host 64 32] [--minutes 9] [-- FLAG ...]
+    python -m benchmarks.memory FOLDER --video FILE [--whole] [--warm] [--vram 24 16] [--host 64 32] [--minutes 9]
+        [-- FLAG ...]
 
 With `--whole` the first run has no limits. Each other one has `--vram` and `--host_memory` of its pair, and is in a
 memory group of that size where groups may be made. What the GPU's driver counts is seen from outside, and so is host
 memory that cannot be reclaimed. `default` in place of a number of `--vram` leaves the flag out; with `default:24`
-another process holds all but 24 GiB of the GPU meanwhile. What stands after `--` is for generate.py. Each run reads
-its files from the disk where the system lets us drop what it keeps of them. Prints a line for each run and JSON, and
-exits with 1 if a run fails, takes more than its limit, or makes another mp4.
+another process holds all but 24 GiB of the GPU meanwhile; it is the first that CUDA_VISIBLE_DEVICES names, by number.
+What stands after `--` is for generate.py. Each run reads its files from the disk where the system lets us drop what it
+keeps of them, which `--warm` leaves out. Prints a line for each run and JSON, and exits with 1 if a run fails, takes
+more than its limit, or makes another mp4.
 """
 
 from __future__ import annotations
@@ -82,9 +84,10 @@ class Group:
 
 
 def asked(*query: str) -> list[list[str]]:
-    """The rows of an answer of nvidia-smi; none without a GPU."""
+    """The rows of an answer of nvidia-smi about the GPU that runs use; none without one."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     try:
-        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits", "--id=0"]
+        command = ["nvidia-smi", *query, "--format=csv,noheader,nounits", f"--id={gpu}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
@@ -92,7 +95,7 @@ def asked(*query: str) -> list[list[str]]:
 
 
 def gpu_bytes(processes: Collection[int] = ()) -> int:
-    """What the driver counts on the first GPU, of these processes or of all; 0 without one."""
+    """What the driver counts on the GPU, of these processes or of all; 0 without one."""
     if processes:
         rows = asked("--query-compute-apps=pid,used_memory")
         return sum(int(size) * 2**20 for pid, size in rows if int(pid) in processes and size.isdecimal())
@@ -141,9 +144,10 @@ def pids_of(process: psutil.Process) -> set[int]:
         return {process.pid}
 
 
-def run(command: Sequence[str], host: float | None, until: float) -> dict[str, Any]:
+def run(command: Sequence[str], host: float | None, until: float, warm: bool = False) -> dict[str, Any]:
     """The command's exit code, seconds and peaks; it is ended at the time `until`."""
-    drop_cached_files()
+    if not warm:
+        drop_cached_files()
     group, before, peaks, own_peak = Group(host), gpu_bytes(), [0, 0], 0
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as printed:
@@ -178,6 +182,7 @@ def main() -> int:
     )
     parser.add_argument("--host", nargs="*", type=float, default=[64, 32], metavar="GIB", help="one for each of --vram")
     parser.add_argument("--whole", action="store_true", help="begin with a run without limits")
+    parser.add_argument("--warm", action="store_true", help="files may stay in memory, as they are in it")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--prompt", default="It goes on.", help="empty: a captioner describes")
     parser.add_argument("--minutes", type=float, default=9, help="of all runs together")
@@ -200,7 +205,7 @@ def main() -> int:
             command += [] if name == "default" else ["--vram", vram]
             command += [] if host is None else ["--host_memory", f"{host:g}"]
             with free_only(float(free) if free else None):
-                made = {"vram": vram, "host": host} | run(command, host, until)
+                made = {"vram": vram, "host": host} | run(command, host, until, args.warm)
             if target.exists():
                 first = first or target.read_bytes()
                 record = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))

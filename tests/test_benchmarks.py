@@ -6,14 +6,18 @@ And the benchmark of seams: the report's threshold tells cut footage from footag
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, many_chains, memory, real_size, seams, timing
+from benchmarks import clip, loading, many_chains, memory, real_size, rehearsal, seams, timing
+from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from training import scenes
 from wan.types import KnownFrames, Request
 
@@ -102,18 +106,100 @@ def test_flags_after_two_dashes_are_for_the_command_whose_memory_is_measured(
 ) -> None:
     ran: list[tuple[list[str], float | None]] = []
 
-    def run(command: list[str], host: float | None, until: float) -> dict[str, Any]:
+    def run(command: list[str], host: float | None, until: float, warm: bool) -> dict[str, Any]:
+        assert warm
         ran.append((command, host))
         return {"code": 0, "gpu_gib": 0.0, "host_gib": 0.0}
 
     monkeypatch.setattr(memory, "run", run)
-    options = ["folder", "--video", "in.mp4", "--whole", "--vram", "16", "default", "--host", "32", "64"]
+    options = ["folder", "--video", "in.mp4", "--whole", "--warm", "--vram", "16", "default", "--host", "32", "64"]
     monkeypatch.setattr("sys.argv", ["memory", *options, "--", "--size", "832*480"])
     assert memory.main() == 1  # no run left an mp4 behind
     assert [host for _, host in ran] == [None, 32, 64]
     assert all(command[command.index("--size") + 1] == "832*480" for command, _ in ran)
     assert ["--vram" in command for command, _ in ran] == [False, True, False]
     assert capsys.readouterr().out.count("FAIL") == 3
+
+
+def test_memory_is_counted_on_the_gpu_that_runs_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answered(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="1024\n")
+
+    monkeypatch.setattr(subprocess, "run", answered)
+    for visible, gpu in (("", "0"), ("1", "1"), ("3,0", "3")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert memory.gpu_bytes() == 2**30 and asked[-1][-1] == f"--id={gpu}"
+
+
+def test_a_clip_s_row_is_printed_when_its_record_is_there_and_says_what_is_in_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, printed = iter(range(100)), []
+    for number in (1, 2):
+        seconds = {"caption": 0.5, "encode": 0.25, "sample": 1.0, "decode": 0.25}
+        (tmp_path / f"{number}.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+
+    class Process:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            printed.extend(command)
+            self.stdout = (
+                line
+                for line in (
+                    "clip 1/2 seed 7\n",
+                    "clip 1/2 decode: 0.2 s\n",
+                    "clip 2/2 seed 8\n",
+                    f"clip 1/2 finished in 2.0 s, seam 0.9: {tmp_path / '1.mp4'}\n",
+                    "WARNING: a warning\n",
+                    "clip 2/2 decode: 0.2 s\n",
+                    f"clip 2/2 finished in 2.0 s: {tmp_path / '2.mp4'}\n",
+                )
+            )
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(rehearsal, "footage", lambda target, kind: target)
+    monkeypatch.setattr(rehearsal, "write_lora", lambda target, expert, rank: target)
+    monkeypatch.setattr("benchmarks.rehearsal.subprocess.Popen", Process)
+    monkeypatch.setattr("benchmarks.rehearsal.time.perf_counter", lambda: float(next(clock)))
+    options = ["chain", str(tmp_path), "--clips", "2", "--place", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["rehearsal", *options, "--", "--vae_dtype", "float16"])
+    with pytest.raises(SystemExit) as ended:
+        rehearsal.main()
+    assert ended.value.code == 0 and printed[-2:] == ["--vae_dtype", "float16"] and "--preset" in printed
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("clip 1: "))
+    assert first < lines.index("WARNING: a warning")
+    # from where it begins until the next begins, and the last until it is decoded
+    assert "2.00 s; sampling and VAE 75.0 %, and caption 100.0 %, in no stage 0.0 %" in lines[first]
+    assert any(line.startswith("clip 2: 3.00 s; sampling and VAE 50.0 %") for line in lines)
+    assert any(line.startswith("all 2 clips: 5.00 s; ") and "in no stage 20.0 %" in line for line in lines)
+
+
+def test_readers_are_compared_by_the_bits_that_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_denoiser(tmp_path / "w", Denoiser("ti2v", 48, 48, dim=24, num_heads=2, ffn_dim=32, num_layers=2), shards=2)
+
+    def of_zeros(weights: Any, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, torch.zeros_like(tensor)) for name, tensor in loading.ours(weights, device))
+
+    def absent(*_: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        raise ImportError("no such package")
+
+    assert loading.compare(tmp_path / "w", ["ours", "safetensors"], ["cpu"], cold=True)
+    monkeypatch.setitem(loading.READERS, "runai", absent)
+    assert loading.compare(tmp_path / "w", ["ours", "runai"], ["cpu"], cold=False)
+    monkeypatch.setitem(loading.READERS, "runai", of_zeros)
+    assert not loading.compare(tmp_path / "w", ["ours", "runai"], ["cpu"], cold=False)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["reader"], row["cache"]) for row in rows[:4]] == [
+        *(("ours", "cold"), ("ours", "warm"), ("safetensors", "cold"), ("safetensors", "warm"))
+    ]
+    assert rows[5]["not_installed"] == "no such package"
 
 
 @pytest.mark.parametrize("task", ["ti2v-5B", "i2v-A14B"])

@@ -30,7 +30,23 @@ from wan.chain.run_folder import RunFolder
 from wan.commands.flags import parse, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
-from wan.kinds import Among, Gib, Guidance, Local, Output, Real, Seed, Strength, Unfit, Whole
+from wan.kinds import (
+    Address,
+    Among,
+    Gib,
+    Guidance,
+    Local,
+    Output,
+    Picture,
+    PictureFolder,
+    Place,
+    Real,
+    Seed,
+    Strength,
+    Unfit,
+    Video,
+    Whole,
+)
 from wan.media import read_last_frame
 from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
 from wan.settings import LoraFile
@@ -600,12 +616,26 @@ def test_a_setting_that_changes_a_result_changes_the_fingerprint(name: str, once
 def test_a_name_that_windows_has_no_file_for_is_refused_there(
     name: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert all(isinstance(OPTIONS[option].kind, Output) for option in ("save_file", "output_dir", "report_dir"))
     Output().check(name)  # other systems have such files
     with monkeypatch.context() as windows, pytest.raises(Unfit) as caught:
         windows.setattr(os, "name", "nt")
         Output().check(name)
     assert str(caught.value).startswith(f"has {part!r} in it, which no file of Windows is called")
+
+
+# What is read, listened at or run; pictures and videos are read too, and a store has names of its own.
+READ = {
+    *("storyboard", "vlm_path", "ckpt_dir", "comfy_dir", "dit", "dit_high", "dit_low", "vae", "t5", "lora"),
+    *("lora_high", "lora_low", "api_key_file", "videos", "vlm_device", "host", "address", "upscale", "handoff_command"),
+}
+
+
+def test_all_that_is_written_has_a_name_that_its_system_can_have() -> None:
+    local = {name for name, option in OPTIONS.items() if option.kind.local}
+    elsewhere = (Picture, PictureFolder, Video, Address, Place)
+    written = {name for name in local - READ if not isinstance(OPTIONS[name].kind, elsewhere)}
+    assert written == {"save_file", "output_dir", "log_file", "prune", "report_dir"}
+    assert all(isinstance(OPTIONS[name].kind, Output) for name in written)  # a new name belongs to one of the two
 
 
 def test_names_of_windows_are_taken_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ MODES = ("", "turns", "grows", "shrinks")
 MOST_SHAPES = 3
 RADII = (9.0, 15.0)  # pixels from the centre to the rim, for a square half its side times the root of pi/2
 SPEEDS = (2.0, 4.0)  # pixels per frame
-TURNING, OFTEN_TURNING = 0.15, 0.45  # of squares and triangles
+TURNING, OFTEN_TURNING, MOSTLY_TURNING = 0.15, 0.45, 0.85  # of squares and triangles
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,12 @@ def stream(batch: int, generator: torch.Generator) -> Iterator[Scenes]:
         yield sample(batch, generator, hard=True)
 
 
+def crowd(count: int, generator: torch.Generator) -> Scenes:
+    """`count` scenes with a shape of each colour, most of which turn: for VAEs, whose errors are all along outlines."""
+    present = torch.ones(count, len(COLOURS), dtype=torch.bool, device=generator.device)
+    return _sample(present, torch.full((count, 1), MOSTLY_TURNING, device=generator.device), generator)
+
+
 def _sample(present: Tensor, turning: Tensor, generator: torch.Generator) -> Scenes:
     """A scene for each row of `present` [B, S]; of its squares and triangles that share `turning` [B, 1] turns."""
     device, slots, count = present.device, present.shape, len(present)
@@ -165,7 +171,7 @@ def _sample(present: Tensor, turning: Tensor, generator: torch.Generator) -> Sce
     def choice(options: int, *shape: int) -> Tensor:
         return torch.randint(options, shape, generator=generator, device=device)
 
-    colour = uniform(0, 1, count, len(COLOURS)).argsort(1)[:, :MOST_SHAPES]
+    colour = uniform(0, 1, count, len(COLOURS)).argsort(1)[:, : present.shape[1]]
     # absent shapes go last, so that the present ones are in ascending order of colour
     colour = (colour + len(COLOURS) * ~present).sort(1).values % len(COLOURS)
     shape = choice(len(SHAPES), *slots)

@@ -197,6 +197,8 @@ class VideoContinuation(CaptionHelpers, Pipeline):
     def _check_memory(self, plan: Plan) -> None:
         if self.budget.vram is None or plan.loras:  # else `geometry` has seen to it
             self.budget_for(plan.geometry, plan.offload, plan.loras).check(plan.geometry)
+        if plan.described:
+            self.vlm.expect(plan.num_segments)
         self.host_plan(plan.geometry, plan.loras, self.vlm.host_bytes if plan.described else 0)
 
     @property

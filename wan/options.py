@@ -546,7 +546,7 @@ class Settings:
         OUTPUT, Switch(), "say nothing but warnings and errors, and the result", False, same=_SHOWN,
     )
     log_file: str | None = option(
-        OUTPUT, Local("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
+        OUTPUT, Output("FILE"), "append all that is said to this file, with the time", unset="none", same=_SHOWN,
     )
     keep_state: str = option(
         OUTPUT, Choice(None, ("all", "last")),

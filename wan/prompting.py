@@ -18,14 +18,15 @@ from wan.captioner import (
     Memory,
     NextPrompt,
     compose_prompt,
+    local_folder,
     next_prompt,
     open_captioner,
     refusal,
     weight_bytes,
+    working_bytes,
 )
-from wan.captioner.base import Pictures, Viewer
+from wan.captioner.base import LocalModel, Pictures, Viewer
 from wan.captioner.shared import Ask, open_shared
-from wan.device.budget import GIB
 from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
 from wan.options import LONGEST_CONTEXT
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 RECENT_SECONDS = 2.0  # what the VLM looks at to say what happens next
 ASK_AGAIN = "\n\nDescribe only what is visible: the subjects, the place, the light, the colours and the movement."
-VLM_WORKING = 2 * GIB  # of a GPU, beside its weights
 VLM_BYTES = 17_060_000_000  # of InternVL3_5-8B's weights, for one whose size nobody can say
 
 
@@ -88,7 +88,8 @@ class CaptionerOwner:
         self.path, self.url, self.trust_remote_code = path, url, trust_remote_code
         self.question, self.fallback = question, fallback
         self._main, self._vram = main, vram
-        self._device = device
+        self._given = self._device = device
+        self._pictures = 8  # of a question, at most; 8 unless one says more
         self._captioner: Captioner | None = None
         self._ask: Ask | None = None
         self.takes_turns = False  # leaves host memory too after each description
@@ -103,17 +104,26 @@ class CaptionerOwner:
         """Whether it takes nothing of this process's memory."""
         return bool(self.url) or self._ask is not None
 
+    def expect(self, pictures: int) -> None:
+        """Be ready for questions with so many pictures: more than before may leave its weights less room."""
+        if pictures > self._pictures:
+            self._pictures = pictures
+            if self._captioner is None:
+                self._device = self._given
+            elif self.device.type == "cuda":
+                self._captioner.close()  # it loads again with the room that it has then
+
     @property
     def host_bytes(self) -> int:
-        """What a folder's weights take of host memory where it describes on the CPU."""
-        if (
-            self.path is None
-            or self.is_elsewhere
-            or not Path(self.path).expanduser().is_dir()
-            or self.device.type != "cpu"
-        ):
+        """What a folder's weights take of host memory: where it describes on the CPU, or layers wait for their turn."""
+        if self.path is None or self.is_elsewhere or not Path(self.path).expanduser().is_dir():
             return 0
-        return weight_bytes(self.path) or 0
+        size = weight_bytes(self.path) or 0
+        if isinstance(self._captioner, LocalModel) and self._captioner.is_loaded:
+            waits = self._captioner.waits_in_host_memory
+        else:
+            waits = self.device.type == "cpu" or (self.device.type == "cuda" and size > self._room())
+        return size if waits else 0
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +135,7 @@ class CaptionerOwner:
     def _fits(self) -> bool:
         if self._vram is None or self.path is None or self.is_elsewhere:
             return True
-        fits = (weight_bytes(self.path) or VLM_BYTES) + VLM_WORKING <= self._vram
+        fits = (weight_bytes(self.path) or VLM_BYTES) + self._working <= self._vram
         if not fits:
             log.warning(
                 "%s does not fit into `vram` and describes on the CPU, which takes minutes a clip: a smaller InternVL "
@@ -137,7 +147,12 @@ class CaptionerOwner:
     def _room(self) -> int:
         """What its weights may take of its GPU now."""
         drop_cache(self.device)
-        return free_bytes(self.device) - VLM_WORKING
+        return free_bytes(self.device) - self._working
+
+    @property
+    def _working(self) -> int:
+        """Bytes of its device beside its weights."""
+        return working_bytes(None if self.path is None else local_folder(self.path), self._pictures)
 
     @property
     def captioner(self) -> Captioner:
@@ -175,6 +190,7 @@ class CaptionerOwner:
 
         Raises UserError, with what it says, where it declines again and there is no fallback.
         """
+        self.expect(len(frames))
         question = question or self.question
         answers: list[str] = []
         for asked in (question, question + ASK_AGAIN):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import random
 import re
 import sys
@@ -380,3 +381,24 @@ def test_a_file_that_no_batch_made_is_not_replaced_by_the_report(name: str, text
     with pytest.raises(UserError, match=rf"{name} would be overwritten, and no batch made it; move it"):
         _check_report(tmp_path, [])
     assert (tmp_path / name).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("name", ["batch.html", "batch.jsonl"])
+def test_a_report_that_somebody_changed_gets_another_name(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, bad = Settings(ckpt_dir="x", videos="films"), [BadRow("line 1", 'no "video"'), BadRow("line 2", "é\udc80")]
+    for report in (Report(tmp_path, given, bad), Report(tmp_path, given, bad[:1]), Report(tmp_path, given, ())):
+        report.write([], {}, status="running")  # those of other commands, and without a row
+        report.write([], {}, status="running")
+    Report(tmp_path, given, bad).write([], {}, status="finished")
+    assert not caplog.text and sorted(os.listdir(tmp_path)) == ["batch.html", "batch.jsonl"]
+    path = tmp_path / name
+    for kept in (f"batch_changed{path.suffix}", f"batch_changed_2{path.suffix}"):
+        mine = path.read_bytes().replace(b"line 1", b"line one", 1)
+        path.write_bytes(mine)
+        _check_report(tmp_path, [])
+        Report(tmp_path, given, bad).write([], {}, status="running")
+        assert (tmp_path / kept).read_bytes() == mine and b"line 1" in path.read_bytes()
+        assert f"{path} is not what was written; it is {kept} from now on" in caplog.text
+    assert len(os.listdir(tmp_path)) == 4

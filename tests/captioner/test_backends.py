@@ -106,9 +106,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         one.cache_clear()
 
 
-def quantised(folder: Path, quantization: Mapping[str, Any]) -> Path:
+def quantised(folder: Path, quantization: Mapping[str, Any], sizes: InternVL | None = None) -> Path:
     """A tiny InternVL whose config says that its language model is quantised."""
-    write_internvl(folder, InternVL())
+    write_internvl(folder, sizes or InternVL())
     config = json.loads((folder / "config.json").read_text())
     config["llm_config"]["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
@@ -140,25 +140,53 @@ def test_an_internvl_in_awq_answers_as_its_weights_unpacked(packages: Callable[.
     """The layers of the package are ours here; the loading, which decides what they get, is that of transformers."""
     packages(gptqmodel="9.0.0")
     awq.write_package(tmp_path / "site/gptqmodel")
-    folders = quantised(tmp_path / "vlm", AWQ | {"group_size": awq.GROUP}), tmp_path / "plain"
-    write_internvl(folders[1], InternVL())
+    quick, plain = in_four_bits(tmp_path, AWQ | {"group_size": awq.GROUP}, awq.packed, InternVL())
+    torch.testing.assert_close(*logits_of(quick, plain), rtol=1e-5, atol=1e-5)
+    assert awq.AwqLinear.begun == 14  # and the rest is as it was
+    assert quick.describe(FRAMES, "what?", max_new_tokens=5) == plain.describe(FRAMES, "what?", max_new_tokens=5) != ""
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("awq", awq.packed), ("gptq", awq.packed_by_rows)])
+def test_an_internvl_in_four_bits_answers_by_the_package_itself(
+    kind: str, pack: Callable[[torch.Tensor], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel", reason="a package that is no requirement, with others of 300 MB")
+    more = {"version": "gemm", "zero_point": True} if kind == "awq" else {"desc_act": False, "sym": False}
+    how = {"quant_method": kind, "bits": 4, "group_size": awq.GROUP, **more}
+    quick, plain = in_four_bits(tmp_path, how, pack, InternVL(vision_dim=64, dim=128))
+    logits, expected = logits_of(quick, plain)
+    assert (logits - expected).norm() < 1e-3 * expected.norm()
+    assert sum("Linear" in type(one).__name__ and hasattr(one, "qzeros") for one in quick.model.modules()) == 14
+    assert quick.describe(FRAMES, "what?", max_new_tokens=5) == plain.describe(FRAMES, "what?", max_new_tokens=5) != ""
+
+
+def in_four_bits(
+    folder: Path, how: Mapping[str, Any], pack: Callable[[torch.Tensor], dict[str, torch.Tensor]], sizes: InternVL
+) -> tuple[InternVLCaptioner, InternVLCaptioner]:
+    """A captioner whose language model is packed, and one with what the packed weights stand for."""
+    folders = quantised(folder / "vlm", how, sizes), folder / "plain"
+    write_internvl(folders[1], sizes)
     stored = {key: value for file in weight_files(folders[1]) for key, value in load_file(file).items()}
     layers = [key for key in stored if key.startswith("language_model.model.layers.") and "_proj." in key]
-    weights = {key: awq.packed(stored[key]) for key in layers}
-    kept = {key: value for key, value in stored.items() if key not in weights}
-    small = {key.removesuffix("weight") + end: part for key, parts in weights.items() for end, part in parts.items()}
-    for folder, more in zip(folders, (small, {key: awq.unpacked(weights[key]) for key in layers}), strict=True):
-        for file in folder.glob("*.safetensors*"):
+    kept = {key: value for key, value in stored.items() if key not in layers}
+    small = {
+        key.removesuffix("weight") + end: part.contiguous() for key in layers for end, part in pack(stored[key]).items()
+    }
+    plain = {key: awq.unpacked(awq.packed(stored[key])) for key in layers}
+    for one, more in zip(folders, (small, plain), strict=True):
+        for file in one.glob("*.safetensors*"):
             file.unlink()
-        save_file(kept | more, folder / "model.safetensors")
-    quick, plain = (open_captioner(folder, device="cpu", dtype=torch.float32) for folder in folders)
-    assert isinstance(quick, InternVLCaptioner) and isinstance(plain, InternVLCaptioner)
-    ids, pixels = plain.prepare(FRAMES, "what?")
-    with torch.inference_mode():
-        logits, expected = (one.model(input_ids=ids, pixel_values=pixels).logits for one in (quick, plain))
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert awq.AwqLinear.begun == len(layers) == 14  # and the rest is as it was
-    assert quick.describe(FRAMES, "what?", max_new_tokens=5) == plain.describe(FRAMES, "what?", max_new_tokens=5) != ""
+        save_file(kept | more, one / "model.safetensors")
+    opened = [open_captioner(one, device="cpu", dtype=torch.float32) for one in folders]
+    assert all(isinstance(one, InternVLCaptioner) for one in opened)
+    return opened[0], opened[1]  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def logits_of(*captioners: InternVLCaptioner) -> list[torch.Tensor]:
+    """What each makes of the same question."""
+    ids, pixels = captioners[-1].prepare(FRAMES, "what?")
+    return [one.model(input_ids=ids, pixel_values=pixels).logits for one in captioners]
 
 
 def test_what_transformers_asks_of_a_package_is_said_before_loading(

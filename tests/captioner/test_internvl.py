@@ -20,7 +20,7 @@ from PIL import Image
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
 from wan.captioner.base import Viewer
-from wan.captioner.decoding import GreedyDecoder
+from wan.captioner.decoding import GreedyDecoder, fuse_projections
 from wan.device.streaming import LayerStreamer
 from wan.errors import UserError
 
@@ -374,6 +374,8 @@ def test_pictures_may_come_as_a_list(captioner: InternVLCaptioner) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the test below runs it")
 def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
     from wan.captioner import decode_attention_kernel
 
     calls: list[Any] = []
@@ -397,6 +399,26 @@ def test_our_attention_gives_the_official_tokens(captioner: InternVLCaptioner, m
     wide = [part.repeat_interleave(3, 1) for part in (key, value)]
     exact = torch.nn.functional.scaled_dot_product_attention(query, wide[0], wide[1], attn_mask=seen)
     torch.testing.assert_close(attend(query, key, value, seen, 0.125), exact.transpose(1, 2), atol=1e-5, rtol=1e-4)
+    projected, angle = torch.randn(1, 1, 20 * 64).half(), torch.randn(1, 1, 32).repeat(1, 1, 2)
+    turn, weights = (angle.cos().half(), angle.sin().half()), (torch.rand(64).half(), torch.rand(64).half())
+    rows = projected.view(1, 1, 20, 64).transpose(1, 2)
+    for norms in (weights, None):
+        parts: list[torch.Tensor] = [rows[:, :12], rows[:, 12:16]]
+        if norms is not None:
+            parts = [torch.nn.functional.rms_norm(*one, 1e-6) for one in zip(parts, [(64,)] * 2, norms, strict=True)]
+        key, value = torch.zeros(2, 1, 4, 20, 64, dtype=torch.half)
+        placed = decode_attention_kernel.place_one_token(projected, turn, torch.tensor([[7]]), key, value, norms, 1e-6)
+        for made, wanted in zip((placed, key[:, :, 7:8]), apply_rotary_pos_emb(*parts, *turn), strict=True):
+            torch.testing.assert_close(made, wanted, atol=2e-3, rtol=1e-3)  # the norm's sum has another order
+        assert torch.equal(value[:, :, 7:8], rows[:, 16:])
+        assert not value[:, :, 8:].any() and not key[:, :, :7].any()
+    before = calls.copy()
+    with torch.inference_mode():  # as a decoder is made
+        fuse_projections(captioner.model)
+    first = captioner.model.model.language_model.layers[0].self_attn
+    assert first.q_proj.weight.data_ptr() == first.fused[0].data_ptr()
+    assert captioner.generate(ids, pixels, 12).tolist() == EXPECTED["greedy_ids"][:12]
+    assert len(calls) == len(before) + 11 * layers
 
 
 def test_our_attention_runs_in_triton_s_interpreter() -> None:
@@ -468,3 +490,14 @@ def test_a_vlm_whose_layers_come_one_by_one_says_the_same(
     assert roomy.describe(FRAMES, QUESTION, max_new_tokens=12) == words and not came
     streamed.close()
     assert not streamed.is_loaded and streamed._layered is None
+
+
+def test_a_device_without_room_for_two_layers_is_said_with_what_helps() -> None:
+    tight = InternVLCaptioner(GOLDEN_VLM / "orig", "cpu", torch.float32, room=lambda: 1000)
+    with pytest.raises(UserError) as refused:
+        tight.describe(FRAMES, QUESTION, max_new_tokens=12)
+    assert (
+        "even layer by layer" in str(refused.value)
+        and "a smaller InternVL, fewer `num_segments`" in refused.value.marked
+    )
+    assert "smaller clips" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""What transformers asks of gptqmodel to read AWQ, in plain PyTorch; the format (gemm) is that of published files."""
+"""Weights in 4 bits as AWQ (gemm) and GPTQ lay them out, and what transformers asks of gptqmodel to read the first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def packed(weight: Tensor) -> dict[str, Tensor]:
     rows = weight.float().T.reshape(-1, GROUP, len(weight))  # [groups, GROUP, out]
     low, high = rows.amin(1), rows.amax(1)
     scales = ((high - low) / 15).half()
-    zeros = (-low / scales).round().clamp(0, 15)
+    zeros = (-low / scales).round().clamp(1, 15)
     numbers = (rows / scales[:, None] + zeros[:, None]).round().clamp(0, 15).flatten(0, 1)
     return {"qweight": _pack(numbers), "qzeros": _pack(zeros), "scales": scales}
 
@@ -42,6 +42,17 @@ def unpacked(parts: Mapping[str, Tensor]) -> Tensor:
     numbers, zeros = _unpack(parts["qweight"]), _unpack(parts["qzeros"])
     rows = (numbers.reshape(-1, GROUP, numbers.shape[1]) - zeros[:, None]) * parts["scales"].float()[:, None]
     return rows.flatten(0, 1).T.contiguous()
+
+
+def packed_by_rows(weight: Tensor) -> dict[str, Tensor]:
+    """A weight [out, in] as GPTQ has it, by the ends of its names: eight rows in an int32, zeros less one."""
+    parts = packed(weight)
+    numbers, zeros = _unpack(parts["qweight"]), _unpack(parts["qzeros"]) - 1
+    eights = numbers.long().reshape(-1, 8, numbers.shape[1]) << torch.arange(0, 32, 4)[None, :, None]
+    columns = zeros.long().reshape(len(zeros), -1, 8) << torch.arange(0, 32, 4)
+    groups = torch.arange(len(numbers)) // GROUP
+    rows = {"qweight": eights.sum(1), "qzeros": columns.sum(-1), "g_idx": groups}
+    return {name: value.to(torch.int32) for name, value in rows.items()} | {"scales": parts["scales"]}
 
 
 def _pack(numbers: Tensor) -> Tensor:

@@ -25,16 +25,17 @@ class Describer:
 
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """See `wan.captioner.shared.answer`. After a failure this process ends, and Ray starts another."""
-        answered = answer(asked, self._open)
+        answered = answer(asked, lambda path, code: self._open(path, code, len(asked.get("frames", ()))))
         if "failed" in answered:  # an error of CUDA stays with a process
             threading.Timer(LEAVE_SECONDS, os._exit, (1,)).start()
         return answered
 
-    def _open(self, path: str, trust_remote_code: bool) -> Captioner:
+    def _open(self, path: str, trust_remote_code: bool, pictures: int) -> Captioner:
         if (owner := self._owner) is None or (owner.path, owner.trust_remote_code) != (path, trust_remote_code):
             if owner is not None:
                 owner.forget()
             main = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             owner = CaptionerOwner(path, url=None, question="", trust_remote_code=trust_remote_code, main=main)
             self._owner = owner
+        owner.expect(pictures)
         return owner.captioner

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shlex
 import time
 from collections import Counter
@@ -14,7 +16,7 @@ from urllib.parse import quote
 
 from wan.batch.rows import DATA, PAGE, BadRow
 from wan.batch.schedule import Task
-from wan.files import readable, write_text
+from wan.files import as_text, digest_of, numbered, readable, releasing, write_text
 from wan.options import Settings, options_of, words_of
 from wan.pages import templates
 from wan.public import public_path
@@ -24,6 +26,9 @@ RENEW_SECONDS = 5.0  # from one writing to the next, and no more than this share
 _RENEW_SHARE = 0.02
 MOST_PICTURES = 500  # of chains on the page, of which each takes about 5 kB
 MOST_SEAMS = 200
+END = "}\n"  # of a row
+
+log = logging.getLogger(__name__)
 
 
 def is_report(file: Path) -> bool:
@@ -38,8 +43,29 @@ def is_report(file: Path) -> bool:
     return not text or (isinstance(first, dict) and {"where", "state"} <= first.keys())
 
 
+# Each file ends in the digest of itself without it: two commands may renew them, so that no third file can say it.
+_SEALS = {
+    PAGE: re.compile(r"\n<!-- digest ([0-9a-f]+) -->\n\Z"),
+    DATA: re.compile(r', "digest": "([0-9a-f]+)"(?=\}\n\Z)'),
+}
+
+
+def sealed(name: str, text: str) -> str:
+    """The text of a file with its digest, in a comment of the page or a key of the last row."""
+    digest = digest_of(as_text(text))
+    if name == PAGE:
+        return f"{text}\n<!-- digest {digest} -->\n"
+    return text and f'{text.removesuffix(END)}, "digest": "{digest}"{END}'
+
+
+def is_as_written(name: str, text: str) -> bool:
+    """Whether a file holds what a batch gave it."""
+    seal = _SEALS[name].search(text)
+    return not text or (seal is not None and seal[1] == digest_of(as_text(text[: seal.start()] + text[seal.end() :])))
+
+
 class Report:
-    """Both files in a folder, which are renewed as the batch runs."""
+    """Both files in a folder, which are renewed as the batch runs. One that somebody changed gets another name."""
 
     def __init__(self, folder: Path, settings: Settings, bad: Sequence[BadRow]) -> None:
         self.folder, self.settings, self.bad = folder, settings, bad
@@ -58,10 +84,20 @@ class Report:
         rows = [self._row(task, places) for task in tasks]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         lines += [json.dumps({"where": one.where, "state": "bad", "reason": one.reason}) for one in self.bad]
-        write_text(self.folder / DATA, "".join(f"{line}\n" for line in lines))
-        write_text(self.folder / PAGE, self._page(tasks, rows, status))
+        self._replace(DATA, "".join(f"{line}\n" for line in lines))
+        self._replace(PAGE, self._page(tasks, rows, status))
         now = time.monotonic()
         self._next = now + max(RENEW_SECONDS, (now - began) / _RENEW_SHARE)
+
+    def _replace(self, name: str, text: str) -> None:
+        path = self.folder / name
+        if path.exists() and not is_as_written(name, path.read_bytes().decode("utf-8", "surrogateescape")):
+            names = (path.with_name(f"{stem}{path.suffix}") for stem in numbered(f"{path.stem}_changed"))
+            kept = next(other for other in names if not other.exists())
+            log.warning("%s is not what was written; it is %s from now on", path, kept.name)
+            with releasing(path, "move"):
+                path.rename(kept)
+        write_text(path, sealed(name, text))
 
     def _row(self, task: Task, places: Mapping[int, str]) -> dict[str, Any]:
         return {

@@ -101,6 +101,11 @@ class LocalModel(BackEnd):
         """Whether its weights are in memory."""
         return self._model is not None
 
+    @property
+    def waits_in_host_memory(self) -> bool:
+        """Whether its weights are there, of which a device may get some for a time."""
+        return self.is_loaded and self.device.type == "cpu"
+
     @abstractmethod
     def load(self) -> Any:
         """A new model, complete and on the device."""

@@ -1,6 +1,7 @@
-"""Our own GPU kernel for the attention of one token to a static cache. Importing it needs Triton.
+"""Our own GPU kernels for the attention of one token to a static cache. Importing it needs Triton.
 
 With a mask PyTorch's kernels want keys and values copied for every query head, or give each head one multiprocessor.
+What comes before it is some twenty kernels of a microsecond or two there, and one here.
 """
 
 from __future__ import annotations
@@ -48,6 +49,93 @@ def attend_with_one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tenso
             out, mixed, most, total, parts, HEADS=heads, PARTS=triton.next_power_of_2(parts), DIM=dim, num_warps=4
         )
     return out
+
+
+def place_one_token(
+    projected: Tensor,
+    turn: tuple[Tensor, Tensor],
+    position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """The query [1, H, 1, D] of a token, whose key and value are put at `position` [1, 1] of the cache's [1, K, L, D].
+
+    `projected` [1, 1, (H + 2 K) D] are its query, key and value, `turn` cosine and sine [1, 1, D] of its rotary
+    embedding, `norms` the weights [D] for query and key. Numbers are rounded to their dtype where the library does so.
+    """
+    _, shared, length, dim = key.shape
+    heads = projected.shape[-1] // dim - 2 * shared
+    query = torch.empty(1, heads, 1, dim, dtype=projected.dtype, device=projected.device)
+    cosine, sine = turn
+    of_query, of_key = (projected, projected) if norms is None else norms  # not read without
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        _place[(heads + 2 * shared,)](
+            projected.contiguous(),
+            cosine.contiguous(),
+            sine.contiguous(),
+            position,
+            query,
+            key,
+            value,
+            of_query,
+            of_key,
+            length,
+            epsilon,
+            HEADS=heads,
+            SHARED=shared,
+            DIM=dim,
+            NORMS=norms is not None,
+            num_warps=1,
+        )
+    return query
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(  # type: ignore[no-untyped-def]
+    projected,
+    cosine,
+    sine,
+    position,
+    query,
+    key,
+    value,
+    of_query,
+    of_key,
+    length,
+    epsilon,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    DIM: tl.constexpr,
+    NORMS: tl.constexpr,
+):
+    """One head of the query, the keys or the values."""
+    head, numbers = tl.program_id(0), tl.arange(0, DIM)
+    across = (numbers + DIM // 2) % DIM
+    kind = projected.dtype.element_ty
+    row = tl.load(projected + head * DIM + numbers)
+    at = tl.load(position)
+    if head >= HEADS + SHARED:
+        tl.store(value + ((head - HEADS - SHARED) * length + at) * DIM + numbers, row)
+    else:
+        half = tl.load(projected + head * DIM + across)
+        if NORMS:
+            wide = row.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / DIM + epsilon)
+            is_query = head < HEADS
+            weight = tl.where(is_query, tl.load(of_query + numbers), tl.load(of_key + numbers)).to(tl.float32)
+            opposite = tl.where(is_query, tl.load(of_query + across), tl.load(of_key + across)).to(tl.float32)
+            row = (wide * scale * weight).to(kind)
+            half = (half.to(tl.float32) * scale * opposite).to(kind)
+        straight = (row.to(tl.float32) * tl.load(cosine + numbers).to(tl.float32)).to(kind)
+        sign = tl.where(numbers < DIM // 2, -1.0, 1.0)
+        crossed = (half.to(tl.float32) * sign * tl.load(sine + numbers).to(tl.float32)).to(kind)
+        turned = (straight.to(tl.float32) + crossed.to(tl.float32)).to(kind)
+        if head < HEADS:
+            tl.store(query + head * DIM + numbers, turned)
+        else:
+            tl.store(key + ((head - HEADS) * length + at) * DIM + numbers, turned)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

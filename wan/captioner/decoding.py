@@ -34,47 +34,120 @@ def fuse_norms(model: Any) -> Any:
 
 
 def use_own_attention(model: Any) -> None:
-    """Let a token's attention run on our kernel on a GPU where that is right; whole prompts keep the library's."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
+    """Let a token's attention run on our kernels on a GPU where they are right; whole prompts keep the library's."""
     language = model.model.language_model
-    config, name = language.config, "one_query"
-    if not runs_triton(language.device):
+    if not runs_triton(language.device) or isinstance(language.layers[0].self_attn, _OneQuery):
         return
-    from wan.captioner.decode_attention_kernel import attend_with_one_query
-
-    library = AttentionInterface()["sdpa"]
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if query.shape[2] > 1 or mask is None:
-            return library(module, query, key, value, mask, **options)
-        return attend_with_one_query(query, key, value, mask, options["scaling"]), None
-
     try:
-        generator = torch.Generator(language.device).manual_seed(0)
-        sizes = config.num_attention_heads, config.num_key_value_heads
-        query, key, value = (
-            torch.randn(1, heads, rows, config.head_dim, device=language.device, generator=generator).to(language.dtype)
-            for heads, rows in ((sizes[0], 1), (sizes[1], ROUND), (sizes[1], ROUND))
-        )
-        seen = torch.arange(ROUND, device=language.device)[None, None, None] < ROUND // 3
-        keys, values = (part.double().repeat_interleave(sizes[0] // sizes[1], 1) for part in (key, value))
-        exact = nn.functional.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen).transpose(1, 2)
-        ours = attend_with_one_query(query, key, value, seen, config.head_dim**-0.5)
-        error = float((ours - exact).norm() / exact.norm())
+        error = _error_of_own_attention(language)
     except Exception as reason:  # what Triton raises where it does not fit the machine is its own affair
         log.info("the VLM keeps PyTorch's attention, ours does not run here: %s", reason)
         return
     if not error <= 4 * torch.finfo(language.dtype).eps:  # also when it is NaN
         log.warning("our attention for the VLM is wrong on this machine (error %.1e) and left out", error)
         return
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
-    language.set_attn_implementation(name)
+    for layer in language.layers:
+        kind = type(layer.self_attn)  # each is changed where it is, so that nothing holds on to it
+        layer.self_attn.__class__ = type(kind.__name__, (_OneQuery, kind), {})
+
+
+class _OneQuery(nn.Module):
+    """Before a class of attention of Qwen's: one token is computed by our kernels, more of them by that class."""
+
+    fused: tuple[Tensor, Tensor | None] | None = None  # weight and bias of query, key and value in one
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+
+        module: Any = self
+        cache: Any = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+        position = options.get("position_ids")
+        here = cache is not None and cache.is_initialized and not cache.is_sliding
+        if hidden_states.shape[1] > 1 or not here or position is None or attention_mask is None:
+            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
+            made: tuple[Tensor, Tensor | None] = super().forward(*given, **options)
+            return made
+        if self.fused is not None:
+            projected = nn.functional.linear(hidden_states, *self.fused)
+        else:
+            projected = torch.cat([part(hidden_states) for part in (self.q_proj, self.k_proj, self.v_proj)], -1)
+        norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(self, "q_norm") else None
+        epsilon = module.config.rms_norm_eps
+        query = place_one_token(projected, position_embeddings, position, cache.keys, cache.values, norms, epsilon)
+        attended = attend_with_one_query(query, cache.keys, cache.values, attention_mask, module.scaling)
+        return module.o_proj(attended.flatten(2)), None
+
+
+def fuse_projections(model: Any) -> None:
+    """Let query, key and value of a token be one product, of weights that stay where they are from now on."""
+    for layer in model.model.language_model.layers:
+        module = layer.self_attn
+        if not isinstance(module, _OneQuery) or module.fused is not None:
+            continue
+        parts = (module.q_proj, module.k_proj, module.v_proj)
+        weight = torch.cat([part.weight for part in parts])
+        bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+        shares = torch.split(weight, [part.out_features for part in parts])
+        for part, share in zip(parts, shares, strict=True):
+            part.weight = nn.Parameter(share, requires_grad=False)  # the same memory
+        module.fused = weight, bias
+
+
+def _error_of_own_attention(language: Any) -> float:
+    """How far what our kernels make of random numbers is from float64, as a share of it."""
+    from wan.captioner.decode_attention_kernel import attend_with_one_query, place_one_token
+
+    config, device, dtype, dim = language.config, language.device, language.dtype, language.layers[0].self_attn.head_dim
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    projected, key, value = (
+        draw(1, 1, (heads + 2 * shared) * dim),
+        draw(1, shared, ROUND, dim),
+        draw(1, shared, ROUND, dim),
+    )
+    norms, angle = (draw(dim), draw(dim)), draw(1, 1, dim // 2).repeat(1, 1, 2).float()
+    turn, at = (angle.cos().to(dtype), angle.sin().to(dtype)), ROUND // 3
+    seen = torch.arange(ROUND, device=device)[None, None, None] <= at
+
+    rows = projected.double().view(heads + 2 * shared, dim)
+    query, new = rows[:heads], rows[heads : heads + shared]
+    query, new = (
+        nn.functional.rms_norm(part, (dim,), norm.double(), config.rms_norm_eps)
+        for part, norm in ((query, norms[0]), (new, norms[1]))
+    )
+    cosine, sine = (part[0].double() for part in turn)
+    query, new = (
+        part * cosine + torch.cat((-part[:, dim // 2 :], part[:, : dim // 2]), 1) * sine for part in (query, new)
+    )
+    keys, values = key.double(), value.double()
+    keys[0, :, at], values[0, :, at] = new, rows[heads + shared :]
+    keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
+    exact = nn.functional.scaled_dot_product_attention(query[None, :, None], keys, values, attn_mask=seen)
+
+    position = torch.full((1, 1), at, device=device)
+    placed = place_one_token(projected, turn, position, key, value, norms, config.rms_norm_eps)
+    ours = attend_with_one_query(placed, key, value, seen, dim**-0.5)
+    return float((ours.transpose(1, 2) - exact).norm() / exact.norm())
 
 
 class LayeredVlm(nn.Module):
     """An image-text-to-text model whose language layers can come to a GPU one by one, see `Placement`."""
+
+    title = "the VLM"  # where it is spoken of
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -108,6 +181,8 @@ class GreedyDecoder:
         from transformers import StaticCache
 
         use_own_attention(model)
+        if recorded and model.device.type == "cuda":
+            fuse_projections(model)
         self.model = model
         self.capacity = -(-needed // ROUND) * ROUND
         self.cache = StaticCache(config=model.config, max_cache_len=self.capacity)

@@ -106,24 +106,33 @@ def _check_environment(folder: Path, method: str, quantization: Mapping[str, Any
 
 def weight_bytes(path: str | Path) -> int | None:
     """Bytes of the weight files of a VLM, a folder or a hub id (by the cache or the list of files); None: unknown."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return _weights_in(folder)
-    if not (hub := HUB_ID.fullmatch(str(path))):
+    folder, hub = local_folder(path), HUB_ID.fullmatch(str(path))
+    if folder is not None and (size := _weights_in(folder)):
+        return size
+    if Path(path).expanduser().is_dir() or not hub:
         return None
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
-    try:
-        if size := _weights_in(Path(snapshot_download(hub["id"], local_files_only=True, **_commit(hub)))):
-            return size
-    except unreachable():
-        log.debug("%s is not in the hub's cache", path)
     try:
         listed = HfApi().model_info(hub["id"], files_metadata=True, timeout=10, **_commit(hub)).siblings or []
     except unreachable() as error:
         log.info("cannot tell how large %s is: %s", path, one_line(error))
         return None
     return sum(file.size or 0 for file in listed if file.rfilename.endswith(".safetensors")) or None
+
+
+def local_folder(path: str | Path) -> Path | None:
+    """The folder of a VLM, which may be the hub's cache; None where it is not here."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() or not (hub := HUB_ID.fullmatch(str(path))):
+        return folder if folder.is_dir() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub["id"], local_files_only=True, **_commit(hub)))
+    except unreachable():
+        log.debug("%s is not in the hub's cache", path)
+        return None
 
 
 def _commit(hub: re.Match[str]) -> dict[str, Any]:

@@ -192,6 +192,10 @@ class InternVLCaptioner(LocalModel):
             self._decoder = GreedyDecoder(model, needed, recorded=self.quantization is None)
         return self._decoder(ids.to(self.device), pixels.to(self.device, self.dtype), max_new_tokens, end)
 
+    @property
+    def waits_in_host_memory(self) -> bool:
+        return super().waits_in_host_memory or self._layered is not None
+
     def close(self) -> None:
         self._decoder = self._layered = None
         super().close()
@@ -249,7 +253,8 @@ class InternVLCaptioner(LocalModel):
                 self.folder,
             )
             self._layered = LayeredVlm(model)
-            self._placement = Placement(self.device, weight_budget=room)
+            smaller = "use a smaller InternVL, fewer `num_segments`, `vlm_device` cpu"
+            self._placement = Placement(self.device, weight_budget=room, instead=smaller)
         return model
 
     def _quantized_as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Placement:
 
     `weight_budget`: bytes that the weights of one model may take there. Of a model with more, as many of its `layers`
     (a ModuleList) as fit stay there while it is used; the others come one by one, each while the one before computes.
-    `mapped`: weights come from where they lie, from mapped files for instance, and take no pinned memory.
+    `mapped`: weights come from where they lie, from mapped files for instance, and take no pinned memory. `instead`:
+    what to do where the budget is too small for even that.
     For that the model calls its `before_layer`, when that is not None, with a layer's number before it uses the layer.
     """
 
@@ -33,6 +34,7 @@ class Placement:
     offload: bool = True
     weight_budget: int | None = None
     mapped: bool = False
+    instead: str = "make smaller clips"
 
     @contextmanager
     def on_device(self, model: Model, device: torch.device | None = None) -> Iterator[Model]:
@@ -85,10 +87,8 @@ class Placement:
         stay = layers_that_stay(size, each, count, self.weight_budget)
         if stay < 0:
             least, left = (size - (count - SLOTS) * each) / 2**30, max(0, self.weight_budget or 0) / 2**30
-            name = type(model).__name__
-            raise UserError(
-                f"{name} needs {least:.1f} GiB even layer by layer, {left:.1f} are left; make smaller clips"
-            )
+            name = getattr(model, "title", type(model).__name__)
+            raise UserError(f"{name} needs {least:.1f} GiB even layer by layer, {left:.1f} are left; {self.instead}")
         if stay == count:
             return range(count)
         return frozenset(number for number in range(count) if number * stay // count != (number + 1) * stay // count)
