@@ -89,8 +89,13 @@ CASES: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize(("size", "ring"), [(2, 1), (2, 2), (4, 1), (4, 2), pytest.param(5, 5, marks=pytest.mark.rare)])
 def test_a_forward_of_several_processes_is_that_of_one(size: int, ring: int, ranks: Ranks) -> None:
-    for outputs in ranks.run(in_a_rank, size, ring, CASES):
-        for case, output in zip(CASES, outputs, strict=True):
+    def compiled(case: tuple[Any, ...]) -> bool:
+        """In each kind of exchange with two processes, and of four, which trace for long, where both kinds meet."""
+        return bool(case[4]) and (size == 2 or (ring == 2 and case[3] == torch.bfloat16))
+
+    cases = [(*case[:4], compiled(case), *case[5:]) for case in CASES]
+    for outputs in ranks.run(in_a_rank, size, ring, cases):
+        for case, output in zip(cases, outputs, strict=True):
             exact, one = alone(*case[:3], torch.float32, False), alone(*case)
             if case[3] == torch.float32 and case[5:] != ("8 bits",):
                 assert (output - exact).norm() <= 1e-5 * exact.norm(), case

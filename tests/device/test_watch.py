@@ -15,9 +15,9 @@ import pytest
 
 from tests.support.ranks import Ranks
 from wan.device.parallel import Group, Team
-from wan.device.peers import Ended, Peer
+from wan.device.peers import MISSED, Ended, Peer
 from wan.device.ranks import Sizes, World
-from wan.device.watch import Findings, Kind, Sign, Watch, is_collective
+from wan.device.watch import LEAVE, SETTLE, Findings, Kind, Sign, Watch, is_collective
 
 SIZE = 3
 TIMEOUT = 2.0
@@ -83,7 +83,7 @@ def output_of(folder: Path, rank: int) -> str:
     ("do", "line"),
     [
         ("nothing", "done"),
-        ("dies", "Ended: process 2 on HOST has died: it was killed, or is out of memory; what is finished is kept;"),
+        ("dies", "Ended: process 2 on HOST has died: it was killed, is out of memory, or its machine is gone; what is"),
         ("fails", "Ended: process 2 on HOST has failed: ValueError: a bug; what is finished is kept"),
         ("hangs", "Ended: process 2 on HOST lets the others wait for more than 2 s (collective_timeout)"),
         ("stops", "Ended: process 2 on HOST lets the others wait for more than 2 s"),
@@ -154,6 +154,11 @@ def test_what_follows_from_a_death_is_not_its_cause() -> None:
 
 def _peers(*begun: int, heard: float = 0.0) -> list[Peer]:
     return [Peer(socket.socket(), rank, "host", heard, count) for rank, count in enumerate(begun, 1)]
+
+
+def test_a_machine_that_is_gone_ends_all_within_a_minute() -> None:
+    quiet = MISSED["TCP_KEEPIDLE"] + MISSED["TCP_KEEPINTVL"] * MISSED["TCP_KEEPCNT"]
+    assert max(quiet, MISSED["TCP_USER_TIMEOUT"] / 1000) + SETTLE + LEAVE < 60
 
 
 def test_who_has_begun_the_fewest_operations_when_all_stand_still_hangs() -> None:

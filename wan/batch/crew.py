@@ -140,8 +140,10 @@ class Crew:
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             advice = "ray status"
-            if (self.address or "").startswith("ray://"):
-                advice = "ray_client_server.err among the head's logs, and at RAY_AUTH_MODE here if it wants a token"
+            if self.address is not None:
+                log_of_it = "ray_client_server.err among the head's logs"
+                advice = log_of_it if self.address.startswith("ray://") else advice
+                advice += ", and at RAY_AUTH_MODE and RAY_AUTH_TOKEN here if the cluster wants a token"
             raise UserError(
                 f"`address` {self.address or 'of this machine'}: Ray cannot be used ({reason}); look at {advice}"
             ) from error

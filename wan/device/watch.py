@@ -52,7 +52,7 @@ class Sign:
     def line(self) -> str:
         name = f"process {self.rank} on {self.host}"
         event = {
-            "died": f"{name} has died: it was killed, or is out of memory",
+            "died": f"{name} has died: it was killed, is out of memory, or its machine is gone",
             "failed": f"{name} has failed: {self.what}",
             "hung": f"{name} lets the others wait for more than {self.what} s (`collective_timeout`)",
             "waited": f"{name} could not go on with the others: {self.what}",
