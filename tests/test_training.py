@@ -40,7 +40,7 @@ from training.loop import Progress, Settings, load, save
 from training.loop import train as run
 from training.reading import read_many, shapes_in
 from training.text import Prompts, add_word
-from training.vae import train_vae
+from training.vae import clips, train_vae
 from wan import WanV2V5B
 from wan.captioner.next_prompt import KEEP, Memory, read_identity, read_next_prompt
 from wan.configs import config_for
@@ -308,6 +308,14 @@ def test_scenes_to_train_on_have_more_that_passes_and_more_that_turns() -> None:
     assert covered[::2].sum() > 2 * covered[1::2].sum() > 0
     turning = (world.spin != 0) & world.present
     assert turning[1::4].sum() + turning[2::4].sum() > 2 * (turning[::4].sum() + turning[3::4].sum()) > 0
+
+
+def test_a_vae_sees_every_colour_at_once_in_crowds_that_turn() -> None:
+    crowd = scenes.crowd(64, torch.Generator().manual_seed(1))
+    assert crowd.present.all() and (crowd.colour.sort(1).values == torch.arange(len(scenes.COLOURS))).all()
+    assert float((crowd.spin[crowd.shape > 0] != 0).float().mean()) > 0.75
+    batch = next(clips(Settings(Path(), torch.device("cpu"), 1, 4, 0.0, 1), 0, 5))
+    assert batch["pixels"].shape == (4, 3, 5, scenes.HEIGHT, scenes.WIDTH)
 
 
 def test_scenes_to_measure_with_stay_the_same() -> None:
