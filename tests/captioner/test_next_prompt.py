@@ -336,6 +336,7 @@ def test_four_letters_of_five_and_two_words_of_five_are_enough_for_prose() -> No
         ("The camera pans left.", True),
         ("The camera pans left, and goes on panning LEFT.", True),
         ("The camera pans left while it zooms in.", False),
+        ("The camera tilts and circles.", False),
         ("The camera pans left and then pans right.", False),
         ("A dog runs.", True),
     ],
