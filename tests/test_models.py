@@ -122,3 +122,12 @@ def test_a_denoiser_that_is_built_in_a_thread_takes_no_memory_from_modules_of_ot
     made.set()
     thread.join()
     assert layer.weight.device.type == "cpu"
+
+
+def test_experts_that_are_in_memory_stay_for_the_next_clip_where_there_is_room() -> None:
+    models = models_of(lambda mapped: object())
+    assert models.experts_to_keep() == frozenset()
+    assert models[NAMES[0]] is not None
+    assert models.experts_to_keep() == {NAMES[0]}
+    models.live_by(HostPlan(in_turn=True))
+    assert models[NAMES[0]] is not None and models.experts_to_keep() == frozenset()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.commands import MADE, Seen, frames_in, metadata
 from tests.support.golden import ROOT
 from wan.chain.run_folder import RunFolder
-from wan.commands.flags import parse, reference
+from wan.commands.flags import parse, parser_of, reference
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
 from wan.kinds import (
@@ -48,7 +48,7 @@ from wan.kinds import (
     Whole,
 )
 from wan.media import read_last_frame
-from wan.options import OPTIONS, Option, Settings, check, current, options_of, words_of
+from wan.options import OPTIONS, V2V_TASKS, Option, Settings, check, current, options_of, words_of
 from wan.settings import LoraFile
 from wan.types import Step
 
@@ -643,3 +643,24 @@ def test_names_of_windows_are_taken_there(monkeypatch: pytest.MonkeyPatch) -> No
         windows.setattr(os, "name", "nt")
         for name in ("C:/out/a.mp4", r"..\out put\{name}\a.mp4", r"\\server\share\a.mp4", "./a.mp4", r"\\?\C:\a.mp4"):
             Output().check(name)
+
+
+def test_the_help_names_the_tasks_that_a_command_has() -> None:
+    shown = {}
+    for command in ("continuous", "generate"):
+        (shown[command],) = (str(one.metavar) for one in parser_of(command)._actions if one.dest == "task")
+    assert shown["continuous"] == f"{{{','.join(V2V_TASKS)}}}" and len(shown["generate"]) > len(shown["continuous"])
+
+
+@pytest.mark.parametrize("value", [2.5, True, "3", None])
+def test_a_whole_number_is_one(value: Any) -> None:
+    with pytest.raises(Unfit, match="must be a whole number"):
+        Whole().check(value)
+
+
+def test_memory_is_from_one_gib_on() -> None:
+    for value in (1, 1.0, 4096, "auto"):
+        Gib().check(value)
+    for wrong in (0.99, 4096.1, True, "much", None):
+        with pytest.raises(Unfit, match="GiB from 1 to 4096"):
+            Gib().check(wrong)

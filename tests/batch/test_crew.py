@@ -295,3 +295,47 @@ def test_a_crew_that_closes_ends_its_processes_and_ray_where_that_is_there(
     made.close()
     assert calls == [("end",)] * 2 + ["kill"] * kills and shut == [True] * (not gone)
     assert bool(made._members) is gone
+
+
+def test_a_worker_that_is_dropped_takes_its_own_orders_along_only(workers: Any) -> None:
+    made, _, _ = workers
+    made.drop(1)
+    assert made._futures == {"start 0": ("ready", 0)} and list(made._members) == [0]
+
+
+def test_the_end_of_a_crew_ends_workers_then_captioners_then_ray(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls, _ = workers
+    hands = [member.hand for member in made._members.values()]
+    made._captioners = ["captioner a", "captioner b"]
+    killed = list[Any]()
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray, "shutdown", lambda: killed.append("ray"))
+    made.close()
+    assert calls == [("end",), ("end",)] and killed == [*hands, "captioner a", "captioner b", "ray"]
+    assert not made._members and not made._futures
+
+
+def test_a_crew_whose_head_has_gone_ends_nothing_more(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls, _ = workers
+    made._head.gone = True
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("ray"))
+    made.close()
+    assert calls == [("end",), ("end",)]
+    made._by_client = True  # and a client that is not connected asks for nothing at all
+    made.close()
+    assert calls == [("end",), ("end",)] and made.stop(1) == []
+
+
+def test_a_crew_that_stops_waits_no_longer_for_a_cluster_that_has_gone(workers: Any) -> None:
+    made, calls, _ = workers
+    made._futures = {"do": ("ended", 0)}
+    answers: list[Any] = [["an event"], Gone("the head has gone")]
+
+    def wait(seconds: float) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Gone):
+            raise answer
+        return answer
+
+    made.wait = wait
+    assert made.stop(60) == ["an event"] and calls == [("stop",), ("stop",)] and not answers

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,10 @@ from wan.captioner import (
     open_captioner,
 )
 from wan.captioner.base import one_line
+from wan.captioner.factory import weight_bytes
 from wan.captioner.internvl import weight_files
 from wan.errors import UserError
+from wan.media import decord_worker
 
 FRAMES = np.arange(2 * 30 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 30, 50, 3)
 
@@ -602,3 +605,42 @@ def test_an_error_of_bearable_length_is_told_whole() -> None:
     assert one_line(ValueError("x" * 200)) == "x" * 200
     assert one_line(ValueError("x" * 201)) == "x" * 197 + "..."
     assert one_line(ValueError("two\n  lines")) == "two lines" and one_line(KeyError()) == "KeyError"
+
+
+def test_the_size_of_a_vlm_is_asked_of_the_hub_only_by_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def model_info(_: object, name: str, **more: Any) -> Any:
+        asked.append(name)
+        sizes = {"a.safetensors": 20, "b.safetensors": 10, "c.bin": 5}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("wan.captioner.factory.local_folder", lambda path: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
+    assert weight_bytes("some/folder") is None and weight_bytes("/no/such/folder") is None and not asked
+    assert weight_bytes("Some/Model") == 30 and asked == ["Some/Model"]
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(3, [1, 5, 8]), (1, [5]), (0, [9])])
+def test_decord_is_asked_for_the_middles_of_equal_parts_or_the_last_frame(
+    count: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    class Reader:
+        def __init__(self, path: str, num_threads: int) -> None:
+            assert (path, num_threads) == ("a.mp4", 1)
+
+        def __len__(self) -> int:
+            return 10
+
+        def get_batch(self, wanted: list[int]) -> Any:
+            frames = np.array(wanted, np.uint8)[:, None, None, None].repeat(3, 3)
+            return SimpleNamespace(asnumpy=lambda: frames)
+
+    monkeypatch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=Reader))
+    monkeypatch.setattr(sys, "argv", ["decord_worker.py", "a.mp4", str(count)])
+    decord_worker.main()
+    sys.stdout.flush()
+    expected = f"{len(numbers)} 1 1\n".encode() + bytes(number for number in numbers for _ in range(3))
+    assert capfdbinary.readouterr().out == expected

@@ -13,7 +13,7 @@ import torch
 
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, Memory, NextPrompt, next_prompt
-from wan.captioner.next_prompt import KEEP, is_prose
+from wan.captioner.next_prompt import KEEP, is_prose, one_move
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -328,3 +328,18 @@ def test_a_model_that_babbles_leaves_the_description(monkeypatch: pytest.MonkeyP
 def test_four_letters_of_five_and_two_words_of_five_are_enough_for_prose() -> None:
     assert is_prose("abcd1") and not is_prose("abc11")
     assert is_prose("so so so so on") and not is_prose("so so so so so on")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("The camera pans left.", True),
+        ("The camera pans left, and goes on panning LEFT.", True),
+        ("The camera pans left while it zooms in.", False),
+        ("The camera tilts and circles.", False),
+        ("The camera pans left and then pans right.", False),
+        ("A dog runs.", True),
+    ],
+)
+def test_a_camera_that_moves_in_two_ways_is_known(text: str, is_one: bool) -> None:
+    assert one_move(text) is is_one

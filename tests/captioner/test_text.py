@@ -293,3 +293,8 @@ def test_a_long_text_of_the_user_stays_whole_and_is_mentioned(caplog: pytest.Log
 def test_a_caption_with_nothing_in_it_stops_the_run() -> None:
     with pytest.raises(UserError, match="no usable text.*or give prompt"):
         compose_prompt("Go left.", "<think>hm", words)
+
+
+def test_words_that_repeat_with_others_that_do_are_told_once() -> None:
+    assert clean_caption("a b a a b a a b a b a b.") == "A b."
+    assert clean_caption("the sun the sun the sun sets sets sets.") == "The sun sets."

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from wan.chain.charts import _time_chart, _walk
-from wan.chain.measures import Measure
+from wan.chain.measures import MEASURES, Measure
 from wan.chain.report import _clock, render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
@@ -373,3 +373,9 @@ def test_a_number_is_judged_by_its_ranges_whose_ends_belong_to_them() -> None:
     assert [one["verdict"] for one in judged.values()] == verdicts
     assert [one["words"] for one in judged.values()] == ["less"] * 2 + ["as usual"] * 3 + ["more"] * 2
     assert judged[0.25]["value"] == "0.25 x" and measure.read({})["verdict"] == "unknown"
+
+
+def test_what_is_good_of_a_seam_is_not_faint_and_what_is_faint_has_a_range() -> None:
+    for one in MEASURES:
+        (low, high), (lowest, highest) = one.good, one.faint
+        assert lowest <= low < high <= highest, one.key

@@ -18,6 +18,7 @@ from wan.chain.elsewhere import ClipsElsewhere
 from wan.chain.fingerprint import fingerprint
 from wan.chain.finished_clip import REDONE, FinishedClip, Told, prune, read_clip, write_clip
 from wan.chain.lock import FolderLock
+from wan.chain.run import ChainRun
 from wan.chain.run_folder import RunFolder
 from wan.chain.run_record import RunRecord
 from wan.chain.written import Written
@@ -127,3 +128,14 @@ def test_the_state_of_the_last_two_clips_and_of_those_before_a_gap_is_kept(
 ) -> None:
     finished: Any = dict.fromkeys(clips)
     assert list(RunFolder(tmp_path).to_prune(finished)) == pruned
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_run_that_goes_on_is_told_again_when_its_clips_have_come_to_their_place(moves: bool) -> None:
+    run, told = object.__new__(ChainRun), list[str]()
+    steps = {name: lambda name=name: told.append(name) for name in ("give_up", "seal", "put_in_place")}
+    run.inventory = SimpleNamespace(elsewhere=moves, **steps)  # type: ignore[assignment]
+    run.report = told.append  # type: ignore[method-assign, assignment]
+    run.settings = SimpleNamespace(keep_state="all")  # type: ignore[assignment]
+    run.begin()
+    assert told == ["give_up", "seal", "running", *(["put_in_place", "running"] if moves else [])]

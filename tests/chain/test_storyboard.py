@@ -12,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from yaml import ScalarNode
 
+from wan.chain import storyboard_file
 from wan.chain.storyboard import Scene, check_storyboard
 from wan.chain.storyboard_file import read_storyboard
 from wan.configs import WAN_CONFIGS
@@ -604,3 +606,8 @@ def test_json_gives_every_prompt_back(folder: Path, prompts: list[str], plain: b
     clips = [prompt if len(prompt) % 2 else {"prompt": prompt} for prompt in prompts]
     scenes = read(folder, json.dumps({"clips": clips}, ensure_ascii=plain, indent=indent), ".json")
     assert [scene.prompt for scene in scenes] == [prompt.strip() for prompt in prompts]
+
+
+@pytest.mark.parametrize(("length", "shown"), [(40, "x" * 40), (41, "x" * 37 + "...")])
+def test_a_message_shows_forty_characters_of_a_text(length: int, shown: str) -> None:
+    assert storyboard_file._shown(ScalarNode("tag:yaml.org,2002:str", "x" * length)) == repr(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from tests.support.golden import GOLDEN
 from wan.denoiser.headers import in_model, infer_config, key_map, parameters
 from wan.denoiser.model import WanModel
+from wan.errors import UserError
 from wan.weights.tensors import open_safetensors
 
 
@@ -31,3 +33,10 @@ def test_parameters_have_the_shapes_that_the_model_gives_them(part: str, changed
     with torch.device("meta"):
         model = WanModel(**config)
     assert parameters(config) == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("eps", [0, 1, -1e-6, True, "1e-6", None, 2])
+def test_an_eps_that_is_none_is_refused(eps: Any) -> None:
+    weights = open_safetensors(GOLDEN / "5b/ckpt", "diffusion_pytorch_model")
+    with pytest.raises(UserError, match="expected eps between 0 and 1"):
+        infer_config(dataclasses.replace(weights, config={**weights.config, "eps": eps}))

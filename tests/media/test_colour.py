@@ -372,3 +372,13 @@ def test_images_are_read_upright_or_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             media.read_image(bad)
         assert "\n" not in str(caught.value)
+
+
+def test_white_is_adapted_by_bradford_s_cones() -> None:
+    # XYZ of D50 -> XYZ of D65, as published by Bruce Lindbloom
+    published = np.array(
+        [[0.9555766, -0.0230393, 0.0631636], [-0.0282895, 1.0099416, 0.0210077], [0.0122982, -0.0204830, 1.3299098]]
+    )
+    of_print = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.34567, 0.35850))
+    ours = np.linalg.inv(light._to_xyz(light._BT709_PRIMARIES))
+    assert np.abs(light.to_709(of_print) - ours @ published @ light._to_xyz(of_print)).max() < 2e-3

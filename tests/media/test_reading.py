@@ -409,3 +409,22 @@ def test_the_moment_of_the_last_picture_counts() -> None:
     source.until = 12.0
     with pytest.raises(UserError, match=r"it ends at 9.10 s"):
         _check_moment(source, ending)
+
+
+@pytest.mark.parametrize(("helps", "jumps"), [(True, 4), (False, 1)])
+def test_where_a_jump_leads_nowhere_the_rest_is_read_in_one_go(
+    helps: bool, jumps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = [SimpleNamespace(time=float(second)) for second in range(8)]
+    tried = list[float]()
+
+    def jump(source: Any, here: float, moment: float) -> Any:
+        tried.append(moment)
+        at = int(moment)
+        return (iter(film[at + 1 :]), film[at]) if helps else None
+
+    monkeypatch.setattr(reading, "Pictures", lambda source: film)
+    monkeypatch.setattr(reading, "keyframes_before", lambda source, moments: [None] * len(moments))
+    monkeypatch.setattr(reading, "_jump", jump)
+    chosen = reading._search(SimpleNamespace(start=0.0, duration=8.0), 4)  # type: ignore[arg-type]
+    assert [frame.time for frame in chosen or []] == [1, 3, 5, 7] and len(tried) == jumps

@@ -248,3 +248,10 @@ def test_light_that_changes_everywhere_alike_is_no_change_of_the_picture() -> No
     assert lighter.change == pytest.approx(0, abs=1e-3)
     assert parted.change == pytest.approx(0.05, abs=1e-3)  # a range of 2 is 1 here, and the mean is left out
     assert lighter.shift[0] > 1 > abs(lighter.shift[1])
+
+
+def test_the_colour_of_a_seam_shifts_by_what_is_beyond_the_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, at = step(lab=(1, 2, 3)), step(lab=(2, 4, 5))
+    monkeypatch.setattr(metrics, "_steps", lambda _: [usual] * 4 + [at] + [usual] * 4)
+    score = score_seam(torch.zeros(5, 8, 8, 3), torch.zeros(5, 8, 8, 3))
+    assert score.colour_shift == (1, 2, 2) and score.colour_step == 3

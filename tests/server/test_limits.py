@@ -349,3 +349,12 @@ def test_a_plan_that_cannot_be_made_says_why_in_its_last_line(
     with pytest.raises(ApiError, match=message) as caught:
         asyncio.run(plan_of(Settings(), {}))
     assert caught.value.status == status and "warned" not in str(caught.value)
+
+
+def test_a_take_that_was_chosen_stays_with_its_clip(tmp_path: Path) -> None:
+    chains = chains_of(tmp_path)
+    name = asyncio.run(chains.intake.create({"prompt": "x", "num_videos": 3})).id
+    settings = chains.get(name).settings
+    chains.queue.change(name, settings={**settings, "take": [[1, 2], [2, 2], [3, 1]]})
+    assert asyncio.run(chains.change(name, count=2)).settings["take"] == [[1, 2], [2, 2]]
+    assert asyncio.run(chains.change(name, clips={1: {"prompt": "y"}})).settings["take"] == [[2, 2]]

@@ -171,10 +171,8 @@ class Batch:
             if written is not None and written.lost:  # see `Schedule.next`
                 continue
             task = schedule.next(self._like.get(worker), beside=written is not None)
-            if task is None:
-                if written is None:
-                    break
-                continue
+            if task is None:  # nor is there one for the others: those who write come last, and may begin no more
+                break
             self._idle.discard(worker)
             self._at[worker], self._like[worker] = task, task.key
             self.lives.pop(worker, None)

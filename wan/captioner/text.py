@@ -252,7 +252,7 @@ def _forms(words: tuple[str, ...]) -> list[tuple[str, ...]]:
 def _without_stutter(sentence: str) -> str:
     words = list(_WORD.finditer(sentence))
     bare = [" ".join(bare_words(word.group())) for word in words]
-    kept, begin, at = "", 0, 0
+    kept, begin, at, is_cut = "", 0, 0, False  # `is_cut`: it begins with another word than before
     while at < len(words):
         for length in range(1, min(_LONGEST_LOOP, (len(words) - at) // 3) + 1):
             loop, end = bare[at : at + length], at + length
@@ -261,14 +261,16 @@ def _without_stutter(sentence: str) -> str:
             if end >= at + 3 * length:  # the last time is the one that ends as the sentence does
                 kept += sentence[begin : words[at].start()]
                 begin = words[end - length].start()
-                if at == 0:
-                    kept += sentence[begin].upper()
-                    begin += 1
+                is_cut = is_cut or at == 0
                 at = end - length
                 break
         else:
             at += 1
-    return kept + sentence[begin:]
+    text = kept + sentence[begin:]
+    if is_cut:
+        start = words[0].start()
+        text = text[:start] + text[start].upper() + text[start + 1 :]
+    return text
 
 
 def _is_text(char: str) -> bool:

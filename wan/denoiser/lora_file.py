@@ -318,10 +318,11 @@ def _halves_fit(file: Weights, keys: Mapping[str, str]) -> bool:
         one, other = shape[left], shape[right]
         if core in keys:
             # LyCORIS lays the matrices about a core the other way round, except that of a LoRA
-            outer = math.prod(one[1:]) if core == "mid" else one[0] if one else 0
-            inner = other[0] if other else 0
             flat = core == "mid" or len(one) == len(other) == 2
-            if not (one and other and flat and len(shape[core]) > 1 and shape[core][:2] == (outer, inner)):
+            if not (one and other and flat and len(shape[core]) > 1):
+                return False
+            outer = math.prod(one[1:]) if core == "mid" else one[0]
+            if shape[core][:2] != (outer, other[0]):
                 return False
             continue
         alike = len(one) == len(other) or left != "up"
