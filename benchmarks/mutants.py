@@ -87,6 +87,7 @@ TESTS: dict[str, str] = {
     "wan/settings.py": "owners presets continuation_pairs lora options modes",
     "wan/options.py": "continuation_pairs faults bad_input options storyboard",
     "wan/media": "faults timeline writing reading sound colour dull_end bombs",
+    "wan/media/decord_worker.py": "backends reading",
     "wan/quality": "motion seam_numbers drift_numbers metrics correction",
     "wan/captioner": "text next_prompt faults backends secrets internvl",
     "wan/denoiser": "sampling exact_speed golden modes presets precision",
