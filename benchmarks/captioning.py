@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.real_size import materialise
 from benchmarks.timing import timed
-from wan.captioner import weight_bytes, working_bytes
+from wan.captioner import memory, weight_bytes, working_bytes
 from wan.captioner.base import Pictures
 from wan.captioner.decoding import ROUND, GreedyDecoder, fuse_norms
 from wan.captioner.frames import pixels_of
@@ -32,29 +32,12 @@ from wan.captioner.internvl import InternVLCaptioner
 from wan.device.hardware import peak_gib, reset_peak
 from wan.options import QUESTION
 
-FRAMES, TOKENS_PER_FRAME, SIDE = 8, 256, 448
+FRAMES, TOKENS_PER_FRAME = 8, 256
 WORDS, ANSWER = 110, 128  # tokens of the question with what stands around it, and of the answer
 IMAGE = 151671
-VISION = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "image_size": SIDE,
-    "patch_size": 14,
-    "attention_bias": True,
-}
-TEXT = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "use_cache": True,
-}
+SIDE = memory.VISION["image_size"]
+VISION = memory.VISION | {"num_hidden_layers": 24, "num_attention_heads": 16, "attention_bias": True}
+TEXT = memory.TEXT | {"model_type": "qwen3", "vocab_size": 151936, "use_cache": True}
 
 
 def build_vlm(device: torch.device, text: dict[str, Any] = TEXT, vision: dict[str, Any] = VISION) -> Any:

@@ -25,9 +25,9 @@ class Placement:
 
     `weight_budget`: bytes that the weights of one model may take there. Of a model with more, as many of its `layers`
     (a ModuleList) as fit stay there while it is used; the others come one by one, each while the one before computes.
-    `mapped`: weights come from where they lie, from mapped files for instance, and take no pinned memory. `instead`:
-    what to do where the budget is too small for even that.
     For that the model calls its `before_layer`, when that is not None, with a layer's number before it uses the layer.
+    `instead`: what to do where the budget is too small even for that. `mapped`: weights come from where they lie, from
+    mapped files for instance, and take no pinned memory.
     """
 
     device: torch.device
