@@ -131,11 +131,15 @@ def test_the_state_of_the_last_two_clips_and_of_those_before_a_gap_is_kept(
 
 
 @pytest.mark.parametrize("moves", [True, False])
-def test_a_run_that_goes_on_is_told_again_when_its_clips_have_come_to_their_place(moves: bool) -> None:
-    run, told = object.__new__(ChainRun), list[str]()
+def test_a_run_that_goes_on_is_told_again_when_its_clips_have_come_to_their_place(
+    moves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[str]()
     steps = {name: lambda name=name: told.append(name) for name in ("give_up", "seal", "put_in_place")}
-    run.inventory = SimpleNamespace(elsewhere=moves, **steps)  # type: ignore[assignment]
-    run.report = told.append  # type: ignore[method-assign, assignment]
-    run.settings = SimpleNamespace(keep_state="all")  # type: ignore[assignment]
+    settings, folder = SimpleNamespace(keep_state="all"), RunFolder(tmp_path)
+    inventory: Any = SimpleNamespace(settings=settings, folder=folder, source_digest="", elsewhere=moves, **steps)
+    nothing: Any = None
+    run = ChainRun(inventory, nothing, nothing)
+    monkeypatch.setattr(run, "report", told.append)
     run.begin()
     assert told == ["give_up", "seal", "running", *(["put_in_place", "running"] if moves else [])]
