@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.chain.charts import _time_chart, _walk
-from wan.chain.measures import MEASURES, Measure
+from wan.chain.charts import Mark, _time_chart, _walk, charts_of, drift_charts
+from wan.chain.measures import MEASURES, Measure, needs_attention
 from wan.chain.report import _clock, render_report, seam_thumbnails
 from wan.commands.flags import parse
 from wan.quality import SeamScore
@@ -336,6 +336,131 @@ def test_each_stage_has_a_colour_of_its_own_up_to_eight() -> None:
     names = [f"stage {number}" for number in range(9)]
     chart = _time_chart([1], [dict.fromkeys(names, 1.0)])
     assert [style for style, _ in chart.legend] == [*(f"stage{number}" for number in range(8)), "stage0"]
+
+
+def plotted(*clips: dict[str, Any]) -> dict[str, Any]:
+    """The charts of these clips."""
+    return charts_of(report(list(clips))[1])
+
+
+def test_axes_span_round_numbers_and_each_value_has_its_place() -> None:
+    memory = plotted(
+        *(clip(number, peak_gpu_gib=value) for number, value in ((1, 3.0), (2, 9.0), (3, None), (4, 0.0)))
+    )["memory"]
+    assert memory.title == "Peak memory, GiB" and memory.note == "of the GPU"
+    assert memory.ticks == [(100.0, "0"), (75.0, "2.5"), (50.0, "5"), (25.0, "7.5"), (0.0, "10")]
+    assert memory.labels == [(12.5, 1), (37.5, 2), (62.5, 3), (87.5, 4)]
+    assert [(dot.x, dot.y, dot.clip, dot.title) for dot in memory.dots] == [
+        (12.5, 70.0, 1, "clip 1: 3.00 GiB"),
+        (37.5, 10.0, 2, "clip 2: 9.00 GiB"),
+        (87.5, 100.0, 4, "clip 4: 0.00 GiB"),
+    ]
+    assert {(dot.width, dot.height, dot.kind) for dot in memory.dots} == {(0, 0, "dot")}
+    assert memory.lines == [(12.5, 70.0, 37.5, 10.0)] and memory.missing == [62.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "labels"),
+    [
+        (0.5, ["0", "0.25", "0.5", "0.75", "1"]),  # at least up to 1
+        (4.0, ["0", "1", "2", "3", "4"]),
+        (4.1, ["0", "2", "4", "6"]),
+        (40.0, ["0", "10", "20", "30", "40"]),
+        (17.0, ["0", "5", "10", "15", "20"]),
+        (9999.0, ["0", "2500", "5000", "7500", "1e+04"]),
+        (-3.0, ["-3", "-2", "-1", "0", "1"]),
+    ],
+)
+def test_an_axis_has_a_few_round_steps(value: float, labels: list[str]) -> None:
+    assert [label for _, label in plotted(clip(1, peak_gpu_gib=value))["memory"].ticks] == labels
+
+
+@pytest.mark.parametrize(
+    ("count", "labelled"),
+    [(12, [*range(1, 13)]), (13, [1, 3, 5, 7, 9, 11, 13]), (25, [1, 4, 7, 10, 13, 16, 19, 22, 25])],
+)
+def test_at_most_twelve_clips_are_labelled(count: int, labelled: list[int]) -> None:
+    score = plotted(*(clip(number) for number in range(1, count + 1)))["score"]
+    assert [number for _, number in score.labels] == labelled
+
+
+def test_without_a_gpu_the_host_s_memory_is_drawn() -> None:
+    memory = plotted(clip(1, peak_gpu_gib=None, peak_host_gib=7.0))["memory"]
+    assert memory.note == "of the host" and [dot.title for dot in memory.dots] == ["clip 1: 7.00 GiB"]
+
+
+def test_seams_are_bars_over_the_bands_of_their_verdicts() -> None:
+    score = plotted(clip(1), clip(2, seam=seam(1.1)), clip(3, seam=None), clip(4, seam=seam() | {"score": 2.0}))[
+        "score"
+    ]
+    assert score.note == "0 is seamless; from 1.7 on a viewer notices"
+    assert score.ticks == [(100.0, "0"), (66.667, "1"), (33.333, "2"), (0.0, "3")]
+    assert [(round(y, 3), round(height, 3), kind) for y, height, kind in score.bands] == [
+        (76.667, 23.333, "good"),  # from 0.7 down
+        (43.333, 33.334, "faint"),  # from 1.7
+        (0.0, 43.333, "visible"),
+    ]
+    assert [(bar.x, bar.y, bar.width, round(bar.height, 3), bar.kind, bar.title) for bar in score.bars] == [
+        (8.5, 96.667, 8, 3.333, "good", "clip 1: good, score 0.10"),
+        (33.5, 63.333, 8, 36.667, "faint", "clip 2: faint, score 1.10"),
+        (83.5, 33.333, 8, 66.667, "visible", "clip 4: visible, score 2.00"),
+    ]
+    assert [bar.clip for bar in score.bars] == [1, 2, 4]
+    assert score.missing == [62.5]
+
+
+def test_bars_of_many_clips_leave_room_between_them() -> None:
+    for count, width in ((8, 8), (10, 7.0), (50, 1.4)):
+        bars = plotted(*(clip(number) for number in range(1, count + 1)))["score"].bars
+        assert [bar.width for bar in bars] == [width] * count
+        assert bars[0].x + width / 2 == pytest.approx(50 / count)
+
+
+def test_stages_are_stacked_in_the_order_in_which_they_came() -> None:
+    chart = plotted(clip(1, seconds={"load": 1.0, "vae_encode": 3.0}), clip(2, seconds={"load": 2.0, "write": None}))[
+        "time"
+    ]
+    assert chart.legend == [("stage0", "load"), ("stage1", "vae encode"), ("stage2", "write")]
+    assert chart.bars == [
+        Mark(21.0, 75.0, 8, 25.0, "stage0", "clip 1: load, 1.0 s", 1),
+        Mark(21.0, 0.0, 8, 75.0, "stage1", "clip 1: vae encode, 3.0 s", 1),
+        Mark(71.0, 50.0, 8, 50.0, "stage0", "clip 2: load, 2.0 s", 2),
+        Mark(71.0, 50.0, 8, 0.0, "stage2", "clip 2: write, 0.0 s", 2),
+    ]
+    assert not chart.missing and plotted(clip(1, seconds=None))["time"].missing == [50.0]
+
+
+def test_curves_of_drift_are_flat_within_what_is_no_drift() -> None:
+    drift = {
+        "colour": [0.0],
+        "colour_shift": None,
+        **dict.fromkeys(("lightness", "contrast", "chroma", "sharpness"), [0.0]),
+        "moving": [20.0],
+        "identity": [0.95],
+    }
+    charts = drift_charts(drift, [1])
+    spans = {chart.title: (chart.ticks[0][1], chart.ticks[-1][1]) for chart in charts}
+    assert spans == {
+        "Colour walk, ΔE": ("0", "3"),
+        "Lightness, %": ("-5", "5"),
+        "Contrast, %": ("-5", "5"),
+        "Colour strength, %": ("-5", "5"),
+        "Sharpness, %": ("-5", "5"),
+        "Motion, %": ("0", "20"),
+        "Identity, cosine": ("0.9", "1"),
+    }
+    assert [chart.dots[0].y for chart in charts] == [100.0, 50.0, 50.0, 50.0, 50.0, 0.0, 50.0]
+    assert len(drift_charts({name: values for name, values in drift.items() if name != "identity"}, [1])) == 6
+
+
+@pytest.mark.parametrize(
+    ("score", "warnings", "needed"),
+    [(1.7, (), True), (1.69, (), False), (None, (), False), (None, ("freeze",), True), (0.1, ("slow start",), False)],
+)
+def test_a_seam_needs_a_look_where_it_shows_or_has_a_warning_that_is_not_mild(
+    score: float | None, warnings: tuple[str, ...], needed: bool
+) -> None:
+    assert needs_attention(score, warnings) == needed
 
 
 def test_a_walk_of_colours_is_told_from_half_a_step_on() -> None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.tiny_denoiser import LATENT, SIZES, build, noise, prompt
@@ -303,6 +304,105 @@ def test_the_fastest_right_kernel_is_chosen_and_the_others_are_named(caplog: pyt
     assert "is left out: no such" in caplog.text and "instruction" not in caplog.text
     assert fastest({"slow": slow, "raising": raising}, *inputs) == "slow"
     assert fastest({"raising": raising, "not_a_number": not_a_number}, *inputs) == "raising", "the default stays"
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_right"), [(1.0, True), (1.012, True), (0.988, True), (1.02, False), (0.98, False)]
+)
+def test_a_kernel_is_right_within_two_units_of_the_dtype_s_rounding(factor: float, is_right: bool) -> None:
+    inputs = torch.randn(3, 1, 128, 2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    candidates = {"slow": slow, "scaled": lambda *given: (right(*given).float() * factor).bfloat16()}
+    assert fastest(candidates, *inputs) == ("scaled" if is_right else "slow")
+
+
+@pytest.mark.parametrize("row", [0, 99])
+def test_the_first_and_the_last_token_of_a_kernel_are_compared(row: int) -> None:
+    def wrong_in_a_row(*given: Tensor) -> Tensor:
+        output = right(*given)
+        output[:, row] = 0
+        return output
+
+    inputs = torch.randn(3, 1, 100, 2, 16, generator=torch.Generator().manual_seed(1))
+    assert fastest({"slow": slow, "wrong": wrong_in_a_row}, *inputs) == "slow"
+
+
+def test_a_kernel_s_time_is_its_better_call_of_two() -> None:
+    """The first call of a kernel may compile it."""
+    calls: list[str] = []
+
+    def warming(*given: Tensor) -> Tensor:
+        calls.append("warming")
+        time.sleep(0.05 if len(calls) == 2 else 0)  # the first is for its numbers
+        return right(*given)
+
+    def steady(*given: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return right(*given)
+
+    inputs = torch.randn(3, 1, 64, 1, 16, generator=torch.Generator().manual_seed(1))
+    assert fastest({"steady": steady, "warming": warming}, *inputs) == "warming" and len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "heads", "probed"),
+    [
+        (64, 16, 40, 38),  # 1e7 / (4 * 64 * 64 * 16)
+        (64, 16, 12, 12),  # no more than there are
+        (1024, 64, 40, 1),  # and at least one
+    ],
+)
+def test_the_probe_takes_as_many_heads_as_its_arithmetic_allows(
+    tokens: int, head_dim: int, heads: int, probed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def chosen(candidates: Any, *inputs: Tensor) -> str:
+        given.append((list(candidates), [(one.shape, one.dtype) for one in inputs]))
+        assert not torch.equal(inputs[0], inputs[1])
+        return "native"
+
+    monkeypatch.setattr(f"{BACKENDS}.fastest", chosen)
+    monkeypatch.setattr(f"{BACKENDS}.PROBE_FLOP", 1e7)
+    attention_backends.fastest_attention.cache_clear()
+    what: Any = (torch.device("cpu"), tokens, heads, head_dim, torch.float16)
+    for travels in (False, True):
+        assert attention_backends.fastest_attention(*what, False, travels) == "native"
+    attention_backends.fastest_attention.cache_clear()
+    assert [shapes for _, shapes in given] == [[((1, tokens, probed, head_dim), torch.float16)] * 3] * 2
+    one_gpu, several = (names for names, _ in given)
+    assert "cudnn" not in one_gpu and several == [*one_gpu, "cudnn"]
+
+
+def test_ranks_that_share_tokens_probe_the_heads_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def probe(*what: Any) -> str:
+        asked.append(what)
+        return "native"
+
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", probe)
+    cuda = torch.device("cuda")
+    for ulysses, tokens in ((2, 2), (1, 2), (1, 1)):
+        team: Any = SimpleNamespace(
+            sizes=SimpleNamespace(ulysses=ulysses, tokens=tokens), share=lambda choose: choose()
+        )
+        use_fastest_attention(build(dtype=torch.float16), 48, 10, cuda, team)
+    assert [(heads, travels) for _, _, heads, _, _, _, travels in asked] == [(1, True), (2, True), (2, False)]
+
+
+def test_8_bit_attention_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{BACKENDS}.fastest_attention", lambda *what: "native")
+    for precision, kernels in (("fp8", {"attention": "native"}), ("fp8_attention", {})):
+        model = build(dtype=torch.bfloat16)
+        model.low_precision = precision
+        use_fastest_attention(model, 48, 10, torch.device("cuda"))
+        assert model.kernels == kernels
+
+
+def test_cudnn_attention_is_softmax_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{BACKENDS}.SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
+    inputs = torch.randn(3, 1, 12, 2, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(attention_backends.cudnn_attention(*inputs), right(*inputs))
 
 
 def test_on_a_cpu_kernels_stay_what_they_are() -> None:

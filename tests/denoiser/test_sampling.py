@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from wan.denoiser.conditioning import TextOnly
 from wan.denoiser.sampling import Expert, plan_stages, sample
 from wan.denoiser.schedule import build_scheduler
-from wan.denoiser.timetable import timesteps_of
+from wan.denoiser.step_cache import Caching
+from wan.denoiser.timetable import forwards, share_out, step_shares, timesteps_of
 from wan.device.placement import Placement
 from wan.errors import UserError
-from wan.settings import Sampling
+from wan.settings import Sampling, StepCache
 from wan.types import Geometry, Step, TextContext
 
 CPU = Placement(torch.device("cpu"))
@@ -74,6 +75,94 @@ def test_timesteps_are_told_without_a_scheduler(solver: str, shift: float) -> No
         sampling = Sampling(steps, shift, (1.0, 1.0), solver)
         expected = build_scheduler(sampling, torch.device("cpu"), train).timesteps.tolist()
         assert list(timesteps_of(sampling, train)) == expected
+
+
+def test_timesteps_are_those_of_the_official_schedules() -> None:
+    """sigma' = shift * sigma / (1 + (shift - 1) * sigma), by hand."""
+    assert timesteps_of(Sampling(4, 5.0, (1.0, 1.0), "euler")) == pytest.approx([1000, 937.5, 2500 / 3, 625])
+    assert timesteps_of(Sampling(2, 1.0, (1.0, 1.0), "dpm++")) == (1000, 500)
+    assert timesteps_of(Sampling(2, 3.0, (1.0, 1.0), "dpm++")) == (1000, 750)
+    assert timesteps_of(Sampling(2, 3.0, (1.0, 1.0), "unipc")) == (999, 749)  # from 0.999
+
+
+def test_a_timestep_is_for_the_first_expert_that_works_at_it() -> None:
+    assert share_out([999, 900, 899, 1], [900, 0]) == [[999, 900], [899, 1]]
+    assert share_out([999, 950], [900, 0]) == [[999, 950], []]
+    assert share_out([800, 10], [900, 0]) == [[], [800, 10]]
+    assert share_out([800, 10], [0]) == [[800, 10]]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "interval", "lowest", "shares"),
+    [
+        ((2.0, 3.0), None, [900, 0], [(1, 1), (3, 3)]),
+        ((1.0, 3.0), None, [900, 0], [(1, 1), (3, 0)]),  # (low noise, high noise)
+        ((2.0, 1.0), None, [900, 0], [(1, 0), (3, 3)]),
+        ((2.0, 1.0), None, [0], [(4, 4)]),  # one expert has the first
+        ((1.0, 3.0), None, [0], [(4, 0)]),
+        ((2.0, 3.0), (0.3, 0.8), [900, 0], [(1, 0), (3, 2)]),  # at 0.75 and 0.5
+    ],
+)
+def test_steps_of_each_expert_are_counted_with_those_that_are_guided(
+    guidance: tuple[float, float], interval: tuple[float, float] | None, lowest: list[float], shares: Any
+) -> None:
+    sampling = Sampling(4, 1.0, guidance, "dpm++", guidance_interval=interval)  # at 1000, 750, 500, 250
+    assert step_shares(sampling, lowest, 1000) == shares
+
+
+def test_forwards_are_one_a_step_and_one_more_where_it_is_guided() -> None:
+    assert forwards([(1, 1), (3, 0)], None) == 5 and forwards([(0, 0), (4, 4)], None) == 8
+    cache = StepCache("taylorseer", 2)
+    assert forwards([(20, 10), (0, 0)], cache) == 1.5 * cache.computed(20)
+
+
+@pytest.mark.parametrize(
+    ("cache", "fewest", "config"),
+    [
+        # sources: MagCache's settings for Wan2.1 and Wan2.2, and diffusers' documentation of its hooks
+        ("magcache:0.06", 2, {"threshold": 0.06, "max_skip_steps": 2, "retention_ratio": 0.2}),
+        ("first_block:0.1", 2, {"threshold": 0.1}),
+        (
+            "taylorseer:3",
+            4,
+            {
+                "cache_interval": 3,
+                "disable_cache_before_step": 3,
+                "use_lite_mode": True,
+                "taylor_factors_dtype": torch.float32,
+            },
+        ),
+    ],
+)
+def test_a_cache_is_on_for_an_expert_s_steps_alone(cache: str, fewest: int, config: dict[str, Any]) -> None:
+    events: list[Any] = []
+
+    class Model:
+        cache_context = "branch"
+
+        def enable_cache(self, config: Any) -> None:
+            events.append(config)
+
+        def disable_cache(self) -> None:
+            events.append("off")
+
+    ratios = [1.0, *(1 - 0.01 * step for step in range(1, 10))]
+    caching = Caching(StepCache.parse(cache), {"low": ratios})
+    with caching.of(Model(), "low", 10) as branch:
+        assert branch == "branch" and len(events) == 1  # type: ignore[comparison-overlap]
+    with pytest.raises(KeyboardInterrupt), caching.of(Model(), "low", 10):
+        raise KeyboardInterrupt
+    assert events[1] == events[3] == "off"
+    assert {name: getattr(events[0], name) for name in config} == config
+    if "magcache" in cache:
+        assert events[0].num_inference_steps == 10 and events[0].mag_ratios.tolist() == pytest.approx(ratios)
+    events.clear()
+    for steps in (fewest - 1, fewest):
+        with caching.of(Model(), "low", steps):
+            pass
+    assert len(events) == 2  # nothing is put on where all steps are whole
+    with Caching().of(Model(), "low", 10) as branch, branch("cond"):
+        assert len(events) == 2
 
 
 def test_guidance_1_needs_no_second_forward() -> None:
