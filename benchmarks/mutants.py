@@ -41,11 +41,14 @@ TESTS: dict[str, str] = {
         "lines outputs prompts continuation_pairs faults bad_input options shell from inputs several clip_by_clip "
         "steering cli"
     ),
+    "wan/commands/finishing.py": "upscaling options",
     "wan/chain": (
         "run_folder continuation_pairs faults trust options edited_folders outputs steering clip_by_clip resume "
         "long_video"
     ),
-    "wan/chain/plan.py": "continuation_pairs faults continuation modes",
+    "wan/chain/plan.py": "dry_run continuation_pairs faults continuation modes",
+    "wan/chain/chain.py": "seeds continuation",
+    "wan/chain/choices.py": "seeds run_folder continuation_pairs faults trust options steering clip_by_clip",
     "wan/chain/report.py": "report",
     "wan/chain/facts.py": "report",
     "wan/chain/charts.py": "report",
@@ -53,14 +56,14 @@ TESTS: dict[str, str] = {
     "wan/chain/scores.py": "report page_charts",
     "wan/chain/storyboard.py": "storyboard faults options",
     "wan/chain/storyboard_file.py": "storyboard faults options",
-    "wan/chain/dry_run.py": "faults options long_video",
+    "wan/chain/dry_run.py": "dry_run faults options long_video",
     "wan/continuation.py": "owners continuation_pairs faults continuation modes",
     "wan/pipeline.py": "owners continuation_pairs continuation presets memory modes not_finite",
     "wan/planning.py": "owners continuation_pairs faults continuation modes",
     "wan/candidates.py": "owners continuation_pairs faults continuation modes long_video",
     "wan/fitted_frames.py": "owners continuation_pairs faults continuation modes handoff",
     "wan/caption_helpers.py": "continuation",
-    "wan/cli.py": "bad_input several faults from",
+    "wan/cli.py": "leaving bad_input several faults from",
     "wan/colour_carry.py": "correction continuation_pairs",
     "wan/comfy.py": "parts outputs",
     "wan/errors.py": "bad_input faults",
@@ -72,7 +75,7 @@ TESTS: dict[str, str] = {
     "wan/public.py": "secrets outputs report",
     "wan/sizes.py": "golden continuation modes options",
     "wan/types.py": "conditioning owners continuation_pairs sampling modes",
-    "wan/upscaling.py": "options faults",
+    "wan/upscaling.py": "upscaling options faults",
     "wan/image2video.py": "owners golden modes options",
     "wan/textimage2video.py": "owners golden modes options",
     "wan/text2video.py": "owners golden modes options",
@@ -91,6 +94,8 @@ TESTS: dict[str, str] = {
     "wan/quality": "motion seam_numbers drift_numbers metrics correction",
     "wan/captioner": "text next_prompt faults backends secrets internvl",
     "wan/denoiser": "sampling exact_speed golden modes presets precision",
+    "wan/denoiser/headers.py": "headers precision parts checkpoint lora",
+    "wan/denoiser/model.py": "sampling exact_speed quantized fp8 golden modes presets precision",
     "wan/denoiser/conditioning.py": "conditioning golden modes",
     "wan/denoiser/fp8.py": "fp8 precision",
     "wan/denoiser/lora.py": "lora faults parts",
@@ -112,6 +117,7 @@ TESTS: dict[str, str] = {
     "wan/batch": "rows crew schedule behind locks upload captioners run workers cluster",
     "wan/server": "guard processes limits videos chains page_charts",
 }
+EVERYWHERE = ["architecture"]  # for every file, and last
 PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))
 _LONGEST = 300.0  # seconds of a file of tests without a fault
 # Only a GPU runs what they do.
@@ -146,7 +152,7 @@ def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
     files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
     its_own = f"test_{Path(file).stem}"
-    listed = [f"test_{name}" for name in TESTS[file if file in TESTS else package_of(file)].split()]
+    listed = [f"test_{name}" for name in TESTS[file if file in TESTS else package_of(file)].split() + EVERYWHERE]
     return tuple(files[name] for name in dict.fromkeys((its_own, *listed)) if name in listed or name in files)
 
 

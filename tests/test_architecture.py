@@ -278,3 +278,28 @@ def test_a_name_says_what_it_stands_for() -> None:
         if (names := names_bound_in(ast.parse(file.read_text(encoding="utf-8")))) & NO_NAMES
     }
     assert wrong == {}
+
+
+# Classes with fields that change while they are used. All other dataclasses are values.
+CHANGING = {
+    *(
+        "wan/batch/crew.py _Member",
+        "wan/batch/hand.py _Work",
+        "wan/batch/schedule.py Task",
+        "wan/chain/charts.py Chart",
+    ),
+    *("wan/device/peers.py Peer", "wan/device/watch.py Watch", "wan/server/bodies.py Body", "wan/server/live.py Live"),
+    "wan/upscaling.py Upscaler",
+}
+
+
+def test_a_value_cannot_be_changed() -> None:
+    changing = {
+        f"{file.relative_to(ROOT).as_posix()} {node.name}"
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for one in map(ast.unparse, node.decorator_list)
+        if one.removeprefix("dataclasses.").startswith("dataclass") and "frozen=True" not in one
+    }
+    assert changing == CHANGING

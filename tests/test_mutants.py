@@ -40,7 +40,7 @@ def test_every_file_that_gets_faults_has_tests_of_its_own() -> None:
 
 
 def test_the_tests_of_a_file_come_before_those_of_its_package() -> None:
-    assert covering_tests("wan/chain/report.py") == ("tests/chain/test_report.py",)
+    assert covering_tests("wan/chain/report.py") == ("tests/chain/test_report.py", ARCHITECTURE)
     first, *others = covering_tests("wan/quality/metrics.py")
     assert first == "tests/quality/test_metrics.py" and "tests/quality/test_motion.py" in others
     assert package_of("wan/pipeline.py") == "wan" and len(covering_tests("wan/chain/chain.py")) > 1
@@ -72,7 +72,7 @@ class _Copy(Copy):
 
 
 FAULTS = [Mutant("wan/denoiser/sequence.py", str(n), "seen" if n % 2 else "") for n in range(4)]
-(SEQUENCE,) = covering_tests(FAULTS[0].file)
+SEQUENCE, ARCHITECTURE = covering_tests(FAULTS[0].file)
 
 
 def test_copies_try_faults_at_the_same_time() -> None:
@@ -81,22 +81,29 @@ def test_copies_try_faults_at_the_same_time() -> None:
     log = Log(None)
     measured = dict(measure(FAULTS, copies, log.baselines, log.add_baseline))
     assert measured == {mutant: mutant.text == "seen" for mutant in FAULTS}
-    assert copies[0].calls == copies[1].calls == [([SEQUENCE], 30 + 3 * 2.0)] * 2
-    assert log.baselines == {SEQUENCE: Baseline(2.0, [])}
+    assert copies[0].calls == copies[1].calls == [([SEQUENCE, ARCHITECTURE], 30 + 3 * 4.0)] * 2
+    assert log.baselines == {SEQUENCE: Baseline(2.0, []), ARCHITECTURE: Baseline(2.0, [])}
 
 
 def test_tests_that_fail_without_a_fault_are_left_out_and_listed() -> None:
     copy, log = _Copy(ROOT, failing=[f"{SEQUENCE}::test_a"]), Log(None)
     assert len(dict(measure(FAULTS[:1], [copy], log.baselines, log.add_baseline))) == 1
-    assert copy.calls[0][0] == [SEQUENCE, f"--deselect={SEQUENCE}::test_a"]
+    assert copy.calls[0][0] == [SEQUENCE, f"--deselect={SEQUENCE}::test_a", ARCHITECTURE]
     assert log.baselines[SEQUENCE].failing == [f"{SEQUENCE}::test_a"]
-    none_passes = _Copy(ROOT, failing=[SEQUENCE])
+    none_passes = _Copy(ROOT, failing=[SEQUENCE, ARCHITECTURE])
     assert list(measure(FAULTS, [none_passes], {}, log.add_baseline)) == [] == none_passes.calls
 
 
 def test_a_run_out_of_time_begins_nothing_and_does_not_count_what_it_cut_off() -> None:
     copy = _Copy(ROOT, lasts=0.3)
-    assert list(measure(FAULTS, [copy], {SEQUENCE: Baseline(2.0)}, print, time.monotonic() + 0.2)) == []
+    assert (
+        list(
+            measure(
+                FAULTS, [copy], dict.fromkeys((SEQUENCE, ARCHITECTURE), Baseline(2.0)), print, time.monotonic() + 0.2
+            )
+        )
+        == []
+    )
     assert len(copy.calls) == 1 and copy.calls[0][1] <= 0.2
     known = dict[str, Baseline]()
     assert list(measure(FAULTS, [copy], known, print, time.monotonic())) == [] and known == {}  # none fails

@@ -73,6 +73,45 @@ def test_the_shared_rate_shows_source_frames_equally_often(source: Fraction, mod
     assert rate == source or rate - source < enough  # the smallest such multiple
 
 
+@pytest.mark.parametrize(
+    ("source", "model", "rate"),
+    [
+        (24, 24, 24),
+        (24, 16, 24),
+        (15, 24, 30),
+        (Fraction(24000, 1001), 24, Fraction(24000, 1001)),
+        (Fraction(499, 500) * 24, 24, Fraction(499, 500) * 24),  # counts as 24
+        (Fraction(499, 500) * 24 - Fraction(1, 1000), 24, 2 * (Fraction(499, 500) * 24 - Fraction(1, 1000))),
+        (Fraction(501, 500) * 24, 24, Fraction(501, 500) * 24),
+    ],
+)
+def test_rates_that_differ_by_a_thousandth_are_one(source: Fraction, model: int, rate: Fraction) -> None:
+    assert shared_rate(Fraction(source), Fraction(model)) == rate
+
+
+def test_a_part_of_nearly_the_timeline_s_rate_takes_it() -> None:
+    rate = Fraction(24)
+    for fps, taken in (
+        (Fraction(501, 500) * rate, rate),
+        (Fraction(499, 500) * rate, rate),
+        (Fraction(503, 500) * rate, Fraction(503, 500) * rate),
+        (Fraction(497, 500) * rate, Fraction(497, 500) * rate),
+    ):
+        assert [part.fps for part in Timeline([Part(3, fps)], rate).parts] == [taken]
+
+
+def test_a_part_is_as_long_as_its_new_frames_and_has_its_own_moments() -> None:
+    assert Part(17, Fraction(16), 5).new == 12 and Part(1, Fraction(16)).new == 1
+    assert Part(3, Fraction(10)).moment(2) == Fraction(1, 5)
+    uneven = Part(3, Fraction(10), moments=(Fraction(0), Fraction(1, 2), Fraction(3, 5)))
+    timeline = Timeline([uneven, Part(2, Fraction(10), 1)], Fraction(10))
+    # half a second, a tenth, and the last for its usual time; then the other's one new frame
+    assert list(timeline.frames()) == [(0, 0)] * 5 + [(0, 1), (0, 2), (1, 1)] and timeline.count == 8
+    for drop in (-1, 17):
+        with pytest.raises(ValueError, match=f"{drop} of 17 frames"):
+            Part(17, Fraction(16), drop)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     source=st.sampled_from([None, *RATES]),

@@ -7,9 +7,11 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import av
@@ -22,9 +24,12 @@ from torch import nn
 from tests.support.commands import Seen, frames_in, metadata, nearest_upscaler
 from tests.support.media_samples import beeps, beeps_in, recording
 from wan import media
+from wan.commands.finishing import Upscaling
 from wan.errors import UserError
 from wan.files import file_digest
-from wan.upscaling import MOST_SIDE, Upscaler, open_upscaler, upscale
+from wan.options import Settings
+from wan.types import Geometry, Step
+from wan.upscaling import MOST_SIDE, Upscaler, made_of, open_upscaler, upscale
 
 CPU = torch.device("cpu")
 
@@ -222,6 +227,90 @@ def test_a_chain_keeps_what_it_hands_on_and_its_larger_video_follows_it(command:
     assert command("--upscale larger.safetensors --num_videos 3 --no_video_metadata").code == 0
     assert frames_in(larger) == 25 and metadata(larger).get("comment") is None
     assert len(list((first.folder / "redone").glob("joined_upscaled*.mp4"))) == 1
+
+
+def of_job(**settings: Any) -> Any:
+    """The upscaling of a job with these settings, by a model that makes pictures twice as large."""
+    job: Any = SimpleNamespace(settings=Settings(upscale="larger.safetensors", **settings))
+    return Upscaling(job, Geometry(5, 480, 832, (4, 8, 8)))
+
+
+def test_what_a_larger_video_takes_is_told_from_its_new_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.commands.finishing.open_upscaler", lambda path: Upscaler(Path(path), 2, twice))
+    plans = [SimpleNamespace(shown=80, fade_in=0), SimpleNamespace(shown=81, fade_in=8)]
+    # 0.03 bytes for each of the 1664 x 960 pixels of 153 frames
+    line = "joined_upscaled.mp4: 1664x960 by larger.safetensors, about 7 MiB"
+    assert list(of_job().outline(plans)) == [line] and round(0.03 * 1664 * 960 * 153 / 2**20) == 7
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_bar_counts_the_frames_that_are_made_larger(quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.commands.finishing.open_upscaler", lambda path: Upscaler(Path(path), 2, twice))
+    monkeypatch.setattr(media, "probe", lambda video: SimpleNamespace(duration=1.25, fps=Fraction(24)))
+    begun: list[Any] = []
+    steps: list[Step] = []
+
+    @contextmanager
+    def watch(title: str, clips: int, quiet: bool) -> Iterator[Any]:
+        begun.append((title, clips, quiet))
+        yield steps.append
+
+    with of_job(quiet=quiet)._progress(Path("a/joined.mp4"), watch) as on_frame:
+        for _ in range(3):
+            on_frame()
+    assert begun == [("joined.mp4", 0, quiet)]
+    assert [(step.index, step.total, step.stage) for step in steps] == [(n, 30, "upscale") for n in (0, 1, 2)]
+
+
+def test_a_larger_video_is_made_again_unless_it_is_of_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.commands.finishing.open_upscaler", lambda path: Upscaler(Path(path), 2, twice))
+    monkeypatch.setattr("wan.commands.finishing.main_device", lambda rank: CPU)
+    made: list[Any] = []
+    monkeypatch.setattr("wan.commands.finishing.upscale", lambda *what, **how: made.append((what[:2], how)))
+    aside: list[Any] = []
+    folder = SimpleNamespace(path=tmp_path, set_aside=lambda *names: aside.append(names))
+    run: Any = SimpleNamespace(folder=folder, joined=SimpleNamespace(made_of=["a", "b"]))
+    upscaling = of_job(no_video_metadata=True)
+    upscaling._job.world = SimpleNamespace(local_rank=0)
+    monkeypatch.setattr(upscaling, "_progress", lambda video, watch: nullcontext())
+    target = tmp_path / "joined_upscaled.mp4"
+    for before, is_made, is_aside in (
+        (["a", "b"], False, False),
+        (["a"], True, False),  # its beginning
+        (["b"], True, True),
+        ([], True, True),
+        (None, True, True),
+        ("a", True, True),
+        (["a", "b", "c"], True, True),
+    ):
+        monkeypatch.setattr("wan.commands.finishing.made_of", lambda *_, before=before: before)
+        made.clear()
+        aside.clear()
+        assert upscaling.of_chain(run, None) == target
+        assert (bool(made), bool(aside)) == (is_made, is_aside), before
+    ((files, how),) = made
+    assert files == (tmp_path / "joined.mp4", target) and (how["of"], how["metadata"]) == (["a", "b"], False)
+
+
+def test_what_a_larger_video_was_made_of_counts_while_it_is_what_was_written(tmp_path: Path) -> None:
+    model, video = tmp_path / "x2.safetensors", tmp_path / "a.mp4"
+    upscaler, record = Upscaler(model, 2, twice), video.with_suffix(".json")
+    model.write_bytes(b"weights")
+    video.write_bytes(b"a video")
+    whole = {"of": ["a"], "model_digest": file_digest(model), "video_digest": file_digest(video)}
+    for written, of in (
+        (None, None),
+        (whole, ["a"]),
+        (whole | {"model_digest": "of another model"}, None),
+        (whole | {"video_digest": "of another video"}, None),
+        ([1], None),
+    ):
+        if written is not None:
+            record.write_text(json.dumps(written))
+        assert made_of(video, upscaler) == of
+    record.write_text(json.dumps(whole))
+    video.unlink()
+    assert made_of(video, upscaler) is None
 
 
 def test_a_chain_that_is_not_finished_is_not_enlarged(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -96,10 +96,8 @@ def _leave(code: int) -> NoReturn:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            try:
+            with suppress(OSError, ValueError):  # nobody reads it any more, see `say`
                 stream.flush()
-            except (OSError, ValueError):  # nobody reads it any more, see `say`
-                continue
     others = ("WORLD_SIZE" in os.environ and not code) or bool(multiprocessing.active_children())
     if others or sys.gettrace() or sys.getprofile() or sys.flags.interactive or hasattr(sys, "ps1"):
         sys.exit(code)

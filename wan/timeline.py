@@ -99,7 +99,7 @@ def shared_rate(source: Fraction, model: Fraction) -> Fraction:
 
     The smallest whole multiple of the source's rate that is at least the model's.
     """
-    return source * next(n for n in count(1) if source * n >= model or _same(source * n, model))
+    return source * next(n for n in count(1) if source * n >= (1 - SAME) * model)
 
 
 def _same(one: Fraction, other: Fraction) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +186,6 @@ def made_of(target: Path, upscaler: Upscaler) -> Any:
         read = read_json(record)
     except UserError:
         return None  # whoever changed it: the video is made again, and what is there is set aside
-    if not isinstance(read, Mapping) or read.get("model_digest") != file_digest(upscaler.file):
+    if read.get("model_digest") != file_digest(upscaler.file):
         return None
     return read.get("of") if read.get("video_digest") == file_digest(target) else None

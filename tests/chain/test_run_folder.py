@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -101,6 +103,39 @@ def test_a_folder_has_one_lock_which_others_get_once_it_is_let_go(tmp_path: Path
     first.release()
     second.acquire()
     second.release()
+
+
+def test_a_lock_is_of_the_process_whatever_thread_lets_it_go(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.acquire()
+    thread = threading.Thread(target=first.release)
+    thread.start()
+    thread.join()
+    second.acquire()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("error", "may_go_without"),
+    [
+        (OSError(errno.ENOLCK, "No locks available"), True),
+        (OSError(errno.ENOSYS, "Function not implemented"), True),
+        (OSError(errno.EOPNOTSUPP, "Operation not supported"), True),
+        (NotImplementedError("no flock"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+    ],
+)
+def test_a_folder_that_cannot_be_locked_says_whether_the_lock_may_be_left_out(
+    error: Exception, may_go_without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(self: Any, **_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    reason = getattr(error, "strerror", None) or error
+    with pytest.raises(UserError, match=rf"cannot be locked \({reason}\); give another folder") as refused:
+        FolderLock(tmp_path).acquire()
+    assert ("no_lock" in str(refused.value)) == may_go_without
 
 
 def test_a_run_that_makes_nothing_leaves_the_time_of_those_that_did(

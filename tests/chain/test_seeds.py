@@ -152,8 +152,8 @@ def test_a_chain_goes_on_from_clips_that_are_there() -> None:
         asked.append((footage, seed))
         return f"clip of {seed}"
 
-    there: Any = {0: "first", 2: "third"}
+    done: Any = {0: "first", 2: "third"}
     source: Any = "source"
-    made: Sequence[Any] = list(chain(source, count=5, extend=extend, seed=7, finished=there, seeds={3: 70}))
+    made: Sequence[Any] = list(chain(source, count=5, extend=extend, seed=7, finished=done, seeds={3: 70}))
     assert made == ["clip of 8", "clip of 70", "clip of 11"]
     assert asked == [("first", 8), ("third", 70), ("clip of 70", 11)]

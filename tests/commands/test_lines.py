@@ -213,7 +213,7 @@ def test_a_bar_shows_the_clip_its_stage_and_its_steps(monkeypatch: pytest.Monkey
         progress(Step(0, 9, "load"))  # of no clip
         progress.begin("clip 2/3")
         bar: Any = progress.bar
-        assert (abs(bar.pos), bar.leave, bar.disable) == (1, False, False)
+        assert (abs(bar.pos), bar.leave, bar.disable) == (1, False, False) and bar.dynamic_ncols  # as wide as it is now
         progress(Step(0, 9, "load", detail="shard 1 of 2"))
         assert (bar.desc, bar.total) == ("clip 2/3 load: shard 1 of 2: ", None)
         bar.start_t -= 100  # loading took long

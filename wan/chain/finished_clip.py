@@ -188,7 +188,7 @@ def write_clip(stem: Path, made: Generation, settings: Mapping[str, Any], told: 
         "samples": torch.from_numpy(made.samples(*told.samples)).contiguous(),
         **{f"{SHEET}{index:02d}": _bytes(jpeg) for index, jpeg in enumerate(told.sheet)},
     }
-    metadata = {"settings": json.dumps(settings, ensure_ascii=False), "samples": json.dumps(told.samples)}
+    metadata = {"settings": json.dumps(settings), "samples": json.dumps(told.samples)}
     # the library's own writer would leave a file of its own when killed
     write_bytes(stem.with_suffix(".safetensors"), as_bytes(tensors, metadata))
     record = dict(told.describe())

@@ -319,7 +319,7 @@ def _halves_fit(file: Weights, keys: Mapping[str, str]) -> bool:
         if core in keys:
             # LyCORIS lays the matrices about a core the other way round, except that of a LoRA
             flat = core == "mid" or len(one) == len(other) == 2
-            if not (one and other and flat and len(shape[core]) > 1):
+            if not (flat and len(shape[core]) > 1):
                 return False
             outer = math.prod(one[1:]) if core == "mid" else one[0]
             if shape[core][:2] != (outer, other[0]):
