@@ -84,6 +84,14 @@ def test_a_seed_that_was_drawn_again_holds_until_the_storyboard_says_another() -
         assert changed.of(2) == 78 and changed.as_json()["seeds"] == {} and not changed.is_drawn(2)
 
 
+def test_a_clip_is_known_by_its_name_or_its_number() -> None:
+    one = script({"name": "fog"}, {"seed": 3}, count=3)
+    assert [one.name(number) for number in (1, 2, 3)] == ["fog", None, None]
+    assert [one.key(number) for number in (1, 2, 3)] == ["fog", "2", "3"] and one.seeds == {2: 3}
+    plans: Any = [SimpleNamespace(fade_in=frames) for frames in (0, 8, 4)]
+    assert Script([], plans, ()).fades(2) == [0, 8]
+
+
 # Choices
 
 
