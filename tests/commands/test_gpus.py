@@ -1,12 +1,17 @@
-"""Which sizes of groups of GPUs go with the processes that were started."""
+"""Which groups of GPUs go with the processes that were started, and what these are told."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from wan.commands.gpus import check_world
+from wan.commands.gpus import Gpus, check_world
 from wan.device.ranks import World
 from wan.errors import UserError
 from wan.options import Settings
@@ -33,3 +38,101 @@ def test_sizes_that_are_given_make_up_the_processes_that_are_started(
         return
     with pytest.raises(UserError, match=f"does not make up the {size} processes that are started"):
         check_world(settings, World(size=size))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"t5_fsdp": True}, "^t5_fsdp: weights are shared among GPUs; start the command with torchrun"),
+        ({"t5_fsdp": True, "dit_fsdp": True}, "^t5_fsdp and dit_fsdp: weights are shared"),
+        ({"ulysses_size": 2}, "ulysses_size 2 needs 2 processes: start the command with torchrun --nproc_per_node=2"),
+        ({"ulysses_size": 2, "cfg_size": 2}, "ulysses_size 2, cfg_size 2 needs 4 processes"),
+    ],
+)
+def test_one_process_cannot_be_several(given: dict[str, Any], message: str) -> None:
+    settings = Settings(ckpt_dir="x", **given)
+    with pytest.raises(UserError, match=message):
+        check_world(settings, World())
+    check_world(replace(settings, dry_run=True), World())  # which says what they would do
+    check_world(settings, World(size=4))
+
+
+class Pipeline:
+    """Notes what its processes are told."""
+
+    heads = 24
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.rules = SimpleNamespace(
+            merge=lambda *_, **__: "sampling", shares=lambda sampling: [(1, 1), (3, 1)] * (sampling == "sampling")
+        )
+        self.team = SimpleNamespace(sizes="sizes", watched=self._watched, end=lambda: self.told.append("end"))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        self.told.append("watched")
+        yield
+
+    def join(self, *what: Any, **how: Any) -> None:
+        self.told.append((what, how))
+
+    def release(self) -> None:
+        self.told.append("release")
+
+    def follow(self) -> None:
+        self.told.append("follow")
+
+
+def gpus(size: int = 1, **given: Any) -> Gpus:
+    return Gpus(Settings(ckpt_dir="x", **given), World(size=size))
+
+
+def test_a_dry_run_tells_how_gpus_would_share_the_work() -> None:
+    pipeline: Any = Pipeline()
+    assert gpus().lines(pipeline) == gpus(cfg_size=1).lines(pipeline) == []
+    # half of the steps are guided, so that two groups would lose more than they gain
+    assert gpus(4).lines(pipeline) == ["4 GPUs: `cfg_size` 1, `ulysses_size` 4"]
+    assert gpus(ulysses_size=2, cfg_size=2).lines(pipeline) == ["4 GPUs: `cfg_size` 2, `ulysses_size` 2"]
+    assert gpus(4, ring_size=2).lines(pipeline)[0].endswith("`ulysses_size` 2, `ring_size` 2")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_NVLS_ENABLE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("environment")
+def test_processes_join_before_a_clip_and_part_after_it() -> None:
+    pipeline: Any = Pipeline()
+    with gpus().together(pipeline):
+        assert pipeline.told == []  # alone there is nothing to share
+    given = gpus(4, ulysses_size=4, collective_timeout=77)
+    with given.together(pipeline):
+        (world, guided), how = pipeline.told[0]
+        assert (world, guided) == (given.world, 0.5)  # two of four steps
+        assert how == {"timeout": 77, "cfg": None, "ulysses": 4, "ring": None}
+        assert pipeline.told[1:] == ["watched"]
+        assert os.environ["NCCL_NVLS_ENABLE"] == os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert pipeline.told[2:] == ["release", "end"]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(("error", "parts"), [(GeneratorExit, True), (RuntimeError, False), (KeyboardInterrupt, False)])
+def test_a_loop_that_is_left_lets_the_others_end_and_an_error_does_not_wait_for_them(
+    error: type[BaseException], parts: bool
+) -> None:
+    pipeline: Any = Pipeline()
+    with pytest.raises(error), gpus(2).together(pipeline):
+        raise error
+    assert pipeline.told[2:] == (["release", "end"] if parts else [])
+
+
+@pytest.mark.usefixtures("environment")
+def test_another_process_follows_until_the_first_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")  # who says it means it
+    pipeline: Any = Pipeline()
+    gpus(2).follow(pipeline)
+    assert pipeline.told[1:] == ["watched", "follow", "end"] and os.environ["NCCL_NVLS_ENABLE"] == "1"
