@@ -167,16 +167,14 @@ def test_a_joined_video_is_known_by_all_that_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "end.mp4").write_bytes(b"an end")
     end = file_digest(tmp_path / "end.mp4")
     assert renewed(joining(tmp_path / "0")) == [] and not (tmp_path / "0").exists()
-    settings: dict[str, Any]
-    for number, (settings, complete, parts) in enumerate(
-        (
-            ({}, True, ["a", "b fade 4"]),
-            ({"include_source": True}, True, ["source", "a", "b fade 4"]),
-            ({"include_source": True, "until": str(tmp_path / "end.mp4")}, True, ["source", "a", "b fade 4", end]),
-            ({"include_source": True, "until": str(tmp_path / "end.mp4")}, False, ["source", "a", "b fade 4"]),
-        ),
-        1,
-    ):
+    into = {"include_source": True, "until": str(tmp_path / "end.mp4")}
+    cases: list[tuple[dict[str, Any], bool, list[str]]] = [
+        ({}, True, ["a", "b fade 4"]),
+        ({"include_source": True}, True, ["source", "a", "b fade 4"]),
+        (into, True, ["source", "a", "b fade 4", end]),
+        (into, False, ["source", "a", "b fade 4"]),
+    ]
+    for number, (settings, complete, parts) in enumerate(cases, 1):
         (home := tmp_path / str(number)).mkdir()
         assert renewed(joining(home, **settings), "a", "b", fades=(0, 4), complete=complete) == parts
         assert [file.name for file in home.iterdir()] == ["joined.mp4"]
@@ -372,13 +370,14 @@ def going(tmp_path: Path, finished: dict[int, Any], count: int = 4, **more: Any)
 def test_each_clip_goes_on_from_the_one_before_it_in_memory_or_on_disk(tmp_path: Path) -> None:
     first, second = (SimpleNamespace(record={"memory": memory}) for memory in ({"seen": [1]}, None))
     run, inventory = going(tmp_path, {1: first, 2: second})
-    assert (run.before(1), run.before(2), run.before(3)) == ("source", first, second)
+    before: list[Any] = [run.before(number) for number in (1, 2, 3)]
+    assert before == ["source", first, second]
     assert run.to_make == 3 and run.prompt_memory == {}
     del inventory.clips[2]
     assert run.to_make == 2 and run.prompt_memory == {"seen": [1]}
     made: Any = SimpleNamespace(prompt_memory={"seen": [2]})
     gate = threading.Event()
-    run.writer._save = lambda made: gate.wait(10)  # type: ignore[assignment,misc]
+    run.writer._save = lambda made: gate.wait(10)  # type: ignore[assignment]
     run.writer.write(2, made, lambda: None)
     assert run.before(3) is made and run.before(2) is first
     assert run.to_make == 3 and run.prompt_memory == {"seen": [2]}
