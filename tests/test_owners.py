@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import weakref
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.golden import GOLDEN, float32
 from wan import UserError, WanTI2V, WanV2V5B
@@ -28,7 +30,18 @@ from wan.models import Models, loaders
 from wan.pipeline import _Shared
 from wan.planning import check_pairing, loras_by_expert
 from wan.settings import Context, LoraFile
-from wan.types import Clip, Geometry
+from wan.types import (
+    Clip,
+    Generation,
+    Geometry,
+    as_picture,
+    frame_indices,
+    frame_size,
+    from_uint8,
+    image_to_frame,
+    is_finite,
+    to_uint8,
+)
 
 CPU = torch.device("cpu")
 EXPERTS = ["high_noise_model", "low_noise_model"]
@@ -334,3 +347,63 @@ def test_the_default_solver_is_no_choice_against_a_preset(
 def test_the_lengths_beside_one_that_no_clip_has_are_told(frames: int, near: str) -> None:
     with pytest.raises(UserError, match=rf"must be 4n\+1: {frames} is not, {near} are"):
         Geometry(frames, 64, 64, (4, 16, 16))
+
+
+# Pixels
+
+
+def test_a_captioner_looks_at_the_middles_of_equal_parts() -> None:
+    # InternVL's own rule: the middle of each part of the frames from first to last
+    assert frame_indices(81, 8) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert frame_indices(81, 1) == [40] and frame_indices(1, 1) == [0] and frame_indices(1, 3) == [0, 0, 0]
+    assert frame_indices(9, 4) == [1, 3, 5, 7]
+    for count, parts in ((0, 8), (8, 0), (-1, 1)):
+        with pytest.raises(UserError, match=f"cannot take {parts} of {count} frames"):
+            frame_indices(count, parts)
+
+
+def test_pixels_are_rounded_to_the_nearest_level_and_stay_within() -> None:
+    pixels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    assert to_uint8(pixels).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    levels = torch.arange(256, dtype=torch.uint8).numpy()
+    assert (to_uint8(from_uint8(levels)) == levels).all()
+    assert from_uint8(levels)[[0, 255]].tolist() == [-1.0, 1.0] and from_uint8(levels).dtype == torch.float32
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.tensor([0.0, torch.nan]))
+
+
+def test_a_frame_is_a_tensor_or_a_picture() -> None:
+    picture = Image.new("RGB", (6, 4), (255, 0, 128))
+    frame = image_to_frame(picture)
+    assert frame.shape == (3, 4, 6) and frame[:, 0, 0].tolist() == pytest.approx([1, -1, 1 / 255], abs=1e-6)
+    assert frame_size(frame) == frame_size(picture) == (6, 4)
+    assert as_picture(frame).tobytes() == picture.tobytes() == as_picture(picture).tobytes()
+    turned = Image.new("RGB", (6, 4))
+    turned.getexif()[0x0112] = 6  # to be shown upright
+    buffer = io.BytesIO()
+    turned.save(buffer, "JPEG", exif=turned.getexif())
+    with Image.open(buffer) as opened:
+        assert frame_size(opened) == (4, 6) and as_picture(opened).size == (4, 6)
+
+
+def test_nothing_that_is_nan_or_infinite_is_finite() -> None:
+    assert is_finite(torch.ones(3)) and is_finite(torch.ones(0))
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        assert not is_finite(torch.tensor([1.0, wrong]))
+
+
+def test_a_clip_has_a_tail_a_last_frame_and_samples() -> None:
+    clip = footage(9)  # evenly from black to white
+    assert clip.last.shape == (3, 16, 16) and clip.last.min() == 1
+    assert torch.equal(clip.tail(2, Fraction(24)), clip.frames[-2:]) and len(clip.tail(20, Fraction(24))) == 9
+    with pytest.raises(ValueError, match="24"):
+        clip.tail(2, Fraction(16))
+    assert clip.samples(2)[:, 0, 0, 0].tolist() == to_uint8(clip.frames[[2, 6], 0, 0, 0]).tolist()
+    for count, seconds, frames in ((3, 0.25, [2, 5, 8]), (3, 1.0, [8]), (1, 1.0, [8]), (2, 8 / 24, [0, 8])):
+        assert clip.samples(count, seconds)[:, 0, 0, 0].tolist() == to_uint8(clip.frames[frames, 0, 0, 0]).tolist()
+    clip.tail(1, Fraction(24)).zero_()
+    assert clip.last.min() == 1, "the clip stays as it is"
+    generation = Generation(clip, torch.arange(12.0).view(1, 3, 2, 2), None)  # type: ignore[arg-type]
+    assert torch.equal(generation.last, clip.last) and generation.motion.flatten().tolist() == [8, 9, 10, 11]
+    assert generation.video.shape == (3, 9, 16, 16) and torch.equal(generation.video[:, -1], clip.last)
+    assert torch.equal(generation.tail(3, Fraction(24)), clip.frames[-3:]) and generation.seam is None

@@ -950,6 +950,46 @@ def test_a_file_that_is_no_lora_for_this_model_is_refused(
     refused(tmp_path / "lora.safetensors", a14b, message)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "fit"),
+    [
+        # a LoRA's B @ A, of a linear layer and of a convolution whose kernel is in either half
+        ({"up": (8, 2), "down": (2, 6)}, True),
+        ({"up": (8, 3), "down": (2, 6)}, False),
+        ({"up": (8, 2, 1, 1), "down": (2, 6, 3, 3)}, True),
+        ({"up": (8, 2), "down": (2, 6, 3, 3)}, False),
+        # with a core between them (Tucker)
+        ({"up": (8, 2, 1, 1), "down": (3, 6, 1, 1), "mid": (2, 3, 3, 3)}, True),
+        ({"up": (8, 2), "down": (3, 6), "mid": (2, 3, 3, 3)}, True),
+        ({"up": (8, 2), "down": (3, 6), "mid": (3, 2, 3, 3)}, False),
+        ({"up": (8, 2), "down": (3, 6), "mid": (2,)}, False),
+        # LoHa: two products, or cores with matrices that lie the other way round
+        ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}, True),
+        ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 3), "hada_w2_b": (2, 6)}, False),
+        ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 6, 3, 3), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6, 3, 3)}, True),
+        ({"hada_w1_a": (), "hada_w1_b": (1, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}, False),
+        ({"hada_w1_a": (8, 2), "hada_w1_b": (), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}, False),
+        ({"hada_t1": (2, 3, 3, 3), "hada_w1_a": (2, 8), "hada_w1_b": (3, 6)}, True),
+        ({"hada_t1": (2, 3, 3, 3), "hada_w1_a": (8, 2), "hada_w1_b": (3, 6)}, False),
+        ({"hada_t1": (2, 3, 3, 3), "hada_w1_a": (2, 8), "hada_w1_b": (6, 3)}, False),
+        ({"hada_t1": (2, 3, 3, 3), "hada_w1_a": (2, 8, 1), "hada_w1_b": (3, 6, 1)}, False),
+        ({"hada_t1": (2, 3, 3, 3), "hada_w1_a": (2, 8), "hada_w1_b": (3, 6, 1)}, False),
+        # LoKr: factors that are whole, or products of their own
+        ({"lokr_w1": (2, 2), "lokr_w2": (4, 3)}, True),
+        ({"lokr_w1": (2,), "lokr_w2": (4, 3)}, False),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)}, True),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (3, 3)}, False),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2": (4, 3, 3, 3)}, True),
+        ({"lokr_w1_a": (2, 2), "lokr_w1_b": (1, 2), "lokr_w2": (4, 3)}, False),
+        ({"lokr_w1": (2, 2), "lokr_t2": (2, 3, 3, 3), "lokr_w2_a": (2, 4), "lokr_w2_b": (3, 3)}, True),
+        ({"lokr_w1": (2, 2), "lokr_t2": (3, 2, 3, 3), "lokr_w2_a": (2, 4), "lokr_w2_b": (3, 3)}, False),
+    ],
+)
+def test_factors_of_a_layer_fit_where_they_can_be_multiplied(shapes: dict[str, tuple[int, ...]], fit: bool) -> None:
+    file = Weights(Path("x"), (), shapes, {})
+    assert lora_file_module._halves_fit(file, {role: role for role in shapes}) == fit
+
+
 def test_a_truncated_file_is_refused(a14b: Weights, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     svi(pairs(a14b.shapes), file)
