@@ -38,12 +38,14 @@ ROOT = Path(__file__).parent.parent
 TESTS: dict[str, str] = {
     "wan": "owners continuation_pairs faults continuation modes",
     "wan/commands": (
-        "lines outputs prompts continuation_pairs faults bad_input options shell from inputs several clip_by_clip "
+        "lines outputs prompts continuous flags continuation_pairs faults bad_input options shell from inputs several clip_by_clip "
         "steering cli"
     ),
+    "wan/commands/steering.py": "continuous steering",
+    "wan/commands/preview.py": "continuous steering outputs",
     "wan/commands/finishing.py": "upscaling options",
     "wan/chain": (
-        "run_folder continuation_pairs faults trust options edited_folders outputs steering clip_by_clip resume "
+        "run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip resume "
         "long_video"
     ),
     "wan/chain/plan.py": "dry_run continuation_pairs faults continuation modes",
@@ -69,11 +71,11 @@ TESTS: dict[str, str] = {
     "wan/errors.py": "bad_input faults",
     "wan/files.py": "run_folder faults trust outputs resume",
     "wan/footage.py": "continuation_pairs reading continuation modes from",
-    "wan/foreign.py": "bombs parts lora checkpoint readers",
+    "wan/foreign.py": "files bombs parts lora checkpoint readers",
     "wan/kinds.py": "options bad_input storyboard rows",
     "wan/pages.py": "report",
     "wan/public.py": "secrets outputs report",
-    "wan/sizes.py": "golden continuation modes options",
+    "wan/sizes.py": "files golden continuation modes options",
     "wan/types.py": "conditioning owners continuation_pairs sampling modes",
     "wan/upscaling.py": "upscaling options faults",
     "wan/image2video.py": "owners golden modes options",
@@ -88,7 +90,7 @@ TESTS: dict[str, str] = {
     "wan/captioner/shared.py": "captioners",
     "wan/prompting.py": "continuation_pairs faults continuation memory options",
     "wan/settings.py": "owners presets continuation_pairs lora options modes",
-    "wan/options.py": "continuation_pairs faults bad_input options storyboard",
+    "wan/options.py": "kinds continuation_pairs faults bad_input options storyboard",
     "wan/media": "faults timeline writing reading sound colour dull_end bombs",
     "wan/media/decord_worker.py": "backends reading",
     "wan/quality": "motion seam_numbers drift_numbers metrics correction",

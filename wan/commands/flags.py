@@ -309,8 +309,6 @@ def _flag_cell(one: Option) -> str:
 
 
 def _default_cell(one: Option) -> str:
-    if set(BOTH) <= set(one.required):
-        return "required"
     if isinstance(one.kind, Switch) and one.default is False:
         return "off"
     default = one.unset or f"`{one.default}`"
