@@ -38,15 +38,15 @@ ROOT = Path(__file__).parent.parent
 TESTS: dict[str, str] = {
     "wan": "owners continuation_pairs faults continuation modes",
     "wan/commands": (
-        "lines outputs prompts continuous flags continuation_pairs faults bad_input options shell from inputs several clip_by_clip "
-        "steering cli"
+        "lines outputs prompts continuous flags continuation_pairs faults bad_input options shell from inputs several "
+        "clip_by_clip steering cli"
     ),
     "wan/commands/steering.py": "continuous steering",
     "wan/commands/preview.py": "continuous steering outputs",
     "wan/commands/finishing.py": "upscaling options",
     "wan/chain": (
-        "run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip resume "
-        "long_video"
+        "run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip "
+        "resume long_video"
     ),
     "wan/chain/plan.py": "dry_run continuation_pairs faults continuation modes",
     "wan/chain/chain.py": "seeds continuation",
