@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tests.support.golden import GOLDEN, float32
-from wan import UserError, WanTI2V, WanV2V5B
+from wan import UserError, WanTI2V, WanV2V5B, compat
 from wan.candidates import is_better
 from wan.device.budget import MemoryBudget
 from wan.device.host_budget import HostPlan
@@ -28,12 +28,15 @@ from wan.experts import pipeline_class
 from wan.fitted_frames import FittedFrames
 from wan.models import Models, loaders
 from wan.pipeline import _Shared
-from wan.planning import check_pairing, loras_by_expert
-from wan.settings import Context, LoraFile
+from wan.planning import Planner, check_pairing, loras_by_expert
+from wan.public import public_path, public_url, without_login
+from wan.settings import Context, LoraFile, Sampling
+from wan.stopwatch import Stopwatch
 from wan.types import (
     Clip,
     Generation,
     Geometry,
+    Step,
     as_picture,
     frame_indices,
     frame_size,
@@ -407,3 +410,211 @@ def test_a_clip_has_a_tail_a_last_frame_and_samples() -> None:
     assert torch.equal(generation.last, clip.last) and generation.motion.flatten().tolist() == [8, 9, 10, 11]
     assert generation.video.shape == (3, 9, 16, 16) and torch.equal(generation.video[:, -1], clip.last)
     assert torch.equal(generation.tail(3, Fraction(24)), clip.frames[-3:]) and generation.seam is None
+
+
+# What is around the models
+
+
+def test_a_torchvision_that_is_broken_counts_as_absent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules: dict[str, Any] = {}
+    monkeypatch.setattr(compat, "sys", SimpleNamespace(modules=modules))
+
+    def hide(error: Exception | None) -> None:
+        def import_module(name: str) -> None:
+            assert name == "torchvision"
+            if error is not None:
+                raise error
+
+        modules.clear()
+        modules.update(dict.fromkeys(("torchvision", "torchvision.ops", "torch", "torchvision_extra"), "a module"))
+        monkeypatch.setattr(compat, "importlib", SimpleNamespace(import_module=import_module))
+        compat.hide_broken_torchvision()
+
+    for fine in (None, ModuleNotFoundError("no", name="torchvision")):
+        hide(fine)
+        assert len(modules) == 4 and "a module" in modules.values() and not caplog.messages
+    for broken in (RuntimeError("operator\n nms"), ModuleNotFoundError("no", name="torchvision._C")):
+        caplog.clear()
+        hide(broken)
+        assert modules == {"torchvision": None, "torch": "a module", "torchvision_extra": "a module"}
+        assert "torchvision is installed but broken, going on without it: " in caplog.text
+    assert caplog.messages[0].endswith(": no")
+
+
+@pytest.mark.parametrize(
+    ("path", "public"),
+    [
+        ("a/b.mp4", "a/b.mp4"),
+        ("/elsewhere/b.mp4", "b.mp4"),
+        ("/elsewhere/folder/", "folder"),
+        ("/elsewhere/b\udcff", "b\\xff"),
+        ("../b.mp4", "../b.mp4"),
+    ],
+)
+def test_a_path_that_is_handed_on_has_no_folder_of_this_machine(path: str, public: str) -> None:
+    assert public_path(path) == public
+    assert public_path(Path.cwd() / "a" / "b.mp4") == "a/b.mp4"
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("http://user:password@host:8000/v1?key=1#x", "http://host:8000/v1"),
+        ("https://host/", "https://host/"),
+        ("http://[::1]:80/v1", "http://[::1]:80/v1"),
+        ("http://[::1]/v1", "http://[::1]/v1"),
+        ("ftp://host/", None),
+        ("host/v1", None),
+        ("http://", None),
+        ("http://host:port/", None),
+        ("http://ho st/", None),
+        ("http://höst/", None),
+        ("http://host/\x01", None),
+    ],
+)
+def test_an_address_that_is_handed_on_has_no_secret(url: str, public: str | None) -> None:
+    assert public_url(url) == public
+
+
+def test_a_login_is_left_out_of_any_address() -> None:
+    assert (
+        without_login("s3://key:secret@bucket/a@b?c=1") == "s3://bucket/a@b" and without_login("s3://a/b") == "s3://a/b"
+    )
+
+
+def test_a_stage_is_charged_what_no_other_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("wan.stopwatch.time", SimpleNamespace(perf_counter=lambda: now))
+    heard: list[tuple[int, int, str]] = []
+    watch = Stopwatch(CPU, 4, lambda step: heard.append((step.index, step.total, step.stage)), done=1)
+    with watch.stage("sample"):
+        now += 1
+        with watch.stage("load"):
+            now += 10
+            with watch.stage("read"):
+                now += 100
+        assert watch.on_step is not None
+        watch.on_step(Step(3, 4, "sample"))
+        with watch.stage("load"):
+            now += 20
+        now += 2
+    with watch.stage("decode"):
+        now += 4
+    assert watch.seconds == {"read": 100, "load": 30, "sample": 3, "decode": 4}
+    assert heard == [
+        (1, 4, "sample"),
+        (1, 4, "load"),
+        (1, 4, "read"),
+        (3, 4, "sample"),
+        (3, 4, "load"),
+        (3, 4, "decode"),
+    ]
+    silent = Stopwatch(CPU, 4)
+    with silent.stage("sample"):
+        now += 1
+    assert silent.on_step is None and silent.seconds == {"sample": 1}
+
+
+# Plans
+
+
+@pytest.fixture
+def planner() -> tuple[Planner, list[Any]]:
+    """Plans of a 5B whose sizes are what is asked for, and what was checked."""
+    checked: list[Any] = []
+    rules: Any = SimpleNamespace(
+        config=float32("v2v-5B").variant(sizes=("1280*704",), frame_num=121, sample_neg_prompt="blurred"),
+        checkpoint=SimpleNamespace(experts={"model": None}),
+        merge=lambda *given, **named: Sampling(given[0] or 50, 5.0, (1.0, 1.0)),
+        check_distilled=lambda preset, loras: checked.append(("distilled", preset)),
+    )
+    owners: Any = SimpleNamespace(check_loras=lambda loras: checked.append(("loras", dict(loras))))
+    return Planner(
+        rules,
+        owners,
+        lambda width, height, area: (area, height),
+        lambda width, height, frames: Geometry(frames, 32 * height, 32 * (width // 32), (4, 16, 16)),
+        lambda plan: checked.append("memory"),
+    ), checked
+
+
+def test_a_plan_takes_what_is_left_open_from_the_model(planner: tuple[Planner, list[Any]]) -> None:
+    make, checked = planner
+    one = make(footage(9))
+    assert one.geometry.frames == 121 and one.geometry.width == 1280 * 704 and one.negative == "blurred"
+    assert one.context == Context() and one.sampling.steps == 50 and one.loras == {} and one.anchor is None
+    assert checked == [("loras", {}), "memory", ("distilled", "quality")]
+    given = make(
+        footage(9), max_area=4096, frame_num=17, steps=4, negative="sharp", context=9, loras="a.safetensors:0.5"
+    )
+    assert given.geometry.frames == 17 and given.geometry.width == 4096 and given.negative == "sharp"
+    assert given.context == Context("tail", 9) and given.sampling.steps == 4
+    assert given.loras == {"model": (LoraFile(Path("a.safetensors"), 0.5),)}
+    assert make(footage(9), context=Context("tail", 5)).context == Context("tail", 5)
+
+
+def test_a_plan_that_no_clip_is_made_by_is_not_checked(planner: tuple[Planner, list[Any]]) -> None:
+    make, checked = planner
+    make(footage(9), handoff="no/such/program {frames}", check=False)
+    assert checked == []
+    with pytest.raises(UserError, match="there is no program 'no/such/program'"):
+        make(footage(9), handoff="no/such/program {frames}")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"cut": True}, "cut: true makes a clip of text alone: give it a prompt"),
+        ({"cut": True, "prompt": "x"}, None),
+        ({"cut": "picture"}, None),
+        ({"context": Context("svi2pro", 5), "anchor": "picture"}, "svi2pro is for I2V-A14B"),
+        ({"motion_amplitude": 1.2}, "motion_amplitude is for I2V-A14B"),
+        ({"end": "picture", "frame_num": 5}, "a clip with 1 known frame must have 9"),
+        ({"end": "picture", "frame_num": 9}, None),
+        ({"end": "picture", "frame_num": 5, "cut": True, "prompt": "x"}, None),
+    ],
+)
+def test_a_plan_that_a_model_cannot_follow_is_refused(
+    more: dict[str, Any], message: str | None, planner: tuple[Planner, list[Any]]
+) -> None:
+    make, _ = planner
+    if message is None:
+        make(footage(9), **more)
+    else:
+        with pytest.raises(UserError, match=message):
+            make(footage(9), **more)
+
+
+def test_a_model_of_two_experts_makes_no_clip_of_text_alone(planner: tuple[Planner, list[Any]]) -> None:
+    make, _ = planner
+    make.rules.config = float32("v2v-14B")  # type: ignore[misc]
+    with pytest.raises(UserError, match="which I2V-A14B cannot; give a picture to cut to"):
+        make(footage(9), cut=True, prompt="x", frame_num=17)
+
+
+def test_svi_holds_on_to_a_picture_of_the_footage_unless_one_is_given(
+    planner: tuple[Planner, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, _ = planner
+    monkeypatch.setattr("wan.planning.choose_anchor", lambda footage: "chosen")
+    svi = Context("svi2pro", 5)
+    given: Any = "given"
+    assert make(footage(9), context=svi, check=False).anchor == "chosen"
+    assert make(footage(9), context=svi, anchor=given, check=False).anchor == given
+    assert make(footage(9), check=False).anchor is None
+
+
+def test_loras_are_files_or_words_one_or_several() -> None:
+    one, other = LoraFile(Path("a.safetensors")), LoraFile(Path("b.safetensors"), 0.5)
+    for given, files in (
+        ("a.safetensors", (one,)),
+        (Path("a.safetensors"), (one,)),
+        (one, (one,)),
+        ([one, "b.safetensors:0.5"], (one, other)),
+        ({"model": "a.safetensors"}, (one,)),
+    ):
+        assert loras_by_expert(given, ["model"]) == {"model": files}  # type: ignore[arg-type]
+    assert loras_by_expert({"high_noise_model": (), "low_noise_model": one}, EXPERTS) == {"low_noise_model": (one,)}
+    assert loras_by_expert((), ["model"]) == {}

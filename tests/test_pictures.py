@@ -18,7 +18,7 @@ from tests.support.golden import GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, files, image2video, media, textimage2video
 from wan.captioner.base import to_images
 from wan.captioner.frames import build_transform, dynamic_preprocess
-from wan.pictures import as_shown
+from wan.pictures import as_shown, cover, levels, over_white
 from wan.types import Request, frame_size, from_uint8, image_to_frame, to_uint8
 
 
@@ -133,3 +133,52 @@ def test_the_size_of_a_clip_is_that_of_the_upright_picture(monkeypatch: pytest.M
     assert torch.equal(torch.as_tensor(known.leading[0]), continuation.frame_for(shown, *size))
     end = from_uint8(np.asarray(as_shown(PICTURES["transparent"]()))).permute(2, 0, 1)
     assert known.end is not None and torch.equal(torch.as_tensor(known.end), continuation.frame_for(end, *size))
+
+
+@pytest.mark.parametrize(
+    ("size", "left", "top"),
+    [((40, 20), 10, 0), ((20, 40), 0, 10), ((20, 20), 0, 0), ((80, 40), 10, 0), ((41, 20), 10, 0)],
+)
+def test_a_picture_covers_a_size_and_is_cropped_around_its_centre(size: tuple[int, int], left: int, top: int) -> None:
+    across = np.linspace(0, 255, size[0]).astype(np.uint8)
+    down = np.linspace(0, 255, size[1]).astype(np.uint8)
+    pixels = np.stack([*np.broadcast_arrays(across[None], down[:, None]), np.zeros((size[1], size[0]), np.uint8)], -1)
+    picture = Image.fromarray(pixels)
+    covered = cover(picture, 20, 20)
+    assert covered.size == (20, 20)
+    scale = max(20 / size[0], 20 / size[1])
+    whole = np.asarray(picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS))
+    assert np.array_equal(np.asarray(covered), whole[top : top + 20, left : left + 20])
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (np.array([[0, 65535]], np.uint16), [0, 255]),
+        (np.array([[0, 255]], np.int32), [0, 255]),
+        (np.array([[0, 256]], np.int32), [0, 1]),
+        (np.array([[0, 65535]], np.int32), [0, 255]),
+        (np.array([[0, 2**31 - 1]], np.int32), [0, 127]),
+        (np.array([[0.0, 0.5, 1.0, 16.0]], np.float32), [0, 128, 255, 255]),  # of light 1 is white
+        (np.array([[0.0, 16.1, 255.0]], np.float32), [0, 16, 255]),
+        (np.array([[0.0, 255.1]], np.float32), [0, 1]),
+        (np.array([[np.nan, -1.0, 1.0]], np.float32), [0, 0, 255]),
+    ],
+)
+def test_grey_of_any_depth_is_shown_in_its_range(values: Any, shown: list[int]) -> None:
+    assert levels(values).dtype == np.uint8 and levels(values)[0, :, 0].tolist() == shown
+
+
+def test_tall_pictures_are_computed_in_bands_without_a_seam(caplog: pytest.LogCaptureFixture) -> None:
+    tall = np.tile(np.arange(600, dtype=np.uint16)[:, None] * 100, (1, 2))
+    assert np.array_equal(levels(tall)[..., 0], np.rint(tall / 257).astype(np.uint8))
+    pixels = np.full((600, 2, 3), 100, np.uint8)
+    opacity = np.full((600, 2, 1), 255, np.uint8)
+    assert over_white(pixels, opacity, "opaque") is pixels and not caplog.messages
+    opacity[300:] = 0
+    opacity[0] = 51
+    shown = over_white(pixels, opacity, "tall.png")
+    assert (shown[1:300] == 100).all() and (shown[300:] == 255).all() and (shown[0] == 224).all()
+    assert "'tall.png': the picture is transparent in places" in caplog.text
+    deep = np.full((1, 1, 1), 65535 // 2, np.uint16)
+    assert over_white(np.zeros((1, 1, 3), np.uint8), deep, "deep")[0, 0].tolist() == [128] * 3

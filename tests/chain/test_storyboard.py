@@ -340,6 +340,8 @@ def test_a_wrong_clip_is_said_with_its_line(folder: Path, written: str, problem:
             "!!python/dict {clips: [a]}",
             "FILE, line 1: clips must be a list of at least one clip, the tag '!!python/dict'",
         ),
+        ("clips: !mine [a]", "FILE, line 1: clips must be a list of at least one clip, the tag '!mine' is not"),
+        ("!mine [a]", "FILE, line 1: clips must be a list of at least one clip, the tag '!mine' is not"),
         ("clips: [a]\nclips: [b]", "FILE, line 2: clips is there twice, here and in line 1"),
         ("defaults: [a]\nclips: [a]", "FILE, line 1: defaults must be a mapping such as {steps: 30}, a list is not"),
         ("defaults:\n  steps: x\nclips: [a, b]", f"FILE, line 2: steps {WHOLE} 1 to 1000, 'x' is not"),

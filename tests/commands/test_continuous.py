@@ -292,6 +292,77 @@ def test_the_prompt_that_an_edited_one_is_over_is_the_scene_s_or_the_command_s()
     assert [one._usual_prompt(number) for number in (1, 2, 3)] == ["fog", "usual", "usual"]
 
 
+@pytest.mark.parametrize("remade", [0, 1, 2])
+def test_a_storyboard_that_changed_is_followed_unless_finished_clips_would_be_made_again(
+    remade: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wan.commands.progress")
+    before, after = (Scene(1), Scene(2, {"prompt": "b"})), (Scene(1, {"prompt": "x"}), Scene(2, {"prompt": "c"}))
+    followed: list[Any] = []
+    changes = [Change(number, ("its prompt changed",), number) for number in range(2, 2 + remade)]
+    of: Any = SimpleNamespace(
+        script="old script",
+        choices=SimpleNamespace(edited={}),
+        follow=lambda script, begun: followed.append((script, begun)),
+        remade=changes,
+        moved=["clip 2 is there already"],
+        put_in_place=lambda: followed.append("put in place"),
+    )
+    run: Any = SimpleNamespace(to_make=2, inventory=of, writer=SimpleNamespace(wait=lambda: followed.append("wait")))
+    read = [before, after, after]
+    monkeypatch.setattr(continuous, "read_scenes", lambda settings: read.pop(0))
+    monkeypatch.setattr(continuous, "check_storyboard", lambda path, scenes, config: None)
+    one = scripts(before, storyboard="s.yaml")
+    monkeypatch.setattr(one, "script", lambda scenes, begun: (scenes, begun))
+    one.read_again(run)
+    assert followed == [] and not caplog.messages, "it is as it was"
+    one.read_again(run)
+    following = (Scene(1), after[1])  # clip 1 is begun, and stays what it was
+    if remade < 2:
+        assert followed == ["wait", ((following, 1), 1), "put in place"] and one.scenes == following
+        assert caplog.messages == [
+            "the storyboard has changed: clip 1 (prompt), clip 2 (prompt)",
+            "clips up to 1 are made already; what changed of them waits for the next run",
+            "clip 2 is there already",
+        ]
+    else:
+        assert followed == ["wait", ((following, 1), 1), ("old script", 1)] and one.scenes == before
+        assert "finished clips would be made again (clips 2 to 3: its prompt changed)" in caplog.text
+    followed.clear()
+    one.read_again(run)
+    assert followed == [], "it is said once"
+
+
+def test_a_storyboard_with_a_mistake_waits_for_its_mending(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    followed: list[Any] = []
+
+    def follow(script: Any, begun: int) -> None:
+        followed.append(script)
+        if script == "new":
+            raise UserError("`redo` is needed")
+
+    of: Any = SimpleNamespace(script="old", choices=SimpleNamespace(edited={}), follow=follow)
+    run: Any = SimpleNamespace(to_make=2, inventory=of, writer=SimpleNamespace(wait=lambda: None))
+    one = scripts([Scene(1)], storyboard="s.yaml")
+    monkeypatch.setattr(continuous, "check_storyboard", lambda path, scenes, config: None)
+    monkeypatch.setattr(one, "script", lambda scenes, begun: "new")
+
+    def broken(settings: Any) -> Any:
+        raise UserError("line 3: this is not YAML")
+
+    for read, begins in ((broken, "line 3"), (lambda settings: (Scene(1), Scene(2, {"prompt": "c"})), "`redo`")):
+        monkeypatch.setattr(continuous, "read_scenes", read)
+        one.read_again(run)
+        assert caplog.messages[-1].startswith(begins) and caplog.messages[-1].endswith(
+            "what the storyboard said before"
+        )
+    assert followed == ["new", "old"] and one.scenes == (Scene(1),)
+    scripts([Scene(1)]).read_again(run)  # without a storyboard nothing is read
+    assert len(caplog.messages) == 2
+
+
 # Steering
 
 

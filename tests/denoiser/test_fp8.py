@@ -235,8 +235,9 @@ def test_what_cannot_compute_in_8_bits_says_so_before_loading(monkeypatch: pytes
             check_precision(precision, torch.device("cpu"))
     with pytest.raises(UserError, match="RTX 3090 has none"):
         check_precision("fp8", gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    check_precision("fp8", gpu)
+    for has_8_bits in ((8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=has_8_bits: has)
+        check_precision("fp8", gpu)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the triton package"):
         check_precision("fp8_attention", gpu)
