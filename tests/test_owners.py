@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import logging
 import weakref
@@ -17,17 +18,18 @@ import torch
 from PIL import Image
 
 from tests.support.golden import GOLDEN, float32
-from wan import UserError, WanTI2V, WanV2V5B, compat
+from wan import UserError, WanI2V, WanT2V, WanTI2V, WanV2V5B, compat
 from wan.candidates import is_better
 from wan.device.budget import MemoryBudget
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import ALONE
 from wan.device.ranks import Sizes, World
 from wan.encoding import PromptEmbeddings, SharedVae
-from wan.experts import pipeline_class
+from wan.experts import OneExpert, TwoExperts, pipeline_class
 from wan.fitted_frames import FittedFrames
+from wan.image2video import crop_to_aspect
 from wan.models import Models, loaders
-from wan.pipeline import _Shared
+from wan.pipeline import _check_shards, _Shared
 from wan.planning import Planner, check_pairing, loras_by_expert
 from wan.public import public_path, public_url, without_login
 from wan.settings import Context, LoraFile, Sampling
@@ -36,6 +38,7 @@ from wan.types import (
     Clip,
     Generation,
     Geometry,
+    KnownFrames,
     Step,
     as_picture,
     frame_indices,
@@ -618,3 +621,219 @@ def test_loras_are_files_or_words_one_or_several() -> None:
         assert loras_by_expert(given, ["model"]) == {"model": files}  # type: ignore[arg-type]
     assert loras_by_expert({"high_noise_model": (), "low_noise_model": one}, EXPERTS) == {"low_noise_model": (one,)}
     assert loras_by_expert((), ["model"]) == {}
+
+
+# Calls after the official ones
+
+COMMON = {"sample_solver": "unipc", "n_prompt": "", "seed": -1, "offload_model": True}
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults"),
+    [
+        # source: the signatures of Wan2.2's own classes
+        (
+            WanI2V.generate,
+            {"max_area": 720 * 1280, "frame_num": 81, "shift": 5.0, "sampling_steps": 40, "guide_scale": 5.0, **COMMON},
+        ),
+        (
+            WanTI2V.generate,
+            {"img": None, "size": (1280, 704), "max_area": 704 * 1280, "frame_num": 81, "shift": 5.0}
+            | {"sampling_steps": 50, "guide_scale": 5.0, **COMMON},
+        ),
+        (
+            WanTI2V.t2v,
+            {"size": (1280, 704), "frame_num": 121, "shift": 5.0, "sampling_steps": 50, "guide_scale": 5.0, **COMMON},
+        ),
+        (
+            WanTI2V.i2v,
+            {
+                "max_area": 704 * 1280,
+                "frame_num": 121,
+                "shift": 5.0,
+                "sampling_steps": 40,
+                "guide_scale": 5.0,
+                **COMMON,
+            },
+        ),
+        (
+            WanT2V.generate,
+            {"size": (1280, 720), "frame_num": 81, "shift": 5.0, "sampling_steps": 50, "guide_scale": 5.0, **COMMON},
+        ),
+        (
+            WanV2V5B.v2v,
+            dict.fromkeys(
+                ("prompt", "max_area", "frame_num", "shift", "sampling_steps", "guide_scale", "custom_prompt")
+            )
+            | {"num_segments": 8, **COMMON},
+        ),
+        (
+            WanV2V5B.__init__,
+            {"device_id": 0, "rank": 0, "t5_fsdp": False, "dit_fsdp": False, "use_sp": False, "t5_cpu": False}
+            | {"init_on_cpu": True, "convert_model_dtype": False, "vlm_path": None, "vlm_device": None},
+        ),
+        (
+            WanTI2V.__init__,
+            {"device_id": 0, "rank": 0, "t5_fsdp": False, "dit_fsdp": False, "use_sp": False, "t5_cpu": False}
+            | {"init_on_cpu": True, "convert_model_dtype": False},
+        ),
+    ],
+)
+def test_a_call_as_for_wan_has_wan_s_defaults(function: Any, defaults: dict[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    by_place = {one.name: one.default for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD}
+    assert {name: value for name, value in by_place.items() if value is not inspect.Parameter.empty} == defaults
+    ours = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    usual: dict[str, Any] = {
+        **dict.fromkeys(("last_image", "on_step", "fps", "guidance_interval", "cache", "context", "anchor", "end")),
+        **dict.fromkeys(("vlm_url", "vlm_fallback", "vram")),
+        "preset": "quality",
+        "loras": (),
+        "prompt_mode": "describe",
+        "motion_amplitude": 1.0,
+        "best_of": 1,
+        "drift_correction": 0.0,
+        "vlm_trust_remote_code": False,
+        "video_reader": "auto",
+        "compile_blocks": True,
+        "dit_files": {},
+        "part_files": {},
+        "host_memory": "auto",
+        "vlm_question": "Describe this video in detail.",
+    }
+    assert ours == {name: usual[name] for name in ours}
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect", "box"),
+    [
+        ((80, 40), (40, 40), (20, 0, 60, 40)),
+        ((40, 80), (40, 40), (0, 20, 40, 60)),
+        ((40, 40), (40, 40), (0, 0, 40, 40)),
+        ((81, 40), (40, 40), (20, 0, 60, 40)),
+        ((64, 48), (832, 480), (0, 5, 64, 42)),
+    ],
+)
+def test_the_middle_of_a_picture_has_the_aspect_that_is_asked_for(
+    size: tuple[int, int], aspect: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    left, top, right, bottom = box
+    pixels = torch.rand(3, size[1], size[0], generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert torch.equal(torch.as_tensor(crop_to_aspect(pixels, *aspect)), pixels[:, top:bottom, left:right])
+    picture = Image.fromarray(to_uint8(pixels.permute(1, 2, 0)))
+    cropped: Any = crop_to_aspect(picture, *aspect)
+    assert cropped.tobytes() == picture.crop(box).tobytes()
+
+
+class Encoding:
+    """A VAE whose latents are the means of what it encodes, a latent frame for four frames but for the first."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def encode(self, pixels: torch.Tensor, placement: Any) -> torch.Tensor:
+        self.shapes.append(tuple(pixels.shape))
+        means = pixels.mean(dim=(0, 2, 3))
+        groups = [means[:1], *(means[first : first + 4] for first in range(1, len(means), 4))]
+        return torch.stack([group.mean() for group in groups]).view(1, -1, 1, 1).expand(16, -1, 2, 2).contiguous()
+
+
+def level(value: float, motion: int = 0) -> Any:
+    return torch.full((3, 16, 16), value) if not motion else torch.full((16, motion, 2, 2), value)
+
+
+def conditioned(kind: str, known: KnownFrames, frames: int = 9, amplitude: float = 1.0) -> tuple[Any, Encoding]:
+    vae = Encoding()
+    of: Any = SimpleNamespace(shared_vae=vae, device=CPU, config=float32("v2v-14B" if kind == "14b" else "v2v-5B"))
+    request: Any = SimpleNamespace(
+        known=known, geometry=SimpleNamespace(size=(frames, 16, 16)), motion_amplitude=amplitude
+    )
+    noise = torch.zeros(16, (frames - 1) // 4 + 1, 2, 2)
+    return (WanI2V if kind == "14b" else WanTI2V).condition(of, request, noise, PLACEMENT), vae
+
+
+def values(latents: torch.Tensor) -> list[float]:
+    return [round(value, 4) for value in latents[-1, :, 0, 0].tolist()]
+
+
+def test_an_a14b_knows_leading_frames_and_an_end_among_grey_ones() -> None:
+    one, vae = conditioned("14b", KnownFrames((level(0.5),)))
+    assert type(one).__name__ == "ImageChannels" and vae.shapes == [(3, 9, 16, 16)]
+    assert values(one.channels) == [0.5, 0, 0] and one.channels[:4, :, 0, 0].tolist() == [[1, 0, 0]] * 4
+    ended, _ = conditioned("14b", KnownFrames((level(0.5),), level(1.0)))
+    assert values(ended.channels) == [0.5, 0, 0.25] and ended.channels[:4, -1, 0, 0].tolist() == [0, 0, 0, 1]
+    several, _ = conditioned("14b", KnownFrames((level(0.5),) * 5))
+    assert type(several).__name__ == "HeldImageChannels" and values(several.known) == [0.5, 0.5]
+    assert several.channels[0, :, 0, 0].tolist() == [1, 1, 0] and several.train_timesteps == 1000
+    graded, _ = conditioned("14b", KnownFrames((level(0.5),) * 5, graded=torch.full((3, 5, 16, 16), 0.7)))
+    assert values(graded.known) == [0.5, 0.7] and values(graded.channels) == [0.5, 0.7, 0]  # it grows to the last
+    louder, _ = conditioned("14b", KnownFrames((level(0.5),), level(1.0)), amplitude=1.5)
+    assert louder.channels.shape == ended.channels.shape
+
+
+def test_svi_knows_an_anchor_then_motion_then_zeros() -> None:
+    still, _ = conditioned("14b", KnownFrames((level(0.5),) * 5, anchor=level(1.0)))
+    assert values(still.channels) == [1, 0.5, 0] and still.channels[0, :, 0, 0].tolist() == [1, 0, 0]
+    moving, vae = conditioned("14b", KnownFrames(anchor=level(1.0), motion=level(0.25, motion=1)))
+    assert values(moving.channels) == [1, 0.25, 0] and vae.shapes == [(3, 1, 16, 16)]
+    shot, _ = conditioned("14b", KnownFrames(anchor=level(1.0)))
+    assert values(shot.channels) == [1, 0, 0]
+    ended, _ = conditioned("14b", KnownFrames(anchor=level(1.0), end=level(-0.5)))
+    assert values(ended.channels) == [1, 0, -0.5] and ended.channels[:4, -1, 0, 0].tolist() == [1] * 4
+    leading = (level(0.5),) * 5
+    graded = torch.full((3, 5, 16, 16), 0.7)
+    led, _ = conditioned("14b", KnownFrames(leading, anchor=level(1.0), motion=level(0.25, motion=1), graded=graded))
+    assert values(led.channels) == [
+        1,
+        pytest.approx(0.25 + 0.2),
+        0,
+    ]  # what grading does to the frames, done to the motion
+
+
+def test_a_5b_knows_latents_and_an_end_that_four_frames_show() -> None:
+    text, vae = conditioned("5b", KnownFrames())
+    assert type(text).__name__ == "TextOnly" and vae.shapes == []
+    one, vae = conditioned("5b", KnownFrames((level(0.5),)))
+    assert values(one.known) == [0.5] and one.end is None and vae.shapes == [(3, 1, 16, 16)]
+    several, _ = conditioned("5b", KnownFrames((level(0.5),) * 5, graded=torch.full((3, 5, 16, 16), 0.7)))
+    assert values(several.known) == [0.5, 0.7]
+    ended, vae = conditioned("5b", KnownFrames(end=level(-0.5)))
+    assert ended.known.shape[1] == 0 and values(ended.end) == [-0.5] and vae.shapes == [(3, 5, 16, 16)]
+    with pytest.raises(UserError, match="takes no anchor picture; that is A14B's"):
+        conditioned("5b", KnownFrames(anchor=level(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((8.0, True, False, False), "^t5_fsdp keep weights on all GPUs, so no layers come to them: leave out vram"),
+        ((8.0, True, True, False), "^t5_fsdp and dit_fsdp keep"),
+        ((None, True, False, True), "t5_fsdp slices the text encoder for GPUs, and t5_cpu runs it on the CPU"),
+        ((None, False, True, True), None),
+        ((None, True, True, False), None),
+        ((8.0, False, False, True), None),
+    ],
+)
+def test_slices_of_weights_go_with_what_they_are_for(given: tuple[Any, ...], message: str | None) -> None:
+    vram, t5, dit, cpu = given
+    config = float32("ti2v-5B")
+    if message is None:
+        _check_shards(config, vram, t5, dit, cpu)
+    else:
+        with pytest.raises(UserError, match=message):
+            _check_shards(config, vram, t5, dit, cpu)
+    if dit and message is None:
+        with pytest.raises(UserError, match="dit_fsdp slices bf16 weights, and precision fp8 rounds whole ones"):
+            _check_shards(config.variant(low_precision="fp8"), vram, t5, dit, cpu)
+
+
+def test_experts_go_from_high_noise_to_low_with_their_guidance() -> None:
+    low, high = 2.0, 3.0
+    two: Any = SimpleNamespace(config=float32("i2v-A14B"), high_noise_model="high", low_noise_model="low")
+    first, second = TwoExperts.experts(two, (low, high))
+    assert (first.name, first.part, first.guidance, first.load()) == ("high noise", "high_noise_model", high, "high")
+    assert (second.name, second.part, second.guidance, second.load()) == ("low noise", "low_noise_model", low, "low")
+    assert (first.lowest, second.lowest) == (900, 0)  # source: the official boundary of 0.9
+    one: Any = SimpleNamespace(model="one")
+    (only,) = OneExpert.experts(one, (low, high))
+    assert (only.part, only.guidance, only.lowest, only.load()) == ("model", low, 0, "one")

@@ -182,3 +182,25 @@ def test_tall_pictures_are_computed_in_bands_without_a_seam(caplog: pytest.LogCa
     assert "'tall.png': the picture is transparent in places" in caplog.text
     deep = np.full((1, 1, 1), 65535 // 2, np.uint16)
     assert over_white(np.zeros((1, 1, 3), np.uint8), deep, "deep")[0, 0].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize(("step", "is_taken"), [(0, False), (3, False), (-3, False), (4, True), (-4, True)])
+def test_a_profile_that_changes_no_more_than_rounding_changes_nothing(
+    step: int, is_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import ImageCms
+
+    plain = np.full((2, 2, 3), 100, np.uint8)
+    converted = plain.copy()
+    converted[1, 1, 2] = 100 + step
+    asked: list[Any] = []
+
+    def profile_to_profile(image: Image.Image, *what: Any, **how: Any) -> Image.Image:
+        asked.append((image.mode, what[-1], how["flags"]))
+        return Image.fromarray(converted)
+
+    monkeypatch.setattr(ImageCms, "profileToProfile", profile_to_profile)
+    held = in_memory(Image.fromarray(plain), icc_profile=profile_of_display_p3())
+    shown = np.asarray(as_shown(held))
+    assert np.array_equal(shown, converted if is_taken else plain)
+    assert asked == [("RGB", "RGB", ImageCms.Flags.BLACKPOINTCOMPENSATION)]

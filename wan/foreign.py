@@ -128,7 +128,7 @@ def fit(shape: type[Shape], value: Any, source: str) -> Shape:
     try:
         return cast(Shape, _adapter(cast(Any, shape)).validate_python(value, strict=True))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "it"
         fault = first["msg"][:1].lower() + first["msg"][1:]
         raise UserError(f"{source}: {place[:100]} is not as it must be ({fault[:200]})") from error
