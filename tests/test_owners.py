@@ -7,7 +7,8 @@ import inspect
 import io
 import logging
 import weakref
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ import torch
 from PIL import Image
 
 from tests.support.golden import GOLDEN, float32
-from wan import UserError, WanI2V, WanT2V, WanTI2V, WanV2V5B, compat
+from wan import UserError, WanI2V, WanT2V, WanTI2V, WanV2V5B, clip_sampler, compat
 from wan.candidates import is_better
+from wan.clip_sampler import ClipSampler
+from wan.denoiser.conditioning import TextOnly
+from wan.denoiser.sampling import Expert, NotFinite
 from wan.device.budget import MemoryBudget
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import ALONE
@@ -40,6 +44,7 @@ from wan.types import (
     Geometry,
     KnownFrames,
     Step,
+    TextContext,
     as_picture,
     frame_indices,
     frame_size,
@@ -837,3 +842,152 @@ def test_experts_go_from_high_noise_to_low_with_their_guidance() -> None:
     one: Any = SimpleNamespace(model="one")
     (only,) = OneExpert.experts(one, (low, high))
     assert (only.part, only.guidance, only.lowest, only.load()) == ("model", low, 0, "one")
+
+
+# Sampling a clip, and what goes wrong
+
+
+def sampler(experts: Sequence[str] = EXPERTS, loaded: Collection[str] = (), **more: Any) -> Any:
+    """A sampler of these experts, and what its models were asked for."""
+    asked: list[Any] = []
+
+    @contextmanager
+    def loading(names: Any, alone: bool) -> Iterator[Any]:
+        asked.append(("loading", list(names), alone))
+        yield lambda: asked.append("check")
+
+    models = SimpleNamespace(
+        merge_loras=lambda loras: asked.append(("merge", loras)),
+        is_loaded=lambda name: name in loaded,
+        loading=loading,
+        matches={"high_noise_model": [SimpleNamespace(as_json=lambda: {"path": "a"})], "low_noise_model": []},
+        checkpoint=SimpleNamespace(
+            experts={name: SimpleNamespace(path=f"{name}.safetensors") for name in experts},
+            text_encoder=SimpleNamespace(path="t5.pth"),
+            vae=SimpleNamespace(path="vae.pth"),
+        ),
+    )
+    team = SimpleNamespace(tokens="tokens", world=SimpleNamespace(size=1), sizes=SimpleNamespace(tokens=2))
+    config = float32("i2v-A14B" if len(experts) > 1 else "ti2v-5B")
+    one = ClipSampler(config, models, CPU, team, **{"compile_blocks": True, **more})  # type: ignore[arg-type]
+    return one, asked
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """For which models, tokens and forwards kernels were chosen."""
+    chosen: list[Any] = []
+    for name in ("use_fastest_attention", "compile_where_it_pays"):
+        monkeypatch.setattr(
+            clip_sampler, name, lambda model, *what, name=name: chosen.append((name, model.name, *what[:2]))
+        )
+    return chosen
+
+
+def started() -> Any:
+    return clip_sampler.ClipStart(torch.zeros(1), TextOnly(), TextContext(torch.zeros(1), torch.zeros(1)))
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_experts_are_prepared_for_all_forwards_of_a_run_and_the_next_one_comes_meanwhile(
+    compiles: bool, kernels: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    heard: list[Step] = []
+
+    def sample(
+        noise: Any, stages: Any, scheduler: Any, condition: Any, text: Any, placement: Any, on_step: Any, *more: Any
+    ) -> Any:
+        given.append((stages, placement, more))
+        on_step(Step(1, 4, "high noise"))
+        return torch.ones(2)
+
+    monkeypatch.setattr(clip_sampler, "sample", sample)
+    one, asked = sampler(compile_blocks=compiles, loaded=["high_noise_model"])
+    models = {name: SimpleNamespace(name=name, kernels={"attention": name}, token_group=None) for name in EXPERTS}
+    experts = [Expert("high noise", EXPERTS[0], lambda: models[EXPERTS[0]], 3.0, 900)]  # type: ignore[arg-type,return-value]
+    experts += [Expert("low noise", EXPERTS[1], lambda: models[EXPERTS[1]], 2.0, 0)]  # type: ignore[arg-type,return-value]
+    request: Any = SimpleNamespace(
+        sampling=Sampling(4, 1.0, (2.0, 3.0), "dpm++", (0.3, 0.8)),
+        loras={"a": ()},
+        geometry=SimpleNamespace(tokens=100),
+    )
+    watch = Stopwatch(CPU, 4, heard.append)
+    made = one.sample(request, started(), experts, lambda: "placed", watch, clips=3)
+    assert asked == [("merge", {"a": ()}), ("loading", ["low_noise_model"], True), "check"]
+    (stages, placement, (caching, team)) = given[0]
+    assert placement == "placed" and team is one.team and caching.cache is None
+    assert set(caching.mag_ratios) <= {"high noise", "low noise"}
+    assert [(stage.expert.name, stage.timesteps.tolist(), stage.guidance) for stage in stages] == [
+        ("high noise", [1000], (1.0,)),  # sigma 1 is beyond the interval
+        ("low noise", [750, 500, 250], (2.0, 2.0, 1.0)),
+    ]
+    # four steps, two of them guided, of three clips
+    assert kernels[0] == ("use_fastest_attention", "high_noise_model", 100, 18)
+    compiled = ("compile_where_it_pays", "high_noise_model", 50, 18)  # of two ranks each has half of the tokens
+    assert (compiled in kernels) == compiles and models[EXPERTS[0]].token_group == "tokens"
+    assert made.notes == {"attention": "low_noise_model", "loras": {"high_noise_model": [{"path": "a"}]}}
+    assert (
+        torch.equal(made.latents, torch.ones(2)) and {"load", "sample"} <= made.seconds.keys() and made.peak_gib is None
+    )
+    assert [step.stage for step in heard].count("high noise") == 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "text", "condition", "message"),
+    [
+        (EXPERTS, torch.nan, True, "the text encoder in t5.pth gives numbers that are not finite"),
+        (EXPERTS, 0.0, False, "the VAE in vae.pth encodes what is known to numbers that are not finite"),
+        (EXPERTS, 0.0, True, "the low noise expert in low_noise_model.safetensors gives .* in step 3"),
+        (["low_noise_model"], 0.0, True, "the denoiser in low_noise_model.safetensors gives .* in step 3"),
+    ],
+)
+def test_the_model_that_gave_the_first_nan_is_named(
+    experts: list[str], text: float, condition: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = sampler(experts)
+    low: Any = Expert("low noise", "low_noise_model", lambda: None, 2.0, 0)  # type: ignore[arg-type,return-value]
+    for positive, negative in ((text, 0.0), (0.0, text)):
+        known: Any = SimpleNamespace(is_finite=condition)
+        prompts = TextContext(torch.tensor([positive]), torch.tensor([negative]))
+        start = clip_sampler.ClipStart(torch.zeros(1), known, prompts)
+        with pytest.raises(UserError, match=message):
+            raise UserError(clip_sampler.why_not_finite(one.models.checkpoint, NotFinite(low, 3), start))
+
+
+def test_memory_that_ran_out_is_told_with_what_helps(pipeline: WanV2V5B, monkeypatch: pytest.MonkeyPatch) -> None:
+    request: Any = SimpleNamespace(geometry="geometry", loras={})
+    asked: list[Any] = []
+
+    def advice(*what: Any) -> str:
+        asked.append(what)
+        return "do"
+
+    budget = SimpleNamespace(check=lambda geometry: None, vram=None, free=None, advice=advice)
+    monkeypatch.setattr(pipeline, "budget_for", lambda *what: budget)
+    monkeypatch.setattr(pipeline, "host_plan", lambda *what: None)
+    monkeypatch.setattr(pipeline, "_make_room", lambda shared: None)
+    monkeypatch.setattr("wan.pipeline.total_bytes", lambda device: 80)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "_make", fail)
+    for vram, free, capacity in ((None, None, 80), (None, 60, 60), (24, 60, 24)):
+        budget.vram, budget.free = vram, free
+        error: Exception = torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        with pytest.raises(UserError, match=r"^out of GPU memory \(CUDA out of memory.\); do$"):
+            pipeline.run(request, offload=True)
+        assert asked[-1] == ("geometry", True, capacity)
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        pipeline.run(request)
+    monkeypatch.setattr(pipeline, "budget", SimpleNamespace(vram=24))
+    with pytest.raises(UserError, match="vram needs offload_model True"):
+        pipeline.run(request, offload=False)
+
+
+def test_the_first_latents_are_drawn_by_the_seed(pipeline: WanV2V5B) -> None:
+    request: Any = SimpleNamespace(geometry=Geometry(9, 32, 64, (4, 16, 16)), seed=7)
+    expected = torch.randn(pipeline.config.z_dim, 3, 2, 4, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(pipeline.noise(request), expected)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from wan.errors import UserError
 from wan.files import file_digest
 from wan.options import Settings
 from wan.types import Geometry, Step
-from wan.upscaling import MOST_SIDE, Upscaler, made_of, open_upscaler, upscale
+from wan.upscaling import MOST_SIDE, Upscaler, _spans, made_of, open_upscaler, upscale
 
 CPU = torch.device("cpu")
 
@@ -76,6 +77,102 @@ def test_smaller_pieces_are_tried_where_memory_is_short_and_then_it_is_said() ->
         largest = 50
         with pytest.raises(UserError, match="cpu has too little free memory for upscale x.pth: free some, or give a"):
             enlarge(given)
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "spans"),
+    [
+        (100, 100, [(0, 100)]),
+        (101, 100, [(0, 50), (50, 101)]),
+        (250, 100, [(0, 83), (83, 166), (166, 250)]),
+        (1, 100, [(0, 1)]),
+    ],
+)
+def test_pieces_are_about_one_size_and_none_is_larger_than_a_tile(length: int, tile: int, spans: Any) -> None:
+    assert _spans(length, tile) == spans
+
+
+def test_a_piece_is_seen_with_what_is_around_it() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def note(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(pixels.shape))
+        assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1
+        return twice(pixels)
+
+    given = picture(200, 60)
+    with Upscaler(Path("x"), 2, note, (64,)).on(CPU) as larger:
+        assert np.array_equal(larger(given), given.repeat(2, 0).repeat(2, 1))
+    # four of 50 rows, with 32 on either side as far as there are any
+    assert seen == [(1, 3, 82, 60), (1, 3, 114, 60), (1, 3, 114, 60), (1, 3, 82, 60)]
+
+
+def test_what_is_too_bright_is_white_and_levels_are_rounded() -> None:
+    for made, level in ((2.0, 255), (-1.0, 0), (0.5, 128), (100.4 / 255, 100), (100.6 / 255, 101)):
+        with Upscaler(Path("x"), 1, partial(torch.full_like, fill_value=made)).on(CPU) as larger:
+            assert (larger(picture(8, 8)) == level).all()
+
+
+def test_a_model_is_on_its_device_while_it_is_used() -> None:
+    where: list[str] = []
+
+    class Module:
+        def to(self, device: torch.device) -> None:
+            where.append(str(device))
+
+        def cpu(self) -> None:
+            where.append("home")
+
+    module: Any = Module()
+    with pytest.raises(KeyboardInterrupt), Upscaler(Path("x"), 2, twice, module=module).on(torch.device("meta")):
+        raise KeyboardInterrupt
+    assert where == ["meta", "home"]
+
+
+def test_a_picture_of_another_size_is_none() -> None:
+    with (
+        Upscaler(Path("x.pth"), 4, twice).on(CPU) as enlarge,
+        pytest.raises(UserError, match="makes no pictures of what it is given"),
+    ):
+        enlarge(picture(8, 8))
+    assert Upscaler(Path("x"), 4, twice).size(MOST_SIDE // 4, 16) == (8192, 64)
+    for size in ((2049, 16), (16, 2049)):
+        with pytest.raises(UserError, match="players take 8192 pixels"):
+            Upscaler(Path("x"), 4, twice).size(*size)
+
+
+@pytest.mark.parametrize(
+    ("channels", "tiling", "tiles"),
+    [
+        ((3, 3), "supported", (512, 256, 128)),
+        ((3, 3), "internal", ()),
+        ((1, 3), "supported", None),
+        ((3, 4), "x", None),
+    ],
+)
+def test_a_model_of_colour_pictures_may_be_given_pieces_where_it_says_so(
+    channels: tuple[int, int], tiling: str, tiles: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Descriptor(SimpleNamespace):
+        pass
+
+    made = Descriptor(input_channels=channels[0], output_channels=channels[1], scale=4, tiling=tiling, model="module")
+    package = SimpleNamespace(
+        canonicalize_state_dict=lambda state: state,
+        ModelLoader=lambda device: SimpleNamespace(load_from_state_dict=lambda state: made),
+        UnsupportedModelError=KeyError,
+        ImageModelDescriptor=Descriptor,
+        ModelTiling=SimpleNamespace(SUPPORTED="supported"),
+    )
+    monkeypatch.setattr("wan.upscaling._spandrel", lambda: package)
+    monkeypatch.setattr("wan.upscaling.read_state", lambda file: {})
+    (file := tmp_path / "x.PTH").touch()
+    if tiles is None:
+        with pytest.raises(UserError, match="does not make colour pictures of colour pictures"):
+            open_upscaler(str(file))
+    else:
+        upscaler: Any = open_upscaler(str(file))
+        assert (upscaler.file, upscaler.scale, upscaler.tiles, upscaler.module) == (file, 4, tiles, "module")
 
 
 def test_what_is_no_picture_is_refused() -> None:
