@@ -272,6 +272,59 @@ def test_an_amd_gpu_is_asked_instead_of_its_number(monkeypatch: pytest.MonkeyPat
             check_precision("fp8", gpu)
 
 
+@pytest.mark.parametrize(
+    ("factor", "reason"), [(1.0, ""), (1.09, ""), (1.11, "attend is off by 1.1e-01"), (0.0, "1.0e")]
+)
+def test_attention_is_probed_where_it_is_to_be_in_8_bits(
+    factor: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def attend(*heads: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return attend_in_fp8(*heads).float() * (factor if len(calls) == 2 else 1)  # the second is the device's
+
+    monkeypatch.setattr(fp8, "attend_in_fp8", attend)
+    assert fp8._fault("fp8", torch.device("cpu")) == "" and not calls
+    assert reason in fp8._fault("fp8_attention", torch.device("cpu")) and len(calls) == 2
+    assert (fp8._fault("fp8_attention", torch.device("cpu")) == "") and len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("blocks.0.attn1.to_q", True),
+        ("blocks.1.attn2.to_q", True),
+        ("blocks.0.ffn.net.0.proj", True),
+        ("blocks.0.attn2.to_k", False),  # computed once a clip
+        ("blocks.0.attn2.to_v", False),
+        ("proj_out", False),
+        ("condition_embedder.text_embedder.linear_1", False),
+    ],
+)
+def test_layers_of_blocks_are_rounded_but_for_what_is_computed_once(name: str, taken: bool) -> None:
+    cpu = torch.device("cpu")
+    assert fp8.Lowering(torch.bfloat16, cpu, cpu).takes(name) == taken
+
+
+def test_rows_are_rounded_to_their_own_largest_number() -> None:
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [448.0, 1.0, -448.0]])
+    rows, scale = quantize(x)
+    # e4m3's largest number is 448
+    assert rows.dtype == torch.float8_e4m3fn and scale[0, 0] == pytest.approx(2 / 448) and scale[2, 0] == 1
+    assert rows.float()[0].tolist() == [224, -448, 112] and rows.float()[1].tolist() == [0, 0, 0] and scale[1, 0] > 0
+    torch.testing.assert_close(rows.float() * scale, x)
+
+
+def test_a_large_matrix_is_rounded_in_pieces_as_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(37, 16, generator=torch.Generator().manual_seed(1))
+    whole = quantize(x)
+    for piece in (16 * 37 - 1, 16 * 10, 16):
+        monkeypatch.setattr(fp8, "_PIECE", piece)
+        pieces = quantize(x)
+        assert all(torch.equal(one.float(), other.float()) for one, other in zip(whole, pieces, strict=True))
+
+
 def test_fp8_on_a_cpu_is_refused_before_anything_loads(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
