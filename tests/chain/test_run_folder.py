@@ -144,6 +144,48 @@ def test_a_folder_that_cannot_be_locked_says_whether_the_lock_may_be_left_out(
     assert ("no_lock" in str(refused.value)) == may_go_without
 
 
+def test_a_file_is_the_run_s_as_long_as_it_is_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read: list[Path] = []
+
+    def digest(path: Path) -> str:
+        read.append(path)
+        return path.read_text()
+
+    monkeypatch.setattr("wan.chain.written.file_digest", digest)
+    (file := tmp_path / "joined.mp4").write_text("old")
+    os.utime(file, ns=(1, 1))
+    written = Written(RunFolder(tmp_path), {"written": {"joined.mp4": ["old"]}})
+    assert written.keep("report.html") is None and not read
+    assert written.keep("joined.mp4") == written.keep("joined.mp4") == "old" and len(read) == 1, "it is read once"
+    written.announce("joined.mp4", "new")
+    assert written.as_json() == {"written": {"joined.mp4": ["new", "old"]}}, "a run that is killed now leaves either"
+    for text, stamp in (("new", 2), ("old", 3)):
+        file.write_text(text)
+        os.utime(file, ns=(stamp, stamp))
+        assert written.keep("joined.mp4") == text
+    written.announce("joined.mp4", "old")
+    assert written.as_json() == {"written": {"joined.mp4": ["old"]}}
+    file.write_text("cut")  # of the same size
+    os.utime(file, ns=(4, 4))
+    assert written.keep("joined.mp4") is None and not file.exists()
+    assert "is not what was written; it moves to redone/" in caplog.text
+    written.announce("joined.mp4", "newer")
+    assert written.as_json() == {"written": {"joined.mp4": ["newer"]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [({}, False), ({"written": {}}, False), ({"status": "finished"}, True), ({"written": {"a.txt": ["other"]}}, False)],
+)
+def test_of_a_run_that_noted_nothing_each_file_counts_as_written(
+    before: dict[str, Any], kept: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    assert (Written(RunFolder(tmp_path), before).keep("a.txt") is not None) == kept
+
+
 class Joining(JoinedVideo):
     """Writes what it would join."""
 
