@@ -141,3 +141,114 @@ def test_only_what_comes_from_other_gpus_is_left_as_it_lies(monkeypatch: pytest.
     attention_backends.fastest_attention.cache_clear()
     alone, shared = asked
     assert shared - alone == {"cudnn"} and "_native_cudnn" in alone
+
+
+def share(tokens: int, ranks: int, index: int, heads_ranks: int = 1, ring_ranks: int = 1) -> Share:
+    return Share(tokens, ranks, index, "all", heads_ranks, "heads", ring_ranks, "ring")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "real"),
+    [(12, 4, [3, 3, 3, 3]), (10, 4, [3, 3, 3, 1]), (9, 4, [3, 3, 3, 0]), (5, 4, [2, 2, 1, 0]), (1, 3, [1, 0, 0])],
+)
+def test_each_rank_has_a_run_of_all_tokens_and_the_last_are_filled_up(tokens: int, ranks: int, real: list[int]) -> None:
+    x = torch.arange(1.0, tokens + 1)[None, :, None, None].expand(1, tokens, 2, 3)
+    shares = [share(tokens, ranks, index) for index in range(ranks)]
+    count = shares[0].count
+    assert [one.real for one in shares] == real and {one.count for one in shares} == {count}
+    for one in shares:
+        mine = one.mine(x)
+        begin = one.index * count
+        expected = [*range(begin + 1, begin + 1 + one.real), *[0] * (count - one.real)]
+        assert mine.shape == (1, count, 2, 3) and mine[0, :, 1, 2].tolist() == expected
+        assert torch.equal(one.mine(x[..., 0]), mine[..., 0])
+
+
+def test_a_token_has_the_row_of_its_frame() -> None:
+    cpu = torch.device("cpu")
+    # three frames of four tokens, five a rank
+    assert share(12, 3, 0).rows(3, cpu).tolist() == [0, 0, 0, 0]
+    assert share(12, 2, 1).rows(3, cpu).tolist() == [1, 1, 2, 2, 2, 2]
+    assert share(12, 5, 4).rows(3, cpu).tolist() == [2, 2, 2]  # beyond the end the last one's
+    assert share(12, 2, 0).rows(12, cpu).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class Exchange:
+    """The operations of several ranks, whose tensors are those of all of them, one after the other."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def all_to_all_single(self, parts: torch.Tensor, out: list[int], into: list[int], name: str) -> torch.Tensor:
+        self.asked.append((name, tuple(parts.shape), out, into))
+        return parts
+
+    def all_gather_into_tensor(self, x: torch.Tensor, ranks: int, name: str) -> torch.Tensor:
+        self.asked.append((name, tuple(x.shape), ranks))
+        return torch.cat([x + 100 * rank for rank in range(ranks)])
+
+    def wait_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked.append("wait")
+        return x
+
+
+@pytest.fixture
+def exchange(monkeypatch: pytest.MonkeyPatch) -> Exchange:
+    operations = Exchange()
+    monkeypatch.setattr("wan.denoiser.sequence._operations", operations)
+    return operations
+
+
+def test_alone_for_its_heads_a_rank_exchanges_nothing(exchange: Exchange) -> None:
+    x, one = torch.rand(1, 3, 4, 2), share(6, 2, 0)
+    assert torch.equal(one.landed(one.spread(x)), x[0]) and one.collect(x) is x and one.around(x[0]) is not None
+    assert one.arrived(torch.zeros(9, 4, 2)).shape == (1, 6, 4, 2) and exchange.asked == []
+
+
+def test_tokens_are_exchanged_for_heads_and_back(exchange: Exchange) -> None:
+    one = share(5, 2, 0, heads_ranks=2)  # three a rank, of which the last is filling
+    x = torch.arange(24.0).view(1, 3, 4, 2)
+    parts = one.spread(x)
+    assert exchange.asked == [("heads", (2, 3, 2, 2), [1, 1], [1, 1])]
+    assert torch.equal(parts[0], x[0, :, :2]) and torch.equal(parts[1], x[0, :, 2:])
+    whole = one.landed(parts)
+    assert exchange.asked[1:] == ["wait"] and whole.shape == (6, 2, 2)
+    back = one.collect(whole[None, :5])
+    assert exchange.asked[2:] == [("heads", (2, 3, 2, 2), [1, 1], [1, 1]), "wait"]
+    x[0, 2, 2:] = 0  # the filling of the last rank's tokens
+    assert torch.equal(back, x)
+
+
+def test_a_ring_gathers_the_keys_of_all_without_filling(exchange: Exchange) -> None:
+    one = share(5, 2, 0, ring_ranks=2)
+    x = torch.arange(6.0).view(3, 2, 1)
+    whole = one.arrived(one.around(x))
+    assert exchange.asked == [("ring", (3, 2, 1), 2), "wait"]
+    assert torch.equal(whole, torch.cat([x, x + 100])[None, :5])
+    exchange.asked.clear()
+    assert torch.equal(one.whole(x[None, ..., 0]), torch.cat([x, x + 100])[None, :5, :, 0])
+    assert exchange.asked == [("all", (3, 2), 2), "wait"]
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_attention_sees_all_keys_and_a_ring_its_own_queries(ring: int, exchange: Exchange) -> None:
+    seen: list[tuple[tuple[int, ...], ...]] = []
+    order: list[str] = []
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen.append((tuple(query.shape), tuple(key.shape), tuple(value.shape)))
+        assert query.max() == 1 and key[0, 0, 0, 0] == 2 and value[0, 0, 0, 0] == 3
+        return query
+
+    def made(name: str, level: float) -> Any:
+        def make() -> torch.Tensor:
+            order.append(name)
+            return torch.full((1, 3, 2, 4), level)
+
+        return make
+
+    one = share(3 if ring == 1 else 5, ring, 0, ring_ranks=ring)
+    mixed = one.attend(kernel, made("value", 3), made("query", 1), made("key", 2))
+    keys = (1, 3, 2, 4) if ring == 1 else (1, 5, 2, 4)
+    assert seen == [((1, 3, 2, 4), keys, keys)] and mixed.shape == (1, 3, 2, 4)
+    assert order == (["value", "query", "key"] if ring == 1 else ["value", "key", "query"])  # the rest is on its way
