@@ -178,6 +178,71 @@ def test_modulation_is_never_a_row_for_every_token(rows: int) -> None:
     assert seen.elements == 27280 * 3072 * (1 if rows == 31 else 6)
 
 
+def test_a_factor_is_that_of_the_run_of_a_token() -> None:
+    x = torch.arange(1.0, 13.0).view(1, 6, 2)
+    factor = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])  # of three runs of two tokens
+    by_token = factor[:, [0, 0, 1, 1, 2, 2]]
+    runs = torch.tensor([2, 1, 0, 0, 1, 2])
+    assert torch.equal(model_module._per_run(x, factor, None), x * by_token)
+    assert torch.equal(model_module._per_run(x, factor, runs), x * factor[:, runs])
+    shift, scale = factor + 0.5, factor - 0.25
+    expected = x * (1 + by_token - 0.25) + by_token + 0.5
+    assert torch.equal(model_module._modulate(x, shift, scale, None), expected)
+    assert torch.equal(model_module._modulate(x, shift, scale, runs), x * (1 + scale[:, runs]) + shift[:, runs])
+
+
+def test_rotary_positions_turn_pairs_of_neighbours() -> None:
+    x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(1))
+    angles = torch.linspace(0, 3, 5)[:, None] * torch.arange(1.0, 5.0)
+    pairs = torch.view_as_complex(x.view(1, 5, 2, 4, 2)) * torch.polar(torch.ones(5, 4), angles)[None, :, None]
+    cos, sin = (part(angles).repeat_interleave(2, 1)[None, :, None] for part in (torch.cos, torch.sin))
+    sin[..., 0::2].neg_()
+    turned = model_module._rotate(x, cos, sin)
+    torch.testing.assert_close(turned, torch.view_as_real(pairs).flatten(3))
+    assert model_module._rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_the_sinusoid_of_a_timestep_is_that_of_the_official_code() -> None:
+    made = model_module._Sinusoid64(8)(torch.tensor([0.0, 613.0]))
+    angles = 613.0 * torch.tensor([1.0, 0.1, 0.01, 0.001], dtype=torch.float64)
+    assert made.dtype == torch.float32 and made[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    torch.testing.assert_close(made[1], torch.cat([angles.cos(), angles.sin()]).float())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_block_makes_its_text_keys_once_where_they_are_kept(keep: bool) -> None:
+    made: list[Tensor] = []
+
+    def text_keys(rows: Tensor) -> tuple[Tensor, Tensor]:
+        made.append(rows)
+        return rows + len(made), rows
+
+    block: Any = SimpleNamespace(text_keys=text_keys)
+    keys = model_module.TextKeys(torch.zeros(1), keep)
+    first = keys.of(0, block)[0].item(), keys.of(0, block)[0].item(), keys.of(1, block)[0].item()
+    assert first == ((1, 1, 2) if keep else (1, 2, 3)) and len(keys.by_block) == (2 if keep else 0)
+
+
+def test_layers_come_before_they_are_computed_and_their_names_say_what_runs() -> None:
+    model, asked = build(), list[int]()
+    assert model.kernels == {} and not model.is_compiled and list(model.layers) == list(model.blocks)
+    model.before_layer = asked.append
+    with torch.no_grad():
+        flow = model(noise()[None], torch.tensor([613]), prompt(1), return_dict=False)
+    assert asked == [0, 1, 2] and isinstance(flow, tuple) and flow[0].shape == (1, *LATENT)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 2), (3, 2, 1)])
+@torch.no_grad()
+def test_patches_of_any_shape_come_back_to_their_places(patch: tuple[int, int, int]) -> None:
+    model = build(patch_size=patch)
+    stock = WanTransformer3DModel(in_channels=4, **SIZES | {"patch_size": patch})
+    stock.load_state_dict(model.state_dict())
+    stock.condition_embedder.timesteps_proj = model.condition_embedder.timesteps_proj
+    ours, theirs = (each(noise()[None], torch.tensor([613]), prompt(1)).sample for each in (model, stock.eval()))
+    assert ours.shape == (1, *LATENT) and torch.equal(ours, theirs)
+
+
 # Waiting for the GPU
 
 
