@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ import pytest
 from tests.support.commands import Seen, frames_in
 from wan.chain.finished_clip import FinishedClip
 from wan.chain.run_folder import RunFolder
+from wan.chain.storyboard import Scene
 from wan.cli import continuous_main
+from wan.commands import outputs
+from wan.errors import UserError
+from wan.options import Settings
 
 OF_THE_RUN = ("joined.mp4", "run.json", "prompts_log.txt", "report.html", "report.json")
 
@@ -299,3 +304,139 @@ def test_only_a_run_of_ours_is_pruned(tmp_path: Path, capsys: pytest.CaptureFixt
     assert continuous_main(["--prune", str(tmp_path)]) == 2
     assert "is no folder of a run" in capsys.readouterr().err
     assert content(tmp_path) == {"run.json": b'{"epoch": 3}'}
+
+
+# --- each rule by itself
+
+
+def job(*scenes: Scene, **settings: Any) -> Any:
+    return SimpleNamespace(settings=Settings(**settings), scenes=scenes)
+
+
+@pytest.mark.parametrize(
+    ("record", "video", "overwrite", "ours"),
+    [
+        (None, None, False, True),  # nothing is there
+        (None, b"theirs", False, False),
+        (None, b"theirs", True, True),
+        ({"versions": {"wan-continue": "1"}, "seed": 1}, b"x", False, True),  # earlier releases noted no digest
+        ({"versions": {"wan-continue": "1"}, "seed": 1, "digests": {"mp4": "right"}}, b"x", False, True),
+        ({"versions": {"wan-continue": "1"}, "seed": 1, "digests": {"mp4": "wrong"}}, b"x", False, False),
+        ({"versions": {"wan-continue": "1"}, "seed": 1, "digests": {"mp4": "wrong"}}, None, False, True),  # it is gone
+        ({"versions": {"other": "1"}, "seed": 1}, b"x", False, False),
+        ({"versions": "1", "seed": 1}, b"x", False, False),
+        ({"versions": {"wan-continue": "1"}}, b"x", False, False),
+        ({"name": "of somebody's package"}, None, False, False),
+    ],
+)
+def test_a_clip_is_replaced_only_where_it_is_ours(
+    record: Any, video: bytes | None, overwrite: bool, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "file_digest", lambda path: "right")
+    target = tmp_path / "a.mp4"
+    if video is not None:
+        target.write_bytes(video)
+    if record is not None:
+        target.with_suffix(".json").write_text(json.dumps(record))
+    if ours:
+        outputs.check_file(job(overwrite=overwrite), target)
+    else:
+        first = target if video is not None else target.with_suffix(".json")
+        with pytest.raises(UserError, match=f"{first} is there already, and no record beside it says"):
+            outputs.check_file(job(overwrite=overwrite), target)
+
+
+@pytest.mark.parametrize(
+    ("record", "video", "ours"),
+    [
+        ({"model_digest": "m", "video_digest": "right"}, b"x", True),
+        ({"model_digest": "m", "video_digest": "wrong"}, b"x", False),
+        ({"model_digest": "m", "video_digest": "wrong"}, None, True),
+        ({"video_digest": "right"}, b"x", False),
+        (None, b"x", False),
+    ],
+)
+def test_a_larger_video_is_replaced_only_where_it_is_ours(
+    record: Any, video: bytes | None, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "file_digest", lambda path: "right")
+    larger = tmp_path / "a_upscaled.mp4"
+    if video is not None:
+        larger.write_bytes(video)
+    if record is not None:
+        larger.with_suffix(".json").write_text(json.dumps(record))
+    outputs.check_file(job(), tmp_path / "a.mp4")  # nobody makes a larger one
+    if ours:
+        outputs.check_file(job(upscale="x.pth"), tmp_path / "a.mp4")
+    else:
+        with pytest.raises(UserError, match="a_upscaled.mp4 is there already"):
+            outputs.check_file(job(upscale="x.pth"), tmp_path / "a.mp4")
+
+
+def test_what_is_read_is_not_written(tmp_path: Path) -> None:
+    (video := tmp_path / "a.mp4").write_bytes(b"x")
+    (lora := tmp_path / "b.json").write_bytes(b"x")
+    (linked := tmp_path / "c.mp4").symlink_to(video)
+    with pytest.raises(UserError, match=f"save_file {linked} would replace {video}, which video needs"):
+        outputs.check_file(job(video=str(video), overwrite=True), linked)
+    with pytest.raises(UserError, match="which lora needs"):
+        outputs.check_file(job(lora=(f"{lora}:0.5",), overwrite=True), tmp_path / "b.mp4")
+    (picture := tmp_path / "d.json").write_bytes(b"x")
+    with pytest.raises(UserError, match="which the storyboard needs"):
+        outputs.check_file(job(Scene(1, {"cut": str(picture)}), overwrite=True), tmp_path / "d.mp4")
+    outputs.check_file(
+        job(Scene(1, {"cut": True}), video=str(video), save_file=str(linked), overwrite=True), tmp_path / "e.mp4"
+    )
+
+
+def folder(path: Path, foreign: Any = None, writes: Any = ()) -> Any:
+    checked: list[str] = []
+    return SimpleNamespace(
+        path=path,
+        checked=checked,
+        check_names=lambda: checked.append("names"),
+        writes=lambda file: file.name in writes,
+        foreign=lambda preview, upscaled: foreign if (preview, upscaled) == (True, False) else None,
+    )
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    one = folder(tmp_path / "a" / "b")
+    outputs.check_folder(job(), one)
+    assert list(tmp_path.iterdir()) == [] and one.checked == ["names"]
+    (tmp_path / "a").mkdir()
+    outputs.check_folder(job(), one)
+    assert [file.name for file in tmp_path.rglob("*")] == ["a"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "a").touch()
+    with pytest.raises(UserError, match="output_dir .*a is a file; give a folder"):
+        outputs.check_folder(job(), folder(file))
+    with pytest.raises(UserError, match="cannot be made: .*a is a file"):
+        outputs.check_folder(job(), folder(file / "b"))
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(UserError, match=f"cannot be used: {tmp_path} is not writable"):
+            outputs.check_folder(job(), folder(tmp_path / "b"))
+
+    def temporary(dir: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", temporary)
+    with pytest.raises(UserError, match="cannot be written to: No space left on device; give another"):
+        outputs.check_folder(job(), folder(tmp_path / "b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_in_which_something_would_be_lost_is_refused(tmp_path: Path) -> None:
+    (video := tmp_path / "a.mp4").touch()
+    (link := tmp_path / "b.mp4").symlink_to(video)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(UserError, match=f"{link} would be overwritten: video needs it"):
+            outputs.check_folder(job(video=str(link)), folder(tmp_path, writes=[name]))
+    foreign = folder(tmp_path, foreign="report.html")
+    outputs.check_folder(job(), foreign)
+    outputs.check_folder(job(preview=True, upscale="x.pth"), foreign)
+    with pytest.raises(UserError, match="report.html would be overwritten, and no run of ours made it"):
+        outputs.check_folder(job(preview=True), foreign)
