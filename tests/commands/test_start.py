@@ -228,3 +228,19 @@ def test_little_is_said_in_megabytes(
     given = Settings(image="a.png", prompt="x")
     start.read_ahead(job(given, checkpoint=weights, world=World(), config=SimpleNamespace(name="ti2v-5B")))
     assert caplog.messages[0].endswith("PyTorch starts, 60 MB of weights are read meanwhile")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "4"}, "8"),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "64"}, "1"),
+        ({"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "6", "LOCAL_WORLD_SIZE": "4"}, "6"),
+        ({"OMP_NUM_THREADS": "1"}, "1"),
+        ({}, None),
+    ],
+)
+def test_a_launchers_processes_share_the_cores(given: dict[str, str], threads: str | None) -> None:
+    environment = dict(given)
+    start.take_cores(environment, 32)
+    assert environment.get("OMP_NUM_THREADS") == threads

@@ -693,8 +693,34 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
         wanted = {"high_noise_model": files, "low_noise_model": files}
         models.check_loras(wanted)
         models.merge_loras(wanted)
+        assert models["high_noise_model"].loras == files
     assert len(read) == 2 * 2  # an expert and a strength
     assert models.merged["high_noise_model"][0].lora.strength == 1.0
+
+
+def test_an_expert_gets_its_loras_when_it_is_first_used(a14b: Weights, tmp_path: Path) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
+    loads: list[str] = []
+
+    def loader(name: str) -> Callable[[bool], WanModel]:
+        def made(mapped: bool) -> WanModel:
+            loads.append(name)
+            return load(a14b)
+
+        return made
+
+    models = Models("x", checkpoint, {name: loader(name) for name in checkpoint.experts}, device=CPU)
+    files = (LoraFile(tmp_path / "lora.safetensors"),)
+    models.merge_loras({"high_noise_model": files, "low_noise_model": files})
+    assert loads == [] and models.merged == {}
+    merged = values(models["high_noise_model"])
+    assert loads == ["high_noise_model"] and list(models.merged) == ["high_noise_model"]
+    assert not same(merged, values(load(a14b)))
+    models.merge_loras({"low_noise_model": files})  # taken out of the one that is there
+    assert same(values(models["high_noise_model"]), values(load(a14b)))
+    assert same(values(models["low_noise_model"]), merged)
+    assert loads == ["high_noise_model", "low_noise_model"]
 
 
 def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:

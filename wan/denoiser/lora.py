@@ -31,11 +31,14 @@ _TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
 
 
 @torch.no_grad()
-def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora]) -> None:
+def merge_loras(
+    model: WanModel, weights: Weights, opened: Sequence[OpenedLora], device: torch.device | None = None
+) -> None:
     """Put these LoRAs, and no others, into the model that was loaded from `weights`; `()` takes all of them out.
 
-    Parameters are changed in place, on the device that they are on, one at a time. Raises UserError for values that
-    are not finite; the next merge puts right what such an error left half done.
+    Parameters are changed in place, one at a time, and stay where they are; the sums are made on `device`, or where the
+    parameters are. Raises UserError for values that are not finite; the next merge puts right what such an error left
+    half done.
     """
     loras = tuple(one.match.lora for one in opened)
     if loras == model.loras:
@@ -54,11 +57,14 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
         linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base, changing)])
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
         parameter = model.get_parameter(name_of[key])
-        value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
+        # to the device first: PyTorch changes the dtype where a tensor comes from, which is slower on a CPU
+        original = dequantize(original).to(device or parameter.device)
+        value = original.to(torch.float32, copy=True).view(parameter.shape)
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
             _add(file, name_of[key], value, base, changing)
-        write(parameter, value if model.rounding is None else value.to(model.rounding))
+        rounded = value if model.rounding is None else value.to(model.rounding)
+        write(parameter, rounded.to(parameter.dtype))
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
