@@ -48,13 +48,13 @@ def owner(captioner: Any = None, path: Any = "vlm", **more: Any) -> CaptionerOwn
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What a captioner takes: 10 GiB of weights and 1 GiB beside them, one more above eight pictures."""
-    found = {"weights": 10 * GIB, "free": 20 * GIB}
-    monkeypatch.setattr(prompting, "weight_bytes", lambda path: found["weights"])
+    given = {"weights": 10 * GIB, "free": 20 * GIB}
+    monkeypatch.setattr(prompting, "weight_bytes", lambda path: given["weights"])
     monkeypatch.setattr(prompting, "working_bytes", lambda folder, pictures: (1 + (pictures > 8)) * GIB)
     monkeypatch.setattr(prompting, "local_folder", lambda path: path)
-    monkeypatch.setattr(prompting, "free_bytes", lambda device: found["free"])
+    monkeypatch.setattr(prompting, "free_bytes", lambda device: given["free"])
     monkeypatch.setattr(prompting, "drop_cache", lambda device: None)
-    return found
+    return given
 
 
 # Where it lives

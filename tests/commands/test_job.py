@@ -215,11 +215,11 @@ def test_other_processes_follow_unless_nothing_is_made(dry: bool, monkeypatch: p
     followed: list[Any] = []
     monkeypatch.setattr("wan.commands.gpus.Gpus.follow", lambda self, pipeline: followed.append(pipeline))
     monkeypatch.setattr(Job, "open", lambda self: "opened")
-    there: Any = "there"
+    ready: Any = "ready"
     one = job(dry_run=dry)
     one.follow()
-    one.follow(there)
-    assert followed == ([] if dry else ["opened", "there"])
+    one.follow(ready)
+    assert followed == ([] if dry else ["opened", "ready"])
 
 
 def test_footage_says_what_is_dull_at_its_end(
