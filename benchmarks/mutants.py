@@ -38,19 +38,18 @@ ROOT = Path(__file__).parent.parent
 TESTS: dict[str, str] = {
     "wan": "owners continuation_pairs faults continuation modes",
     "wan/commands": (
-        "lines outputs prompts continuous flags continuation_pairs faults bad_input options shell from inputs several "
-        "clip_by_clip steering cli"
+        "lines job continuous flags outputs prompts continuation_pairs faults bad_input options shell from inputs "
+        "several clip_by_clip steering cli"
     ),
     "wan/commands/steering.py": "continuous steering",
     "wan/commands/preview.py": "continuous steering outputs",
     "wan/commands/finishing.py": "upscaling options",
     "wan/chain": (
-        "run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip "
+        "seeds run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip "
         "resume long_video"
     ),
     "wan/chain/plan.py": "dry_run continuation_pairs faults continuation modes",
     "wan/chain/chain.py": "seeds continuation",
-    "wan/chain/choices.py": "seeds run_folder continuation_pairs faults trust options steering clip_by_clip",
     "wan/chain/report.py": "report",
     "wan/chain/facts.py": "report",
     "wan/chain/charts.py": "report",
@@ -59,22 +58,23 @@ TESTS: dict[str, str] = {
     "wan/chain/storyboard.py": "storyboard faults options",
     "wan/chain/storyboard_file.py": "storyboard faults options",
     "wan/chain/dry_run.py": "dry_run faults options long_video",
-    "wan/continuation.py": "owners continuation_pairs faults continuation modes",
+    "wan/continuation.py": "candidates owners continuation_pairs faults continuation modes",
     "wan/pipeline.py": "owners continuation_pairs continuation presets memory modes not_finite",
     "wan/planning.py": "owners continuation_pairs faults continuation modes",
     "wan/candidates.py": "owners continuation_pairs faults continuation modes long_video",
-    "wan/fitted_frames.py": "owners continuation_pairs faults continuation modes handoff",
+    "wan/fitted_frames.py": "candidates owners continuation_pairs faults continuation modes handoff",
     "wan/caption_helpers.py": "continuation",
     "wan/cli.py": "leaving bad_input several faults from",
     "wan/colour_carry.py": "correction continuation_pairs",
     "wan/comfy.py": "parts outputs",
+    "wan/detail.py": "lines continuation",
     "wan/errors.py": "bad_input faults",
     "wan/files.py": "run_folder faults trust outputs resume",
     "wan/footage.py": "continuation_pairs reading continuation modes from",
     "wan/foreign.py": "files bombs parts lora checkpoint readers",
     "wan/kinds.py": "options bad_input storyboard rows",
     "wan/pages.py": "report",
-    "wan/public.py": "secrets outputs report",
+    "wan/public.py": "owners secrets outputs report",
     "wan/sizes.py": "files golden continuation modes options",
     "wan/types.py": "conditioning owners continuation_pairs sampling modes",
     "wan/upscaling.py": "upscaling options faults",

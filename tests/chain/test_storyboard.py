@@ -15,7 +15,7 @@ from PIL import Image
 from yaml import ScalarNode
 
 from wan.chain import storyboard_file
-from wan.chain.storyboard import Scene, check_storyboard
+from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.chain.storyboard_file import read_storyboard
 from wan.configs import WAN_CONFIGS
 from wan.errors import UserError
@@ -613,3 +613,104 @@ def test_json_gives_every_prompt_back(folder: Path, prompts: list[str], plain: b
 @pytest.mark.parametrize(("length", "shown"), [(40, "x" * 40), (41, "x" * 37 + "...")])
 def test_a_message_shows_forty_characters_of_a_text(length: int, shown: str) -> None:
     assert storyboard_file._shown(ScalarNode("tag:yaml.org,2002:str", "x" * length)) == repr(shown)
+
+
+# What a storyboard says by now
+
+
+def of_names(*names: str | None) -> list[Scene]:
+    return [Scene(line, {} if name is None else {"name": name}) for line, name in enumerate(names, 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "begun", "followed"),
+    [
+        ((None, None), (None, None, None), 1, [1, 12, 13]),  # by their numbers
+        (("a", "b"), ("x", "a", "b"), 1, [1, 13]),  # after the name of the last that is begun
+        (("a", "b"), ("b", "a"), 1, [1]),
+        (("a", "b"), ("x", "y", "z"), 1, [1, 12, 13]),  # which is not there any more
+        (("a", "b", "c"), ("a", "b", "x"), 2, [1, 2, 13]),
+        ((), (None, None, None), 2, [0, 0, 13]),  # clips of which nothing was said
+        (("a",), ("a", "b"), 0, [11, 12]),
+    ],
+)
+def test_after_the_clips_that_are_begun_comes_what_follows_the_last_of_them(
+    old: Any, new: Any, begun: int, followed: list[int]
+) -> None:
+    now = [dataclasses.replace(scene, line=scene.line + 10) for scene in of_names(*new)]
+    assert [scene.line for scene in ahead(of_names(*old), now, begun)] == followed
+
+
+def test_what_a_storyboard_says_otherwise_is_told_by_its_keys() -> None:
+    old = [Scene(1, {"prompt": "a", "sample_steps": 4}), Scene(2), Scene(3, {"prompt": "c"})]
+    new = [Scene(5, {"prompt": "b", "sample_steps": 4}), Scene(6), Scene(7, {"end_image": "e"}), Scene(8, {"seed": 7})]
+    assert said_otherwise(old, new) == {1: ["prompt"], 3: ["end_image", "prompt"], 4: ["seed"]}
+    assert said_otherwise(new, old).keys() == {1, 3, 4} and said_otherwise(old, old) == {}
+
+
+def test_a_scene_s_way_to_go_on_takes_the_place_of_the_command_s() -> None:
+    settings = Settings(context_frames=9, lora_high=("SVI_2.0_Pro.safetensors", "style.safetensors"), sample_steps=4)
+    plain = Scene(1, {"prompt": "x"}).over(settings)
+    assert plain == dataclasses.replace(settings, prompt="x")
+    last = Scene(1, {"continuation": "last_frame"}).over(settings)
+    assert (last.continuation, last.context_frames, last.lora_high) == ("last_frame", None, ("style.safetensors",))
+    five = Scene(1, {"context_frames": 5}).over(
+        dataclasses.replace(settings, continuation="svi2pro", context_frames=None)
+    )
+    assert (five.continuation, five.context_frames) == (None, 5) and five.lora_high == ("style.safetensors",)
+    svi = Scene(1, {"continuation": "svi2pro"}).over(settings)
+    assert svi.lora_high == settings.lora_high and svi.context_frames is None
+    own = Scene(1, {"continuation": "tail", "lora_high": ("svi.safetensors",)}).over(settings)
+    assert own.lora_high == ("svi.safetensors",), "what it says itself stays"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frame_num": 9, "context_frames": 9}, "context 9 must be fewer than the clip's 9 frames"),
+        ({"frame_num": 13, "context_frames": 9}, None),
+        ({"continuation": "last_frame", "context_frames": 5}, "last_frame knows 1 frame"),
+        ({"anchor_image": "a.png", "cut": "b.png"}, "a shot holds on to the picture of its cut"),
+        ({"anchor_image": "a.png", "cut": None}, None),
+    ],
+)
+def test_what_a_scene_says_goes_together(values: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        Scene(1, values)
+    else:
+        with pytest.raises(UserError, match=message):
+            Scene(1, values)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        ("v2v-14B", {"cut": True}, "cut: true makes a clip of text alone, which v2v-14B cannot"),
+        ("v2v-5B", {"cut": True}, None),
+        ("v2v-14B", {"cut": "a.png"}, None),
+        ("v2v-14B", {"lora": ("a",)}, "v2v-14B has two experts: give lora_high and lora_low instead of lora"),
+        ("v2v-14B", {"lora": ()}, None),
+        ("v2v-5B", {"lora": ("a",)}, None),
+        ("v2v-5B", {"lora_high": ("a",)}, "v2v-5B has one expert: give lora instead"),
+        ("v2v-5B", {"lora_low": ("a",)}, "v2v-5B has one expert: give lora instead"),
+        ("v2v-14B", {"lora_low": ("a",)}, None),
+        ("v2v-5B", {"sample_guide_scale": (1.0, 2.0)}, "guidance: v2v-5B has one expert and takes one number"),
+        ("v2v-5B", {"sample_guide_scale": (2.0, 2.0)}, None),
+        ("v2v-14B", {"sample_guide_scale": (1.0, 2.0)}, None),
+        ("v2v-5B", {"motion_amplitude": 1.2}, "motion_amplitude is for I2V-A14B"),
+        ("v2v-14B", {"motion_amplitude": 1.2}, None),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_with_its_line(model: str, values: Any, message: str | None) -> None:
+    path, config = Path("story.yaml"), WAN_CONFIGS[model]
+    if message is None:
+        check_storyboard(path, [Scene(3, values)], config=config)
+        return
+    with pytest.raises(UserError, match=f"story.yaml, line 3: {message}"):
+        check_storyboard(path, [Scene(3, values)], config=config)
+    three = [Scene(line, values) for line in (1, 2, 3)]
+    with pytest.raises(UserError) as refused:
+        check_storyboard(path, [*three, Scene(3, values)], config=config)  # the last is merged from elsewhere
+    assert "more" not in str(refused.value) and str(refused.value).count("line ") == 3
+    with pytest.raises(UserError, match="; and 2 more$"):
+        check_storyboard(path, [*three, Scene(4, values), Scene(5, values)], config=config)

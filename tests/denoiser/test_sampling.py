@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.denoiser.conditioning import TextOnly
-from wan.denoiser.sampling import Expert, plan_stages, sample
+from wan.denoiser.sampling import Expert, NotFinite, plan_stages, sample
 from wan.denoiser.schedule import build_scheduler
 from wan.denoiser.step_cache import Caching
 from wan.denoiser.timetable import forwards, share_out, step_shares, timesteps_of
@@ -75,6 +76,62 @@ def test_timesteps_are_told_without_a_scheduler(solver: str, shift: float) -> No
         sampling = Sampling(steps, shift, (1.0, 1.0), solver)
         expected = build_scheduler(sampling, torch.device("cpu"), train).timesteps.tolist()
         assert list(timesteps_of(sampling, train)) == expected
+
+
+class Spoils(Adds):
+    """Gives NaN from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def step(self, output: Tensor, t: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        self.left -= 1
+        return (latents * (torch.nan if self.left < 1 else 1),)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "name", "step"),
+    [
+        (1, "high", 1),
+        (2, "high", 3),
+        (3, "high", 3),
+        (4, "low", 4),
+        (5, "low", 5),
+    ],  # the first and last of each are looked at
+)
+def test_numbers_that_are_not_finite_are_known_by_their_expert_and_step(spoiled: int, name: str, step: int) -> None:
+    """Of each expert the first and the last step are looked at."""
+    heard: list[Step] = []
+    stages = stages_of(expert("high", Fake(), 3.0, 900), expert("low", Fake(), 2.0, 0))
+    solver: Any = Spoils(spoiled)
+    with pytest.raises(NotFinite, match=f"the {name} expert's latents are not finite after step {step}") as raised:
+        sample(torch.ones(1, 1, 1, 1), stages, solver, TextOnly(), CONTEXT, CPU, heard.append)
+    assert (raised.value.expert.name, raised.value.step) == (name, step) and len(heard) == step - 1
+
+
+def test_each_half_of_a_team_computes_one_of_the_two_forwards() -> None:
+    for half, text in ((0, 1.0), (1, 0.0)):
+        model, gathered = Fake(), list[float]()
+
+        def gather(flow: Tensor, gathered: list[float] = gathered) -> list[Tensor]:
+            gathered.append(flow.item())
+            return [torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)]  # that of the prompt comes first
+
+        guidance = SimpleNamespace(index=half, gather=gather)
+        team: Any = SimpleNamespace(guidance=guidance, tokens=None)
+        stages = stages_of(expert("", model, 3.0, 0))
+        solver: Any = Adds()
+        made = sample(torch.zeros(1, 1, 1, 1), stages, solver, TextOnly(), CONTEXT, CPU, team=team)
+        assert made.item() == 5 * 3.0 and gathered == [text] * 5 and [asked for _, asked in model.asked] == [text] * 5
+
+
+def test_guidance_stays_within_its_interval() -> None:
+    model = Fake()
+    solver: Any = Adds()
+    stages = plan_stages(torch.tensor([999, 600, 300]), [expert("", model, 3.0, 0)], lambda t: t == 600)
+    assert stages[0].guidance == (1.0, 3.0, 1.0)
+    sample(torch.zeros(1, 1, 1, 1), stages, solver, TextOnly(), CONTEXT, CPU)
+    assert model.asked == [(999, 1.0), (600, 1.0), (600, 0.0), (300, 1.0)]
 
 
 def test_timesteps_are_those_of_the_official_schedules() -> None:
