@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from wan import UserError
 from wan.denoiser.model import WanModel
 from wan.device.host_budget import HostPlan
 from wan.models import Models
+from wan.settings import LoraFile
 from wan.weights.checkpoint import Names, open_checkpoint
 
 NAMES = ("high_noise_model", "low_noise_model")
@@ -131,3 +133,114 @@ def test_experts_that_are_in_memory_stay_for_the_next_clip_where_there_is_room()
     assert models.experts_to_keep() == {NAMES[0]}
     models.live_by(HostPlan(in_turn=True))
     assert models[NAMES[0]] is not None and models.experts_to_keep() == frozenset()
+
+
+def single() -> Models:
+    """One denoiser that serves both experts."""
+    checkpoint: Any = SimpleNamespace(experts=dict.fromkeys(NAMES), single=True, parts=())
+    return Models("x", checkpoint, dict.fromkeys(NAMES, lambda mapped: object()))
+
+
+def test_one_denoiser_that_serves_both_experts_is_loaded_once() -> None:
+    models = single()
+    assert models["low_noise_model"] is models["high_noise_model"] and len(models.loaded) == 1
+    assert models.is_loaded("low_noise_model") and models.is_loaded("high_noise_model")
+    models.forget("low_noise_model")
+    assert models.loaded == []
+    ready = object()
+    models.put("low_noise_model", ready)
+    assert models["high_noise_model"] is ready
+
+
+def test_a_team_keeps_the_experts_that_all_have() -> None:
+    models = models_of(lambda mapped: object())
+    kept, other = models[NAMES[0]], models[NAMES[1]]
+    models.keep_experts([NAMES[0]])
+    assert models.loaded == [kept] and models[NAMES[1]] is not other
+    models.keep_experts(NAMES)
+    assert len(models.loaded) == 2
+    models.keep_experts([])
+    assert models.loaded == []
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_weights_stay_mapped_where_the_plan_says_so(mapped: bool) -> None:
+    asked: list[bool] = []
+
+    def loader(mapped: bool) -> object:
+        asked.append(mapped)
+        return object()
+
+    models = models_of(loader)
+    models.live_by(HostPlan(mapped=mapped))
+    assert models[NAMES[0]] is models[NAMES[0]] and asked == [mapped]
+
+
+@pytest.fixture
+def merging(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was opened and merged; a file named "bad" cannot be."""
+    done: list[Any] = []
+
+    def open_loras(files: Any, weights: Any) -> list[Any]:
+        done.append(("open", [str(file.path) for file in files]))
+        return [SimpleNamespace(match=SimpleNamespace(lora=file), size=len(str(file.path))) for file in files]
+
+    def merge_loras(model: Any, weights: Any, opened: Any, device: Any) -> None:
+        names = [str(one.match.lora.path) for one in opened]
+        done.append(("merge", names))
+        if "bad" in names:
+            raise UserError("it is NaN")
+
+    monkeypatch.setattr("wan.models.open_loras", open_loras)
+    monkeypatch.setattr("wan.models.check_for_experts", lambda loras, checkpoint, name: None)
+    monkeypatch.setattr("wan.denoiser.lora.merge_loras", merge_loras)
+    return done
+
+
+def files(*names: str) -> tuple[LoraFile, ...]:
+    return tuple(LoraFile(Path(name)) for name in names)
+
+
+def test_loras_are_merged_when_they_change_and_read_once(merging: list[Any]) -> None:
+    models = models_of(lambda mapped: object())
+    high, low = NAMES
+    models.check_loras({high: files("a")})
+    assert models.lora_bytes({high: files("a", "bcd"), low: ()}) == {high: 4} and models.loaded == []
+    assert merging == [("open", ["a"]), ("open", ["bcd"])]
+    merging.clear()
+    models.merge_loras({high: files("a")})
+    assert models.loaded == [], "they come when it is first used"
+
+    def merged() -> list[Any]:
+        return [names for kind, names in merging if kind == "merge"]
+
+    assert models[high] is models[high] and merged() == [["a"]]
+    models.merge_loras({high: files("a")})
+    assert merged() == [["a"]], "they are in it"
+    assert [str(match.lora.path) for match in models.matches[high]] == ["a"]
+    assert models[low] is not None and merged() == [["a"]]
+    models.merge_loras({low: files("bcd")})
+    assert sorted(merged()[1:]) == [[], ["bcd"]], "out of one and into the other"
+    models.forget(low)
+    assert low not in models.merged
+    assert models[low] is not None and merged()[3:] == [["bcd"]], "a model that is read again gets them again"
+
+
+def test_a_model_that_was_half_merged_is_let_go(merging: list[Any]) -> None:
+    models = models_of(lambda mapped: object())
+    assert models[NAMES[0]] is not None
+    with pytest.raises(UserError, match="it is NaN"):
+        models.merge_loras({NAMES[0]: files("bad")})
+    assert not models.is_loaded(NAMES[0]) and NAMES[0] not in models.merged
+
+
+def test_files_of_models_that_are_not_loaded_are_read_ahead_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.models.that_fit", lambda files: files[:2])
+    models = models_of(lambda mapped: object())
+    parts = [(name, SimpleNamespace(files=[Path(f"{name}_{n}") for n in (1, 2)])) for name in ("vae", *NAMES)]
+    checkpoint: Any = models.checkpoint
+    checkpoint.parts = parts
+    assert [path.name for path in models.read_ahead().files] == ["vae_1", "vae_2"] and models.read_ahead().distance == 6
+    assert [path.name for path in models.read_ahead(NAMES).files] == ["high_noise_model_1", "high_noise_model_2"]
+    assert models[NAMES[0]] is not None
+    assert [path.name for path in models.read_ahead(NAMES).files] == ["low_noise_model_1", "low_noise_model_2"]
