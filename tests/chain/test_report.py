@@ -338,6 +338,54 @@ def test_each_stage_has_a_colour_of_its_own_up_to_eight() -> None:
     assert [style for style, _ in chart.legend] == [*(f"stage{number}" for number in range(8)), "stage0"]
 
 
+def test_a_page_is_named_for_its_source_and_its_model() -> None:
+    for arguments, task, title in (
+        ({"video": "films/in.mp4"}, "v2v-5B", "in.mp4 with v2v-5B"),
+        ({"video": "in.mp4"}, None, "in.mp4"),
+        ({}, "v2v-5B", "v2v-5B"),
+        ({}, None, "a chain"),
+    ):
+        records = [clip(1, **({"task": task} if task else {}))]
+        assert report(records, arguments=arguments)[1]["title"] == title
+
+
+def test_new_frames_are_those_that_neither_repeat_nor_are_discarded() -> None:
+    _, data = report(
+        [clip(1, dropped=5, discard=4), clip(2, discard=None), clip(3, dropped=0), clip(4, fps="24000/1001")]
+    )
+    assert [one["new_frames"] for one in data["clips"]] == [72, 80, 81, 80]
+    assert [one["length"] for one in data["clips"]] == [4.5, 5.0, 5.0625, pytest.approx(80 * 1001 / 24000)]
+    assert data["video_seconds"] == pytest.approx(sum(one["length"] for one in data["clips"]))
+    assert report([clip(1) | {"frames": None}])[1]["clips"][0]["length"] is None
+
+
+def test_drift_is_against_the_first_clip_as_long_as_that_is_known() -> None:
+    def look(lightness: Any, moving: Any = 0.25) -> dict[str, Any]:
+        return {"lightness": lightness, "contrast": 0.0, "chroma": 1.0, "sharpness": 1.0, "moving": moving}
+
+    drift = report([clip(1, look=look(50.0)), clip(2, look=look(None, None)), clip(3, look=look(45.0, 0.5))])[1][
+        "drift"
+    ]
+    assert drift["lightness"] == [0, None, pytest.approx(-10)] and drift["contrast"] == [None] * 3
+    assert drift["moving"] == [25, None, 50] and "identity" not in drift
+    unknown = report([clip(1, look=look(None)), clip(2, look=look(45.0))])[1]["drift"]
+    assert unknown["lightness"] == [None, None]
+    alike = report([clip(1, identity=0.9), clip(2, identity=None)])[1]["drift"]
+    assert alike["identity"] == [0.9, None]
+    unseen = report([clip(1, seam=None)])[1]["drift"]
+    assert unseen["colour"] == [None] and unseen["colour_shift"] is None
+    steps = report([clip(1, seam=seam() | {"colour_shift": [3.0, 4.0, 0.0]})])[1]["drift"]
+    assert steps["colour"] == [5.0] and steps["colour_shift"] == [3.0, 4.0, 0.0]
+
+
+def test_the_command_of_a_run_that_nobody_typed_is_unknown() -> None:
+    _, data = report([clip(1)], arguments={})
+    assert data["command"] is None and data["clips"][0]["redo"] is None
+    _, data = report([clip(1), clip(7)], arguments={"video": "a.mp4", "yes": True, "take": [[1, 2]], "dry_run": True})
+    assert data["command"] == "python generate_continuous.py --video a.mp4"
+    assert data["clips"][1]["redo"] == "python generate_continuous.py --video a.mp4 --redo 7"
+
+
 def plotted(*clips: dict[str, Any]) -> dict[str, Any]:
     """The charts of these clips."""
     return charts_of(report(list(clips))[1])
