@@ -28,9 +28,10 @@ def models_of(loader: Any, **options: Any) -> Models:
 
 
 def test_a_model_is_loaded_while_the_block_computes() -> None:
-    begun, computed = Event(), Event()
+    begun, computed, calls = Event(), Event(), list[bool]()
 
     def loader(mapped: bool) -> object:
+        calls.append(mapped)
         begun.set()
         assert computed.wait(10)
         return object()
@@ -42,7 +43,7 @@ def test_a_model_is_loaded_while_the_block_computes() -> None:
         assert not models.is_loaded("low_noise_model")
         computed.set()
         model = models["low_noise_model"]  # waits for it
-    assert models["low_noise_model"] is model and models.loaded == [model]
+    assert models["low_noise_model"] is model and models.loaded == [model] and len(calls) == 1
     with models.loading([]) as check:
         check()
 

@@ -244,3 +244,57 @@ def test_a_launchers_processes_share_the_cores(given: dict[str, str], threads: s
     environment = dict(given)
     start.take_cores(environment, 32)
     assert environment.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "geometry", "limit", "host"),
+    [
+        ({}, True, (81, 480, 832), None, ("free", False)),
+        ({"frame_num": 17}, True, (17, 480, 832), None, ("free", False)),
+        ({"vram": 2.0, "host_memory": 4.0}, True, (81, 480, 832), 2 * 2**30, (4.0, True)),
+        ({"vram": "auto"}, True, (81, 480, 832), None, ("free", False)),  # what is free is not known yet
+        ({"t5_cpu": True}, False, (81, 480, 832), None, ("free", False)),
+        ({"video": "v.mp4"}, True, (81, 640, 608), None, ("free", False)),
+        ({"image": "a.png"}, True, (81, 640, 608), None, ("free", False)),
+    ],
+)
+def test_a_clip_s_memory_is_checked_before_anything_is_imported(
+    settings: dict[str, Any], gpu: bool, geometry: Any, limit: int | None, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def memory(checkpoint: Any, config: Any, device: Any, text_device: Any, vram: int | None) -> Any:
+        asked.append((device.type, None if text_device is None else text_device.type, vram))
+        return SimpleNamespace(check=lambda geometry: asked.append(geometry.size))
+
+    def of_host(checkpoint: Any, config: Any, limit: Any, given: bool) -> Any:
+        asked.append((limit, given))
+        return SimpleNamespace(plan=lambda budget, geometry, loras: asked.append((geometry.size, loras)))
+
+    picture = SimpleNamespace(width=950, height=1000)
+    monkeypatch.setattr(start, "has_gpu_driver", lambda: gpu)
+    monkeypatch.setattr("wan.device.budget.MemoryBudget", memory)
+    monkeypatch.setattr("wan.device.host_budget.HostBudget", of_host)
+    monkeypatch.setattr("wan.device.host_budget.host_limit", lambda given: "free" if given == "auto" else given)
+    monkeypatch.setattr("wan.media.probe", lambda path: picture)
+    monkeypatch.setattr("wan.media.read_image", lambda path: picture)
+    given = Settings(**{"lora": ("a:0.5",), **settings})
+    config = WAN_CONFIGS["v2v-5B"].variant(frame_num=81)
+    one = job(given, config=config, size=(832, 480), world=World(), checkpoint=None)
+    start.check_budget(one)
+    device = "cuda" if gpu else "cpu"
+    assert asked == [
+        (device, None if given.t5_cpu else device, limit),
+        geometry,
+        host,
+        (geometry, {"model": 0}),  # what LoRAs themselves take is known later
+    ]
+    asked.clear()
+    start.check_budget(job(given, config=config, size=(832, 480), world=World(size=2), checkpoint=None))
+    assert asked == [], "several GPUs may share a model"
+
+
+def test_a_budget_of_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "has_gpu_driver", lambda: False)
+    with pytest.raises(UserError, match="vram"):
+        start.check_budget(job(Settings(vram=8.0), config=WAN_CONFIGS["v2v-5B"], world=World(size=2)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wan.denoiser.conditioning import TextOnly
 from wan.denoiser.sampling import Expert, NotFinite, plan_stages, sample
 from wan.denoiser.schedule import build_scheduler
-from wan.denoiser.step_cache import Caching
+from wan.denoiser.step_cache import Caching, _differs
 from wan.denoiser.timetable import forwards, share_out, step_shares, timesteps_of
 from wan.device.placement import Placement
 from wan.errors import UserError
@@ -123,6 +123,23 @@ def test_each_half_of_a_team_computes_one_of_the_two_forwards() -> None:
         solver: Any = Adds()
         made = sample(torch.zeros(1, 1, 1, 1), stages, solver, TextOnly(), CONTEXT, CPU, team=team)
         assert made.item() == 5 * 3.0 and gathered == [text] * 5 and [asked for _, asked in model.asked] == [text] * 5
+
+
+@pytest.mark.parametrize(("change", "differs"), [(0.9, False), (1.0, False), (1.1, True)])
+def test_ranks_ask_of_all_tokens_whether_to_compute_on(change: float, differs: bool) -> None:
+    """Where the first block's residual has changed by more than an eighth, in the mean of two ranks."""
+    before = torch.ones(1, 3, 4)
+    before[:, 2] = 1000  # filling
+    residual = before.clone()
+    residual[:, 0] += 0.25 * change  # of four numbers out of eight
+    residual[:, 2] = 0
+    state = SimpleNamespace(head_block_residual=None)
+    hook = SimpleNamespace(threshold=0.125, state_manager=SimpleNamespace(get_state=lambda: state))
+    model = SimpleNamespace(share=SimpleNamespace(real=2))
+    group: Any = SimpleNamespace(gather=lambda sums: [sums, torch.tensor([change, 8.0])])
+    assert _differs(hook, model, group, residual), "in the first step there is nothing to compare"
+    vars(state)["head_block_residual"] = before
+    assert _differs(hook, model, group, residual) == differs
 
 
 def test_guidance_stays_within_its_interval() -> None:
