@@ -45,8 +45,8 @@ TESTS: dict[str, str] = {
     "wan/commands/preview.py": "continuous steering outputs",
     "wan/commands/finishing.py": "upscaling options",
     "wan/chain": (
-        "seeds run_folder inventory continuation_pairs faults trust options edited_folders outputs steering clip_by_clip "
-        "resume long_video"
+        "seeds run_folder inventory continuation_pairs faults trust options edited_folders outputs steering "
+        "clip_by_clip resume long_video"
     ),
     "wan/chain/plan.py": "dry_run continuation_pairs faults continuation modes",
     "wan/chain/chain.py": "seeds continuation",

@@ -660,8 +660,8 @@ def test_a_scene_s_way_to_go_on_takes_the_place_of_the_command_s() -> None:
     assert (five.continuation, five.context_frames) == (None, 5) and five.lora_high == ("style.safetensors",)
     svi = Scene(1, {"continuation": "svi2pro"}).over(settings)
     assert svi.lora_high == settings.lora_high and svi.context_frames is None
-    own = Scene(1, {"continuation": "tail", "lora_high": ("svi.safetensors",)}).over(settings)
-    assert own.lora_high == ("svi.safetensors",), "what it says itself stays"
+    named = Scene(1, {"continuation": "tail", "lora_high": ("svi.safetensors",)}).over(settings)
+    assert named.lora_high == ("svi.safetensors",), "what it says itself stays"
 
 
 @pytest.mark.parametrize(
