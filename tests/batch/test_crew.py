@@ -24,7 +24,6 @@ from wan.batch.hand import WRITING
 from wan.errors import UserError
 from wan.options import Settings
 
-
 A, B = "a" * 56, "b" * 56  # ids of machines
 
 
