@@ -358,12 +358,13 @@ def test_an_order_that_ended_with_writing_is_asked_about_again(workers: Crew, cl
     assert cluster.calls == [("do", 0, {"id": "boat"}), ("written", 0)]
     # the next order ends while the one before is still being written: that is said first
     workers.give(0, {"id": "car"})
-    cluster.results["do 0, 2"] = {"state": WRITING}
-    assert workers.wait(1) == []
+    workers.give(1, {"id": "sea"})
+    cluster.results |= {"do 0, 2": {"state": WRITING}, "do 1": {"state": "completed"}}
+    assert facts(workers.wait(1)) == [("ended", 1, {"state": "completed"})]
     cluster.results |= {"written 0": {"state": "completed"}, "do 0, 2": {"state": WRITING}}
     assert [event.kind for event in workers.wait(1)] == ["written", "ended"]
     cluster.results["written 0, 2"] = {"state": "failed"}
-    assert facts(workers.wait(1)) == [("written", 0, {"state": "failed"})] and looked(cluster) == []
+    assert facts(workers.wait(1)) == [("written", 0, {"state": "failed"})] and looked(cluster) == [1]
 
 
 def test_another_worker_s_writing_does_not_hold_up_an_order(workers: Crew, cluster: Ray) -> None:
@@ -425,12 +426,18 @@ def test_a_worker_that_dies_takes_all_that_was_asked_of_it_along_and_nobody_else
     workers.give(0, {"id": "boat"})
     cluster.results["do 0"] = {"state": WRITING}
     workers.wait(1)
+    cluster.results["look 0"] = {"id": "boat"}
+    workers.wait(1)
+    cluster.now += 2  # so that both are looked at after their next orders
     for worker in (0, 1):
         workers.give(worker, {"id": "car"})
     cluster.results |= {"do 0, 2": RayError("it died"), "do 1": {"state": "completed"}}
-    cluster.results |= {"look 0": {"id": "boat"}}
-    lost, ended = facts(workers.wait(1))[-2:]
-    assert lost == ("lost", 0, {"reason": "RayError (it died)"}) and ended == ("ended", 1, {"state": "completed"})
+    cluster.results |= {"look 0, 2": {"id": "boat"}, "look 1": {"id": "car"}}
+    assert facts(workers.wait(1)) == [
+        ("lost", 0, {"reason": "RayError (it died)"}),
+        ("ended", 1, {"state": "completed"}),
+        ("seen", 1, {"id": "car"}),
+    ]
     cluster.results |= {"written 0": {"state": "completed"}}
     cluster.now += 9
     assert workers.wait(1) == []  # nor is there anything more of worker 0
