@@ -96,7 +96,7 @@ def working(
 
     async def run() -> None:
         group = Group()
-        monkeypatch.setattr(module.Processes, "start", group.start)
+        monkeypatch.setattr("wan.batch.hand.Processes.start", group.start)
         hand = Hand(("a", "command"), ranks, siblings, os.getcwd(), None, captioner)
         await hand.start()
         group.told.clear()
@@ -139,7 +139,7 @@ def test_processes_are_started_with_their_share_of_the_cores_where_the_command_w
 ) -> None:
     async def start(folder: Path, captioner: Any = None) -> tuple[Any, Group]:
         group = Group()
-        monkeypatch.setattr(module.Processes, "start", group.start)
+        monkeypatch.setattr("wan.batch.hand.Processes.start", group.start)
         return await Hand(("a", "command"), ranks, siblings, str(folder), threads, captioner).start(), group
 
     monkeypatch.setenv("PYTHONPATH", "mine")
@@ -157,7 +157,7 @@ def test_processes_are_started_with_their_share_of_the_cores_where_the_command_w
 def test_processes_that_cannot_start_say_why(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     async def start() -> Any:
         group = Group(starts=False)
-        monkeypatch.setattr(module.Processes, "start", group.start)
+        monkeypatch.setattr("wan.batch.hand.Processes.start", group.start)
         return await Hand(("a",), 1, 1, os.getcwd(), None).start()
 
     assert asyncio.run(start()) == {"error": "it ended within 5.0 s"}

@@ -22,7 +22,7 @@ from wan.batch import run as run_module
 from wan.batch.crew import Gone
 from wan.batch.hand import UPLOAD
 from wan.batch.places import Places
-from wan.batch.report import Report
+from wan.batch.report import Report, is_as_written, is_report, sealed
 from wan.batch.rows import BadRow, Row
 from wan.batch.run import Batch, _check_report, outline
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
@@ -430,7 +430,7 @@ class Command:
         return self.crew
 
     def __call__(self, **settings: Any) -> None:
-        given = {"videos": "*.mp4", "ckpt_dir": "m", "output_dir": "runs/{name}", "quiet": True}
+        given: dict[str, Any] = {"videos": "*.mp4", "ckpt_dir": "m", "output_dir": "runs/{name}", "quiet": True}
         run_module.make_batch(Settings(**given | settings))
 
 
@@ -753,3 +753,131 @@ def test_a_report_needs_names_that_nothing_else_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"report_dir .*file is a file; give a folder"):
         _check_report(tmp_path / "file", [])
     _check_report(tmp_path / "nowhere", [])
+
+
+# --- the report
+
+
+def chain(folder: Path, name: str, **values: Any) -> Task:
+    task = Task(Row(name, f"list, {name}", Settings(output_dir=str(folder / name), video=f"/films/{name}.mp4")))
+    for key, value in values.items():
+        setattr(task, key, value)
+    return task
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "batch.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_row_of_the_report_says_how_a_chain_is(tmp_path: Path) -> None:
+    seam = {"clip": 2, "score": 2.5, "warnings": []}
+    task = chain(tmp_path / "runs", "a", state="making", worker=3, clips=5, done=3, made=2, video_seconds=4.56789)
+    task.lost, task.failures, task.reason, task.warnings, task.attention = 4, 1, "it died", ["dark"], (seam,)
+    report = Report(tmp_path / "reports", Settings(videos="films"), [BadRow("list, line 7", "no video")])
+    report.write([task, chain(tmp_path, "b", worker=9, elsewhere=True)], {3: "here"}, status="running")
+    first, second, bad = rows_in(tmp_path / "reports")
+    assert first == {
+        "name": "a",
+        "where": "list, a",
+        "video": "a.mp4",
+        "folder": "../runs/a",
+        "state": "making",
+        "elsewhere": False,
+        "clips": 5,
+        "clips_finished": 3,
+        "clips_made_now": 2,
+        "video_seconds": 4.568,
+        "failures": 4,
+        "reason": "it died",
+        "warnings": ["dark"],
+        "attention": [seam],
+        "worker": 3,
+        "machine": "here",
+    }
+    assert (second["worker"], second["machine"], second["elsewhere"]) == (9, None, True)
+    del bad["digest"]
+    assert bad == {"where": "list, line 7", "state": "bad", "reason": "no video"}
+    Report(tmp_path, Settings(videos="films"), ()).write([chain(tmp_path, "c")], {3: "here"}, status="running")
+    assert rows_in(tmp_path)[0]["machine"] is None and rows_in(tmp_path)[0]["folder"] == "c"
+
+
+def test_the_page_adds_up_and_shows_the_worst_seams_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.batch.report.MOST_SEAMS", 3)
+    monkeypatch.setattr("wan.batch.report.MOST_PICTURES", 1)
+    now = [1000.0]
+    monkeypatch.setattr("wan.batch.report.time", SimpleNamespace(monotonic=lambda: now[0]))
+    tasks = [
+        chain(tmp_path, name, state=state, clips=5, done=3, made=2, picture=f"QUJ{name}", video_seconds=2.25)
+        for name, state in (("a", DONE), ("b", FAILED), ("c", DONE))
+    ]
+    tasks[1].reason = "it is broken"
+    for task, scores in zip(tasks, ((2.5, None), (3.5,), (1.75, 4.0)), strict=True):
+        task.attention = [{"clip": 2, "score": score, "warnings": []} for score in scores]
+    report = Report(tmp_path, Settings(videos="films"), ())
+    report.write(tasks, {}, status="running")
+    page = (tmp_path / "batch.html").read_text(encoding="utf-8")
+    assert "not known yet" in page  # no time has gone by
+    now[0] += 1800.0
+    report.write(tasks, {}, status="running")
+    page = (tmp_path / "batch.html").read_text(encoding="utf-8")
+    assert "9 of 15, 6 of them by this command" in page and "12.0 clips an hour" in page and "6.8 s" in page
+    assert "2 completed, 1 failed" in page and "2 of 3 chains, running" in page
+    assert re.findall(r"score ([\d.]+)|not measured", page) == ["4.00", "3.50", "2.50"] and "and 2 more" in page
+    assert page.count("QUJ") == 1 and "QUJa" in page and page.count('class="visible">it is broken') >= 1
+    assert 'href="a/report.html' in page and 'href="a/joined.mp4"' in page
+    assert "python generate_batch.py --videos films" in page.replace("&#39;", "'")
+    for task in tasks:
+        task.made, task.attention = 0, ()
+    report.write(tasks, {}, status="running")
+    page = (tmp_path / "batch.html").read_text(encoding="utf-8")
+    assert "not known yet" in page and "more</p>" not in page
+
+
+def test_a_report_is_renewed_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took, written = [1000.0], [0.0], list[str]()
+    monkeypatch.setattr("wan.batch.report.time", SimpleNamespace(monotonic=lambda: now[0]))
+    report = Report(tmp_path, Settings(videos="films"), ())
+    write_text = report._replace
+
+    def slowly(name: str, text: str) -> None:
+        now[0] += took[0] / 2
+        written.append(name)
+        write_text(name, text)
+
+    monkeypatch.setattr(report, "_replace", slowly)
+    for at, took[0], count in (
+        (1000.0, 0.0, 1),
+        (1004.9, 0.0, 1),
+        (1005.0, 1.0, 2),
+        (1055.9, 0.0, 2),
+        (1056.0, 0.0, 3),
+    ):
+        now[0] = at  # after a second of writing it is left alone for fifty
+        report.renew([], {})
+        assert len(written) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_one"),
+    [
+        ("batch.jsonl", "", True),  # of a batch without a row
+        ("batch.jsonl", '{"where": "x", "state": "bad"}\n', True),
+        ("batch.jsonl", '{"where": "x"}\n', False),
+        ("batch.jsonl", "\n", False),
+        ("batch.html", "script-src 'none' generate_batch.py", True),
+        ("batch.html", "script-src 'none'", False),
+        ("batch.html", "", False),
+    ],
+)
+def test_a_report_is_known_by_what_is_in_it(name: str, text: str, is_one: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert is_report(tmp_path / name) is is_one
+
+
+def test_a_report_is_sealed_by_a_digest() -> None:
+    for name, text in (("batch.html", "<p>x</p>"), ("batch.jsonl", '{"a": 1}\n{"b": 2}\n'), ("batch.jsonl", "")):
+        written = sealed(name, text)
+        assert is_as_written(name, written) and (text == "" or "digest" in written)
+        assert not text or not is_as_written(name, written.replace(text[1], "9", 1))
+        assert is_as_written(name, text) is (text == "")
+    assert json.loads(sealed("batch.jsonl", '{"a": 1}\n{"b": 2}\n').splitlines()[1])["b"] == 2

@@ -52,7 +52,7 @@ PAGE, DATA = "batch.html", "batch.jsonl"
 KEYS: Mapping[str, Option] = by_row_key()
 _ALSO = {"seed": "base_seed"}
 _YAML = "tag:yaml.org,2002:"
-_WHOLE, _REAL = re.compile(r"-?(0|[1-9]\d{0,18})"), re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
+_WHOLE, _REAL = re.compile(r"-?(0|[1-9]\d{0,18})"), re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?")
 
 
 @dataclass(frozen=True)
