@@ -109,8 +109,10 @@ TESTS: dict[str, str] = {
     "wan/device/watch.py": "watch",
     "wan/device/peers.py": "watch",
     "wan/device/ranks.py": "sequence several",
-    "wan/batch": "rows crew schedule behind locks upload captioners run workers cluster",
-    "wan/server": "guard processes limits videos chains page_charts",
+    "wan/batch": "rows crew schedule hand describer run behind locks upload captioners architecture workers cluster",
+    "wan/server": (
+        "bodies folders live supervisor guard worker app page_charts architecture processes limits videos chains"
+    ),
 }
 PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))
 _LONGEST = 300.0  # seconds of a file of tests without a fault

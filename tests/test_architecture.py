@@ -278,3 +278,18 @@ def test_a_name_says_what_it_stands_for() -> None:
         if (names := names_bound_in(ast.parse(file.read_text(encoding="utf-8")))) & NO_NAMES
     }
     assert wrong == {}
+
+
+# Classes that change as they are used. All other dataclasses are values.
+STATES = {"_Member", "_Work", "Task", "Chart", "Peer", "Watch", "Body", "Live", "Upscaler"}
+
+
+def test_a_value_does_not_change() -> None:
+    classes = [
+        node
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    words = {node.name: " ".join(map(ast.unparse, node.decorator_list)) for node in classes}
+    assert {name for name, kind in words.items() if "dataclass" in kind and "frozen=True" not in kind} == STATES

@@ -282,7 +282,7 @@ def test_before_it_has_processes_there_is_nobody_to_stop_or_to_end(clock: Clock)
     asyncio.run(hand.end())
 
 
-def found(missing: int) -> dict[str, Any]:
+def estimate(missing: int) -> dict[str, Any]:
     return {"clips": 2, "missing": missing}
 
 
@@ -292,9 +292,9 @@ def found(missing: int) -> dict[str, Any]:
         ({"state": DONE}, False, "upload", True),
         ({"state": FAILED}, False, None, True),
         ({"state": "cancelled"}, False, None, True),
-        ({"state": CHECKED, "found": found(0)}, True, "look", True),
-        ({"state": CHECKED, "found": found(1)}, True, "look", True),
-        ({"state": CHECKED, "found": found(2)}, True, "look", False),  # none of its clips is there
+        ({"state": CHECKED, "found": estimate(0)}, True, "look", True),
+        ({"state": CHECKED, "found": estimate(1)}, True, "look", True),
+        ({"state": CHECKED, "found": estimate(2)}, True, "look", False),  # none of its clips is there
         ({"state": FAILED}, True, None, False),
     ],
 )
