@@ -16,7 +16,7 @@ from PIL import Image
 
 import wan
 from tests.support.site import PICTURE, VIDEO, Answer, Site
-from wan.server import app, chain_routes, chains, videos
+from wan.server import app, chain_routes, chains, page_routes, videos
 from wan.server.errors import ApiError
 from wan.server.supervisor import WORKER
 from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED
@@ -911,3 +911,133 @@ def test_the_app_says_its_version_and_loads_nothing_of_others(site: Site) -> Non
 def test_its_folders_are_for_nobody_else(site: Site) -> None:
     assert (site.folder / "jobs").stat().st_mode & 0o777 == 0o700
     assert site.chains.folder(site.new()).path.stat().st_mode & 0o777 == 0o700
+
+
+# --- pages
+
+
+def test_the_page_shows_chains_runs_and_settings(site: Site) -> None:
+    name = site.new(num_videos=2, prompt="A <b>boat</b>.")
+    site.new(start=False, prompt="Not yet.")
+    for run, files in (
+        ("by hand", ("report.html", "run.json")),
+        (".hidden", ("report.html", "run.json")),
+        ("half", ("run.json",)),
+    ):
+        (site.folder / run).mkdir()
+        for file in files:
+            (site.folder / run / file).write_text("{}", encoding="utf-8")
+    page = site.ask("/")
+    text = page.data.decode()
+    assert page.headers["content-type"].startswith("text/html") and f'href="/chains/{name}"' in text
+    assert "A &lt;b&gt;boat&lt;/b&gt;." in text and "Not yet." not in text and "0 of 2 clips" in text
+    assert re.findall(r'href="/old/([^"]*)"', text) == ["by%20hand"] and site.ask("/parts/queue").status == 200
+    assert 'id="s_sample_steps"' in text and 'id="s_take"' not in text and 'id="s_prompt"' not in text
+    assert site.ask(f"/chains/{name}").status == 200 and site.ask("/chains/x").status == 404
+    page = site.ask("/static/app.js")
+    assert (page.status, page.headers["content-type"].partition(";")[0]) == (200, "text/javascript")
+    assert site.ask("/static/app.css").headers["content-type"].startswith("text/css")
+    assert site.ask("/static/app.py").error == (404, "there is no such file", None)
+
+
+def test_a_run_of_the_commands_is_looked_at(site: Site) -> None:
+    run = site.folder / "by hand"
+    run.mkdir()
+    clips = [
+        {"number": number, "file": f"video_{number}.mp4", "prompt": f"p{number}", "seam": None} for number in (1, 2)
+    ]
+    (run / "report.json").write_text(json.dumps({"clips": clips}), encoding="utf-8")
+    for file in ("report.html", "run.json", "video_2.mp4"):
+        (run / file).write_text(file, encoding="utf-8")
+    page = site.ask("/old/by hand").data.decode()
+    assert "<h1>by hand</h1>" in page and "p1" in page and "/old/by%20hand/content?clip=2" in page
+    report = site.ask("/old/by hand/report")
+    assert report.data == b"report.html" and report.headers["content-type"] == "text/html; charset=utf-8"
+    assert site.ask("/old/by hand/content").error == (404, "there is no such clip", None)
+    assert site.ask("/old/by hand/content?clip=1").status == 404
+    assert site.ask("/old/by hand/content?clip=2").data == b"video_2.mp4"
+    (run / "joined.mp4").write_bytes(b"the whole")
+    whole = site.ask("/old/by hand/content")
+    assert (whole.data, whole.headers["content-type"]) == (b"the whole", "video/mp4")
+    for path in ("/old/x", "/old/x/report", "/old/x/content", "/old/jobs"):
+        assert site.ask(path).status == 404
+
+
+def test_a_part_of_a_page_is_made_again_when_it_is_another(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, get_template = list[str](), page_routes._templates().get_template
+
+    def counted(template: str, *more: Any) -> Any:
+        made.extend([] if more else [template])  # not those that it includes
+        return get_template(template, *more)
+
+    monkeypatch.setattr(page_routes._templates(), "get_template", counted)
+    monkeypatch.setattr(page_routes, "_PARTS", 2)
+    names = [site.new() for _ in range(3)]
+
+    def part(name: str) -> int:
+        made.clear()
+        assert f"/v1/chains/{name}" in site.ask(f"/parts/chains/{name}").data.decode()
+        return len(made)
+
+    assert (part(names[0]), part(names[0])) == (1, 0)
+    site.finish(names[0])
+    assert (part(names[0]), part(names[0])) == (1, 0)
+    live = making(site, names[0])
+    assert (part(names[0]), part(names[0])) == (1, 0)
+    for event, values in (("warning", {"message": "m"}), ("clip_started", {"clip": 2})):
+        live.hear(event, values)
+        assert (part(names[0]), part(names[0])) == (1, 0)
+    assert [part(name) for name in (names[1], names[0], names[2])] == [1, 0, 1]
+    assert [part(name) for name in (names[1], names[2], names[0])] == [0, 0, 1]  # two are kept
+
+
+def test_a_browser_enters_with_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "a-key-of-some-length"
+    site = Site(tmp_path, monkeypatch, key=key)
+    page = site.ask("/login")
+    assert page.status == 200 and b"That is not the key." not in page.data
+    for wrong in ({"key": "x"}, {}):
+        answer = site.post("/login", wrong)
+        assert answer.status == 401 and b"That is not the key." in answer.data and "set-cookie" not in answer.headers
+    answer = site.post("/login", {"key": key})
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert (
+        "HttpOnly" in cookie and "SameSite=strict" in cookie and "Max-Age=2592000" in cookie and "Secure" not in cookie
+    )
+    assert site.ask("/", cookie=cookie.partition(";")[0]).status == 200 and site.ask("/").status == 303
+    token = re.search(r"[0-9a-f]{64}", site.ask("/", cookie=cookie.partition(";")[0]).data.decode())
+    assert token is not None
+    allowed: Any = {"cookie": cookie.partition(";")[0], "x_wan_token": token[0]}
+    assert site.ask("/v1/chains", "POST", {"prompt": "x"}, **allowed).status == 201
+    without = Site(tmp_path / "b", monkeypatch)
+    assert without.ask("/login").headers["location"] == "/" and without.post("/login", {"key": key}).status == 401
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (0.04, "0.0 s"), (119.9, "119.9 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h")],
+)
+def test_a_length_of_time_is_told_in_words(seconds: float | None, text: str) -> None:
+    assert page_routes.span(seconds) == text
+
+
+def test_each_setting_has_a_field_that_fits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, monkeypatch, sample_steps=7)
+    groups = page_routes.fields(site.chains)
+    rows = {row["name"]: row for group in groups for row in group["rows"]}
+    assert all(group["rows"] for group in groups) and len({group["name"] for group in groups}) == len(groups) > 2
+    assert {"prompt", "num_videos", "take", "prompt_for"} & rows.keys() == set()
+    kinds = {
+        name: (rows[name]["kind"], rows[name]["default"]) for name in ("size", "sample_steps", "include_source", "from")
+    }
+    assert kinds == {
+        "size": ("select", "the task's first size"),
+        "sample_steps": ("text", "7"),
+        "include_source": ("switch", "off"),
+        "from": ("text", "its end"),
+    }
+    assert rows["size"]["choices"] == ["1280x704", "704x1280"] and rows["sample_steps"]["choices"] == []
+    assert rows["guidance_interval"]["metavar"] == "LOW HIGH" and rows["sample_steps"]["label"] == "sample steps"
+    assert rows["sample_solver"]["kind"] == "select" and "unipc" in rows["sample_solver"]["choices"]
+    assert rows["custom_prompt"]["kind"] == "text" and not any("`" in row["help"] for row in rows.values())

@@ -389,7 +389,7 @@ class Counted:
             await self.guard({"type": kind, "method": method, "path": path, "headers": []}, receive, send)
 
         asyncio.run(ask())
-        headers = next((one["headers"] for one in self.sent[::-1] if "headers" in one), [])
+        headers: list[Any] = next((one["headers"] for one in self.sent[::-1] if "headers" in one), [])
         return {name.decode(): value.decode() for name, value in headers}
 
     def count(self, name: str, **labels: str) -> float | None:
