@@ -20,7 +20,7 @@ from tqdm.utils import disp_len
 
 from wan.batch import run as run_module
 from wan.batch.crew import Gone
-from wan.batch.hand import UPLOAD
+from wan.batch.hand import UPLOAD, WRITING
 from wan.batch.places import Places
 from wan.batch.report import Report, is_as_written, is_report, sealed
 from wan.batch.rows import BadRow, Row
@@ -881,3 +881,39 @@ def test_a_report_is_sealed_by_a_digest() -> None:
         assert not text or not is_as_written(name, written.replace(text[1], "9", 1))
         assert is_as_written(name, text) is (text == "")
     assert json.loads(sealed("batch.jsonl", '{"a": 1}\n{"b": 2}\n').splitlines()[1])["b"] == 2
+
+
+# --- a batch that is left
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_what_workers_say_while_a_batch_is_left_is_kept(
+    made: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    crew, tasks = Crew(lambda name, count: {"state": "cancelled", **MADE}, size=3), tasks_of("a", "b", "c", "d")
+    report = Report(tmp_path, Settings(videos="list"), ())
+    batch = Batch(Settings(quiet=True), crew, tasks, report)  # type: ignore[arg-type]
+    schedule = batch._schedule = Schedule(tasks, 3)
+    batch.made = tasks if made else ()
+    for worker in range(3):
+        batch._hear(schedule, "ready", worker, {"node": "here"})
+    batch._give(schedule, check=False)
+    waits = list[float]()
+
+    def stop(seconds: float) -> list[Event]:
+        waits.append(seconds)
+        return [
+            Event("seen", 0, {}),
+            Event("ended", 7, {"state": DONE, **MADE}),  # of nobody
+            Event("written", 0, {"state": DONE, **MADE}),  # of nothing
+            Event("ended", 0, {"state": WRITING, **NOTHING}),
+            Event("written", 0, {"state": DONE, **MADE}),
+            Event("ended", 1, {"state": WRITING, **NOTHING}),  # for which the time is too short
+        ]
+
+    crew.stop = stop  # type: ignore[method-assign]
+    batch.leave()
+    assert [(task.state, task.worker) for task in tasks] == [(DONE, None)] + [(WAITING, None)] * 3 and waits == [20.0]
+    assert "1 of 4 chains are finished; the same command goes on with the others" in caplog.text
+    assert (tmp_path / "batch.jsonl").exists() is made
+    assert not made or ">stopped</span>" in (tmp_path / "batch.html").read_text(encoding="utf-8")

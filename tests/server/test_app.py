@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import wan
+from tests.support.served import form
 from tests.support.site import PICTURE, VIDEO, Answer, Site
 from wan.server import app, chain_routes, chains, page_routes, videos
 from wan.server.errors import ApiError
@@ -596,8 +597,8 @@ def test_an_id_may_be_written_in_any_way(site: Site) -> None:
         {"video": json.dumps({"id": first})},
         {"video[id]": first},
     ):
-        form = ("nothing", "", b"")
-        answers = [site.post("/v1/videos/extensions", {"prompt": "x", **body}, *([form] if "[" in str(body) else []))]
+        empty = ("nothing", "", b"")
+        answers = [site.post("/v1/videos/extensions", {"prompt": "x", **body}, *([empty] if "[" in str(body) else []))]
         assert [one.status for one in answers] == [200], answers
     both = site.post("/v1/videos/extensions", {"prompt": "x", "video": first}, FOOTAGE)
     assert both.error == (400, 'video must be a file, or {"id": …}', "video")
@@ -1041,3 +1042,52 @@ def test_each_setting_has_a_field_that_fits_it(tmp_path: Path, monkeypatch: pyte
     assert rows["guidance_interval"]["metavar"] == "LOW HIGH" and rows["sample_steps"]["label"] == "sample steps"
     assert rows["sample_solver"]["kind"] == "select" and "unipc" in rows["sample_solver"]["choices"]
     assert rows["custom_prompt"]["kind"] == "text" and not any("`" in row["help"] for row in rows.values())
+
+
+# --- bodies
+
+
+def test_a_form_is_read_part_by_part(site: Site) -> None:
+    kind: Any = {"content_type": "Multipart/Form-Data; boundary=edge-of-a-part"}
+    body, _ = form({"prompt": "x", "sample_steps": "4"})
+    answer = site.ask("/v1/chains", "POST", body, **kind)
+    assert answer.status == 201 and answer.json["settings"]["sample_steps"] == 4
+    for body in (b"no form", b"--edge-of-a-part\r\nno header\r\n"):
+        status, message, _ = site.ask("/v1/chains", "POST", body, **kind).error
+        assert status == 400 and message.startswith("the form cannot be read: ")
+    too_many: list[tuple[dict[str, Any], list[Any]]] = [
+        ({f"a{number}": "x" for number in range(1001)}, []),
+        ({}, [("pictures", f"{number}.png", PICTURE) for number in range(61)]),
+        ({"prompt": "x" * ((1 << 20) + 1)}, []),
+    ]
+    for fields, files in too_many:
+        status, message, _ = site.ask("/v1/chains", "POST", form(fields, files)[0], **kind).error
+        assert status == 400 and message.startswith("the form cannot be read: "), message
+    assert site.ask("/v1/chains", "POST", form({"prompt": "x" * (1 << 20)})[0], **kind).error[2] == "prompt"
+    assert list((site.folder / "jobs").iterdir()) == [site.chains.folder(answer.json["id"]).path]
+
+
+def test_a_request_without_a_body_asks_for_nothing(site: Site) -> None:
+    name = site.new()
+    site.finish(name)
+    for body in (None, b"", b"  \n"):
+        assert site.ask(f"/v1/chains/{name}/clips/1/redo", "POST", body).status == 200
+    assert site.ask("/v1/chains", "POST", None).error[1] == "a video from text alone needs a prompt"
+
+
+def test_the_model_may_have_any_of_its_names(site: Site) -> None:
+    for model, told in (("v2v-5B", "v2v-5B"), ("", "wan2.2-ti2v-5b"), (None, "wan2.2-ti2v-5b")):
+        assert site.ticket(site.new(model=model)).model == told
+    assert site.post("/v1/chains", {"prompt": "x", "model": 5}).error == (400, "model must be text", "model")
+
+
+def test_the_length_of_a_chain_is_the_longest_that_is_asked_for(site: Site) -> None:
+    for fields, count in (
+        ({}, 1),
+        ({"num_videos": 3}, 3),
+        ({"clips": [{}, {}]}, 2),
+        ({"num_videos": 1, "clips": [{}, {}]}, 1),
+        ({"seconds": 7, "num_videos": 9}, 3),  # 81 frames of a still, then 80 a clip
+        ({"seconds": 0.1, "clips": [{}, {}]}, 2),
+    ):
+        assert site.ticket(site.new(**fields)).count == count, fields
