@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wan.batch import describer
-from wan.batch.describer import LEAVE_SECONDS, Describer
+from wan.batch.describer import Describer
 
 
 @pytest.fixture
@@ -71,4 +71,4 @@ def test_a_captioner_stays_until_another_one_is_asked_for(
 
 def test_a_failure_ends_the_process_when_its_answer_is_out(told: list[Any]) -> None:
     assert Describer(1).answer({"what": "break"}) == {"failed": "CUDA is broken"}
-    assert told == [("threads", 1), ("leave", LEAVE_SECONDS, os._exit, (1,))]
+    assert told == [("threads", 1), ("leave", 1.0, os._exit, (1,))]

@@ -246,7 +246,7 @@ def test_so_many_chains_wait_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_chain_that_waits_is_changed_and_keeps_its_place(site: Site) -> None:
     name = site.new(num_videos=2, clips=[{}, {"prompt": "b", "seed": 3}])
-    waits_since = site.ticket(name).queued_at
+    waits_since, seed = site.ticket(name).queued_at, site.ticket(name).settings["base_seed"]
     body = {
         "num_videos": 4,
         "settings": {"prompt": "new", "sample_steps": 4},
@@ -256,6 +256,7 @@ def test_a_chain_that_waits_is_changed_and_keeps_its_place(site: Site) -> None:
     assert answer.status == 200 and (answer.json["status"], answer.json["clips_asked"]) == ("queued", 4)
     ticket = site.ticket(name)
     assert (ticket.prompt, ticket.settings["sample_steps"], ticket.queued_at) == ("new", 4, waits_since)
+    assert ticket.settings["base_seed"] == seed
     assert scenes(site, name)[1:] == [{"prompt": "b", "steps": 9}, {}, {"prompt": "d"}]
     assert site.post(f"/v1/chains/{name}", {"settings": {"num_videos": 3}}, method="PATCH").json["clips_asked"] == 3
     assert len(scenes(site, name)) == 3 and not stops(site, name)

@@ -19,7 +19,7 @@ from tests.support.served import SHAPES
 from wan import media
 from wan.errors import UserError
 from wan.server import decode as module
-from wan.server.decode import MEMORY, SECONDS, decode, main
+from wan.server.decode import decode, main
 from wan.server.errors import ApiError
 
 
@@ -153,7 +153,7 @@ def test_its_process_may_use_so_much(hard: int, limit: int | None, monkeypatch: 
 
     monkeypatch.setattr(psutil, "Process", Process)
     module._limit()
-    wanted = {psutil.RLIMIT_CPU: int(SECONDS), psutil.RLIMIT_AS: MEMORY, psutil.RLIMIT_CORE: 0}
+    wanted = {psutil.RLIMIT_CPU: 120, psutil.RLIMIT_AS: 8 << 30, psutil.RLIMIT_CORE: 0}
     each = {what: min(one, limit) if limit is not None else one for what, one in wanted.items()}
     assert used == {"nice": 19} | {what: (one, one) for what, one in each.items()}
 

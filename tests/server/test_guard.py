@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -412,6 +413,7 @@ def test_answers_are_counted_by_their_kind() -> None:
     with pytest.raises(KeyError):
         counted("POST")
     assert counted.count("wan_requests_total", method="POST", status="5xx") == 1
+    assert counted.count("wan_request_seconds_count", method="POST") == 1
 
 
 def test_how_long_somebody_listens_is_no_time_to_an_answer() -> None:
@@ -526,3 +528,28 @@ def test_a_clip_says_what_it_may_and_nothing_else() -> None:
             read_clip(clip, pictures, 7)
         assert str(wrong.value).startswith(message)
         assert wrong.value.param == ("seed" if "seed" in clip else "clips")
+
+
+def test_an_upload_has_an_hour_and_a_minute_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = [500.0], list[float]()
+    loop = SimpleNamespace(time=lambda: now[0])
+
+    async def wait_for(coming: Any, seconds: float) -> Any:
+        waits.append(seconds)
+        now[0] += 1795.0
+        return await coming
+
+    standing_in = SimpleNamespace(get_running_loop=lambda: loop, wait_for=wait_for)
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+    monkeypatch.setattr("wan.server.guard.asyncio", standing_in)
+    assert asyncio.run(send_slowly(guard, [(0.0, b"x")] * 3)) == 200
+    assert waits == [60.0, 60.0, 10.0]
+
+
+def test_a_hundred_uploads_are_taken_at_once() -> None:
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+
+    async def ask() -> list[int]:
+        return await asyncio.gather(*(send_slowly(guard, [(0.02, b"x")]) for _ in range(101)))
+
+    assert sorted(asyncio.run(ask()))[-2:] == [200, 429]

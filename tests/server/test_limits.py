@@ -35,7 +35,7 @@ from wan.server.decode import decode
 from wan.server.errors import ApiError
 from wan.server.folders import ChainFolder
 from wan.server.intake import Intake
-from wan.server.jobs import Jobs
+from wan.server.jobs import MOST_PICTURES, Jobs
 from wan.server.live import Live
 from wan.server.main import serve
 from wan.server.metrics import Metrics
@@ -552,3 +552,26 @@ def test_a_question_that_was_left_leaves_its_answer_to_nobody() -> None:
     assert questions.ask({"what": "a"}) == {"text": "1"} and questions.ask({"what": "b"}) == {"text": "2"}
     assert sent == [("ask", {"number": 1, "asked": {"what": "a"}}), ("ask", {"number": 2, "asked": {"what": "b"}})]
     assert len(looks) == 3
+
+
+def test_a_folder_whose_files_stay_costs_nobody_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(tmp_path / "deep/jobs")
+
+    def stay(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "it is in use")
+
+    async def fill(fails: bool) -> None:
+        async with jobs.new() as folder:
+            if fails:
+                raise UserError("the client has gone")
+            jobs.keep(folder, known)
+
+    known, gone = new_id(), new_id()
+    asyncio.run(fill(False))
+    (jobs.path / gone).mkdir()
+    monkeypatch.setattr("os.rmdir", stay)
+    with pytest.raises(UserError, match="the client has gone"):
+        asyncio.run(fill(True))
+    jobs.remove_all_but([known])
+    jobs.remove(known)
+    assert known not in jobs and MOST_PICTURES == 50

@@ -236,3 +236,14 @@ def test_a_process_may_end_by_itself_when_its_stdin_does() -> None:
 def test_a_command_that_is_none_is_an_error() -> None:
     with pytest.raises(OSError):
         asyncio.run(Processes.start(("/nowhere/program",), 2))
+
+
+def test_of_a_log_the_last_lines_are_kept() -> None:
+    async def work(processes: Processes) -> None:
+        await processes.hear()
+        processes.say({"exit": 3, "rank": "0", "say": [str(number) for number in range(40)] + ["x" * 400]})
+        assert await processes.hear() is None
+        assert await processes.why(5) == f"the process that makes videos ended with 3: {'x' * 300}"
+        assert list(processes.tail) == [*map(str, range(11, 40)), "x" * 400] and processes.last_word == 60.0
+
+    talk(work, keeps_tail=True)

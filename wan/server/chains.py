@@ -206,8 +206,6 @@ class Chains:
         for name in known:
             if name not in self._folders:
                 self.queue.remove(name)
-            elif self.queue[name].state in (QUEUED, MAKING) and not self.queue[name].again:
-                continue
             elif self.queue[name].again:
                 self.folder(name).forget_stop()
                 self.queue.change(name, again=False)
