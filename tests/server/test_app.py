@@ -1068,6 +1068,30 @@ def test_a_form_is_read_part_by_part(site: Site) -> None:
     assert list((site.folder / "jobs").iterdir()) == [site.chains.folder(answer.json["id"]).path]
 
 
+def test_a_client_that_leaves_in_the_middle_gets_no_answer_that_is_one(site: Site) -> None:
+    sent = list[Any]()
+    coming = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def ask() -> None:
+        async def receive() -> Any:
+            return coming.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chains", "query_string": b"", "headers": []}
+        await site.app({**scope, "root_path": ""}, receive, send)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 499 and list((site.folder / "jobs").iterdir()) == []
+
+
+def test_a_seed_that_is_chosen_stays(site: Site) -> None:
+    assert site.ticket(site.new(base_seed=7)).settings["base_seed"] == 7
+    assert site.ticket(site.new(base_seed=0)).settings["base_seed"] == 0
+    assert site.ticket(site.new(base_seed=-1)).settings["base_seed"] >= 0
+
+
 def test_a_request_without_a_body_asks_for_nothing(site: Site) -> None:
     name = site.new()
     site.finish(name)

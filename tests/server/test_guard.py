@@ -553,3 +553,29 @@ def test_a_hundred_uploads_are_taken_at_once() -> None:
         return await asyncio.gather(*(send_slowly(guard, [(0.02, b"x")]) for _ in range(101)))
 
     assert sorted(asyncio.run(ask()))[-2:] == [200, 429]
+
+
+def test_what_comes_after_a_request_may_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.guard._SILENT_SECONDS", 0.01)
+    heard = list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        heard.extend([await receive(), await receive()])
+        await inner(scope, receive, send)
+
+    coming = [{"type": "http.request", "body": b"x"}, {"type": "http.disconnect"}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        await asyncio.sleep(0 if len(coming) == 3 else 0.05)
+        return coming.pop(0)
+
+    async def send(message: Any) -> None:
+        heard.append(message)
+
+    guard = Guard(app, keys=Keys(None, b"s"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+
+    async def ask() -> None:
+        await guard({"type": "http", "method": "POST", "path": "/x", "headers": []}, receive, send)
+
+    asyncio.run(ask())
+    assert [one["type"] for one in heard[:2]] == ["http.request", "http.disconnect"] and heard[2]["status"] == 200

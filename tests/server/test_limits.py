@@ -575,3 +575,16 @@ def test_a_folder_whose_files_stay_costs_nobody_an_answer(tmp_path: Path, monkey
     jobs.remove_all_but([known])
     jobs.remove(known)
     assert known not in jobs and MOST_PICTURES == 50
+
+
+def test_a_question_waits_for_its_answer_as_long_as_the_chain_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.questions.LOOK_SECONDS", 0.001)
+    looks = list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 5:
+            questions.hear({"number": 1, "answer": {"text": "late"}})
+
+    questions = Questions(lambda event, **more: None, look)
+    assert questions.ask({"what": "a"}) == {"text": "late"} and len(looks) == 5
