@@ -45,15 +45,15 @@ class Meeting:
     """What the first process tells the others over the launcher's store: its port, and a key."""
 
     def __init__(self) -> None:
-        self.there, self.value = threading.Event(), (0, "")
+        self.told, self.value = threading.Event(), (0, "")
 
     def first(self, tell: Callable[[], tuple[int, str]]) -> tuple[int, str]:
         self.value = tell()
-        self.there.set()
+        self.told.set()
         return self.value
 
     def other(self, tell: Callable[[], tuple[int, str]]) -> tuple[int, str]:
-        assert tell() == (0, "") and self.there.wait(10)
+        assert tell() == (0, "") and self.told.wait(10)
         return self.value
 
 
