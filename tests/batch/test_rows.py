@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from wan.batch.rows import KEYS, Row, _plain, read_rows, report_folder
 from wan.chain.storyboard_file import compose
 from wan.commands.flags import parse
 from wan.errors import UserError
+from wan.kinds import Unfit, read_plain
 from wan.options import NOT_BATCHED, OPTIONS, Settings, options_of
+from wan.server.orders import CLIENT, CLIP
 
 
 @pytest.fixture(autouse=True)
@@ -333,3 +336,21 @@ def test_paths_are_whole_and_those_of_a_list_are_of_its_folder(folder: Path, mon
     assert (of.video, of.ckpt_dir, of.vlm_path) == (str(folder / "home/a.mp4"), "o/m", "o")
     assert of.lora == (f"{folder / 'x.safetensors'}:1.0",) and of.vae == str(folder / "o")  # of the command
     assert (of.output_dir, Path(of.output_dir).is_absolute()) == (str(folder / "runs/a"), True)
+
+
+ODD: list[Any] = [
+    *([], [[]], [1], [["a", "b"]], ["a", 1], [None], [{}], True, 1, 1.5, "x", "1 2 3", "1=", [[1, 2, 3]], [[{}, 1]]),
+    *("nan", 10**400, [10**400] * 2, -(10**400), {}, {"a": 1}, [["1", 2]], "é\udc80", "\0", math.inf, [math.nan] * 2),
+]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: repr(value)[:20])
+def test_no_value_of_a_row_or_a_request_is_more_than_a_line(value: Any) -> None:
+    for key, option in (*KEYS.items(), *CLIENT.items(), *CLIP.items()):
+        try:
+            read_plain(option.kind, value)
+        except (Unfit, UserError) as error:
+            assert str(error) and "\n" not in str(error), key
+    size = wrong("l.jsonl", json.dumps({"video": "a.mp4", "size": value}))
+    assert size and size[0].startswith("l.jsonl, line 1: ")
+    assert wrong("l.jsonl", '{"video": "a.mp4", "lora": [5]}') == ["l.jsonl, line 1: `lora` must be texts"]

@@ -155,8 +155,6 @@ def _row(entry: _Said, common: Settings, folder: Path) -> Row:
             values[one.name] = read_plain(one.kind, value)
         except (Unfit, UserError) as error:
             raise UserError(f"`{one.name}` {error}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"`{one.name}` cannot be {str(value)[:60]!r}") from error
     if not values.get("video"):
         raise UserError("there is no `video`")
     settings = _placed(dataclasses.replace(common, **values), folder, values)
