@@ -79,6 +79,7 @@ class Crew:
         )
 
     def wait(self, seconds: float) -> list[Event]:
+        assert seconds <= 0.5  # so that a table is drawn twice a second
         events, self.events = self.events, []
         return events
 
