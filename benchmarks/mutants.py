@@ -109,15 +109,17 @@ TESTS: dict[str, str] = {
     "wan/weights": "checkpoint loading vocabulary parts faults quantized lora readers",
     "wan/weights/loading.py": "loading shared host_budget checkpoint vocabulary parts faults quantized lora readers",
     "wan/weights/quantized.py": "quantized fp8 vocabulary checkpoint lora parts",
-    "wan/device": "hardware host memory faults host_budget owners shared",
+    "wan/device": "hardware host peers memory faults host_budget owners shared",
     "wan/device/parallel.py": "sequence several",
     "wan/device/sharding.py": "sharding",
     "wan/device/shared.py": "shared",
     "wan/device/watch.py": "watch",
-    "wan/device/peers.py": "watch",
+    "wan/device/peers.py": "peers watch",
     "wan/device/ranks.py": "sequence several",
-    "wan/batch": "rows crew schedule behind locks upload captioners run workers cluster",
-    "wan/server": "guard processes limits videos chains page_charts",
+    "wan/batch": "rows crew schedule hand describer run behind locks upload captioners architecture workers cluster",
+    "wan/server": (
+        "bodies folders live supervisor guard worker app page_charts architecture processes limits videos chains"
+    ),
 }
 EVERYWHERE = ["architecture"]  # for every file, and last
 PACKAGES = tuple(name for name in TESTS if not name.endswith(".py"))

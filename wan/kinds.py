@@ -524,7 +524,7 @@ class Files(Encoded):
 
 def read_plain(kind: Kind, value: Any) -> Any:
     """What a value means as JSON, a form or a cell of a table writes it. Raises Unfit."""
-    is_text = type(kind) is Kind or (isinstance(kind, Words | Local) and not isinstance(kind, Files))
+    is_text = type(kind) is Kind or (isinstance(kind, Words | Local | Size) and not isinstance(kind, Files))
     if isinstance(value, str):
         if isinstance(kind, Size):
             value = value.replace("x", "*")
@@ -542,11 +542,16 @@ def read_plain(kind: Kind, value: Any) -> Any:
             value = kind.read(value)
     elif isinstance(value, dict) or is_text:
         raise Unfit("must be text" if is_text else "must be a plain value")
+    elif isinstance(kind, Files) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise Unfit("must be texts")
     elif isinstance(value, list):
         value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
     elif isinstance(kind, Guidance) and _is_number(value):
         value = (value, value)
-    kind.check(value)
+    try:
+        kind.check(value)
+    except OverflowError as error:  # a whole number of JSON that no float holds
+        raise Unfit(f"cannot be as large as {str(value)[:40]}…") from error
     return value
 
 

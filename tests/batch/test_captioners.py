@@ -93,6 +93,8 @@ def test_workers_get_the_gpus_that_captioners_leave(caplog: pytest.LogCaptureFix
 
     assert places() == Places(14, 8, uses_gpus=True, captioners=[])
     assert places(gpus_per_job=4, captioners=2) == Places(3, 2, uses_gpus=True, captioners=["b", "b"])
+    assert places({"a": 2}, captioners=1) == Places(1, 1, uses_gpus=True, captioners=["a"])
+    assert places({"a": 2, "b": 2}, gpus_per_job=2, captioners=1).captioners == ["a"]  # the other makes a group
     assert places(workers=3) == Places(3, 3, uses_gpus=True, captioners=[])
     assert places(workers=20, address="head:6379").size == 20 and "until the cluster has grown" in caplog.text
     assert places({"a": 0, "b": 0}, workers=3, captioners=1) == Places(3, 2, uses_gpus=False, captioners=[""])

@@ -1,57 +1,139 @@
-"""A cluster that goes while a batch waits for it, with a Ray that is made up."""
+"""The workers of a batch and the cluster that they are on, with a Ray that is made up."""
 
 from __future__ import annotations
 
-import math
+import asyncio
+import logging
+import os
+import signal
 import socket
+import sys
+import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.client import ray as client
 
 from wan.batch import crew
-from wan.batch.crew import Gone
+from wan.batch.crew import Crew, Event, Gone
 from wan.batch.hand import WRITING
+from wan.errors import UserError
+from wan.options import Settings
+
+A, B = "a" * 56, "b" * 56  # ids of machines
 
 
-class Cluster:
-    """A head that answers or not, this machine in the cluster or not, and a clock."""
+class Actor:
+    """Stands for an actor: each call is kept and gives a future, which is the call's name with the actor's number."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.answers, self.alive, self.asked = 100.0, True, True, list[tuple[str, float]]()
-        nodes = [{"NodeID": "other", "Alive": True}, {"NodeID": "here", "Alive": True}]
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(crew, "_reach", self.reach)
-        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
-        monkeypatch.setattr(ray, "nodes", lambda: [nodes[0], nodes[1] | {"Alive": self.alive}])
+    def __init__(self, number: int, calls: list[Any]) -> None:
+        self.number, self.calls, self.futures = number, calls, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*words: Any) -> str:
+            self.calls.append((name, self.number, *words))
+            self.futures.append(f"{name} {self.number}")
+            count = self.futures.count(self.futures[-1])
+            return self.futures[-1] + (f", {count}" if count > 1 else "")
+
+        return SimpleNamespace(remote=remote)
+
+
+class Ray:
+    """Stands for the module: a cluster, a clock, what was asked, and the `results` that are there for a future."""
+
+    def __init__(self) -> None:
+        self.now, self.answers = 100.0, True
+        self.error: Exception | None = None  # of `init`
+        self.calls, self.results, self.started = list[Any](), dict[str, Any](), list[Any]()
+        self.reached, self.waits, self.slept = list[tuple[str, float]](), list[Any](), list[float]()
+        self.cluster = [self.node("other", 0), self.node("here", 0)]
+        self.failing: Exception | None = None  # of `wait`
+
+    @staticmethod
+    def node(name: str, gpus: float, alive: bool = True) -> dict[str, Any]:
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": 4.0} | ({"GPU": gpus} if gpus else {})}
 
     def reach(self, address: str, seconds: float) -> None:
-        self.asked.append((address, seconds))
+        self.reached.append((address, seconds))
         if not self.answers:
             raise ConnectionRefusedError("nobody listens")
 
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    def init(self, **words: Any) -> Any:
+        self.calls.append(("init", words))
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+    def nodes(self) -> list[Any]:
+        return self.cluster
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "here", gcs_address="10.0.0.9:6379")
+
+    def remote(self, kind: type) -> Any:
+        def options(**given: Any) -> Any:
+            def start(*words: Any) -> Actor:
+                self.started.append((kind.__name__, given, words))
+                return Actor(len(self.started) - 1, self.calls)
+
+            return SimpleNamespace(remote=start)
+
+        return SimpleNamespace(options=options)
+
+    def get(self, future: str, timeout: float | None = None) -> Any:
+        self.waits.append((future, timeout))
+        result = self.results.pop(future, None)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def wait(self, futures: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        self.waits.append((list(futures), num_returns, timeout))
+        if self.failing is not None:
+            raise self.failing
+        return [future for future in futures if future in self.results][:num_returns], []
+
+    def kill(self, actor: Actor) -> None:
+        self.calls.append(("kill", actor.number))
+
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    return Cluster(monkeypatch)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    ray = Ray()
+    monkeypatch.setattr(time, "monotonic", lambda: ray.now)
+    monkeypatch.setattr(time, "sleep", ray.sleep)
+    monkeypatch.setattr(crew, "_reach", ray.reach)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return ray
 
 
-def test_the_head_is_looked_at_now_and_then(cluster: Cluster) -> None:
-    head = crew._Head("10.0.0.1:6379")
+# --- the head
+
+
+def test_the_head_is_looked_at_now_and_then(cluster: Ray) -> None:
+    head = crew._Head("10.0.0.1:6379", cluster)
     cluster.now = 102.9
     head.look()
-    assert not cluster.asked
+    assert not cluster.reached
     for cluster.now in (103.0, 104.0, 106.0):
         head.look()
-    assert cluster.asked == [("10.0.0.1:6379", 3.0)] * 2 and not head.gone
+    assert cluster.reached == [("10.0.0.1:6379", 3.0)] * 2 and not head.gone
 
 
-def test_a_head_that_answers_again_has_not_gone(cluster: Cluster) -> None:
-    head = crew._Head("10.0.0.1:6379")
+def test_a_head_that_answers_again_has_not_gone(cluster: Ray) -> None:
+    head = crew._Head("10.0.0.1:6379", cluster)
     cluster.answers = False
     cluster.now = 119.0
     head.look()
@@ -65,15 +147,26 @@ def test_a_head_that_answers_again_has_not_gone(cluster: Cluster) -> None:
         head.look()
     cluster.now = 200.0
     head.look()  # it is said once
-    assert head.gone and len(cluster.asked) == 4
+    assert head.gone and len(cluster.reached) == 4
 
 
-def test_a_machine_that_is_no_longer_in_the_cluster_has_gone(cluster: Cluster) -> None:
-    head = crew._Head("10.0.0.1:6379")
-    cluster.alive, cluster.now = False, 103.0
+def test_a_head_has_gone_after_twenty_seconds_without_an_answer(cluster: Ray) -> None:
+    head = crew._Head("10.0.0.1:6379", cluster)
+    cluster.answers, cluster.now = False, 120.0
+    with pytest.raises(Gone):
+        head.look()
+
+
+def test_a_machine_that_is_no_longer_in_the_cluster_has_gone(cluster: Ray) -> None:
+    head = crew._Head("10.0.0.1:6379", cluster)
+    cluster.cluster[1]["Alive"], cluster.now = False, 103.0
     with pytest.raises(Gone, match="this machine is no longer part of the Ray cluster"):
         head.look()
     assert head.gone
+    head = crew._Head("10.0.0.1:6379", cluster)
+    cluster.cluster, cluster.now = cluster.cluster[:1], 106.0  # nor is it known any more
+    with pytest.raises(Gone):
+        head.look()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "ray://127.0.0.1:{}/space"])
@@ -83,7 +176,8 @@ def test_where_nobody_listens_is_known_before_ray_is_asked(address: str) -> None
         crew._reach(address.format(port), 1)
     with pytest.raises(OSError):
         crew._reach(address.format(port), 1)
-    crew._reach("auto", 1)  # names no machine
+    for other in ("auto", "local", "127.0.0.1", f"127.0.0.1:{port}0000"):  # which name no machine and port
+        crew._reach(other, 1)
 
 
 def test_an_address_of_ipv6_is_asked_without_its_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,230 +206,390 @@ def test_why_a_worker_is_lost_is_one_line(name: str, text: str, line: str) -> No
     assert crew._reason(type(name, (Exception,), {})(text)) == line
 
 
-class Actor:
-    """Stands for a Hand: each call is kept and gives a future, which is its name."""
+# --- the crew
 
-    def __init__(self, calls: list[Any]) -> None:
-        self.calls = calls
 
-    def __getattr__(self, name: str) -> Any:
-        def remote(*words: Any) -> str:
-            self.calls.append((name, *words))
-            return f"{name} {len(self.calls)}"
+def test_ray_is_started_here_for_the_workers_and_nobody_else(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, "address": "local"}
+    for given, cores, store in (
+        (Settings(), 12, 100 << 20),
+        (Settings(workers=5), 12, 100 << 20),
+        (Settings(workers=20), 20, 100 << 20),  # more than there are cores
+        (Settings(captioners=1), 12, 2 << 30),  # which frames go to
+    ):
+        made = Crew(given, cluster)
+        assert cluster.calls == [("init", quiet | {"num_cpus": cores, "object_store_memory": store})]
+        assert not cluster.reached and made.is_connected and made.dashboard == "127.0.0.1:8265"
+        cluster.calls.clear()
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and made._head.address == "10.0.0.9:6379"
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    Crew(Settings(), cluster)
+    assert cluster.calls[0][1]["num_cpus"] == 1
 
-        return SimpleNamespace(remote=remote)
+
+def test_a_cluster_that_is_there_is_joined_when_its_head_answers(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Crew(Settings(address="10.0.0.1:6379"), cluster)
+    joined = {"address": "10.0.0.1:6379", "log_to_driver": False, "logging_level": logging.ERROR}
+    assert cluster.reached == [("10.0.0.1:6379", 10.0)] and cluster.calls == [("init", joined)]
+    monkeypatch.setattr(client, "is_connected", lambda: False)
+    assert made._head.address == "10.0.0.9:6379" and made.is_connected
+    by_client = Crew(Settings(address="ray://10.0.0.1:10001"), cluster)
+    assert by_client._head.address == "ray://10.0.0.1:10001" and not by_client.is_connected
+    monkeypatch.setattr(client, "is_connected", lambda: True)
+    assert by_client.is_connected
+
+
+@pytest.mark.parametrize(
+    ("address", "advice"),
+    [
+        (None, "of this machine: Ray cannot be used (it is broken in two); look at ray status"),
+        (
+            "10.0.0.1:6379",
+            "10.0.0.1:6379: Ray cannot be used (it is broken in two); look at ray status, and at RAY_AUTH",
+        ),
+        (
+            "ray://10.0.0.1:1",
+            "ray://10.0.0.1:1: Ray cannot be used (it is broken in two); look at ray_client_server.err",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError])
+def test_a_ray_that_cannot_be_used_is_one_line_with_advice(
+    kind: type[Exception], address: str | None, advice: str, cluster: Ray
+) -> None:
+    cluster.error = kind("it is broken\n in two")
+    with pytest.raises(UserError) as refused:
+        Crew(Settings(address=address), cluster)
+    assert str(refused.value).startswith(f"address {advice}") and "shutdown" not in cluster.calls
+    assert ("RAY_AUTH_TOKEN here" in str(refused.value)) is (address is not None)
+
+
+def test_a_signal_ends_a_batch_also_while_ray_starts_and_after(cluster: Ray) -> None:
+    ours, before = list[int](), signal.getsignal(signal.SIGTERM)
+
+    def hear(number: int, _: Any) -> None:
+        ours.append(number)
+
+    def init(**_: Any) -> Any:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ray does
+        if not ours:
+            signal.raise_signal(signal.SIGTERM)
+
+    cluster.init = init  # type: ignore[method-assign]
+    try:
+        signal.signal(signal.SIGTERM, hear)
+        with pytest.raises(SystemExit):
+            Crew(Settings(), cluster)
+        assert ours == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is hear
+        made = Crew(Settings(), cluster)
+        assert signal.getsignal(signal.SIGTERM) is hear and made.dashboard == ""
+        crews = list[Crew]()
+        cluster.init = lambda **_: None  # type: ignore[method-assign]
+        thread = threading.Thread(target=lambda: crews.append(Crew(Settings(), cluster)))  # where no signal can be set
+        thread.start()
+        thread.join()
+        assert len(crews) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_places_are_the_gpus_of_machines_that_live(cluster: Ray) -> None:
+    cluster.cluster = [cluster.node(A, 4.0), cluster.node(B, 2.0), cluster.node("gone", 8.0, alive=False)]
+    made = Crew(Settings(gpus_per_job=2, captioners=1), cluster)
+    assert (made.places.size, made.places.siblings, made.places.uses_gpus) == (2, 1, True)
+    (name, given, words), *more = cluster.started
+    assert (name, given["scheduling_strategy"].node_id, given["num_gpus"], more) == ("Describer", A, 1, [])
+    assert words == (12,) and given["max_restarts"] == -1 and given["max_task_retries"] == 2
+    cluster.calls.clear()
+    with pytest.raises(UserError, match="gpus_per_job 8 is more than a machine has; the most are 4"):
+        Crew(Settings(gpus_per_job=8), cluster)
+    assert cluster.calls[1:] == ["shutdown"]  # nothing is left of it
 
 
 @pytest.fixture
-def workers(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A crew with workers 0 and 1, what its actors were asked, and the results that Ray has of them."""
-    made = object.__new__(crew.Crew)
-    calls, results = list[Any](), dict[str, Any]()
-    made._head = SimpleNamespace(look=lambda: None, gone=False)  # type: ignore[assignment]
-    made._members = {number: crew._Member(Actor(calls), began=cluster.now) for number in range(2)}
-    made._futures = {"start 0": ("ready", 0), "start 1": ("ready", 1)}
-    made._captioners, made._by_client = [], False
-
-    def get(future: str, timeout: float | None = None) -> Any:
-        result = results.pop(future, None)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def wait(futures: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
-        return [future for future in futures if future in results][:num_returns], []
-
-    monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "wait", wait)
-    monkeypatch.setattr(ray, "kill", lambda actor: calls.append("kill"))
-    return made, calls, results
+def workers(cluster: Ray) -> Crew:
+    """A crew with workers 0 and 1, which start. Nobody has looked at them."""
+    made = Crew(Settings(workers=2), cluster)
+    for worker in range(2):
+        made.open(worker)
+    assert cluster.calls[1:] == [("start", 0), ("start", 1)]
+    cluster.calls.clear()
+    cluster.waits.clear()
+    return made
 
 
-def test_an_order_that_ended_with_writing_is_asked_about_again(workers: Any) -> None:
-    made, calls, results = workers
-    made._members[0].looked = math.inf  # nobody looks at it
-    results |= {"start 0": {"node": "a"}, "start 1": {"error": "no GPU"}}
-    events = made.wait(1)
-    assert [(event.kind, event.worker, dict(event.message)) for event in events] == [
-        ("ready", 0, {"node": "a"}),
-        ("lost", 1, {"reason": "no GPU"}),
-    ]
-    assert calls == [("end",), "kill"] and list(made._members) == [0]
-    made.give(0, {"id": "boat"})
-    assert calls[2] == ("do", {"id": "boat"})
-    results["do 3"] = {"state": WRITING}
-    assert [event.kind for event in made.wait(1)] == ["ended"] and calls[3:] == [("written",)]
-    assert set(made._futures.values()) == {("written", 0)}
+def are_ready(made: Crew, cluster: Ray) -> None:
+    """Both have started."""
+    cluster.results |= {"start 0": {"node": "a"}, "start 1": {"node": "b"}}
+    assert [event.kind for event in made.wait(0)] == ["ready"] * 2
+    cluster.waits.clear()
+
+
+def facts(events: list[Event]) -> list[tuple[str, int, Any]]:
+    return [(event.kind, event.worker, dict(event.message)) for event in events]
+
+
+def looked(cluster: Ray) -> list[int]:
+    """Whom somebody has looked at, taken out of the calls."""
+    workers = [call[1] for call in cluster.calls if call[0] == "look"]
+    cluster.calls[:] = [call for call in cluster.calls if call[0] != "look"]
+    return workers
+
+
+def test_workers_start_and_one_that_cannot_is_lost(workers: Crew, cluster: Ray) -> None:
+    assert workers.wait(7) == []
+    assert cluster.waits == [(["start 0", "start 1"], 1, 7), (["start 0", "start 1"], 2, 0)]
+    cluster.results |= {"start 0": {"node": "a"}, "start 1": {"error": "no GPU"}}
+    assert facts(workers.wait(1)) == [("ready", 0, {"node": "a"}), ("lost", 1, {"reason": "no GPU"})]
+    assert cluster.calls == [("end", 1), ("kill", 1)] and ("end 1", 10.0) in cluster.waits
+    cluster.calls.clear()
+    assert workers.wait(3) == [] and cluster.slept == [3]  # nothing is asked of anybody
+    workers.open(1)
+    cluster.results["start 2"] = {"node": "a"}
+    assert facts(workers.wait(1)) == [("ready", 1, {"node": "a"})]
+
+
+def test_an_order_that_ended_with_writing_is_asked_about_again(workers: Crew, cluster: Ray) -> None:
+    are_ready(workers, cluster)
+    workers.give(0, {"id": "boat"})
+    cluster.results["do 0"] = {"state": WRITING}
+    assert [event.kind for event in workers.wait(1)] == ["ended"] and looked(cluster) == [0]
+    assert cluster.calls == [("do", 0, {"id": "boat"}), ("written", 0)]
     # the next order ends while the one before is still being written: that is said first
-    made.give(0, {"id": "car"})
-    results["do 5"] = {"state": WRITING}
-    assert made.wait(1) == []
-    results |= {"written 4": {"state": "completed"}, "do 5": {"state": WRITING}}
-    assert [event.kind for event in made.wait(1)] == ["written", "ended"]
+    workers.give(0, {"id": "car"})
+    workers.give(1, {"id": "sea"})
+    cluster.results |= {"do 0, 2": {"state": WRITING}, "do 1": {"state": "completed"}}
+    assert facts(workers.wait(1)) == [("ended", 1, {"state": "completed"})]
+    cluster.results |= {"written 0": {"state": "completed"}, "do 0, 2": {"state": WRITING}}
+    assert [event.kind for event in workers.wait(1)] == ["written", "ended"]
+    cluster.results["written 0, 2"] = {"state": "failed"}
+    assert facts(workers.wait(1)) == [("written", 0, {"state": "failed"})] and looked(cluster) == [1]
 
 
-def test_a_worker_at_work_is_looked_at_once_a_second(workers: Any, cluster: Cluster) -> None:
-    made, calls, results = workers
-    made._futures = {"do": ("ended", 0)}
-    made.wait(1)
-    assert calls == [("look",)]  # worker 1 does nothing
+def test_another_worker_s_writing_does_not_hold_up_an_order(workers: Crew, cluster: Ray) -> None:
+    are_ready(workers, cluster)
+    for worker in (0, 1):
+        workers.give(worker, {"id": "boat"})
+        cluster.results[f"do {worker}"] = {"state": WRITING}
+        assert facts(workers.wait(1)) == [("ended", worker, {"state": WRITING})]
+
+
+def test_a_worker_at_work_is_looked_at_once_a_second(workers: Crew, cluster: Ray) -> None:
+    are_ready(workers, cluster)
+    workers.wait(1)
+    assert looked(cluster) == []  # nobody does anything
+    workers.give(0, {"id": "boat"})
+    workers.wait(1)
+    assert looked(cluster) == [0]
     cluster.now += 5
-    made.wait(1)
-    assert calls == [("look",)]  # its answer is not here yet
-    results["look 1"] = {"id": "boat"}
-    (event,) = made.wait(1)
-    assert (event.kind, event.worker, event.message) == ("seen", 0, {"id": "boat"})
-    made.wait(1)
-    assert calls == [("look",)] * 2
+    workers.wait(1)
+    assert looked(cluster) == []  # its answer is not here yet
+    cluster.results["look 0"] = {"id": "boat"}
+    assert facts(workers.wait(1)) == [("seen", 0, {"id": "boat"})]
+    workers.wait(1)
+    assert looked(cluster) == [0]
+    for cluster.now, times in ((105.9, 0), (106.0, 1)):
+        cluster.results["look 0, 2"] = {"id": "boat"}
+        workers.wait(1)
+        assert len(looked(cluster)) == times
+
+
+def test_a_worker_that_writes_is_looked_at_and_one_that_starts_is_not(workers: Crew, cluster: Ray) -> None:
+    cluster.results["start 0"] = {"node": "a"}
+    workers.wait(1)
+    workers.give(0, {"id": "boat"})
+    cluster.results["do 0"] = {"state": WRITING}
+    workers.wait(1)
+    cluster.results["look 0"] = {"id": "boat"}
+    workers.wait(1)
+    looked(cluster)
+    cluster.now += 2
+    workers.wait(1)
+    assert looked(cluster) == [0]
 
 
 def test_a_worker_that_waits_long_for_its_place_is_worth_one_line(
-    workers: Any, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    workers: Crew, cluster: Ray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made, _, _ = workers
-    made._futures = {"start 1": ("ready", 1)}
+    cluster.results["start 0"] = {"node": "a"}
+    workers.wait(0)
+    workers.give(0, {"id": "boat"})  # which may take as long as it likes
     for cluster.now in (160.0, 160.1, 300.0):
-        made.wait(0)
+        workers.wait(0)
         assert len(caplog.records) == (cluster.now > 160)
     assert "worker 1 waits for a place in the cluster" in caplog.text
 
 
-def test_a_worker_that_dies_takes_all_that_was_asked_of_it_along_and_nobody_else(workers: Any) -> None:
-    made, _, results = workers
-    made._members[0].looked = math.inf
-    made._futures = {"do 0": ("ended", 0), "written 0": ("written", 0), "do 1": ("ended", 1)}
-    made._members[1].looked = math.inf
-    results |= {"do 0": RayError("it died"), "written 0": {"state": "completed"}, "do 1": {"state": "completed"}}
-    lost, ended = made.wait(1)
-    assert (lost.kind, lost.worker, lost.message) == ("lost", 0, {"reason": "RayError (it died)"})
-    assert (ended.kind, ended.worker) == ("ended", 1)
-    assert list(made._members) == [1] and not made._futures
+def test_a_worker_that_dies_takes_all_that_was_asked_of_it_along_and_nobody_else(workers: Crew, cluster: Ray) -> None:
+    are_ready(workers, cluster)
+    workers.give(0, {"id": "boat"})
+    cluster.results["do 0"] = {"state": WRITING}
+    workers.wait(1)
+    cluster.results["look 0"] = {"id": "boat"}
+    workers.wait(1)
+    cluster.now += 2  # so that both are looked at after their next orders
+    for worker in (0, 1):
+        workers.give(worker, {"id": "car"})
+    cluster.results |= {"do 0, 2": RayError("it died"), "do 1": {"state": "completed"}}
+    cluster.results |= {"look 0, 2": {"id": "boat"}, "look 1": {"id": "car"}}
+    assert facts(workers.wait(1)) == [
+        ("lost", 0, {"reason": "RayError (it died)"}),
+        ("ended", 1, {"state": "completed"}),
+        ("seen", 1, {"id": "car"}),
+    ]
+    cluster.results |= {"written 0": {"state": "completed"}}
+    cluster.now += 9
+    assert workers.wait(1) == []  # nor is there anything more of worker 0
+    workers.open(0)
+    cluster.results["start 2"] = {"node": "a"}
+    assert [event.kind for event in workers.wait(1)] == ["ready"]
 
 
-def test_workers_that_stop_are_heard_for_a_while(
-    workers: Any, monkeypatch: pytest.MonkeyPatch, cluster: Cluster
-) -> None:
-    made, calls, results = workers
-    made._futures = {"do 0": ("ended", 0), "do 1": ("ended", 1)}
-    for member in made._members.values():
-        member.looked = math.inf
-    results["do 0"] = {"state": "cancelled"}
-    waits = list[float]()
-    wait = made.wait
+@pytest.mark.parametrize("failing", [RayError("it has\nleft"), ConnectionError("it has\nleft")])
+def test_a_ray_that_breaks_off_has_gone(failing: Exception, workers: Crew, cluster: Ray) -> None:
+    cluster.failing = failing
+    with pytest.raises(Gone, match=r"Ray has gone \((RayError|ConnectionError) \(left\)\); the same command goes on"):
+        workers.wait(1)
+    cluster.failing, cluster.calls = None, []
+    workers.close()  # and nothing waits for it
+    assert [call[0] for call in cluster.calls] == []
 
-    def waiting(seconds: float) -> Any:
-        waits.append(seconds)
-        cluster.now += 1
-        return wait(seconds)
 
-    made.wait = waiting
-    assert [(event.kind, event.worker) for event in made.stop(3)] == [("ended", 0)]
-    assert calls == [("stop",)] * 2 and len(waits) == 3  # worker 1 never ends
-    results["do 1"] = {"state": "cancelled"}
-    assert [event.worker for event in made.stop(99)] == [1] and len(waits) == 4 and made.stop(99) == []
+def test_a_head_that_has_gone_is_heard_of_while_workers_are_waited_for(workers: Crew, cluster: Ray) -> None:
+    cluster.answers, cluster.now = False, 200.0
+    with pytest.raises(Gone, match="the head of the Ray cluster, 10.0.0.9:6379, has gone"):
+        workers.wait(1)
 
-    def gone(seconds: float) -> Any:
-        waits.append(seconds)
-        raise Gone("it has gone")
 
-    made.wait, made._futures = gone, {"do 0": ("ended", 0)}
-    assert made.stop(99) == [] and len(waits) == 5
-    made._by_client = True
+def test_workers_that_stop_are_heard_for_a_while(workers: Crew, cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    are_ready(workers, cluster)
+    for worker in (0, 1):
+        workers.give(worker, {"id": "boat"})
+    cluster.calls.clear()
+    cluster.results["do 0"] = {"state": "cancelled"}
+    wait = cluster.wait
+
+    def waiting(futures: list[str], num_returns: int, timeout: float) -> Any:
+        cluster.now += timeout
+        return wait(futures, num_returns, timeout)
+
+    monkeypatch.setattr(cluster, "wait", waiting)
+    began = cluster.now
+    assert facts(workers.stop(3)) == [("ended", 0, {"state": "cancelled"})]
+    assert cluster.now == pytest.approx(began + 3, abs=0.21)  # worker 1 never ends
+    assert [call for call in cluster.calls if call[0] == "stop"] == [("stop", 0), ("stop", 1)]
+    cluster.results |= {"do 1": {"state": WRITING}}
+    began = cluster.now
+    assert [event.kind for event in workers.stop(5)] == ["ended"] and cluster.now >= began + 4.8  # until it is written
+    cluster.results |= {"written 1": {"state": "completed"}}
+    assert [event.kind for event in workers.stop(99)] == ["written"]
+    began = cluster.now
+    assert workers.stop(99) == [] and cluster.now == began
+
+
+def test_a_crew_that_stops_waits_no_longer_for_a_cluster_that_has_gone(workers: Crew, cluster: Ray) -> None:
+    are_ready(workers, cluster)
+    for worker in (0, 1):
+        workers.give(worker, {"id": "boat"})
+    cluster.results["do 0"] = {"state": "cancelled"}
+    get = cluster.get
+
+    def last(future: str, timeout: float | None = None) -> Any:
+        cluster.failing = RayError("it has left")
+        return get(future, timeout)
+
+    cluster.get = last  # type: ignore[method-assign]
+    assert facts(workers.stop(60)) == [("ended", 0, {"state": "cancelled"})]
+
+
+def test_of_a_client_that_is_not_connected_nothing_is_asked(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Crew(Settings(workers=2, address="ray://10.0.0.1:10001"), cluster)
+    made.open(0)
+    cluster.calls.clear()
     monkeypatch.setattr(client, "is_connected", lambda: False)
-    del calls[:]
-    assert made.stop(99) == [] and not calls  # nobody can be asked
+    made.close()
+    assert made.stop(99) == [] and not cluster.calls
 
 
 def test_workers_get_their_gpus_their_threads_and_one_of_the_captioners(
-    workers: Any, monkeypatch: pytest.MonkeyPatch
+    cluster: Ray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, calls, _ = workers
-    asked = list[Any]()
-
-    def remote(kind: type) -> Any:
-        def options(**given: Any) -> Any:
-            def start(*words: Any) -> Actor:
-                asked.append((kind.__name__, given, words))
-                return Actor(calls)
-
-            return SimpleNamespace(remote=start)
-
-        return SimpleNamespace(options=options)
-
-    monkeypatch.setattr(ray, "remote", remote)
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
-    made.gpus_per_job, made.places, made.threads = 2, SimpleNamespace(uses_gpus=True, siblings=3), None
-    made._captioners = ["a", "b"]
+    cluster.cluster = [cluster.node(A, 7.0), cluster.node(B, 3.0)]
+    made = Crew(Settings(gpus_per_job=2, captioners=2), cluster)
+    assert [given["scheduling_strategy"].node_id for _, given, _ in cluster.started] == [A, B]
+    assert [given["scheduling_strategy"].soft for _, given, _ in cluster.started] == [True, True]
+    assert [words for _, _, words in cluster.started] == [(4,), (4,)]  # twelve cores for three workers
+    assert [(given["num_gpus"], given["num_cpus"]) for _, given, _ in cluster.started] == [(1, 0)] * 2
     for worker in (0, 1, 3):
         made.open(worker)
-    assert [words[5].captioner for _, _, words in asked] == ["a", "b", "b"]
-    name, given, words = asked[0]
+    hands = cluster.started[2:]
+    assert [words[5].captioner.number for _, _, words in hands] == [0, 1, 1]
+    name, given, words = hands[0]
     assert name == "Hand" and given == {"max_restarts": 0, "max_task_retries": 0, "num_gpus": 2, "num_cpus": 1}
-    assert words[1:3] == (2, 3) and set(made._futures.values()) >= {("ready", 0), ("ready", 3)}
-    made._captioners, made.places.uses_gpus = [], False
-    made.open(0)
-    assert asked[-1][1]["num_gpus"] == 0 and asked[-1][2][5] is None
-    del asked[:]
-    made._captioner("")
-    made.threads, made.places.uses_gpus = "5", True
-    made._captioner("ab" * 28)
-    assert [words for _, _, words in asked] == [(4,), (5,)]  # twelve cores for three
-    assert [(given["num_gpus"], given["num_cpus"]) for _, given, _ in asked] == [(0, 0), (1, 0)]
-    assert "scheduling_strategy" not in asked[0][1] and asked[1][1]["scheduling_strategy"].soft
+    assert words[:5] == (crew.WORKER, 2, 3, os.getcwd(), None)
 
 
-@pytest.mark.parametrize(("gone", "kills"), [(False, 3), (True, 0)])
-def test_a_crew_that_closes_ends_its_processes_and_ray_where_that_is_there(
-    gone: bool, kills: int, workers: Any, monkeypatch: pytest.MonkeyPatch
+def test_without_gpus_captioners_are_anywhere_and_threads_are_as_they_are_set(
+    cluster: Ray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, calls, _ = workers
-    shut = list[bool]()
-    monkeypatch.setattr(ray, "shutdown", lambda: shut.append(True))
-    made._captioners, made._head.gone = ["a"], gone
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    made = Crew(Settings(workers=3, captioners=1), cluster)
+    ((_, given, words),) = cluster.started
+    assert words == (5,) and given["num_gpus"] == 0 and "scheduling_strategy" not in given
+    made.open(0)
+    assert cluster.started[1][1]["num_gpus"] == 0 and cluster.started[1][2][4] == "5"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # of workers that share a core each has a thread
+    Crew(Settings(workers=4, captioners=1), cluster)
+    assert cluster.started[2][2] == (1,)
+    lone = Crew(Settings(workers=1), cluster)
+    lone.open(0)
+    assert cluster.started[3][2][5] is None  # there is no captioner to be asked
+
+
+def test_a_question_reaches_the_captioner_and_its_death_is_an_answer(workers: Crew) -> None:
+    class Captioner:
+        def __init__(self, failing: bool) -> None:
+            self.failing, self.answer = failing, SimpleNamespace(remote=self.ask)
+
+        async def ask(self, asked: Any) -> Any:
+            if self.failing:
+                raise RayError("it died")
+            return {"text": asked["what"]}
+
+    ask: Callable[[bool], Any] = lambda failing: asyncio.run(crew._Line(Captioner(failing))({"what": "boat"}))  # noqa: E731
+    assert ask(False) == {"text": "boat"} and ask(True) == {"failed": "RayError (it died)"}
+
+
+def test_the_end_of_a_crew_ends_workers_then_captioners_then_ray(cluster: Ray) -> None:
+    made = Crew(Settings(workers=2, captioners=2), cluster)
+    for worker in (0, 1):
+        made.open(worker)
+    cluster.calls.clear()
+    cluster.waits.clear()
     made.close()
-    assert calls == [("end",)] * 2 + ["kill"] * kills and shut == [True] * (not gone)
-    assert bool(made._members) is gone
+    assert cluster.calls == [("end", 2), ("end", 3), *(("kill", number) for number in (2, 3, 0, 1)), "shutdown"]
+    assert cluster.waits == [(["end 2", "end 3"], 2, 10.0)]
+    made.close()  # once more, with nobody there
+    assert cluster.calls[7:] == [("kill", 0), ("kill", 1), "shutdown"] and len(cluster.waits) == 1
 
 
-def test_a_worker_that_is_dropped_takes_its_own_orders_along_only(workers: Any) -> None:
-    made, _, _ = workers
-    made.drop(1)
-    assert made._futures == {"start 0": ("ready", 0)} and list(made._members) == [0]
+def test_a_crew_whose_head_has_gone_ends_its_processes_and_nothing_more(workers: Crew, cluster: Ray) -> None:
+    cluster.answers, cluster.now = False, 200.0
+    with pytest.raises(Gone):
+        workers.wait(1)
+    cluster.calls.clear()
+    workers.close()
+    assert cluster.calls == [("end", 0), ("end", 1)]
 
 
-def test_the_end_of_a_crew_ends_workers_then_captioners_then_ray(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, calls, _ = workers
-    hands = [member.hand for member in made._members.values()]
-    made._captioners = ["captioner a", "captioner b"]
-    killed = list[Any]()
-    monkeypatch.setattr(ray, "kill", killed.append)
-    monkeypatch.setattr(ray, "shutdown", lambda: killed.append("ray"))
-    made.close()
-    assert calls == [("end",), ("end",)] and killed == [*hands, "captioner a", "captioner b", "ray"]
-    assert not made._members and not made._futures
-
-
-def test_a_crew_whose_head_has_gone_ends_nothing_more(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, calls, _ = workers
-    made._head.gone = True
-    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("ray"))
-    made.close()
-    assert calls == [("end",), ("end",)]
-    made._by_client = True  # and a client that is not connected asks for nothing at all
-    made.close()
-    assert calls == [("end",), ("end",)] and made.stop(1) == []
-
-
-def test_a_crew_that_stops_waits_no_longer_for_a_cluster_that_has_gone(workers: Any) -> None:
-    made, calls, _ = workers
-    made._futures = {"do": ("ended", 0)}
-    answers: list[Any] = [["an event"], Gone("the head has gone")]
-
-    def wait(seconds: float) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Gone):
-            raise answer
-        return answer
-
-    made.wait = wait
-    assert made.stop(60) == ["an event"] and calls == [("stop",), ("stop",)] and not answers
+@pytest.mark.parametrize("error", [None, RayError("gone"), GetTimeoutError("it hangs"), TimeoutError("it hangs")])
+def test_a_worker_that_is_dropped_takes_its_own_orders_along_only(
+    error: Exception | None, workers: Crew, cluster: Ray
+) -> None:
+    cluster.results |= {"end 1": error} if error else {}
+    workers.drop(1)
+    assert cluster.calls == [("end", 1), ("kill", 1)] and cluster.waits == [("end 1", 10.0)]
+    cluster.results |= {"start 0": {"node": "a"}, "start 1": {"node": "b"}}
+    assert facts(workers.wait(1)) == [("ready", 0, {"node": "a"})]

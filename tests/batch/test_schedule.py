@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from wan.batch import table as table_module
 from wan.batch.rows import Row
-from wan.batch.schedule import MAKING, WAITING, Schedule, Task
-from wan.batch.table import MOST_LINES, Table, line_of
+from wan.batch.schedule import MAKING, STOPPED, WAITING, Schedule, Task
+from wan.batch.table import MOST_LINES, Table, line_of, shorten
 from wan.options import Settings
-from wan.server.tickets import DONE, FAILED
+from wan.server.tickets import DONE, FAILED, PAUSED
 from wan.server.wire import CHECKED
 
 NOTHING: dict[str, Any] = {"done": 0, "count": 4, "made": 0}
@@ -218,3 +223,157 @@ def test_a_terminal_has_a_line_for_each_of_so_many_workers(monkeypatch: pytest.M
         table.show({number: (task, {}) for number in range(MOST_LINES)})
         assert lines[32] == "0 of 1 chains, 0 of 0 clips"
     assert set(lines) == {"closed"}
+
+
+def test_all_that_a_worker_says_of_its_chain_is_kept() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 3, now=clock)
+    task.work, task.missing, task.reason = 4.0, 2, "it failed before"
+    schedule.begin(task, 5)
+    seen: dict[str, Any] = {"attention": [{"clip": 2}], "picture": "QUJD", "video_seconds": 6.5, "warnings": ["dark"]}
+    schedule.end(task, {"state": "cancelled", "done": 1, "count": 2, "made": 1} | seen)
+    kept = (task.attention, task.picture, task.video_seconds, task.warnings)
+    assert kept == ([{"clip": 2}], "QUJD", 6.5, ["dark"]) and (task.state, task.worker) == (WAITING, None)
+    assert task.reason == "it failed before"
+    schedule.begin(task, 5)
+    nothing: dict[str, Any] = {"attention": [], "picture": None, "video_seconds": 0.0, "warnings": []}
+    schedule.end(task, {"state": DONE, "done": 2, "count": 2, "made": 1} | nothing)  # what was seen stays
+    assert (task.attention, task.picture, task.video_seconds, task.warnings) == kept
+    assert (task.state, task.reason, task.worker, task.made) == (DONE, "", None, 2) and schedule.is_over
+
+
+def test_what_takes_no_work_tells_nothing_of_how_long_clips_take() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 3, now=clock)
+    schedule.begin(task, 0)
+    schedule.end(task, {"state": DONE, "done": 2, "count": 2, "made": 2})  # a chain of clips that were there
+    assert schedule._rates == []
+    task.work, task.missing = 4.0, 2
+    schedule.begin(task, 0)
+    schedule.end(task, {"state": "cancelled", "done": 0, "count": 2, "made": 0})
+    assert schedule._rates == []
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("internal", "KeyError: 'a'"), ("input_output", "KeyError: 'a'"), ("out_of_memory", "x"), ("upload", "x")],
+)
+def test_a_failure_is_told_by_what_helps(code: str, reason: str) -> None:
+    (task,) = tasks_of("a")
+    schedule = Schedule([task], 3, now=Clock())
+    schedule.begin(task, 0)
+    schedule.end(task, failed(code) | {"why": "KeyError: 'a'"})
+    assert (task.state, task.reason, task.failures) == (WAITING, reason, 1)
+    schedule.begin(task, 0)
+    schedule.end(task, failed(code))  # which says no more
+    assert task.reason == "x"
+
+
+def test_a_chain_whose_process_ended_does_not_wait_and_one_that_failed_does() -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    schedule = Schedule([task], 5, now=clock)
+    for state, seconds in (("lost", 0.0), (FAILED, 4.0)):  # twice failed
+        schedule.begin(task, 0)
+        schedule.end(task, failed("worker_lost") | {"state": state})
+        assert (task.state, task.not_before) == (WAITING, clock.now + seconds)
+        clock.now += 10
+
+
+def test_what_can_be_put_right_fails_at_once_and_a_stop_is_no_failure() -> None:
+    first, second = tasks_of("a", "b")
+    schedule = Schedule([first, second], 9, now=Clock())
+    schedule.end(first, failed("invalid_request") | {"error": {"code": "invalid_request", "message": "no such file"}})
+    assert (first.state, first.reason, first.failures) == (FAILED, "no such file", 0)
+    schedule.end(second, {"state": PAUSED, **NOTHING})
+    assert (second.state, second.reason) == (STOPPED, "the file stop in its folder asked for that")
+    assert schedule.is_over and schedule.next() is None
+
+
+def test_only_what_is_not_over_is_scheduled() -> None:
+    tasks = tasks_of(*"abcdef")
+    for task, state in zip(tasks, (DONE, FAILED, STOPPED, CHECKED, MAKING, WAITING), strict=True):
+        task.state = state
+    schedule = Schedule(tasks, 1, now=Clock())
+    assert schedule.tasks == tasks[4:] and schedule.next() is tasks[5] and not schedule.is_over
+    tasks[5].state = FAILED
+    assert schedule.next() is None and not schedule.is_over
+    assert Schedule((), 1).is_over
+
+
+def test_chains_of_one_checkpoint_follow_each_other_whatever_the_list_s_order() -> None:
+    names = ("x1", "y1", "x2", "y2")
+    tasks = [Task(Row(name, name, Settings(ckpt_dir=name[0], output_dir=name))) for name in names]
+    assert [task.row.name for task in Schedule(tasks, 1).tasks] == ["x1", "x2", "y1", "y2"]
+    assert tasks[0].key is tasks[2].key and tasks[0].key != tasks[1].key
+
+
+def test_the_median_clip_tells_how_long_one_takes() -> None:
+    (task,) = tasks_of("a")
+    task.work, task.missing = 6.0, 2
+    schedule = Schedule([task], 3, now=Clock())
+    schedule._rates += [1.0, 10.0]
+    live: dict[str, Any] = {"silent": 0.0, "clip_seconds": 500.0}
+    assert schedule.too_slow(task, live, 1) is None  # two are too few
+    schedule._rates += [100.0]
+    assert schedule.too_slow(task, live, 1) == "its worker took 500 s for a clip that takes 30 s"
+    assert schedule.too_slow(task, live | {"clip_seconds": 120.0}, 1) is None
+    assert schedule.too_slow(task, live | {"silent": 1.5}, 1) == "its worker said nothing for 2 s"
+
+
+def test_off_a_terminal_a_line_a_minute_tells_of_chains_and_none_of_checks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("wan.batch.table.time", SimpleNamespace(monotonic=clock))
+    caplog.set_level("INFO")
+    tasks = tasks_of("a", "b")
+    tasks[0].state = DONE
+    with Table("make", tasks, quiet=True) as make, Table("check", tasks, quiet=True) as check:
+        for seconds, lines in ((59.9, 0), (0.1, 1), (59.9, 1), (0.1, 2)):
+            clock.now += seconds
+            make.show({})
+            check.show({})
+            assert caplog.messages == ["1 of 2 chains, 0 of 0 clips"] * lines
+
+
+def test_the_pace_is_that_of_the_clips_that_this_command_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, (task,) = Clock(), tasks_of("a")
+    monkeypatch.setattr("wan.batch.table.time", SimpleNamespace(monotonic=clock))
+    table = Table("make", [task], quiet=True)
+    task.missing, task.made = 4, 5  # one was made again
+    assert table.summary() == "0 of 1 chains, 5 of 4 clips"  # no time has gone by
+    clock.now += 7200
+    assert table.summary() == "0 of 1 chains, 5 of 4 clips, 2.5 clips an hour, about 0 s left"
+    task.made = 1
+    assert table.summary() == "0 of 1 chains, 1 of 4 clips, 0.5 clips an hour, about 6.0 h left"
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is_has_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def fileno(self) -> int:
+            return 77
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for columns, width in ((120, 120), (0, 80)):
+        monkeypatch.setattr(
+            os, "get_terminal_size", lambda number, at=columns: {77: SimpleNamespace(columns=at)}[number]
+        )
+        assert table_module._columns() == width
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # which has no number
+    assert table_module._columns() == 80
+
+
+def test_a_name_keeps_some_columns_however_long_the_rest_is() -> None:
+    (task,) = tasks_of("a")
+    task.row = Row("abcdefghijklmnopqrst", "", task.row.settings)
+    live = {"clip": 2, "count": 4, "stage": "sample", "step": 3, "steps": 8, "seconds_left": 120.0}
+    assert line_of(0, task, live, columns=30) == "worker 0: abcde…opqrst, clip 2/4 sample 3/8, 2 min left"
+    assert line_of(0, task, {}, columns=31) == "worker 0: abcdefghijklmnopqrst"
+    assert line_of(0, task, {}, columns=30) == "worker 0: abcdefghi…lmnopqrst"
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"), [(7, "abcdefg"), (6, "ab…efg"), (5, "ab…fg"), (4, "a…fg"), (3, "a…g"), (2, "…g"), (1, "…")]
+)
+def test_a_text_is_cut_in_its_middle(columns: int, text: str) -> None:
+    assert shorten("abcdefg", columns) == text

@@ -20,6 +20,7 @@ from wan.batch.hand import UPLOAD, Hand
 from wan.batch.schedule import Schedule
 from wan.batch.upload import LIST, UploadError, check_place, is_uploaded, upload
 from wan.errors import UserError
+from wan.files import file_digest
 from wan.kinds import Place
 from wan.server.tickets import DONE, FAILED
 from wan.server.wire import CHECKED
@@ -65,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all_but_hidden_files_go_up_and_nothing_twice(folder: Path) -> None:
-    assert not is_uploaded(folder, URL)
+    assert not is_uploaded(folder, URL) and not is_uploaded(folder / "takes/none", URL)
     upload(folder, URL)
     assert is_uploaded(folder, URL) and Flaky.puts == ["joined.mp4", "run.json", "one.mp4"]
     assert {name for name in Flaky.store if "/." in name} == set() and len(Flaky.store) == 4
@@ -199,3 +200,82 @@ def test_a_place_that_is_none_is_said_before_anything_begins(
 def test_a_store_is_shown_without_its_password() -> None:
     assert Place("URL").public("sftp://me:p@ss@host/runs/{name}?token=x") == "sftp://host/runs/{name}"
     check_place("file:///runs/name")
+
+
+def test_a_store_says_no_more_than_it_holds(folder: Path) -> None:
+    upload(folder, URL)
+    listed = json.loads(Flaky().cat_file(f"/store/runs/a b/{LIST}"))
+    assert listed["complete"] is True and set(listed["files"]) == {"joined.mp4", "run.json", "takes/one.mp4"}
+    assert listed["files"]["run.json"] == {"bytes": 19, "digest": file_digest(folder / "run.json")}
+    assert set(Flaky.store) == {f"/store/runs/a b/{name}" for name in (*listed["files"], LIST)}
+    for name in ("more.txt", "takes/two.mp4"):
+        (folder / name).touch()
+        assert not is_uploaded(folder, URL)  # a file more here
+        (folder / name).unlink()
+    assert is_uploaded(folder, URL)
+    (folder / "run.json").unlink()
+    assert not is_uploaded(folder, URL)  # and one less
+    upload(folder, URL)
+    assert is_uploaded(folder, URL) and len(Flaky.puts) == 3
+    (folder / "joined.mp4").write_text("WHAT IS IN JOINED.MP4", encoding="utf-8")  # as long, and another
+    upload(folder, URL)
+    assert Flaky.puts[3:] == ["joined.mp4"]
+
+
+def test_each_file_that_is_there_is_heard_of(folder: Path) -> None:
+    heard = list[int]()
+    upload(folder, URL, lambda: heard.append(len(Flaky.puts)))
+    upload(folder, URL, lambda: heard.append(len(Flaky.puts)))
+    assert heard == [1, 2, 3]
+
+
+def test_an_upload_in_the_middle_says_so(folder: Path) -> None:
+    lists = list[Any]()
+    upload(folder, URL, lambda: lists.append(json.loads(Flaky().cat_file(f"/store/runs/a b/{LIST}"))))
+    assert [(one["complete"], len(one["files"])) for one in lists] == [(False, 1), (False, 2), (False, 3)]
+    (folder / "run.json").write_text("another", encoding="utf-8")
+    upload(folder, URL, lambda: lists.append(json.loads(Flaky().cat_file(f"/store/runs/a b/{LIST}"))))
+    assert [(one["complete"], len(one["files"])) for one in lists[3:]] == [(False, 3)]
+
+
+def test_a_chain_goes_to_a_folder_of_any_other_file_system(folder: Path, tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}/store/a", f"file://{tmp_path}/store/b/"):
+        assert not is_uploaded(folder, url)
+        upload(folder, url)
+        assert is_uploaded(folder, url)
+    names = {path.relative_to(tmp_path / "store").as_posix() for path in (tmp_path / "store").rglob("*.*")}
+    assert names == {f"{at}/{name}" for at in "ab" for name in ("joined.mp4", "run.json", "takes/one.mp4", LIST)}
+
+
+def test_why_a_store_cannot_be_used_is_one_short_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [RuntimeError("it is\n far   away"), RuntimeError(""), RuntimeError("x" * 300)]
+    lines = ["RuntimeError: it is far away", "RuntimeError", f"RuntimeError: {'x' * 200}"]
+    url = "flaky://me:secret@store/a"
+    for error, line in zip(errors, lines, strict=True):
+
+        def fail(_: str, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+        for do, words in (
+            (lambda: check_place(url), f"upload flaky://store/a cannot be used ({line})"),
+            (lambda: is_uploaded(folder, url), f"the upload to flaky://store/a cannot be looked at ({line})"),
+            (lambda: upload(folder, url), f"its upload to flaky://store/a failed ({line})"),
+        ):
+            with pytest.raises((UserError, UploadError)) as failed:
+                do()
+            assert str(failed.value) == words
+
+
+def test_a_store_of_buckets_gets_no_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Buckets):
+        cat_file, pipe_file = Flaky.cat_file, Flaky.pipe_file
+
+        def put_file(self, local: str, remote: str, **_: Any) -> None:
+            self.pipe_file(remote, Path(local).read_bytes())
+
+    for protocol in (("s3", "s3a"), "gs"):
+        monkeypatch.setattr(Full, "protocol", protocol)
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (Full(), f"/{url}"))
+        upload(folder, str(protocol[0]))  # where `makedirs` fails
+        assert is_uploaded(folder, str(protocol[0]))

@@ -85,6 +85,8 @@ def test_clips_after_one_that_is_missing_are_not_taken_over(folder: ChainFolder,
 
 
 def test_a_run_is_asked_to_stop_and_may_go_on(tmp_path: Path) -> None:
+    ChainFolder(tmp_path / "new").ask_to_stop()  # before there is anything of it
+    assert (tmp_path / "new/run/stop").exists()
     folder = ChainFolder(tmp_path / "a", tmp_path / "elsewhere")
     folder.ask_to_stop()
     assert (tmp_path / "elsewhere/stop").exists()

@@ -6,14 +6,15 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from wan.errors import UserError
 from wan.options import OPTIONS, Settings, options_of
-from wan.server.errors import ApiError, public
-from wan.server.guard import COOKIE, TOKEN, Guard, Keys
+from wan.server.errors import ApiError, from_user_error, public
+from wan.server.guard import COOKIE, POLICY, REPORT_POLICY, TOKEN, Guard, Keys
 from wan.server.main import is_loopback, read_key
 from wan.server.metrics import Metrics
 from wan.server.orders import CLIENT, read_clip, read_settings
@@ -273,3 +274,308 @@ def test_the_queue_keeps_its_order_and_what_was_half_made_comes_first(tmp_path: 
     queue.remove(names[1])
     with pytest.raises(KeyError):
         queue[names[1]]
+
+
+def test_only_these_pages_are_open_to_one_without_the_key(asking: Callable[..., Any]) -> None:
+    for path in ("/health", "/login", "/static/app.css", "/static/app.js", "/static/icon.svg"):
+        assert asking(path=path, key=KEY)[0] == 200, path
+    for path in ("/chains/x", "/"):
+        status, headers, body = asking(path=path, key=KEY)
+        assert (status, headers["location"], body) == (303, "/login", b"")
+    for path in ("/v1/chains/x", "/openapi.json", "/parts/queue", "/static/app.css/x"):
+        assert asking(path=path, key=KEY)[0] == 401, path
+    assert asking(path="/chains/x", key=KEY, host="evil")[0] == 403  # an error of another kind is no way to the key
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (f"bearer {KEY}", 200),
+        (f"Bearer  {KEY} ", 200),
+        (f"Basic {KEY}", 401),
+        (KEY, 401),
+        (f"Bearer {KEY[:-1]}", 401),
+        ("Bearer é", 401),
+    ],
+)
+def test_a_key_is_a_bearer_s(given: str, status: int, asking: Callable[..., Any]) -> None:
+    assert asking(key=KEY, authorization=given)[0] == status
+
+
+def test_a_server_without_a_key_needs_none_and_has_no_session(asking: Callable[..., Any]) -> None:
+    keys = Keys(None, b"secret")
+    assert not keys.needed and not keys.fits("") and Keys(KEY, b"x").needed
+    assert Keys(KEY, b"x").fits(KEY) and not Keys(KEY, b"x").fits("")
+    for one in (Keys(KEY, b"x"), keys):
+        assert one.is_session(one.session) and one.is_token(one.token) and one.session != one.token
+        assert not one.is_session(one.token) and not one.is_token(one.session) and not one.is_token("")
+    for other in (Keys(KEY, b"y"), Keys(f"{KEY}2", b"x"), Keys(None, b"x")):  # of another server, or another key
+        assert not other.is_session(Keys(KEY, b"x").session) and not other.is_token(Keys(KEY, b"x").token)
+    assert asking(key=KEY, cookie=f"{COOKIE}={Keys(KEY, b'other').session}")[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "localhost:1"}, 200),
+        ({"host": "[::1]", "hosts": ("[::1]",)}, 200),
+        ({"host": "[::1]:80", "hosts": ("[::1]",)}, 200),
+        ({"host": "Name", "hosts": ("NAME",)}, 200),
+        ({"host": ""}, 403),
+        ({"host": "localhost.evil"}, 403),
+        ({"host": "anything", "hosts": None}, 200),
+        ({"origin": "https://localhost:8188"}, 200),
+        ({"origin": "HTTP://LOCALHOST:8188"}, 200),
+        ({"origin": "http://localhost"}, 403),  # another port
+        ({"sec_fetch_site": "same-site"}, 403),
+        ({"sec_fetch_site": "same-origin"}, 200),
+        ({"sec_fetch_site": "none"}, 200),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}, 200),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}, 403),
+        ({"method": "POST", "sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}, 403),
+        ({"origin": "http://evil", "sec_fetch_mode": "navigate"}, 403),
+        ({"method": "POST", "path": "/login", "sec_fetch_site": "same-origin"}, 200),
+        ({"method": "POST", "cookie": f"{COOKIE}=x"}, 403),
+        ({"method": "POST", "cookie": "other=x"}, 200),
+        ({"method": "HEAD", "sec_fetch_site": "same-origin"}, 200),
+        ({"method": "OPTIONS", "sec_fetch_site": "same-origin"}, 200),
+    ],
+)
+def test_who_may_ask_is_told_by_the_headers(words: dict[str, Any], status: int, asking: Callable[..., Any]) -> None:
+    assert asking(**words)[0] == status
+
+
+def test_a_request_may_be_as_large_as_it_may(asking: Callable[..., Any]) -> None:
+    form = {"content_type": "Multipart/form-data; boundary=x"}
+    assert asking("POST", body=[b"x" * 1000], most=1000, **form)[0] == 200
+    assert asking("POST", body=[b"x" * 1001], most=1000, **form)[0] == 413
+    assert asking("POST", content_length="1000", most=1000, **form)[0] == 200
+    assert asking("POST", body=[b"x" * (1 << 20)], most=5)[0] == 200
+    status, headers, body = asking("POST", body=[b"x" * ((1 << 20) + 1)], most=5)
+    assert status == 413 and headers["connection"] == "close" and headers["content-length"] == str(len(body))
+    assert json.loads(body)["error"] == {
+        "message": "the request is larger than 1 MiB",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "too_large",
+    }
+    message = json.loads(asking("POST", content_length="9" * 9, most=3 << 19, **form)[2])["error"]["message"]
+    assert message == "the request is larger than 1.5 MiB"
+    assert "connection" not in asking("POST", origin="http://evil")[1]
+
+
+class Counted:
+    """A guard with an app, and what its numbers say of what passed."""
+
+    def __init__(self, answer: Any) -> None:
+        self.metrics, self.answer, self.sent = Metrics(), answer, list[Any]()
+        self.guard = Guard(self.app, keys=Keys(None, b"s"), hosts=None, most_bytes=1 << 20, metrics=self.metrics)
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        status, headers = self.answer
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    def __call__(self, method: str = "GET", path: str = "/x", kind: str = "http") -> dict[str, str]:
+        async def send(message: Any) -> None:
+            self.sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b""}
+
+        async def ask() -> None:
+            await self.guard({"type": kind, "method": method, "path": path, "headers": []}, receive, send)
+
+        asyncio.run(ask())
+        headers: list[Any] = next((one["headers"] for one in self.sent[::-1] if "headers" in one), [])
+        return {name.decode(): value.decode() for name, value in headers}
+
+    def count(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+def test_answers_are_counted_by_their_kind() -> None:
+    for method, status, label, timed in (
+        ("GET", 200, "GET", 1),
+        ("DELETE", 404, "DELETE", 1),
+        ("PATCH", 507, "PATCH", 1),
+        ("BREW", 405, "other", None),
+    ):
+        counted = Counted((status, []))
+        counted(method)
+        assert counted.count("wan_requests_total", method=label, status=f"{status // 100}xx") == 1
+        assert counted.count("wan_request_seconds_count", method=label) == timed
+        assert 0 <= (counted.count("wan_request_seconds_sum", method=label) or 0) < 30
+    counted = Counted(KeyError("a bug"))
+    with pytest.raises(KeyError):
+        counted("POST")
+    assert counted.count("wan_requests_total", method="POST", status="5xx") == 1
+    assert counted.count("wan_request_seconds_count", method="POST") == 1
+
+
+def test_how_long_somebody_listens_is_no_time_to_an_answer() -> None:
+    for kind, timed in ((b"text/event-stream; charset=utf-8", None), (b"text/html", 1)):
+        counted = Counted((200, [(b"Content-Type", kind)]))
+        counted()
+        assert counted.count("wan_request_seconds_count", method="GET") == timed
+        assert counted.count("wan_requests_total", method="GET", status="2xx") == 1
+
+
+def test_an_answer_has_headers_that_keep_pages_apart() -> None:
+    headers = Counted((200, [(b"Cache-Control", b"max-age=5")]))()
+    assert headers == {
+        "Cache-Control": "max-age=5",  # its own
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
+        "cross-origin-opener-policy": "same-origin",
+        "content-security-policy": POLICY,
+    }
+    assert Counted((200, []))()["cache-control"] == "no-store"
+    for path, status, policy in (
+        ("/old/x/report", 200, REPORT_POLICY),
+        ("/old/x/report", 404, POLICY),
+        ("/report/x", 200, POLICY),
+    ):
+        assert Counted((status, []))(path=path)["content-security-policy"] == policy
+
+
+def test_only_requests_and_the_app_s_own_life_pass() -> None:
+    counted = Counted((200, []))
+    counted(kind="lifespan")
+    assert len(counted.sent) == 2
+    counted.sent.clear()
+    counted(kind="websocket")
+    assert counted.sent == [] and counted.count("wan_requests_total", method="GET", status="2xx") is None
+
+
+def test_an_upload_that_breaks_off_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.guard._UPLOADS", 1)
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=10, metrics=Metrics())
+
+    async def ask() -> list[int]:
+        return [await send_slowly(guard, [(0.0, b"x" * 11)]) for _ in range(3)]
+
+    assert asyncio.run(ask()) == [413] * 3
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("look at /v1/videos", "look at videos"),
+        ("C:\\films\\a.mp4 is gone", "a.mp4 is gone"),
+        ("in /", "in …"),
+        ("in /srv/data/", "in …"),
+        ("'/a b/c d'", "'a b/c d'"),
+        ("http://host/a/b", "http://host/a/b"),
+        ("a/b/c", "a/b/c"),
+        ("(/a/b) /c/d,/e/f", "(b) d,f"),
+    ],
+)
+def test_of_a_path_only_the_last_name_is_shown(message: str, shown: str) -> None:
+    assert public(message) == shown
+
+
+def test_an_error_names_the_setting_that_it_is_about() -> None:
+    for text, param, named in (
+        ("`from_` must be less", None, "from"),
+        ("`vae` and `t5` differ", None, "vae"),
+        ("`vae` is wrong", "mine", "mine"),
+        ("nothing is right", None, None),
+    ):
+        error = from_user_error(UserError(text), param)
+        assert (error.param, error.status) == (named, 400)
+    assert ApiError("x", status=499).body["error"]["type"] == "invalid_request_error"
+    assert ApiError("x", status=500).body["error"]["type"] == "server_error"
+    assert ApiError("x").status == 400 and ApiError("x").headers == {}
+
+
+def test_a_setting_that_a_form_leaves_empty_is_not_chosen() -> None:
+    given = {"prompt": "", "custom_prompt": "", "sample_steps": None, "size": "", "from": 2}
+    assert read_settings(given) == {"custom_prompt": "", "from_": 2.0}
+    for name, value, message, param in (
+        ("from_x", 1, "'from_x' is no setting", "from_x"),
+        ("vae", 1, "'vae' is no setting that a client may choose", "vae"),
+        ("x" * 99, 1, f"'{'x' * 60}' is no setting", "x" * 60),
+        ("sample_steps", "x", "sample_steps must be a whole number", "sample_steps"),
+        ("prompt", "x" * 20_001, "prompt is too long; 20000 characters are the most", "prompt"),
+    ):
+        with pytest.raises(ApiError) as wrong:
+            read_settings({name: value})
+        assert str(wrong.value).startswith(message) and wrong.value.param == param
+    assert read_settings({"prompt": "x" * 20_000})["prompt"] == "x" * 20_000
+
+
+def test_a_clip_says_what_it_may_and_nothing_else() -> None:
+    pictures = {"a.png": "picture_1.png"}
+    scene = {"cut": False, "prompt": None, "seed": 3, "name": "sea", "end_image": "a.png", "guidance": [1, 2]}
+    assert read_clip(scene, pictures, 1) == {
+        "seed": 3,
+        "name": "sea",
+        "end_image": "picture_1.png",
+        "guidance": [1.0, 2.0],
+    }
+    for clip, message in (
+        ({"lora": "x"}, "clip 7: 'lora' is nothing that a clip has; it has "),
+        ({"cut": "b.png"}, "clip 7: no picture 'b.png' came with this"),
+        ({"end_image": True}, "clip 7: end_image cannot be true"),
+        ({"seed": "x"}, "clip 7: seed must be a whole number"),
+    ):
+        with pytest.raises(ApiError) as wrong:
+            read_clip(clip, pictures, 7)
+        assert str(wrong.value).startswith(message)
+        assert wrong.value.param == ("seed" if "seed" in clip else "clips")
+
+
+def test_an_upload_has_an_hour_and_a_minute_for_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waits = [500.0], list[float]()
+    loop = SimpleNamespace(time=lambda: now[0])
+
+    async def wait_for(coming: Any, seconds: float) -> Any:
+        waits.append(seconds)
+        now[0] += 1795.0
+        return await coming
+
+    standing_in = SimpleNamespace(get_running_loop=lambda: loop, wait_for=wait_for)
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+    monkeypatch.setattr("wan.server.guard.asyncio", standing_in)
+    assert asyncio.run(send_slowly(guard, [(0.0, b"x")] * 3)) == 200
+    assert waits == [60.0, 60.0, 10.0]
+
+
+def test_a_hundred_uploads_are_taken_at_once() -> None:
+    guard = Guard(inner, keys=Keys(None, b"secret"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+
+    async def ask() -> list[int]:
+        return await asyncio.gather(*(send_slowly(guard, [(0.02, b"x")]) for _ in range(101)))
+
+    assert sorted(asyncio.run(ask()))[-2:] == [200, 429]
+
+
+def test_what_comes_after_a_request_may_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.guard._SILENT_SECONDS", 0.01)
+    heard = list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        heard.extend([await receive(), await receive()])
+        await inner(scope, receive, send)
+
+    coming = [{"type": "http.request", "body": b"x"}, {"type": "http.disconnect"}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        await asyncio.sleep(0 if len(coming) == 3 else 0.05)
+        return coming.pop(0)
+
+    async def send(message: Any) -> None:
+        heard.append(message)
+
+    guard = Guard(app, keys=Keys(None, b"s"), hosts=None, most_bytes=1 << 20, metrics=Metrics())
+
+    async def ask() -> None:
+        await guard({"type": "http", "method": "POST", "path": "/x", "headers": []}, receive, send)
+
+    asyncio.run(ask())
+    assert [one["type"] for one in heard[:2]] == ["http.request", "http.disconnect"] and heard[2]["status"] == 200

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
+import io
+import json
 import struct
 import subprocess
 import sys
@@ -32,17 +35,21 @@ from wan.server.decode import decode
 from wan.server.errors import ApiError
 from wan.server.folders import ChainFolder
 from wan.server.intake import Intake
+from wan.server.jobs import MOST_PICTURES, Jobs
 from wan.server.live import Live
 from wan.server.main import serve
 from wan.server.metrics import Metrics
 from wan.server.planning import plan_of
+from wan.server.questions import Questions
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import FAILED, MAKING, QUEUED, Queue, Ticket, new_id
 from wan.server.videos import progress
+from wan.server.wire import as_json, owner_settings, settings_of_chain
 from wan.vae.preview import CHANNELS
 
 
 def chains_of(folder: Path, experts: int = 1, **settings: Any) -> Chains:
+    folder.mkdir(exist_ok=True)
     owner = Settings(ckpt_dir="x", output_dir=str(folder), **settings)
     return Chains(folder, owner, v2v_14B if experts == 2 else v2v_5B, experts, Queue(folder / "queue.sqlite3"))
 
@@ -358,3 +365,226 @@ def test_a_take_that_was_chosen_stays_with_its_clip(tmp_path: Path) -> None:
     chains.queue.change(name, settings={**settings, "take": [[1, 2], [2, 2], [3, 1]]})
     assert asyncio.run(chains.change(name, count=2)).settings["take"] == [[1, 2], [2, 2]]
     assert asyncio.run(chains.change(name, clips={1: {"prompt": "y"}})).settings["take"] == [[2, 2]]
+
+
+class Planner:
+    """Stands for the process that plans: what it was asked, and how it ended."""
+
+    def __init__(self, printed: bytes = b"", code: int | None = 0, *, hangs: bool = False) -> None:
+        self.printed, self.code, self.hangs, self.calls = printed, code, hangs, list[Any]()
+        self.returncode: int | None = None
+
+    async def begin(self, *words: str, **_: Any) -> Planner:
+        self.calls.append(words)
+        return self
+
+    async def communicate(self, asked: bytes) -> tuple[bytes, None]:
+        self.calls.append(json.loads(asked))
+        if self.hangs:
+            raise TimeoutError
+        self.returncode = self.code
+        return self.printed, None
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+    async def wait(self) -> None:
+        self.calls.append("wait")
+
+
+def test_a_plan_is_made_of_all_settings_and_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(b"2 clips, in /srv/run\nanother\n")
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", planner.begin)
+    order = {"output_dir": "/srv/run", "prompt": "x"}
+    assert asyncio.run(plan_of(Settings(sample_steps=7), order)) == ["2 clips", "another"]
+    assert planner.calls == [
+        (sys.executable, "-m", "wan.server.plan"),
+        {"owner": {"sample_steps": 7}, "settings": order},
+    ]
+    for code, status in ((2, 500), (-9, 500)):  # without a word
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", Planner(b"", code).begin)
+        with pytest.raises(ApiError) as wrong:
+            asyncio.run(plan_of(Settings(), order))
+        assert wrong.value.status == status
+    slow = Planner(hangs=True)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow.begin)
+    with pytest.raises(ApiError, match="the plan takes too long") as wrong:
+        asyncio.run(plan_of(Settings(), order))
+    assert wrong.value.status == 503 and slow.calls[2:] == ["kill", "wait"]
+
+
+@pytest.mark.parametrize(("wrong", "code", "printed"), [(False, 0, "one\ntwo\n"), (True, 2, "no such file\n")])
+def test_a_plan_is_a_dry_run(
+    wrong: bool, code: int, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wan.server import plan
+
+    class Chain:
+        def __init__(self, settings: Settings) -> None:
+            assert settings == Settings(ckpt_dir="m", prompt="x", take=((1, 2),), dry_run=True)
+
+        def outline(self) -> list[str]:
+            if wrong:
+                raise UserError("no such file")
+            return ["one", "two"]
+
+    monkeypatch.setattr(plan, "Chain", Chain)
+    asked = {"owner": {"ckpt_dir": "m", "gone": 1}, "settings": {"prompt": "x", "take": [[1, 2]]}}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+    assert plan.main() == code and capsys.readouterr().out == printed
+
+
+def test_settings_are_the_same_on_their_way_through_json() -> None:
+    given = Settings(ckpt_dir="m", sample_guide_scale=(1.0, 2.0), take=((1, 2), (3, 4)), lora=("a", "b"), quiet=True)
+    values = json.loads(json.dumps(as_json(given)))
+    assert set(values) == {"ckpt_dir", "sample_guide_scale", "take", "lora", "quiet"}
+    assert owner_settings(values) == given and owner_settings({"gone": 1}) == Settings()
+    assert settings_of_chain(given, {"take": [], "prompt": "x"}) == dataclasses.replace(given, take=(), prompt="x")
+
+
+def test_a_server_offers_the_sizes_of_its_model_and_so_many_frames(tmp_path: Path) -> None:
+    offer = chains_of(tmp_path, max_frames=500, takes=2).offer
+    assert (offer.model, offer.fps, offer.size({}), offer.pixels({})) == (
+        "wan2.2-ti2v-5b",
+        24.0,
+        "1280*704",
+        (1280, 704),
+    )
+    assert (offer.size({"size": "704*1280"}), offer.pixels({"size": "704*1280"})) == ("704*1280", (704, 1280))
+    owned = chains_of(tmp_path / "b", size="704*1280").offer
+    assert owned.size({}) == "704*1280" and owned.size({"size": "1280*704"}) == "1280*704"
+    for name in ("wan2.2-ti2v-5b", "WAN2.2-TI2V-5B", "v2v-5b", "ti2v-5B", None):
+        offer.check_model(name)
+    with pytest.raises(ApiError) as wrong:
+        offer.check_model("x" * 99)
+    assert (wrong.value.param, wrong.value.code) == ("model", "model_not_found")
+    assert str(wrong.value) == f"this server has no model {'x' * 60!r}; it has wan2.2-ti2v-5b, v2v-5B, ti2v-5B"
+    for ticket, scenes, frames in (
+        (Ticket("a", count=3), [], 3 * 81 * 2),
+        (Ticket("a", count=4), [], 4 * 81 * 2),
+        (Ticket("a", count=4, base=2), [], 2 * 81 * 2),
+        (Ticket("a", count=4, base=2), [{"takes": 9}, {}, {"takes": 1}, {"frames": 5}], 81 + 5 * 2),
+        (Ticket("a", count=2, settings={"frame_num": 5, "takes": 3}), [], 2 * 5 * 3),
+        (Ticket("a", count=2, settings={"frame_num": 121, "best_of": 2}), [{"takes": 3}], 121 * 3 + 121 * 2),
+    ):
+        if frames <= 500:
+            offer.check(ticket, scenes)
+        else:
+            with pytest.raises(ApiError, match=f"^{frames} frames are more than the 500 that this server makes"):
+                offer.check(ticket, scenes)
+    exact = chains_of(tmp_path / "c", max_frames=162).offer
+    exact.check(Ticket("a", count=2), [])
+    for settings, param in (({"takes": 2, "best_of": 2}, "takes"), ({"size": "832*480"}, "size")):
+        with pytest.raises(ApiError) as wrong:
+            offer.check(Ticket("a", count=1, settings=settings), [])
+        assert wrong.value.param == param
+    for ask in (offer.clips_of, offer.seconds_of):
+        with pytest.raises(ApiError):
+            ask({"context_frames": 3, "continuation": "tail"}, 1, False)
+
+
+def test_a_longer_context_leaves_fewer_new_frames(tmp_path: Path) -> None:
+    offer = chains_of(tmp_path).offer
+    tail = {"continuation": "tail", "context_frames": 9}
+    assert offer.seconds_of(tail, 3, still=False) == 3 * (81 - 9) / 24
+    assert offer.seconds_of(tail, 3, still=True) == (81 + 2 * (81 - 9)) / 24
+    assert offer.clips_of(tail, 72 / 24, still=False) == 1 and offer.clips_of(tail, 73 / 24, still=False) == 2
+
+
+def test_a_server_s_numbers_have_their_names() -> None:
+    metrics = Metrics()
+    for one in (metrics.clips, metrics.steps, metrics.workers):
+        one.inc()
+    metrics.chains.labels("failed").inc(2)
+    metrics.tickets.labels("queued").set(3)
+    metrics.busy.set(True)
+    metrics.requests.labels("GET", "2xx").inc()
+    metrics.latency.labels("GET").observe(0.3)
+    lines = metrics.page().decode().splitlines()
+    assert {
+        "wan_clips_total 1.0",
+        "wan_step_reports_total 1.0",
+        "wan_workers_lost_total 1.0",
+        'wan_chains_ended_total{state="failed"} 2.0',
+        'wan_chains{state="queued"} 3.0',
+        "wan_worker_busy 1.0",
+        'wan_requests_total{method="GET",status="2xx"} 1.0',
+        'wan_request_seconds_bucket{le="0.25",method="GET"} 0.0',
+        'wan_request_seconds_bucket{le="1.0",method="GET"} 1.0',
+    } <= set(lines)
+    bounds = [line.partition('le="')[2].partition('"')[0] for line in lines if "seconds_bucket" in line]
+    assert bounds == ["0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "1.0", "5.0", "30.0", "+Inf"]
+    assert Metrics().page() != metrics.page()  # each server has its own
+
+
+def test_folders_of_chains_go_at_once_in_name(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+
+    async def fill(name: str | None) -> None:
+        async with jobs.new() as folder:
+            (folder.path / "a").touch()
+            assert folder.path.stat().st_mode & 0o777 == 0o700
+            if name is None:
+                raise UserError("the client has gone")
+            jobs.keep(folder, name)
+
+    asyncio.run(fill("a"))
+    with pytest.raises(UserError):
+        asyncio.run(fill(None))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and "a" in jobs and "b" not in jobs
+    assert jobs["a"] is jobs["a"] and jobs["a"].path == tmp_path / "a"
+    before = jobs["a"]
+    jobs.remove("a")
+    assert list(tmp_path.iterdir()) == [] and jobs["a"] is not before
+    known = new_id()
+    for name in (known, new_id(), f".gone-{new_id()}", f".new-{new_id()}", "video_x", f"{new_id()}0"):
+        (tmp_path / name).mkdir()
+    jobs.remove_all_but([known])
+    assert {len(path.name) for path in tmp_path.iterdir()} == {len(known), 7, len(known) + 1}
+    Jobs(tmp_path / "nowhere").remove_all_but([])
+
+
+def test_a_question_that_was_left_leaves_its_answer_to_nobody() -> None:
+    sent, looks = list[Any](), list[int]()
+    questions = Questions(lambda event, **more: sent.append((event, more)), lambda: looks.append(1))
+    for number in (5, 1, 2):  # of another time, and that of the next one, which waits
+        questions.hear({"number": number, "answer": {"text": str(number)}})
+    assert questions.ask({"what": "a"}) == {"text": "1"} and questions.ask({"what": "b"}) == {"text": "2"}
+    assert sent == [("ask", {"number": 1, "asked": {"what": "a"}}), ("ask", {"number": 2, "asked": {"what": "b"}})]
+    assert len(looks) == 3
+
+
+def test_a_folder_whose_files_stay_costs_nobody_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(tmp_path / "deep/jobs")
+
+    def stay(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, "it is in use")
+
+    async def fill(fails: bool) -> None:
+        async with jobs.new() as folder:
+            if fails:
+                raise UserError("the client has gone")
+            jobs.keep(folder, known)
+
+    known, gone = new_id(), new_id()
+    asyncio.run(fill(False))
+    (jobs.path / gone).mkdir()
+    monkeypatch.setattr("os.rmdir", stay)
+    with pytest.raises(UserError, match="the client has gone"):
+        asyncio.run(fill(True))
+    jobs.remove_all_but([known])
+    jobs.remove(known)
+    assert known not in jobs and MOST_PICTURES == 50
+
+
+def test_a_question_waits_for_its_answer_as_long_as_the_chain_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.server.questions.LOOK_SECONDS", 0.001)
+    looks = list[int]()
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 5:
+            questions.hear({"number": 1, "answer": {"text": "late"}})
+
+    questions = Questions(lambda event, **more: None, look)
+    assert questions.ask({"what": "a"}) == {"text": "late"} and len(looks) == 5

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tests.support.served import QUICK, Served, serving
 from wan.server import supervisor
 from wan.server.metrics import Metrics
+from wan.server.processes import Processes, free_port, rank_environment, without_launcher
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, Queue, Ticket, new_id
 
@@ -114,3 +116,134 @@ def test_a_video_is_made_on_two_processes_and_a_killed_one_costs_no_more_than_ti
     for video in (made(two, together), made(two, after)):
         for one, other in zip(expected, video, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+def test_a_process_of_several_is_told_its_place_and_one_alone_nothing() -> None:
+    assert rank_environment(0, 1) == {}
+    assert rank_environment(1, 3) == {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+
+
+def test_what_torchrun_tells_is_for_its_own_processes() -> None:
+    theirs: tuple[str, ...] = (
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_WORLD_SIZE",
+    )
+    theirs += ("ROLE_WORLD_SIZE", "GROUP_NAME", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    others = ("NAME", "LOCAL_NAME", "PATH", "MY_TORCHELASTIC_X", "CUDA_VISIBLE_DEVICES")
+    assert without_launcher(dict.fromkeys((*theirs, *others), "x")) == dict.fromkeys(others, "x")
+
+
+def test_a_free_port_is_free() -> None:
+    port = free_port()
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", port))
+    assert 1024 <= port < 65536
+
+
+# Says what it hears, and does what it is told.
+ECHO = """import json, os, sys
+told = {"rank": os.environ.get("RANK"), "more": os.environ.get("MORE"), "at": os.getcwd()}
+print(json.dumps({"event": "ready", **told}), flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if "exit" in order and order["rank"] == os.environ.get("RANK", "0"):
+        print(*order.get("say", ["", "first", " last ", ""]), sep="\\n", file=sys.stderr, flush=True)
+        os._exit(order["exit"])
+    print(json.dumps({"event": order.get("event", "heard"), "order": order}), flush=True)
+"""
+
+
+def talk(work: Any, ranks: int = 1, **more: Any) -> None:
+    async def run() -> None:
+        processes = await Processes.start((sys.executable, "-c", ECHO), ranks, **more)
+        try:
+            await asyncio.wait_for(work(processes), 20)
+        finally:
+            await processes.end(0)
+
+    asyncio.run(run())
+
+
+def test_processes_hear_what_all_are_told_and_the_first_answers(tmp_path: Path) -> None:
+    async def work(processes: Processes) -> None:
+        ready = await processes.hear()
+        assert ready == {"event": "ready", "rank": "0", "more": "x", "at": str(tmp_path)}
+        processes.say({"cancel": "a"})
+        processes.say({"answer": 1}, to_all=False)
+        assert [(await processes.hear() or {})["order"] for _ in range(2)] == [{"cancel": "a"}, {"answer": 1}]
+        processes.say({"id": "a"})
+        order = (await processes.hear() or {})["order"]
+        assert set(order) == {"id", "port"} and order["port"] > 0
+        processes.say({"exit": 4, "rank": "1"})  # a chain is being made: the first one may have a word on that
+        assert (await processes.hear() or {})["order"]["exit"] == 4
+        assert await processes.hear() is None
+        assert await processes.why(5) == "the process that makes videos ended with 4: last"
+        assert all(one.returncode is not None for one in processes.processes)
+
+    talk(work, ranks=2, variables={"MORE": "x"}, folder=str(tmp_path), keeps_tail=True, last_word=0.3)
+
+
+def test_one_process_alone_gets_no_port_and_tells_how_it_ended() -> None:
+    async def work(processes: Processes) -> None:
+        assert (await processes.hear() or {})["rank"] is None
+        processes.say({"id": "a"})
+        assert (await processes.hear() or {})["order"] == {"id": "a"}
+        processes.say({"exit": 3, "rank": "0", "say": []})
+        assert await processes.hear() is None
+        assert await processes.why(5) == "the process that makes videos ended with 3"
+
+    talk(work, keeps_tail=True)
+
+
+def test_a_process_that_is_killed_is_told_by_its_signal_and_one_that_lives_on_is_ended() -> None:
+    async def killed(processes: Processes) -> None:
+        await processes.hear()
+        processes.kill()
+        processes.kill()
+        assert await processes.hear() is None
+        assert await processes.why(5) == "the process that makes videos was ended by signal 9"
+
+    async def lives(processes: Processes) -> None:
+        await processes.hear()
+        assert await processes.why(0.01) == "the process that makes videos ended with 0"
+        assert processes.processes[0].returncode == -9
+        processes.say({"id": "a"})  # to nobody
+
+    talk(killed)
+    talk(lives)
+
+
+def test_a_process_may_end_by_itself_when_its_stdin_does() -> None:
+    async def work(processes: Processes) -> None:
+        await processes.hear()
+        await processes.end(10)
+        assert processes.processes[0].returncode == 0
+
+    talk(work)
+
+
+def test_a_command_that_is_none_is_an_error() -> None:
+    with pytest.raises(OSError):
+        asyncio.run(Processes.start(("/nowhere/program",), 2))
+
+
+def test_of_a_log_the_last_lines_are_kept() -> None:
+    async def work(processes: Processes) -> None:
+        await processes.hear()
+        processes.say({"exit": 3, "rank": "0", "say": [str(number) for number in range(40)] + ["x" * 400]})
+        assert await processes.hear() is None
+        assert await processes.why(5) == f"the process that makes videos ended with 3: {'x' * 300}"
+        assert list(processes.tail) == [*map(str, range(11, 40)), "x" * 400] and processes.last_word == 60.0
+
+    talk(work, keeps_tail=True)

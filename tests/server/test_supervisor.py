@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ import pytest
 
 from wan.server.metrics import Metrics
 from wan.server.supervisor import MOST_ATTEMPTS, Supervisor
-from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, STATES, Queue, Ticket
+from wan.server.tickets import DONE, DRAFT, FAILED, MAKING, PAUSED, QUEUED, STATES, Queue, Ticket, new_id
 
 
 @pytest.fixture
@@ -238,3 +241,126 @@ def test_drafts_are_not_listed_and_each_state_is_counted(queue: Queue) -> None:
     assert listed(after="4") == ["3", "2", "1"] and listed(after="4", newest_first=False) == ["5", "6"]
     with pytest.raises(KeyError):
         queue.all(after="none")
+
+
+def test_a_chain_is_cancelled_when_the_worker_has_left_it(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.add(Ticket("a", state=MAKING))
+    host, _ = supervisor(queue)
+    orders = list[Any]()
+    monkeypatch.setattr(host, "_say", orders.append)
+
+    async def work() -> None:
+        await asyncio.wait_for(host.cancel("b"), 1)  # which nobody makes
+        assert orders == []
+        cancelling = asyncio.create_task(host.cancel("a"))
+        await asyncio.sleep(0)
+        assert orders == [{"cancel": "a"}] and not cancelling.done()
+        await host._heard({"event": "end", "id": "a", "state": "cancelled"})
+        await asyncio.wait_for(cancelling, 5)
+        assert host._gone == {} and host.making is None and queue["a"].state == MAKING
+
+    asyncio.run(work())
+
+
+def test_a_worker_that_does_not_hear_is_ended_for_a_chain_that_nobody_wants(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.add(Ticket("a", state=MAKING))
+    host, _ = supervisor(queue)
+    ends, waits = list[str](), list[float]()
+    wait_for = asyncio.wait_for
+
+    async def at_once(waiting: Any, seconds: float) -> Any:
+        waits.append(seconds)
+        return await wait_for(waiting, 0.001)
+
+    async def end_worker() -> None:
+        ends.append("end")
+        await host._lost()
+
+    monkeypatch.setattr("wan.server.supervisor.asyncio.wait_for", at_once)
+    monkeypatch.setattr(host, "end_worker", end_worker)
+    asyncio.run(host.cancel("a"))
+    assert ends == ["end"] and waits == [30] and host._gone == {} and host._unwanted == set()
+
+
+def test_a_supervisor_that_ends_ends_its_worker(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, _ = supervisor(queue)
+    kills = list[str]()
+    asyncio.run(host.end_worker())  # there is none yet
+    host._processes = SimpleNamespace(kill=lambda: kills.append("kill"))  # type: ignore[assignment]
+
+    async def one_worker() -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(host, "_one_worker", one_worker)
+
+    async def work() -> None:
+        running = asyncio.create_task(host.run())
+        await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(work())
+    assert kills == ["kill"] and count(host, "wan_workers_lost_total") == 0
+
+
+def test_what_the_worker_was_given_is_made_known_without_paths(queue: Queue) -> None:
+    queue.add(Ticket("a", state=MAKING, count=3))
+    host, told = supervisor(queue)
+    hear(host, event="warning", id="a", message="/srv/x/a.mp4 is dark")
+    assert told == [("a", "warning", {"message": "a.mp4 is dark"})] and host.audience.of("a").warnings == [
+        "a.mp4 is dark"
+    ]
+    hear(host, event="end", id="a", state=FAILED, error={"code": "x", "message": "/srv/x/a.mp4 is gone"})
+    assert queue["a"].error == {"code": "x", "message": "a.mp4 is gone"}
+    assert host.audience.of("a").events[-1]["event"] == "state"  # and its end is told once
+
+
+def test_a_queue_whose_disk_is_full_is_tried_again(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.add(Ticket("a", state=MAKING))
+    host, _ = supervisor(queue)
+    change, waits = queue.change, list[float]()
+
+    def full(name: str, **values: Any) -> Ticket:
+        if len(waits) < 2:
+            raise sqlite3.OperationalError("database or disk is full")
+        return change(name, **values)
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(queue, "change", full)
+    monkeypatch.setattr("wan.server.supervisor.asyncio.sleep", sleep)
+    kept = asyncio.run(host._keep("a", done=1))
+    assert kept is not None and kept.done == 1 and waits == [5, 5]
+    assert asyncio.run(host._keep("removed", done=1)) is None
+
+
+def test_a_row_keeps_what_it_is_given(queue: Queue) -> None:
+    ticket = Ticket(
+        *("a", FAILED, 1, 2.0, 3, "m", "A boat.", "boat.mp4", 4.5, "8x8", {"take": [[1, 2]]}, "source.mp4"),
+        *(True, "b", "c", 5, 4, 3, True, 2, {"code": "x", "message": "y"}),
+    )
+    added = queue.add(ticket)
+    assert added == dataclasses.replace(ticket, created_at=added.created_at, queued_at=added.queued_at)
+    assert added.created_at == int(added.queued_at) and abs(time.time() - added.queued_at) < 60
+    changed = queue.change("a", again=False, error=None, settings={"prompt": "x"}, still=False)
+    assert (changed.again, changed.error, changed.settings, changed.still) == (False, None, {"prompt": "x"}, False)
+    waiting = queue.wait_again("a")
+    assert (waiting.state, waiting.completed_at, waiting.attempts, waiting.again) == (QUEUED, None, 0, False)
+    assert waiting.queued_at > added.queued_at and waiting.done == 4
+    with pytest.raises(KeyError):
+        queue.change("none", done=1)
+    assert new_id() != new_id() and queue.secret() == queue.secret() and len(queue.secret()) == 32
+    plain = Ticket("b")
+    assert (plain.state, plain.count, plain.done, plain.base, plain.still, plain.again) == (
+        QUEUED,
+        1,
+        0,
+        0,
+        False,
+        False,
+    )
+    assert (plain.attempts, plain.seconds, plain.completed_at, plain.error) == (0, 0.0, None, None)

@@ -23,6 +23,19 @@ SHAPES = ROOT / "examples" / "shapes.mp4"
 QUICK = ("--frame_num", "5", "--sample_steps", "2")
 
 
+def form(fields: dict[str, Any], files: Sequence[tuple[str, str, bytes]] = ()) -> tuple[bytes, str]:
+    """The body of a form with files, each a field, a name and its bytes, and its type."""
+    edge = "edge-of-a-part"
+    parts = [
+        f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields.items()
+    ]
+    for field, name, data in files:
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'
+        parts.append(head.encode() + data + b"\r\n")
+    return b"".join(parts) + f"--{edge}--\r\n".encode(), f"multipart/form-data; boundary={edge}"
+
+
 @dataclass
 class Served:
     """A server that listens, and the folder of its chains."""
@@ -55,16 +68,8 @@ class Served:
 
     def send(self, path: str, fields: dict[str, Any], files: Sequence[tuple[str, str, bytes]] = ()) -> tuple[int, Any]:
         """POST a form with files, each a field, a name and its bytes."""
-        edge = "edge-of-a-part"
-        parts = [
-            f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-            for name, value in fields.items()
-        ]
-        for field, name, data in files:
-            head = f'--{edge}\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'
-            parts.append(head.encode() + data + b"\r\n")
-        body = b"".join(parts) + f"--{edge}--\r\n".encode()
-        status, data, _ = self.fetch(path, "POST", body, {"Content-Type": f"multipart/form-data; boundary={edge}"})
+        body, kind = form(fields, files)
+        status, data, _ = self.fetch(path, "POST", body, {"Content-Type": kind})
         return status, json.loads(data)
 
     def wait(self, name: str, *states: str, seconds: float = 120) -> Any:

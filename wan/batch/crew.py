@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import ray
@@ -78,7 +78,7 @@ class Gone(UserError):
 @dataclass
 class _Member:
     hand: Any
-    began: float = field(default_factory=time.monotonic)
+    began: float
     looked: float = 0.0
     looking: bool = False
     waited: bool = False
@@ -87,8 +87,8 @@ class _Member:
 class _Head:
     """The head of the cluster at an address, and this machine's part of the cluster, looked at now and then."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, ray: Any = ray) -> None:
+        self.address, self.ray = address, ray
         self.gone = False
         self._seen = self._looked = time.monotonic()
 
@@ -109,8 +109,8 @@ class _Head:
                 "same command goes on when there is a cluster again"
             ) from error
         self._seen = now
-        here = ray.get_runtime_context().get_node_id()
-        if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here):
+        here = self.ray.get_runtime_context().get_node_id()
+        if not any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == here):
             self.gone = True
             raise Gone(
                 "this machine is no longer part of the Ray cluster, for its raylet has ended; finished clips are kept, "
@@ -119,9 +119,13 @@ class _Head:
 
 
 class Crew:
-    """Workers 0 to `places.size` - 1. Raises UserError for a Ray that cannot be joined."""
+    """Workers 0 to `places.size` - 1. Raises UserError for a Ray that cannot be joined.
 
-    def __init__(self, settings: Settings) -> None:
+    `ray` is that module, or what stands for it in a test.
+    """
+
+    def __init__(self, settings: Settings, ray: Any = ray) -> None:
+        self.ray = ray
         self.gpus_per_job, self.address = settings.gpus_per_job, settings.address
         self.threads = os.environ.get("OMP_NUM_THREADS")
         # nothing of what is made is anybody's business
@@ -133,10 +137,10 @@ class Crew:
                 cores = max(os.cpu_count() or 1, settings.workers or 1)
                 objects = _FRAMES if settings.captioners else _OBJECTS
                 store = {"object_store_memory": objects, "include_dashboard": False}
-                self._context = ray.init(address="local", num_cpus=cores, **store, **quiet)
+                self._context = self.ray.init(address="local", num_cpus=cores, **store, **quiet)
             else:
                 _reach(self.address, REACH_SECONDS)
-                self._context = ray.init(address=self.address, **quiet)
+                self._context = self.ray.init(address=self.address, **quiet)
         except (RayError, ConnectionError, ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             advice = "ray status"
@@ -154,17 +158,17 @@ class Crew:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
         try:
-            nodes = [node for node in ray.nodes() if node["Alive"]]
+            nodes = [node for node in self.ray.nodes() if node["Alive"]]
             gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
             self.places = choose_places(settings, gpus)
             self._captioners = [self._captioner(node) for node in self.places.captioners]
         except BaseException:
-            ray.shutdown()
+            self.ray.shutdown()
             raise
         self._members: dict[int, _Member] = {}
         self._futures: dict[Any, tuple[Kind, int]] = {}
         by_client = (self.address or "").startswith("ray://")
-        self._head = _Head(str(self.address if by_client else ray.get_runtime_context().gcs_address))
+        self._head = _Head(str(self.address if by_client else self.ray.get_runtime_context().gcs_address), ray)
         self._by_client = by_client
 
     @property
@@ -187,17 +191,17 @@ class Crew:
         threads = int(self.threads or max(1, (os.cpu_count() or 1) // self.places.siblings))
         from wan.batch.describer import Describer  # which needs PyTorch
 
-        return ray.remote(Describer).options(**options).remote(threads)
+        return self.ray.remote(Describer).options(**options).remote(threads)
 
     def open(self, worker: int) -> None:
         """Start a worker, or the one in place of it; an event tells when it is ready."""
         resources: dict[str, Any] = {"num_gpus": self.gpus_per_job if self.places.uses_gpus else 0, "num_cpus": 1}
         # the processes of a worker are of one actor, which Ray places on one machine
-        hand = ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
+        hand = self.ray.remote(Hand).options(max_restarts=0, max_task_retries=0, **resources)
         captioners = self._captioners
         line = _Line(captioners[worker % len(captioners)]) if captioners else None
-        member = _Member(hand.remote(WORKER, self.gpus_per_job, self.places.siblings, os.getcwd(), self.threads, line))
-        self._members[worker] = member
+        started = hand.remote(WORKER, self.gpus_per_job, self.places.siblings, os.getcwd(), self.threads, line)
+        member = self._members[worker] = _Member(started, began=time.monotonic())
         self._futures[member.hand.start.remote()] = "ready", worker
 
     def give(self, worker: int, order: Mapping[str, Any]) -> None:
@@ -212,8 +216,8 @@ class Crew:
             time.sleep(seconds)
             return []
         try:
-            done, _ = ray.wait(list(self._futures), num_returns=1, timeout=seconds)
-            more, _ = ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
+            done, _ = self.ray.wait(list(self._futures), num_returns=1, timeout=seconds)
+            more, _ = self.ray.wait(list(self._futures), num_returns=len(self._futures), timeout=0)
         except (RayError, ConnectionError) as error:
             self._head.gone = True
             raise Gone(f"Ray has gone ({_reason(error)}); the same command goes on") from error
@@ -223,7 +227,7 @@ class Crew:
                 continue
             kind, worker = self._futures.pop(future)
             try:
-                message: Mapping[str, Any] = ray.get(future)
+                message: Mapping[str, Any] = self.ray.get(future)
             except RayError as error:
                 self._forget(worker)
                 events.append(Event("lost", worker, {"reason": _reason(error)}))
@@ -261,10 +265,10 @@ class Crew:
         self._forget(worker)
         try:
             # a process that hangs does not see that its actor has gone
-            ray.get(hand.end.remote(), timeout=END_SECONDS)
+            self.ray.get(hand.end.remote(), timeout=END_SECONDS)
         except (RayError, TimeoutError):
             log.debug("worker %d could not end its processes", worker)
-        ray.kill(hand)
+        self.ray.kill(hand)
 
     def stop(self, seconds: float) -> list[Event]:
         """Let all workers leave what they make, and hear of those that have within so many seconds."""
@@ -286,15 +290,15 @@ class Crew:
             return
         ends = [member.hand.end.remote() for member in self._members.values()]
         if ends:
-            ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
+            self.ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
         if self._head.gone:  # what follows would wait for the head; see `cli.batch_program`
             return
         for worker in list(self._members):
-            ray.kill(self._members[worker].hand)
+            self.ray.kill(self._members[worker].hand)
             self._forget(worker)
         for captioner in self._captioners:
-            ray.kill(captioner)
-        ray.shutdown()
+            self.ray.kill(captioner)
+        self.ray.shutdown()
 
     def _forget(self, worker: int) -> None:
         self._members.pop(worker, None)

@@ -242,5 +242,4 @@ def _seen(path: Path) -> dict[str, Any]:
         "attention": report.get("attention") or [],
         "picture": base64.b64encode(jpegs[-1]).decode() if jpegs else None,
         "video_seconds": report.get("video_seconds") or 0.0,
-        "clips_there": len(numbers),
     }

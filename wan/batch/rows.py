@@ -52,7 +52,7 @@ PAGE, DATA = "batch.html", "batch.jsonl"
 KEYS: Mapping[str, Option] = by_row_key()
 _ALSO = {"seed": "base_seed"}
 _YAML = "tag:yaml.org,2002:"
-_WHOLE, _REAL = re.compile(r"-?(0|[1-9]\d{0,18})"), re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
+_WHOLE, _REAL = re.compile(r"-?(0|[1-9]\d{0,18})"), re.compile(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?")
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,6 @@ def _row(entry: _Said, common: Settings, folder: Path) -> Row:
             values[one.name] = read_plain(one.kind, value)
         except (Unfit, UserError) as error:
             raise UserError(f"`{one.name}` {error}") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"`{one.name}` cannot be {str(value)[:60]!r}") from error
     if not values.get("video"):
         raise UserError("there is no `video`")
     settings = _placed(dataclasses.replace(common, **values), folder, values)

@@ -21,7 +21,6 @@ from wan.server.orders import read_clip, read_settings
 from wan.server.planning import plan_of
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DRAFT, FAILED, MAKING, PAUSED, QUEUED, Queue, Ticket
-from wan.server.wire import settings_of_chain
 
 DRAFTS_LIVE = 24 * 3600.0  # seconds until a chain that nobody started is removed
 SHOWN = (16, 48)  # channels of the latents that a preview can show: `wan.vae.preview.CHANNELS`, without PyTorch
@@ -49,10 +48,6 @@ class Chains:
     def folder(self, name: str) -> ChainFolder:
         """Its folder."""
         return self._folders[name]
-
-    def settings(self, ticket: Ticket) -> Settings:
-        """All settings of a chain, those of the server among them."""
-        return settings_of_chain(self.owner, self.order_of(ticket))
 
     def order_of(self, ticket: Ticket) -> dict[str, Any]:
         """What the worker is told of a chain, as JSON values."""
@@ -206,8 +201,6 @@ class Chains:
         for name in known:
             if name not in self._folders:
                 self.queue.remove(name)
-            elif self.queue[name].state in (QUEUED, MAKING) and not self.queue[name].again:
-                continue
             elif self.queue[name].again:
                 self.folder(name).forget_stop()
                 self.queue.change(name, again=False)

@@ -62,5 +62,5 @@ def _value(one: Option, value: Any, name: str) -> Any:
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise Unfit(f"is too long; {LONGEST_TEXT} characters are the most")
         return read_plain(one.kind, value)
-    except (Unfit, UserError, TypeError, ValueError) as error:
+    except (Unfit, UserError) as error:
         raise ApiError(f"{name} {error}", param=name.rpartition(" ")[2]) from error

@@ -114,7 +114,7 @@ def router(chains: Chains) -> APIRouter:
                 ticket = await chains.intake.create(settings, source=source, model=model, seconds=seconds, whole=True)
                 if ticket.still:
                     await chains.remove(ticket.id)
-                    raise ApiError("video must be a video; send a picture to /v1/videos", param="video")
+                    raise ApiError("video must be a video; send a picture to v1/videos", param="video")
         return JSONResponse(video_of(chains, ticket))
 
     @routes.get("")
