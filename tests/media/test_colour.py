@@ -137,7 +137,9 @@ def test_ordinary_colours_stay_as_they_are(
     assert warnings_in(caplog) == []
 
 
-@pytest.mark.parametrize(("transfer", "coded"), [(8, "linear"), (9, "logarithmic"), (10, "logarithmic"), (17, "of digital cinema")])
+@pytest.mark.parametrize(
+    ("transfer", "coded"), [(8, "linear"), (9, "logarithmic"), (10, "logarithmic"), (17, "of digital cinema")]
+)
 def test_tones_that_are_not_those_of_a_screen_are_said(
     transfer: int, coded: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -491,9 +493,7 @@ def test_primaries_near_bt_709_are_no_word_worth(caplog: pytest.LogCaptureFixtur
         (Fraction(1), 1, (1, 1)),
     ],
 )
-def test_the_short_side_is_stretched_to_square_pixels(
-    ratio: Fraction, most: int | None, size: tuple[int, int]
-) -> None:
+def test_the_short_side_is_stretched_to_square_pixels(ratio: Fraction, most: int | None, size: tuple[int, int]) -> None:
     frame, opened = picture_of(width=720, height=576), file_of(sample_aspect_ratio=ratio)
     assert colour._displayed_size(frame, opened, most) == size
 
