@@ -145,7 +145,7 @@ def test_a_joined_video_grows_by_what_is_new(tmp_path: Path, monkeypatch: pytest
     source = clip(tmp_path / "source.mp4", range(4))
     first, second = clip(tmp_path / "1.mp4", range(100, 105)), clip(tmp_path / "2.mp4", range(200, 205))
     written: list[str] = []
-    write = assembly.write_video
+    write = media.write_video
 
     def counting(path: str, *words: Any) -> int:
         written.append(Path(path).name)
@@ -257,7 +257,7 @@ def test_sound_holds_a_picture_of_which_the_file_says_nothing_a_still_and_a_reco
     monkeypatch.setattr(assembly, "choose_track", lambda source: "track")
     heard = hearing(0.0, 7.0 - clock[0] + 6)
     monkeypatch.setattr(assembly, "listen", lambda track: heard)
-    one = _Begin.read("a.mp4", None)
+    one: Any = _Begin.read("a.mp4", None)
     assert one.part.stay == (6 if is_open else 2) and one.part.frames == frames and asked == [math.inf]
     assert (one.start, one.track, one.hearing) == (7.0, "track", heard)
     monkeypatch.setattr(assembly, "first_frame", lambda source: SimpleNamespace(time=None))

@@ -378,7 +378,7 @@ def test_an_end_is_dull_by_its_pictures(
     monkeypatch.setattr(dull_end, "find_ending", lambda source, span: ending_of(look, stay))
     monkeypatch.setattr(dull_end, "_look", lambda ending, source: look)
     source: Any = SimpleNamespace(**(vars(FILM) | {"until": until}))
-    dull = dull_end._find(source)
+    dull: Any = dull_end._find(source)
     assert (dull and (dull.kind, pytest.approx(dull.seconds), dull.last_lively)) == expected
 
 

@@ -711,9 +711,9 @@ def test_a_long_file_is_searched_where_it_can_be(
             media.sample_frames("a.mp4", **wrong)  # type: ignore[arg-type]
     assert len(media.sample_frames("a.mp4", 1, max_side=1)) == 1
     assert len(media.sample_frames("a.mp4")) == 8
-    for wrong in ((0, 16), (1, 0), (-1, 16), (1, -1)):
+    for count, fps in ((0, 16), (1, 0), (-1, 16), (1, -1)):
         with pytest.raises(ValueError, match="count and fps must be positive"):
-            media.read_tail("a.mp4", *wrong)
+            media.read_tail("a.mp4", count, fps)
 
 
 def test_pictures_of_another_size_take_that_of_the_first() -> None:

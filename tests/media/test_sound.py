@@ -306,6 +306,10 @@ def test_packets_are_copied_from_just_before_the_begin_to_the_end() -> None:
     assert [within(begin) for begin in (None, 0, 10, 10.9, 10.96, 20)] == [False, False, True, True, False, False]
 
 
+def about(seconds: float) -> Any:
+    return pytest.approx(seconds)
+
+
 def track_of(**values: Any) -> sound.SoundTrack:
     plain: dict[str, Any] = {"path": "a.mkv", "index": 1, "number": 1, "count": 1, "codec": "aac", "rate": 48000}
     return sound.SoundTrack(**(plain | {"channels": 1} | values))
@@ -363,7 +367,7 @@ def test_a_track_is_steady_where_its_clock_never_runs_backwards(
     timed.append((packet_at(None, 0), []))  # the flush at the end has no stamp
     monkeypatch.setattr(sound, "_timed", lambda track: iter(timed))
     heard = sound.listen(track_of())
-    assert heard == sound.Hearing(0.0, pytest.approx(0.3), 1000, 1, steady)
+    assert heard == sound.Hearing(0.0, about(0.3), 1000, 1, steady)
 
 
 def test_what_is_heard_of_a_track_is_its_most_channels_and_its_highest_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,12 +377,10 @@ def test_what_is_heard_of_a_track_is_its_most_channels_and_its_highest_rate(monk
         return sound.listen(track_of())
 
     loud, deep = (2.0, heard_frame(None, 100, channels=2)), (2.1, heard_frame(None, 400, 2000))
-    assert listened(loud, deep) == sound.Hearing(2.0, pytest.approx(2.3), 2000, 2, False)
-    assert listened(loud) == sound.Hearing(2.0, pytest.approx(2.1), 1000, 2, True)
+    assert listened(loud, deep) == sound.Hearing(2.0, about(2.3), 2000, 2, False)
+    assert listened(loud) == sound.Hearing(2.0, about(2.1), 1000, 2, True)
     # a piece without a moment goes on from the one before, or begins at 0
-    assert listened(loud, (None, heard_frame(None, 100, channels=2))) == sound.Hearing(
-        2.0, pytest.approx(2.2), 1000, 2, True
-    )
+    assert listened(loud, (None, heard_frame(None, 100, channels=2))) == sound.Hearing(2.0, about(2.2), 1000, 2, True)
     assert listened() is None
     assert listened((None, heard_frame(None, 100))) is None  # at no moment
 
@@ -629,7 +631,8 @@ def test_a_track_of_which_most_cannot_be_decoded_is_none(
     opened = SimpleNamespace(streams=[Stream()], close=lambda: None)
     monkeypatch.setattr(sound, "open_video", lambda path: opened)
     monkeypatch.setattr(sound, "_demux", lambda container, stream: iter(range(good + bad)))
-    assert sound._try("a.mkv", 0) == first
+    heard: Any = sound._try("a.mkv", 0)
+    assert heard == first
 
 
 def test_reading_ends_where_a_file_is_broken() -> None:
@@ -641,7 +644,8 @@ def test_reading_ends_where_a_file_is_broken() -> None:
 
     container: Any = Broken()
     stream: Any = None
-    assert list(sound._demux(container, stream)) == [1, 2]
+    packets: Any = list(sound._demux(container, stream))
+    assert packets == [1, 2]
 
 
 def test_copied_packets_begin_with_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

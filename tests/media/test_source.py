@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ def test_the_header_of_a_file_is_read_with_its_clock(tmp_path: Path) -> None:
     assert opened.length == opened.duration == pytest.approx(2, abs=0.05)
     encode(tmp_path / "a.mkv", range(24, 72), (64, 36))
     late = inspect(tmp_path / "a.mkv")
-    assert (late.start, late.fps, late.has_audio, late.until) == (1.0, 24, False, None)
+    assert (late.start, late.fps, late.has_audio, late.until) == (1.0, Fraction(24), False, None)
     assert not late.has_alpha_stream
     encode(tmp_path / "a.h264", range(24), (64, 36))
     assert inspect(tmp_path / "a.h264").end is None  # it cannot be searched
@@ -125,7 +126,7 @@ def test_a_moment_limits_what_is_read(
 ) -> None:
     plain = inspect(CORPUS / "h264_faststart.mp4")
     values = {key: value for key, value in vars(film_of(**given)).items() if key != "path"}
-    monkeypatch.setattr(source, "_inspect", lambda name: source.replace(plain, **values))
+    monkeypatch.setattr(source, "_inspect", lambda name: replace(plain, **values))
     opened = inspect(CORPUS / "h264_faststart.mp4", until)
     assert (opened.until, opened.end, opened.duration) == (until + 4, end, duration)
     for wrong in (-0.1, float("inf"), float("nan")):
@@ -203,7 +204,7 @@ def test_the_keyframe_before_a_moment_is_that_of_the_file_s_index(tmp_path: Path
 )
 def test_of_several_streams_of_pictures_the_film_is_read(dispositions: tuple[Any, Any], index: int) -> None:
     context = SimpleNamespace(width=64, height=36)
-    streams = [
+    streams: list[Any] = [
         SimpleNamespace(index=at, disposition=Disposition(one), codec_context=context)
         for at, one in enumerate(dispositions)
     ]
@@ -214,7 +215,7 @@ def test_of_several_streams_of_pictures_the_film_is_read(dispositions: tuple[Any
 
     container: Any = SimpleNamespace(format=SimpleNamespace(name="matroska,webm"), streams=Streams(video=streams))
     assert source._picture_stream("a.mkv", container) is streams[index]
-    streams[index].codec_context = None  # type: ignore[assignment]
+    streams[index].codec_context = None
     with pytest.raises(VideoError, match="FFmpeg has no decoder for it; convert it to H.264 mp4"):
         source._picture_stream("a.mkv", container)
     container.format.name = "hls"
@@ -224,7 +225,9 @@ def test_of_several_streams_of_pictures_the_film_is_read(dispositions: tuple[Any
 
 def test_a_film_that_is_not_the_first_of_equals_is_the_one_that_ffmpeg_likes_best() -> None:
     context = SimpleNamespace(width=64, height=36)
-    streams = [SimpleNamespace(index=at, disposition=Disposition(0), codec_context=context) for at in range(3)]
+    streams: list[Any] = [
+        SimpleNamespace(index=at, disposition=Disposition(0), codec_context=context) for at in range(3)
+    ]
 
     class Streams(SimpleNamespace):
         def best(self, kind: str) -> Any:
@@ -271,7 +274,7 @@ def test_an_animation_by_pillow_has_the_rate_and_the_times_of_its_pictures(
     opened = inspect(tmp_path / "a.webp")
     assert (opened.format, opened.index, opened.start, opened.end, opened.zero) == ("webp", 0, 0, None, 0)
     assert opened.fps == Fraction(fps) and opened.duration == opened.length == pytest.approx(seconds)
-    assert (opened.has_audio, opened.has_alpha_stream, opened.sample_aspect_ratio) == (False, False, 1)
+    assert (opened.has_audio, opened.has_alpha_stream, opened.sample_aspect_ratio) == (False, False, Fraction(1))
     shown = list(Pictures(opened))
     assert [number(frame.to_ndarray(format="rgb24")) for frame in shown] == list(range(len(durations)))
     moments = np.cumsum([0, *durations[:-1]]) / 1000
@@ -282,7 +285,7 @@ def test_an_animation_by_pillow_has_the_rate_and_the_times_of_its_pictures(
 def test_a_still_by_pillow_has_no_length(tmp_path: Path) -> None:
     Image.new("RGB", (64, 36), "red").save(tmp_path / "a.webp")
     opened = inspect(tmp_path / "a.webp")
-    assert (opened.duration, opened.length, opened.fps) == (None, None, 24)
+    assert (opened.duration, opened.length, opened.fps) == (None, None, Fraction(24))
     assert len(list(Pictures(opened))) == 1
     data = (tmp_path / "a.webp").read_bytes()
     (tmp_path / "half.webp").write_bytes(data[: len(data) // 2])
