@@ -48,8 +48,8 @@ def place_one_token(
 
 def attend_with_one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     """What the kernel of that name does, by PyTorch's own function."""
-    wide = [part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value)]
-    return nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=seen, scale=scale).transpose(1, 2)
+    keys, values = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
+    return nn.functional.scaled_dot_product_attention(query, keys, values, seen, scale=scale).transpose(1, 2)
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def attend(*given: Any) -> Tensor:
         made.calls += 1
-        return attend_with_one_query(*given) + made.wrong
+        exact = attend_with_one_query(*given)
+        return exact + float(made.wrong)
 
     module = SimpleNamespace(place_one_token=place_one_token, attend_with_one_query=attend)
     monkeypatch.setitem(sys.modules, "wan.captioner.decode_attention_kernel", module)
@@ -85,15 +86,15 @@ def test_our_attention_gives_the_official_tokens(vlm: InternVLCaptioner, kernels
     # a trial, and each token after the first, of 8 that are launched at once and of the other 3; not the prompt
     assert kernels.calls == 1 + 11 * layers
     assert all(isinstance(layer.self_attn, decoding._OneQuery) for layer in language.layers)
-    first = language.layers[0].self_attn
+    first: Any = language.layers[0].self_attn
     assert first.fused is None
     with torch.inference_mode():
         decoding.fuse_projections(vlm.model)
-    weight, bias = first.fused
+    fused: Any = first.fused
+    weight, bias = fused
     parts = (first.q_proj, first.k_proj, first.v_proj)
     assert weight.data_ptr() == first.q_proj.weight.data_ptr() and (bias is None) is (first.q_proj.bias is None)
     assert torch.equal(torch.cat([part.weight for part in parts]), weight)
-    fused = first.fused
     decoding.fuse_projections(vlm.model)
     assert first.fused is fused  # once is enough
     assert vlm.generate(ids, pixels, 12).tolist() == EXPECTED["greedy_ids"][:12]
@@ -266,7 +267,7 @@ def test_tokens_are_launched_eight_at_once_up_to_the_end_mark(
         with heard_by(heard.append):
             assert decoder(ids, torch.zeros(1), most, end).tolist() == tokens
         assert counting.steps == [(3 + at, 4 + at) for at in range(steps)]  # each sees all before it and itself
-        assert heard == told and decoder.cache.resets == again + 1  # type: ignore[attr-defined]
+        assert heard == told and decoder.cache.resets == again + 1
 
 
 def test_layers_that_come_one_by_one_are_asked_for_by_their_numbers() -> None:

@@ -292,7 +292,12 @@ def test_what_moves_in_a_clip_is_measured_on_sixteen_pairs_at_most(monkeypatch: 
 
     monkeypatch.setattr(metrics, "flow", flow)
     looked: list[float] = []
-    monkeypatch.setattr(metrics, "_look", lambda frame: looked.append(float(frame.mean())) or [0.0] * 12)
+
+    def look_at(frame: torch.Tensor) -> list[float]:
+        looked.append(float(frame.mean()))
+        return [0.0] * 12
+
+    monkeypatch.setattr(metrics, "_look", look_at)
     levels = torch.linspace(-0.5, 0.5, 101)[:, None, None, None].expand(101, 64, 64, 3)
     look = measure_look(levels)
     assert look.moving == 0.5 and look.speed == pytest.approx(4)
