@@ -711,13 +711,15 @@ class Local(LocalModel):
 def test_a_model_loads_at_its_first_use_and_goes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[torch.device] = []
     monkeypatch.setattr("wan.captioner.base.release_memory", released.append)
+    hidden: list[int] = []
+    monkeypatch.setattr("wan.captioner.base.hide_broken_torchvision", lambda: hidden.append(1))
     local = Local("vlm", "cpu")
     assert (local.is_loaded, local.waits_in_host_memory, local.dtype) == (False, False, torch.bfloat16)
     local.close()
     assert not released and local.model is local.model and local.loads == 1
     assert local.is_loaded and local.waits_in_host_memory
     local.close()
-    assert released == [torch.device("cpu")] and not local.is_loaded
+    assert released == [torch.device("cpu")] and not local.is_loaded and hidden == [1]
     _ = local.model
     assert local.loads == 2
     there = Local("vlm", "meta")
@@ -1042,7 +1044,10 @@ def test_trusted_code_of_the_hub_is_fetched_with_the_folder(monkeypatch: pytest.
     assert closed == [1]
 
 
-def test_the_size_of_a_vlm_is_that_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_vlm_is_that_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "wan")
     for name, size in (("a.safetensors", 20), ("b.safetensors", 10), ("c.bin", 5)):
         (tmp_path / name).write_bytes(bytes(size))
     assert weight_bytes(tmp_path) == 30 and local_folder(tmp_path) == tmp_path
@@ -1076,6 +1081,7 @@ def test_the_size_of_a_vlm_is_that_of_its_weights(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
     monkeypatch.setattr("wan.captioner.factory.local_folder", lambda path: None)
     assert [weight_bytes(name) for name in ("no/where", "no/sizes", "no/files")] == [None] * 3
+    assert "cannot tell how large no/where is: no route" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -751,8 +751,9 @@ def test_decord_reads_what_it_reads_right(
     plain: dict[str, Any] = {"color_trc": 1, "color_primaries": 1, "width": 8, "height": 4}
     plain |= {"side_data": {"DISPLAYMATRIX": matrix}, "format": SimpleNamespace(name="yuv420p", components=[])}
     first = SimpleNamespace(**(plain | frame))
+    required: list[int] = []
     monkeypatch.setattr(reading, "first_frame", lambda source: first)
-    monkeypatch.setattr(decord_reader, "require", lambda: None)
+    monkeypatch.setattr(decord_reader, "require", lambda: required.append(1))
     monkeypatch.setattr(decord_reader, "read", lambda path, n: np.zeros((n, 8, 16, 3), np.uint8))
     film = film_of(**({"sample_aspect_ratio": Fraction(1)} | values))
     frames = reading._sample_with_decord(film, 2, None)
@@ -766,7 +767,7 @@ def test_decord_reads_what_it_reads_right(
         large = reading._sample_with_decord(film, 1, 99)
         assert large is not None and large.shape == (1, height, width, 3)
     else:
-        assert frames is None
+        assert frames is None and required == [1]  # who asks for it is to have it all the same
         assert [record.message.partition(": ")[2] for record in caplog.records] == [
             f"decord gets {reason} wrong; PyAV reads the frames"
         ]
