@@ -35,6 +35,7 @@ from wan.captioner import (
     RemoteCodeCaptioner,
     dynamic_preprocess,
     endpoint,
+    factory,
     hide_broken_torchvision,
     open_captioner,
 )
@@ -1128,3 +1129,62 @@ def test_generic_asks_without_a_system_message_and_reads_what_is_new() -> None:
     (user,) = processor.messages
     assert [part.get("text") for part in user["content"]] == ["Frame1: ", None, "Frame2: ", None, "What?"]
     assert user["content"][1]["image"].size == (50, 30)  # a small one stays
+
+
+def test_an_endpoint_that_hangs_does_not_keep_the_program() -> None:
+    assert endpoint._within(5.0, lambda: str(threading.current_thread().daemon).encode()) == b"True"
+
+
+def test_transformers_is_asked_whether_weights_can_be_loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Quantizer:
+        @staticmethod
+        def from_config(config: Any, **options: Any) -> Any:
+            asked.append((config, options))
+            return Quantizer()
+
+        def validate_environment(self, **options: Any) -> None:
+            asked.append(options)
+            if options["device_map"][""].type == "cpu":
+                raise ValueError("needs a GPU")
+
+    monkeypatch.setattr("transformers.quantizers.AutoHfQuantizer", Quantizer)
+    factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("meta"))
+    config = {"quant_method": "awq", "bits": 4}
+    assert asked == [(config, {"pre_quantized": True}), {"device_map": {"": torch.device("meta")}}]
+    with pytest.raises(
+        UserError, match=r"quantised \(awq\), which cannot be loaded here \(needs a GPU\)"
+    ):
+        factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_trusted_code_is_loaded_as_such(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def from_pretrained(self: Any, kind: Any, source: Path, **options: Any) -> str:
+        asked.append((kind.__name__, source, options))
+        return "model"
+
+    monkeypatch.setattr(LocalModel, "from_pretrained", from_pretrained)
+    for name in ("AutoTokenizer", "AutoProcessor"):
+        monkeypatch.setattr(
+            f"transformers.{name}.from_pretrained",
+            lambda folder, name=name, **options: asked.append((name, folder, options)),
+        )
+    folder = folder_with(tmp_path, model_type="internvl_chat")
+    remote = RemoteCodeCaptioner(folder, device)
+    assert remote.load() == "model" and remote.tokenizer is None
+    assert asked == [
+        ("AutoModel", folder, {"trust_remote_code": True, "use_flash_attn": device == "cuda"}),
+        ("AutoTokenizer", folder, {"trust_remote_code": True}),
+    ]
+    for trusted in (True, False):
+        asked.clear()
+        generic = GenericCaptioner(folder, device, trust_remote_code=trusted)
+        assert generic.load() == "model" and generic.processor is None
+        assert asked == [
+            ("AutoModelForImageTextToText", folder, {"trust_remote_code": trusted}),
+            ("AutoProcessor", folder, {"trust_remote_code": trusted}),
+        ]

@@ -351,6 +351,7 @@ def test_sentences_end_where_one_does(text: str, parts: list[str]) -> None:
         ('{"a": "He says \\"go\\"", "b": "It is 5 (five)", "c": "Then, "}', 'He says "go". It is 5 (five).'),
         ('{"a": null, "wheels": [3, 4], "sure": true}', "wheels 3. wheels 4. sure True."),
         ('["A dog runs"', "A dog runs"),
+        ('{"a": "A dog\nruns.", "b": "It\tsits"}', "A dog runs. It sits."),
         ('{"a": "A dog runs", "b": "It sits. It slee', "A dog runs. It sits."),
         ('{"a": 1', '{"a": 1'),
         ("{}", ""),

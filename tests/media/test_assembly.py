@@ -311,3 +311,10 @@ def test_the_sound_of_both_ends_of_a_bridge_is_placed(complete: bool) -> None:
     assert [moment for moment, _ in heard._sounds] == [3.0]
     joined._end = None
     assert joined._sound(Timeline(parts, Fraction(24)), complete) is None
+
+
+def test_every_clip_needs_its_number_of_frames_to_leave_out(tmp_path: Path) -> None:
+    source, first = clip(tmp_path / "source.mp4", range(4)), clip(tmp_path / "1.mp4", range(5))
+    for drops in ([], [1, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            media.assemble(source, [first], tmp_path / "joined.mp4", drops=drops)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_metadata_survives_in_the_comment(tmp_path: Path) -> None:
     media.write_video(tmp_path / "clip.mp4", numbered(range(2)), 16, metadata=told)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert json.loads(container.metadata["comment"]) == told
+        assert "a cat 🐈" in container.metadata["comment"]  # as a player shows it
 
 
 def psnr(path: Path, frames: list[np.ndarray]) -> float:
@@ -719,3 +721,20 @@ def test_the_sound_of_a_rewritten_video_begins_with_its_pictures(
     assert (whole.start, whole.end, whole.track, whole.hearing) == (start, 9, "track", hearing)
     monkeypatch.setattr(rewriting, "listen", lambda track: None)
     assert rewriting._whole_sound(source) is None
+
+
+def test_every_part_needs_its_number_of_frames_to_leave_out(clips: list[Path], tmp_path: Path) -> None:
+    for drops, fades in (([0], ()), ([0, 1, 1], ()), ([0, 1], [0, 2, 2])):
+        with pytest.raises(ValueError, match="zip"):
+            media.join_videos(clips[:2], tmp_path / "joined.mp4", drops=drops, fades=fades)
+    with pytest.raises(ValueError, match="zip"):
+        list(writing._blend([np.zeros((2, 2, 3), np.uint8)], [], 1))
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+def test_a_clip_that_changes_while_it_is_copied_is_not_joined(clips: list[Path], tmp_path: Path) -> None:
+    part = writing._Part.read(clips[0], 0)
+    shorter = replace(part, numbers=part.numbers[:-1], stop=part.stop - 1)
+    with pytest.raises(ValueError, match="zip"):
+        writing._join([shorter], tmp_path / "joined.mp4", None, None)
+    assert not (tmp_path / "joined.mp4").exists()
