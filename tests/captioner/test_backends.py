@@ -1153,9 +1153,7 @@ def test_transformers_is_asked_whether_weights_can_be_loaded_here(monkeypatch: p
     factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("meta"))
     config = {"quant_method": "awq", "bits": 4}
     assert asked == [(config, {"pre_quantized": True}), {"device_map": {"": torch.device("meta")}}]
-    with pytest.raises(
-        UserError, match=r"quantised \(awq\), which cannot be loaded here \(needs a GPU\)"
-    ):
+    with pytest.raises(UserError, match=r"quantised \(awq\), which cannot be loaded here \(needs a GPU\)"):
         factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("cpu"))
 
 
