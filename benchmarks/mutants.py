@@ -144,7 +144,9 @@ OPERATORS = (
 
 def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
-    files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    package = Path(file).parent.name  # of two files of one name the one in its own folder
+    paths = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.parent.name == package, path))
+    files = {path.stem: str(path.relative_to(ROOT)) for path in paths}
     its_own = f"test_{Path(file).stem}"
     listed = [f"test_{name}" for name in TESTS[file if file in TESTS else package_of(file)].split()]
     return tuple(files[name] for name in dict.fromkeys((its_own, *listed)) if name in listed or name in files)
