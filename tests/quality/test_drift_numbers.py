@@ -261,6 +261,9 @@ def test_what_is_small_or_looks_like_light_is_left(
 
 def test_known_frames_are_among_those_of_the_clip() -> None:
     frames = torch.zeros(5, 64, 64, 3)
+    for clip, condition in ((frames[0], frames), (frames, frames[0]), (frames, frames[:, :32])):
+        with pytest.raises(UserError, match="must be float frames|must have one size, not 64x64 and 64x32"):
+            correction.correct_drift(clip, condition, known=1)
     for known in (-1, 5, 6):
         with pytest.raises(UserError, match=f"known must be from 0 to 4 with 5 frames; {known} is not"):
             correction.correct_drift(frames, frames, known=known)

@@ -381,6 +381,11 @@ def test_a_rendering_that_differs_from_the_known_frames_is_warned_of(
     assert score_seam(frames, frames, rendered=known).fidelity_db is None
     with pytest.raises(UserError, match="must be as many, not 2 and 1"):
         score_seam(frames, frames, known=known, rendered=rendered[:1])
+    with pytest.raises(UserError, match="must have one size, not 8x8 and 4x8"):
+        score_seam(frames, frames, known=known, rendered=rendered[:, :, :4])
+    for wrong in ({"known": known[0], "rendered": rendered}, {"known": known, "rendered": rendered[0]}):
+        with pytest.raises(UserError, match="must be float frames"):
+            score_seam(frames, frames, **wrong)
 
 
 def test_a_score_as_json_has_its_terms() -> None:
