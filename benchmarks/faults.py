@@ -97,7 +97,10 @@ def main() -> int:
     parser.add_argument("--fault", help="this is one of the processes, and what breaks the last one")
     args = parser.parse_args()
     if args.fault:
-        return cli.run(lambda argv: work(args.fault), None)
+        code = cli.run(lambda argv: work(args.fault), None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # as the programs do: exchanges that were broken off wait in threads that nothing can end
     for fault in args.faults:
         measure(fault, args.gpus)
     return 0

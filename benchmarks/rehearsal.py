@@ -104,7 +104,8 @@ def watch(
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     start, moments, output = time.perf_counter(), dict[str, float](), ""
-    environment = os.environ | {"PYTHONPATH": str(tree)}
+    path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, cwd=tree, env=environment)
     os.close(theirs)
     while True:

@@ -153,6 +153,7 @@ def test_each_expert_gets_its_own_loras_when_only_those_of_the_other_stay(world:
         stronger = {changed: (LoraFile(wanted[changed][0].path, 0.5),)}
         models.merge_loras(wanted | stronger)
         for name, files in (wanted | stronger).items():
+            assert models[name].loras == files
             assert tuple(match.lora for match in models.merged[name]) == files
 
 

@@ -32,7 +32,8 @@ class Models:
     """Models by name: "text_encoder", "vae", and the experts under their attribute names.
 
     `loaders` make them, in host memory unless they say otherwise, and are given whether weights may stay mapped from
-    their files; `name` is the model's in messages. `in_threads`: one may be called while another model computes.
+    their files; `name` is the model's in messages. `in_threads`: one may be called while another model computes. LoRAs
+    are added up on `device`, or where an expert is.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Models:
         loaders: Mapping[str, Callable[[bool], Any]],
         *,
         in_threads: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self._loaders = loaders
         self._in_threads = in_threads
+        self._device = device
         self._loaded: dict[str, Any] = {}
         self._coming: dict[str, Future[Any]] = {}  # what is being loaded
         self._plan = HostPlan()
@@ -67,7 +70,7 @@ class Models:
             # what failed in a thread is tried again: its file may have been mended, and else says what is wrong with it
             has_come = coming is not None and coming.exception() is None
             self._loaded[name] = coming.result() if coming and has_come else self._loaders[name](self._plan.mapped)
-            if self._wanted.get(name):  # it was there before, with them
+            if self._wanted.get(name):
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
 
@@ -177,12 +180,14 @@ class Models:
             self._open(expert, files)
 
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
-        """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError."""
+        """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError.
+
+        An expert that is not loaded gets them when it is first used, so that the first one need not wait for the other.
+        """
         check_for_experts(wanted, self.checkpoint, self.name)
         self._wanted = wanted
-        for expert in sorted(wanted.keys() | self.merged.keys()):  # several processes load them together
-            # one that is not there gets them when it is read again
-            if not self._plan.in_turn or self.is_loaded(expert):
+        for expert in wanted.keys() | self.merged.keys():
+            if self.is_loaded(expert):
                 self._merge(expert, wanted.get(expert, ()))
 
     def _merge(self, expert: str, files: tuple[LoraFile, ...]) -> None:
@@ -193,7 +198,7 @@ class Models:
 
         opened = self._open(expert, files)
         try:
-            merge_loras(model, self.checkpoint.experts[expert], opened)
+            merge_loras(model, self.checkpoint.experts[expert], opened, self._device)
         except BaseException:
             self.forget(expert)  # half merged
             raise

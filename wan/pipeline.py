@@ -136,7 +136,7 @@ class Pipeline(ABC):
             machine=lambda: self.team.machine,
         )
         needs_gpu = home.type != "cpu" or config.low_precision is not None or bool(self.sharded & experts)
-        self.models = Models(config.name, self.checkpoint, load, in_threads=not needs_gpu)
+        self.models = Models(config.name, self.checkpoint, load, in_threads=not needs_gpu, device=self.device)
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
             self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})

@@ -160,7 +160,7 @@ def test_weights_are_rounded_as_they_are_read(ti2v: Any, monkeypatch: pytest.Mon
 def test_weights_that_pass_through_pinned_memory_are_the_same() -> None:
     cpu = torch.device("cpu")
     plain, staged = fp8.Lowering(torch.bfloat16, cpu, cpu), fp8.Lowering(torch.bfloat16, cpu, cpu)
-    staged._stages = PinnedStage(), PinnedStage()  # as on a GPU
+    staged._way._stages = PinnedStage(), PinnedStage()  # as on a GPU
     made = []
     for size in (24, 48, 16):  # each takes the place of the one before
         layer, numbers = torch.nn.Linear(size, 32), random(32, size, seed=size)

@@ -27,6 +27,7 @@ from wan.denoiser.lora import merge_loras
 from wan.denoiser.lora_file import LoraMatch, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
+from wan.device.streaming import PinnedStage, RoundTrip
 from wan.errors import UserError
 from wan.files import sampled_digest
 from wan.models import Models
@@ -693,8 +694,66 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
         wanted = {"high_noise_model": files, "low_noise_model": files}
         models.check_loras(wanted)
         models.merge_loras(wanted)
+        assert models["high_noise_model"].loras == files
     assert len(read) == 2 * 2  # an expert and a strength
     assert models.merged["high_noise_model"][0].lora.strength == 1.0
+
+
+def test_an_expert_gets_its_loras_when_it_is_first_used(a14b: Weights, tmp_path: Path) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
+    loads: list[str] = []
+
+    def loader(name: str) -> Callable[[bool], WanModel]:
+        def made(mapped: bool) -> WanModel:
+            loads.append(name)
+            return load(a14b)
+
+        return made
+
+    models = Models("x", checkpoint, {name: loader(name) for name in checkpoint.experts}, device=CPU)
+    files = (LoraFile(tmp_path / "lora.safetensors"),)
+    models.merge_loras({"high_noise_model": files, "low_noise_model": files})
+    assert loads == [] and models.merged == {}
+    merged = values(models["high_noise_model"])
+    assert loads == ["high_noise_model"] and list(models.merged) == ["high_noise_model"]
+    assert not same(merged, values(load(a14b)))
+    models.merge_loras({"low_noise_model": files})  # taken out of the one that is there
+    assert same(values(models["high_noise_model"]), values(load(a14b)))
+    assert same(values(models["low_noise_model"]), merged)
+    assert loads == ["high_noise_model", "low_noise_model"]
+
+
+def test_what_is_added_up_on_another_device_passes_through_pinned_memory(
+    weights: Weights, checkpoints: dict[str, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[str] = []
+
+    class Staged(RoundTrip):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self._stages = PinnedStage(), PinnedStage()  # as on a GPU
+
+        def go(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            passed.append("go")
+            return super().go(tensor, dtype)
+
+        def back(self, tensor: Tensor) -> Tensor:
+            passed.append("back")
+            return super().back(tensor)
+
+    monkeypatch.setattr("wan.denoiser.lora.RoundTrip", Staged)
+    svi(pairs(official_shapes(weights, checkpoints)), tmp_path / "lora.safetensors")
+    opened = open_loras([LoraFile(tmp_path / "lora.safetensors", 0.7)], weights)
+    here, away = load(weights, torch.bfloat16), load(weights, torch.bfloat16)
+    plain = values(here)
+    merge_loras(here, weights, opened)
+    assert not passed and not same(values(here), plain)
+    merge_loras(away, weights, opened, CPU)
+    assert same(values(away), values(here))
+    assert passed == ["go", "back"] * len(away.altered)
+    merge_loras(away, weights, (), CPU)
+    assert same(values(away), plain)
 
 
 def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:

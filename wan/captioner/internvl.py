@@ -108,7 +108,8 @@ class InternVLCaptioner(LocalModel):
     """InternVL 2.5 to 3.5 with a Qwen language model. The folder is checked now, the weights load at the first use.
 
     `room`: bytes that its weights may take of the device, asked when they load. Language layers that do not fit wait in
-    host memory and come one by one in every pass, with the same words.
+    host memory and come one by one in every pass, on the library's kernels, which round otherwise than ours on a GPU:
+    so where two words are about equally likely it may be the other one.
     """
 
     def __init__(

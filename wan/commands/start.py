@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ def leave_out_unused(settings: Settings) -> None:
     for name in unused:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # from here on an import says "not found"
+
+
+def take_cores(environment: MutableMapping[str, str], cores: int) -> None:
+    """Give each process of a machine its share of the cores; before PyTorch is imported.
+
+    torchrun gives each one thread where OMP_NUM_THREADS is not set. The first process reads, captions, corrects and
+    writes on the CPU while the others wait. A number that the user gave stays, unless it is 1, which looks like that.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment and environment.get("OMP_NUM_THREADS") == "1":
+        processes = int(environment.get("LOCAL_WORLD_SIZE") or 1)
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // processes))
 
 
 def _vlm_config(settings: Settings) -> Mapping[str, Any] | None:

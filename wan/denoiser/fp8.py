@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wan.denoiser.policy import needs_of, no_gpu_for
 from wan.device.hardware import runs_triton, synchronize
-from wan.device.streaming import PinnedStage
+from wan.device.streaming import RoundTrip
 from wan.errors import UserError
 from wan.weights.quantized import QuantizedLinear, QuantizedTensor
 
@@ -77,8 +77,7 @@ class Lowering:
 
     def __init__(self, dtype: torch.dtype, home: torch.device, on: torch.device) -> None:
         self.dtype, self.home, self.on = dtype, home, on
-        # by pinned memory: from other memory, and to it, a GPU copies at a fraction of the rate
-        self._stages = None if on.type == "cpu" else (PinnedStage(), PinnedStage())
+        self._way = RoundTrip(on)
 
     def takes(self, name: str) -> bool:
         """Whether the weight of the linear layer of this name is rounded."""
@@ -87,13 +86,9 @@ class Lowering:
 
     def __call__(self, layer: nn.Linear, numbers: Tensor) -> nn.Linear:
         """A layer with these numbers [out, in], of any dtype, in 8 bits."""
-        values = numbers.detach()
-        up, down = self._stages or (None, None)
-        if up is not None and values.device.type == "cpu":
-            values = up.like(values, self.dtype).copy_(values)
-        rows, scale = quantize(values.to(self.on, non_blocking=True).to(self.dtype))
-        if down is not None and self.home.type == "cpu":
-            rows = down.like(rows, rows.dtype).copy_(rows, non_blocking=True)
+        rows, scale = quantize(self._way.go(numbers.detach(), self.dtype))
+        if self.home.type == "cpu":
+            rows = self._way.back(rows)
         synchronize(self.on)  # the next weight takes the places of this one
         return QuantizedLinear(layer, QuantizedTensor(rows, scale), self.dtype, self.home)
 

@@ -21,7 +21,9 @@ from torch import Tensor
 from wan.denoiser.headers import key_map
 from wan.denoiser.lora_file import LOHA, OpenedLora
 from wan.denoiser.model import WanModel
+from wan.device.hardware import synchronize
 from wan.device.sharding import write
+from wan.device.streaming import RoundTrip
 from wan.errors import UserError
 from wan.weights.quantized import Addition, QuantizedLinear, dequantize
 from wan.weights.tensors import Weights
@@ -31,11 +33,14 @@ _TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
 
 
 @torch.no_grad()
-def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora]) -> None:
+def merge_loras(
+    model: WanModel, weights: Weights, opened: Sequence[OpenedLora], device: torch.device | None = None
+) -> None:
     """Put these LoRAs, and no others, into the model that was loaded from `weights`; `()` takes all of them out.
 
-    Parameters are changed in place, on the device that they are on, one at a time. Raises UserError for values that
-    are not finite; the next merge puts right what such an error left half done.
+    Parameters are changed in place, one at a time, and stay where they are; the sums are made on `device`, or where the
+    parameters are. Raises UserError for values that are not finite; the next merge puts right what such an error left
+    half done.
     """
     loras = tuple(one.match.lora for one in opened)
     if loras == model.loras:
@@ -52,13 +57,19 @@ def merge_loras(model: WanModel, weights: Weights, opened: Sequence[OpenedLora])
             ((_, original),) = weights.read({source_of[name]})
             base = dequantize(original).to(device, torch.float32)
         linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base, changing)])
+    way = None if device is None else RoundTrip(device)
     for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
-        parameter = model.get_parameter(name_of[key])
-        value = dequantize(original).to(parameter.device, torch.float32, copy=True).view(parameter.shape)
+        parameter, original = model.get_parameter(name_of[key]), dequantize(original)
+        original = original.to(parameter.device) if way is None else way.go(original, original.dtype)
+        value = original.to(torch.float32, copy=True).view(parameter.shape)
         base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
         for file in opened:
             _add(file, name_of[key], value, base, changing)
-        write(parameter, value if model.rounding is None else value.to(model.rounding))
+        value = (value if model.rounding is None else value.to(model.rounding)).to(parameter.dtype)
+        if way is not None and parameter.device.type == "cpu":
+            value = way.back(value)
+        write(parameter, value)
+        synchronize(parameter.device)  # the next one takes the places of this one
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)

@@ -228,6 +228,30 @@ class PinnedStage:
         return self._memory[:size].view(dtype).view(tensor.shape)
 
 
+class RoundTrip:
+    """The way of tensors from host memory to a device and back, one at a time, through pinned memory.
+
+    From other memory, and to it, a GPU copies at a fraction of the rate.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stages = None if device.type == "cpu" else (PinnedStage(), PinnedStage())
+
+    def go(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in this dtype on the device; the one before must have been computed with."""
+        if self._stages is not None and tensor.device.type == "cpu":
+            tensor = self._stages[0].like(tensor, dtype).copy_(tensor)
+        return tensor.to(self.device, non_blocking=True).to(dtype)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """A tensor of the device in host memory, until the next one is; waits for the device."""
+        if self._stages is not None:
+            tensor = self._stages[1].like(tensor, tensor.dtype).copy_(tensor, non_blocking=True)
+            synchronize(self.device)
+        return tensor.cpu()
+
+
 def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:
     """Empty tensors like these (on any device) in one host buffer, so that `Placement` need not copy them.
 
