@@ -658,10 +658,10 @@ class Answering(BackEnd):
     source = "a VLM"
 
     def __init__(self, answer: str) -> None:
-        self.said = answer
+        self.words = answer
 
     def answer(self, frames: Any, question: str, system: str | None, max_new_tokens: int) -> str:
-        return self.said
+        return self.words
 
     def close(self) -> None: ...
 
@@ -723,9 +723,9 @@ def test_a_model_loads_at_its_first_use_and_goes_once(monkeypatch: pytest.Monkey
     assert released == [torch.device("cpu")] and not local.is_loaded and hidden == [1]
     _ = local.model
     assert local.loads == 2
-    there = Local("vlm", "meta")
-    _ = there.model
-    assert there.is_loaded and not there.waits_in_host_memory
+    elsewhere = Local("vlm", "meta")
+    _ = elsewhere.model
+    assert elsewhere.is_loaded and not elsewhere.waits_in_host_memory
 
 
 @pytest.mark.parametrize(
@@ -793,7 +793,7 @@ def endpoint_of(url: str = "http://h/v1", model: str | None = "m") -> EndpointCa
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "text"),
     [
         ({"choices": [{"message": {"content": "A cat."}}]}, "A cat."),
         ({"choices": [{"message": {"content": [{"text": "A"}, "x", {"text": "cat."}, {}]}}]}, "A cat. "),
@@ -803,7 +803,7 @@ def endpoint_of(url: str = "http://h/v1", model: str | None = "m") -> EndpointCa
         ({"error": None, "choices": [{"message": {"content": "A cat."}}]}, "A cat."),
     ],
 )
-def test_an_endpoint_s_answer_is_its_first_choice(reply: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_s_answer_is_its_first_choice(reply: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     one = endpoint_of()
 
@@ -812,7 +812,7 @@ def test_an_endpoint_s_answer_is_its_first_choice(reply: Any, said: str, monkeyp
         return reply
 
     monkeypatch.setattr(one, "call", call)
-    assert one.answer(FRAMES, "What?", "", 9) == said
+    assert one.answer(FRAMES, "What?", "", 9) == text
     [(path, body)] = asked
     assert path == "/chat/completions" and (body["model"], body["max_tokens"], body["temperature"]) == ("m", 9, 0)
     assert [message["role"] for message in body["messages"]] == ["user"]

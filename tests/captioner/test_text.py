@@ -405,11 +405,11 @@ def test_words_three_times_in_a_row_are_said_once(raw: str, clean: str) -> None:
 
 
 def test_a_loop_may_have_thirty_words() -> None:
-    def said(count: int) -> str:
+    def looped(count: int) -> str:
         return " ".join(["".join(chr(97 + int(digit)) for digit in str(number + 100)) for number in range(count)] * 3)
 
-    assert len(clean_caption(f"x {said(30)}.").split()) == 31
-    assert len(clean_caption(f"x {said(31)}.").split()) == 94
+    assert len(clean_caption(f"x {looped(30)}.").split()) == 31
+    assert len(clean_caption(f"x {looped(31)}.").split()) == 94
 
 
 def test_sentences_that_differ_in_a_word_are_alike_from_three_words_on() -> None:
