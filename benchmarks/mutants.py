@@ -91,10 +91,10 @@ TESTS: dict[str, str] = {
     "wan/prompting.py": "continuation_pairs faults continuation memory options",
     "wan/settings.py": "owners presets continuation_pairs lora options modes",
     "wan/options.py": "kinds continuation_pairs faults bad_input options storyboard",
-    "wan/media": "faults timeline writing reading sound colour dull_end bombs",
+    "wan/media": "sound colour timeline writing reading dull_end bombs faults",
     "wan/media/decord_worker.py": "backends reading",
-    "wan/quality": "motion seam_numbers drift_numbers metrics correction",
-    "wan/captioner": "text next_prompt faults backends secrets internvl",
+    "wan/quality": "vision motion seam_numbers drift_numbers metrics correction",
+    "wan/captioner": "text next_prompt shared backends secrets internvl memory faults",
     "wan/denoiser": "sampling exact_speed golden modes presets precision",
     "wan/denoiser/headers.py": "headers precision parts checkpoint lora",
     "wan/denoiser/model.py": "sampling exact_speed quantized fp8 golden modes presets precision",
@@ -106,9 +106,9 @@ TESTS: dict[str, str] = {
     "wan/vae": "preview chunked bands golden not_finite memory",
     "wan/vae/bands.py": "bands",
     "wan/text": "umt5 vocabulary golden parts memory",
-    "wan/weights": "checkpoint loading vocabulary parts faults quantized lora readers",
+    "wan/weights": "tensors prefetch packed checkpoint loading vocabulary parts faults quantized lora readers",
     "wan/weights/loading.py": "loading shared host_budget checkpoint vocabulary parts faults quantized lora readers",
-    "wan/weights/quantized.py": "quantized fp8 vocabulary checkpoint lora parts",
+    "wan/weights/quantized.py": "packed quantized fp8 vocabulary checkpoint lora parts",
     "wan/device": "hardware host peers memory faults host_budget owners shared",
     "wan/device/parallel.py": "sequence several",
     "wan/device/sharding.py": "sharding",
@@ -154,7 +154,9 @@ OPERATORS = (
 
 def covering_tests(file: str) -> tuple[str, ...]:
     """The files of tests for a file, as paths in the project, wherever below `tests/` they are."""
-    files = {path.stem: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    package = Path(file).parent.name  # of two files of one name the one in its own folder
+    paths = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.parent.name == package, path))
+    files = {path.stem: str(path.relative_to(ROOT)) for path in paths}
     its_own = f"test_{Path(file).stem}"
     listed = [f"test_{name}" for name in TESTS[file if file in TESTS else package_of(file)].split() + EVERYWHERE]
     return tuple(files[name] for name in dict.fromkeys((its_own, *listed)) if name in listed or name in files)

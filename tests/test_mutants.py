@@ -43,6 +43,8 @@ def test_the_tests_of_a_file_come_before_those_of_its_package() -> None:
     assert covering_tests("wan/chain/report.py") == ("tests/chain/test_report.py", ARCHITECTURE)
     first, *others = covering_tests("wan/quality/metrics.py")
     assert first == "tests/quality/test_metrics.py" and "tests/quality/test_motion.py" in others
+    assert covering_tests("wan/captioner/memory.py")[0] == "tests/captioner/test_memory.py"
+    assert covering_tests("wan/device/shared.py") == ("tests/device/test_shared.py", ARCHITECTURE)
     assert package_of("wan/pipeline.py") == "wan" and len(covering_tests("wan/chain/chain.py")) > 1
 
 

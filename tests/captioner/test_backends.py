@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -29,11 +33,15 @@ from wan.captioner import (
     GenericCaptioner,
     InternVLCaptioner,
     RemoteCodeCaptioner,
+    dynamic_preprocess,
+    endpoint,
+    factory,
     hide_broken_torchvision,
     open_captioner,
 )
-from wan.captioner.base import one_line
-from wan.captioner.factory import weight_bytes
+from wan.captioner.base import BackEnd, LocalModel, foreseen_failures, one_line, reading, to_images
+from wan.captioner.factory import local_folder, weight_bytes
+from wan.captioner.frames import closest_grid
 from wan.captioner.internvl import weight_files
 from wan.errors import UserError
 from wan.media import decord_worker
@@ -644,3 +652,537 @@ def test_decord_is_asked_for_the_middles_of_equal_parts_or_the_last_frame(
     sys.stdout.flush()
     expected = f"{len(numbers)} 1 1\n".encode() + bytes(number for number in numbers for _ in range(3))
     assert capfdbinary.readouterr().out == expected
+
+
+class Answering(BackEnd):
+    source = "a VLM"
+
+    def __init__(self, answer: str) -> None:
+        self.words = answer
+
+    def answer(self, frames: Any, question: str, system: str | None, max_new_tokens: int) -> str:
+        return self.words
+
+    def close(self) -> None: ...
+
+
+def test_an_answer_is_of_bearable_length_and_says_something() -> None:
+    assert Answering(" A cat. ").describe(FRAMES, "?") == "A cat."
+    assert Answering("x" * 8001).describe(FRAMES, "?") == "x" * 8000
+    assert Answering("A \ud83c cat").describe(FRAMES, "?", max_new_tokens=1) == "A ? cat"
+    with pytest.raises(UserError, match="gave an empty answer: ask with another vlm_question"):
+        Answering(" \n").describe(FRAMES, "?")
+    with pytest.raises(UserError, match="max_new_tokens is 0: give at least 1"):
+        Answering("A cat.").describe(FRAMES, "?", max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_shape(frame: np.ndarray) -> None:
+    shape = re.escape(f"a frame is {frame.dtype} {list(frame.shape)}")
+    with pytest.raises(UserError, match=shape):
+        to_images([frame])
+    with pytest.raises(UserError, match="there are no frames"):
+        to_images([])
+    assert [image.size for image in to_images([np.zeros((2, 3, 3), np.uint8), Image.new("L", (5, 4))])] == [
+        (3, 2),
+        (5, 4),
+    ]
+
+
+class Local(LocalModel):
+    loads = 0
+
+    def load(self) -> Any:
+        self.loads += 1
+        return object()
+
+    def answer(self, frames: Any, question: str, system: str | None, max_new_tokens: int) -> str:
+        return str(self.model)
+
+
+def test_a_model_loads_at_its_first_use_and_goes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[torch.device] = []
+    monkeypatch.setattr("wan.captioner.base.release_memory", released.append)
+    hidden: list[int] = []
+    monkeypatch.setattr("wan.captioner.base.hide_broken_torchvision", lambda: hidden.append(1))
+    local = Local("vlm", "cpu")
+    assert (local.is_loaded, local.waits_in_host_memory, local.dtype) == (False, False, torch.bfloat16)
+    local.close()
+    assert not released and local.model is local.model and local.loads == 1
+    assert local.is_loaded and local.waits_in_host_memory
+    local.close()
+    assert released == [torch.device("cpu")] and not local.is_loaded and hidden == [1]
+    _ = local.model
+    assert local.loads == 2
+    elsewhere = Local("vlm", "meta")
+    _ = elsewhere.model
+    assert elsewhere.is_loaded and not elsewhere.waits_in_host_memory
+
+
+@pytest.mark.parametrize(
+    ("what", "keys", "message"),
+    [
+        ("missing", ["b", "a"], r"has 2 missing weights \(a, b\): download it again"),
+        ("mismatched", ["d", "c", "b", "a"], r"has 4 mismatched weights \(a, b, c, ...\)"),
+        ("unexpected", ["c", "b", "a"], r"has 3 unexpected weights \(a, b, c\)"),
+        ("missing", [], ""),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(what: str, keys: list[str], message: str) -> None:
+    asked: dict[str, Any] = {}
+
+    class Model:
+        @staticmethod
+        def from_pretrained(source: Any, **options: Any) -> Any:
+            asked.update(options, source=source)
+            report: dict[str, list[str]] = {f"{name}_keys": [] for name in ("missing", "unexpected", "mismatched")}
+            return "model", report | {f"{what}_keys": keys}
+
+    local = Local("vlm", "meta", torch.float16)
+    if message:
+        with pytest.raises(UserError, match=message):
+            local.from_pretrained(Model, Path("vlm"))
+    else:
+        assert local.from_pretrained(Model, Path("vlm"), more=1) == "model"
+        assert asked == {
+            "source": Path("vlm"),
+            "dtype": torch.float16,
+            "device_map": {"": "meta"},
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+            "more": 1,
+        }
+        local.from_pretrained(Model, None, home=torch.device("cpu"))
+        assert asked["device_map"] == {"": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "captioning with a VLM ran out of memory: use vlm_device cpu, a smaller model, or give prompt"),
+        (OSError("no\nroom"), r"captioning with a VLM failed \(no room\): put that right, or give prompt"),
+        (UserError("it is gone"), "it is gone, or give prompt to go on without captioning"),
+    ],
+)
+def test_what_can_go_wrong_outside_offers_a_prompt(error: Exception, message: str) -> None:
+    with pytest.raises(UserError, match=message), foreseen_failures("a VLM"):
+        raise error
+
+
+def test_what_the_library_raises_over_a_folder_is_one_line_but_for_what_others_tell() -> None:
+    with pytest.raises(UserError, match="vlm or a file in it cannot be read"), reading(Path("vlm")):
+        raise KeyError("a")
+    for told in (OSError("a"), MemoryError(), UserError("a"), ImportError("a")):
+        with pytest.raises(type(told)), reading(Path("vlm"), ImportError):
+            raise told
+    with pytest.raises(UserError, match="cannot be read"), reading(Path("vlm")):
+        raise ImportError("a")
+
+
+def endpoint_of(url: str = "http://h/v1", model: str | None = "m") -> EndpointCaptioner:
+    return EndpointCaptioner(url, model)
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        ({"choices": [{"message": {"content": "A cat."}}]}, "A cat."),
+        ({"choices": [{"message": {"content": [{"text": "A"}, "x", {"text": "cat."}, {}]}}]}, "A cat. "),
+        ({"choices": [{"message": {"content": "", "refusal": "No."}}]}, "No."),
+        ({"choices": [{"message": "A cat."}]}, ""),
+        ({"choices": [{"message": {"content": 3}}]}, ""),
+        ({"error": None, "choices": [{"message": {"content": "A cat."}}]}, "A cat."),
+    ],
+)
+def test_an_endpoint_s_answer_is_its_first_choice(reply: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    one = endpoint_of()
+
+    def call(path: str, body: Any = None) -> Any:
+        asked.append((path, body))
+        return reply
+
+    monkeypatch.setattr(one, "call", call)
+    assert one.answer(FRAMES, "What?", "", 9) == text
+    [(path, body)] = asked
+    assert path == "/chat/completions" and (body["model"], body["max_tokens"], body["temperature"]) == ("m", 9, 0)
+    assert [message["role"] for message in body["messages"]] == ["user"]
+    asked.clear()
+    one.answer(FRAMES, "What?", "Be brief.", 9)
+    assert [message["role"] for message in asked[0][1]["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"error": {"message": "no room"}}, r"answered with an error \(no room\)"),
+        ({"error": {"code": 5}}, r"answered with an error \(\{'code': 5\}\)"),
+        ({"error": "long " * 99}, r"answered with an error \((long )+l?o?\w*\.\.\.\)"),
+        ({"data": []}, "answered without data: give an OpenAI-compatible vlm_url"),
+        ([], "answered without data"),
+        ({"data": [{}]}, "answered without data"),
+        (None, "answered without data"),
+    ],
+)
+def test_an_endpoint_that_answers_otherwise_is_told_so(reply: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        endpoint_of().first(reply, "data", "id")
+
+
+@pytest.mark.parametrize(("size", "too_much"), [(4 << 20, False), ((4 << 20) + 1, True)])
+def test_an_endpoint_s_answer_has_four_mebibytes_at_most(
+    size: int, too_much: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def ask(request: Any, timeout: float) -> bytes:
+        asked.append((request.full_url, dict(request.header_items()), request.data, timeout))
+        return b'"' + b"a" * (size - 2) + b'"'
+
+    monkeypatch.setattr(endpoint, "_ask", ask)
+    monkeypatch.setenv("OPENAI_API_KEY", " key ")
+    if too_much:
+        with pytest.raises(UserError, match="answered with more than 4 MiB"):
+            endpoint_of().call("/models")
+    else:
+        assert len(endpoint_of().call("/models")) == size - 2
+        assert asked == [
+            ("http://h/v1/models", {"Content-type": "application/json", "Authorization": "Bearer key"}, None, 300.0)
+        ]
+        endpoint_of("http://h/v1/?a=b").call("/chat", {"a": 1})
+        assert asked[1][0] == "http://h/v1/chat?a=b" and asked[1][2] == b'{"a": 1}'
+        monkeypatch.delenv("OPENAI_API_KEY")
+        endpoint_of().call("/models")
+        assert "Authorization" not in asked[2][1]
+
+
+class Response:
+    def __init__(self, blocks: list[bytes], length: int = 0) -> None:
+        self.blocks, self.length, self.asked = blocks, length, list[int]()
+
+    def __enter__(self) -> Response:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def read1(self, count: int) -> bytes:
+        self.asked.append(count)
+        return self.blocks.pop(0) if self.blocks else b""
+
+
+def test_an_answer_is_read_to_a_byte_more_than_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MOST_BYTES", 10)
+    for blocks, length, content, asked in (
+        ([b"abc", b"def"], 0, b"abcdef", [11, 8, 5]),
+        ([b"abcdefghij"], 0, b"abcdefghij", [11, 1]),
+        ([b"abcdefghijk"], 5, b"abcdefghijk", [11]),
+    ):
+        response = Response(blocks, length)
+        opener = SimpleNamespace(open=lambda request, timeout, response=response: response)
+        monkeypatch.setattr(endpoint, "build_opener", lambda handler, opener=opener: opener)
+        request: Any = None
+        assert endpoint._ask(request, 9.0) == content and response.asked == asked
+    response = Response([b"abc"], 5)
+    opener = SimpleNamespace(open=lambda request, timeout: response)
+    monkeypatch.setattr(endpoint, "build_opener", lambda handler: opener)
+    with pytest.raises(IncompleteRead, match="3 bytes read, 5 more expected"):
+        endpoint._ask(request, 9.0)
+    assert endpoint._ask(request, -1.0) == b""  # no time is left
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "reason"),
+    [(500, b" it burns\n", "it burns"), (500, b"", "Failed"), (404, b"x" * 3000, "x" * 2000), (302, b"away", "Failed")],
+)
+def test_an_error_of_an_endpoint_has_what_it_says(
+    code: int, body: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Any, timeout: float) -> Any:
+        raise HTTPError("http://h", code, "Failed", Message(), io.BytesIO(body))
+
+    monkeypatch.setattr(endpoint, "build_opener", lambda handler: SimpleNamespace(open=fail))
+    request: Any = None
+    with pytest.raises(HTTPError) as caught:
+        endpoint._ask(request, 9.0)
+    assert caught.value.msg == reason
+
+
+def test_what_was_sent_secretly_is_blotted_out_from_four_letters_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "abcd")
+    one = endpoint_of("http://me:wxyz@h/v1?key=hidden&n=123")
+    assert one._without_secrets("abcd wxyz hidden 123 me") == "*** *** *** 123 me"
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
+    assert endpoint_of()._without_secrets("abc") == "abc"
+    for key in ("schlüssel", "a\tb", "a\nb"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters that no key has"):
+            endpoint_of().call("/models")
+
+
+def test_the_models_of_a_server_that_refuses_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(request: Any, timeout: float) -> bytes:
+        raise HTTPError("http://h", 404, "Not Found", Message(), None)
+
+    monkeypatch.setattr(endpoint, "_ask", ask)
+    with pytest.raises(UserError, match=r"HTTP 404 \(Not Found\): name its model with vlm_path, or check vlm_url"):
+        endpoint_of().call("/models")
+    with pytest.raises(UserError, match=r"HTTP 404 \(Not Found\): check vlm_url"):
+        endpoint_of().call("/chat/completions")
+
+
+def test_work_that_hangs_is_left_behind() -> None:
+    stop = threading.Event()
+    assert endpoint._within(5.0, lambda: b"done") == b"done"
+    with pytest.raises(KeyError):
+        endpoint._within(5.0, lambda: dict[str, bytes]()["a"])
+    with pytest.raises(TimeoutError, match=r"timed out: no whole answer in 0.05 s"):
+        endpoint._within(0.05, lambda: b"" if stop.wait(9) else b"")
+    stop.set()
+
+
+def test_a_frame_is_sent_as_a_square_of_448_pixels() -> None:
+    level = Image.new("RGB", (30, 50), (200, 40, 90))
+    with Image.open(io.BytesIO(base64.b64decode(endpoint.jpeg_url(level).partition(",")[2]))) as sent:
+        assert (sent.format, sent.size) == ("JPEG", (448, 448))
+        assert np.abs(np.asarray(sent).astype(int) - (200, 40, 90)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grids", "grid"),
+    [
+        (200, 100, [(1, 1), (2, 1), (4, 2)], (2, 1)),
+        (100, 100, [(1, 1), (2, 2)], (1, 1)),
+        (200, 100, [(1, 1), (2, 2)], (1, 1)),  # exactly half of it
+        (201, 201, [(1, 1), (2, 2)], (2, 2)),  # more than half
+        (142, 142, [(1, 1), (2, 2)], (2, 2)),
+        (141, 141, [(1, 1), (2, 2)], (1, 1)),
+        (100, 200, [(1, 1), (2, 1), (1, 2)], (1, 2)),
+        (300, 200, [(1, 1), (2, 1)], (2, 1)),
+        (90, 60, [(1, 1), (2, 1)], (1, 1)),  # as near to both, and too small for the larger
+        (300, 201, [(2, 1), (1, 1)], (1, 1)),
+    ],
+)
+def test_the_grid_of_tiles_is_the_nearest_in_shape(
+    width: int, height: int, grids: list[tuple[int, int]], grid: tuple[int, int]
+) -> None:
+    assert closest_grid(width, height, grids, 100) == grid
+
+
+def test_tiles_are_counted_from_one_to_twelve() -> None:
+    for least, most in ((0, 1), (3, 2)):
+        with pytest.raises(UserError, match=f"min_num {least} and max_num {most} must be at least 1 and in order"):
+            dynamic_preprocess(Image.new("RGB", (8, 8)), min_num=least, max_num=most, image_size=8)
+    assert len(dynamic_preprocess(Image.new("RGB", (120, 90)), image_size=8)) == 12  # 4 x 3
+    assert len(dynamic_preprocess(Image.new("RGB", (120, 90)), image_size=8, use_thumbnail=True)) == 13
+    assert [tile.size for tile in dynamic_preprocess(Image.new("RGB", (448, 448)))] == [(448, 448)]
+    assert len(dynamic_preprocess(Image.new("RGB", (80, 80)), min_num=2, max_num=3, image_size=8)) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_map", "trusted", "kind"),
+    [
+        ("internvl_chat", True, True, RemoteCodeCaptioner),
+        ("internvl_chat", True, False, InternVLCaptioner),
+        ("internvl_chat", False, True, InternVLCaptioner),
+        ("internvl", True, True, InternVLCaptioner),
+        ("qwen3_vl", True, True, GenericCaptioner),
+    ],
+)
+def test_the_code_of_a_folder_runs_where_it_brings_some_and_is_trusted(
+    model_type: str, auto_map: bool, trusted: bool, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def stub(name: type) -> Any:
+        def make(*given: Any, **options: Any) -> Any:
+            made.append((name, given, options))
+            return name
+
+        return make
+
+    for one in (RemoteCodeCaptioner, InternVLCaptioner, GenericCaptioner):
+        monkeypatch.setattr(f"wan.captioner.factory.{one.__name__}", stub(one))
+    room: Any = object()
+    folder = folder_with(tmp_path, model_type=model_type, **({"auto_map": {}} if auto_map else {}))
+    opened: Any = open_captioner(folder, device="meta", dtype=torch.float16, trust_remote_code=trusted, room=room)
+    assert opened is kind
+    [(_, given, options)] = made
+    assert given == (folder, "meta", torch.float16, *([room] if kind is InternVLCaptioner else []))
+    assert options == ({"trust_remote_code": trusted and auto_map} if kind is GenericCaptioner else {})
+    for code in (True, False):
+        GenericCaptioner(folder, "cpu", trust_remote_code=code)
+
+
+def test_trusted_code_of_the_hub_is_fetched_with_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for code in (True, False):
+        opened: Any = open_captioner(f"some/model@{commit}", device="cpu", trust_remote_code=code)
+        assert opened.patterns == ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors", *["*.py"] * code]
+    opened.close()
+    closed: list[int] = []
+    asked: list[Any] = []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options))
+        return "/cache/model"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    local = SimpleNamespace(close=lambda: closed.append(1), answer=lambda *given: given)
+    opened.open_folder = lambda folder: local
+    for _ in range(2):
+        assert opened.answer(FRAMES, "?", None, 5) == (FRAMES, "?", None, 5)
+    assert asked == [("some/model", {"allow_patterns": opened.patterns, "revision": commit})]
+    opened.close()
+    assert closed == [1]
+
+
+def test_the_size_of_a_vlm_is_that_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "wan")
+    for name, size in (("a.safetensors", 20), ("b.safetensors", 10), ("c.bin", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weight_bytes(tmp_path) == 30 and local_folder(tmp_path) == tmp_path
+    (tmp_path / "none").mkdir()
+    assert weight_bytes(tmp_path / "none") is None
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: list[Any] = []
+
+    def download(hub_id: str, **options: Any) -> str:
+        asked.append((hub_id, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert weight_bytes(f"some/model@{commit}") == 30 and local_folder("some/model") == tmp_path
+    assert asked == [
+        ("some/model", {"local_files_only": True, "revision": commit}),
+        ("some/model", {"local_files_only": True}),
+    ]
+    assert local_folder("/no/such/folder") is None
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug
+        local_folder("some/model")
+
+    def info(_: object, name: str, **options: Any) -> Any:
+        if name == "no/where":
+            raise ConnectionError("no route")
+        assert options == {"files_metadata": True, "timeout": 10}
+        listed = [SimpleNamespace(rfilename="a.safetensors", size=None)]
+        return SimpleNamespace(siblings=listed if name == "no/sizes" else None)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    monkeypatch.setattr("wan.captioner.factory.local_folder", lambda path: None)
+    assert [weight_bytes(name) for name in ("no/where", "no/sizes", "no/files")] == [None] * 3
+    assert "cannot tell how large no/where is: no route" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "image_size", "tokens"),
+    [
+        ({}, 448, 256),
+        ({"force_image_size": 224}, 224, None),
+        ({"vision_config": {"image_size": 336}}, 336, None),
+        ({"force_image_size": None, "vision_config": {"image_size": 56}}, 56, None),
+    ],
+)
+def test_trusted_code_sees_pictures_of_its_size(
+    config: dict[str, Any], image_size: int, tokens: int | None, tmp_path: Path
+) -> None:
+    assert RemoteCodeCaptioner(folder_with(tmp_path, **config), "cpu").image_size == image_size
+
+
+def test_generic_asks_without_a_system_message_and_reads_what_is_new() -> None:
+    class Inputs(dict[str, torch.Tensor]):
+        def to(self, *where: Any) -> Inputs:
+            moved.append(where)
+            return self
+
+    class Processor:
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> Inputs:
+            self.messages = messages
+            return Inputs(input_ids=torch.tensor([[1, 2]]))
+
+        def batch_decode(self, ids: torch.Tensor, **options: Any) -> list[str]:
+            assert options == {"skip_special_tokens": True}
+            return [str(ids.tolist()), "another"]
+
+    class Model:
+        def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            assert not torch.is_grad_enabled()
+            return torch.cat([input_ids, torch.tensor([[8]])], 1)
+
+    moved: list[Any] = []
+    captioner, processor = GenericCaptioner(GOLDEN_VLM / "hf", "cpu", torch.float16), Processor()
+    assert captioner.trust_remote_code is False and captioner.faults == ("missing", "mismatched")
+    vars(captioner).update(_model=Model(), processor=processor)
+    assert captioner.answer(np.zeros((2, 30, 50, 3), np.uint8), "What?", "", 9) == "[[8]]"
+    assert moved == [(torch.device("cpu"), torch.float16)]
+    (user,) = processor.messages
+    assert [part.get("text") for part in user["content"]] == ["Frame1: ", None, "Frame2: ", None, "What?"]
+    assert user["content"][1]["image"].size == (50, 30)  # a small one stays
+
+
+def test_an_endpoint_that_hangs_does_not_keep_the_program() -> None:
+    assert endpoint._within(5.0, lambda: str(threading.current_thread().daemon).encode()) == b"True"
+
+
+def test_transformers_is_asked_whether_weights_can_be_loaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Quantizer:
+        @staticmethod
+        def from_config(config: Any, **options: Any) -> Any:
+            asked.append((config, options))
+            return Quantizer()
+
+        def validate_environment(self, **options: Any) -> None:
+            asked.append(options)
+            if options["device_map"][""].type == "cpu":
+                raise ValueError("needs a GPU")
+
+    monkeypatch.setattr("transformers.quantizers.AutoHfQuantizer", Quantizer)
+    factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("meta"))
+    config = {"quant_method": "awq", "bits": 4}
+    assert asked == [(config, {"pre_quantized": True}), {"device_map": {"": torch.device("meta")}}]
+    with pytest.raises(UserError, match=r"quantised \(awq\), which cannot be loaded here \(needs a GPU\)"):
+        factory._check_environment(Path("vlm"), "awq", {"bits": 4}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_trusted_code_is_loaded_as_such(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def from_pretrained(self: Any, kind: Any, source: Path, **options: Any) -> str:
+        asked.append((kind.__name__, source, options))
+        return "model"
+
+    monkeypatch.setattr(LocalModel, "from_pretrained", from_pretrained)
+    for name in ("AutoTokenizer", "AutoProcessor"):
+        monkeypatch.setattr(
+            f"transformers.{name}.from_pretrained",
+            lambda folder, name=name, **options: asked.append((name, folder, options)),
+        )
+    folder = folder_with(tmp_path, model_type="internvl_chat")
+    remote = RemoteCodeCaptioner(folder, device)
+    assert remote.load() == "model" and remote.tokenizer is None
+    assert asked == [
+        ("AutoModel", folder, {"trust_remote_code": True, "use_flash_attn": device == "cuda"}),
+        ("AutoTokenizer", folder, {"trust_remote_code": True}),
+    ]
+    for trusted in (True, False):
+        asked.clear()
+        generic = GenericCaptioner(folder, device, trust_remote_code=trusted)
+        assert generic.load() == "model" and generic.processor is None
+        assert asked == [
+            ("AutoModelForImageTextToText", folder, {"trust_remote_code": trusted}),
+            ("AutoProcessor", folder, {"trust_remote_code": trusted}),
+        ]

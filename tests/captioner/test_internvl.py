@@ -21,6 +21,12 @@ from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, build_transform, dynamic_preprocess, frame_indices, open_captioner
 from wan.captioner.base import Viewer
 from wan.captioner.decoding import GreedyDecoder, fuse_projections
+from wan.captioner.internvl import (
+    native_config,
+    native_tensors,
+    quantization_method,
+    quantization_of,
+)
 from wan.device.streaming import LayerStreamer
 from wan.errors import UserError
 
@@ -501,3 +507,110 @@ def test_a_device_without_room_for_two_layers_is_said_with_what_helps() -> None:
         and "a smaller InternVL, fewer `num_segments`" in refused.value.marked
     )
     assert "smaller clips" not in str(refused.value)
+
+
+ORIGINAL: dict[str, Any] = {
+    "ps_version": "v2",
+    "vision_config": {
+        **{name: at for at, name in enumerate(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1)},
+        "intermediate_size": 4,
+        "image_size": 56,
+        "patch_size": 14,
+        "norm_type": "layer_norm",
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "layer_norm_eps": 1e-5,
+        "use_flash_attn": True,
+    },
+    "llm_config": {"model_type": "qwen3", "torch_dtype": "bfloat16", "hidden_size": 8, "use_cache": False},
+}
+
+
+def test_the_config_of_an_original_folder_is_told_in_native_words() -> None:
+    native = native_config(ORIGINAL)
+    vision: dict[str, Any] = {
+        "hidden_size": 1,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 4,
+    }
+    vision |= {"intermediate_size": 4, "image_size": 56, "patch_size": 14, "norm_type": "layer_norm"}
+    assert native == {
+        "vision_config": vision | {"attention_bias": True, "use_qk_norm": False, "layer_norm_eps": 1e-5},
+        "text_config": {"model_type": "qwen3", "hidden_size": 8, "use_cache": True},
+        "downsample_ratio": 0.5,
+        "image_seq_length": 4,
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
+    }
+    more = {"force_image_size": 112, "downsample_ratio": 0.25, "select_layer": -2}
+    changed = native_config(ORIGINAL | more | {"llm_config": {"tie_word_embeddings": True}})
+    assert (changed["image_seq_length"], changed["downsample_ratio"]) == (4, 0.25)
+    assert (changed["vision_feature_layer"], changed["tie_word_embeddings"]) == (-2, True)
+    assert native_config(ORIGINAL | {"force_image_size": 0})["image_seq_length"] == 4
+    with pytest.raises(UserError, match="ps_version v1, only v2 works"):
+        native_config({key: value for key, value in ORIGINAL.items() if key != "ps_version"})
+
+
+@pytest.mark.parametrize(
+    ("original", "native"),
+    [
+        ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
+        (
+            "vision_model.encoder.layers.3.attn.proj.bias",
+            "model.vision_tower.encoder.layer.3.attention.projection_layer.bias",
+        ),
+        ("mlp1.0.weight", "model.multi_modal_projector.layer_norm.weight"),
+        ("language_model.model.norm1.weight", "model.language_model.norm1.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("another.attn.weight", "another.attn.weight"),
+    ],
+)
+def test_a_weight_has_its_native_name(original: str, native: str) -> None:
+    tensor = torch.arange(6.0)
+    [(name, value)] = native_tensors(original, tensor).items()
+    assert name == native and value is tensor
+
+
+def test_query_key_and_value_are_parted() -> None:
+    parts = native_tensors("vision_model.encoder.layers.0.attn.qkv.weight", torch.arange(12.0).view(6, 2))
+    place = "model.vision_tower.encoder.layer.0.attention"
+    assert {name: part[0, 0].item() for name, part in parts.items()} == {
+        f"{place}.q_proj.weight": 0,
+        f"{place}.k_proj.weight": 4,
+        f"{place}.v_proj.weight": 8,
+    }
+
+
+def test_how_weights_are_quantised_is_said_by_the_config_or_its_language_model() -> None:
+    one = {"quant_method": "awq"}
+    for config in ({"quantization_config": one}, {"llm_config": {"quantization_config": one}}):
+        assert quantization_of(config) == quantization_of(config | {"text_config": None}) == one
+    assert quantization_of({"text_config": {"quantization_config": one}, "llm_config": {}}) == one
+    assert quantization_of({"quantization_config": None, "llm_config": None}) is None
+    methods: list[dict[str, Any]] = [one, {"load_in_4bit": False}, {"quant_method": None}]
+    assert [quantization_method(method) for method in methods] == ["awq", "bitsandbytes", "of an unknown kind"]
+
+
+def test_a_decoder_is_kept_while_a_question_fits(captioner: InternVLCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, bool]] = []
+
+    class Decoder:
+        def __init__(self, model: Any, needed: int, recorded: bool = True) -> None:
+            made.append((needed, recorded))
+            self.capacity = 256
+
+        def __call__(self, ids: torch.Tensor, pixels: torch.Tensor, most: int, end: int | None) -> torch.Tensor:
+            assert end == captioner.tokenizer.get_vocab()["<|im_end|>"]
+            return torch.tensor([most])
+
+    monkeypatch.setattr("wan.captioner.internvl.GreedyDecoder", Decoder)
+    monkeypatch.setattr(captioner, "_decoder", None)
+    ids, pixels = torch.zeros(1, 200, dtype=torch.long), torch.zeros(1, 3, 8, 8)
+    assert [captioner.generate(ids, pixels, most).tolist() for most in (9, 56, 57)] == [[9], [56], [57]]
+    assert made == [(209, True), (257, True)]
+    monkeypatch.setattr(captioner, "quantization", {"quant_method": "awq"})
+    captioner.generate(ids, pixels, 57)  # for which a decoder of 256 has no room
+    assert made[2:] == [(257, False)]
+    captioner.close()
+    assert captioner._decoder is None and not captioner.waits_in_host_memory

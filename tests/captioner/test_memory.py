@@ -116,3 +116,41 @@ def test_more_pictures_leave_its_weights_less_room(tmp_path: Path, monkeypatch: 
     streams.describe([frame] * 200)
     assert closed == [1] and streams._room() < before - 8 * GIB
     assert streams.host_bytes == 16 * GIB  # its layers wait there now
+
+
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 16}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
+# of three pictures of 4 x 4 patches and 4 tokens: 1036 tokens, 1548 places with an answer, 51 rows of patches
+KEPT, PIXELS = 2 * 2 * 2 * 16 * 1548, 2 * 3 * 56 * 56 * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "more", "numbers"),
+    [
+        ({}, {}, {}, KEPT + PIXELS + (3 * 128 + 5 * 64) * 1036),
+        ({"intermediate_size": 64}, {}, {}, KEPT + PIXELS + (4 * 64 + 6 * 64) * 1036),
+        ({}, {"intermediate_size": 9000}, {}, KEPT + PIXELS + (2 * 9000 + 5 * 32) * 51),
+        ({"head_dim": None}, {"patch_size": [14, 14]}, {}, KEPT + PIXELS + (3 * 128 + 5 * 64) * 1036),  # 64 / 4
+        ({}, {}, {"image_seq_length": 4}, KEPT + PIXELS + (3 * 128 + 5 * 64) * 1036),
+        ({}, {}, {"image_seq_length": 104}, 2 * 2 * 2 * 16 * 1848 + PIXELS + (3 * 128 + 5 * 64) * 1336),
+        ({}, {}, {"downsample_ratio": 1.0}, 2 * 2 * 2 * 16 * 1584 + PIXELS + (3 * 128 + 5 * 64) * 1072),
+    ],
+)
+@pytest.mark.parametrize("item", [2, 4])
+def test_the_estimate_is_the_sum_of_what_stays_and_of_the_widest_layer(
+    text: dict[str, Any], vision: dict[str, Any], more: dict[str, Any], numbers: int, item: int, tmp_path: Path
+) -> None:
+    config = {"vision_config": VISION | vision, **more}
+    for key in ("text_config", "llm_config"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: TEXT | text}))
+        assert working_bytes(tmp_path, 3, item) == int(0.4 * 2**30 + item * numbers)
+    if item == 2:
+        assert working_bytes(tmp_path, 3) == working_bytes(tmp_path, 3, 2)
+
+
+def test_what_a_config_says_in_other_words_is_taken_from_the_usual_vlm() -> None:
+    wanted = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}
+    assert memory._sizes({"a": 7, "b": [8, 9], "c": [], "d": 0, "e": "x"}, wanted) == {"a": 7, "b": 8}
+    assert memory._sizes({"a": -1, "b": (8,), "c": 1.5}, wanted) == {"b": 8}
+    assert memory._sizes(None, wanted) == memory._sizes([3], wanted) == {}

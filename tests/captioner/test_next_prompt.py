@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,22 @@ import torch
 
 from tests.support.golden import GOLDEN_VLM
 from wan.captioner import InternVLCaptioner, Memory, NextPrompt, next_prompt
-from wan.captioner.next_prompt import KEEP, is_prose, one_move
+from wan.captioner.next_prompt import (
+    KEEP,
+    Rejected,
+    Repeated,
+    bare,
+    ended,
+    fields_of,
+    first_words,
+    flat,
+    is_prose,
+    one_move,
+    overlap,
+    read_identity,
+    read_next_prompt,
+    recoloured,
+)
 from wan.errors import UserError
 from wan.types import UInt8Array
 
@@ -343,3 +359,170 @@ def test_four_letters_of_five_and_two_words_of_five_are_enough_for_prose() -> No
 )
 def test_a_camera_that_moves_in_two_ways_is_known(text: str, is_one: bool) -> None:
     assert one_move(text) is is_one
+
+
+def test_an_answer_may_have_about_twice_what_is_asked_for() -> None:
+    asked: list[int] = []
+
+    class Asked(Scripted):
+        def describe(self, frames: Any, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+            asked.append(max_new_tokens)
+            return super().describe(frames, question)
+
+    beat(Asked(WHO, reply(WALKS)), Memory())
+    assert asked == [192, 384]
+
+
+def filler(count: int) -> str:
+    """Words that are all different."""
+    return " ".join("".join(chr(97 + int(digit)) for digit in str(number + 100)) for number in range(count))
+
+
+@pytest.mark.parametrize(("count", "fits"), [(4, False), (5, True), (100, True), (101, False)])
+def test_a_prompt_has_five_to_a_hundred_words(count: int, fits: bool) -> None:
+    prompt = f"A woman {filler(count - 2)}."
+    memory = Memory(IDENTITY, "")
+    if fits:
+        assert read_next_prompt(reply(prompt, ""), memory, "")[0] == f"{prompt} {KEEP}"
+    else:
+        with pytest.raises(Rejected, match=f"^the prompt has {count} words, not 5 to 100$"):
+            read_next_prompt(reply(prompt, ""), memory, "")
+
+
+@pytest.mark.parametrize(("before", "fits"), [(11, True), (12, False)])
+def test_the_subject_is_among_the_first_twelve_words(before: int, fits: bool) -> None:
+    prompt = f"{filler(before).capitalize()} woman walks on."
+    memory = Memory(IDENTITY, "the woman")
+    if fits:
+        read_next_prompt(reply(prompt, ""), memory, "")
+    else:
+        with pytest.raises(Rejected, match='does not begin with "the woman"'):
+            read_next_prompt(reply(prompt, ""), memory, "")
+    # a subject of little words alone is nobody's name
+    read_next_prompt(reply(prompt, ""), Memory(IDENTITY, "it"), "")
+
+
+@pytest.mark.parametrize(
+    ("subject", "identity", "fault"),
+    [
+        ("one", "a grey place", ""),
+        ("one two three four five six seven eight", "a grey place", ""),
+        ("one two three four five six seven eight nine", "a grey place", '"subject" must have 1 to 8 words'),
+        ("", "a grey place", '"subject" must have 1 to 8 words'),
+        ("one", "a place", '"identity" must have 3 to 60 words'),
+        ("one", filler(60), ""),
+        ("one", filler(61), '"identity" must have 3 to 60 words'),
+        ("123 456", "789 012 345 678", "it is not a text in words"),
+        ("one", "A man is dancing here.", "it tells a movement"),
+        ("one", "A man in running shoes.", ""),
+    ],
+)
+def test_what_stays_the_same_has_its_length(subject: str, identity: str, fault: str) -> None:
+    answer = json.dumps({"subject": subject, "identity": identity})
+    if fault:
+        with pytest.raises(Rejected, match=f"^{fault}$"):
+            read_identity(answer)
+    else:
+        assert read_identity(answer) == (f"{identity}." if identity[-1] != "." else identity, subject)
+
+
+def test_what_words_two_prompts_share_is_told_without_little_ones() -> None:
+    assert overlap("The dog runs", "a dog sits", set()) == 1 / 3
+    assert overlap("The dog runs", "a dog sits", {"dog"}) == 0
+    assert overlap("the", "a", set()) == 0 and overlap("Red dogs", "red DOGS", set()) == 1
+
+
+@pytest.mark.parametrize(("shared", "is_same"), [(3, False), (4, True)])
+def test_a_prompt_says_the_same_where_more_than_six_words_of_ten_do(shared: int, is_same: bool) -> None:
+    # 3 of 5 words in all are 0.6, 4 of 6 are more
+    common = " ".join(["walks", "slowly", "towards", "rocks"][:shared])
+    memory = Memory(IDENTITY, "", prompts=(f"Bo {common}",))
+    answer = reply(f"He {common} while she and they go", "")
+    if is_same:
+        with pytest.raises(Repeated, match="says the same"):
+            read_next_prompt(answer.replace("go", "sing"), memory, "")
+    else:
+        read_next_prompt(answer.replace("go", "sing"), memory, "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known", "wrong"),
+    [
+        ("a red wool coat", "a red coat of wool", []),
+        ("a blue wool coat", "a red wool coat", ["blue wool", "blue coat"]),
+        ("a blue and warm coat", "a red coat", []),  # in another clause
+        ("a blue coat", "a red coat with blue lines", ["blue coat"]),
+        ("a navy coat", "a blue coat", []),
+        ("a scarlet coat", "a crimson coat", []),
+        ("a blue long warm coat", "a red coat", []),  # three words on
+        ("blue eyes", "a red coat", []),  # of which nothing is known
+        ("a blue red coat", "a red coat", ["blue coat"]),
+        ("silver hair; gold rings", "grey hair, yellow rings", []),
+    ],
+)
+def test_a_colour_belongs_to_the_two_words_after_it(prompt: str, known: str, wrong: list[str]) -> None:
+    assert recoloured(prompt, known) == wrong
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ('{"a": "One", "b": "Two."}', {"a": "One.", "b": "Two."}),
+        ('{"a": ["One", "Two"], "b": {"x": "Three", "y": 4}}', {"a": "One. Two.", "b": "Three. "}),
+        ('{"a": "One"}', {"a": "One.", "b": ""}),
+        ('{"c": {"a": "One", "b": "Two"}}', {"a": "One.", "b": "Two."}),
+        ('{"c": 1} {"a": "One"}', {"a": "One.", "b": ""}),
+        ("{" * 19 + '{"a": "One"', {"a": "One.", "b": ""}),
+        ("just words", {"a": "just words", "b": ""}),
+        ("a: One\nb: Two", {"a": "One", "b": "Two"}),
+        ("A: One\n  B: Two", {"a": "One", "b": "Two"}),
+        ("b: Two", {"a": "", "b": "Two"}),
+        ('"a": "One",\n"b": "Two', {"a": "One.", "b": "Two"}),
+        ("{'a': 'One \\\"x\\\"', 'b': 'Two\\nlines'}", {"a": 'One "x.', "b": "Two lines."}),
+    ],
+)
+def test_fields_are_read_from_json_or_by_their_labels(answer: str, read: dict[str, str]) -> None:
+    assert fields_of(answer, ("a", "b")) == read
+
+
+@pytest.mark.parametrize(("braces", "is_read"), [(19, True), (20, False)])
+def test_json_may_begin_at_the_twentieth_brace(braces: int, is_read: bool) -> None:
+    answer = "{ " * braces + '{"a": ["One", "Two"], "b": "Three"}'
+    assert (fields_of(answer, ("a", "b")) == {"a": "One. Two.", "b": "Three."}) is is_read
+
+
+def test_texts_are_known_to_end() -> None:
+    assert (ended("It stops"), ended("It stops."), ended(""), ended("5"), ended("so)")) == (
+        "It stops.",
+        "It stops.",
+        "",
+        "5.",
+        "so)",
+    )
+    assert bare(' "It stops", }') == "It stops." and bare("It stops, }") == "It stops" and bare("“Go”") == "Go."
+    assert flat({"a": "One", "b": ["Two.", 3]}) == "One. Two. " and flat(None) == "" and flat("x") == "x"
+    assert first_words("One two. Three four.", 3) == "One two." and first_words("One two. Three four.", 4).endswith(
+        "four."
+    )
+    assert first_words("", 3) == "" and first_words("One two three four.", 2) == "One two"
+
+
+def test_the_memory_after_a_prompt_is_bounded() -> None:
+    memory = Memory(IDENTITY, SUBJECT, camera="slow pan left", end_state="before", prompts=("a", "b", "c"))
+    end = f"{filler(40)}. {filler(9)}."
+    whole, after = read_next_prompt(reply(WALKS, f"pan {filler(25)}", end), memory, "")
+    assert whole == f"{WALKS} {KEEP}" and after.prompts == ("b", "c", WALKS)
+    assert after.end_state == f"{filler(40)}." and after.camera == f"pan {filler(19)}"
+    assert read_next_prompt(reply(WALKS), memory, "she swims")[0] == WALKS  # which may change what stays the same
+    plain = "A woman in a red coat walks on to the water and slows down."
+    assert read_next_prompt(reply(plain, "", ""), memory, "")[1] == replace(
+        memory, end_state="", prompts=("b", "c", f"{plain} Camera: slow pan left.")
+    )
+    # of a prompt that names it, the memory keeps the camera's sentence
+    assert read_next_prompt(reply(WALKS, ""), memory, "")[1].camera == "The camera pans left slowly"
+
+
+def test_a_fallback_forgets_how_the_clip_was_to_end() -> None:
+    memory = replace(KNOWN, end_state="at the water", prompts=("She waits.",))
+    made = beat(Scripted("No.", "No."), memory)
+    assert made.memory == replace(memory, end_state="") and made.prompt == description()

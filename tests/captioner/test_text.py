@@ -8,6 +8,7 @@ import time
 import pytest
 
 from wan.captioner import clean_caption, compose_prompt, refusal
+from wan.captioner.text import bounded, sentences, shortened
 from wan.errors import UserError
 
 
@@ -298,3 +299,134 @@ def test_a_caption_with_nothing_in_it_stops_the_run() -> None:
 def test_words_that_repeat_with_others_that_do_are_told_once() -> None:
     assert clean_caption("a b a a b a a b a b a b.") == "A b."
     assert clean_caption("the sun the sun the sun sets sets sets.") == "The sun sets."
+
+
+def test_a_refusal_beside_a_description_of_eight_words_is_one() -> None:
+    declined = "I'm sorry, but I can't name the person."
+    assert refusal(f"{declined} A man walks along a grey beach.") is not None  # seven
+    assert refusal(f"{declined} A man walks along a long grey beach.") is None
+    assert refusal(f"{declined} A man walks. You asked for a long grey beach. Let me know if it helps.") is not None
+
+
+def test_a_refusal_is_told_on_a_line_of_two_hundred_characters() -> None:
+    assert shortened("x" * 200) == "x" * 200 and shortened("x" * 201) == "x" * 197 + "..."
+    told = refusal("I'm sorry,\n\nI cannot help with " + "that " * 60)
+    assert (
+        told is not None and len(told) == 200 and told.startswith("I'm sorry, I cannot help") and told.endswith("...")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("a" * 8001, "a" * 8000),
+        ("wait" + "." * 9, "wait..."),
+        ("wait" + "!?" * 9, "wait!?!"),
+        ("wait..", "wait.."),
+        ("-" * 41, "-" * 40),
+        ("-" * 40, "-" * 40),
+        ("a \t  b\n \n\n c", "a b\n c"),
+    ],
+)
+def test_runs_of_one_kind_are_shortened(text: str, short: str) -> None:
+    assert bounded(text) == short
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Mr. Fox sits. He jumps!", ["Mr. Fox sits.", "He jumps!"]),
+        ('He says "go." She goes.', ['He says "go."', "She goes."]),
+        ("It costs 3.5 dollars e.g. here. Then", ["It costs 3.5 dollars e.g. here.", "Then"]),
+        ("一只猫。它在跑！", ["一只猫。", "它在跑！"]),
+    ],
+)
+def test_sentences_end_where_one_does(text: str, parts: list[str]) -> None:
+    assert sentences(text) == parts
+
+
+@pytest.mark.parametrize(
+    ("answer", "clean"),
+    [
+        ('{"a": "He says \\"go\\"", "b": "It is 5 (five)", "c": "Then, "}', 'He says "go". It is 5 (five).'),
+        ('{"a": null, "wheels": [3, 4], "sure": true}', "wheels 3. wheels 4. sure True."),
+        ('["A dog runs"', "A dog runs"),
+        ('{"a": "A dog\nruns.", "b": "It\tsits"}', "A dog runs. It sits."),
+        ('{"a": "A dog runs", "b": "It sits. It slee', "A dog runs. It sits."),
+        ('{"a": 1', '{"a": 1'),
+        ("{}", ""),
+        ('["A dog", ["runs", {"b": "fast"}]]', "A dog. runs. fast."),
+    ],
+)
+def test_of_json_each_text_is_a_sentence(answer: str, clean: str) -> None:
+    assert clean_caption(answer) == clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("# A scene (by night)\nA cat sits.", "A scene (by night). A cat sits."),
+        ("- A cat, sitting,\n- A dog", "A cat, sitting, A dog."),
+        ('> "Go"\n\n- "Stop"', '"Go" "Stop".'),
+        ("A cat in frame 3. And a dog.", "A cat. And a dog."),
+        ("Look: frame 2 shows a cat.", "Look: A cat."),
+        (
+            "A family \U0001f468\u200d\U0001f469\u200d\U0001f467 walks.",
+            "A family \U0001f468\u200d\U0001f469\u200d\U0001f467 walks.",
+        ),
+        ("A\ufeff cat\ue000 sits.", "A cat sits."),
+        ("One\vtwo\fthree.", "One two three."),
+        ("A whole one.  . And two .", "A whole one. And two."),
+        ("It stops", "It stops"),
+        ("It stops. Then it", "It stops."),
+        ("It stops. It stops. Then it goes", "It stops."),
+    ],
+)
+def test_a_caption_keeps_its_words_as_sentences(raw: str, clean: str) -> None:
+    assert clean_caption(raw) == clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("he runs and runs. Then he sits.", "he runs and runs. Then he sits."),  # twice is none
+        ("go go go now.", "Go now."),
+        ("now go go go.", "now go."),
+        ("a b c a b c a b c.", "A b c."),
+        ("He says: no no no, and yes yes yes yes.", "He says: no, and yes."),
+        (
+            " ".join(["one two three four five six seven eight nine ten"] * 3 + ["end."]),
+            "One two three four five six seven eight nine ten end.",
+        ),
+    ],
+)
+def test_words_three_times_in_a_row_are_said_once(raw: str, clean: str) -> None:
+    assert clean_caption(raw) == clean
+
+
+def test_a_loop_may_have_thirty_words() -> None:
+    def looped(count: int) -> str:
+        return " ".join(["".join(chr(97 + int(digit)) for digit in str(number + 100)) for number in range(count)] * 3)
+
+    assert len(clean_caption(f"x {looped(30)}.").split()) == 31
+    assert len(clean_caption(f"x {looped(31)}.").split()) == 94
+
+
+def test_sentences_that_differ_in_a_word_are_alike_from_three_words_on() -> None:
+    names = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lu"]
+    short = " ".join(f"{name} runs." for name in names)
+    assert clean_caption(short) == short
+    long = [f"{name} runs away." for name in names]
+    assert clean_caption(" ".join(long)) == " ".join(long[:8])
+    assert clean_caption(" ".join(long[:8])) == " ".join(long[:8])
+    for count, stay in ((28, 8), (29, 12)):  # of more than thirty words no list is made
+        words_ = " ".join("".join(chr(97 + int(digit)) for digit in str(number + 100)) for number in range(count))
+        assert clean_caption(" ".join(f"{name} runs {words_}." for name in names)).count("runs") == stay
+
+
+def test_a_prompt_has_512_tokens_and_an_emoji_says_something() -> None:
+    sentence = "A cat sits on a mat. "
+    text = " ".join(f"Cat {a}{b} sits on mat {b}{a}." for a in "abcdefghij" for b in "klmnopqrst")
+    assert len(compose_prompt("", text, words).split()) == 510  # 85 sentences of six words, and the final </s>
+    assert compose_prompt("", "\U0001f388\U0001f388", len, 9) == "\U0001f388\U0001f388"
+    assert compose_prompt("  Go. ", f" {sentence}", words) == "Go. A cat sits on a mat."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -16,9 +19,12 @@ from PIL import Image, ImageCms, features
 from tests.support.media_samples import CORPUS, add_video
 from wan import files, media
 from wan.errors import UserError
-from wan.media import colour, light, source
+from wan.media import VideoError, as_webp, colour, light, source
 
 RAMP = np.array([0, 64, 128, 191, 255])
+# Kr and Kb of H.273's matrix coefficients
+WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087)}
+WEIGHTS |= {9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +68,7 @@ def film(path: Path, picture: np.ndarray, given: str, codec: str, pixels: str, t
 
 def in_yuv(picture: np.ndarray, matrix: int) -> av.VideoFrame:
     """RGB as yuv444p10le of limited range, by the definition of its H.273 matrix."""
-    red, blue = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
+    red, blue = WEIGHTS[matrix]
     r, g, b = picture.transpose(2, 0, 1) / 255.0
     luma = red * r + (1 - red - blue) * g + blue * b
     planes = luma * 876 + 64, (b - luma) / (1 - blue) * 448 + 512, (r - luma) / (1 - red) * 448 + 512
@@ -131,7 +137,9 @@ def test_ordinary_colours_stay_as_they_are(
     assert warnings_in(caplog) == []
 
 
-@pytest.mark.parametrize(("transfer", "coded"), [(8, "linear"), (9, "logarithmic"), (17, "of digital cinema")])
+@pytest.mark.parametrize(
+    ("transfer", "coded"), [(8, "linear"), (9, "logarithmic"), (10, "logarithmic"), (17, "of digital cinema")]
+)
 def test_tones_that_are_not_those_of_a_screen_are_said(
     transfer: int, coded: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -382,3 +390,198 @@ def test_white_is_adapted_by_bradford_s_cones() -> None:
     of_print = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.34567, 0.35850))
     ours = np.linalg.inv(light._to_xyz(light._BT709_PRIMARIES))
     assert np.abs(light.to_709(of_print) - ours @ published @ light._to_xyz(of_print)).max() < 2e-3
+
+
+def picture_of(**values: Any) -> Any:
+    """What the rules read of a picture and of its file."""
+    plain: dict[str, Any] = {"width": 64, "height": 32, "colorspace": 2, "color_trc": 2, "color_primaries": 2}
+    plain |= {"color_range": 0, "format": SimpleNamespace(name="yuv420p", is_rgb=False, components=[])}
+    return SimpleNamespace(**(plain | values))
+
+
+def file_of(**values: Any) -> Any:
+    return SimpleNamespace(**({"path": "a.mp4", "codec_tag": "avc1", "sample_aspect_ratio": Fraction(1)} | values))
+
+
+@pytest.mark.parametrize("matrix", WEIGHTS)
+def test_every_matrix_is_undone_by_its_own_weights(matrix: int) -> None:
+    frame = in_yuv(stripes(COLOURS), matrix)
+    frame.colorspace = matrix
+    assert np.abs(middles(colour.to_rgb(frame, file_of())) - COLOURS).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "number", "name"),
+    [(1279, 576, 5, "601"), (1280, 576, 1, "709"), (720, 577, 1, "709"), (1280, 720, 1, "709"), (64, 32, 5, "601")],
+)
+def test_the_matrix_of_a_picture_without_tags_follows_its_size(
+    width: int, height: int, number: int, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wan")
+    for unspecified in (2, 3):
+        assert colour._matrix(picture_of(width=width, height=height, colorspace=unspecified), file_of()) == number
+    assert [record.levelname for record in caplog.records] == ["INFO"] and f"taken for BT.{name}" in caplog.text
+
+
+def test_hdr_without_a_matrix_has_that_of_bt_2020_and_an_unknown_one_is_refused() -> None:
+    assert [colour._matrix(picture_of(color_trc=trc), file_of()) for trc in (16, 18, 1)] == [9, 9, 5]
+    assert colour._matrix(picture_of(colorspace=0), file_of()) == 1
+    of_screens = SimpleNamespace(name="rgb24", is_rgb=True, components=[])
+    assert colour._matrix(picture_of(colorspace=8, format=of_screens), file_of()) == 1
+    with pytest.raises(VideoError, match=r"colour matrix \(H.273 number 8\) is not supported"):
+        colour._matrix(picture_of(colorspace=8), file_of())
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "expected"),
+    [
+        ("yuv420p", 0, 1),
+        ("yuv420p", 1, 1),
+        ("yuv420p", 2, 2),
+        ("yuvj420p", 1, 2),
+        ("gray", 1, 1),
+        *((name, 0, 2) for name in ("rgb24", "gray", "gray10le", "ya8", "ya16le", "pal8", "monob")),
+    ],
+)
+def test_the_range_of_levels_is_the_tag_s_or_the_format_s(name: str, stored: int, expected: int) -> None:
+    form = SimpleNamespace(name=name, is_rgb=name == "rgb24")
+    assert colour._range(picture_of(format=form, color_range=stored)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "tag", "refused"),
+    [
+        ({"colorspace": 15}, "avc1", True),
+        ({"colorspace": 2, "color_trc": 2}, "dvh1", True),
+        ({"colorspace": 2, "color_trc": 2}, "avc1", False),
+        ({"colorspace": 9, "color_trc": 2}, "dvh1", False),  # profile 8: a standard picture with tags
+        ({"colorspace": 2, "color_trc": 16}, "dvh1", False),
+    ],
+)
+def test_dolby_vision_is_refused_where_no_standard_picture_is_tagged(
+    values: dict[str, int], tag: str, refused: bool
+) -> None:
+    if refused:
+        with pytest.raises(VideoError, match="Dolby Vision"):
+            colour._refuse_dolby_vision(picture_of(**values), file_of(codec_tag=tag))
+    else:
+        colour._refuse_dolby_vision(picture_of(**values), file_of(codec_tag=tag))
+
+
+def test_primaries_near_bt_709_are_no_word_worth(caplog: pytest.LogCaptureFixture) -> None:
+    for number in (0, 1, 2, 3, 5, 6, 7, 22):
+        assert colour.wide_primaries(picture_of(color_primaries=number), file_of()) is None
+    assert not caplog.records
+    for number in (9, 11, 12):
+        assert colour.wide_primaries(picture_of(color_primaries=number), file_of()) == number
+    assert not caplog.records
+    for number in (4, 8, 10):
+        assert colour.wide_primaries(picture_of(color_primaries=number), file_of()) is None
+        assert f"H.273 number {number}" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize(
+    ("ratio", "most", "size"),
+    [
+        (Fraction(1), None, (720, 576)),
+        (Fraction(16, 15), None, (768, 576)),
+        (Fraction(1, 2), None, (720, 1152)),
+        (Fraction(16, 15), 384, (384, 288)),
+        (Fraction(1, 2), 576, (360, 576)),
+        (Fraction(1), 720, (720, 576)),
+        (Fraction(1), 2000, (720, 576)),
+        (Fraction(1), 1, (1, 1)),
+    ],
+)
+def test_the_short_side_is_stretched_to_square_pixels(ratio: Fraction, most: int | None, size: tuple[int, int]) -> None:
+    frame, opened = picture_of(width=720, height=576), file_of(sample_aspect_ratio=ratio)
+    assert colour._displayed_size(frame, opened, most) == size
+
+
+def test_a_line_of_pixels_does_not_vanish_when_it_shrinks() -> None:
+    for width, height, size in ((1000, 1, (10, 1)), (1, 1000, (1, 10))):
+        assert colour._displayed_size(picture_of(width=width, height=height), file_of(), 10) == size
+
+
+@pytest.mark.parametrize(
+    ("matrix", "steps"),
+    [
+        ((1, 0, 0, 1), (False, False, False)),
+        ((-1, 0, 0, 1), (False, True, False)),
+        ((1, 0, 0, -1), (False, False, True)),
+        ((-1, 0, 0, -1), (False, True, True)),
+        ((0, 1, -1, 0), (True, True, False)),  # a quarter to the right, as of a phone that is held upright
+        ((0, -1, 1, 0), (True, False, True)),
+        ((0, 1, 1, 0), (True, False, False)),
+        ((0, -1, -1, 0), (True, True, True)),
+    ],
+)
+def test_a_display_matrix_is_turned_into_steps(
+    matrix: tuple[int, int, int, int], steps: tuple[bool, bool, bool]
+) -> None:
+    a, b, c, d = (65536 * one for one in matrix)
+    stored = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], np.int32).tobytes()
+    assert colour.orientation(picture_of(side_data={"DISPLAYMATRIX": stored})) == steps
+    # what is at x, y goes to a x + c y, b x + d y, counted from the other end where that is negative
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3)[..., None].repeat(3, 2)
+    upright = colour._upright(pixels, steps)
+    for y, x in np.ndindex(2, 3):
+        to_x, to_y = matrix[0] * x + matrix[2] * y, matrix[1] * x + matrix[3] * y
+        left, top = (-1 if matrix[0] + matrix[2] < 0 else 0), (-1 if matrix[1] + matrix[3] < 0 else 0)
+        assert upright[to_y + top, to_x + left, 0] == pixels[y, x, 0]
+
+
+def test_conversion_is_bicubic_with_full_chroma_and_accurate_rounding() -> None:
+    # SWS_BICUBIC, SWS_FULL_CHR_H_INT, SWS_FULL_CHR_H_INP and SWS_ACCURATE_RND of libswscale/swscale.h
+    assert colour.SWS_FLAGS == (1 << 2) | (1 << 13) | (1 << 14) | (1 << 18)
+
+
+def test_an_interlaced_picture_is_made_of_those_of_its_size() -> None:
+    opened = source.inspect(CORPUS / "interlaced_tff.mp4")
+    frames = list(source.Pictures(opened))[-3:]
+    other = av.VideoFrame(64, 32, "yuv420p")
+    one = colour.to_rgb(colour.deinterlace(frames), opened)
+    assert (one == colour.to_rgb(colour.deinterlace([other, *frames]), opened)).all()
+    assert not (one == colour.to_rgb(frames[-1], opened)).all()
+    assert not (one == colour.to_rgb(colour.deinterlace(frames[-1:]), opened)).all()
+    assert colour.deinterlace([*frames, other]) is other
+
+
+@pytest.mark.parametrize(("transfer", "word"), [(16, "HDR (PQ)"), (18, "HDR (HLG)")])
+def test_hdr_is_said_by_its_name(transfer: int, word: str, caplog: pytest.LogCaptureFixture) -> None:
+    frame = in_yuv(stripes(COLOURS), 9)
+    frame.colorspace, frame.color_primaries, frame.color_trc = 9, 9, transfer
+    seen = colour.to_rgb(frame, file_of())
+    assert len(caplog.records) == 1 and f"{word} video is tone mapped" in caplog.text
+    signal = np.rint(stripes(COLOURS) / 255 * 65535).astype(np.uint16)
+    assert np.abs(seen.astype(int) - light.tone_map(signal, transfer, 9)).max() <= 2
+
+
+def test_a_moving_picture_for_a_page_shows_its_frames_in_their_time_for_ever() -> None:
+    frames = np.stack([np.full((32, 48, 3), level, np.uint8) for level in (40, 120, 200)])
+    with Image.open(io.BytesIO(as_webp(frames, Fraction(16)))) as image:
+        assert (image.format, image.size, image.info["loop"]) == ("WEBP", (48, 32), 0)
+        assert getattr(image, "n_frames", 1) == 3
+        for number, level in enumerate((40, 120, 200)):
+            image.seek(number)
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - level).max() <= 3
+            assert image.info["duration"] == 62  # of 62.5
+
+
+def test_what_is_no_picture_is_refused_with_the_reason(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, reason in (
+        ("pipe.png", "it is not a file; give the name of a picture file"),
+        ("none.png", "No such file or directory; give a PNG or JPEG file"),
+        ("text.png", "it is no picture that Pillow knows, or it is damaged; give a PNG or JPEG file"),
+    ):
+        with pytest.raises(UserError, match=f"cannot read image '.*{name}': {reason}$"):
+            media.read_image(tmp_path / name)
+
+
+def test_a_written_png_holds_every_level(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    media.write_png(tmp_path / "a.png", Image.fromarray(pixels))
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and (np.asarray(image) == pixels).all()

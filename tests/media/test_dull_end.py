@@ -16,7 +16,7 @@ from PIL import Image
 from tests.support.media_samples import CORPUS, READABLE, beeps, beeps_in, natural, number, numbered, recording
 from wan import media
 from wan.footage import VideoFile, choose_anchor
-from wan.media import VideoError, dull_end, find_dull_end
+from wan.media import DullEnd, VideoError, dull_end, find_dull_end
 
 pytestmark = pytest.mark.slow
 
@@ -250,3 +250,235 @@ def test_the_last_picture_of_a_damaged_file_may_be_another_in_each_pass() -> Non
     steps = [0.0, 9.0, 9.0]
     look = dull_end._Look([-0.2, -0.1, 0.0], [40.0] * 3, [90.0] * 3, steps, [30.0, 20.0, 10.0], [9.0, 8.0, 7.0])
     assert dull_end._begins(look, is_blank=False) == 2
+
+
+def look_of(
+    count: int = 3,
+    *,
+    unlike: Sequence[float] | None = None,
+    steps: Sequence[float] | None = None,
+    contrast: Sequence[float] | None = None,
+    to_last: Sequence[float] | None = None,
+    brightness: float = 90.0,
+    rate: float = 10,
+) -> Any:
+    plain = [0.0] * count
+    clock = [(at - count + 1) / rate for at in range(count)]
+    return dull_end._Look(
+        clock,
+        list(contrast or [40.0] * count),
+        [brightness] * count,
+        list(steps or plain),
+        list(to_last or [30.0] * (count - 1) + [0.0]),
+        list(unlike or plain),
+    )
+
+
+def test_the_run_at_the_end_begins_after_the_last_picture_that_is_not_like_it() -> None:
+    look = look_of(5, contrast=[1, 40, 3.4, 3.5, 40], to_last=[0, 3.4, 3.5, 3.4, 0])
+    assert dull_end._begins(look, is_blank=False) == 3
+    look.contrast[:] = [1, 40, 3.4, 3.4, 3.4]
+    assert dull_end._begins(look, is_blank=True) == 2
+    look.contrast[1] = 3.5  # is not flat
+    assert dull_end._begins(look, is_blank=True) == 2
+    look.contrast[:2] = 3.0, 3.4
+    assert dull_end._begins(look, is_blank=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("unlike", "begins", "lively"),
+    [
+        ([50, 50, 50, 50, 50, 0, 0], 5, 4),  # a cut
+        ([50, 50, 50, 50, 25, 0, 0], 5, 4),
+        ([50, 50, 50, 50, 24.9, 0, 0], 5, 3),  # the last one has begun to fade
+        ([50, 50, 50, 50, 40, 30, 20, 10, 0, 0], 8, 3),
+        ([50, 50, 50, 50, 49, 48, 47, 20, 0, 0], 8, 4),  # 50 / 49 is no change
+        ([50, 50, 50, 50, 48.5, 47, 20, 0, 0], 7, 3),  # 50 / 48.5 is one
+        ([60, 50, 40, 30, 20, 10, 0, 0], 6, 0),
+        ([30, 60, 50, 40, 30, 20, 10, 0], 7, 1),
+    ],
+)
+def test_a_fade_begins_where_the_light_begins_to_change(unlike: list[float], begins: int, lively: int) -> None:
+    assert dull_end._before_fade(look_of(len(unlike), unlike=unlike), begins) == lively
+
+
+def test_no_fade_is_looked_for_longer_than_four_seconds() -> None:
+    unlike = [100.0 * 0.9**at for at in range(60)] + [0.0]
+    assert dull_end._before_fade(look_of(61, unlike=unlike), 60) == 20
+    # what is brighter than now counts for a cut within 24 pictures only
+    far = [90.0] + [10.0] * 24 + [9.0, 0.0]
+    assert dull_end._before_fade(look_of(len(far), unlike=far), 26) == 25
+    near = [90.0, 90.0] + [10.0] * 22 + [9.0, 0.0]
+    assert dull_end._before_fade(look_of(len(near), unlike=near), 25) < 24
+
+
+@pytest.mark.parametrize(
+    ("steps", "begins", "lively"),
+    [
+        ([0, 2, 2, 2, 9.5, 0, 0], 4, 4),
+        ([0, 2, 2, 2, 9.6, 0, 0], 4, 3),  # three times the usual step and more: a cut
+        ([0, 9.6, 0, 0], 1, 1),  # nothing to compare with
+        ([0, 2, 9.6, 0, 0], 2, 1),
+        ([0, *[9] * 3, *[2] * 12, 9.6, 0], 16, 15),  # the twelve before it count
+        ([0, *[9] * 8, *[2] * 6, 9.6, 0], 15, 15),
+        ([99, 2, 2, 9.6, 0], 3, 2),
+    ],
+)
+def test_a_standstill_that_was_cut_to_begins_before_the_cut(steps: list[float], begins: int, lively: int) -> None:
+    assert dull_end._before_rest(look_of(len(steps), steps=steps), begins) == lively
+
+
+def test_a_difference_is_that_of_the_cell_that_differs_most() -> None:
+    one = np.zeros((96, 96, 3), np.uint8)
+    other = one.copy()
+    other[4:8, 8:12, 1] = 7  # one cell
+    other[20:22, 20:22] = 20  # a quarter of a cell
+    cells = dull_end._cells(one)
+    assert cells.shape == (24, 24, 3)
+    assert dull_end._difference(cells, dull_end._cells(other)) == 7
+    assert dull_end._difference(cells, cells[:-1]) == float("inf")
+    assert dull_end._cells(np.full((2, 9, 3), 5, np.uint8)).shape == (1, 2, 3)
+    assert (dull_end._cells(other)[5, 5] == 5).all()
+    wide = np.arange(9, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
+    assert dull_end._cells(wide)[0, :, 0].tolist() == [1.5, 5.5]  # what is left over is left out
+
+
+def ending_of(look: Any, stay: float = 0.0) -> Any:
+    return SimpleNamespace(clock=look.clock, stay=stay, last=[SimpleNamespace(time=9.0)])
+
+
+FILM: Any = SimpleNamespace(path="a.mp4", until=None, fps=Fraction(10), format="mp4", start=0.0, zero=2.0)
+
+
+@pytest.mark.parametrize(
+    ("look", "stay", "until", "expected"),
+    [
+        (look_of(40), 0.0, None, None),
+        (look_of(40), 0.9, None, None),
+        (look_of(40), 1.0, None, ("still", 1.0, 7.0)),
+        (look_of(40), 1.0, 9.0, None),  # what comes later is not used
+        (look_of(40, to_last=[30] * 30 + [0] * 10), 0.0, None, ("still", 1.0, 6.1)),
+        (look_of(40, to_last=[30] * 31 + [0] * 9), 0.0, None, None),  # a pause
+        (look_of(40, contrast=[40] * 35 + [1] * 5, unlike=[50] * 35 + [0] * 5), 0.0, None, ("one colour", 0.5, 6.5)),
+        (look_of(40, contrast=[40] * 39 + [1], unlike=[50] * 39 + [0]), 0.0, None, ("one colour", 0.1, 6.9)),
+        (look_of(9, contrast=[1] * 9), 0.0, None, ("one colour", 0.9, None)),
+        (look_of(9, contrast=[1] * 9, brightness=24.0), 0.0, None, ("one colour", 0.9, None)),
+        (look_of(9, contrast=[1] * 9, brightness=23.9), 0.0, None, ("black", 0.9, None)),
+        (look_of(9, contrast=[40] * 8 + [3.5]), 0.0, None, None),
+        (look_of(9, contrast=[3.4] * 9, brightness=1.0), 2.0, None, ("black", 2.8, None)),
+    ],
+)
+def test_an_end_is_dull_by_its_pictures(
+    look: Any,
+    stay: float,
+    until: float | None,
+    expected: tuple[str, float, float | None] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dull_end, "find_ending", lambda source, span: ending_of(look, stay))
+    monkeypatch.setattr(dull_end, "_look", lambda ending, source: look)
+    source: Any = SimpleNamespace(**(vars(FILM) | {"until": until}))
+    dull: Any = dull_end._find(source)
+    assert (dull and (dull.kind, pytest.approx(dull.seconds), dull.last_lively)) == expected
+
+
+def test_as_much_of_the_end_is_looked_at_as_is_dull(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A film of 600 s whose end is dull from a moment on."""
+
+    def spans(dull: float, is_blank: bool) -> list[float]:
+        asked: list[float] = []
+
+        def find_ending(source: Any, span: float) -> Any:
+            asked.append(span)
+            return ending_of(SimpleNamespace(clock=[max(-span, -599.9) - 0.05, -0.05, 0.0]))
+
+        def look(ending: Any, source: Any) -> Any:
+            first = ending.clock[0]
+            clock = [float(one) for one in np.linspace(first, 0, round(-first * 10) + 1)]
+            flat = [1.0 if is_blank and time >= -dull else 40.0 for time in clock]
+            to_last = [0.0 if time >= -dull else 30.0 for time in clock]
+            nothing = [0.0] * len(clock)
+            return dull_end._Look(clock, flat, nothing, nothing, to_last, nothing)
+
+        monkeypatch.setattr(dull_end, "find_ending", find_ending)
+        monkeypatch.setattr(dull_end, "_look", look)
+        assert dull_end._find(FILM) is not None
+        return asked
+
+    assert spans(2.0, is_blank=False) == [1, 4]
+    assert spans(2.0, is_blank=True) == [1, 4, 16]  # with room for a fade
+    assert spans(5.0, is_blank=False) == [1, 4, 16]
+    assert spans(300.0, is_blank=False) == [1, 4, 16, 64, 256, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([], None),
+        ([("black", 1.0, None)], ("black", 1.0, None)),
+        ([("black", 1.0, 9.0)], ("black", 1.0, 9.0)),
+        ([("black", 1.0, 9.0), ("still", 2.0, 7.0)], ("black", 3.0, 7.0)),
+        ([("black", 1.0, 9.0), ("still", 9.0, None)], ("black", 10.0, None)),
+        ([("still", 1.0, 9.0)] * 4, ("still", 4.0, 9.0)),
+        ([("still", 1.0, 9.0)] * 5, ("still", 5.0, None)),  # a show of stills
+    ],
+)
+def test_what_is_dull_before_a_dull_end_belongs_to_it(
+    layers: list[tuple[str, float, float | None]],
+    expected: tuple[str, float, float | None] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coming, asked = iter(layers), list[float | None]()
+    monkeypatch.setattr(dull_end, "inspect", lambda path, until: asked.append(until))
+    monkeypatch.setattr(dull_end, "_find", lambda source: next((DullEnd(*one) for one in coming), None))
+    dull = find_dull_end("a.mp4", 12.0)
+    assert (dull and (dull.kind, dull.seconds, dull.last_lively)) == expected
+    assert asked == [12.0, *(one[2] for one in layers if one[2] is not None)][:5]
+
+
+def test_a_dull_end_is_told_with_its_length() -> None:
+    assert str(DullEnd("still", 1.24, 2.0)) == "it stands still for its last 1.2 s"
+    assert str(DullEnd("one colour", 0.5, None)) == "it is one colour for its last 0.5 s"
+
+
+def test_a_moment_is_told_as_a_player_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def whole(source: Any, span: float) -> Any:
+        asked.append(span)
+        return SimpleNamespace(clock=[-6.0, 0.0])
+
+    monkeypatch.setattr(dull_end, "find_ending", whole)
+    ending: Any = SimpleNamespace(last=[SimpleNamespace(time=9.0)])
+    assert dull_end._moment(FILM, ending, -1.5) == 5.5 and not asked
+    broadcast: Any = SimpleNamespace(**(vars(FILM) | {"format": "mpegts", "start": 3.0}))
+    assert dull_end._moment(broadcast, ending, -1.5) == 5.5 and asked == [float("inf")]
+    broadcast.start = 4.0
+    assert dull_end._moment(broadcast, ending, -1.5) == 6.5
+    ending.last[0].time = None
+    assert dull_end._moment(FILM, ending, -1.5) == 2.5  # from its start at 0 s on
+
+
+def test_a_picture_is_looked_at_by_its_light_and_its_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(left: int, right: int) -> np.ndarray:
+        picture = np.full((8, 8, 3), left, np.uint8)
+        picture[:, 4:, 0] = right
+        return picture
+
+    pictures = [shown(90, 90), shown(60, 120), shown(60, 60)]
+    asked: list[Any] = []
+
+    def to_rgb(frame: int, source: Any, *, max_side: int) -> np.ndarray:
+        asked.append(max_side)
+        return pictures[frame]
+
+    monkeypatch.setattr(dull_end, "to_rgb", to_rgb)
+    ending: Any = SimpleNamespace(clock=[-0.1, 0.0], last=[2], pictures=[0, 1, 2])
+    look = dull_end._look(ending, FILM)
+    assert look.clock == [-0.1, 0.0]  # of a picture more in this pass the clock knows nothing
+    assert look.contrast == [30, 0] and look.brightness == [70, 60]
+    assert look.steps == [30, 60] and look.to_last == [60, 0] and look.unlike == [10, 0]
+    assert set(asked) == {96}
+    ending.clock = [-0.3, -0.2, -0.1, 0.0]
+    look = dull_end._look(ending, FILM)
+    assert look.clock == [-0.2, -0.1, 0.0] and look.steps == [0, 30, 60] and look.contrast == [0, 30, 0]

@@ -428,3 +428,390 @@ def test_where_a_jump_leads_nowhere_the_rest_is_read_in_one_go(
     monkeypatch.setattr(reading, "_jump", jump)
     chosen = reading._search(SimpleNamespace(start=0.0, duration=8.0), 4)  # type: ignore[arg-type]
     assert [frame.time for frame in chosen or []] == [1, 3, 5, 7] and len(tried) == jumps
+
+
+@pytest.mark.parametrize(
+    ("times", "clock"),
+    [
+        ([5.0, 5.1, 5.3], [-0.3, -0.2, 0.0]),
+        ([None, None, None], [-0.2, -0.1, 0.0]),
+        ([5.0, None, 5.3], [-0.2, -0.1, 0.0]),
+        ([9.0, 5.1, 5.3], [-0.3, -0.2, 0.0]),  # runs backwards
+        ([5.3, 5.3, 5.4], [-0.2, -0.1, 0.0]),  # stands still
+        ([7.0], [0.0]),
+    ],
+)
+def test_an_ending_s_clock_counts_back_from_its_last_picture(times: list[float | None], clock: list[float]) -> None:
+    assert reading._clock(times, Fraction(10)) == pytest.approx(clock)
+
+
+def film_of(**values: Any) -> Any:
+    plain: dict[str, Any] = {"path": "a.mp4", "format": "mov,mp4,m4a", "start": 5.0, "zero": 4.0, "end": 15.0}
+    plain |= {"duration": 10.0, "fps": Fraction(10), "until": None, "has_audio": False, "length": 11.0}
+    return SimpleNamespace(**(plain | values))
+
+
+def picture_at(time: float | None, duration: int | None = None) -> Any:
+    return SimpleNamespace(time=time, duration=duration, time_base=Fraction(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("values", "time", "duration", "stay"),
+    [
+        ({}, 14.0, 5, 0.5),
+        ({}, 14.0, 20, 1.0),  # an edit list ends before the packet does
+        ({"format": "matroska,webm"}, 14.0, 20, 2.0),
+        ({}, 15.0, 5, 0.5),
+        ({}, 16.0, 5, 0.5),
+        ({}, 14.0, None, 1.0),  # the header's, where no packet says anything
+        ({}, 16.0, None, 0.0),
+        ({"has_audio": True}, 14.0, None, 0.0),  # it may be the sound's
+        ({"duration": None}, 14.0, 5, 0.5),
+        ({"duration": None}, 14.0, None, 0.0),
+        ({}, None, 5, 0.5),
+    ],
+)
+def test_a_last_picture_stays_as_its_packet_says_or_the_header(
+    values: dict[str, Any], time: float | None, duration: int | None, stay: float
+) -> None:
+    whole: Any = SimpleNamespace(errors=0)
+    film = film_of(**values)
+    assert reading._stay(film, whole, [picture_at(1.0, 99), picture_at(time, duration)]) == pytest.approx(stay)
+    assert reading._stay(film, whole, []) == 0
+    if duration is None:  # the header of a damaged file still speaks of all of it
+        whole.errors = 1
+        assert reading._stay(film, whole, [picture_at(time, duration)]) == 0
+
+
+def test_the_end_is_looked_for_from_ever_earlier() -> None:
+    assert list(reading._earlier(10.0, 0.0)) == [10, 9.5, 8, 3.5]
+    assert list(reading._earlier(10.0, 8.0)) == [10, 9.5]
+    assert list(reading._earlier(3.0, 3.0)) == []
+    assert list(reading._starts(film_of(), 2.0)) == [13, 12.5, 11, 6.5, None]
+    assert list(reading._starts(film_of(end=None), 2.0)) == [None]
+
+
+def test_moments_are_the_middles_of_equal_slices() -> None:
+    assert reading._moments(2.0, 10.0, 4) == [3, 5, 7, 9]
+    assert reading._moments(0.0, 1.0, 1) == [0.5]
+    assert reading._scan_end([5.0]) == 6 and reading._scan_end([5.0, 5.1, 5.4]) == pytest.approx(5.6)
+    assert reading._scan_end([5.0, 7.0]) == 9
+
+
+class Passes:
+    """What each pass over the film shows, by where it begins: pictures, errors, and errors near its end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shown: dict[Any, Any]) -> None:
+        self.begun: list[Any] = []
+
+        def pictures(source: Any, start: float | None = None, *, threads: str = "AUTO", careful: bool = False) -> Any:
+            self.begun.append((start, threads, careful))
+            times, errors, late = shown.get((threads, careful), shown.get(start, ([], 0, 0)))
+
+            class Shown(list[Any]):
+                pass
+
+            made = Shown(picture_at(time, 1) for time in times)
+            vars(made).update(errors=errors, late_errors=late, was_cut=False)
+            return made
+
+        monkeypatch.setattr(reading, "Pictures", pictures)
+
+
+def test_a_pass_begins_as_early_as_its_span_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {14.0: ([], 0, 0), 13.5: ([14.8, 14.9], 0, 0), 12.0: ([12.0, 13.5, 14.0, 14.9], 0, 0)}
+    passes = Passes(monkeypatch, shown)
+    ending = reading.find_ending(film_of(), 1.0)
+    assert [start for start, _, _ in passes.begun] == [14.0, 13.5, 12.0]
+    assert ending.clock == pytest.approx([-2.9, -1.4, -0.9, 0]) and ending.stay == pytest.approx(0.1)
+    assert [frame.time for frame in ending.last] == [13.5, 14.0, 14.9]
+    passes.begun.clear()
+    reading.find_ending(film_of(end=14.5), 0.5)  # 13.5 s are reached in the second one, by all that is asked for
+    assert [start for start, _, _ in passes.begun] == [14.0, 13.5, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "begun", "last", "words"),
+    [
+        ({("AUTO", False): ([5.0, 5.1], 0, 0)}, [("AUTO", False)], 5.1, ""),
+        (
+            {("AUTO", False): ([5.0], 1, 1), ("SLICE", False): ([5.0, 5.1], 1, 0)},
+            [("AUTO", False), ("SLICE", False)],
+            5.1,
+            "",
+        ),
+        (
+            {("AUTO", False): ([5.0], 1, 1), ("SLICE", False): ([5.0, 5.1], 1, 1), ("SLICE", True): ([5.0], 1, 1)},
+            [("AUTO", False), ("SLICE", False), ("SLICE", True)],
+            5.0,
+            "its last clean picture is used",
+        ),
+        (
+            {("AUTO", False): ([5.0], 1, 1), ("SLICE", False): ([5.0, 5.1], 1, 1), ("SLICE", True): ([], 1, 1)},
+            [("AUTO", False), ("SLICE", False), ("SLICE", True)],
+            5.1,
+            "the last picture may show it",
+        ),
+    ],
+)
+def test_a_damaged_end_is_read_again_more_carefully(
+    shown: dict[Any, Any],
+    begun: list[Any],
+    last: float,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    passes = Passes(monkeypatch, shown)
+    ending = reading.find_ending(film_of(end=None))
+    assert [(threads, careful) for _, threads, careful in passes.begun] == begun
+    assert ending.last[-1].time == last
+    assert len(caplog.records) == bool(words) and words in caplog.text
+
+
+def test_a_file_without_pictures_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    Passes(monkeypatch, {})
+    for read in (reading.find_ending, reading.first_frame, lambda film: reading._scan(film, 1)):
+        with pytest.raises(VideoError, match="no picture in it can be decoded; download or export it again"):
+            read(film_of())
+        with pytest.raises(VideoError, match=r"it shows no picture up to 2.5 s; give a later moment"):
+            read(film_of(until=6.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "last", "stay", "end"),
+    [
+        ({"until": 15.0}, 14.9, 0.0, None),
+        ({"until": 15.002}, 14.9, 0.0, None),  # time stamps are thousandths
+        ({"until": 15.003}, 14.9, 0.0, "11.00"),
+        ({"until": 16.0, "length": 12.0}, 14.9, 0.0, None),
+        ({"until": 16.0, "length": None}, 15.0, 1.0, None),
+        ({"until": 16.0, "length": None}, 15.0, 0.5, "11.50"),
+        ({"until": 15.1, "length": None}, 15.0, 0.0, None),  # a frame's time at least
+        ({"until": 15.2, "length": None}, 15.0, 0.0, "11.10"),
+        ({"until": 7.1, "length": None}, None, 0.0, None),  # two seconds of pictures without times
+        ({"until": 7.2, "length": None}, None, 0.0, "3.10"),
+    ],
+)
+def test_a_moment_after_the_end_is_refused_with_the_end(
+    values: dict[str, Any], last: float | None, stay: float, end: str | None
+) -> None:
+    ending: Any = SimpleNamespace(
+        pictures=SimpleNamespace(was_cut=False), last=[picture_at(last)], stay=stay, clock=[-2.0, 0.0]
+    )
+    if end is None:
+        _check_moment(film_of(**values), ending)
+    else:
+        with pytest.raises(VideoError, match=f"it ends at {end} s; give an earlier moment"):
+            _check_moment(film_of(**values), ending)
+        ending.pictures.was_cut = True  # so there is something after it
+        _check_moment(film_of(**values), ending)
+
+
+@pytest.mark.parametrize(
+    ("times", "count", "chosen"),
+    [
+        ([0.0, 1.0, 2.0, 3.0], 2, [1, 3]),
+        ([0.0, 1.0, 2.0, 3.0], 8, [0, 0, 1, 1, 2, 2, 3, 3]),
+        ([0.0, 0.1, 0.2, 9.9], 2, [2, 3]),
+        ([0.0, None, 2.0, 9.0], 4, [0, 1, 2, 3]),  # without a clock they count alike
+        ([5.0, 6.0, 1.0, 2.0], 4, [0, 1, 2, 3]),
+        ([5.0, 5.0, 9.0, 9.5], 4, [0, 1, 2, 3]),
+        ([7.0], 3, [0, 0, 0]),
+    ],
+)
+def test_a_scan_takes_what_is_on_screen_at_its_moments(
+    times: list[float | None], count: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = [SimpleNamespace(time=time, at=at) for at, time in enumerate(times)]
+    monkeypatch.setattr(reading, "Pictures", lambda source: film)
+    assert [frame.at for frame in reading._scan(film_of(), count)] == chosen  # type: ignore[attr-defined]
+
+
+def test_a_picture_that_a_second_pass_lacks_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = [SimpleNamespace(time=float(at), at=at) for at in range(4)]
+    passes = iter([film, film[:2]])
+    monkeypatch.setattr(reading, "Pictures", lambda source: next(passes))
+    assert [frame.at for frame in reading._scan(film_of(), 4)] == [0, 1, 1, 1]  # type: ignore[attr-defined]
+
+
+def test_a_jump_lands_after_here_and_before_its_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+    keyframes = [0.0, 4.0, 9.7]
+
+    def pictures(source: Any, start: float) -> Any:
+        begun.append(start)
+        return iter([SimpleNamespace(time=min(time for time in [*keyframes, 99.0] if time >= start - 0.2))])
+
+    monkeypatch.setattr(reading, "Pictures", pictures)
+    landed = reading._jump(film_of(), 2.0, 9.8)
+    assert landed is not None and landed[1].time == 9.7 and begun == [9.8]
+    begun.clear()
+    landed = reading._jump(film_of(), 2.0, 9.4)  # the first attempts land behind it
+    assert landed is not None and landed[1].time == 4.0 and begun == pytest.approx([9.4, 8.9, 7.4, 2.9])
+    keyframes[1] = 2.0
+    assert reading._jump(film_of(), 2.0, 4.0) is None  # no further than here
+    keyframes[1] = 3.5
+    landed = reading._jump(film_of(), 2.0, 4.0)
+    assert landed is not None and landed[1].time == 3.5
+    assert reading._jump(film_of(), 5.0, 5.0) is None
+
+
+@pytest.mark.parametrize(
+    ("keyframes", "jumps"),
+    [([1.0, 3.0, 5.0, 7.0], [1.0, 3.0, 5.0, 7.0]), ([0.0, 0.0, 5.0, 5.0], [5.0]), ([0.0, 0.0, 0.0, 3.0], [])],
+)
+def test_a_search_jumps_where_a_keyframe_is_ahead(
+    keyframes: list[float], jumps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = [SimpleNamespace(time=float(second)) for second in range(8)]
+    tried = list[float]()
+
+    def jump(source: Any, here: float, moment: float) -> Any:
+        tried.append(moment)
+        return iter(film[int(moment) + 1 :]), film[int(moment)]
+
+    monkeypatch.setattr(reading, "Pictures", lambda source: film)
+    monkeypatch.setattr(reading, "keyframes_before", lambda source, moments: keyframes)
+    monkeypatch.setattr(reading, "_jump", jump)
+    chosen = reading._search(SimpleNamespace(start=0.0, duration=8.0), 4)  # type: ignore[arg-type]
+    assert [frame.time for frame in chosen or []] == [1, 3, 5, 7] and tried == jumps
+
+
+def test_a_search_gives_up_where_pictures_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "keyframes_before", lambda source, moments: [0.0] * len(moments))
+    film: Any = SimpleNamespace(start=0.0, duration=8.0)
+    for shown in ([SimpleNamespace(time=None)], [SimpleNamespace(time=0.0), SimpleNamespace(time=None)], []):
+        monkeypatch.setattr(reading, "Pictures", lambda source, shown=shown: shown)
+        assert reading._search(film, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("duration", "end", "searched"), [(20.0, 20.0, False), (20.1, 20.1, True), (None, 20.1, False), (30.0, None, False)]
+)
+def test_a_long_file_is_searched_where_it_can_be(
+    duration: float | None, end: float | None, searched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = np.zeros((4, 8, 3), np.uint8)
+    asked: list[str] = []
+
+    def ask(way: str, answer: Any) -> Any:
+        asked.append(way)
+        return answer
+
+    monkeypatch.setattr(reading, "inspect", lambda path, until: film_of(duration=duration, end=end))
+    monkeypatch.setattr(reading, "_search", lambda source, n: ask("search", None))
+    monkeypatch.setattr(reading, "_scan", lambda source, n: ask("scan", ["frame"] * n))
+    monkeypatch.setattr(reading, "deinterlace", lambda frames: frames[-1])
+    monkeypatch.setattr(reading, "to_rgb", lambda frame, source, max_side: pictures)
+    assert media.sample_frames("a.mp4", 3).shape == (3, 4, 8, 3)
+    assert asked == (["search", "scan"] if searched else ["scan"])
+    for wrong in ({"n": 0}, {"max_side": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            media.sample_frames("a.mp4", **wrong)  # type: ignore[arg-type]
+    assert len(media.sample_frames("a.mp4", 1, max_side=1)) == 1
+    assert len(media.sample_frames("a.mp4")) == 8
+    for count, fps in ((0, 16), (1, 0), (-1, 16), (1, -1)):
+        with pytest.raises(ValueError, match="count and fps must be positive"):
+            media.read_tail("a.mp4", count, fps)
+
+
+def test_pictures_of_another_size_take_that_of_the_first() -> None:
+    picture = np.full((4, 8, 3), 7, np.uint8)
+    assert reading._resize(picture, 8, 4) is picture
+    assert reading._resize(picture, 4, 8).shape == (8, 4, 3) and (reading._resize(picture, 4, 8) == 7).all()
+    assert reading._resize(picture, 8, 5).shape == (5, 8, 3) and reading._resize(picture, 9, 4).shape == (4, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "frame", "reason"),
+    [
+        ({}, {}, None),
+        ({"until": 5.0}, {}, "a part of a file"),
+        ({"format": "mpegts"}, {}, "MPEG-TS"),
+        ({}, {"color_trc": 16}, "HDR"),
+        ({}, {"color_primaries": 12}, "wide colour"),
+        ({}, {"format": SimpleNamespace(name="pal8", components=[])}, "transparency"),
+        ({"sample_aspect_ratio": Fraction(4, 3)}, {}, "stretched pixels"),
+        ({}, {"turn": (-1, 0, 0, 1)}, "a mirrored picture"),
+        ({}, {"turn": (0, 1, -1, 0)}, None),
+        ({}, {"turn": (-1, 0, 0, -1)}, None),
+        ({}, {"turn": (0, 1, 1, 0)}, "a mirrored picture"),
+    ],
+)
+def test_decord_reads_what_it_reads_right(
+    values: dict[str, Any],
+    frame: dict[str, Any],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    a, b, c, d = (65536 * one for one in frame.pop("turn", (1, 0, 0, 1)))
+    matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], np.int32).tobytes()
+    plain: dict[str, Any] = {"color_trc": 1, "color_primaries": 1, "width": 8, "height": 4}
+    plain |= {"side_data": {"DISPLAYMATRIX": matrix}, "format": SimpleNamespace(name="yuv420p", components=[])}
+    first = SimpleNamespace(**(plain | frame))
+    required: list[int] = []
+    monkeypatch.setattr(reading, "first_frame", lambda source: first)
+    monkeypatch.setattr(decord_reader, "require", lambda: required.append(1))
+    monkeypatch.setattr(decord_reader, "read", lambda path, n: np.zeros((n, 8, 16, 3), np.uint8))
+    film = film_of(**({"sample_aspect_ratio": Fraction(1)} | values))
+    frames = reading._sample_with_decord(film, 2, None)
+    if reason is None:
+        height, width = (8, 4) if a == 0 else (4, 8)
+        assert frames is not None and frames.shape == (2, height, width, 3) and not caplog.records
+        small = reading._sample_with_decord(film, 1, 2)
+        assert small is not None and small.shape == ((1, 2, 1, 3) if a == 0 else (1, 1, 2, 3))
+        tiny = reading._sample_with_decord(film, 1, 1)
+        assert tiny is not None and tiny.shape == (1, 1, 1, 3)
+        large = reading._sample_with_decord(film, 1, 99)
+        assert large is not None and large.shape == (1, height, width, 3)
+    else:
+        assert frames is None and required == [1]  # who asks for it is to have it all the same
+        assert [record.message.partition(": ")[2] for record in caplog.records] == [
+            f"decord gets {reason} wrong; PyAV reads the frames"
+        ]
+
+
+def test_decord_s_last_frame_may_differ_by_what_converters_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decord_reader, "require", lambda: None)
+    ours = Image.new("RGB", (8, 4), (100, 100, 100))
+    for level, shape, same in ((105, (4, 8), True), (106, (4, 8), False), (94, (4, 8), False), (100, (8, 4), False)):
+        theirs = np.full((1, *shape, 3), level, np.uint8)
+        monkeypatch.setattr(decord_reader, "read", lambda name, count, theirs=theirs: theirs if count == 0 else None)
+        assert (media.check_last_frame_with_decord("a.mp4", ours) is None) is same
+    monkeypatch.setattr(decord_reader, "read", lambda name, count: "did not finish")
+    assert media.check_last_frame_with_decord("a.mp4", ours) == "decord did not finish; PyAV's last frame is kept"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "told"),
+    [(3, "a\nboom\n", "failed with code 3 (boom)"), (-6, "", "failed with code -6 (nothing)")],
+)
+def test_what_decord_s_process_says_last_is_told(
+    code: int, error: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def ended(command: list[str], **options: Any) -> Any:
+        asked.append((command[-2:], options["timeout"]))
+        return SimpleNamespace(returncode=code, stderr=error.encode(), stdout=b"")
+
+    monkeypatch.setattr(decord_reader, "require", lambda: None)
+    monkeypatch.setattr(subprocess, "run", ended)
+    assert decord_reader.read("a.mp4", 8) == told and asked == [(["a.mp4", "8"], 20.0)]
+
+
+def test_a_file_is_probed_by_its_first_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = film_of(has_audio=True, sample_aspect_ratio=Fraction(1))
+    monkeypatch.setattr(reading, "inspect", lambda path: film)
+    turned = np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], np.int32).tobytes()
+    first = SimpleNamespace(width=8, height=4, side_data={"DISPLAYMATRIX": turned})
+    monkeypatch.setattr(reading, "first_frame", lambda source: first)
+    assert media.probe("a.mp4") == media.VideoInfo(4, 8, Fraction(10), 10.0, True)
+
+
+def test_the_first_picture_is_the_first() -> None:
+    assert number(media.read_first_frame(CORPUS / "h264_faststart.mp4")) == 0
+    with pytest.raises(ValueError, match="count and fps must be positive"):
+        media.read_tail(CORPUS / "h264_faststart.mp4", 1, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -10,10 +11,12 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -22,9 +25,21 @@ import pytest
 
 from tests.data.corpus import vidmark
 from tests.support.golden import ROOT
-from tests.support.media_samples import CORPUS, bias, moment_of, natural, number, numbered, restless
+from tests.support.media_samples import (
+    CORPUS,
+    beeps,
+    beeps_in,
+    bias,
+    moment_of,
+    natural,
+    number,
+    numbered,
+    recording,
+    restless,
+)
 from wan import media
 from wan.errors import UserError
+from wan.media import rewrite_video, rewriting, writing
 from wan.media.colour import to_rgb
 from wan.media.source import Pictures, exact_rate, inspect, open_video
 
@@ -108,6 +123,7 @@ def test_metadata_survives_in_the_comment(tmp_path: Path) -> None:
     media.write_video(tmp_path / "clip.mp4", numbered(range(2)), 16, metadata=told)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert json.loads(container.metadata["comment"]) == told
+        assert "a cat 🐈" in container.metadata["comment"]  # as a player shows it
 
 
 def psnr(path: Path, frames: list[np.ndarray]) -> float:
@@ -422,3 +438,303 @@ def test_a_name_that_is_too_long_for_a_while_is_not_the_folders_fault(tmp_path: 
         UserError, match=r"File name too long; give a shorter name, which for a time has some letters more$"
     ):
         media.write_video(tmp_path / f"{'a' * 250}.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)
+
+
+def part_of(
+    path: str, numbers: Sequence[int], keys: set[int], drop: int = 0, stop: int | None = None, **made: Any
+) -> Any:
+    plain: dict[str, Any] = {"codec": "h264", "width": 64, "height": 36, "pixels": "yuv420p", "fps": Fraction(16)}
+    plain |= {"colour": (1, 1, 1, 1), "sample_aspect_ratio": Fraction(1), "encoder_settings": b"a", "streams": 1}
+    form = writing._Format(**(plain | made))
+    return writing._Part(path, form, list(numbers), frozenset(keys), drop, len(numbers) if stop is None else stop)
+
+
+@pytest.mark.parametrize(
+    ("drop", "stop", "can"),
+    [(0, 9, True), (4, 9, True), (1, 9, False), (0, 4, True), (0, 5, False), (4, 8, True), (3, 4, False)],
+)
+def test_a_clip_can_be_cut_at_keyframes_and_at_its_end(drop: int, stop: int, can: bool) -> None:
+    part = part_of("a.mp4", range(9), {0, 4, 8}, drop, stop)
+    assert part.can_be_cut is can
+    assert part.can_be_copied_after(part_of("b.mp4", range(9), {0})) is can
+
+
+@pytest.mark.parametrize(
+    "made", [{"codec": "hevc"}, {"pixels": "yuv444p"}, {"colour": (1, 1, 1, 2)}, {"encoder_settings": b"b"}]
+)
+def test_clips_of_another_make_are_encoded_again_but_fit(made: dict[str, Any]) -> None:
+    first, other = part_of("a.mp4", range(9), {0}), part_of("b.mp4", range(9), {0}, **made)
+    other.check_fits(first)
+    assert not other.can_be_copied_after(first) and first.can_be_copied_after(first)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"width": 96}, "different width 96 against 64;"),
+        ({"fps": Fraction(24)}, "different fps 24 against 16;"),
+        ({"sample_aspect_ratio": Fraction(4, 3)}, "different sample aspect ratio 4/3 against 1;"),
+        ({"streams": 2, "height": 54}, "different height 54 against 36, streams 2 against 1;"),
+    ],
+)
+def test_clips_that_do_not_fit_are_told_by_their_differences(made: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"cannot join 'b.mp4' to 'a.mp4': {words} write both with the same settings"):
+        part_of("b.mp4", range(9), {0}, **made).check_fits(part_of("a.mp4", range(9), {0}))
+
+
+def test_a_clip_is_known_by_its_packets(clips: list[Path], tmp_path: Path) -> None:
+    part = writing._Part.read(clips[0], 1)
+    assert (part.drop, part.stop, sorted(part.numbers)) == (1, 33, list(range(33)))
+    assert part.keys == {0, 1}
+    assert (part.format.width, part.format.height, part.format.fps) == (320, 180, Fraction(24000, 1001))
+    assert (part.format.codec, part.format.streams, part.format.sample_aspect_ratio) == ("h264", 1, Fraction(1))
+    assert writing._Part.read(clips[0], 32, 33).drop == 32
+    with pytest.raises(UserError, match="without its first 33 frames: it has 33"):
+        writing._Part.read(clips[0], 33)
+    with pytest.raises(UserError, match="it is no mp4 file; only clips of equal make can be joined"):
+        writing._Part.read(CORPUS / "vp9.webm", 0)
+    with pytest.raises(UserError, match="its frames are not evenly spaced from 0 on; write it again"):
+        writing._Part.read(CORPUS / "vfr.mp4", 0)
+
+
+def test_a_blend_shows_neither_whole() -> None:
+    ends, begins = ([np.full((2, 2, 3), level, np.uint8)] * 3 for level in (100, 200))
+    assert [int(one[0, 0, 0]) for one in writing._blend(ends, begins, 3)] == [125, 150, 175]
+    half = writing._blend([np.array([[[0, 1, 255]]], np.uint8)], [np.array([[[1, 4, 254]]], np.uint8)], 1)
+    assert next(half).tolist() == [[[0, 2, 254]]]  # 0.5, 2.5 and 254.5 to even
+
+
+@pytest.mark.parametrize(
+    ("drops", "fades", "keys", "pieces"),
+    [
+        ([0, 1], [0, 0], {0, 1}, [("a", 0, 9), ("b", 1, 9)]),
+        # the last two of the one with the second and third of the other
+        ([0, 1], [0, 2], {0, 3, 7}, [("a", 0, 7), ("mixed", [7, 8], [1, 2]), ("b", 3, 9)]),
+        ([0, 0], [0, 2], {0, 7}, [("a", 0, 7), ("mixed", [7, 8], [0, 1]), ("again", [2, 3, 4, 5, 6, 7, 8])]),
+        (
+            [0, 0, 0],
+            [0, 2, 2],
+            {0, 2, 7},
+            [("a", 0, 7), ("mixed", [7, 8], [0, 1]), ("b", 2, 7), ("mixed", [7, 8], [0, 1]), ("c", 2, 9)],
+        ),
+    ],
+)
+def test_faded_clips_are_pieces_and_what_is_mixed_of_their_ends(
+    drops: list[int],
+    fades: list[int],
+    keys: set[int],
+    pieces: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    made: dict[str, Any] = {}
+
+    def read(path: str, drop: int, stop: int | None = None) -> Any:
+        return part_of(path, range(9), keys, drop, stop)
+
+    def write(path: str, frames: Any, fps: Fraction) -> int:
+        Path(path).touch()
+        made[path] = frames if isinstance(frames, tuple) else ("again", list(frames))
+        assert fps == 16
+        return 1
+
+    monkeypatch.setattr(writing._Part, "read", read)
+    monkeypatch.setattr(writing._Part, "pictures", lambda self: iter(range(self.drop, self.stop)))
+    monkeypatch.setattr(writing, "_blend", lambda ends, begins, count: ("mixed", list(ends), list(begins)))
+    monkeypatch.setattr(writing, "write_video", write)
+    with writing._faded("abc"[: len(drops)], drops, fades, str(tmp_path / "out.mp4")) as listed:
+        shown: list[Any] = []
+        for path, drop, stop in listed:
+            if path in made:
+                assert (
+                    Path(path).name
+                    == f".out.mp4.{len([one for one in shown if one[0] in ('mixed', 'again')])}.piece.mp4"
+                )
+                assert (drop, stop) == (0, None)
+                shown.append(made[path])
+            else:
+                shown.append((path, drop, stop))
+        assert shown == pieces
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_have_even_sides_of_two_pixels_at_least() -> None:
+    assert writing._even_size(np.zeros((2, 3, 3), np.uint8)) == (2, 2)
+    assert writing._even_size(np.zeros((5, 8, 3), np.uint8)) == (8, 4)
+    for shape in ((1, 8, 3), (8, 1, 3), (8, 8, 4), (8, 8), (1, 8, 8, 3)):
+        with pytest.raises(ValueError, match="of 2 pixels or more"):
+            writing._even_size(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "until", "words"),
+    [
+        (3, (64, 36), None, None),
+        (2, (64, 36), None, r"reads back as 3 frames of \(64, 36\), not 2 of \(64, 36\)"),
+        (3, (36, 64), None, r"not 3 of \(36, 64\)"),
+        (3, (64, 36), 0.5, "reads back until None s, not 0.5 s"),
+    ],
+)
+def test_what_was_written_is_read_back(
+    count: int, size: tuple[int, int], until: float | None, words: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    media.write_video(path, numbered(range(3), 64, 36), 16)
+    if words is None:
+        writing._verify(str(path), count, size, until)
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            writing._verify(str(path), count, size, until)
+
+
+@pytest.mark.parametrize(
+    ("last", "until", "same"),
+    [
+        (0.5, 0.5, True),
+        (0.5, 0.59, True),
+        (0.5, 0.41, True),
+        (0.5, 0.61, False),
+        (0.5, 0.39, False),
+        (0.5, None, False),
+    ],
+)
+def test_the_sound_that_was_written_is_read_back_to_its_last_packet(
+    last: float, until: float | None, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def packet(kind: str, pts: float | None, size: int = 9) -> Any:
+        stamp = None if pts is None else round(pts * 1000)
+        return SimpleNamespace(stream=SimpleNamespace(type=kind), pts=stamp, size=size, time_base=Fraction(1, 1000))
+
+    packets = [packet("video", 0.0), packet("audio", last), packet("audio", None), packet("video", 9.0)]
+    packets += [packet("audio", 5.0, 0), packet("video", 5.0, 0)]  # the ends
+    opened = SimpleNamespace(demux=lambda: packets, close=lambda: None)
+    monkeypatch.setattr(writing, "open_video", lambda path: opened)
+    monkeypatch.setattr(writing, "read_last_frame", lambda path: SimpleNamespace(size=(64, 36)))
+    if same:
+        writing._verify("a.mp4", 2, (64, 36), until)
+    else:
+        with pytest.raises(RuntimeError, match="the sound of 'a.mp4' reads back until 0.5 s"):
+            writing._verify("a.mp4", 2, (64, 36), until)
+
+
+@pytest.mark.parametrize("number_", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_is_full_is_told_from_one_that_fails(number_: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with pytest.raises(UserError, match="free some space"), writing._published(path):
+        raise OSError(number_, os.strerror(number_))
+    with pytest.raises(OSError, match="Input/output"), writing._published(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert not list(tmp_path.iterdir())
+    with writing._published(path) as temporary:
+        Path(temporary).write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_name_that_cannot_be_written_is_told_with_the_reason(tmp_path: Path) -> None:
+    for name, words in (
+        ("a.avi", "only mp4 files are written, give a name that ends in .mp4"),
+        (".mp4/x", "only mp4 files are written"),
+        ("none/a.mp4", "No such file or directory; give a folder that can be written to"),
+    ):
+        with pytest.raises(UserError, match=words):
+            media.check_output(tmp_path / name)
+    media.check_output(tmp_path / "A.MP4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sound_is_passed_on_with_the_pictures(clips: list[Path], tmp_path: Path) -> None:
+    """Each packet of it when its moment is written, and what is left at the end; packets of pictures in between."""
+
+    class Told:
+        last = None
+
+        def __init__(self) -> None:
+            self.moments: list[float] = []
+
+        def open(self, output: Any) -> None:
+            assert len(output.streams.video) == 1
+
+        def mux_until(self, output: Any, seconds: float) -> None:
+            self.moments.append(seconds)
+
+    told: Any = Told()
+    media.write_video(tmp_path / "a.mp4", numbered(range(3), 64, 36), 16, sound=told)
+    assert told.moments == [0, 1 / 16, 2 / 16, float("inf")]
+    told = Told()
+    media.join_videos(clips[:2], tmp_path / "joined.mp4", sound=told)
+    moments = [pytest.approx(number * 1001 / 24000) for number in range(65)]
+    assert told.moments == [*moments, float("inf")]
+
+
+def test_clips_whose_frames_are_decoded_out_of_order_are_joined_too(tmp_path: Path) -> None:
+    """A steady pan has B-frames, which flickering numbers have not."""
+    paths = [tmp_path / f"{index}.mp4" for index in range(2)]
+    shown = []
+    for path, first in zip(paths, (0, 12), strict=True):
+        media.write_video(path, list(restless(160, 96, 25))[first : first + 13], 16, keyframes=CUT)
+        numbers = writing._Part.read(path, 0).numbers
+        assert numbers != sorted(numbers)
+        shown.append(rgb_of(path))
+    assert media.join_videos(paths, tmp_path / "joined.mp4") == 25
+    assert np.array_equal(rgb_of(tmp_path / "joined.mp4"), np.concatenate([shown[0], shown[1][1:]]))
+    with av.open(str(tmp_path / "joined.mp4")) as container:
+        stream = container.streams.video[0]
+        stamps = [(packet.pts, packet.dts) for packet in container.demux(stream) if packet.size]
+        tick = stream.time_base
+    assert all(moment_of(coded, tick) <= moment_of(seen, tick) for seen, coded in stamps)
+    coded = [moment_of(one, tick) for _, one in stamps]
+    assert {after - before for before, after in pairwise(coded)} == {Fraction(1, 16)}
+    assert sorted(moment_of(seen, tick) for seen, _ in stamps) == [Fraction(at, 16) for at in range(25)]
+    assert any(moment_of(one, tick) == moment_of(other, tick) for one, other in stamps)  # no later than needed
+
+
+def test_a_rewritten_video_keeps_its_rate_and_all_of_its_sound(tmp_path: Path) -> None:
+    recording(tmp_path / "a.mp4", [at / 30 for at in range(30)], sound=beeps(1.0, [0.2, 0.8]), size=(64, 36))
+    count = rewrite_video(
+        tmp_path / "a.mp4",
+        tmp_path / "b.mp4",
+        lambda picture: picture.repeat(2, 0).repeat(2, 1),
+        metadata={"seed": 1},
+    )
+    assert count == 30 and decoded(tmp_path / "b.mp4") == list(range(30))
+    info = media.probe(tmp_path / "b.mp4")
+    assert (info.width, info.height, info.has_audio) == (128, 72, True)
+    assert info.fps == media.probe(tmp_path / "a.mp4").fps
+    assert beeps_in(tmp_path / "b.mp4") == pytest.approx([0.2, 0.8], abs=0.03)
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        assert json.loads(container.metadata["comment"]) == {"seed": 1}
+    media.write_video(tmp_path / "silent.mp4", numbered(range(3), 64, 36), 16)
+    assert rewrite_video(tmp_path / "silent.mp4", tmp_path / "b.mp4", lambda picture: picture) == 3
+    assert not media.probe(tmp_path / "b.mp4").has_audio
+
+
+@pytest.mark.parametrize(("first", "start"), [(2.0, 2.0), (0.0, 0.0), (None, 1.5)])
+def test_the_sound_of_a_rewritten_video_begins_with_its_pictures(
+    first: float | None, start: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source: Any = SimpleNamespace(start=1.5)
+    hearing: Any = SimpleNamespace(end=9.0)
+    monkeypatch.setattr(rewriting, "choose_track", lambda source: "track")
+    monkeypatch.setattr(rewriting, "listen", lambda track: hearing)
+    monkeypatch.setattr(rewriting, "first_frame", lambda source: SimpleNamespace(time=first))
+    whole: Any = rewriting._whole_sound(source)
+    assert (whole.start, whole.end, whole.track, whole.hearing) == (start, 9, "track", hearing)
+    monkeypatch.setattr(rewriting, "listen", lambda track: None)
+    assert rewriting._whole_sound(source) is None
+
+
+def test_every_part_needs_its_number_of_frames_to_leave_out(clips: list[Path], tmp_path: Path) -> None:
+    for drops, fades in (([0], ()), ([0, 1, 1], ()), ([0, 1], [0, 2, 2])):
+        with pytest.raises(ValueError, match="zip"):
+            media.join_videos(clips[:2], tmp_path / "joined.mp4", drops=drops, fades=fades)
+    with pytest.raises(ValueError, match="zip"):
+        list(writing._blend([np.zeros((2, 2, 3), np.uint8)], [], 1))
+    assert not (tmp_path / "joined.mp4").exists()
+
+
+def test_a_clip_that_changes_while_it_is_copied_is_not_joined(clips: list[Path], tmp_path: Path) -> None:
+    part = writing._Part.read(clips[0], 0)
+    shorter = replace(part, numbers=part.numbers[:-1], stop=part.stop - 1)
+    with pytest.raises(ValueError, match="zip"):
+        writing._join([shorter], tmp_path / "joined.mp4", None, None)
+    assert not (tmp_path / "joined.mp4").exists()

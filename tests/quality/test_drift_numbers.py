@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from wan.errors import UserError
 from wan.quality import correction
 from wan.quality.correction import _Drift, _falling, _powers, _Tones, _track, _trend, _trust
 
@@ -118,3 +119,198 @@ def test_a_change_of_tones_is_told_in_powers_of_the_colour() -> None:
     linear, constant, curve = _powers(change)
     told = colours @ linear.T + constant + colours**2 * curve
     assert told == pytest.approx(correction._basis(colours) @ change)
+
+
+def test_a_tone_change_moves_each_channel_by_ten_numbers() -> None:
+    colour = np.array([[0.7, 0.4, 0.5]])
+    basis = correction._basis(colour)
+    assert basis.shape == (1, 3, 10)
+    grey = 0.2126 * 0.7 + 0.7152 * 0.4 + 0.0722 * 0.5
+    expected = np.zeros((3, 10))
+    for channel, level in enumerate((0.2, -0.1, 0.0)):
+        expected[channel, [channel, 3 + channel, 6 + channel]] = 1, level, level**2
+        expected[channel, 9] = colour[0, channel] - grey
+    assert basis[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_size_of_a_tone_change_is_what_it_does_to_a_picture() -> None:
+    tones = _Tones.of(torch.zeros(96, 128, 3))  # mid grey, on which only offsets show
+    offset = np.r_[[0.1] * 3, [0.0] * 7]
+    assert tones.size(offset) == pytest.approx(0.1, rel=1e-5)
+    assert tones.size(np.r_[0.3, [0.0] * 9]) == pytest.approx(0.3 / np.sqrt(3), rel=1e-5)  # of one channel
+    assert tones.size(np.zeros(10)) == pytest.approx(1e-9) and tones.size(np.r_[[0.0] * 3, [9.0] * 7]) < 1e-4
+    bright = _Tones.of(torch.full((96, 128, 3), 0.5))
+    assert bright.size(np.r_[[0.0] * 3, [0.2] * 3, [0.0] * 4]) == pytest.approx(0.05, rel=1e-5)  # a gain from 0.5 on
+    assert bright.product(offset, np.r_[[0.2] * 3, [0.0] * 7]) == pytest.approx(0.02, rel=1e-5)
+
+
+def textured(seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    blocks = np.kron(rng.uniform(0.25, 0.75, (12, 16, 3)), np.ones((8, 8, 1)))
+    return torch.from_numpy(blocks.astype(np.float32)) * 2 - 1
+
+
+def test_a_tone_change_between_two_pictures_is_measured() -> None:
+    first = textured()
+    change = np.array([0.02, -0.01, 0.0, 0.05, 0.0, -0.04, 0.0, 0.03, 0.0, 0.06])
+    rgb = (first.numpy() + 1) / 2
+    second = rgb + (correction._basis(rgb.reshape(-1, 3)) @ change).reshape(rgb.shape)
+    views = [correction._View.of(one) for one in (first, torch.from_numpy(second * 2 - 1))]
+    measured, share = correction._change(*views)
+    assert share > 0.9
+    # it is told at the mean of both, so that it is a little different
+    assert _Tones.of(first).size(measured - change) < 0.1 * _Tones.of(first).size(change)
+    back, _ = correction._change(*reversed(views))
+    assert _Tones.of(first).size(measured + back) < 0.05 * _Tones.of(first).size(change)
+    same, share = correction._change(views[0], views[0])
+    assert np.abs(same).max() < 1e-6 and share > 0.9
+
+
+def test_what_is_black_or_white_tells_nothing_of_tones() -> None:
+    for level in (-1.0, -0.985, 0.985, 1.0):
+        dark = correction._View.of(torch.full((96, 128, 3), level))
+        change, share = correction._change(dark, dark)
+        assert not change.any() and share == 0
+    grey = correction._View.of(torch.full((96, 128, 3), 0.97))
+    assert correction._change(grey, grey)[1] == 1
+    partly = textured()
+    partly[:, :96] = -1.0  # what is left is enough
+    view = correction._View.of(partly)
+    assert correction._change(view, view)[1] > 0.5
+    partly[:, :120] = -1.0  # what is left is not
+    view = correction._View.of(partly)
+    assert correction._change(view, view)[1] == 0
+
+
+def test_a_picture_of_something_else_is_not_followed() -> None:
+    one, other = correction._View.of(textured(0)), correction._View.of(textured(1))
+    assert correction._change(one, other)[1] < correction._KEEP
+
+
+def corrected(
+    monkeypatch: pytest.MonkeyPatch,
+    change: np.ndarray,
+    growth: float = 0.0,
+    *,
+    known: int = 2,
+    strength: float = 0.9,
+    trend: float = 0.0,
+    level: float = 0.0,
+) -> torch.Tensor:
+    """How far a clip of 30 frames is moved, whose tones are found to change by that and by growing offsets."""
+    asked: list[list[int]] = []
+    count = 30 - known
+
+    def track(start: torch.Tensor, frames: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        asked.append([round(float(frame[0, 0, 0]) * 1e4) for frame in frames])
+        offsets = np.r_[[1.0] * 3, [0.0] * 7]
+        return [change + growth * (time - known + 1) / count * offsets for time in asked[-1]]
+
+    monkeypatch.setattr(correction, "_track", track)
+    monkeypatch.setattr(correction, "_trend", lambda condition: np.r_[[trend] * 3, [0.0] * 7])
+    frames = torch.full((30, 64, 64, 3), level) + (torch.arange(30) / 1e4)[:, None, None, None]
+    frames[:, 0, 0, 0] = torch.arange(30) / 1e4
+    made = correction.correct_drift(frames, frames[-1:], known=known, strength=strength)
+    assert asked[0][0] == known and asked[0][-1] == 29 and len(asked[0]) == min(count, 21)
+    return (frames - made)[:, 8, 8]
+
+
+OFFSETS = np.r_[[1.0] * 3, [0.0] * 7]
+
+
+def test_a_step_is_taken_out_whole_from_the_first_new_frame_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = corrected(monkeypatch, 0.02 * OFFSETS)
+    assert not moved[:2].any()
+    assert moved[2:].numpy() == pytest.approx(np.full((28, 3), 0.04), abs=1e-5)  # of a range of 2
+    moved = corrected(monkeypatch, 0.02 * OFFSETS, known=0)
+    assert moved.numpy() == pytest.approx(np.full((30, 3), 0.04), abs=1e-5)
+    moved = corrected(monkeypatch, np.r_[0.02, -0.02, [0.0] * 8])
+    assert moved[2:].numpy() == pytest.approx(np.tile([0.04, -0.04, 0], (28, 1)), abs=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.5, 1.0])
+def test_what_grows_is_taken_out_by_its_strength(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = corrected(monkeypatch, 0.01 * OFFSETS, 0.03, strength=strength)[2:, 0]
+    wanted = 2 * (0.01 + strength * 0.03 * np.arange(1, 29) / 28)
+    assert moved.numpy() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_more_than_a_tenth_of_the_range_is_never_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert corrected(monkeypatch, 0.099 * OFFSETS)[2:].numpy() == pytest.approx(np.full((28, 3), 0.198), abs=1e-4)
+    assert corrected(monkeypatch, 0.3 * OFFSETS)[2:].numpy() == pytest.approx(np.full((28, 3), 0.2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("step", "growth", "trend", "is_left"),
+    [
+        (0.0029, 0.0, 0.0, True),  # too small to be seen
+        (0.0031, 0.0, 0.0, False),
+        (0.0, 0.0032, 0.0, True),  # times 0.9
+        (0.0, 0.0036, 0.0, False),
+        (0.0, 0.05, 0.05 / 28 * 0.3, False),
+        (0.0, 0.05, 0.05 / 28 * 0.75, True),  # the light was going there
+        (0.0, 0.11, 0.0, True),  # a change of light
+    ],
+)
+def test_what_is_small_or_looks_like_light_is_left(
+    step: float, growth: float, trend: float, is_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = corrected(monkeypatch, step * OFFSETS, growth, trend=trend)
+    assert bool(moved.any()) is not is_left
+
+
+def test_known_frames_are_among_those_of_the_clip() -> None:
+    frames = torch.zeros(5, 64, 64, 3)
+    for clip, condition in ((frames[0], frames), (frames, frames[0]), (frames, frames[:, :32])):
+        with pytest.raises(UserError, match="must be float frames|must have one size, not 64x64 and 64x32"):
+            correction.correct_drift(clip, condition, known=1)
+    for known in (-1, 5, 6):
+        with pytest.raises(UserError, match=f"known must be from 0 to 4 with 5 frames; {known} is not"):
+            correction.correct_drift(frames, frames, known=known)
+    for strength in (-0.1, 1.1):
+        with pytest.raises(UserError, match="drift_correction"):
+            correction.correct_drift(frames, frames, known=1, strength=strength)
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_change_is_taken_out_at_the_mean_of_before_and_after(by_torch: bool) -> None:
+    without = correction._without_by_torch if by_torch else correction._without
+    rng = np.random.default_rng(0)
+    rgb, change = rng.uniform(0.3, 0.7, (64, 3)), rng.normal(0, 0.03, 10)
+
+    def added(colours: np.ndarray) -> np.ndarray:
+        moved: np.ndarray = correction._basis(colours) @ change
+        return moved
+
+    frame = torch.from_numpy((rgb * 2 - 1).reshape(8, 8, 3).astype(np.float32))
+    seen = (without(frame, change).numpy().reshape(-1, 3) + 1) / 2
+    assert seen == pytest.approx(rgb - added(rgb - added(rgb) / 2), abs=1e-5)
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_only_what_a_change_pushes_out_of_the_range_is_clamped(by_torch: bool) -> None:
+    without = correction._without_by_torch if by_torch else correction._without
+    levels = torch.tensor([-1.3, -1.0, -0.95, 0.0, 0.95, 1.0, 1.3])[:, None, None].expand(-1, 1, 3)
+    brighter, darker = (without(levels, sign * 0.1 * OFFSETS)[:, 0, 0].tolist() for sign in (-1, 1))
+    assert brighter == pytest.approx([-1.1, -0.8, -0.75, 0.2, 1, 1, 1.3], abs=1e-6)
+    assert darker == pytest.approx([-1.3, -1, -1, -0.2, 0.75, 0.8, 1.1], abs=1e-6)
+    assert without(levels.half(), 0.1 * OFFSETS).dtype == torch.float16
+
+
+def test_a_flash_at_the_start_leaves_no_step_and_counts_for_nothing() -> None:
+    times = np.arange(12.0)
+    changes = np.full((12, 10), 0.0)
+    changes[:3] = 0.05
+    drift = _Drift.fit(times, changes, np.zeros(10))
+    assert not drift.step.any() and np.abs(drift.growth(11)).max() < 1e-3
+    changes[:3] = 0.003  # a hundredth over all ten numbers, too faint for one
+    assert _Drift.fit(times, changes, np.zeros(10)).step == pytest.approx(np.full(10, 0.003))
+    changes[:] = 0.03  # half of it stays: a step
+    changes[:3] = 0.05
+    assert _Drift.fit(times, changes, np.zeros(10)).step == pytest.approx(np.full(10, 0.05))
+
+
+def test_growth_may_be_steady_speed_up_or_be_soon_over() -> None:
+    curves = _Drift._curves(np.array([2.0, 11.0]), np.array([1.0, 2.0, 6.0, 11.0]))
+    share = np.array([0, 0.1, 0.5, 1])
+    assert curves == pytest.approx(np.stack([share, share**2, 1 - np.exp(-8 * share)], 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from tests.support.quality_footage import Path, Scene, pan, still, to_and_fro, to_frames
 from wan.errors import UserError
 from wan.quality import Motion, measure_motion
-from wan.quality.motion import _STILL, _FrameMotion
+from wan.quality.motion import _STILL, _compass, _FrameMotion, _step, _unit
 from wan.quality.vision import spread
 
 
@@ -181,3 +182,132 @@ def test_steps_that_cannot_be_followed_count_for_how_much_changes_only(monkeypat
 def test_facts_are_told_in_one_sentence(facts: dict[str, Any], sentence: str) -> None:
     still = Motion((0.0, 0.0), 0.0, 0.0, (0.0, 0.0), 0.0, 5.0)
     assert dataclasses.replace(still, **facts).sentence() == sentence
+
+
+def stepped(
+    monkeypatch: pytest.MonkeyPatch, flow: np.ndarray, textured: np.ndarray | None = None, scale: float = 2
+) -> _FrameMotion:
+    """What is read from this flow [h, w, 2] over a picture with texture, everywhere or in these places."""
+    grey = np.random.default_rng(0).integers(0, 256, flow.shape[:2]).astype(np.uint8)
+    if textured is not None:
+        grey[~textured] = 100
+    assert scale == 416 / max(flow.shape[:2])
+    monkeypatch.setattr("wan.quality.motion.flow", lambda first, second: flow.astype(np.float32))
+    picture: Any = SimpleNamespace(grey=grey)
+    return _step(picture, picture)
+
+
+def moving_by(x: float, y: float) -> np.ndarray:
+    flow = np.zeros((104, 208, 2))
+    flow[...] = x, y
+    return flow
+
+
+def test_the_background_s_motion_is_the_camera_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = stepped(monkeypatch, moving_by(1.5, -2))
+    assert one.followed and one.camera == pytest.approx([3, -4], abs=1e-3) and one.pixels == pytest.approx(5)
+    assert one.growth == pytest.approx(0, abs=1e-5) and one.moving == len(one.vectors) == 0
+    y, x = np.mgrid[:104, :208]
+    one = stepped(monkeypatch, np.stack([x, y], -1) * 0.01)  # grows from its upper left corner
+    assert one.growth == pytest.approx(0.01, abs=1e-4)
+    assert one.camera == pytest.approx([2.08, 1.04], abs=0.01)  # where its middle goes
+    turned = np.stack([-(y - 52), x - 104], -1) * 0.02
+    one = stepped(monkeypatch, turned)  # turns about its middle
+    assert one.camera == pytest.approx([0, 0], abs=0.01)
+    assert one.growth == pytest.approx(np.hypot(1, 0.02) - 1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("camera", "subject", "moves"),
+    [
+        ((0, 0), (0, 0.3), False),  # 0.6 pixels of a picture 416 wide
+        ((0, 0), (0, 0.5), True),
+        ((4, 0), (4, 0.9), False),  # a quarter of the camera's speed is none
+        ((4, 0), (4, 1.1), True),
+        ((0, 0), (3, -2), True),
+    ],
+)
+def test_what_moves_against_the_background_moves_by_itself(
+    camera: tuple[float, float], subject: tuple[float, float], moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = moving_by(*camera)
+    flow[24:48, 40:80] = subject  # 3 of 13 rows of measured points, 5 of 26 columns
+    one = stepped(monkeypatch, flow)
+    assert one.followed and one.camera == pytest.approx(np.multiply(camera, 2), abs=0.05)
+    assert one.moving == pytest.approx(15 / 338 if moves else 0)
+    assert len(one.vectors) == (15 if moves else 0)
+    if moves:
+        assert one.vectors == pytest.approx(np.tile(2 * np.subtract(subject, camera), (15, 1)), abs=0.05)
+
+
+def test_a_picture_without_texture_cannot_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = np.zeros((104, 208), bool)
+    one = stepped(monkeypatch, moving_by(3, 4), none)
+    assert not one.followed and one.moving == one.growth == 0 and one.pixels == pytest.approx(10)
+    assert one.camera.tolist() == [0, 0] and one.vectors.shape == (0, 2)
+    few, enough = none.copy(), none.copy()
+    few[0:24, 0:32] = True  # 3 x 4 points and those next to them
+    enough[0:32, 0:32] = True
+    assert stepped(monkeypatch, moving_by(3, 4), enough).followed
+    few[:, :] = False
+    few[0:16, 0:24] = True
+    assert not stepped(monkeypatch, moving_by(3, 4), few).followed
+    # what moves where nothing can be seen is not counted
+    flow = moving_by(0, 0)
+    flow[:, 104:] = 5, 0
+    left = none.copy()
+    left[:, :96] = True
+    one = stepped(monkeypatch, flow, left)
+    assert one.followed and one.moving == 0
+
+
+@pytest.mark.parametrize(("share", "followed"), [(0.5, True), (0.2, False)])
+def test_a_background_is_what_a_third_agrees_on(share: float, followed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = np.random.default_rng(0).uniform(-40, 40, (104, 208, 2))
+    flow[:, : round(208 * share)] = 2, 0
+    one = stepped(monkeypatch, flow)
+    assert one.followed is followed
+    if followed:
+        assert one.camera == pytest.approx([4, 0], abs=0.1)
+
+
+def test_speeds_are_shares_of_the_width_of_a_tall_picture_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    coming = iter([frame((2.08, 0))])
+    monkeypatch.setattr("wan.quality.motion._step", lambda first, second: next(coming))
+    monkeypatch.setattr("wan.quality.motion.MeasuredFrame.of", lambda picture: picture)
+    assert measure_motion(torch.zeros(2, 832, 416, 3), 10).pan == pytest.approx((-0.1, 0))
+
+
+def test_twelve_pairs_of_neighbours_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[tuple[int, int]] = []
+
+    def step(first: torch.Tensor, second: torch.Tensor) -> _FrameMotion:
+        pairs.append((int(first[0, 0, 0]), int(second[0, 0, 0])))
+        return frame()
+
+    monkeypatch.setattr("wan.quality.motion._step", step)
+    monkeypatch.setattr("wan.quality.motion.MeasuredFrame.of", lambda picture: picture)
+    clip = torch.arange(30.0)[:, None, None, None].expand(30, 64, 64, 3)
+    measure_motion(clip, 16)
+    assert len(pairs) == 12 and (pairs[0], pairs[-1]) == ((0, 1), (28, 29))
+    assert all(second == first + 1 for first, second in pairs)
+    pairs.clear()
+    measure_motion(clip[:3], 16)
+    assert pairs == [(0, 1), (1, 2)]
+
+
+def test_directions_have_their_names() -> None:
+    turns = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    names = [
+        "right",
+        "down to the right",
+        "down",
+        "down to the left",
+        "left",
+        "up to the left",
+        "up",
+        "up to the right",
+    ]
+    assert [_compass(turn) for turn in turns] == names
+    assert _compass((10, 4)) == "right" and _compass((10, 5)) == "down to the right"
+    assert _unit(np.array([3.0, -4.0])) == pytest.approx((0.6, -0.8)) and _unit(np.zeros(2)) == (0, 0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from wan.errors import UserError
 from wan.quality import SeamScore, measure_look, metrics, score_seam
 from wan.quality.metrics import (
     STILL,
@@ -255,3 +256,155 @@ def test_the_colour_of_a_seam_shifts_by_what_is_beyond_the_usual(monkeypatch: py
     monkeypatch.setattr(metrics, "_steps", lambda _: [usual] * 4 + [at] + [usual] * 4)
     score = score_seam(torch.zeros(5, 8, 8, 3), torch.zeros(5, 8, 8, 3))
     assert score.colour_shift == (1, 2, 2) and score.colour_step == 3
+
+
+def test_the_look_of_an_edge_is_known() -> None:
+    """Two halves of 100 and 200 levels, beside or above each other."""
+    levels = torch.full((416, 416), 100.0)
+    levels[:, 208:] = 200
+    for picture in (levels, levels.T):
+        look = measure_look((picture / 127.5 - 1)[None, :, :, None].expand(1, -1, -1, 3)).whole
+        # Laplacian of 100 and -100 on two lines of 416; Sobel of 400 on both
+        assert look.sharpness == pytest.approx(2 * 100**2 / 416, rel=1e-3)
+        assert look.tenengrad == pytest.approx(2 * 400**2 / 416, rel=1e-3)
+        assert (look.chroma, look.saturation, look.colourfulness) == pytest.approx((0, 0, 0), abs=0.05)
+        assert look.clipped == look.noise == 0
+
+
+def test_the_yellow_and_blue_of_a_picture_count_for_its_colour() -> None:
+    picture = torch.full((1, 416, 416, 3), -1.0)
+    picture[:, :, :104] = torch.tensor([1.0, 1.0, -1.0])  # a quarter yellow, the rest black
+    look = measure_look(picture).whole
+    assert look.colourfulness == pytest.approx(255 * (math.sqrt(3) / 4 + 0.3 * 0.25), rel=0.01)
+    assert look.saturation == pytest.approx(0.25, abs=0.01)
+
+
+def test_what_moves_in_a_clip_is_measured_on_sixteen_pairs_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def flow(first: Any, second: Any) -> np.ndarray:
+        asked.append(round(float(second.rgb.mean() - first.rgb.mean()) * 1000))
+        field = np.zeros((416, 208, 2), np.float32)
+        field[:208, :, 0] = 0.31
+        field[208:, :, 1] = -0.29
+        field[:42, :, 0] = 4.0  # 42 lines of 416 are more than a tenth
+        return field
+
+    monkeypatch.setattr(metrics, "flow", flow)
+    looked: list[float] = []
+
+    def look_at(frame: torch.Tensor) -> list[float]:
+        looked.append(float(frame.mean()))
+        return [0.0] * 12
+
+    monkeypatch.setattr(metrics, "_look", look_at)
+    levels = torch.linspace(-0.5, 0.5, 101)[:, None, None, None].expand(101, 64, 64, 3)
+    look = measure_look(levels)
+    assert look.moving == 0.5 and look.speed == pytest.approx(4)
+    assert len(asked) == 16 and set(asked) == {5}  # neighbours
+    assert len(looked) == 32 and (looked[0], looked[-1]) == pytest.approx((-0.5, 0.5))
+    assert measure_look(levels[:2]).moving == 0.5 and len(asked) == 17
+
+
+def lab_of(lightness: np.ndarray) -> Any:
+    return type("Frame", (), {"lab": np.stack([lightness, lightness * 0, lightness * 0], -1).astype(np.float32)})()
+
+
+@pytest.mark.parametrize(
+    ("share", "jump", "shift"),
+    [
+        (0.0, 0.0, 5.0),
+        (0.4, 11.9, 5.0),
+        (0.4, 40.0, 5.0),  # what changes by itself is left out
+        (0.6, 40.0, 45.0),
+    ],
+)
+def test_colours_shift_by_what_most_pixels_do(share: float, jump: float, shift: float) -> None:
+    first = np.full((40, 40), 30.0)
+    second = first + 5
+    second[: round(40 * share)] += jump
+    field = np.zeros((40, 40, 2), np.float32)
+    seen = metrics._lab_shift(lab_of(first), lab_of(second), field)
+    assert seen == pytest.approx([shift, 0, 0], abs=0.01)
+
+
+def test_where_no_pixels_agree_the_colours_shift_by_their_mean() -> None:
+    first, second = np.zeros((100, 40)), np.linspace(0, 99, 100)[:, None].repeat(40, 1) ** 2 / 99
+    field = np.zeros((100, 40, 2), np.float32)
+    near = np.abs(second[::2] - np.median(second[::2])) < 12
+    assert near.mean() < 0.3  # so few are as the one in the middle
+    seen = metrics._lab_shift(lab_of(first), lab_of(second), field)
+    assert seen == pytest.approx([second.mean(), 0, 0], abs=0.1)
+    field[:, :, 0] = 25.0  # and of what can be followed are few
+    seen = metrics._lab_shift(lab_of(first), lab_of(first + np.r_[0:5].repeat(8)[None]), field)
+    assert seen == pytest.approx([3.5, 0, 0], abs=0.01)
+    field[:, :, 0] = 30.0  # a quarter
+    seen = metrics._lab_shift(lab_of(first), lab_of(first + np.r_[0:5].repeat(8)[None]), field)
+    assert seen == pytest.approx([2, 0, 0], abs=0.01)
+
+
+def test_the_motion_of_a_step_is_told_in_a_coarse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = np.zeros((104, 208, 2), np.float32)
+    field[..., 0], field[:, :104, 1] = 1.5, -2
+    monkeypatch.setattr(metrics, "flow", lambda first, second: field)
+    grey = torch.zeros(104, 208, 3)
+    (one,) = _steps([grey, grey])
+    assert one.motion.shape == (3, 5, 2) and one.speed == pytest.approx(5)  # of a picture 416 wide
+    assert np.allclose(one.motion[..., 0], 3) and np.allclose(one.motion[:, :, 1], [-4, -4, -2, 0, 0], atol=0.1)
+
+
+def test_a_seam_is_measured_on_thirteen_frames_before_and_sixteen_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def steps(frames: Iterable[torch.Tensor]) -> list[_Change]:
+        seen[:] = [float(frame[0, 0, 0]) for frame in frames]
+        return [step()] * (len(seen) - 1)
+
+    monkeypatch.setattr(metrics, "_steps", steps)
+    frames = (torch.arange(60) / 100)[:, None, None, None].expand(60, 8, 8, 3)
+    score_seam(frames[:30], frames[30:])
+    assert seen == pytest.approx([at / 100 for at in range(17, 46)])
+
+
+@pytest.mark.parametrize(("psnr", "warned"), [(25.9, True), (26.1, False), (120.0, False)])
+def test_a_rendering_that_differs_from_the_known_frames_is_warned_of(
+    psnr: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_steps", lambda _: [step()] * 9)
+    known = torch.zeros(2, 8, 8, 3)
+    rendered = known + 2 * 10 ** (-psnr / 20)  # of a range of 2
+    frames = torch.zeros(5, 8, 8, 3)
+    score = score_seam(frames, frames, known=known, rendered=rendered)
+    assert score.fidelity_db == pytest.approx(min(psnr, 100), abs=0.01)
+    assert score.warnings == (("start differs",) if warned else ())
+    assert score_seam(frames, frames, known=known).fidelity_db is None
+    assert score_seam(frames, frames, rendered=known).fidelity_db is None
+    with pytest.raises(UserError, match="must be as many, not 2 and 1"):
+        score_seam(frames, frames, known=known, rendered=rendered[:1])
+    with pytest.raises(UserError, match="must have one size, not 8x8 and 4x8"):
+        score_seam(frames, frames, known=known, rendered=rendered[:, :, :4])
+    for wrong in ({"known": known[0], "rendered": rendered}, {"known": known, "rendered": rendered[0]}):
+        with pytest.raises(UserError, match="must be float frames"):
+            score_seam(frames, frames, **wrong)
+
+
+def test_a_score_as_json_has_its_terms() -> None:
+    told = seam(colour_step=1.5, colour_shift=(1, 2, 3), warnings=("jump",)).as_json()
+    assert (told["score"], told["terms"]["colour"]) == (1, 1)
+    assert (told["colour_shift"], told["warnings"], told["own_speed_ratio"]) == ([1, 2, 3], ["jump"], 1.0)
+    look = measure_look(torch.zeros(2, 64, 64, 3)).as_json()
+    assert (look["lightness"], look["moving"]) == (pytest.approx(53.4, abs=0.1), 0)
+    assert look["first"]["lightness"] == look["last"]["lightness"] == pytest.approx(53.4, abs=0.1)
+
+
+def test_a_slow_start_is_told_from_a_freeze_by_the_slowest_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [step()] * 12
+    for soon, later, warnings in (
+        (2.0, 0.38, ("freeze",)),
+        (2.0, 0.42, ()),
+        (1.0, 0.38, ("freeze", "slow start")),
+        (0.38, 2.0, ("freeze",)),
+    ):
+        made = [*old, step(), *fast(*[soon] * 9, *[later] * 6)]
+        monkeypatch.setattr(metrics, "_steps", lambda _, made=made: made)
+        assert score_seam(torch.zeros(13, 8, 8, 3), torch.zeros(16, 8, 8, 3)).warnings == warnings

@@ -21,7 +21,7 @@ from tests.support.golden import GOLDEN, ROOT, float32
 from wan import WanTI2V
 from wan.configs import WAN_CONFIGS, config_for
 from wan.errors import UserError
-from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, resolve_folder
+from wan.weights.checkpoint import Checkpoint, Names, _check_vae, identify, open_checkpoint, resolve_folder
 from wan.weights.gguf_files import read_gguf_fields
 from wan.weights.loading import _range
 from wan.weights.prefetch import ReadAhead, that_fit
@@ -439,3 +439,25 @@ def test_files_are_read_ahead_as_far_as_half_of_the_free_memory_holds_them(
     assert that_fit(files, 39) == [a] and that_fit(files, 19) == []
     monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 60)
     assert that_fit(files) == [a, b, c]
+
+
+@pytest.mark.parametrize("wrong", ["low_noise_model", "high_noise_model", ""])
+def test_both_experts_must_be_for_the_task(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def expert(channels: int, width: int = 8) -> Weights:
+        return Weights(tmp_path / f"{channels}", (), {"patch_embedding.weight": (width, channels, 1, 2, 2)}, {})
+
+    none = Weights(tmp_path, (), {}, {})
+    experts = {name: expert(16 if name == wrong else 36) for name in ("low_noise_model", "high_noise_model")}
+    whole = Checkpoint(tmp_path, experts, none, none, tmp_path)
+    monkeypatch.setattr("wan.weights.checkpoint._open_official", lambda *_: whole)
+    asked: dict[str, Any] = {"in_channels": 36, "experts": 2, "names": Names()}
+    if not wrong:
+        assert open_checkpoint(tmp_path, **asked) is whole
+        return
+    with pytest.raises(UserError, match=rf"{wrong} is T2V-A14B \(2 expert\(s\), 16 .*, expected I2V-A14B"):
+        open_checkpoint(tmp_path, **asked)
+    with pytest.raises(UserError, match=r"16 takes 16 input channels, I2V-A14B .* is expected; give the file"):
+        open_checkpoint(tmp_path, **asked, files={wrong: tmp_path})
+    experts[wrong] = expert(36, 12)
+    with pytest.raises(UserError, match="the experts are of different widths, .* of 8|of 12"):
+        open_checkpoint(tmp_path, **asked)

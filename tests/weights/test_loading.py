@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wan.device.streaming import PinnedBuffer
 from wan.errors import UserError
-from wan.weights.loading import _Behind, load_into
+from wan.weights.loading import _Behind, _Blocks, _fill, _likes, _places, _range, load_into
+from wan.weights.quantized import QuantizedTensor
 
 COUNT = 6
 PATIENCE = 20  # seconds after which a test that would hang fails
@@ -151,3 +154,89 @@ def test_of_the_work_behind_two_pieces_wait_at_most() -> None:
             behind.do(lambda number=number: number, used.append)  # type: ignore[misc]
             assert used == list(range(number - 1))
     assert used == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "span"),
+    [
+        ([], (0, 0)),
+        ([1.0, 2.0], (3, 3)),
+        ([0.0, 0.0], (0, 0)),
+        ([-2.0, 2.0], (-2, 2)),
+        ([1.0, float("inf")], (1, float("inf"))),
+        ([float("-inf"), float("inf")], (float("-inf"), float("inf"))),
+    ],
+)
+def test_the_range_of_numbers_tells_damage_and_zeros(numbers: list[float], span: tuple[float, float]) -> None:
+    assert _range(torch.tensor(numbers)) == span
+    assert all(math.isnan(one) for one in _range(torch.tensor([1.0, float("nan")])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "broken"), [(torch.float8_e4m3fn, 0x7E, 0x7F), (torch.float8_e5m2, 0x7B, 0x7C)]
+)
+def test_the_range_of_fp8_is_that_of_its_bits(dtype: torch.dtype, largest: int, broken: int) -> None:
+    for sign in (0, 0x80):
+        data = torch.tensor([[1, largest | sign]], dtype=torch.uint8).view(dtype)
+        assert data.float().isfinite().all()
+        assert _range(QuantizedTensor(data)) == (0, largest)
+        assert _range(QuantizedTensor(data, torch.tensor(0.5))) == (0, largest * 0.5)
+        data = torch.tensor([[1, broken | sign]], dtype=torch.uint8).view(dtype)
+        assert not data.float().isfinite().all() and math.isnan(_range(QuantizedTensor(data))[1])
+    assert math.isnan(
+        _range(QuantizedTensor(data.view(torch.uint8).fill_(1).view(dtype), torch.tensor(float("nan"))))[1]
+    )
+    assert _range(QuantizedTensor(torch.zeros(2, 2).to(dtype))) == (0, 0)
+
+
+def test_blocks_of_zeros_are_known_by_all_their_weights() -> None:
+    blocks, zero, one = _Blocks(), torch.zeros(2), torch.ones(2)
+    assert blocks.see("blocks.0.a.weight", zero) and blocks.see("blocks.1.a.weight", zero)
+    assert blocks.see("encoder.block.2.a.weight", zero) and blocks.zero == {"blocks.0", "blocks.1", "encoder.block.2"}
+    assert blocks.see("blocks.0.b.weight", one) and blocks.zero == {"blocks.1", "encoder.block.2"}
+    assert blocks.see("blocks.0.c.weight", zero) and "blocks.0" not in blocks.zero
+    for name in ("blocks.1.a.bias", "blocks.1.norm.weight", "head.weight", "blocks.10.weight"):
+        assert blocks.see(name, one)
+    assert blocks.zero == {"blocks.1", "encoder.block.2"}
+    assert not blocks.see("blocks.1.a.weight", torch.tensor([1.0, float("nan")]))
+    assert not blocks.see("x", torch.tensor([float("inf")])) and not blocks.see("x", torch.tensor([-float("inf"), 1.0]))
+
+
+@pytest.mark.parametrize("rounding", [None, torch.bfloat16])
+@pytest.mark.parametrize("piece", [1, 4, 1000])
+def test_numbers_are_put_into_memory_row_by_row(
+    rounding: torch.dtype | None, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.weights.loading.PIECE", piece)
+    numbers = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    expected = numbers if rounding is None else numbers.to(rounding).float()
+    for tensor in (numbers, QuantizedTensor(numbers * 2, torch.tensor(0.5))):
+        for shape in ((5, 3), (5, 3, 1)):
+            value = torch.empty(shape)
+            _fill(value, tensor, rounding)
+            assert torch.equal(value.view(5, 3), expected)
+    turned = torch.empty(3, 5).T
+    _fill(turned, QuantizedTensor(numbers), rounding)
+    assert torch.equal(turned, expected)
+
+
+def test_each_layer_has_a_buffer_for_its_parameters() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(3, 2, bias=number == 1) for number in range(2))
+    dtypes = {"blocks.1.bias": torch.float32}
+    likes = _likes(model, "blocks", lambda name: dtypes.get(name, torch.float16))
+    assert [{name: (tuple(one.shape), one.dtype) for name, one in like.items()} for like in likes] == [
+        {"blocks.0.weight": ((2, 3), torch.float16)},
+        {"blocks.1.weight": ((2, 3), torch.float16), "blocks.1.bias": ((2,), torch.float32)},
+    ]
+    size = sum(PinnedBuffer.size(list(like.values())) for like in likes)
+    for memory in (None, torch.zeros(size, dtype=torch.uint8)):
+        places = _places(likes, memory)
+        assert list(places) == ["blocks.0.weight", "blocks.1.weight", "blocks.1.bias"]
+        for number, place in enumerate(places.values(), 1):
+            place.fill_(number)
+        assert [set(place.flatten().tolist()) for place in places.values()] == [{1}, {2}, {3}]
+        shared = places["blocks.1.weight"].untyped_storage().data_ptr()
+        assert places["blocks.1.bias"].untyped_storage().data_ptr() == shared
+        if memory is not None:
+            assert shared == memory.untyped_storage().data_ptr() and memory.any()

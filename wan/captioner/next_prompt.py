@@ -180,7 +180,6 @@ def next_prompt(
     """The prompt for clip `clip` of `clips`, counted from 1, that goes on for `seconds` from where the frames end.
 
     Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
-    Frames uint8 [n, H, W, 3] in order, `times` in seconds relative to the end (negative to 0). `motion` is what was
     measured, in words; `still` says that nothing moves at the end. `goal` is what the user wants of the chain or of
     this clip. A prompt that says the same as the one before is asked for again, and then taken. Where the VLM gives
     nothing useful in two answers, the prompt is the goal and what `describe()` returns, with a warning. Raises what

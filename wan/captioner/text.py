@@ -187,7 +187,7 @@ def _words_of_json(answer: str) -> str:
             warnings.simplefilter("ignore")  # of escapes that Python does not know
             if isinstance(value := ast.literal_eval(bare), dict | list):
                 return _said_in(value)
-        texts = [json.loads(f'"{text}"', strict=False) for text in _JSON_VALUE.findall(bare)]
+        texts = [json.loads(f'"{text}"') for text in _JSON_VALUE.findall(bare)]
         return " ".join([*map(_said_in, texts[:-1]), *texts[-1:]]) or answer
 
 

@@ -294,9 +294,11 @@ def _try(path: str, index: int) -> AudioFrame | None:
         for packet in islice(_demux(container, stream), _TRIAL):
             packets += 1
             try:
-                first = next(iter(stream.decode(packet)), None) if first is None else first
+                frames = stream.decode(packet)
             except av.FFmpegError:
                 errors += 1
+                continue
+            first = next(iter(frames), None) if first is None else first
     return first if 2 * errors <= packets else None
 
 
