@@ -107,8 +107,8 @@ def smaller(text: str) -> str:
 
 def test_the_readme_shows_what_it_should() -> None:
     assert len(COMMANDS) >= 15 and len(PROGRAMS) >= 2
-    assert all(name in README for name in ("make demo", "make test", "docs/demo.png"))
-    assert (ROOT / "docs" / "demo.png").is_file()
+    assert all(name in README for name in ("make demo", "make test", "docs/demo.webp"))
+    assert (ROOT / "docs" / "demo.webp").is_file()
     assert len(README.split()) <= 1200
 
 
