@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.serve import states
 from tests.support.golden import ROOT
@@ -163,7 +164,8 @@ def test_six_chains_with_a_kill_are_those_of_lone_runs(tmp_path: Path) -> None:
     each = [*weights, "--frame_num", "5", "--sample_steps", "1", "--prompt", "On."]
     words = ["--videos", "list.jsonl", "--output_dir", "runs/{name}", "--workers", "2", *each]
     command = [sys.executable, str(ROOT / "generate_batch.py"), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # as many as the lone run here has: sums of more threads round otherwise
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         killed = kill_one(running, tmp_path / "runs")
