@@ -32,7 +32,7 @@ from wan.quality.vision import (
 # the report's threshold tell cut footage from footage that goes on.
 VISIBLE_JUMP = 2.0  # times the usual change from frame to frame
 VISIBLE_DUPLICATE = 0.25  # of the usual change
-VISIBLE_SPEED = 2.0  # times faster or slower
+VISIBLE_SPEED = 3.0  # times faster or slower; footage from which something leaves slows down by as much
 VISIBLE_TURN = 1.2  # of the speed before; motion at a right angle to it is 1.4
 VISIBLE_COLOUR = 1.5  # Lab units
 VISIBLE_FLASH = 1.5  # L* units
