@@ -441,12 +441,12 @@ def test_seams_are_bars_over_the_bands_of_their_verdicts() -> None:
     score = plotted(clip(1), clip(2, seam=seam(1.1)), clip(3, seam=None), clip(4, seam=seam() | {"score": 2.0}))[
         "score"
     ]
-    assert score.note == "0 is seamless; from 1.6 on a viewer notices"
+    assert score.note == "0 is seamless; from 1.7 on a viewer notices"
     assert score.ticks == [(100.0, "0"), (66.667, "1"), (33.333, "2"), (0.0, "3")]
     assert [(round(y, 3), round(height, 3), kind) for y, height, kind in score.bands] == [
         (76.667, 23.333, "good"),  # from 0.7 down
-        (46.667, 30.0, "faint"),  # from 1.6
-        (0.0, 46.667, "visible"),
+        (43.333, 33.334, "faint"),  # from 1.7
+        (0.0, 43.333, "visible"),
     ]
     assert [(bar.x, bar.y, bar.width, round(bar.height, 3), bar.kind, bar.title) for bar in score.bars] == [
         (8.5, 96.667, 8, 3.333, "good", "clip 1: good, score 0.10"),
@@ -503,7 +503,7 @@ def test_curves_of_drift_are_flat_within_what_is_no_drift() -> None:
 
 @pytest.mark.parametrize(
     ("score", "warnings", "needed"),
-    [(1.6, (), True), (1.59, (), False), (None, (), False), (None, ("freeze",), True), (0.1, ("slow start",), False)],
+    [(1.7, (), True), (1.69, (), False), (None, (), False), (None, ("freeze",), True), (0.1, ("slow start",), False)],
 )
 def test_a_seam_needs_a_look_where_it_shows_or_has_a_warning_that_is_not_mild(
     score: float | None, warnings: tuple[str, ...], needed: bool

@@ -27,7 +27,7 @@ def test_the_page_draws_the_curves_of_the_report() -> None:
 
 
 def test_a_seam_is_judged_as_in_the_report() -> None:
-    scores = [0.69, 0.7, 1.59, 1.6]
+    scores = [0.69, 0.7, 1.69, 1.7]
     assert [seam_verdict({"seam": {"score": score}}) for score in scores] == ["good", "faint", "faint", "visible"]
     assert seam_verdict({"seam": None}) == seam_verdict({"seam": {"score": "x"}}) == "unknown"
 
