@@ -44,11 +44,12 @@ def test_a_file_for_few_steps_says_so_by_its_name(name: str, is_distilled: bool,
 def test_dtypes_are_told_of_what_is_plain(tmp_path: Path) -> None:
     state = {"x.a": torch.zeros(2), "x.b": torch.zeros(2).half(), "x.c": torch.zeros(2).bfloat16()}
     save_file(state | {"x.d": torch.zeros(2).to(torch.float8_e4m3fn), "a": torch.zeros(1)}, tmp_path / "m.safetensors")
-    torch.save({"x.e": torch.zeros(3).double(), "x.f": torch.zeros(3).half()}, tmp_path / "n.pth")
+    state = {"x.e": torch.zeros(3).double(), "x.f": torch.zeros(3).half(), "x.g": torch.zeros(0, 4)}  # one of no rows
+    torch.save(state, tmp_path / "n.pth")
     files = (tmp_path / "m.safetensors", tmp_path / "n.pth")
-    shapes = dict.fromkeys("abcdef", (2,))
+    shapes = dict.fromkeys("abcdefg", (2,))
     dtypes = Weights(tmp_path, files, shapes, {}, prefix="x.").stored_dtypes()
-    assert dtypes == {"a": "float32", "b": "float16", "c": "bfloat16", "e": "float64", "f": "float16"}
+    assert dtypes == {"a": "float32", "b": "float16", "c": "bfloat16", "e": "float64", "f": "float16", "g": "float32"}
     named = Weights(tmp_path, files, shapes, {}, expert="high_noise_model", prefix="x.")
     assert named.place_of("b") == f"{files[0]} (high_noise_model)" and named.place_of("f").startswith(str(files[1]))
     assert Weights(tmp_path, files, shapes, {}, prefix="x.").place_of("b") == str(files[0])

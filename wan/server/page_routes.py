@@ -15,7 +15,7 @@ from wan import __version__
 from wan.chain.charts import Chart, drift_charts
 from wan.chain.scores import score_of, verdict
 from wan.errors import spell
-from wan.kinds import Choice, Interval, Kind, PromptFor, Switch, TakeOf, Words
+from wan.kinds import Choice, Interval, PromptFor, Switch, TakeOf
 from wan.options import GROUPS, Option
 from wan.pages import templates
 from wan.server.bodies import body_of
@@ -75,8 +75,6 @@ def _field(one: Option, chains: Chains) -> dict[str, Any]:
     kind = "select" if choices else "switch" if isinstance(one.kind, Switch) else "text"
     if isinstance(one.kind, TakeOf | PromptFor):  # which the clips' own forms set
         kind = "none"
-    if isinstance(one.kind, Words) or type(one.kind) is Kind:
-        kind = "text"
     return {
         "name": one.name.rstrip("_"),
         "label": one.name.rstrip("_").replace("_", " "),
