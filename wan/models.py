@@ -186,7 +186,7 @@ class Models:
         """
         check_for_experts(wanted, self.checkpoint, self.name)
         self._wanted = wanted
-        for expert in wanted.keys() | self.merged.keys():
+        for expert in sorted(wanted.keys() | self.merged.keys()):  # in every process alike
             if self.is_loaded(expert):
                 self._merge(expert, wanted.get(expert, ()))
 
