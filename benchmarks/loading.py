@@ -56,7 +56,8 @@ def of_fastsafetensors(weights: Weights, device: torch.device) -> Iterator[tuple
     from fastsafetensors import ParallelLoader
 
     files = [str(file) for file in weights.files]
-    loader = ParallelLoader(None, files, device=str(device), nogds=True, use_tqdm_on_load=False)
+    named = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)  # it wants the number
+    loader = ParallelLoader(None, files, device=named, nogds=True, use_tqdm_on_load=False)
     try:
         with contextlib.closing(loader.iterate_weights()) as tensors:
             yield from tensors

@@ -150,6 +150,12 @@ def kind_of(folder: Path) -> str:
     return "a14b" if (folder / "high_noise_model").is_dir() else "5b"
 
 
+def size_flags(folder: Path) -> list[str]:
+    """The size of the clips, which narrow models say themselves."""
+    width, height, _ = SIZES[kind_of(folder)]
+    return [] if (folder / "wan_config.json").is_file() else ["--size", f"{width}*{height}"]
+
+
 def run(args: argparse.Namespace) -> None:
     """A row for each tree, cold and warm."""
     folders = [args.folder.resolve(), *([args.vlm.resolve()] if args.vlm else [])]
@@ -161,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"all {size:.1f} GB of weights at the disk's rate of {rate:.2f} GB/s: {size / rate:.1f} s", flush=True)
     with tempfile.TemporaryDirectory() as place:
         video = footage(Path(place) / "in.mp4", kind_of(args.folder))
-        given = ["--video", str(video), "--ckpt_dir", str(folders[0]), "--base_seed", "1"]
+        given = ["--video", str(video), "--ckpt_dir", str(folders[0]), "--base_seed", "1", *size_flags(args.folder)]
         given += ["--vlm_path", str(folders[1])] if args.vlm else ["--prompt", "The square moves on."]
         for cache in args.caches:
             for name, folder in trees.items():
@@ -215,6 +221,7 @@ def chain(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.place) as place:
         video = footage(Path(place) / "in.mp4", kind)
         flags = ["--video", str(video), "--ckpt_dir", str(args.folder.resolve()), "--base_seed", "1"]
+        flags += size_flags(args.folder)
         flags += ["--vlm_path", str(args.vlm.resolve())] if args.vlm else ["--prompt", "The square moves on."]
         experts = {"lora_high": "high_noise_model", "lora_low": "low_noise_model"} if kind == "a14b" else {"lora": "."}
         for flag, expert in experts.items():
@@ -293,6 +300,8 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:at])
     args.flags = sys.argv[at + 1 :]  # more flags of the command
+    if sys.dont_write_bytecode and args.what != "make":
+        print("PYTHONDONTWRITEBYTECODE is set: packages without bytecode are compiled at each start", flush=True)
     if args.what == "run":
         run(args)
         return

@@ -170,6 +170,7 @@ def test_a_clip_s_row_is_printed_when_its_record_is_there_and_says_what_is_in_no
     with pytest.raises(SystemExit) as ended:
         rehearsal.main()
     assert ended.value.code == 0 and printed[-2:] == ["--vae_dtype", "float16"] and "--preset" in printed
+    assert printed[printed.index("--size") + 1] == "1280*704"  # what its table is of, and not the task's default
     lines = capsys.readouterr().out.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("clip 1: "))
     assert first < lines.index("WARNING: a warning")

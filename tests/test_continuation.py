@@ -21,6 +21,7 @@ import wan
 from tests.support.golden import DATA, GOLDEN, float32
 from wan import WanI2V, WanTI2V, WanV2V, WanV2V5B, media
 from wan.chain.chain import chain
+from wan.device.host_budget import HostPlan
 from wan.errors import UserError
 from wan.fitted_frames import FittedFrames
 from wan.footage import FramesInMemory, VideoFile
@@ -164,13 +165,55 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     assert read[2] == [parts[0].files[0].name]
 
 
+class Patient(FakeCaptioner):
+    """Describes when all that a clip needs first is in memory, or after a while."""
+
+    def __init__(self, models: Models, patience: float) -> None:
+        super().__init__()
+        self.models, self.patience = models, patience
+        self.there: list[str] = []
+
+    def describe(self, frames: Any, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
+        end, names = time.monotonic() + self.patience, ("text_encoder", "vae", "model")
+        while time.monotonic() < end and not all(map(self.models.is_loaded, names)):
+            time.sleep(0.01)
+        self.there = [name for name in names if self.models.is_loaded(name)]
+        return "A boat."
+
+
+def test_what_a_clip_needs_first_is_loaded_while_a_vlm_elsewhere_describes(
+    v2v: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = Patient(v2v.models, 0.1)
+    v2v.vlm.use(vlm)
+    made = v2v.v2v(VIDEO, **CALL)[0]  # the VLM is on the CPU and has memory and disk to itself
+    assert vlm.there == []
+    v2v.vlm.url = "http://localhost:1"
+    with monkeypatch.context() as patched:
+        patched.setattr("wan.device.host_budget.PLANS", (HostPlan(in_turn=True),))
+        assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
+        assert vlm.there == []  # they take turns, and only their files were read
+    v2v.models.forget_all()
+    vlm.patience = 60.0
+    assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
+    assert vlm.there == ["text_encoder", "vae", "model"]
+
+
+def test_a_caption_takes_the_time_of_its_vlm_too(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(v2v.vlm, "load", lambda pictures: time.sleep(0.2))
+    v2v.vlm.url = "http://localhost:1"
+    footage = VideoFile(VIDEO)
+    plan = v2v.plan(footage, max_area=6144, frame_num=5, steps=1, guidance=1.0)
+    assert v2v.extend(footage, 1, plan).seconds["caption"] >= 0.2
+
+
 def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], bool]] = []
     is_loaded: dict[str, bool] = {}
     loading = Models.loading
 
-    def noted(self: Models, names: list[str], alone: bool) -> Any:
-        asked.append((names, self.is_loaded("high_noise_model")))
+    def noted(self: Models, names: Any, alone: bool = True) -> Any:
+        asked.append((list(names), self.is_loaded("high_noise_model")))
         assert alone
         return loading(self, names, alone)
 
@@ -184,7 +227,7 @@ def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeyp
         "x", "", KnownFrames((picture,)), model.geometry(64, 64, 5), model.rules.merge(4, guide_scale=1.0), 1
     )
     made = model.run(request, on_step=on_step)
-    assert asked == [(["low_noise_model"], True)]
+    assert asked == [(["vae", "high_noise_model"], False), (["low_noise_model"], True)]
     assert is_loaded["low noise True"]
     assert {"load", "sample"} < made.seconds.keys()
 

@@ -9,14 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKLWan
 from torch import nn
+from transformers import UMT5EncoderModel
 
 from tests.support.golden import GOLDEN
 from wan import UserError
 from wan.denoiser.model import WanModel
+from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.models import Models
 from wan.settings import LoraFile
+from wan.text.umt5 import TextEncoder
+from wan.vae.vae import Wan2_1_VAE
 from wan.weights.checkpoint import Names, open_checkpoint
 
 NAMES = ("high_noise_model", "low_noise_model")
@@ -72,6 +77,44 @@ def test_what_goes_wrong_is_told_in_the_block_and_where_the_model_is_used() -> N
     assert len(calls) == 3
 
 
+def test_who_waits_for_a_model_hears_what_its_thread_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan.models.LOOKS", 0.01)
+    told, heard = list[str](), Event()
+
+    def hear(detail: str) -> None:
+        told.append(detail)
+        heard.set()
+
+    def loader(mapped: bool) -> object:
+        tell_detail("shard 2 of 6")
+        assert heard.wait(10)
+        return object()
+
+    models = models_of(loader)
+    with heard_by(hear), models.loading(NAMES[:1]):
+        assert models[NAMES[0]] is not None
+    assert set(told) == {"shard 2 of 6"}
+    with models.loading(NAMES[:1]):  # it is there, and nobody loads it again
+        pass
+    assert len(models.loaded) == 1
+
+
+def test_what_is_forgotten_while_it_comes_is_not_kept() -> None:
+    begun, over = Event(), Event()
+
+    def loader(mapped: bool) -> object:
+        begun.set()
+        assert over.wait(10)
+        return object()
+
+    models = models_of(loader)
+    with models.loading(NAMES[:1]):
+        assert begun.wait(10)
+        models.forget_all()
+        over.set()
+    assert not models.is_loaded(NAMES[0]) and models._coming == {}
+
+
 @pytest.mark.parametrize("given", [{"in_threads": False}, {"plan": HostPlan(in_turn=True)}, {"alone": False}])
 def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(given: dict[str, Any]) -> None:
     options = dict(given)
@@ -105,20 +148,26 @@ def test_what_has_begun_when_the_block_ends_is_for_whoever_wants_it_next() -> No
     assert not models.loaded and not models.is_loaded(NAMES[0])
 
 
-def test_a_denoiser_that_is_built_in_a_thread_takes_no_memory_from_modules_of_others(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("part", ["denoiser", "text encoder", "VAE"])
+def test_a_model_that_is_built_in_a_thread_takes_no_memory_from_modules_of_others(
+    part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     building, made = Event(), Event()
-    init = WanModel.__init__
+    checkpoint = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names())
+    built, empty, weights = {
+        "denoiser": (WanModel, WanModel._empty, checkpoint.experts[NAMES[0]]),
+        "text encoder": (UMT5EncoderModel, TextEncoder._empty, checkpoint.text_encoder),
+        "VAE": (AutoencoderKLWan, Wan2_1_VAE._empty, checkpoint.vae),
+    }[part]
+    init = built.__init__
 
-    def slow(self: WanModel, **config: Any) -> None:
-        init(self, **config)
+    def slow(self: Any, *given: Any, **config: Any) -> None:
+        init(self, *given, **config)
         building.set()
         assert made.wait(10)
 
-    monkeypatch.setattr(WanModel, "__init__", slow)
-    weights = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names()).experts[NAMES[0]]
-    thread = Thread(target=WanModel._empty, args=(weights,))
+    monkeypatch.setattr(built, "__init__", slow)
+    thread = Thread(target=empty, args=(weights,))
     thread.start()
     assert building.wait(10)
     layer = nn.Linear(2, 2)

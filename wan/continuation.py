@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
@@ -261,17 +262,23 @@ class VideoContinuation(CaptionHelpers, Pipeline):
         return finish(kept, seconds, candidates=candidates)
 
     def _caption(self, footage: Footage, plan: Plan, memory: Mapping[str, Any], on_step: OnStep | None) -> ClipPrompt:
-        """The clip's prompt; where the VLM writes it, what is in its way leaves first."""
-        if on_step is not None and plan.described:
-            on_step(Step(0, plan.sampling.steps, "caption"))
-        if plan.described and self.vlm.host_bytes:
-            host = self.host_plan(plan.geometry, plan.loras, self.vlm.host_bytes)
-            self.vlm.takes_turns = host.in_turn
-            if host.in_turn:
-                self.models.live_by(host)  # they leave before it comes
-        ahead = self.models.read_ahead() if plan.described and self.vlm.leaves_the_disk_alone else nullcontext()
-        with ahead, heard_by(detail_to(on_step, lambda: 0, plan.sampling.steps, "caption")):
+        """The clip's prompt. Where the VLM writes it, what is in its way leaves first, what is next loads beside."""
+        if not plan.described:
             return self.build_prompt(footage, plan, memory)
+        if on_step is not None:
+            on_step(Step(0, plan.sampling.steps, "caption"))
+        start, host_bytes = time.perf_counter(), self.vlm.host_bytes
+        host = self.host_plan(plan.geometry, plan.loras, host_bytes)
+        self.vlm.takes_turns = host.in_turn and host_bytes > 0
+        self.models.live_by(host)  # where they take turns, they leave before it comes
+        with heard_by(detail_to(on_step, lambda: 0, plan.sampling.steps, "caption")), ExitStack() as beside:
+            if self.vlm.leaves_the_disk_alone:
+                with self.models.read_ahead():
+                    self.vlm.load(plan.num_segments)  # by itself: its library builds it with settings of the process
+                first = self.experts(plan.sampling.guidance)[0].part
+                beside.enter_context(self._loading("text_encoder", "vae", first))
+            prompt = self.build_prompt(footage, plan, memory)
+        return dataclasses.replace(prompt, seconds=time.perf_counter() - start)
 
     def build_prompt(
         self, footage: Footage, plan: Plan, memory: Mapping[str, Any] = MappingProxyType({})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from wan.configs import ModelConfig
 from wan.denoiser.lora_file import LoraMatch, OpenedLora, check_for_experts, open_loras
+from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
@@ -26,6 +27,9 @@ from wan.weights.prefetch import ReadAhead, that_fit
 if TYPE_CHECKING:
     from wan.denoiser.model import WanModel
     from wan.vae.vae import WanVAE
+
+
+LOOKS = 0.2  # seconds between two looks at what a thread is at
 
 
 class Models:
@@ -52,6 +56,7 @@ class Models:
         self._device = device
         self._loaded: dict[str, Any] = {}
         self._coming: dict[str, Future[Any]] = {}  # what is being loaded
+        self._details: dict[str, str] = {}  # what its thread is at, by model
         self._plan = HostPlan()
         self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
@@ -64,7 +69,9 @@ class Models:
     def __getitem__(self, name: str) -> Any:
         name = self._kept_as(name)
         if name not in self._loaded:
-            coming = self._coming.pop(name, None)
+            if (coming := self._coming.get(name)) is not None:
+                self._wait_for(name)
+                self._coming.pop(name, None)
             if self._plan.in_turn:
                 self.forget_all()
             # what failed in a thread is tried again: its file may have been mended, and else says what is wrong with it
@@ -73,6 +80,12 @@ class Models:
             if self._wanted.get(name):
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
+
+    def _wait_for(self, name: str) -> None:
+        """Wait until a thread has loaded a model, and pass on what it tells."""
+        while not wait([self._coming[name]], LOOKS).done:
+            if name in self._details:
+                tell_detail(self._details[name])
 
     @contextmanager
     def loading(self, names: Collection[str], alone: bool = True) -> Iterator[Callable[[], None]]:
@@ -86,7 +99,8 @@ class Models:
                 yield lambda: None
             return
         self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
-        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in self._coming]
+        there = self._loaded.keys() | self._coming.keys()
+        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in there]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
         def load() -> None:
@@ -94,7 +108,8 @@ class Models:
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    future.set_result(self._loaders[name](self._plan.mapped))
+                    with heard_by(functools.partial(self._details.__setitem__, name)):
+                        future.set_result(self._loaders[name](self._plan.mapped))
                 except BaseException as error:  # raised again where the model is used, or by `check`
                     future.set_exception(error)
 
@@ -153,7 +168,8 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        self._loaded.pop(self._kept_as(name), None)
+        for there in (self._loaded, self._coming):
+            there.pop(self._kept_as(name), None)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
 

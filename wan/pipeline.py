@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -339,13 +340,19 @@ class Pipeline(ABC):
             noise = self.noise(request)
             return noise, self.condition(request, noise, placements("encoding"))
 
-        with watch.stage("text"):  # a sliced encoder needs all of them
-            text = encode() if "text_encoder" in self.sharded else self.team.share(encode, self.device)
-        with watch.stage("encode"):
-            noise, condition = self.shared_vae.share(begin, placements("encoding"))
+        experts = self.experts(request.sampling.guidance)
+        with self._loading("vae", experts[0].part):
+            with watch.stage("text"):  # a sliced encoder needs all of them
+                text = encode() if "text_encoder" in self.sharded else self.team.share(encode, self.device)
+            with watch.stage("encode"):
+                noise, condition = self.shared_vae.share(begin, placements("encoding"))
         sampler = ClipSampler(self.config, self.models, self.device, self.team, self.compile_blocks)
-        start, experts = ClipStart(noise, condition, text), self.experts(request.sampling.guidance)
+        start = ClipStart(noise, condition, text)
         return sampler.sample(request, start, experts, lambda: placements("sampling"), watch, clips)
+
+    def _loading(self, *names: str) -> AbstractContextManager[Any]:
+        """Load models while the block computes; processes of a team load them together, where they need them."""
+        return self.models.loading(names) if self.team.world.size == 1 else nullcontext()
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""

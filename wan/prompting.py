@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -185,6 +184,12 @@ class CaptionerOwner:
         """Whether the host's disk and memory are the other models' while it describes."""
         return self.is_elsewhere or self.device.type != "cpu"
 
+    def load(self, pictures: int) -> None:
+        """Have the weights of a model of this process in memory, for questions with so many pictures."""
+        self.expect(pictures)
+        if isinstance(captioner := self.captioner, LocalModel):
+            captioner.prepare_weights()
+
     def describe(self, frames: Pictures, question: str | None = None) -> Description:
         """What it says about frames. One that declines is asked again, as decoding is greedy with other words.
 
@@ -235,7 +240,6 @@ class PromptBuilder:
 
         `memory` is what the clip before noted for this one; `stays` whether the captioner may stay on the GPU.
         """
-        start = time.perf_counter()
         if not plan.described:
             return ClipPrompt(f"{plan.prefix} {plan.prompt}".strip())
         try:
@@ -256,7 +260,7 @@ class PromptBuilder:
         finally:
             self.owner.make_room(stays)
         prompt = compose_prompt(plan.prefix, summary, self._count_tokens, self._limit)
-        return ClipPrompt(prompt, remembered, notes, time.perf_counter() - start)
+        return ClipPrompt(prompt, remembered, notes)
 
     def _next_prompt(self, footage: Footage, plan: Plan, memory: Memory) -> NextPrompt:
         frames = footage.samples(plan.num_segments, RECENT_SECONDS)

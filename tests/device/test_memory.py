@@ -252,6 +252,31 @@ def test_a_stage_is_one_piece_of_memory_for_all_that_pass(monkeypatch: pytest.Mo
     assert len(calls) == 4 and streaming._pinned["bytes"] == 0
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this kernel has one size of pages"
+)
+def test_weights_lie_in_large_pages_which_go_with_them() -> None:
+    memory = streaming._pages(64 << 20)
+    place = memory.data_ptr()
+    assert place % 4096 == 0 and len(memory) == 64 << 20 and not memory[:: 1 << 20].any()
+
+    def flags() -> str:
+        """What the kernel was told of the pages at that place."""
+        text = Path("/proc/self/smaps").read_text(encoding="ascii")
+        for area in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text):
+            begin, end = (int(side, 16) for side in area.split(" ", 1)[0].split("-"))
+            if begin <= place < end:
+                return area.rsplit("VmFlags:", 1)[1]
+        return ""
+
+    assert " hg " in flags()
+    view = memory.view(torch.bfloat16)[:8]
+    del memory
+    assert " hg " in flags() and not view.any()
+    del view
+    assert " hg " not in flags()
+
+
 def test_changed_weights_are_those_that_come() -> None:
     model = build(num_layers=6)
     placement = Placement(CPU, weight_budget=room_for(model, 0))

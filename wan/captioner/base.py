@@ -106,6 +106,11 @@ class LocalModel(BackEnd):
         """Whether its weights are there, of which a device may get some for a time."""
         return self.is_loaded and self.device.type == "cpu"
 
+    def prepare_weights(self) -> None:
+        """Load the model unless it is. Raises UserError, as `describe` does."""
+        with foreseen_failures(self.source):
+            self.model  # noqa: B018
+
     @abstractmethod
     def load(self) -> Any:
         """A new model, complete and on the device."""

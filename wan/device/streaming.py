@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -263,7 +266,12 @@ def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> li
 
 
 def _pages(size: int) -> Tensor:
-    """Bytes of host memory from the beginning of a page."""
+    """Bytes of host memory from the beginning of a page; large pages where there are some (benchmarks/LOG.md)."""
+    if sys.platform == "linux" and size:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
     memory = torch.empty(size + HostTensors.PAGE, dtype=torch.uint8)
     return memory[-memory.data_ptr() % HostTensors.PAGE :][:size]
 

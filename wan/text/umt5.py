@@ -12,7 +12,6 @@ from typing import Any
 
 import ftfy
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from wan.device.parallel import Group
@@ -137,7 +136,7 @@ class TextEncoder(nn.Module):
         if "shared.weight" not in source_of and tied in source_of:
             source_of = {"shared.weight": source_of.pop(tied), **source_of}
         sizes = _infer_config(weights, {name: weights.shapes[k] for name, k in source_of.items()})
-        with init_empty_weights(), parsing(str(weights.path), "download it again"):
+        with torch.device("meta"), parsing(str(weights.path), "download it again"):
             # eager attention is bit-equal to the official code; sdpa is 1.5e-2 away from it in bf16
             config = UMT5Config(**sizes)
             config._attn_implementation = "eager"

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 from pydantic import Field
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ class WanVAE(nn.Module):
         renamed = {official_to_diffusers(key, weights.shapes): key for key in weights.shapes}
         source_of = renamed if official else {key: key for key in weights.shapes}
         config = infer_config(weights, {name: weights.shapes[key] for name, key in source_of.items()})
-        with init_empty_weights(), parsing(str(weights.path), "download it again"):
+        with torch.device("meta"), parsing(str(weights.path), "download it again"):
             return AutoencoderKLWan(**config), source_of
 
     def encode(self, videos: Iterable[Tensor], group: Group | None = None) -> list[Tensor]:
