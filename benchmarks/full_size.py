@@ -7,7 +7,6 @@ float32), the VLM 17 GB; about 1 GB/s.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -216,8 +215,6 @@ VAE22 |= {"scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std":
 
 def save_pth(path: Path, tensors: Tensors, dtype: str) -> None:
     """A .pth file."""
-    with contextlib.suppress(AttributeError):
-        torch.serialization.set_crc32_options(False)
     values = Values(dtype)
     torch.save({name: values.tensor(name, shape, fill) for name, (shape, fill) in tensors.items()}, path)
 
