@@ -42,6 +42,7 @@ from pathlib import Path
 SIZES = {"5b": (1280, 704, 24), "a14b": (832, 480, 16)}
 BAR, FIRST_STEP = re.compile(r"\d+%\||\| *\d+/|\[\d\d:\d\d"), re.compile(r"\| *[1-9]\d*/\d+ ")
 RESULT = re.compile(r"^\S+\.mp4\r?$", re.MULTILINE)
+WIDEST = 200  # characters of a line, which may be a caption of random words
 COLUMNS = ("first line", "first bar", "first step", "result", "to the prompt")
 CLIP_BEGINS, CLIP_WRITTEN = (
     re.compile(r"clip (\d+)/\d+ seed "),
@@ -245,8 +246,8 @@ def chain(args: argparse.Namespace) -> int:
             elif match := CLIP_WRITTEN.match(line):
                 record = json.loads(Path(match[2].strip()).with_suffix(".json").read_text(encoding="utf-8"))
                 records[int(match[1])] = record["seconds"]
-            elif not line.startswith("clip "):
-                print(line.rstrip(), flush=True)
+            else:
+                print(line.rstrip()[:WIDEST], flush=True)
             for number in sorted(records.keys() - rows.keys()):
                 # until the next one begins, which waits until the one before it is written
                 until = starts.get(number + 1, ends.get(number) if number == args.clips else None)
