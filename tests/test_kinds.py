@@ -289,6 +289,7 @@ RANGES: dict[str, tuple[Any, Any, Any, Any]] = {  # too little, least, most, too
     "redo": (0, 1, 10_000, 10_001),
     "vram": (0.99, 1, 4096, 4097),
     "host_memory": (0.99, 1, 4096, 4097),
+    "share_weights": (0, 1, 64, 65),
     "ulysses_size": (0, 1, 4096, 4097),
     "cfg_size": (0, 1, 2, 3),
     "ring_size": (0, 1, 4096, 4097),
@@ -332,8 +333,8 @@ SETTERS: dict[str, str] = {
     ),
     "only the owner": (
         "image vlm_device vlm_trust_remote_code handoff_command redo keep_following yes review offload_model vram "
-        "host_memory compile t5_cpu ulysses_size cfg_size ring_size collective_timeout t5_fsdp dit_fsdp upscale "
-        "save_file overwrite output_dir preview quiet log_file prune no_lock dry_run host port api_key_file "
+        "host_memory share_weights compile t5_cpu ulysses_size cfg_size ring_size collective_timeout t5_fsdp dit_fsdp "
+        "upscale save_file overwrite output_dir preview quiet log_file prune no_lock dry_run host port api_key_file "
         "max_upload max_queue max_frames videos gpus_per_job workers captioners address max_failures patience "
         "skip_bad upload report_dir"
     ),

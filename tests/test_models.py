@@ -235,7 +235,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         done.append(("open", [str(file.path) for file in files]))
         return [SimpleNamespace(match=SimpleNamespace(lora=file), size=len(str(file.path))) for file in files]
 
-    def merge_loras(model: Any, weights: Any, opened: Any, device: Any) -> None:
+    def merge_loras(model: Any, weights: Any, opened: Any, device: Any, layers_have_them: bool) -> None:
         names = [str(one.match.lora.path) for one in opened]
         done.append(("merge", names))
         if "bad" in names:

@@ -704,6 +704,7 @@ def test_a_call_as_for_wan_has_wan_s_defaults(function: Any, defaults: dict[str,
         "dit_files": {},
         "part_files": {},
         "host_memory": "auto",
+        "share_weights": 1,
         "vlm_question": "Describe this video in detail.",
     }
     assert ours == {name: usual[name] for name in ours}

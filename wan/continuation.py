@@ -76,6 +76,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
+        share_weights: int = 1,
     ) -> None:
         super().__init__(
             config,
@@ -93,6 +94,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
             compile_blocks=compile_blocks,
             vram=vram,
             host_memory=host_memory,
+            share_weights=share_weights,
         )
         self.vlm: CaptionerOwner = CaptionerOwner(
             # an endpoint serves what it serves; a name is sent only when it is given
@@ -276,7 +278,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
                 with self.models.read_ahead():
                     self.vlm.load(plan.num_segments)  # by itself: its library builds it with settings of the process
                 first = self.experts(plan.sampling.guidance)[0].part
-                beside.enter_context(self._loading("text_encoder", "vae", first))
+                beside.enter_context(self._loading(plan.loras, "text_encoder", "vae", first))
             prompt = self.build_prompt(footage, plan, memory)
         return dataclasses.replace(prompt, seconds=time.perf_counter() - start)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +22,10 @@ from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
+from wan.device.shared import CommonMemory
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
+from wan.version import __version__
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.prefetch import ReadAhead, that_fit
 
@@ -32,12 +37,49 @@ if TYPE_CHECKING:
 LOOKS = 0.2  # seconds between two looks at what a thread is at
 
 
+class CommonLayers:
+    """Where the layers of a model lie for all processes of this machine that use the same weights, LoRAs among them.
+
+    `facts` are JSON that says all of what is in them.
+    """
+
+    def __init__(self, facts: Any) -> None:
+        self.name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        self.memory: CommonMemory | None = None
+
+    def __call__(self, size: int) -> CommonMemory:
+        """Memory for so many bytes of layers."""
+        self.memory = CommonMemory(self.name, size)
+        return self.memory
+
+    def done(self) -> None:
+        """All is in them."""
+        if self.memory is not None:
+            self.memory.done()
+
+    def close(self) -> None:
+        """If they are not done, another process may fill them."""
+        if self.memory is not None:
+            self.memory.close()
+
+    @property
+    def are_used(self) -> bool:
+        """Whether a model has them, and other processes may."""
+        return self.memory is not None and self.memory.memory is not None
+
+    @property
+    def are_there(self) -> bool:
+        """Whether another process has filled them."""
+        return self.memory is not None and not self.memory.fills
+
+
 class Models:
     """Models by name: "text_encoder", "vae", and the experts under their attribute names.
 
     `loaders` make them, in host memory unless they say otherwise, and are given whether weights may stay mapped from
     their files; `name` is the model's in messages. `in_threads`: one may be called while another model computes. LoRAs
-    are added up on `device`, or where an expert is.
+    are added up on `device`, or where an expert is. `in_common`: other processes of this machine use the same models;
+    as JSON, what becomes of the files' numbers.
     """
 
     def __init__(
@@ -48,12 +90,16 @@ class Models:
         *,
         in_threads: bool = True,
         device: torch.device | None = None,
+        in_common: Any = None,
     ) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self._loaders = loaders
         self._in_threads = in_threads
         self._device = device
+        self._in_common = in_common
+        self._common: dict[str, CommonLayers | None] = {}  # of what is being loaded
+        self._lent: set[str] = set()  # the models whose layers other processes use
         self._loaded: dict[str, Any] = {}
         self._coming: dict[str, Future[Any]] = {}  # what is being loaded
         self._details: dict[str, str] = {}  # what its thread is at, by model
@@ -76,10 +122,39 @@ class Models:
                 self.forget_all()
             # what failed in a thread is tried again: its file may have been mended, and else says what is wrong with it
             has_come = coming is not None and coming.exception() is None
-            self._loaded[name] = coming.result() if coming and has_come else self._loaders[name](self._plan.mapped)
+            self._loaded[name] = coming.result() if coming and has_come else self._load(name)
             if self._wanted.get(name):
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
+
+    def _load(self, name: str) -> Any:
+        """A new model. Layers that are in common get their LoRAs before other processes may use them."""
+        loras = self._wanted.get(name, ())
+        common = self._common[name] = self._layers_for(name, loras)
+        try:
+            model = self._loaders[name](self._plan.mapped)
+            if common is not None and common.are_used:
+                if loras:
+                    self._add(name, model, loras, are_there=common.are_there)
+                self._lent.add(name)
+                common.done()
+        finally:
+            self._common.pop(name, None)
+            if common is not None:
+                common.close()
+        return model
+
+    def _layers_for(self, name: str, loras: tuple[LoraFile, ...]) -> CommonLayers | None:
+        """Where a model's layers lie, None where they are this process's alone."""
+        if self._in_common is None or self._plan.in_turn or self.checkpoint.single:
+            return None
+        files = dict(self.checkpoint.parts)[name].files
+        states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
+        return CommonLayers([__version__, name, self._in_common, states])
+
+    def common(self, name: str) -> CommonLayers | None:
+        """Where the layers of a model lie that is loaded now, if other processes use them too."""
+        return self._common.get(name)
 
     def _wait_for(self, name: str) -> None:
         """Wait until a thread has loaded a model, and pass on what it tells."""
@@ -100,6 +175,8 @@ class Models:
             return
         self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
         there = self._loaded.keys() | self._coming.keys()
+        if self._in_common is not None:  # their LoRAs are added up at once, on the GPU that is at work
+            there |= {name for name, loras in self._wanted.items() if loras}
         wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in there]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
@@ -109,7 +186,7 @@ class Models:
                     continue
                 try:
                     with heard_by(functools.partial(self._details.__setitem__, name)):
-                        future.set_result(self._loaders[name](self._plan.mapped))
+                        future.set_result(self._load(name))
                 except BaseException as error:  # raised again where the model is used, or by `check`
                     future.set_exception(error)
 
@@ -170,6 +247,7 @@ class Models:
         """Let a model go; it is loaded again when it is next used."""
         for there in (self._loaded, self._coming):
             there.pop(self._kept_as(name), None)
+        self._lent.discard(name)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
 
@@ -195,6 +273,10 @@ class Models:
         for expert, files in loras.items():
             self._open(expert, files)
 
+    def expect_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
+        """Say which ones `merge_loras` will put into experts that are loaded from now on."""
+        self._wanted = wanted
+
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError.
 
@@ -210,14 +292,23 @@ class Models:
         model = self[expert]  # which merges them itself where it is read for this
         if files == tuple(match.lora for match in self.merged.get(expert, [])):
             return
-        from wan.denoiser.lora import merge_loras
-
-        opened = self._open(expert, files)
+        if expert in self._lent:
+            del model
+            self.forget(expert)  # others use it as it is, and this process gets one with these LoRAs
+            self[expert]
+            return
         try:
-            merge_loras(model, self.checkpoint.experts[expert], opened, self._device)
+            self._add(expert, model, files)
         except BaseException:
             self.forget(expert)  # half merged
             raise
+
+    def _add(self, expert: str, model: WanModel, files: tuple[LoraFile, ...], are_there: bool = False) -> None:
+        """Put LoRAs into an expert; `are_there`: into what its layers do not hold, for they have them."""
+        from wan.denoiser.lora import merge_loras
+
+        opened = self._open(expert, files)
+        merge_loras(model, self.checkpoint.experts[expert], opened, self._device, layers_have_them=are_there)
         self.merged[expert] = [one.match for one in opened]
 
     @property
@@ -237,6 +328,12 @@ class Models:
         return [self._opened[expert, file] for file in files]
 
 
+def _state_of(file: Path) -> tuple[str, int, int]:
+    """What tells a file from what it was and from others."""
+    seen = file.stat()
+    return str(file.resolve()), seen.st_size, seen.st_mtime_ns
+
+
 def _has_failed(future: Future[Any]) -> bool:
     return future.done() and future.exception() is not None
 
@@ -252,13 +349,15 @@ def loaders(
     convert_model_dtype: bool,
     shards: Callable[[str], Group | None] = lambda name: None,
     machine: Callable[[], Group | None] = lambda: None,
+    common: Callable[[str], CommonLayers | None] = lambda name: None,
 ) -> dict[str, Callable[[bool], Any]]:
     """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
 
     Each is called with whether weights may stay mapped from their files.
 
     Weights that `config` wants in 8 bits are rounded on `device`. `shards`, asked when a model loads, are the processes
-    of which each keeps a slice of it on `device`, `machine` those that have experts in common in host memory.
+    of which each keeps a slice of it on `device`, `machine` those that have experts in common in host memory. `common`
+    says where a model's layers lie that are in common with processes which this one does not know.
     """
     cpu = torch.device("cpu")
 
@@ -266,7 +365,10 @@ def loaders(
         weights, dtype = checkpoint.text_encoder, config.t5_dtype
         group = shards("text_encoder")
         home = cpu if group is None else device
-        return TextEncoder.from_weights(weights, tokenizer, dtype=dtype, device=home, mapped=mapped, shards=group)
+        lie = None if group is not None else common("text_encoder")
+        return TextEncoder.from_weights(
+            weights, tokenizer, dtype=dtype, device=home, mapped=mapped, shards=group, common=lie
+        )
 
     def vae(mapped: bool) -> WanVAE:
         mean, std = config.vae_mean, config.vae_std
@@ -286,6 +388,7 @@ def loaders(
             mapped=mapped,
             shards=group,
             machine=machine(),
+            common=common(name),
         )
 
     experts = {name: functools.partial(expert, name) for name in checkpoint.experts}

@@ -423,6 +423,11 @@ class Settings:
         SPEED, Gib("GIB"), "use at most this much host memory, models then take turns in it; auto: what is free now",
         "auto", record=True, same=_FASTER,
     )
+    share_weights: int = option(
+        SPEED, Whole("N", 1, 64, "; no machine has more GPUs"),
+        "so many processes of this machine use the same weights and LoRAs, and hold their layers in its memory once",
+        1, same=_FASTER,
+    )
     precision: str | None = option(
         SPEED, Choice(None, PRECISIONS),
         "number format of the denoiser's matrix products; fp8_attention: of its attention too",

@@ -61,8 +61,9 @@ class Pipeline(ABC):
     that saves time, on a GPU and for enough steps. `vram`: GiB of the GPU that a clip may take, or "auto" for what is
     free now; what of a model does not fit comes to it layer by layer (needs offloading). Without it, that is so where a
     clip needs more than what is free. `host_memory`: GiB that the process may take, or "auto" for what is free; where
-    that is too little for all models, they take turns in it and are read again. `use_sp`: all processes share a clip,
-    as in Wan2.2 (Ulysses); `t5_fsdp`, `dit_fsdp`: each keeps a slice of the weights. For these each calls
+    that is too little for all models, they take turns in it and are read again. `share_weights`: so many processes of
+    this machine use the same weights and LoRAs, whose layers lie in its memory once. `use_sp`: all processes share a
+    clip, as in Wan2.2 (Ulysses); `t5_fsdp`, `dit_fsdp`: each keeps a slice of the weights. For these each calls
     `torch.distributed.init_process_group` before, and makes the same calls, which give the video in the process of
     rank 0 and None in the others. Raises UserError for a checkpoint that is not whole or not the one that `config`
     describes.
@@ -88,6 +89,7 @@ class Pipeline(ABC):
         compile_blocks: bool = True,
         vram: float | Literal["auto"] | None = None,
         host_memory: float | Literal["auto"] = "auto",
+        share_weights: int = 1,
     ) -> None:
         _check_shards(config, vram, t5_fsdp, dit_fsdp, t5_cpu)
         self.config = config
@@ -120,7 +122,9 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        self.host = HostBudget(self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto")
+        self.host = HostBudget(
+            self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=share_weights
+        )
         self.rules = SamplingRules(config, self.checkpoint)
         self.embeddings = PromptEmbeddings(lambda: self.text_encoder, self.text_device, self.device)
         # layers that come one by one wait in host memory
@@ -135,9 +139,18 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
             machine=lambda: self.team.machine,
+            common=lambda name: self.models.common(name),
         )
         needs_gpu = home.type != "cpu" or config.low_precision is not None or bool(self.sharded & experts)
-        self.models = Models(config.name, self.checkpoint, load, in_threads=not needs_gpu, device=self.device)
+        numbers = [str(config.param_dtype), str(config.t5_dtype), convert_model_dtype]
+        self.models = Models(
+            config.name,
+            self.checkpoint,
+            load,
+            in_threads=not needs_gpu,
+            device=self.device,
+            in_common=numbers if share_weights > 1 and config.low_precision is None and not self.sharded else None,
+        )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
             self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
@@ -341,7 +354,7 @@ class Pipeline(ABC):
             return noise, self.condition(request, noise, placements("encoding"))
 
         experts = self.experts(request.sampling.guidance)
-        with self._loading("vae", experts[0].part):
+        with self._loading(request.loras, "vae", experts[0].part):
             with watch.stage("text"):  # a sliced encoder needs all of them
                 text = encode() if "text_encoder" in self.sharded else self.team.share(encode, self.device)
             with watch.stage("encode"):
@@ -350,9 +363,12 @@ class Pipeline(ABC):
         start = ClipStart(noise, condition, text)
         return sampler.sample(request, start, experts, lambda: placements("sampling"), watch, clips)
 
-    def _loading(self, *names: str) -> AbstractContextManager[Any]:
+    def _loading(self, loras: Mapping[str, tuple[LoraFile, ...]], *names: str) -> AbstractContextManager[Any]:
         """Load models while the block computes; processes of a team load them together, where they need them."""
-        return self.models.loading(names) if self.team.world.size == 1 else nullcontext()
+        if self.team.world.size > 1:
+            return nullcontext()
+        self.models.expect_loras(loras)
+        return self.models.loading(names)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""

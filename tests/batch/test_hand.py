@@ -185,6 +185,25 @@ def test_hands_of_a_machine_share_its_memory(
     working(work, monkeypatch, ranks=ranks, siblings=siblings)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "siblings", "kinds", "told"),
+    [(1, 1, 1, None), (1, 8, 1, 8), (1, 8, 3, 2), (1, 8, 5, None), (1, 2, 9, None), (2, 4, 1, None), (1, 4, None, 4)],
+)
+def test_hands_of_a_machine_have_weights_in_common_unless_each_may_have_others(
+    ranks: int, siblings: int, kinds: int | None, told: int | None, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(hand: Hand, group: Group) -> None:
+        given, mine = order("a"), order("b")
+        mine["settings"]["share_weights"] = 1
+        for one in (given, mine):
+            doing = await begin(hand, one if kinds is None else {**one, "kinds": kinds})
+            await group.speak(one["id"], ("end", {"state": "cancelled"}))
+            await doing
+        assert [one["settings"].get("share_weights") for one in group.told] == [told, 1]
+
+    working(work, monkeypatch, ranks=ranks, siblings=siblings)
+
+
 def test_it_is_told_how_far_a_chain_is(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(hand: Hand, group: Group) -> None:
         assert await hand.look() == {"id": None}

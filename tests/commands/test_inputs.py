@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "compile": "off",
     "vram": 8.0,
     "host_memory": 64.0,
+    "share_weights": 2,
     "vlm_path": "h",
     "vlm_url": "http://i/v1",
     "vlm_device": "cpu",

@@ -183,6 +183,7 @@ def test_every_setting_of_a_pipeline_reaches_it(dry: bool, monkeypatch: pytest.M
         "compile_blocks": True,
         "vram": None,
         "host_memory": "auto",
+        "share_weights": 1,
         "vlm_path": "vlm",
     }
     given: dict[str, Any] = {
@@ -192,7 +193,7 @@ def test_every_setting_of_a_pipeline_reaches_it(dry: bool, monkeypatch: pytest.M
         "convert_model_dtype": True,
         "compile": "off",
     }
-    files: dict[str, Any] = {"dit": "d.gguf", "vae": "v.pth", "vram": 8.0, "host_memory": 64.0}
+    files: dict[str, Any] = {"dit": "d.gguf", "vae": "v.pth", "vram": 8.0, "host_memory": 64.0, "share_weights": 3}
     other: Any = job(**given, **files)
     object.__setattr__(other, "tokenizer", Path("tokens"))
     other.open()
@@ -207,6 +208,7 @@ def test_every_setting_of_a_pipeline_reaches_it(dry: bool, monkeypatch: pytest.M
         "compile_blocks": False,
         "vram": 8.0,
         "host_memory": 64.0,
+        "share_weights": 3,
     }
 
 

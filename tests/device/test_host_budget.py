@@ -90,6 +90,20 @@ def test_what_loras_and_8_bits_change_is_not_in_the_file(monkeypatch: pytest.Mon
     assert host.need(IN_TURN, budget, geometry, captioner=40 * GIB) > 40 * GIB
 
 
+def test_layers_that_eight_have_in_common_are_counted_once_by_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, budget, geometry = host_of("i2v-A14B", 100, torch.float32, monkeypatch)
+    experts = {name: dataclasses.replace(one, path=Path(name)) for name, one in host.checkpoint.experts.items()}
+    host = dataclasses.replace(host, checkpoint=dataclasses.replace(host.checkpoint, experts=experts))
+    alone = host.need(ALL, budget, geometry)
+    eighth = dataclasses.replace(host, sharers=8)
+    together = 8 * eighth.need(ALL, budget, geometry)
+    assert 115 * GIB < together < 125 * GIB and 8 * alone > 540 * GIB  # one copy, and what each has beside it
+    assert eighth.need(IN_TURN, budget, geometry) == host.need(IN_TURN, budget, geometry)
+    assert eighth.plan(budget, geometry) == ALL
+    low = dataclasses.replace(eighth, config=dataclasses.replace(host.config, low_precision="fp8"))
+    assert low.need(ALL, budget, geometry) > 25 * GIB  # what is rounded is each one's own
+
+
 def test_auto_is_what_is_free_and_what_this_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan.device.host_budget.host_free_bytes", lambda: 20 * GIB)
     assert 20 * GIB < host_limit("auto") < 60 * GIB

@@ -165,10 +165,16 @@ class Hand:
         self._heard = time.monotonic()
 
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The order with this hand's share of the machine's memory, where it is to be what is free."""
+        """The order with this hand's share of the machine's memory, and of the weights that all of them have in it.
+
+        `kinds` of an order is how many sets of weights and LoRAs the batch has; at worst each is in use somewhere.
+        """
         settings = order["settings"]
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
             settings = {**settings, "host_memory": self._share}
+        alike = self.siblings // min(self.siblings, max(1, order.get("kinds", 1)))
+        if alike > 1 and self.ranks == 1 and "share_weights" not in settings:
+            settings = {**settings, "share_weights": alike}
         return {**order, "settings": settings}
 
     async def _hear_all(self, processes: Processes) -> None:

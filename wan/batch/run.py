@@ -178,6 +178,7 @@ class Batch:
             self.lives.pop(worker, None)
             schedule.begin(task, worker, written)
             order = {"id": task.row.name, "settings": as_json(task.row.settings), "check": check, "ahead": not check}
+            order["kinds"] = schedule.kinds
             if self.settings.upload is not None:
                 order["upload"] = self.settings.upload.replace(NAME, task.row.name)
             self.crew.give(worker, order)

@@ -85,6 +85,7 @@ class Schedule:
         known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         for task in self.tasks:  # equal keys are one object, which is told by its id
             task.key = known.setdefault(task.key, task.key)
+        self.kinds = len(known)  # of weights with LoRAs
         self.max_failures, self.done_of, self.now = max_failures, done_of, now
         self._rates: list[float] = []  # seconds a unit of work of clips that were finished
 

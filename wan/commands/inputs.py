@@ -50,7 +50,7 @@ def take_from(
 # The settings that a pipeline is built from. LoRAs come and go in its weights.
 _OF_MODELS = (
     *("task", "ckpt_dir", "comfy_dir", *EXPERT_OF_DIT, *PART_OF_FILE, "precision", "vae_dtype"),
-    *("convert_model_dtype", "t5_cpu", "t5_fsdp", "dit_fsdp", "compile", "vram", "host_memory"),
+    *("convert_model_dtype", "t5_cpu", "t5_fsdp", "dit_fsdp", "compile", "vram", "host_memory", "share_weights"),
     *("vlm_path", "vlm_url", "vlm_device", "vlm_trust_remote_code", "video_reader"),
 )
 

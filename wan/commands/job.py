@@ -189,6 +189,7 @@ class Job:
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
             host_memory=settings.host_memory,
+            share_weights=settings.share_weights,
             **continuing,
         )
 

@@ -103,7 +103,13 @@ def check_budget(job: Job) -> None:
     limit = int(settings.vram * GIB) if isinstance(settings.vram, int | float) else None
     budget = MemoryBudget(job.checkpoint, config, device, None if settings.t5_cpu else device, limit)
     budget.check(geometry)
-    host = HostBudget(job.checkpoint, config, host_limit(settings.host_memory), given=settings.host_memory != "auto")
+    host = HostBudget(
+        job.checkpoint,
+        config,
+        host_limit(settings.host_memory),
+        given=settings.host_memory != "auto",
+        sharers=settings.share_weights,
+    )
     # what LoRAs themselves take is known when they are opened
     host.plan(budget, geometry, dict.fromkeys(lora_files(settings), 0))
 

@@ -34,9 +34,15 @@ _TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
 
 @torch.no_grad()
 def merge_loras(
-    model: WanModel, weights: Weights, opened: Sequence[OpenedLora], device: torch.device | None = None
+    model: WanModel,
+    weights: Weights,
+    opened: Sequence[OpenedLora],
+    device: torch.device | None = None,
+    layers_have_them: bool = False,
 ) -> None:
     """Put these LoRAs, and no others, into the model that was loaded from `weights`; `()` takes all of them out.
+
+    `layers_have_them`: another process has put them into the parameters of blocks, which the two have in common.
 
     Parameters are changed in place, one at a time, and stay where they are; the sums are made on `device`, or where the
     parameters are. Raises UserError for values that are not finite; the next merge puts right what such an error left
@@ -58,7 +64,8 @@ def merge_loras(
             base = dequantize(original).to(device, torch.float32)
         linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base, changing)])
     way = None if device is None else RoundTrip(device)
-    for key, original in weights.read({key for key, name in name_of.items() if name not in packed}):
+    done = {name for name in name_of.values() if layers_have_them and name.startswith("blocks.")}
+    for key, original in weights.read({key for key, name in name_of.items() if name not in packed.keys() | done}):
         parameter, original = model.get_parameter(name_of[key]), dequantize(original)
         original = original.to(parameter.device) if way is None else way.go(original, original.dtype)
         value = original.to(torch.float32, copy=True).view(parameter.shape)
@@ -73,7 +80,7 @@ def merge_loras(
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
-        if file.file.path not in changing:
+        if file.file.path not in changing and not done:
             _LOGGER.warning(
                 "%s changes nothing: it has only zeros for %s; train it first, or leave it out",
                 file.file.path,

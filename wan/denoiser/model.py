@@ -29,6 +29,7 @@ from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.device.sharding import shard
+from wan.device.shared import CommonMemory
 from wan.foreign import parsing
 from wan.weights.loading import load_into
 from wan.weights.tensors import Weights
@@ -71,6 +72,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         mapped: bool = False,
         shards: Group | None = None,
         machine: Group | None = None,
+        common: Callable[[int], CommonMemory] | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
@@ -78,8 +80,8 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `fp8.PRECISIONS`: blocks compute in 8 bits, their weights
         being rounded one by one as they are read, on the device `rounded_on`. `mapped`: as in `load_into`. `shards`:
-        the processes of which each keeps a slice of every parameter. `machine`: those that share host memory, see
-        `load_into`. Raises UserError when the weights do not fit.
+        the processes of which each keeps a slice of every parameter. `machine`: those that share host memory, and
+        `common`, see `load_into`. Raises UserError when the weights do not fit.
         """
         model = cls._empty(weights)
         if shards is not None:
@@ -97,6 +99,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
             machine=machine,
+            common=common,
             lower=None if low_precision is None else Lowering(dtype, device, rounded_on or device),
         )
         model.to(device).eval()

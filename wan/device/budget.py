@@ -358,7 +358,7 @@ def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bo
     smaller, sizes = _stored_item(weights), {}
     for name, shape in weights.shapes.items():
         item: float = DTYPES[dtype_of(name)]
-        if len(shape) == 2 and _LAYER.search(name):
+        if len(shape) == 2 and LAYER.search(name):
             item = min(item, smaller)
             if in_8_bits and not _TEXT_KEYS.search(name):
                 item = min(item, 1.0)
@@ -379,12 +379,12 @@ def _stored_item(weights: Weights) -> float:
 
 
 _TEXT_KEYS = re.compile(r"\.(?:cross_attn\.[kv]|attn2\.to_[kv])\.weight$")  # computed once a clip, in bf16 too
-_LAYER = re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)blocks?\.(\d+)\.")
 
 
 def _layered(sizes: dict[str, int], working: int) -> StageMemory:
     by_layer: dict[int, int] = {}
     for name, size in sizes.items():
-        if match := _LAYER.search(name):
+        if match := LAYER.search(name):
             by_layer[int(match[1])] = by_layer.get(int(match[1]), 0) + size
     return StageMemory(sum(sizes.values()), working, max(by_layer.values(), default=0), len(by_layer))

@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 
 from wan.configs import ModelConfig
-from wan.device.budget import MemoryBudget, beside_packed, denoiser_dtypes, weight_sizes
+from wan.device.budget import LAYER, MemoryBudget, beside_packed, denoiser_dtypes, weight_sizes
 from wan.device.host import GIB, host_free_bytes
 from wan.errors import UserError
 from wan.settings import Geometry
@@ -53,6 +53,7 @@ class HostBudget:
     """What a checkpoint's models and a clip take of the host's memory that cannot be reclaimed, and what fits `limit`.
 
     `given`: the limit is the user's, and not what is free. Models that are `elsewhere` go to GPUs in slices at once.
+    `sharers` processes have layers in common, of which this one counts its part.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +61,7 @@ class HostBudget:
     limit: int
     given: bool = False
     elsewhere: frozenset[str] = frozenset()
+    sharers: int = 1
 
     def need(
         self,
@@ -74,9 +76,11 @@ class HostBudget:
         `budget` is the clip's on its device, whose activations are in host memory too where that is a CPU.
         """
         checkpoint, config = self.checkpoint, self.config
+        # those who take turns hold different models at a time
+        sharers = 1 if plan.in_turn or checkpoint.single else self.sharers
         parts = [
             captioner,
-            _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped)
+            _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped, sharers=sharers)
             * ("text_encoder" not in self.elsewhere),
             # convolutions are laid out anew, so their file is no place for them
             _bytes(checkpoint.vae, lambda name: config.dtype_name("vae_dtype"), False),
@@ -86,7 +90,7 @@ class HostBudget:
             in_8_bits = config.low_precision is not None
             stays = plan.mapped and name not in loras and not in_8_bits
             dtype = config.dtype_name("param_dtype")
-            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits)
+            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits, 1 if in_8_bits else sharers)
             size += beside_packed(weights, dtype, loras.get(name, 0))
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
@@ -114,8 +118,11 @@ class HostBudget:
         )
 
 
-def _bytes(weights: Weights, dtype_of: Callable[[str], str], mapped: bool, in_8_bits: bool = False) -> int:
-    """A model in host memory; `mapped`: without what its file holds as it is used."""
+def _bytes(
+    weights: Weights, dtype_of: Callable[[str], str], mapped: bool, in_8_bits: bool = False, sharers: int = 1
+) -> int:
+    """A model in host memory; `mapped`: without what its file holds as it is used, `sharers` have layers in common."""
     sizes = weight_sizes(weights, dtype_of, in_8_bits)
     stored = weights.stored_dtypes() if mapped else {}
-    return sum(size for name, size in sizes.items() if stored.get(name) != dtype_of(name))
+    own = {name: size for name, size in sizes.items() if stored.get(name) != dtype_of(name)}
+    return sum(size // sharers if LAYER.search(name) else size for name, size in own.items())

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import stat
+import tempfile
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from wan.detail import tell_detail
 from wan.device.parallel import Group
+from wan.files import write_json
 
 
 class SharedMemory:
@@ -46,3 +57,111 @@ class SharedMemory:
     def done(self) -> None:
         """Wait until the first process has filled it."""
         self.agree(True)
+
+
+class CommonMemory:
+    """Some bytes that processes of this user and machine map together, by a name that says all of what is in them.
+
+    They need not know of each other. Who comes first fills the bytes and calls `done`, and the others wait until then.
+    The bytes have no file and are gone when the last process that maps them has let go. Where they cannot be had (not
+    on Linux, or processes that do not see each other) `memory` is None, and each process has its own.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.memory: Tensor | None = None
+        self.fills = True
+        home = _home()
+        if home is None:
+            return
+        self._note = home / f"{name}.json"  # which processes have it open
+        self._lock = FileLock(home / f"{name}.lock", fallback_to_soft=False, thread_local=False)
+        try:
+            self._wait()
+        except (OSError, NotImplementedError):  # no locks in that place
+            return
+        try:
+            handle = self._opened(size)
+            self.fills = handle is None
+            if handle is None:
+                handle = os.memfd_create("wan")
+                os.ftruncate(handle, size)
+            self.memory, self._mine = _mapped(handle, size), _facts(handle)
+        except (OSError, ValueError):
+            self.memory, self.fills = None, True
+            self.close()
+            return
+        if not self.fills:
+            self.done()
+
+    def done(self) -> None:
+        """Let the other processes have what is in it."""
+        if self.memory is not None and self._lock.is_locked:
+            write_json(self._note, {"open": [*self._others(), self._mine]})
+        self.close()
+
+    def close(self) -> None:
+        """Let another process fill it, if this one has not."""
+        if (lock := getattr(self, "_lock", None)) is not None:
+            lock.release()
+
+    def _wait(self) -> None:
+        """Keep other processes out; waits while one of them fills it."""
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            tell_detail("another process is reading it")
+            self._lock.acquire()
+
+    def _others(self) -> list[Sequence[int]]:
+        """The processes that have it open, and where."""
+        try:
+            noted = json.loads(self._note.read_text(encoding="ascii"))["open"]
+            return [one for one in noted if _is_open(*one)]
+        except (OSError, ValueError, TypeError, KeyError):  # nobody has written one, or a machine stopped amid it
+            return []
+
+    def _opened(self, size: int) -> int | None:
+        """A handle of it, by way of a process that has it open."""
+        for pid, number, *_ in self._others():
+            with suppress(OSError):  # it has just ended
+                handle = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+                if os.fstat(handle).st_size == size:
+                    return handle
+                os.close(handle)
+        return None
+
+
+def _home() -> Path | None:
+    """A folder of this user alone for notes; None where there can be none, or no memory without a file."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    folder = Path(tempfile.gettempdir()) / f"wan-{os.getuid()}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        seen = folder.lstat()
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o077
+    return folder if is_ours else None
+
+
+def _mapped(handle: int, size: int) -> Tensor:
+    """What a handle is of; it stays open, for other processes, while the memory is in use."""
+    pages = mmap.mmap(handle, size)
+    weakref.finalize(pages, os.close, handle).atexit = False
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _facts(handle: int) -> tuple[int, int, int, int]:
+    """Process and handle, and what tells it from another that gets these numbers later."""
+    seen = os.fstat(handle)
+    return os.getpid(), handle, seen.st_dev, seen.st_ino
+
+
+def _is_open(pid: int, number: int, device: int, inode: int) -> bool:
+    try:
+        seen = os.stat(f"/proc/{pid}/fd/{number}")
+    except OSError:
+        return False
+    return (seen.st_dev, seen.st_ino) == (device, inode)

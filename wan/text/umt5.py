@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wan.device.parallel import Group
 from wan.device.sharding import shard
+from wan.device.shared import CommonMemory
 from wan.errors import UserError
 from wan.foreign import count_numbered, parsing
 from wan.weights.loading import check_fit, load_into
@@ -106,17 +107,18 @@ class TextEncoder(nn.Module):
         device: torch.device,
         mapped: bool = False,
         shards: Group | None = None,
+        common: Callable[[int], CommonMemory] | None = None,
     ) -> TextEncoder:
         """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError.
 
-        `shards`: the processes of which each keeps a slice of every parameter.
+        `shards`: the processes of which each keeps a slice of every parameter. `common`: as in `load_into`.
         """
         model, source_of = cls._empty(weights)
         model.encoder.embed_tokens = model.shared
         if shards is not None:
             shard(model, "encoder.block", lambda name: dtype, device, shards)
         layers = "encoder.block" if shards is None else ""
-        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped)
+        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped, common=common)
         return cls(model.to(device).eval(), tokenizer)
 
     @classmethod
