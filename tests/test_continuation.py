@@ -171,13 +171,13 @@ class Patient(FakeCaptioner):
     def __init__(self, models: Models, patience: float) -> None:
         super().__init__()
         self.models, self.patience = models, patience
-        self.there: list[str] = []
+        self.loaded: list[str] = []
 
     def describe(self, frames: Any, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         end, names = time.monotonic() + self.patience, ("text_encoder", "vae", "model")
         while time.monotonic() < end and not all(map(self.models.is_loaded, names)):
             time.sleep(0.01)
-        self.there = [name for name in names if self.models.is_loaded(name)]
+        self.loaded = [name for name in names if self.models.is_loaded(name)]
         return "A boat."
 
 
@@ -187,16 +187,16 @@ def test_what_a_clip_needs_first_is_loaded_while_a_vlm_elsewhere_describes(
     vlm = Patient(v2v.models, 0.1)
     v2v.vlm.use(vlm)
     made = v2v.v2v(VIDEO, **CALL)[0]  # the VLM is on the CPU and has memory and disk to itself
-    assert vlm.there == []
+    assert vlm.loaded == []
     v2v.vlm.url = "http://localhost:1"
     with monkeypatch.context() as patched:
         patched.setattr("wan.device.host_budget.PLANS", (HostPlan(in_turn=True),))
         assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
-        assert vlm.there == []  # they take turns, and only their files were read
+        assert vlm.loaded == []  # they take turns, and only their files were read
     v2v.models.forget_all()
     vlm.patience = 60.0
     assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
-    assert vlm.there == ["text_encoder", "vae", "model"]
+    assert vlm.loaded == ["text_encoder", "vae", "model"]
 
 
 def test_a_caption_takes_the_time_of_its_vlm_too(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("wan.models.open_loras", open_loras)
     monkeypatch.setattr("wan.models.check_for_experts", lambda loras, checkpoint, name: None)
     monkeypatch.setattr("wan.denoiser.lora.merge_loras", merge_loras)
+    monkeypatch.setattr("wan.denoiser.lora.check_values", lambda opened: None)
     return done
 
 

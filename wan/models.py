@@ -106,6 +106,7 @@ class Models:
         self._plan = HostPlan()
         self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
+        self._checked: set[tuple[str, Path]] = set()  # LoRAs of which each value was looked at, by expert
         self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
 
     def _kept_as(self, name: str) -> str:
@@ -174,10 +175,10 @@ class Models:
                 yield lambda: None
             return
         self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
-        there = self._loaded.keys() | self._coming.keys()
+        begun = self._loaded.keys() | self._coming.keys()
         if self._in_common is not None:  # their LoRAs are added up at once, on the GPU that is at work
-            there |= {name for name, loras in self._wanted.items() if loras}
-        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in there]
+            begun |= {name for name, loras in self._wanted.items() if loras}
+        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in begun]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
         def load() -> None:
@@ -245,8 +246,8 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        for there in (self._loaded, self._coming):
-            there.pop(self._kept_as(name), None)
+        for models in (self._loaded, self._coming):
+            models.pop(self._kept_as(name), None)
         self._lent.discard(name)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
@@ -280,13 +281,26 @@ class Models:
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError.
 
-        An expert that is not loaded gets them when it is first used, so that the first one need not wait for the other.
+        An expert that is not loaded gets them when it is first used, so that the first one need not wait for the other;
+        that their values are finite is seen here, since it may be first used after half of the steps.
         """
         check_for_experts(wanted, self.checkpoint, self.name)
+        for expert, files in wanted.items():
+            if not self.is_loaded(expert):
+                self._check_values(expert, files)
         self._wanted = wanted
         for expert in sorted(wanted.keys() | self.merged.keys()):  # in every process alike
             if self.is_loaded(expert):
                 self._merge(expert, wanted.get(expert, ()))
+
+    def _check_values(self, expert: str, files: tuple[LoraFile, ...]) -> None:
+        """Raise UserError for values of LoRAs that are not finite. Each file is read once, and then is in the cache."""
+        from wan.denoiser.lora import check_values
+
+        for one in self._open(expert, files):
+            if (of := (expert, one.match.lora.path)) not in self._checked:
+                check_values(one)
+                self._checked.add(of)
 
     def _merge(self, expert: str, files: tuple[LoraFile, ...]) -> None:
         model = self[expert]  # which merges them itself where it is read for this

@@ -124,5 +124,5 @@ def _bytes(
     """A model in host memory; `mapped`: without what its file holds as it is used, `sharers` have layers in common."""
     sizes = weight_sizes(weights, dtype_of, in_8_bits)
     stored = weights.stored_dtypes() if mapped else {}
-    own = {name: size for name, size in sizes.items() if stored.get(name) != dtype_of(name)}
-    return sum(size // sharers if LAYER.search(name) else size for name, size in own.items())
+    taken = {name: size for name, size in sizes.items() if stored.get(name) != dtype_of(name)}
+    return sum(size // sharers if LAYER.search(name) else size for name, size in taken.items())
