@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
 from threading import Thread
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,15 +104,30 @@ class Models:
         wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in there]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
+        def hear(name: str, detail: str | None = None) -> None:
+            if self._coming.get(name) is not coming[name]:
+                raise CancelledError(f"{name} was forgotten while it came")
+            if detail is not None:
+                self._details[name] = detail
+
+        def read(name: str) -> Any:
+            with heard_by(functools.partial(hear, name)):
+                model = self._loaders[name](self._plan.mapped)
+            hear(name)
+            return model
+
         def load() -> None:
             for name, future in coming.items():
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    with heard_by(functools.partial(self._details.__setitem__, name)):
-                        future.set_result(self._loaders[name](self._plan.mapped))
+                    future.set_result(read(name))
                 except BaseException as error:  # raised again where the model is used, or by `check`
+                    clear_frames(error.__traceback__)  # which hold what was read, and the next try needs that memory
+                    gc.collect()
                     future.set_exception(error)
+                finally:
+                    self._details.pop(name, None)
 
         def check() -> None:
             for future in list(self._coming.values()):
@@ -124,8 +140,8 @@ class Models:
             yield check
         finally:  # what has begun goes on, for whoever wants it next
             for name, future in coming.items():
-                if future.cancel():
-                    self._coming.pop(name, None)
+                if future.cancel() and self._coming.get(name) is future:
+                    del self._coming[name]
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -168,8 +184,9 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        for there in (self._loaded, self._coming):
-            there.pop(self._kept_as(name), None)
+        self._loaded.pop(self._kept_as(name), None)
+        if (coming := self._coming.pop(self._kept_as(name), None)) is not None:
+            coming.cancel()  # one that has begun ends at its next shard
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
 
