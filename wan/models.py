@@ -7,10 +7,11 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +132,7 @@ class Models:
     def _load(self, name: str) -> Any:
         """A new model. Layers that are in common get their LoRAs before other processes may use them."""
         loras = self._wanted.get(name, ())
+        self._lent.discard(name)
         common = self._common[name] = self._layers_for(name, loras)
         try:
             model = self._loaders[name](self._plan.mapped)
@@ -181,15 +183,30 @@ class Models:
         wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in begun]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
 
+        def hear(name: str, detail: str | None = None) -> None:
+            if self._coming.get(name) is not coming[name]:
+                raise CancelledError(f"{name} was forgotten while it came")
+            if detail is not None:
+                self._details[name] = detail
+
+        def read(name: str) -> Any:
+            with heard_by(functools.partial(hear, name)):
+                model = self._load(name)
+            hear(name)
+            return model
+
         def load() -> None:
             for name, future in coming.items():
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    with heard_by(functools.partial(self._details.__setitem__, name)):
-                        future.set_result(self._load(name))
+                    future.set_result(read(name))
                 except BaseException as error:  # raised again where the model is used, or by `check`
+                    clear_frames(error.__traceback__)  # which hold what was read, and the next try needs that memory
+                    gc.collect()
                     future.set_exception(error)
+                finally:
+                    self._details.pop(name, None)
 
         def check() -> None:
             for future in list(self._coming.values()):
@@ -202,8 +219,8 @@ class Models:
             yield check
         finally:  # what has begun goes on, for whoever wants it next
             for name, future in coming.items():
-                if future.cancel():
-                    self._coming.pop(name, None)
+                if future.cancel() and self._coming.get(name) is future:
+                    del self._coming[name]
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -246,8 +263,9 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        for models in (self._loaded, self._coming):
-            models.pop(self._kept_as(name), None)
+        self._loaded.pop(self._kept_as(name), None)
+        if (coming := self._coming.pop(self._kept_as(name), None)) is not None:
+            coming.cancel()  # one that has begun ends at its next shard
         self._lent.discard(name)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
