@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
@@ -153,7 +154,8 @@ class Models:
             return None
         files = dict(self.checkpoint.parts)[name].files
         states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        return CommonLayers([__version__, name, self._in_common, states])
+        code = [__version__, sys.prefix]  # libraries say in which order parameters lie
+        return CommonLayers([code, name, self._in_common, states])
 
     def common(self, name: str) -> CommonLayers | None:
         """Where the layers of a model lie that is loaded now, if other processes use them too."""

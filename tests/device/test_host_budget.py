@@ -102,6 +102,8 @@ def test_layers_that_eight_have_in_common_are_counted_once_by_all_of_them(monkey
     assert eighth.plan(budget, geometry) == ALL
     low = dataclasses.replace(eighth, config=dataclasses.replace(host.config, low_precision="fp8"))
     assert low.need(ALL, budget, geometry) > 25 * GIB  # what is rounded is each one's own
+    monkeypatch.setattr("wan.device.host_budget.beside_packed", lambda weights, dtype, loras: loras)
+    assert eighth.need(ALL, budget, geometry) > 55 * GIB  # and what a file holds packed
 
 
 def test_auto_is_what_is_free_and_what_this_process_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,8 @@ class HostBudget:
             in_8_bits = config.low_precision is not None
             stays = plan.mapped and name not in loras and not in_8_bits
             dtype = config.dtype_name("param_dtype")
-            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits, 1 if in_8_bits else sharers)
+            is_packed = beside_packed(weights, dtype, 1) > 0  # each process has such weights for itself
+            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits, 1 if in_8_bits or is_packed else sharers)
             size += beside_packed(weights, dtype, loras.get(name, 0))
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
