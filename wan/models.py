@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
-from wan.device.shared import CommonMemory
+from wan.device.shared import CommonMemory, space
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.version import __version__
@@ -150,7 +151,9 @@ class Models:
             return None
         files = dict(self.checkpoint.parts)[name].files
         states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        return CommonLayers([__version__, name, self._in_common, states])
+        # libraries say in what order the parameters of a layer lie
+        versions = [__version__, *map(version, ("torch", "diffusers", "transformers"))]
+        return CommonLayers([space(), versions, name, self._in_common, states])
 
     def common(self, name: str) -> CommonLayers | None:
         """Where the layers of a model lie that is loaded now, if other processes use them too."""
@@ -328,10 +331,10 @@ class Models:
         return [self._opened[expert, file] for file in files]
 
 
-def _state_of(file: Path) -> tuple[str, int, int]:
-    """What tells a file from what it was and from others."""
+def _state_of(file: Path) -> tuple[str, int, int, int, int]:
+    """What tells a file from what it was and from others; a container may have another one in the same place."""
     seen = file.stat()
-    return str(file.resolve()), seen.st_size, seen.st_mtime_ns
+    return str(file.resolve()), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def _has_failed(future: Future[Any]) -> bool:

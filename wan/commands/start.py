@@ -84,6 +84,7 @@ def check_budget(job: Job) -> None:
     # it asks for torchvision, which is left out by now
     from wan.device.budget import MemoryBudget, NamedDevice, no_gpu_for_vram
     from wan.device.host_budget import HostBudget, host_limit
+    from wan.device.shared import sharers
 
     settings, config = job.settings, job.config
     if settings.vram is not None and not has_gpu_driver():
@@ -108,7 +109,7 @@ def check_budget(job: Job) -> None:
         config,
         host_limit(settings.host_memory),
         given=settings.host_memory != "auto",
-        sharers=settings.share_weights,
+        sharers=1 if settings.t5_fsdp or settings.dit_fsdp else sharers(settings.share_weights),
     )
     # what LoRAs themselves take is known when they are opened
     host.plan(budget, geometry, dict.fromkeys(lora_files(settings), 0))
