@@ -6,10 +6,10 @@ import functools
 import gc
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from traceback import clear_frames
@@ -24,7 +24,7 @@ from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
-from wan.device.shared import CommonMemory
+from wan.device.shared import CommonMemory, space
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.version import __version__
@@ -154,8 +154,9 @@ class Models:
             return None
         files = dict(self.checkpoint.parts)[name].files
         states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        code = [__version__, sys.prefix]  # libraries say in which order parameters lie
-        return CommonLayers([code, name, self._in_common, states])
+        # libraries say in what order the parameters of a layer lie
+        versions = [__version__, *map(version, ("torch", "diffusers", "transformers"))]
+        return CommonLayers([space(), versions, name, self._in_common, states])
 
     def common(self, name: str) -> CommonLayers | None:
         """Where the layers of a model lie that is loaded now, if other processes use them too."""
@@ -362,10 +363,10 @@ class Models:
         return [self._opened[expert, file] for file in files]
 
 
-def _state_of(file: Path) -> tuple[str, int, int]:
-    """What tells a file from what it was and from others."""
+def _state_of(file: Path) -> tuple[str, int, int, int, int]:
+    """What tells a file from what it was and from others; a container may have another one in the same place."""
     seen = file.stat()
-    return str(file.resolve()), seen.st_size, seen.st_mtime_ns
+    return str(file.resolve()), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def _has_failed(future: Future[Any]) -> bool:

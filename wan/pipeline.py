@@ -34,6 +34,7 @@ from wan.device.host_budget import HostBudget, HostPlan, host_limit
 from wan.device.parallel import ALONE, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
+from wan.device.shared import sharers
 from wan.encoding import PromptEmbeddings, SharedVae
 from wan.errors import UserError
 from wan.models import Models, loaders
@@ -123,6 +124,7 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
+        share_weights = 1 if self.sharded else sharers(share_weights)
         self.host = HostBudget(
             self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=share_weights
         )
@@ -150,7 +152,7 @@ class Pipeline(ABC):
             load,
             in_threads=not needs_gpu,
             device=self.device,
-            in_common=numbers if share_weights > 1 and config.low_precision is None and not self.sharded else None,
+            in_common=numbers if share_weights > 1 and config.low_precision is None else None,
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)

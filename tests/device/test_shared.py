@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tests.support import tiny_denoiser
 from tests.support.ranks import Ranks
 from wan.denoiser.model import WanModel
+from wan.detail import heard_by
 from wan.device import shared
 from wan.device.parallel import Team
 from wan.device.placement import Placement
@@ -227,6 +228,7 @@ def test_one_that_is_killed_before_all_is_there_is_followed_by_the_next(
     assert three[1].load(numbers="mine")[0] == numbers
 
 
+@LINUX
 def test_what_cannot_be_in_common_is_each_process_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     home = tmp_path / f"wan-{os.getuid()}"
@@ -236,8 +238,80 @@ def test_what_cannot_be_in_common_is_each_process_s_own(tmp_path: Path, monkeypa
     assert common.memory is None and common.fills
     common.done()
     home.chmod(0o700)
+    assert shared.sharers(8) == 8
+    left = sorted(home.iterdir())
+    monkeypatch.setattr("wan.device.shared._is_open", lambda *facts: False)  # no /proc
+    assert shared.sharers(8) == 1
+    monkeypatch.delattr("os.memfd_create")
+    assert shared.CommonMemory("x", 4096).memory is None and sorted(home.iterdir()) == left
+
+
+def test_where_no_memory_can_be_in_common_none_is_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.memfd_create", raising=False)
-    assert shared.CommonMemory("x", 4096).memory is None and not list(home.iterdir())
+    assert shared.sharers(8) == 1
+
+
+@LINUX
+def test_a_handle_that_has_become_another_file_s_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    first, other = shared.CommonMemory("x", 4096), shared.CommonMemory("y", 4096)
+    other.done()
+    first.done()
+    note = tmp_path / f"wan-{os.getuid()}" / "x.json"
+    pid, number, *file = first._mine
+    note.write_text(json.dumps({"open": [[pid, other._mine[1], *file]]}))
+    monkeypatch.setattr("wan.device.shared._is_open", lambda *facts: True)  # it was, a moment before
+    again = shared.CommonMemory("x", 4096)
+    assert again.fills
+    again.close()
+    note.write_text(json.dumps({"open": [[pid, number, *file]]}))
+    assert not shared.CommonMemory("x", 4096).fills
+
+
+@LINUX
+def test_one_that_waits_says_so_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("wan.device.shared._TELLS", 0.02)
+    first = shared.CommonMemory("x", 4096)
+    details = list[str]()
+
+    def listen(detail: str) -> None:
+        details.append(detail)
+        if len(details) == 3:
+            first.done()
+
+    with heard_by(listen):
+        assert not shared.CommonMemory("x", 4096).fills
+    assert details == ["another process is reading it"] * 3
+
+
+@pytest.mark.parametrize("what", ["torch", "place", "file"])
+def test_layers_are_in_common_with_processes_to_which_they_are_the_same(
+    what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = open_safetensors(checkpoint, "model")
+    parts: Any = SimpleNamespace(single=False, parts=[("model", weights)])
+    models = Models("wide", parts, {}, in_common="float32")
+
+    def name() -> str:
+        common = models._layers_for("model", ())
+        assert common is not None
+        return common.name
+
+    before = name()
+    assert name() == before
+    if what == "torch":  # layers may lie otherwise in another one
+        monkeypatch.setattr("wan.models.version", lambda library: "0")
+    elif what == "place":  # its processes cannot see these
+        monkeypatch.setattr("wan.models.space", lambda: ("another machine", 1))
+    else:
+        file = weights.files[0]
+        copied, seen = file.read_bytes(), file.stat()
+        other = file.with_suffix(".new")
+        other.write_bytes(copied)
+        os.utime(other, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # as old and as large
+        os.replace(other, file)
+    assert name() != before
 
 
 @LINUX

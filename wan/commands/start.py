@@ -108,7 +108,7 @@ def check_budget(job: Job) -> None:
         config,
         host_limit(settings.host_memory),
         given=settings.host_memory != "auto",
-        sharers=settings.share_weights,
+        sharers=1 if settings.t5_fsdp or settings.dit_fsdp else settings.share_weights,  # `Pipeline` sees if they can
     )
     # what LoRAs themselves take is known when they are opened
     host.plan(budget, geometry, dict.fromkeys(lora_files(settings), 0))

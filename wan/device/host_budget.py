@@ -53,7 +53,7 @@ class HostBudget:
     """What a checkpoint's models and a clip take of the host's memory that cannot be reclaimed, and what fits `limit`.
 
     `given`: the limit is the user's, and not what is free. Models that are `elsewhere` go to GPUs in slices at once.
-    `sharers` processes have layers in common, of which this one counts its part.
+    `sharers` processes have layers in common, of which this one counts its part, but for what each has packed.
     """
 
     checkpoint: Checkpoint
@@ -76,8 +76,9 @@ class HostBudget:
         `budget` is the clip's on its device, whose activations are in host memory too where that is a CPU.
         """
         checkpoint, config = self.checkpoint, self.config
-        # those who take turns hold different models at a time
-        sharers = 1 if plan.in_turn or checkpoint.single else self.sharers
+        in_8_bits = config.low_precision is not None
+        # those who take turns hold different models at a time; see `Models.in_common` for the others
+        sharers = 1 if plan.in_turn or checkpoint.single or in_8_bits else self.sharers
         parts = [
             captioner,
             _bytes(checkpoint.text_encoder, lambda name: config.dtype_name("t5_dtype"), plan.mapped, sharers=sharers)
@@ -87,11 +88,9 @@ class HostBudget:
         ]
         for name, weights in checkpoint.experts.items():
             # what is changed or rounded is no longer what is in the file
-            in_8_bits = config.low_precision is not None
             stays = plan.mapped and name not in loras and not in_8_bits
             dtype = config.dtype_name("param_dtype")
-            is_packed = beside_packed(weights, dtype, 1) > 0  # each process has such weights for itself
-            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits, 1 if in_8_bits or is_packed else sharers)
+            size = _bytes(weights, denoiser_dtypes(dtype), stays, in_8_bits, sharers, packs=True)
             size += beside_packed(weights, dtype, loras.get(name, 0))
             parts.append(size * (name not in self.elsewhere))
         frames, height, width = geometry.size
@@ -120,10 +119,23 @@ class HostBudget:
 
 
 def _bytes(
-    weights: Weights, dtype_of: Callable[[str], str], mapped: bool, in_8_bits: bool = False, sharers: int = 1
+    weights: Weights,
+    dtype_of: Callable[[str], str],
+    mapped: bool,
+    in_8_bits: bool = False,
+    sharers: int = 1,
+    packs: bool = False,
 ) -> int:
-    """A model in host memory; `mapped`: without what its file holds as it is used, `sharers` have layers in common."""
+    """A model in host memory; `mapped`: without what its file holds as it is used, `sharers` have layers in common.
+
+    A model that `packs` holds weights that are quantized in its file as they are, and these are each process's own.
+    """
     sizes = weight_sizes(weights, dtype_of, in_8_bits)
-    stored = weights.stored_dtypes() if mapped else {}
-    taken = {name: size for name, size in sizes.items() if stored.get(name) != dtype_of(name)}
-    return sum(size // sharers if LAYER.search(name) else size for name, size in taken.items())
+    stored = weights.stored_dtypes() if mapped or (packs and sharers > 1) else {}
+    taken = {name: size for name, size in sizes.items() if not mapped or stored.get(name) != dtype_of(name)}
+
+    def part(name: str) -> int:
+        is_packed = packs and len(weights.shapes[name]) == 2 and name not in stored
+        return sharers if LAYER.search(name) and not is_packed else 1
+
+    return sum(size // part(name) for name, size in taken.items())

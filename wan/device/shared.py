@@ -20,6 +20,8 @@ from wan.detail import tell_detail
 from wan.device.parallel import Group
 from wan.files import write_json
 
+_TELLS = 5.0  # seconds between two words of one who waits
+
 
 class SharedMemory:
     """Some bytes that the processes of a machine map together; the first of them fills it, see `done`.
@@ -93,6 +95,11 @@ class CommonMemory:
         if not self.fills:
             self.done()
 
+    @property
+    def is_visible(self) -> bool:
+        """Whether it is there, and other processes can open it."""
+        return self.memory is not None and _is_open(*self._mine)
+
     def done(self) -> None:
         """Let the other processes have what is in it."""
         if self.memory is not None and self._lock.is_locked:
@@ -109,8 +116,10 @@ class CommonMemory:
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            tell_detail("another process is reading it")
-            self._lock.acquire()
+            while not self._lock.is_locked:
+                tell_detail("another process is reading it")  # again and again: who is silent is taken for dead
+                with suppress(Timeout):
+                    self._lock.acquire(timeout=_TELLS)
 
     def _others(self) -> list[Sequence[int]]:
         """The processes that have it open, and where."""
@@ -122,13 +131,34 @@ class CommonMemory:
 
     def _opened(self, size: int) -> int | None:
         """A handle of it, by way of a process that has it open."""
-        for pid, number, *_ in self._others():
+        for pid, number, *file in self._others():
             with suppress(OSError):  # it has just ended
                 handle = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
-                if os.fstat(handle).st_size == size:
+                seen = os.fstat(handle)  # the number may have become another file's
+                if [seen.st_dev, seen.st_ino] == file and seen.st_size == size:
                     return handle
                 os.close(handle)
         return None
+
+
+def sharers(asked: int) -> int:
+    """How many processes hold the layers of models in common: as many as asked, or 1 where they cannot."""
+    if asked == 1:
+        return 1
+    probe = CommonMemory("probe", mmap.PAGESIZE)
+    try:
+        return asked if probe.is_visible else 1
+    finally:
+        probe.close()
+
+
+def space() -> tuple[str, int]:
+    """What tells processes that see each other from those of other machines and containers, which may see the notes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return boot, os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # then nobody sees another one's memory
+        return "", os.getpid()
 
 
 def _home() -> Path | None:
