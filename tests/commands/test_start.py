@@ -267,7 +267,7 @@ def test_a_clip_s_memory_is_checked_before_anything_is_imported(
         asked.append((device.type, None if text_device is None else text_device.type, vram))
         return SimpleNamespace(check=lambda geometry: asked.append(geometry.size))
 
-    def of_host(checkpoint: Any, config: Any, limit: Any, given: bool) -> Any:
+    def of_host(checkpoint: Any, config: Any, limit: Any, given: bool, sharers: int) -> Any:
         asked.append((limit, given))
         return SimpleNamespace(plan=lambda budget, geometry, loras: asked.append((geometry.size, loras)))
 
