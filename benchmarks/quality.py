@@ -42,7 +42,8 @@ from wan.types import Generation
 
 SECOND = scenes.FPS  # frames
 SHORTEST = 3  # frames over which a direction can be told
-STRIP, BESIDE = 3, 12  # pixels: the width of a strip along an edge, and from where on it is compared
+STRIP, BESIDE = 3, 12  # pixels: the width of a strip along an edge, and how far from it is what it is compared with
+INSIDE = 24  # pixels from the edge to a strip that is none of its
 log = logging.getLogger(__name__)
 
 
@@ -167,6 +168,7 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
     colour_error: how far the mean colour of a frame is from the truth's, in levels of 255, a channel;
     seam_step: how far it jumps from the last frame of the clip before to the first new one;
     border_levels: how far a strip along an edge of its last frame stands off from what is beside it, see `at_borders`;
+    inside_levels: the same of strips that lie inside, where a background that is not quite right stands off as well;
     position_error: the mean over shapes that are not lost of how far one is, a second into the clip, from where the
     truth is by then, as a share of the width.
 
@@ -188,6 +190,7 @@ def measure_chains(world: Sequence[Scene], make: Make, clips: int, each: Each = 
         "colour_error": "levels",
         "seam_step": "steps",
         "border_levels": "borders",
+        "inside_levels": "insides",
     }
     return {name: [mean(values, index) for index in range(clips)] for name, values in names.items()}
 
@@ -204,6 +207,7 @@ class ChainClip:
     errors: list[float]
     levels: list[float]
     borders: list[float]
+    insides: list[float]
     steps: list[float]
 
 
@@ -262,18 +266,19 @@ def judge_clip(scene: Scene, frames: Tensor, first: int, second: int, named: Seq
         [error for error in position_errors(scene, seen[second - first], second) if error is not None],
         [float(away.mean())],
         [at_borders(frames[-1], drawn[-1])],
+        [at_borders(frames[-1], drawn[-1], INSIDE)],
         [],
     )
 
 
-def at_borders(picture: Tensor, truth: Tensor) -> float:
+def at_borders(picture: Tensor, truth: Tensor, away: int = 0) -> float:
     """How far the strip along one edge stands off from what is beside it, more than in the truth: a band that grows.
 
-    Pictures [3, H, W] in [-1, 1] -> levels of 255, of the edge and channel where it is most. It is the median along the
-    edge, so shapes, which take less than half of it, do not count.
+    Pictures [3, H, W] in [-1, 1] -> levels of 255, of the edge and channel where it is most; of strips so many pixels
+    `away` from the edges. It is the median along the edge, so shapes, which take less than half of it, do not count.
     """
     wrong = picture - truth
-    edges = wrong, wrong.flip(1), wrong.mT, wrong.mT.flip(1)  # each with its strip on top
+    edges = (one[:, away:] for one in (wrong, wrong.flip(1), wrong.mT, wrong.mT.flip(1)))  # each with its strip on top
     strips = (one[:, :STRIP].mean(1) - one[:, BESIDE : BESIDE + STRIP].mean(1) for one in edges)
     return 255 / 2 * max(float(strip.median(1).values.abs().max()) for strip in strips)
 

@@ -10,6 +10,7 @@ import time
 import weakref
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -171,13 +172,13 @@ class Patient(FakeCaptioner):
     def __init__(self, models: Models, patience: float) -> None:
         super().__init__()
         self.models, self.patience = models, patience
-        self.there: list[str] = []
+        self.loaded: list[str] = []
 
     def describe(self, frames: Any, question: str, system: str | None = None, max_new_tokens: int = 512) -> str:
         end, names = time.monotonic() + self.patience, ("text_encoder", "vae", "model")
         while time.monotonic() < end and not all(map(self.models.is_loaded, names)):
             time.sleep(0.01)
-        self.there = [name for name in names if self.models.is_loaded(name)]
+        self.loaded = [name for name in names if self.models.is_loaded(name)]
         return "A boat."
 
 
@@ -187,16 +188,46 @@ def test_what_a_clip_needs_first_is_loaded_while_a_vlm_elsewhere_describes(
     vlm = Patient(v2v.models, 0.1)
     v2v.vlm.use(vlm)
     made = v2v.v2v(VIDEO, **CALL)[0]  # the VLM is on the CPU and has memory and disk to itself
-    assert vlm.there == []
+    assert vlm.loaded == []
     v2v.vlm.url = "http://localhost:1"
     with monkeypatch.context() as patched:
         patched.setattr("wan.device.host_budget.PLANS", (HostPlan(in_turn=True),))
         assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
-        assert vlm.there == []  # they take turns, and only their files were read
+        assert vlm.loaded == []  # they take turns, and only their files were read
     v2v.models.forget_all()
     vlm.patience = 60.0
     assert torch.equal(v2v.v2v(VIDEO, **CALL)[0], made)
-    assert vlm.there == ["text_encoder", "vae", "model"]
+    assert vlm.loaded == ["text_encoder", "vae", "model"]
+
+
+def test_a_team_s_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading: list[list[str]] = []
+
+    class Watched(ReadAhead):
+        def __enter__(self) -> ReadAhead:
+            reading.append([file.name for file in self.files])
+            return super().__enter__()
+
+        def __exit__(self, *raised: Any) -> None:
+            super().__exit__(*raised)
+            reading.pop()
+
+    during: list[list[list[str]]] = []
+    describe = v2v.captioner.describe
+
+    def noted(*asked: Any) -> str:
+        during.append([*reading])
+        return str(describe(*asked))
+
+    monkeypatch.setattr(v2v.captioner, "describe", noted)
+    monkeypatch.setattr("wan.models.ReadAhead", Watched)
+    monkeypatch.setattr(v2v, "team", SimpleNamespace(world=SimpleNamespace(size=2)))
+    v2v.vlm.url = "http://localhost:1"
+    footage = VideoFile(VIDEO)
+    plan = v2v.plan(footage, max_area=6144, frame_num=5, steps=1, guidance=1.0)
+    assert v2v._caption(footage, plan, {}, None).text
+    parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
+    assert during == [[[file.name for part in parts for file in part.files]]] and not v2v.models.loaded
 
 
 def test_a_caption_takes_the_time_of_its_vlm_too(v2v: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +261,11 @@ def test_the_low_noise_expert_is_loaded_while_the_high_noise_one_samples(monkeyp
     assert asked == [(["vae", "high_noise_model"], False), (["low_noise_model"], True)]
     assert is_loaded["low noise True"]
     assert {"load", "sample"} < made.seconds.keys()
+    model.close()
+    model.config = dataclasses.replace(model.config, boundary=1.0)  # unipc's first timestep is 999
+    assert torch.equal(model.run(request).latents, model.run(request).latents)
+    assert asked[2:4] == [(["vae", "low_noise_model"], False), ([], False)]
+    assert not model.models.is_loaded("high_noise_model")
 
 
 def test_what_is_none_comes_from_the_config(v2v: Any) -> None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5EncoderModel
 
-from tests.support.golden import GOLDEN
+from tests.support.golden import GOLDEN, float32
 from wan import UserError
 from wan.denoiser.model import WanModel
 from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
-from wan.models import Models
+from wan.models import Models, loaders
 from wan.settings import LoraFile
-from wan.text.umt5 import TextEncoder
+from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.vae.vae import Wan2_1_VAE
 from wan.weights.checkpoint import Names, open_checkpoint
 
@@ -93,7 +97,7 @@ def test_who_waits_for_a_model_hears_what_its_thread_is_at(monkeypatch: pytest.M
     models = models_of(loader)
     with heard_by(hear), models.loading(NAMES[:1]):
         assert models[NAMES[0]] is not None
-    assert set(told) == {"shard 2 of 6"}
+    assert set(told) == {"shard 2 of 6"} and models._details == {}
     with models.loading(NAMES[:1]):  # it is there, and nobody loads it again
         pass
     assert len(models.loaded) == 1
@@ -113,6 +117,51 @@ def test_what_is_forgotten_while_it_comes_is_not_kept() -> None:
         models.forget_all()
         over.set()
     assert not models.is_loaded(NAMES[0]) and models._coming == {}
+
+
+def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_not_read() -> None:
+    begun, forgotten, begins, ends = Event(), Event(), list[str](), list[str]()
+
+    def loader(name: str) -> Any:
+        def load(mapped: bool) -> object:
+            begins.append(name)
+            tell_detail("shard 1 of 2")
+            begun.set()
+            assert forgotten.wait(10)
+            tell_detail("shard 2 of 2")
+            ends.append(name)
+            return object()
+
+        return load
+
+    models = models_of(None)
+    models._loaders = {name: loader(name) for name in NAMES}
+    with models.loading(NAMES):
+        assert begun.wait(10)
+        (thread,) = (one for one in threading.enumerate() if one.name == "loading")
+        models.forget_all()
+        forgotten.set()
+        thread.join(10)
+    assert begins == [NAMES[0]] and not ends and models._details == {}
+
+
+def test_what_fails_in_a_thread_holds_no_memory_while_it_is_read_again() -> None:
+    class Half:
+        def __init__(self) -> None:
+            self.hook = partial(id, self)  # as models are in circles of their hooks
+
+    halves, kept = list[Any](), list[bool]()
+
+    def loader(mapped: bool) -> object:
+        half = Half()
+        kept.extend(one() is not None for one in halves)
+        halves.append(weakref.ref(half))
+        raise UserError("its last shard is damaged")
+
+    models = models_of(loader)
+    with models.loading(NAMES[:1]), pytest.raises(UserError, match="its last shard is damaged"):
+        models[NAMES[0]]
+    assert kept == [False]
 
 
 @pytest.mark.parametrize("given", [{"in_threads": False}, {"plan": HostPlan(in_turn=True)}, {"alone": False}])
@@ -146,6 +195,29 @@ def test_what_has_begun_when_the_block_ends_is_for_whoever_wants_it_next() -> No
     assert len(calls) == 1 and not models.is_loaded(NAMES[1])
     models.forget_all()
     assert not models.loaded and not models.is_loaded(NAMES[0])
+
+
+def test_models_are_the_same_while_a_library_has_set_another_dtype_for_the_process() -> None:
+    config = float32("i2v-A14B")
+    checkpoint = open_checkpoint(GOLDEN / "14b" / "ckpt", in_channels=36, experts=2, names=Names())
+    cpu, tokenizer = torch.device("cpu"), PromptTokenizer(checkpoint.tokenizer)
+    load = loaders(
+        checkpoint, config, tokenizer, lambda: Wan2_1_VAE, device=cpu, load_device=cpu, convert_model_dtype=False
+    )
+
+    def state(name: str) -> dict[str, torch.Tensor]:
+        model = load[name](False)
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+    for name in load:
+        usual = state(name)
+        torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a VLM
+        try:
+            other = state(name)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert usual.keys() == other.keys()
+        assert all(one.dtype == other[key].dtype and torch.equal(one, other[key]) for key, one in usual.items()), name
 
 
 @pytest.mark.parametrize("part", ["denoiser", "text encoder", "VAE"])
@@ -244,6 +316,7 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("wan.models.open_loras", open_loras)
     monkeypatch.setattr("wan.models.check_for_experts", lambda loras, checkpoint, name: None)
     monkeypatch.setattr("wan.denoiser.lora.merge_loras", merge_loras)
+    monkeypatch.setattr("wan.denoiser.lora.check_values", lambda opened: None)
     return done
 
 

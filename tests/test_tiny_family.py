@@ -85,10 +85,11 @@ def test_the_truth_is_right_in_all_that_is_counted(world: list[Scene]) -> None:
     judged_clip = judge_clip(scene, frames, -4, 8)
     assert judged_clip.colours == judged_clip.all_right == [True]
     assert judged_clip.kinds == judged_clip.areas == [True] * 3
-    assert max(judged_clip.errors) < 0.02 and judged_clip.borders == [0]
+    assert max(judged_clip.errors) < 0.02 and judged_clip.borders == judged_clip.insides == [0]
     for side in (frames[..., :4, :], frames[..., -4:, :], frames[..., :4], frames[..., -4:]):
         side[:, 2] += 0.2  # a view of the frames
-        assert judge_clip(scene, frames, -4, 8).borders == [pytest.approx(25.5, abs=7)]
+        judged_clip = judge_clip(scene, frames, -4, 8)
+        assert judged_clip.borders == [pytest.approx(25.5, abs=7)] and judged_clip.insides[0] < 1
         side[:, 2] -= 0.2
     frames[..., :4, :40] += 0.2
     assert judge_clip(scene, frames, -4, 8).borders[0] < 1
@@ -106,7 +107,7 @@ def test_a_shape_of_another_kind_or_size_or_one_that_is_gone_is_counted_so(world
     assert other.colours == other.areas == [True] and other.kinds == other.all_right == [False]
     assert judged(radius=scene.truth.radius / 1.5, growth=0 * scene.truth.growth).areas == [False]
     gone = judged(present=torch.zeros_like(scene.truth.present))
-    assert gone == ChainClip([], [False], [False], [False], [False], [], gone.levels, gone.borders, [])
+    assert gone == ChainClip([], [False], [False], [False], [False], [], gone.levels, gone.borders, gone.insides, [])
     assert gone.levels[0] > 0.5 and judged().levels == [0]
     place = scene.truth.positions(torch.tensor([8]))[:, 0]
     aside = torch.where(place[..., :1] < 80, 20, -20) * torch.tensor([1, 0])  # pixels, towards the middle

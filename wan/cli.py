@@ -156,9 +156,10 @@ def _job(command: Command, settings: Settings, own_process: bool) -> Iterator[Jo
     """What that means for the files it names, whose weights are read from now on."""
     from wan.commands.job import Job
     from wan.commands.start import check_budget, check_early, leave_out_unused, read_ahead, take_cores
+    from wan.device.host import usable_cores
 
     if own_process:
-        take_cores(os.environ, os.cpu_count() or 1)
+        take_cores(os.environ, usable_cores())
         leave_out_unused(settings)
     job = Job.read(command, settings)
     check_early(job)

@@ -277,7 +277,7 @@ class VideoContinuation(CaptionHelpers, Pipeline):
             if self.vlm.leaves_the_disk_alone:
                 with self.models.read_ahead():
                     self.vlm.load(plan.num_segments)  # by itself: its library builds it with settings of the process
-                first = self.experts(plan.sampling.guidance)[0].part
+                first = self.first_expert(plan.sampling)
                 beside.enter_context(self._loading(plan.loras, "text_encoder", "vae", first))
             prompt = self.build_prompt(footage, plan, memory)
         return dataclasses.replace(prompt, seconds=time.perf_counter() - start)

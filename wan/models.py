@@ -6,12 +6,13 @@ import functools
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,7 @@ class Models:
         self._plan = HostPlan()
         self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
+        self._checked: set[tuple[str, Path]] = set()  # LoRAs of which each value was looked at, by expert
         self.merged: dict[str, list[LoraMatch]] = {}  # the LoRAs that are in each expert's weights now
 
     def _kept_as(self, name: str) -> str:
@@ -131,6 +133,7 @@ class Models:
     def _load(self, name: str) -> Any:
         """A new model. Layers that are in common get their LoRAs before other processes may use them."""
         loras = self._wanted.get(name, ())
+        self._lent.discard(name)
         common = self._common[name] = self._layers_for(name, loras)
         try:
             model = self._loaders[name](self._plan.mapped)
@@ -151,9 +154,8 @@ class Models:
             return None
         files = dict(self.checkpoint.parts)[name].files
         states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        # libraries say in what order the parameters of a layer lie
-        versions = [__version__, *map(version, ("torch", "diffusers", "transformers"))]
-        return CommonLayers([space(), versions, name, self._in_common, states])
+        code = [__version__, sys.prefix]  # libraries say in which order parameters lie
+        return CommonLayers([space(), code, name, self._in_common, states])
 
     def common(self, name: str) -> CommonLayers | None:
         """Where the layers of a model lie that is loaded now, if other processes use them too."""
@@ -177,21 +179,36 @@ class Models:
                 yield lambda: None
             return
         self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
-        there = self._loaded.keys() | self._coming.keys()
+        begun = self._loaded.keys() | self._coming.keys()
         if self._in_common is not None:  # their LoRAs are added up at once, on the GPU that is at work
-            there |= {name for name, loras in self._wanted.items() if loras}
-        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in there]
+            begun |= {name for name, loras in self._wanted.items() if loras}
+        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in begun]
         coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
+
+        def hear(name: str, detail: str | None = None) -> None:
+            if self._coming.get(name) is not coming[name]:
+                raise CancelledError(f"{name} was forgotten while it came")
+            if detail is not None:
+                self._details[name] = detail
+
+        def read(name: str) -> Any:
+            with heard_by(functools.partial(hear, name)):
+                model = self._load(name)
+            hear(name)
+            return model
 
         def load() -> None:
             for name, future in coming.items():
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    with heard_by(functools.partial(self._details.__setitem__, name)):
-                        future.set_result(self._load(name))
+                    future.set_result(read(name))
                 except BaseException as error:  # raised again where the model is used, or by `check`
+                    clear_frames(error.__traceback__)  # which hold what was read, and the next try needs that memory
+                    gc.collect()
                     future.set_exception(error)
+                finally:
+                    self._details.pop(name, None)
 
         def check() -> None:
             for future in list(self._coming.values()):
@@ -204,8 +221,8 @@ class Models:
             yield check
         finally:  # what has begun goes on, for whoever wants it next
             for name, future in coming.items():
-                if future.cancel():
-                    self._coming.pop(name, None)
+                if future.cancel() and self._coming.get(name) is future:
+                    del self._coming[name]
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -248,8 +265,9 @@ class Models:
 
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
-        for there in (self._loaded, self._coming):
-            there.pop(self._kept_as(name), None)
+        self._loaded.pop(self._kept_as(name), None)
+        if (coming := self._coming.pop(self._kept_as(name), None)) is not None:
+            coming.cancel()  # one that has begun ends at its next shard
         self._lent.discard(name)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
@@ -283,13 +301,26 @@ class Models:
     def merge_loras(self, wanted: Mapping[str, tuple[LoraFile, ...]]) -> None:
         """Put these LoRAs, by expert, into the weights in place of those that are there. Raises UserError.
 
-        An expert that is not loaded gets them when it is first used, so that the first one need not wait for the other.
+        An expert that is not loaded gets them when it is first used, so that the first one need not wait for the other;
+        that their values are finite is seen here, since it may be first used after half of the steps.
         """
         check_for_experts(wanted, self.checkpoint, self.name)
+        for expert, files in wanted.items():
+            if not self.is_loaded(expert):
+                self._check_values(expert, files)
         self._wanted = wanted
         for expert in sorted(wanted.keys() | self.merged.keys()):  # in every process alike
             if self.is_loaded(expert):
                 self._merge(expert, wanted.get(expert, ()))
+
+    def _check_values(self, expert: str, files: tuple[LoraFile, ...]) -> None:
+        """Raise UserError for values of LoRAs that are not finite. Each file is read once, and then is in the cache."""
+        from wan.denoiser.lora import check_values
+
+        for one in self._open(expert, files):
+            if (of := (expert, one.match.lora.path)) not in self._checked:
+                check_values(one)
+                self._checked.add(of)
 
     def _merge(self, expert: str, files: tuple[LoraFile, ...]) -> None:
         model = self[expert]  # which merges them itself where it is read for this

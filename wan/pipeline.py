@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +19,7 @@ from wan.configs import ModelConfig
 from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
 from wan.denoiser.headers import check_denoiser, infer_config
+from wan.denoiser.timetable import share_out, timesteps_of
 from wan.device.budget import MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
@@ -38,7 +39,7 @@ from wan.encoding import PromptEmbeddings, SharedVae
 from wan.errors import UserError
 from wan.models import Models, loaders
 from wan.sampling_rules import SamplingRules
-from wan.settings import LoraFile
+from wan.settings import LoraFile, Sampling
 from wan.stopwatch import Stopwatch
 from wan.text.umt5 import PromptTokenizer, TextEncoder
 from wan.types import Clip, Generation, Geometry, KnownFrames, OnStep, Request, Sampled, TextContext, is_finite
@@ -356,7 +357,7 @@ class Pipeline(ABC):
             return noise, self.condition(request, noise, placements("encoding"))
 
         experts = self.experts(request.sampling.guidance)
-        with self._loading(request.loras, "vae", experts[0].part):
+        with self._loading(request.loras, "vae", self.first_expert(request.sampling)):
             with watch.stage("text"):  # a sliced encoder needs all of them
                 text = encode() if "text_encoder" in self.sharded else self.team.share(encode, self.device)
             with watch.stage("encode"):
@@ -365,12 +366,17 @@ class Pipeline(ABC):
         start = ClipStart(noise, condition, text)
         return sampler.sample(request, start, experts, lambda: placements("sampling"), watch, clips)
 
+    def first_expert(self, sampling: Sampling) -> str:
+        """The denoiser that takes the first step; all steps may be for the second one, as with a boundary of 1."""
+        config = self.config
+        shares = share_out(timesteps_of(sampling, config.num_train_timesteps), config.lowest_timesteps)
+        experts = self.experts(sampling.guidance)
+        return next(expert.part for expert, share in zip(experts, shares, strict=True) if share)
+
     def _loading(self, loras: Mapping[str, tuple[LoraFile, ...]], *names: str) -> AbstractContextManager[Any]:
-        """Load models while the block computes; processes of a team load them together, where they need them."""
-        if self.team.world.size > 1:
-            return nullcontext()
+        """Load models while the block computes; processes of a team load them together later, and read their files."""
         self.models.expect_loras(loras)
-        return self.models.loading(names)
+        return self.models.loading(names, self.team.world.size == 1)
 
     def noise(self, request: Request) -> Tensor:
         """The initial latents float32 [z, F, h, w], drawn on the model's device as in the official code."""

@@ -24,7 +24,7 @@ from wan.captioner import (
     weight_bytes,
     working_bytes,
 )
-from wan.captioner.base import LocalModel, Pictures, Viewer
+from wan.captioner.base import BackEnd, LocalModel, Pictures, Viewer
 from wan.captioner.shared import Ask, open_shared
 from wan.device.hardware import drop_cache, free_bytes, same_device
 from wan.errors import UserError
@@ -187,7 +187,7 @@ class CaptionerOwner:
     def load(self, pictures: int) -> None:
         """Have the weights of a model of this process in memory, for questions with so many pictures."""
         self.expect(pictures)
-        if isinstance(captioner := self.captioner, LocalModel):
+        if isinstance(captioner := self.captioner, BackEnd):
             captioner.prepare_weights()
 
     def describe(self, frames: Pictures, question: str | None = None) -> Description:

@@ -114,7 +114,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Ray:
     monkeypatch.setattr(time, "monotonic", lambda: ray.now)
     monkeypatch.setattr(time, "sleep", ray.sleep)
     monkeypatch.setattr(crew, "_reach", ray.reach)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(crew, "usable_cores", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return ray
 
@@ -223,9 +223,6 @@ def test_ray_is_started_here_for_the_workers_and_nobody_else(cluster: Ray, monke
         assert not cluster.reached and made.is_connected and made.dashboard == "127.0.0.1:8265"
         cluster.calls.clear()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and made._head.address == "10.0.0.9:6379"
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    Crew(Settings(), cluster)
-    assert cluster.calls[0][1]["num_cpus"] == 1
 
 
 def test_a_cluster_that_is_there_is_joined_when_its_head_answers(cluster: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +537,7 @@ def test_without_gpus_captioners_are_anywhere_and_threads_are_as_they_are_set(
     made.open(0)
     assert cluster.started[1][1]["num_gpus"] == 0 and cluster.started[1][2][4] == "5"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # of workers that share a core each has a thread
+    monkeypatch.setattr(crew, "usable_cores", lambda: 1)  # of workers that share a core each has a thread
     Crew(Settings(workers=4, captioners=1), cluster)
     assert cluster.started[2][2] == (1,)
     lone = Crew(Settings(workers=1), cluster)

@@ -81,7 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "host_bytes", lambda: 100 * GIB)
     monkeypatch.setattr(module, "host_free_bytes", lambda: 80 * GIB)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(module, "usable_cores", lambda: 12)
     return clock
 
 

@@ -45,6 +45,7 @@ from wan.captioner.frames import closest_grid
 from wan.captioner.internvl import weight_files
 from wan.errors import UserError
 from wan.media import decord_worker
+from wan.prompting import CaptionerOwner
 
 FRAMES = np.arange(2 * 30 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 30, 50, 3)
 
@@ -303,6 +304,21 @@ def test_a_hub_id_is_fetched_at_the_first_description(monkeypatch: pytest.Monkey
         captioner.close()
     assert [hub_id for hub_id, _ in asked] == ["OpenGVLab/InternVL3_5-8B"]
     assert "*.py" not in asked[0][1]
+
+
+def test_one_on_the_hub_is_in_memory_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "OpenGVLab/InternVL3_5-8B"
+    owner = CaptionerOwner(path, url=None, question="", trust_remote_code=False, main=torch.device("cpu"))
+
+    def unreached(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreached)
+    with pytest.raises(UserError, match=r"^cannot download OpenGVLab/InternVL3_5-8B \(no route\).*or give prompt"):
+        owner.load(4)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(GOLDEN_VLM / "hf"))
+    owner.load(4)
+    assert owner.captioner.local.is_loaded  # type: ignore[attr-defined]
 
 
 def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,7 @@ def test_a_launchers_processes_share_the_cores(given: dict[str, str], threads: s
     [
         ({}, True, (81, 480, 832), None, ("free", False)),
         ({"frame_num": 17}, True, (17, 480, 832), None, ("free", False)),
-        ({"vram": 2.0, "host_memory": 4.0}, True, (81, 480, 832), 2 * 2**30, (4.0, True)),
+        ({"vram": 2.0, "host_memory": 4.0, "share_weights": 4}, True, (81, 480, 832), 2 * 2**30, (4.0, True)),
         ({"vram": "auto"}, True, (81, 480, 832), None, ("free", False)),  # what is free is not known yet
         ({"t5_cpu": True}, False, (81, 480, 832), None, ("free", False)),
         ({"video": "v.mp4"}, True, (81, 640, 608), None, ("free", False)),
@@ -268,6 +268,7 @@ def test_a_clip_s_memory_is_checked_before_anything_is_imported(
         return SimpleNamespace(check=lambda geometry: asked.append(geometry.size))
 
     def of_host(checkpoint: Any, config: Any, limit: Any, given: bool, sharers: int) -> Any:
+        assert sharers == settings.get("share_weights", 1)
         asked.append((limit, given))
         return SimpleNamespace(plan=lambda budget, geometry, loras: asked.append((geometry.size, loras)))
 

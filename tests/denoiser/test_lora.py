@@ -699,6 +699,23 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
     assert models.merged["high_noise_model"][0].lora.strength == 1.0
 
 
+def test_values_that_are_not_finite_are_told_before_an_expert_is_loaded(
+    a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "good.safetensors")
+    good = load_file(tmp_path / "good.safetensors")
+    factor = next(key for key, value in good.items() if value.ndim == 2)
+    save_file(good | {factor: good[factor] * math.nan}, tmp_path / "bad.safetensors")
+    checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
+    models = Models("x", checkpoint, {name: lambda mapped: pytest.fail("loaded") for name in checkpoint.experts})
+    wanted = {"low_noise_model": (LoraFile(tmp_path / "good.safetensors"),)}
+    models.merge_loras(wanted)
+    with pytest.raises(UserError, match=r"bad.safetensors makes \S+ infinite or NaN"):
+        models.merge_loras({"low_noise_model": (LoraFile(tmp_path / "bad.safetensors"),)})
+    monkeypatch.setattr("wan.denoiser.lora.check_values", lambda one: pytest.fail("read again"))
+    models.merge_loras(wanted)
+
+
 def test_an_expert_gets_its_loras_when_it_is_first_used(a14b: Weights, tmp_path: Path) -> None:
     svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)

@@ -68,6 +68,36 @@ def test_a_group_without_a_limit_is_none(machine: Path, version: int, limit: int
     assert host.host_bytes() == 128 * GIB and host.host_free_bytes() == 100 * GIB
 
 
+@pytest.mark.parametrize(
+    ("kept_to", "files", "cores"),
+    [
+        (16, {}, 16),
+        (16, {"user/job/cpu.max": "350000 100000\n"}, 4),  # a part of a core is worth a thread
+        (16, {"user/cpu.max": "200000 100000\n", "user/job/cpu.max": "max 100000\n"}, 2),
+        (3, {"cpu.max": "800000 100000\n"}, 3),
+        (16, {"cpu.max": "10000 100000\n"}, 1),
+        (16, {"cpu/job/cpu.cfs_quota_us": "500000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 5),
+        (16, {"cpu/job/cpu.cfs_quota_us": "-1\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 16),
+    ],
+)
+def test_cores_are_those_a_process_is_kept_to_and_its_groups_share_of_them(
+    kept_to: int, files: dict[str, str], cores: int, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(cpu_affinity=lambda: [*range(kept_to)]))
+    (machine / "proc" / "cgroup").write_text("5:cpu,cpuacct:/job\n4:memory:/x\n0::/user/job\n", encoding="ascii")
+    for name, text in files.items():
+        (machine / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (machine / "groups" / name).write_text(text, encoding="ascii")
+    assert host.usable_cores() == cores
+
+
+def test_where_no_process_is_kept_to_cores_all_of_them_count(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.Process", SimpleNamespace)  # as on macOS
+    for count, cores in ((12, 12), (None, 1)):
+        monkeypatch.setattr("os.cpu_count", lambda count=count: count)
+        assert host.usable_cores() == cores
+
+
 def test_the_peak_is_the_system_s_or_what_is_there_now(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (machine / "proc" / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t 3145728 kB\n", encoding="ascii")
     assert host.host_peak_gib() == 3

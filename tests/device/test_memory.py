@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,12 @@ def test_weights_lie_in_large_pages_which_go_with_them() -> None:
     assert " hg " in flags() and not view.any()
     del view
     assert " hg " not in flags()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch's allocator gives the memory")
+def test_memory_that_the_host_has_not_is_no_error_of_a_file() -> None:
+    with pytest.raises(MemoryError, match="no 4611686018427387904 bytes of host memory"):
+        streaming._pages(1 << 62)
 
 
 def test_changed_weights_are_those_that_come() -> None:

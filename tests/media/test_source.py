@@ -17,7 +17,7 @@ from av.stream import Disposition
 from PIL import Image, features
 
 from tests.support.media_samples import CORPUS, add_audio, add_video, encode, number, numbered
-from wan import files
+from wan import files, media
 from wan.errors import UserError
 from wan.media import VideoError, source
 from wan.media.source import Pictures, exact_rate, fraction, inspect, keyframes_before
@@ -102,8 +102,39 @@ def test_the_header_of_a_file_is_read_with_its_clock(tmp_path: Path) -> None:
     late = inspect(tmp_path / "a.mkv")
     assert (late.start, late.fps, late.has_audio, late.until) == (1.0, Fraction(24), False, None)
     assert not late.has_alpha_stream
+    assert late.end == pytest.approx(3, abs=0.05)  # the header says 3, from 0 on
+    assert late.length == late.duration == pytest.approx(2, abs=0.05)
     encode(tmp_path / "a.h264", range(24), (64, 36))
     assert inspect(tmp_path / "a.h264").end is None  # it cannot be searched
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.nut"])
+def test_a_film_whose_pictures_begin_late_has_the_length_of_its_pictures(name: str, tmp_path: Path) -> None:
+    encode(tmp_path / name, range(1440, 1536), (320, 180))
+    opened = inspect(tmp_path / name)
+    assert (opened.zero, opened.start) == (60, 60) and opened.duration == pytest.approx(4, abs=0.05)
+    with pytest.raises(VideoError, match=r"it ends at (4.0|3.9)\d s; give an earlier moment"):
+        media.read_last_frame(tmp_path / name, until=5.0)
+    assert number(np.asarray(media.read_last_frame(tmp_path / name, until=1.0))) == 1464
+
+
+@pytest.mark.parametrize(
+    ("name", "writer", "begins", "lasts", "expected"),
+    [
+        ("matroska,webm", {"ENCODER": "Lavf62.3.100"}, 5, 8, True),
+        ("asf", {"encoder": "Lavf62.3.100"}, 5, 8, True),
+        ("matroska,webm", {"encoder": "libebml v1.4.5 + libmatroska v1.7.1"}, 5, 8, False),
+        ("matroska,webm", {}, 5, 8, False),
+        ("matroska,webm", {"ENCODER": "Lavf62.3.100"}, 8, 8, False),  # another's, with a tag of its source
+        ("mov,mp4", {"encoder": "Lavf62.3.100"}, 5, 8, False),
+    ],
+)
+def test_the_writer_of_a_file_says_from_where_its_length_counts(
+    name: str, writer: dict[str, str], begins: int, lasts: int, expected: bool
+) -> None:
+    times = {"start_time": begins, "duration": lasts}
+    container: Any = SimpleNamespace(format=SimpleNamespace(name=name), metadata=writer, **times)
+    assert source._counts_from_zero(container) is expected
 
 
 @pytest.mark.parametrize(

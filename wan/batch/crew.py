@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wan.batch.hand import WRITING, Hand
 from wan.batch.places import choose_places
+from wan.device.host import usable_cores
 from wan.errors import UserError
 from wan.options import Settings
 
@@ -134,7 +135,7 @@ class Crew:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if self.address is None:
-                cores = max(os.cpu_count() or 1, settings.workers or 1)
+                cores = max(usable_cores(), settings.workers or 1)
                 objects = _FRAMES if settings.captioners else _OBJECTS
                 store = {"object_store_memory": objects, "include_dashboard": False}
                 self._context = self.ray.init(address="local", num_cpus=cores, **store, **quiet)
@@ -188,7 +189,7 @@ class Crew:
         options |= {"max_restarts": -1, "max_task_retries": _ASK_AGAIN}
         if node:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-        threads = int(self.threads or max(1, (os.cpu_count() or 1) // self.places.siblings))
+        threads = int(self.threads or max(1, usable_cores() // self.places.siblings))
         from wan.batch.describer import Describer  # which needs PyTorch
 
         return self.ray.remote(Describer).options(**options).remote(threads)

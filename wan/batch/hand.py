@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import wan
-from wan.device.host import GIB, host_bytes, host_free_bytes
+from wan.device.host import GIB, host_bytes, host_free_bytes, usable_cores
 from wan.server.folders import ChainFolder
 from wan.server.live import Live
 from wan.server.processes import Processes
@@ -93,7 +93,7 @@ class Hand:
     async def start(self) -> dict[str, Any]:
         """Start the processes; says where, or what went wrong."""
         # Ray sets OMP_NUM_THREADS to 1 for whoever asks for no cores
-        threads = self.threads or str(max(1, (os.cpu_count() or 1) // (self.siblings * self.ranks)))
+        threads = self.threads or str(max(1, usable_cores() // (self.siblings * self.ranks)))
         path = os.pathsep.join(filter(None, (str(Path(wan.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
         processes = self._processes = await Processes.start(
             self.command,

@@ -67,6 +67,14 @@ class BackEnd(ABC):
                 raise UserError(f"{self.source} gave an empty answer: ask with another `vlm_question`")
         return answer
 
+    def prepare_weights(self) -> None:
+        """Have what describes in memory, as far as that is this process's. Raises UserError, as `describe` does."""
+        with foreseen_failures(self.source):
+            self.hold()
+
+    def hold(self) -> None:  # noqa: B027  (an endpoint holds nothing)
+        """Load the model unless it is."""
+
     @abstractmethod
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
         """The answer, possibly empty or with spaces around it."""
@@ -106,10 +114,8 @@ class LocalModel(BackEnd):
         """Whether its weights are there, of which a device may get some for a time."""
         return self.is_loaded and self.device.type == "cpu"
 
-    def prepare_weights(self) -> None:
-        """Load the model unless it is. Raises UserError, as `describe` does."""
-        with foreseen_failures(self.source):
-            self.model  # noqa: B018
+    def hold(self) -> None:
+        self.model  # noqa: B018
 
     @abstractmethod
     def load(self) -> Any:

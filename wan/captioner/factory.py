@@ -154,9 +154,15 @@ class HubCaptioner(BackEnd):
         self.local: BackEnd | None = None
 
     def answer(self, frames: Pictures, question: str, system: str | None, max_new_tokens: int) -> str:
+        return self._opened().answer(frames, question, system, max_new_tokens)
+
+    def hold(self) -> None:
+        self._opened().hold()
+
+    def _opened(self) -> BackEnd:
         if self.local is None:
             self.local = self.open_folder(self.download())
-        return self.local.answer(frames, question, system, max_new_tokens)
+        return self.local
 
     def download(self) -> Path:
         """The local folder; what the cache holds already is not fetched again. Raises UserError."""

@@ -116,7 +116,7 @@ def _additions(
         return []
     read = {key: dequantize(tensor).to(device, copy=True) for key, tensor in opened.file.read(part.keys.values())}
     tensors = {role: read[key] for role, key in part.keys.items()}
-    if not all(tensor.float().sum().isfinite() for tensor in tensors.values()):
+    if not all(_is_finite(tensor) for tensor in tensors.values()):
         raise _not_finite(opened, name)
     additions = _products(tensors, part.scale)
     if "bias" in tensors:
@@ -130,6 +130,18 @@ def _additions(
         changing.add(opened.file.path)
     strength = opened.match.lora.strength
     return [replace(addition, strength=strength * addition.strength) for addition in additions]
+
+
+def check_values(opened: OpenedLora) -> None:
+    """Raise UserError for a value that is not finite, of those for this model, before that is loaded."""
+    name_of = {key: name for name, part in opened.parts.items() for key in part.keys.values()}
+    for key, tensor in opened.file.read(name_of):
+        if not _is_finite(dequantize(tensor)):
+            raise _not_finite(opened, name_of[key])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().sum().isfinite())
 
 
 def _not_finite(opened: OpenedLora, name: str) -> UserError:

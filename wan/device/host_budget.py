@@ -132,10 +132,10 @@ def _bytes(
     """
     sizes = weight_sizes(weights, dtype_of, in_8_bits)
     stored = weights.stored_dtypes() if mapped or (packs and sharers > 1) else {}
-    own = {name: size for name, size in sizes.items() if not mapped or stored.get(name) != dtype_of(name)}
+    taken = {name: size for name, size in sizes.items() if not mapped or stored.get(name) != dtype_of(name)}
 
     def part(name: str) -> int:
         is_packed = packs and len(weights.shapes[name]) == 2 and name not in stored
         return sharers if LAYER.search(name) and not is_packed else 1
 
-    return sum(size // part(name) for name, size in own.items())
+    return sum(size // part(name) for name, size in taken.items())

@@ -165,14 +165,15 @@ def _home() -> Path | None:
     """A folder of this user alone for notes; None where there can be none, or no memory without a file."""
     if not hasattr(os, "memfd_create"):
         return None
-    folder = Path(tempfile.gettempdir()) / f"wan-{os.getuid()}"
     try:
+        user = os.stat("/proc/self").st_uid
+        folder = Path(tempfile.gettempdir()) / f"wan-{user}"
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         seen = folder.lstat()
     except OSError:
         return None
-    is_ours = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o077
+    is_ours = stat.S_ISDIR(seen.st_mode) and seen.st_uid == user and not seen.st_mode & 0o077
     return folder if is_ours else None
 
 

@@ -268,7 +268,10 @@ def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> li
 def _pages(size: int) -> Tensor:
     """Bytes of host memory from the beginning of a page; large pages where there are some (benchmarks/LOG.md)."""
     if sys.platform == "linux" and size:
-        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:  # which would read as one of a file
+            raise MemoryError(f"no {size} bytes of host memory: {error.strerror}") from error
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=torch.uint8)

@@ -36,6 +36,7 @@ _MICROSECOND = Fraction(1, 1_000_000)  # FFmpeg's clock where a stream has none
 _NOT_A_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # These demuxers cannot seek, or only pretend to: reading starts at the first picture.
 _SEQUENTIAL = frozenset({"h264", "hevc", "vvc", "m4v", "mpegvideo", "av1", "obu", "gif", "apng", "mjpeg", "image2"})
+_LENGTH_FROM_ZERO = frozenset({"matroska", "webm", "nut", "asf"})
 _BY_PILLOW = frozenset({"webp", "avif"})
 # Without these two FFmpeg would play a text as coloured letters, and open whatever else a playlist names.
 _REFUSED = frozenset({"tty", "concat", "hls", "dash", "sdp", "rtsp"})
@@ -116,32 +117,42 @@ def _inspect(name: str) -> Source:
     with closing(open_video(name)) as container:
         stream = _picture_stream(name, container)
         tick = fraction(stream.time_base, _MICROSECOND)
-        start = float((stream.start_time or 0) * tick)
-        zero = float((container.start_time or 0) * _MICROSECOND)
-        ends, lengths = [], []
+        start, zero = (stream.start_time or 0) * tick, (container.start_time or 0) * _MICROSECOND
+        from_zero = _counts_from_zero(container)
+        ends = []
         if stream.duration:
-            lengths.append(float(stream.duration * tick))
-            ends.append(start + lengths[0])
+            ends.append((0 if from_zero else start) + stream.duration * tick)
         if container.duration:
-            lengths.append(float(container.duration * _MICROSECOND))
-            ends.append(float(((container.start_time or 0) + container.duration) * _MICROSECOND))
+            ends.append((0 if from_zero else zero) + container.duration * _MICROSECOND)
         formats = container.format.name.split(",")
         searchable = _SEQUENTIAL.isdisjoint(formats) and not formats[0].endswith("_pipe")
         return Source(
             path=name,
             format=container.format.name,
             index=stream.index,
-            start=start,
-            end=max(ends) if ends and searchable else None,
-            duration=lengths[0] if lengths else None,  # the pictures' own length before the container's
+            start=float(start),
+            end=float(max(ends)) if ends and searchable else None,
+            # by the pictures' own end before the container's
+            duration=float(ends[0] - start) if ends and ends[0] > start else None,
             fps=_believable_rate(stream),
             sample_aspect_ratio=_believable_aspect(fraction(stream.sample_aspect_ratio)),
             has_audio=bool(container.streams.audio),
             has_alpha_stream=stream.metadata.get("alpha_mode") == "1",
             codec_tag=stream.codec_tag,
-            zero=zero,
-            length=max(ends) - zero if ends else None,
+            zero=float(zero),
+            length=float(max(ends) - zero) if ends else None,
         )
+
+
+def _counts_from_zero(container: InputContainer) -> bool:
+    """Whether a header's length counts from 0 on the file's clock, also where the first picture comes later.
+
+    FFmpeg writes it like that into some formats, and reads it as if it counted from the first picture, as others do.
+    """
+    writer = {key.lower(): value for key, value in container.metadata.items()}.get("encoder", "")
+    from_zero = writer.startswith("Lavf") and not _LENGTH_FROM_ZERO.isdisjoint(container.format.name.split(","))
+    # the name of the writer may have come along from the file that another program made this from
+    return from_zero and (container.duration or 0) > (container.start_time or 0)
 
 
 def open_video(path: str) -> InputContainer:

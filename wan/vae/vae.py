@@ -33,8 +33,10 @@ class WanVAE(nn.Module):
     def __init__(self, model: AutoencoderKLWan, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1, 1), persistent=False)
+        for name, numbers in (("mean", mean), ("std", std)):
+            # a library that loads in another thread may have set another dtype for the process
+            statistics = torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1, 1)
+            self.register_buffer(name, statistics, persistent=False)
 
     @classmethod
     def from_weights(
