@@ -145,6 +145,34 @@ def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_n
     assert begins == [NAMES[0]] and not ends and models._details == {}
 
 
+def test_what_is_read_again_while_its_thread_still_reads_lies_elsewhere(tmp_path: Path) -> None:
+    begun, over, lain = Event(), Event(), list[Any]()
+
+    def loader(mapped: bool) -> object:
+        if lain:
+            lain.append(models.common(NAMES[0]))
+            return object()
+        lain.append(None)
+        begun.set()
+        assert over.wait(10)
+        lain[0] = models.common(NAMES[0])
+        return object()
+
+    file = tmp_path / "weights"
+    file.touch()
+    models = models_of(loader, in_common="float32")
+    checkpoint: Any = models.checkpoint
+    checkpoint.parts = [(NAMES[0], SimpleNamespace(files=[file]))]
+    with models.loading(NAMES[:1]):
+        assert begun.wait(10)
+        (thread,) = (one for one in threading.enumerate() if one.name == "loading")
+        models.forget_all()
+        assert models[NAMES[0]] is not None
+        over.set()
+        thread.join(10)
+    assert lain[0] is not lain[1] and None not in lain and models._common == {}
+
+
 def test_what_fails_in_a_thread_holds_no_memory_while_it_is_read_again() -> None:
     class Half:
         def __init__(self) -> None:

@@ -6,12 +6,12 @@ import functools
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ class Models:
         self._in_threads = in_threads
         self._device = device
         self._in_common = in_common
-        self._common: dict[str, CommonLayers | None] = {}  # of what is being loaded
+        self._common: dict[tuple[str, int], CommonLayers | None] = {}  # of what is being loaded, by thread
         self._lent: set[str] = set()  # the models whose layers other processes use
         self._loaded: dict[str, Any] = {}
         self._coming: dict[str, Future[Any]] = {}  # what is being loaded
@@ -134,7 +134,8 @@ class Models:
         """A new model. Layers that are in common get their LoRAs before other processes may use them."""
         loras = self._wanted.get(name, ())
         self._lent.discard(name)
-        common = self._common[name] = self._layers_for(name, loras)
+        # one that was forgotten may still be read in its thread while it is read again
+        common = self._common[name, get_ident()] = self._layers_for(name, loras)
         try:
             model = self._loaders[name](self._plan.mapped)
             if common is not None and common.are_used:
@@ -143,7 +144,7 @@ class Models:
                 self._lent.add(name)
                 common.done()
         finally:
-            self._common.pop(name, None)
+            self._common.pop((name, get_ident()), None)
             if common is not None:
                 common.close()
         return model
@@ -154,13 +155,12 @@ class Models:
             return None
         files = dict(self.checkpoint.parts)[name].files
         states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        # libraries say in what order the parameters of a layer lie
-        versions = [__version__, *map(version, ("torch", "diffusers", "transformers"))]
-        return CommonLayers([space(), versions, name, self._in_common, states])
+        code = [__version__, sys.prefix]  # libraries say in which order parameters lie
+        return CommonLayers([space(), code, name, self._in_common, states])
 
     def common(self, name: str) -> CommonLayers | None:
-        """Where the layers of a model lie that is loaded now, if other processes use them too."""
-        return self._common.get(name)
+        """Where the layers of a model lie that this thread loads now, if other processes use them too."""
+        return self._common.get((name, get_ident()))
 
     def _wait_for(self, name: str) -> None:
         """Wait until a thread has loaded a model, and pass on what it tells."""
@@ -330,6 +330,7 @@ class Models:
         if expert in self._lent:
             del model
             self.forget(expert)  # others use it as it is, and this process gets one with these LoRAs
+            gc.collect()
             self[expert]
             return
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,17 @@ def tasks_of(*names: str) -> list[Task]:
 
 def failed(code: str) -> dict[str, Any]:
     return {"state": FAILED, "error": {"code": code, "message": "x"}, **NOTHING}
+
+
+def test_sets_of_weights_are_counted_with_those_of_storyboards(tmp_path: Path) -> None:
+    for name, text in (("plain", "clips:\n- {prompt: a}"), ("other", "clips:\n- {lora: fog.safetensors}")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def kinds(*storyboards: str) -> int:
+        rows = [Row(one, one, Settings(storyboard=str(tmp_path / one), output_dir=one)) for one in storyboards]
+        return Schedule([*tasks_of("a1", "a2", "b"), *map(Task, rows)], 1).kinds
+
+    assert kinds() == 2 and kinds("plain") == 3 and kinds("plain", "other", "gone") == 4
 
 
 def test_a_chain_that_failed_waits_twice_as_long_each_time_and_a_minute_at_most() -> None:

@@ -285,7 +285,7 @@ def test_one_that_waits_says_so_again_and_again(tmp_path: Path, monkeypatch: pyt
     assert details == ["another process is reading it"] * 3
 
 
-@pytest.mark.parametrize("what", ["torch", "place", "file"])
+@pytest.mark.parametrize("what", ["environment", "place", "file"])
 def test_layers_are_in_common_with_processes_to_which_they_are_the_same(
     what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +300,8 @@ def test_layers_are_in_common_with_processes_to_which_they_are_the_same(
 
     before = name()
     assert name() == before
-    if what == "torch":  # layers may lie otherwise in another one
-        monkeypatch.setattr("wan.models.version", lambda library: "0")
+    if what == "environment":  # layers may lie otherwise with its libraries
+        monkeypatch.setattr("sys.prefix", "another one")
     elif what == "place":  # its processes cannot see these
         monkeypatch.setattr("wan.models.space", lambda: ("another machine", 1))
     else:
@@ -335,3 +335,16 @@ def test_a_note_of_what_is_gone_is_not_followed(tmp_path: Path, monkeypatch: pyt
         again = shared.CommonMemory("x", 4096)
         assert again.fills and again.memory is not None and not again.memory.any()
         again.close()
+
+
+@LINUX
+def test_a_note_that_cannot_be_written_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(shared, "write_json", lambda path, value: os.open("/proc/nowhere", os.O_RDONLY))
+        first = shared.CommonMemory("x", 4096)
+        first.done()
+    assert first.memory is not None
+    second = shared.CommonMemory("x", 4096)
+    assert second.fills
+    second.close()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from wan.batch.hand import LOST
@@ -70,6 +71,16 @@ def loras_of(settings: Settings) -> tuple[tuple[str, ...], ...]:
     return tuple(getattr(settings, name) for name in EXPERT_OF_LORA)
 
 
+def _names_loras(storyboard: str | None) -> bool:
+    """Whether a storyboard's clips may have other LoRAs, as far as its text tells."""
+    if storyboard is None:
+        return False
+    try:
+        return "lora" in Path(storyboard).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # the check of its row says what is wrong
+        return False
+
+
 class Schedule:
     """The tasks of a batch, or of its checks. `done_of` tells how many clips a chain's folder has, if it is seen."""
 
@@ -85,7 +96,8 @@ class Schedule:
         known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         for task in self.tasks:  # equal keys are one object, which is told by its id
             task.key = known.setdefault(task.key, task.key)
-        self.kinds = len(known)  # of weights with LoRAs
+        # sets of weights with LoRAs, which clips may have of their own
+        self.kinds = len(known) + sum(_names_loras(task.row.settings.storyboard) for task in self.tasks)
         self.max_failures, self.done_of, self.now = max_failures, done_of, now
         self._rates: list[float] = []  # seconds a unit of work of clips that were finished
 

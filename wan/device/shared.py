@@ -103,7 +103,8 @@ class CommonMemory:
     def done(self) -> None:
         """Let the other processes have what is in it."""
         if self.memory is not None and self._lock.is_locked:
-            write_json(self._note, {"open": [*self._others(), self._mine]})
+            with suppress(OSError):  # that disk is full, and then others read it for themselves
+                write_json(self._note, {"open": [*self._others(), self._mine]})
         self.close()
 
     def close(self) -> None:
