@@ -464,3 +464,14 @@ def test_the_public_names_are_there() -> None:
     assert isinstance(WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt").vae, Wan2_2_VAE)
     with pytest.raises(AttributeError, match="no attribute 'WanS2V'"):
         wan.WanS2V  # noqa: B018
+
+
+def test_weights_that_cannot_be_in_common_are_said_to_be_each_process_s_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wan.pipeline.sharers", lambda asked: 1)
+    v2v = WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt", share_weights=2)
+    assert v2v.host.sharers == 1 and "holds its weights by itself, for this machine does not do it" in caplog.text
+    caplog.clear()
+    WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt")
+    assert not caplog.records

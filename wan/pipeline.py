@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     # diffusers, whose import takes seconds, is for what computes: a plan is made without it
     from wan.denoiser.sampling import Expert
     from wan.vae.vae import WanVAE
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline(ABC):
@@ -124,9 +127,14 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        share_weights = 1 if self.sharded else sharers(share_weights)
+        together = 1 if self.sharded or config.low_precision else sharers(share_weights)
+        if together < share_weights:
+            why = (
+                "they are rounded or sliced" if self.sharded or config.low_precision else "this machine does not do it"
+            )
+            log.warning("`share_weights`: this process holds its weights by itself, for %s", why)
         self.host = HostBudget(
-            self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=share_weights
+            self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=together
         )
         self.rules = SamplingRules(config, self.checkpoint)
         self.embeddings = PromptEmbeddings(lambda: self.text_encoder, self.text_device, self.device)
@@ -152,7 +160,7 @@ class Pipeline(ABC):
             load,
             in_threads=not needs_gpu,
             device=self.device,
-            in_common=numbers if share_weights > 1 and config.low_precision is None else None,
+            in_common=numbers if together > 1 else None,
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)

@@ -200,6 +200,12 @@ def test_hands_of_a_machine_have_weights_in_common_unless_each_may_have_others(
             await group.speak(one["id"], ("end", {"state": "cancelled"}))
             await doing
         assert [one["settings"].get("share_weights") for one in group.told] == [told, 1]
+        rounded = order("c")
+        rounded["settings"]["precision"] = "fp8"  # each process has its own then
+        doing = await begin(hand, rounded)
+        await group.speak("c", ("end", {"state": "cancelled"}))
+        await doing
+        assert "share_weights" not in group.told[-1]["settings"]
 
     working(work, monkeypatch, ranks=ranks, siblings=siblings)
 

@@ -173,7 +173,8 @@ class Hand:
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
             settings = {**settings, "host_memory": self._share}
         alike = self.siblings // min(self.siblings, max(1, order.get("kinds", 1)))
-        if alike > 1 and self.ranks == 1 and "share_weights" not in settings:
+        can = hasattr(os, "memfd_create") and self.ranks == 1 and "precision" not in settings
+        if alike > 1 and can and "share_weights" not in settings:
             settings = {**settings, "share_weights": alike}
         return {**order, "settings": settings}
 

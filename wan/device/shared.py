@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import stat
@@ -20,6 +21,7 @@ from wan.detail import tell_detail
 from wan.device.parallel import Group
 from wan.files import write_json
 
+log = logging.getLogger(__name__)
 _TELLS = 5.0  # seconds between two words of one who waits
 
 
@@ -79,7 +81,8 @@ class CommonMemory:
         self._lock = FileLock(home / f"{name}.lock", fallback_to_soft=False, thread_local=False)
         try:
             self._wait()
-        except (OSError, NotImplementedError):  # no locks in that place
+        except (OSError, NotImplementedError) as error:  # no locks in that place
+            log.warning("%s cannot be locked (%s), so this process holds its weights by itself", home, error)
             return
         try:
             handle = self._opened(size)
@@ -88,7 +91,8 @@ class CommonMemory:
                 handle = os.memfd_create("wan")
                 os.ftruncate(handle, size)
             self.memory, self._mine = _mapped(handle, size), _facts(handle)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            log.warning("no memory in common with other processes (%s): this one holds its weights by itself", error)
             self.memory, self.fills = None, True
             self.close()
             return
