@@ -17,7 +17,15 @@ from tests.support.golden import ROOT
 from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from training import scenes
 from training.__main__ import main
-from training.captioner import IGNORED, Conversations, answer_logits, identity_answer, next_answer, told_of
+from training.captioner import (
+    IGNORED,
+    Conversations,
+    answer_logits,
+    identity_answer,
+    misread,
+    next_answer,
+    told_of,
+)
 from training.chains import follows, make_chains
 from training.denoiser import TEXT_ROWS, InChannels, forward, new_denoiser, train_denoiser
 from training.distillation import SIGMAS, TURBOS, Teacher, attach, opened, train_turbo
@@ -241,6 +249,18 @@ def test_the_answers_that_the_captioner_learns_are_accepted() -> None:
         identity, subject = read_identity(identity_answer(told["names"]))
         prompt, memory = read_next_prompt(next_answer(told["now"][0]), Memory(identity, subject), "")
         assert prompt == f"{told['now'][0]} {KEEP}" and memory.camera
+
+
+def test_pictures_that_show_other_kinds_are_told_as_what_is_known(tmp_path: Path) -> None:
+    world = scenes.sample(200, torch.Generator().manual_seed(6))
+    shown = misread(world, torch.Generator().manual_seed(7))
+    other = shown.shape != world.shape
+    assert 0.4 < other[world.spin == 0].float().mean() < 0.6 and not other[world.spin != 0].any()
+    settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=1, rate=0.0)
+    asked = Conversations(*caption_tokenizer(tmp_path / "caption_tokenizer"), settings)
+    for told in told_of(world, 0)[:20]:
+        question, answer = asked.remembering(told)
+        assert all(name in question and name in answer for name in told["names"])
 
 
 def test_a_prompt_without_the_ending_is_encoded_as_before_it_was_a_word(imported: Path) -> None:
