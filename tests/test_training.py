@@ -255,6 +255,7 @@ def test_pictures_that_show_other_kinds_are_told_as_what_is_known(tmp_path: Path
     world = scenes.sample(200, torch.Generator().manual_seed(6))
     shown = misread(world, torch.Generator().manual_seed(7))
     other = shown.shape != world.shape
+    assert 0.02 < 1 - shown.present[world.present].float().mean() < 0.15 and not shown.present[~world.present].any()
     assert 0.4 < other[world.spin == 0].float().mean() < 0.6 and not other[world.spin != 0].any()
     settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=1, rate=0.0)
     asked = Conversations(*caption_tokenizer(tmp_path / "caption_tokenizer"), settings)

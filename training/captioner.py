@@ -34,6 +34,7 @@ LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
 IGNORED = -100
 HELD = {"cuda": 24_000, "cpu": 16}  # clips of either kind, drawn and made, 0.3 MB each
 KINDS_COUNT = 3  # times as much as other words: chains go wrong where a kind is called by another's name
+HIDDEN = 0.08  # of shapes that a picture lacks
 MOST_ANSWERS = 200_000  # whose tokens are kept
 Told = dict[str, list[str]]  # of one clip: its caption `now`, those of the clips `before` it, oldest first, and `names`
 
@@ -86,16 +87,15 @@ def told_of(world: scenes.Scenes, time: int) -> list[Told]:
 
 
 def misread(world: scenes.Scenes, generator: torch.Generator) -> scenes.Scenes:
-    """The same scenes with other kinds of about half of the shapes that do not turn.
+    """The same scenes with other kinds of about half of the shapes that do not turn, and without a few of all shapes.
 
-    Pictures late in a chain may be so. A kind that is lost comes back only if the next prompt names what was.
+    Pictures late in a chain may be so. What is lost comes back only if the next prompt names what was.
     """
-    device, slots = world.shape.device, world.shape.shape
-    other = (world.shape + torch.randint(1, len(scenes.SHAPES), slots, generator=generator, device=device)) % len(
-        scenes.SHAPES
-    )
-    changed = (torch.rand(slots, generator=generator, device=device) < 0.5) & (world.spin == 0)
-    return replace(world, shape=torch.where(changed, other, world.shape))
+    slots, device = world.shape.shape, world.shape.device
+    changed, hidden = torch.rand(2, *slots, generator=generator, device=device)
+    other = torch.randint(1, len(scenes.SHAPES), slots, generator=generator, device=device)
+    shape = torch.where((changed < 0.5) & (world.spin == 0), (world.shape + other) % len(scenes.SHAPES), world.shape)
+    return replace(world, shape=shape, present=world.present & (hidden > HIDDEN))
 
 
 class Pool:
