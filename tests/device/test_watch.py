@@ -52,10 +52,14 @@ def _work(rank: int, size: int, folder: str, do: str) -> None:
     one.start(share, "127.0.0.1")
     (where / f"pid_{rank}").write_text(str(os.getpid()))
     at_fault = 0 if do.startswith("first") else 2
+    sees = do == "launched dies" and rank == 0
     try:
         while begun[0] < (10 if do == "nothing" else 10**6):
             time.sleep(0.02)
             begun[0] += do != "hangs" or begun[0] < 6  # they wait for number 2 then
+            if sees and begun[0] == 8:
+                (where / "sees").touch()
+                raise RuntimeError("gloo: connection closed by peer")
             if rank == at_fault and begun[0] == 5:
                 if do.endswith("dies"):
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -126,6 +130,20 @@ def test_a_signal_stops_all(number: signal.Signals, ranks: Ranks, tmp_path: Path
     codes = ranks.codes(_work, SIZE, str(tmp_path), "runs", meanwhile=stop, seconds=30)
     assert None not in codes and 0 not in codes
     assert output_of(tmp_path, 0).startswith("KeyboardInterrupt")
+
+
+@pytest.mark.slow
+def test_one_that_died_is_named_also_where_its_launcher_stops_the_others_at_once(ranks: Ranks, tmp_path: Path) -> None:
+    def stop(pids: list[int]) -> None:
+        while not (tmp_path / "sees").exists():
+            time.sleep(0.02)
+        time.sleep(SETTLE / 5)  # the first process waits for the cause of what it saw
+        for pid in pids[:2]:
+            os.kill(pid, signal.SIGTERM)
+
+    codes = ranks.codes(_work, SIZE, str(tmp_path), "launched dies", meanwhile=stop, seconds=30)
+    assert output_of(tmp_path, 0).startswith(f"Ended: process 2 on {os.uname().nodename} has died")
+    assert codes[0] == 1 and codes[2] == -9 and codes[1]
 
 
 @pytest.mark.slow

@@ -263,13 +263,16 @@ class Watch:
             peer.say(**message)
 
     def _is_leaving(self) -> bool:
-        """When a signal comes: whether the fault of another has this process on its way out, on which it is sent."""
+        """When a signal comes: whether this process is on its way out, on which the fault of another sends it.
+
+        A launcher that saw a process die stops the others, also while this one waits to hear which of them it was.
+        """
+        if self._out.is_set():
+            return True
         if self.fault is None:
             return False
-        if not self._out.is_set():
-            self._out.set()
-            raise Ended(self.fault)
-        return True
+        self._out.set()
+        raise Ended(self.fault)
 
     # --- of the thread
 
