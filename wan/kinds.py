@@ -405,7 +405,10 @@ class Count(Whole):
     reason: str = "; no machine has more"
 
     def read(self, text: str) -> Any:
-        return text if text == "auto" else super().read(text)
+        try:
+            return text if text == "auto" else int(text)
+        except ValueError as error:
+            raise Unfit(f"must be a whole number or auto, {text[:40]!r} is not") from error
 
     def check(self, value: Any) -> None:
         if value != "auto":

@@ -163,11 +163,14 @@ def test_what_the_user_can_put_right_is_not_tried_again_and_costs_no_worker() ->
     ("code", "reason"),
     [("out_of_memory", "x"), ("internal", "KeyError: 'a'"), ("disk_full", "x"), ("worker_lost", "x")],
 )
-def test_other_failures_are_tried_again_and_the_reason_is_kept(code: str, reason: str) -> None:
+def test_other_failures_are_tried_again_and_the_reason_is_kept(
+    code: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     crew = Crew(lambda name, count: failed(code, why="KeyError: 'a'") if count < 3 else {"state": DONE, **MADE}, 1)
     tasks = tasks_of("a")
     make(crew, tasks)
     assert (tasks[0].state, tasks[0].lost) == (DONE, 2)
+    assert caplog.messages == [f"a: {reason}; it is tried again"] * 2
     assert crew.dropped == ([] if code == "disk_full" else [0, 0])
     crew = Crew(lambda name, count: failed(code, why="KeyError: 'a'"), 1)
     tasks = tasks_of("a")
@@ -195,7 +198,14 @@ def test_workers_that_never_start_end_the_batch() -> None:
         make(crew, tasks_of("a"))
 
 
-def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("most", "line"),
+    [
+        (3, "a: its worker said nothing for 5 s; it is tried again"),
+        (1, "1/1 a failed: its worker said nothing for 5 s"),
+    ],
+)
+def test_a_worker_that_hangs_is_replaced(most: int, line: str, caplog: pytest.LogCaptureFixture) -> None:
     schedule = Schedule(tasks := tasks_of("a", "b"), 3)
     live = {"done": 0, "count": 2, "made": 0, "silent": 5.0, "clip_seconds": 50.0}
     task = tasks[0]
@@ -220,8 +230,10 @@ def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
 
     hangs.give = hang_once  # type: ignore[method-assign]
     tasks = tasks_of("a")
-    make(hangs, tasks, patience=1.0)
-    assert (tasks[0].state, tasks[0].lost, hangs.dropped, hangs.opened[0]) == (DONE, 1, [0], 2)
+    make(hangs, tasks, patience=1.0, max_failures=most)
+    state, opened = (DONE, 2) if most > 1 else (FAILED, 1)
+    assert (tasks[0].state, tasks[0].lost, hangs.dropped, hangs.opened[0]) == (state, 1, [0], opened)
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING] == [line]
 
 
 def test_chains_with_the_same_weights_follow_each_other() -> None:

@@ -150,8 +150,13 @@ def test_what_a_command_must_be_told_may_be_missing_where_it_prunes() -> None:
         assert parse("continuous", given).prune == "out"
     with pytest.raises(UserError, match="prune is given alone; it makes no clips"):
         parse("continuous", ["--prune", "out", "--t5_cpu"])
-    with pytest.raises(UserError, match=r"unknown flag --prune \(see"):
+    with pytest.raises(UserError, match=r"unknown flag --prune; it is one of generate_continuous.py \(see"):
         parse("generate", ["--ckpt_dir", "a", "--prune", "out"])
+
+
+def test_a_flag_of_other_commands_is_told_with_them() -> None:
+    with pytest.raises(UserError, match=r"^unknown flag --dry_run; it is one of generate_continuous.py and gen"):
+        parse("generate", ["--ckpt_dir", "a", "--dry_run"])
 
 
 def test_the_help_says_what_a_flag_is_by_default() -> None:

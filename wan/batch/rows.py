@@ -185,7 +185,7 @@ def _unknown(key: str) -> str:
     known = [*KEYS, *_ALSO, "name"]
     close = difflib.get_close_matches(str(key)[:40], known, 1, cutoff=0.6)
     is_flag = key in OPTIONS or f"{key}_" in OPTIONS
-    advice = "which a row may not set" if is_flag else f"did you mean {close[0]}?" if close else "no row has that"
+    advice = "a row may not set it" if is_flag else f"did you mean {close[0]}?" if close else "no row has that"
     return f"{str(key)[:60]!r}: {advice}"
 
 

@@ -150,7 +150,9 @@ class Batch:
                     for task in self._hear(schedule, event.kind, event.worker, event.message):
                         if task.is_over:
                             over(task)
-                self._replace_slow(schedule)
+                for task in self._replace_slow(schedule):
+                    if task.is_over:
+                        over(task)
                 table.show({worker: (task, self.lives.get(worker, {})) for worker, task in self._busy.items()})
                 if self.report is not None and title == "make":
                     self.report.renew(self.tasks, self._places())
@@ -226,6 +228,8 @@ class Batch:
                 self._idle.add(worker)
             return
         schedule.end(task, message)
+        if message["state"] in (FAILED, LOST) and not task.elsewhere:
+            _say_again(task)
         code = (message.get("error") or {}).get("code")
         if self._checks and task.state == FAILED and code == UPLOAD:  # no row's fault, and the same for each of them
             raise UserError(f"{task.reason}; nothing was begun")
@@ -246,20 +250,24 @@ class Batch:
         elif kind == "ended":
             self._idle.add(worker)
 
-    def _replace_slow(self, schedule: Schedule) -> None:
+    def _replace_slow(self, schedule: Schedule) -> list[Task]:
+        """The tasks of workers that hang, which are lost."""
+        lost = []
         for worker, task in self._busy.items():
             live = self.lives.get(worker)
             if live and (why := schedule.too_slow(task, live, self.settings.patience)):
-                log.warning("%s: %s, and is replaced", task.row.name, why)
                 self.crew.drop(worker)
-                self._fail(schedule, worker, why)
+                lost += self._fail(schedule, worker, why)
+        return lost
 
-    def _fail(self, schedule: Schedule, worker: int, why: str) -> None:
-        """A worker is lost, with all that it had in hand."""
+    def _fail(self, schedule: Schedule, worker: int, why: str) -> list[Task]:
+        """A worker is lost, with all that it had in hand, which is returned."""
         self._lose(worker)
-        for tasks in (self._written, self._at):
-            if worker in tasks:
-                schedule.fail(tasks.pop(worker), why)
+        lost = [tasks.pop(worker) for tasks in (self._written, self._at) if worker in tasks]
+        for task in lost:
+            schedule.fail(task, why)
+            _say_again(task)
+        return lost
 
     def _lose(self, worker: int) -> None:
         """Forget a worker, whose place another takes."""
@@ -276,6 +284,12 @@ class Batch:
             told.info("%s: %s in %s%s", count, counted(task.clips, "clip"), task.row.folder, seen)
         else:
             told.warning("%s %s: %s", count, task.state, task.reason)
+
+
+def _say_again(task: Task) -> None:
+    """That it failed, where another worker tries again: nothing else tells of that before the report."""
+    if task.state == WAITING:
+        log.warning("%s: %s; it is tried again", task.row.name, task.reason)
 
 
 def done_of(task: Task) -> int:

@@ -91,7 +91,10 @@ class Parser(argparse.ArgumentParser):
                     flag.replace("-", "_"), [one.replace("-", "_") for one in known], 1, 0.7
                 )
                 advice = f"; did you mean --{close[0].lstrip('_')}?" if close else ""
-                if not close and self._takes_a_word(before):
+                theirs = [PROGRAMS[command] for command in PROGRAMS if flag in _words(command)]
+                if not close and theirs:
+                    advice = f"; it is one of {' and '.join(theirs)}"
+                elif not close and self._takes_a_word(before):
                     advice = f"; if it is the value of {before}, write {before}={word[:40]}"
                 self.error(f"unknown flag {flag[:40]}{advice}")
 
@@ -112,6 +115,10 @@ class Parser(argparse.ArgumentParser):
     def _takes_a_word(self, flag: str) -> bool:
         action = self._option_string_actions.get(flag)
         return action is not None and action.nargs is None and action.metavar is not None
+
+
+def _words(command: Command) -> set[str]:
+    return {one.word for one in options_of(command) if one.flag}
 
 
 def parser_of(command: Command, *, whole: bool = True) -> Parser:
