@@ -178,6 +178,7 @@ def test_every_flag_of_a_page_exists(name: str) -> None:
         "--ntasks-per-node",
         "--head",
         "--gpus-per-node",
+        "--cpus-per-task",
         "--signal",
     }
     assert set(re.findall(r"(?<![-\w])--[A-Za-z_0-9]+(?:-[a-z]+)*", TEXTS[name])) - others <= known

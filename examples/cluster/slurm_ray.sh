@@ -8,6 +8,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@180
 set -eu
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # since Slurm 22.05 srun does not take it from the job
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=6379
 srun --nodes=1 --ntasks=1 --nodelist="$head" ray start --head --port="$port" --block &
