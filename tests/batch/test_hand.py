@@ -217,7 +217,7 @@ def test_it_is_told_how_far_a_chain_is(clock: Clock, monkeypatch: pytest.MonkeyP
         clock.now = 107.0
         look = await hand.look()
         assert (look["id"], look["done"], look["made"], look["silent"], look["clip_seconds"]) == ("a", 0, 0, 7.0, None)
-        await group.speak("a", *CLIPS, ("stage", {"stage": "sample"}), ("step", {"step": 3, "steps": 8}))
+        await group.speak("a", *CLIPS, ("stage", {"stage": "sample", "step": 1}), ("step", {"step": 3, "steps": 8}))
         clock.now = 110.0
         look = await hand.look()
         assert (look["done"], look["count"], look["made"], look["clip"]) == (2, 4, 1, 3)

@@ -290,10 +290,10 @@ def test_a_batch_that_is_left_says_how_to_go_on(caplog: pytest.LogCaptureFixture
 
 
 def test_a_long_name_leaves_room_for_how_far_a_worker_is() -> None:
-    live = {"clip": 2, "count": 3, "stage": "denoise", "step": 4, "steps": 40, "seconds_left": 61.0}
+    live = {"clip": 2, "count": 3, "stage": "sample", "step": 4, "steps": 40, "seconds_left": 61.0}
     for name in ("a long name " * 9, "長い名前" * 20, "short"):
         line = line_of(3, tasks_of(name)[0], live, 80)
-        assert disp_len(line) <= 79 and line.endswith(", clip 2/3 denoise 4/40, 61 s left")
+        assert disp_len(line) <= 79 and line.endswith(", clip 2/3 sample 4/40, 61 s left")
         assert line.startswith(f"worker 3: {name[:4]}") and ("…" in line) == (name != "short")
     assert shorten("abcdef", 4) == "a…ef" and shorten("abcdef", 6) == "abcdef"
 

@@ -195,6 +195,7 @@ def test_a_worker_s_line_says_how_far_it_is() -> None:
     live = {"clip": 2, "count": 4, "stage": "sample", "step": 3, "steps": 8, "seconds_left": 120.0}
     assert line_of(5, task, live) == "worker 5: a, clip 2/4 sample 3/8, 2 min left"
     assert line_of(5, task, live | {"count": 0, "steps": 0, "seconds_left": None}) == "worker 5: a, clip 2/7 sample"
+    assert line_of(5, task, live | {"stage": "decode", "seconds_left": None}) == "worker 5: a, clip 2/4 decode"
     assert line_of(5, task, {}) == "worker 5: a"
     task.row = Row("name" * 50, "", task.row.settings)
     assert len(line_of(5, task, live, 60)) == 59

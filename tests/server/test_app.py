@@ -677,7 +677,7 @@ def test_how_far_a_chain_is_is_told_while_it_is_made(site: Site) -> None:
     live = making(site, name, clip=2)
     site.queue.change(name, done=1)
     for event, values in (
-        ("stage", {"stage": "sample"}),
+        ("stage", {"stage": "sample", "step": 0}),
         ("step", {"step": 5, "steps": 10}),
         ("warning", {"message": "m"}),
     ):

@@ -139,7 +139,7 @@ def test_progress_goes_on_through_stages_that_come_between_and_after_the_steps(
     monkeypatch.setattr("wan.server.live.time.monotonic", lambda: now[0])
     live.hear("clip_started", {"clip": 1})
     for stage, steps in (("load", [0]), ("sample", [1, 2, 5]), ("load", [5]), ("sample", [6, 7]), ("keep", [10])):
-        live.hear("stage", {"stage": stage})
+        live.hear("stage", {"stage": stage, "step": live.step})
         for step in steps:
             now[0] += 2.0
             live.hear("step", {"step": step, "steps": 10})

@@ -55,7 +55,7 @@ def test_what_a_worker_says_of_a_clip_is_kept_until_the_next_one(monkeypatch: py
     for event, values in (
         ("clip_started", {"clip": 2}),
         ("prompt", {"prompt": "A boat."}),
-        ("stage", {"stage": "sample"}),
+        ("stage", {"stage": "sample", "step": 0}),
         ("step", {"step": 0, "steps": 8}),
         ("warning", {"message": "dark"}),
         ("another", {}),
@@ -75,7 +75,7 @@ def test_what_a_worker_says_of_a_clip_is_kept_until_the_next_one(monkeypatch: py
     assert (one.share, one.seconds_left) == (0.25, 9.0)
     one.hear("step", {"step": 9, "steps": 8})
     assert one.share == 1.0
-    one.hear("stage", {"stage": "write"})
+    one.hear("stage", {"stage": "write", "step": 9})
     assert one.seconds_left is None
     one.hear("clip_started", {"clip": 3})
     assert (one.clip, one.prompt, one.stage, one.step, one.steps, one.before) == (3, "", "", 0, 0, 0)

@@ -18,11 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from wan.device.peers import Ended
 from wan.errors import InUse, UserError
 from wan.options import Settings
 from wan.server import worker
+from wan.server.live import Live
 from wan.server.tickets import DONE, PAUSED
 from wan.server.worker import Behind, Cancelled, KeptPipeline, Telling
 from wan.types import Step
@@ -107,7 +109,7 @@ def test_a_clip_is_told_from_its_beginning_to_its_end(monkeypatch: pytest.Monkey
     assert sent.events == [
         ("there", {"done": 2, "count": 4}),
         ("clip_started", {"clip": 3, "count": 4, "seed": 7}),
-        *(("stage", {"clip": 3, "stage": stage}) for stage in ("load", "sample", "write")),
+        *(("stage", {"clip": 3, "stage": stage, "step": 0}) for stage in ("load", "sample", "write")),
         ("clip_finished", {"clip": 3, "count": 4, "seam": {"score": 1.0}}),
     ]
     one.begin("")  # of no clip
@@ -133,6 +135,30 @@ def test_a_step_is_told_when_it_is_news(monkeypatch: pytest.MonkeyPatch) -> None
         one(step)
         told = [("step", {"clip": 1, "stage": "sample", "step": step.index, "steps": 9})] * is_told
         assert [event for event in sent.events[before:] if event[0] != "stage"] == told, step
+
+
+def test_steps_of_all_experts_are_one_stage_of_which_the_time_left_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, live, lefts = [1000.0], Live(), list[float | None]()
+    for module in ("worker", "live"):
+        monkeypatch.setattr(f"wan.server.{module}.time.monotonic", lambda: now[0])
+    one = Telling(lambda event, **more: live.hear(event, more), threading.Event(), 4, Behind())
+    one.begin("clip 1/4")
+    latents = torch.zeros(1)
+    for stage, step in (
+        ("load", Step(0, 6, "load")),
+        ("sample", Step(0, 6, "sample")),
+        ("sample", Step(1, 6, "high noise", latents)),
+        ("sample", Step(2, 6, "high noise", latents)),
+        ("load", Step(2, 6, "load")),
+        ("sample", Step(3, 6, "low noise", latents)),  # after which it is known again how long one takes
+        ("sample", Step(4, 6, "low noise", latents)),
+        ("decode", Step(6, 6, "decode")),
+    ):
+        now[0] += 3.0
+        one(step)
+        lefts.append(live.seconds_left)
+        assert (live.stage, live.step) == (stage, step.index)
+    assert lefts == [None, None, 15.0, 12.0, None, None, 6.0, None]
 
 
 def test_a_warning_is_one_line_without_marks() -> None:

@@ -16,6 +16,7 @@ from wan.batch.schedule import Task
 from wan.commands.lines import PROGRESS
 from wan.commands.progress import counted
 from wan.detail import span
+from wan.server.live import SAMPLE
 
 told = logging.getLogger(PROGRESS)
 
@@ -80,7 +81,7 @@ def line_of(worker: int, task: Task, live: Mapping[str, Any], columns: int = _CO
     line = ""
     if live.get("clip"):
         line += f", clip {live['clip']}/{live['count'] or task.clips} {live['stage']}"
-        if live["steps"]:
+        if live["steps"] and live["stage"] == SAMPLE:
             line += f" {live['step']}/{live['steps']}"
         if live["seconds_left"] is not None:
             line += f", {span(live['seconds_left'])} left"

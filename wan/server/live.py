@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEPT = 200  # events of a chain that a client which comes back may ask for
+SAMPLE = "sample"  # the stage of all solver steps, whichever expert takes them
 _BEHIND = 500  # events that a client may be behind before it is let go
 
 
@@ -38,7 +39,7 @@ class Live:
     def seconds_left(self) -> float | None:
         """Of the clip's steps, as those of this stage took so far."""
         done, taken = self.step - self.before, time.monotonic() - self.since
-        return taken / done * (self.steps - self.step) if done > 0 and self.stage == "sample" else None
+        return taken / done * (self.steps - self.step) if done > 0 and self.stage == SAMPLE else None
 
     def hear(self, event: str, values: Mapping[str, Any]) -> None:
         """Take in what the worker says."""
@@ -46,7 +47,7 @@ class Live:
             self.clip, self.stage, self.step, self.steps, self.prompt = values["clip"], "", 0, 0, ""
             self.before = 0
         elif event == "stage":
-            self.stage, self.since, self.before = values["stage"], time.monotonic(), self.step
+            self.stage, self.since, self.before = values["stage"], time.monotonic(), values["step"]
         elif event == "step":
             self.step, self.steps = values["step"], values["steps"]
         elif event == "prompt":

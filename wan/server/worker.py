@@ -32,6 +32,7 @@ from wan.device.peers import Ended
 from wan.device.ranks import World
 from wan.errors import InUse, UserError
 from wan.options import Settings
+from wan.server.live import SAMPLE
 from wan.server.questions import Questions
 from wan.server.tickets import DONE, PAUSED
 from wan.server.wire import CHECKED, owner_settings, settings_of_chain
@@ -102,7 +103,7 @@ class Telling(Progress):
     def __init__(self, send: Send, cancelled: threading.Event, clips: int, behind: Behind) -> None:
         super().__init__("", clips, quiet=True)
         self._send, self._cancelled, self._behind = send, cancelled, behind
-        self._clip, self._told = 0, 0.0
+        self._clip, self._step, self._told = 0, 0, 0.0
 
     def finish_clips(self, count: int) -> None:
         super().finish_clips(count)
@@ -111,11 +112,12 @@ class Telling(Progress):
     def begin(self, title: str, seed: int | None = None) -> None:
         super().begin(title, seed)
         self._clip = int(title.removeprefix("clip ").partition("/")[0] or 0)
+        self._step = 0
         self._send("clip_started", clip=self._clip, count=self.clips, seed=seed)
 
     def stage(self, name: str) -> None:
         if name != self._stage:
-            self._send("stage", clip=self._clip, stage=name)
+            self._send("stage", clip=self._clip, stage=name, step=self._step)
         super().stage(name)
         if name == "write":  # so that the frames of one clip at most wait beside those that are made
             self._behind.wait()
@@ -127,6 +129,9 @@ class Telling(Progress):
     def __call__(self, step: Step) -> None:
         if self._cancelled.is_set():
             raise Cancelled
+        if step.latents is not None:  # by an expert, whose name is for the log of one command
+            step = dataclasses.replace(step, stage=SAMPLE)
+        self._step = step.index
         super().__call__(step)
         if step.prompt is not None:
             self._send("prompt", clip=self._clip, prompt=step.prompt)

@@ -202,7 +202,7 @@ if (now) {
   });
   on("there", (said) => { finished = said.done; count = said.count; });
   on("clip_started", (said) => { before = done = 0; count = said.count; one("#now-words").textContent = `Clip ${said.clip} of ${said.count}`; renew(part); });
-  on("stage", (said) => { began = performance.now(); before = done; one("#now-words").textContent = `Clip ${said.clip}${count ? ` of ${count}` : ""}: ${stages[said.stage] || said.stage}`; });
+  on("stage", (said) => { began = performance.now(); before = said.step; one("#now-words").textContent = `Clip ${said.clip}${count ? ` of ${count}` : ""}: ${stages[said.stage] || said.stage}`; });
   on("step", (said) => {
     const share = said.steps ? said.step / said.steps : 0;
     done = said.step;
