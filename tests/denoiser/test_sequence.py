@@ -209,12 +209,15 @@ def test_tokens_are_exchanged_for_heads_and_back(exchange: Exchange) -> None:
     one = share(5, 2, 0, heads_ranks=2)  # three a rank, of which the last is filling
     x = torch.arange(24.0).view(1, 3, 4, 2)
     parts = one.spread(x)
-    assert exchange.asked == [("heads", (2, 3, 2, 2), [1, 1], [1, 1])]
+    assert exchange.asked == [("heads", (2, 3, 2, 2), [1, 1], [1, 1]), "wait"]  # one at a time where there is no GPU
     assert torch.equal(parts[0], x[0, :, :2]) and torch.equal(parts[1], x[0, :, 2:])
     whole = one.landed(parts)
-    assert exchange.asked[1:] == ["wait"] and whole.shape == (6, 2, 2)
+    assert exchange.asked[2:] == ["wait"] and whole.shape == (6, 2, 2)
     back = one.collect(whole[None, :5])
-    assert exchange.asked[2:] == [("heads", (2, 3, 2, 2), [1, 1], [1, 1]), "wait"]
+    assert exchange.asked[3:] == [("heads", (2, 3, 2, 2), [1, 1], [1, 1]), "wait", "wait"]
+    exchange.asked.clear()
+    one.spread(x.to("meta"))
+    assert len(exchange.asked) == 1
     x[0, 2, 2:] = 0  # the filling of the last rank's tokens
     assert torch.equal(back, x)
 
@@ -223,7 +226,7 @@ def test_a_ring_gathers_the_keys_of_all_without_filling(exchange: Exchange) -> N
     one = share(5, 2, 0, ring_ranks=2)
     x = torch.arange(6.0).view(3, 2, 1)
     whole = one.arrived(one.around(x))
-    assert exchange.asked == [("ring", (3, 2, 1), 2), "wait"]
+    assert exchange.asked == [("ring", (3, 2, 1), 2), "wait", "wait"]
     assert torch.equal(whole, torch.cat([x, x + 100])[None, :5])
     exchange.asked.clear()
     assert torch.equal(one.whole(x[None, ..., 0]), torch.cat([x, x + 100])[None, :5, :, 0])

@@ -87,8 +87,7 @@ class Share:
         """[n * count, h / n, d] of each rank of the ring -> all tokens [L, h / n, d]; on its way, see `arrived`."""
         if self.ring_ranks == 1:
             return x
-        sent: Tensor = _operations.all_gather_into_tensor(x.contiguous(), self.ring_ranks, self.ring_name)
-        return sent
+        return _one_by_one(_operations.all_gather_into_tensor(x.contiguous(), self.ring_ranks, self.ring_name))
 
     def arrived(self, x: Tensor) -> Tensor:
         """What `around` has sent, when it is there: [1, L, h / n, d], without filling."""
@@ -107,8 +106,7 @@ class Share:
     def _exchange(self, parts: Tensor) -> Tensor:
         """Parts [n, ...], one for each neighbour -> those that each of them has for this one."""
         ones = [1] * self.heads_ranks
-        sent: Tensor = _operations.all_to_all_single(parts, ones, ones, self.heads_name)
-        return sent
+        return _one_by_one(_operations.all_to_all_single(parts, ones, ones, self.heads_name))
 
     def whole(self, x: Tensor) -> Tensor:
         """[1, count, D] of every rank -> [1, L, D]."""
@@ -133,3 +131,10 @@ class Share:
         # its own tokens, the filling among them, with the keys of all
         queries = self.landed(self.spread(query()))[None]
         return self.collect(kernel(queries, self.arrived(keys), self.arrived(values)))
+
+
+def _one_by_one(sent: Tensor) -> Tensor:
+    """A tensor on its way, in host memory one that is there: with two of them on their way, of either kind, gloo writes
+    over what is not its own (PyTorch 2.13), and the process dies sooner or later."""
+    one: Tensor = _operations.wait_tensor(sent) if sent.device.type == "cpu" else sent
+    return one
