@@ -22,7 +22,7 @@ from wan.device.placement import Placement
 from wan.device.streaming import move_in_pieces
 from wan.errors import UserError
 from wan.files import something_else
-from wan.foreign import fit, parsing, shards
+from wan.foreign import fit, parsing, shards, uncollected
 from wan.weights.prefetch import ReadAhead
 from wan.weights.tensors import PLAIN, safetensors_dtypes, safetensors_shapes
 
@@ -206,12 +206,12 @@ class InternVLCaptioner(LocalModel):
     def tokenizer(self) -> Any:
         from transformers import Qwen2Tokenizer
 
-        with parsing(f"the tokenizer in {self.folder}", "download it again"):
+        with parsing(f"the tokenizer in {self.folder}", "download it again"), uncollected():
             # this class and not AutoTokenizer, which asks about remote code on stdin
             tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
-            known = tokenizer.get_vocab()
+            id_of = tokenizer.backend_tokenizer.token_to_id
         for token in ("<|im_start|>", TURN_END, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>"):
-            if token not in known:
+            if id_of(token) is None:
                 raise UserError(f"the tokenizer in {self.folder} lacks {token}: download the folder again")
         return tokenizer
 

@@ -18,7 +18,7 @@ from wan.device.parallel import Group
 from wan.device.sharding import shard
 from wan.device.shared import CommonMemory
 from wan.errors import UserError
-from wan.foreign import count_numbered, parsing
+from wan.foreign import count_numbered, parsing, uncollected
 from wan.weights.loading import check_fit, load_into
 from wan.weights.tensors import Weights
 from wan.weights.vocabulary import Vocabulary, read_vocabulary
@@ -43,7 +43,7 @@ class PromptTokenizer:
 
         self.length = length
         vocabulary = None if source.is_dir() else read_vocabulary(source)
-        with parsing(f"the tokenizer in {source}", "download it again"):
+        with parsing(f"the tokenizer in {source}", "download it again"), uncollected():
             if vocabulary is None:
                 self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             else:
