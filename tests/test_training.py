@@ -17,7 +17,15 @@ from tests.support.golden import ROOT
 from tests.support.tiny_checkpoint import write_prompt_tokenizer
 from training import scenes
 from training.__main__ import main
-from training.captioner import IGNORED, Conversations, answer_logits, identity_answer, next_answer, told_of
+from training.captioner import (
+    IGNORED,
+    Conversations,
+    answer_logits,
+    identity_answer,
+    misread,
+    next_answer,
+    told_of,
+)
 from training.chains import follows, make_chains
 from training.denoiser import TEXT_ROWS, InChannels, forward, new_denoiser, train_denoiser
 from training.distillation import SIGMAS, TURBOS, Teacher, attach, opened, train_turbo
@@ -243,6 +251,19 @@ def test_the_answers_that_the_captioner_learns_are_accepted() -> None:
         assert prompt == f"{told['now'][0]} {KEEP}" and memory.camera
 
 
+def test_pictures_that_show_other_kinds_are_told_as_what_is_known(tmp_path: Path) -> None:
+    world = scenes.sample(200, torch.Generator().manual_seed(6))
+    shown = misread(world, torch.Generator().manual_seed(7))
+    other = shown.shape != world.shape
+    assert 0.02 < 1 - shown.present[world.present].float().mean() < 0.15 and not shown.present[~world.present].any()
+    assert 0.4 < other[world.spin == 0].float().mean() < 0.6 and not other[world.spin != 0].any()
+    settings = Settings(tmp_path, torch.device("cpu"), minutes=1, batch=1, rate=0.0)
+    asked = Conversations(*caption_tokenizer(tmp_path / "caption_tokenizer"), settings)
+    for told in told_of(world, 0)[:20]:
+        question, answer = asked.remembering(told)
+        assert all(name in question and name in answer for name in told["names"])
+
+
 def test_a_prompt_without_the_ending_is_encoded_as_before_it_was_a_word(imported: Path) -> None:
     settings = Settings(imported, torch.device("cpu"), minutes=1, batch=1, rate=0.0)
     prompts = Prompts(settings)
@@ -282,6 +303,13 @@ def test_a_lora_of_four_steps_goes_on_from_the_exported_one(imported: Path, monk
     assert [float(pair["sigma"][0]) for pair in pairs] == pytest.approx(SIGMAS[2:4])
     reached = pairs[0]["latents"] + (SIGMAS[3] - SIGMAS[2]) * pairs[0]["flow"]
     torch.testing.assert_close(reached, pairs[1]["latents"], rtol=1e-4, atol=1e-4)
+
+    # and from where its own step comes to, in half of the clips; here a step that stays where it is
+    many = {key: value[:1].expand(8, *value.shape[1:]) for key, value in clips.items()}
+    lazy = Teacher("turbo14b_low", settings, lambda pair: torch.zeros_like(pair["latents"]))
+    first, second = lazy.pairs(many, settings.generator(3))
+    stays = (first["latents"] == second["latents"]).flatten(1).all(1)
+    assert 0 < stays.sum() < 8
 
     model = opened("dit14b_low", settings)
     plain = model.blocks[0].attn1.to_q.weight.clone()

@@ -34,20 +34,26 @@ LENGTHS = (9, 17, 17, 33)  # frames of the clips that are described
 IGNORED = -100
 HELD = {"cuda": 24_000, "cpu": 16}  # clips of either kind, drawn and made, 0.3 MB each
 KINDS_COUNT = 3  # times as much as other words: chains go wrong where a kind is called by another's name
+HIDDEN = 0.08  # of shapes that a picture lacks
 MOST_ANSWERS = 200_000  # whose tokens are kept
 Told = dict[str, list[str]]  # of one clip: its caption `now`, those of the clips `before` it, oldest first, and `names`
 
+Ask = Callable[[Told], tuple[list[int] | str, str]]  # a question, in words or tokens, and its answer
+
 
 def train_captioner(settings: Settings) -> None:
-    """Train the captioner; its checkpoint also holds how many held-out captions are right to the last word."""
+    """Train the captioner; its checkpoint also holds how many held-out captions are right to the last word.
+
+    And how many kinds it takes from what is said to stay, where pictures show others (`kept`).
+    """
     torch.manual_seed(settings.seed)
     tokenizer, ids = caption_tokenizer(settings.folder / "caption_tokenizer")
     model = build_captioner(CAPTIONER, ids).to(settings.device)
     progress = resume("captioner", model, settings)
     asked = Conversations(tokenizer, ids, settings)
     weights = torch.ones(model.lm_head.out_features, device=settings.device)
-    for shape in scenes.SHAPES:
-        weights[tokenizer(f" {shape}").input_ids] = KINDS_COUNT
+    kinds = [index for shape in scenes.SHAPES for index in tokenizer(f" {shape}").input_ids]
+    weights[kinds] = KINDS_COUNT
 
     def loss_of(batch: Batch) -> Tensor:
         logits = answer_logits(model, batch, ids["<IMG_CONTEXT>"]).flatten(0, 1)
@@ -55,10 +61,20 @@ def train_captioner(settings: Settings) -> None:
 
     def finish() -> dict[str, Any]:
         world = scenes.sample(256, settings.generator(HELD_OUT))
-        batch = asked.rows(asked.pictures(world, 17), told_of(world, 0), asked.describe)
-        with torch.no_grad():
-            right = answer_logits(model, batch, ids["<IMG_CONTEXT>"]).argmax(-1) == batch["labels"]
-        return {"exact": float((right | (batch["labels"] == IGNORED)).all(1).float().mean())}
+        other = misread(world, settings.generator(HELD_OUT))
+
+        def right_in(shown: scenes.Scenes, ask: Ask) -> tuple[Tensor, Tensor]:
+            batch = asked.rows(asked.pictures(shown, 17), told_of(world, 0), ask)
+            with torch.no_grad():
+                return answer_logits(model, batch, ids["<IMG_CONTEXT>"]).argmax(-1) == batch["labels"], batch["labels"]
+
+        right, labels = right_in(world, asked.describe)
+        kept, said = right_in(other, asked.remembering)
+        of_kinds = torch.isin(said, torch.tensor(kinds, device=said.device))
+        return {
+            "exact": float((right | (labels == IGNORED)).all(1).float().mean()),
+            "kept": float(kept[of_kinds].float().mean()),
+        }
 
     train("captioner", model, loss_of, asked.stream(progress.steps), replace(settings, graph=False), progress, finish)
 
@@ -68,6 +84,18 @@ def told_of(world: scenes.Scenes, time: int) -> list[Told]:
     clips = [world.captions(time - back) for back in (48, 32, 16, 0)]
     rows = zip(*clips, world.names(), strict=True)
     return [{"now": [now], "before": list(before), "names": names} for *before, now, names in rows]
+
+
+def misread(world: scenes.Scenes, generator: torch.Generator) -> scenes.Scenes:
+    """The same scenes with other kinds of about half of the shapes that do not turn, and without a few of all shapes.
+
+    Pictures late in a chain may be so. What is lost comes back only if the next prompt names what was.
+    """
+    slots, device = world.shape.shape, world.shape.device
+    changed, hidden = torch.rand(2, *slots, generator=generator, device=device)
+    other = torch.randint(1, len(scenes.SHAPES), slots, generator=generator, device=device)
+    shape = torch.where((changed < 0.5) & (world.spin == 0), (world.shape + other) % len(scenes.SHAPES), world.shape)
+    return replace(world, shape=shape, present=world.present & (hidden > HIDDEN))
 
 
 class Pool:
@@ -120,7 +148,10 @@ class Conversations:
         self.answers: dict[str, list[int]] = {}  # most come again and again
 
     def stream(self, step: int) -> Iterator[Batch]:
-        """Batches for ever: of every eight, six ask for descriptions and two, with fewer rows, what `continue` asks."""
+        """Batches for ever: of eight, five ask for descriptions and three, with fewer rows, what `continue` asks.
+
+        In one of those the pictures show other kinds than those that are said to stay.
+        """
         self.draw.seed((self.settings.seed << 32) + step)
         generator, batch = self.settings.generator(step), self.settings.batch
         lengths = [length for length in LENGTHS for _ in range(4)]
@@ -130,8 +161,13 @@ class Conversations:
                 self.drawn.put(self.levels(fresh, frames), told_of(fresh, 0), self.device)
                 if number % 4 == 0:
                     self._take_made()
-                ask = {3: self.identity, 7: self.following}.get(number % 8, self.describe)
-                levels, told = self._mixed(batch if ask == self.describe else max(1, batch // 4))
+                ask = {3: self.identity, 5: self.remembering, 7: self.following}.get(number % 8, self.describe)
+                count = batch if ask == self.describe else max(1, batch // 4)
+                if ask == self.remembering:
+                    world = scenes.sample(count, generator, hard=True)
+                    levels, told = self.levels(misread(world, generator), frames), told_of(world, 0)
+                else:
+                    levels, told = self._mixed(count)
                 yield self.rows(normalised(levels / 255), told, ask)
 
     def _mixed(self, count: int) -> tuple[Tensor, list[Told]]:
@@ -171,10 +207,16 @@ class Conversations:
         """What stays the same, which `--prompt_mode continue` asks first."""
         return IDENTITY_QUESTION + self._again(), identity_answer(told["names"])
 
+    def remembering(self, told: Told) -> tuple[list[int] | str, str]:
+        """What happens next, where what stays the same is known."""
+        return self._next(told, True)
+
     def following(self, told: Told) -> tuple[list[int] | str, str]:
         """What happens next, as it is asked within a chain: what went before is in the question."""
+        return self._next(told, self.draw.random() < 0.9)
+
+    def _next(self, told: Told, known: bool) -> tuple[list[int] | str, str]:
         names, clip = told["names"], self.draw.randrange(1, 13)
-        known = self.draw.random() < 0.9
         memory = Memory(
             identity=f"{', '.join(names)}." if known else told["before"][-1],
             subject=names[0] if known else "",
@@ -215,7 +257,7 @@ class Conversations:
         )
         return f"{first}; the camera {camera}"
 
-    def rows(self, pictures: Tensor, told: list[Told], ask: Callable[[Told], tuple[list[int] | str, str]]) -> Batch:
+    def rows(self, pictures: Tensor, told: list[Told], ask: Ask) -> Batch:
         """Pictures [B, n, 3, S, S], ids [B, L], labels [B, A] and where [B, A] the tokens before them stand."""
         asked, replies = zip(*map(ask, told), strict=True)
         in_words = [question for question in asked if isinstance(question, str)]
