@@ -186,7 +186,7 @@ class Model:
 
 def models() -> Models:
     checkpoint: Any = SimpleNamespace(experts=dict.fromkeys(EXPERTS), single=False, parts=())
-    return Models("x", checkpoint, {name: lambda mapped: Model() for name in ("vae", *EXPERTS)}, in_threads=False)
+    return Models("x", checkpoint, {name: lambda *_: Model() for name in ("vae", *EXPERTS)}, in_threads=False)
 
 
 def test_models_that_are_let_go_are_gone_at_once() -> None:
@@ -247,7 +247,7 @@ def test_an_expert_is_loaded_where_it_waits_and_its_slice_where_it_computes(
         shards=lambda name: group,
     )
     with pytest.raises(KeyboardInterrupt):
-        load["model"](False)
+        load["model"](False, None)
     assert where == [CPU if group is None else torch.device("meta")]
 
 

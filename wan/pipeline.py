@@ -35,7 +35,7 @@ from wan.device.host_budget import HostBudget, HostPlan, host_limit
 from wan.device.parallel import ALONE, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
-from wan.device.shared import sharers
+from wan.device.shared import CommonLayers, sharers
 from wan.encoding import PromptEmbeddings, SharedVae
 from wan.errors import UserError
 from wan.models import Models, loaders
@@ -150,17 +150,17 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
             machine=lambda: self.team.machine,
-            common=lambda name: self.models.common(name),
         )
         needs_gpu = home.type != "cpu" or config.low_precision is not None or bool(self.sharded & experts)
         numbers = [str(config.param_dtype), str(config.t5_dtype), convert_model_dtype]
+        common = CommonLayers({name: weights.files for name, weights in self.checkpoint.parts}, numbers)
         self.models = Models(
             config.name,
             self.checkpoint,
             load,
             in_threads=not needs_gpu,
             device=self.device,
-            in_common=numbers if together > 1 else None,
+            common=common if together > 1 and not self.checkpoint.single else None,
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
