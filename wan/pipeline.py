@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     # diffusers, whose import takes seconds, is for what computes: a plan is made without it
     from wan.denoiser.sampling import Expert
     from wan.vae.vae import WanVAE
-
-log = logging.getLogger(__name__)
 
 
 class Pipeline(ABC):
@@ -127,12 +124,8 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        together = 1 if self.sharded or config.low_precision else sharers(share_weights)
-        if together < share_weights:
-            why = (
-                "they are rounded or sliced" if self.sharded or config.low_precision else "this machine does not do it"
-            )
-            log.warning("`share_weights`: this process holds its weights by itself, for %s", why)
+        apart = "they are rounded or sliced" if self.sharded or config.low_precision else ""
+        together = sharers(share_weights, apart)
         self.host = HostBudget(
             self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=together
         )

@@ -169,13 +169,21 @@ class CommonLayers:
         return CommonMemory(hashlib.sha256(facts.encode()).hexdigest()[:32])
 
 
-def sharers(asked: int) -> int:
-    """How many processes hold the layers of models in common: as many as asked, or 1 where they cannot."""
+def sharers(asked: int, why_not: str = "") -> int:
+    """How many processes hold the layers of models in common: as many as asked, or 1 where they cannot.
+
+    `why_not` is a reason that their weights have.
+    """
     if asked == 1:
         return 1
-    with closing(CommonMemory("probe")) as probe:
-        probe.open(mmap.PAGESIZE)
-        return asked if probe.is_visible else 1
+    if not why_not:
+        with closing(CommonMemory("probe")) as probe:
+            probe.open(mmap.PAGESIZE)
+            if probe.is_visible:
+                return asked
+        why_not = "this machine does not do it"
+    log.warning("`share_weights`: this process holds its weights by itself, for %s", why_not)
+    return 1
 
 
 def _state_of(file: Path) -> tuple[str, int, int, int, int]:
