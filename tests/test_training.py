@@ -304,6 +304,13 @@ def test_a_lora_of_four_steps_goes_on_from_the_exported_one(imported: Path, monk
     reached = pairs[0]["latents"] + (SIGMAS[3] - SIGMAS[2]) * pairs[0]["flow"]
     torch.testing.assert_close(reached, pairs[1]["latents"], rtol=1e-4, atol=1e-4)
 
+    # and from where its own step comes to, in half of the clips; here a step that stays where it is
+    many = {key: value[:1].expand(8, *value.shape[1:]) for key, value in clips.items()}
+    lazy = Teacher("turbo14b_low", settings, lambda pair: torch.zeros_like(pair["latents"]))
+    first, second = lazy.pairs(many, settings.generator(3))
+    stays = (first["latents"] == second["latents"]).flatten(1).all(1)
+    assert 0 < stays.sum() < 8
+
     model = opened("dit14b_low", settings)
     plain = model.blocks[0].attn1.to_q.weight.clone()
     lora = attach(model, TURBOS["turbo14b_low"])

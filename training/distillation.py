@@ -1,14 +1,15 @@
 """Stages `turbo5b`, `turbo14b_high` and `turbo14b_low`: LoRAs with which `--preset turbo` makes a clip in 4 steps.
 
 Each of the four steps should come to where the model without a LoRA comes from the same latents, with guidance and in
-smaller steps: a LoRA learns the mean flow from one of the four noise levels to the next. Its factors are stored in fp8
-and rounded so in training.
+smaller steps: a LoRA learns the mean flow from one of the four noise levels to the next. Half of the latents between
+two steps are those that it comes to itself, so that it learns to go on from its own errors. Its factors are stored in
+fp8 and rounded so in training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ FINEST = 0.17  # noise between two of the smaller steps, at most
 SCALE = 1 / 256  # so that both factors have values that fp8 holds well
 LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 MOST = {"cuda": 16_384, "cpu": 8}  # pairs of latents and flow that are held
+ITSELF = 0.5  # of the clips that go on from the LoRA's own step
 REUSED = 8  # batches between two passes of the teacher, once so many are there
 
 
@@ -62,8 +64,11 @@ def train_turbo(name: str, settings: Settings) -> None:
     lora.to(settings.device)
     progress = resume(name, lora, settings)
 
+    def student(batch: Batch) -> tuple[Tensor, Tensor]:
+        return stage.conditioning.flow(model, batch["latents"], batch["sigma"], batch)
+
     def loss_of(batch: Batch) -> Tensor:
-        flow, counts = stage.conditioning.flow(model, batch["latents"], batch["sigma"], batch)
+        flow, counts = student(batch)
         error = (flow - batch["flow"]).square().mean((1, 3, 4))
         return (error * counts).sum() / counts.sum()
 
@@ -72,7 +77,7 @@ def train_turbo(name: str, settings: Settings) -> None:
         name,
         lora,
         loss_of,
-        pairs(name, settings, progress.steps),
+        pairs(name, settings, progress.steps, lambda batch: student(batch)[0]),
         lasting,
         progress,
         in_fp8=lambda name, dimensions: True,
@@ -115,9 +120,12 @@ def attach(model: Any, turbo: Turbo) -> nn.ModuleDict:
     return nn.ModuleDict(ranks)
 
 
-def pairs(name: str, settings: Settings, step: int) -> Iterator[Batch]:
-    """Latents at one of the LoRA's noise levels and the mean flow from there to the next, again and again."""
-    teacher, generator = Teacher(name, settings), settings.generator(step)
+def pairs(name: str, settings: Settings, step: int, student: Callable[[Batch], Tensor]) -> Iterator[Batch]:
+    """Latents at one of the LoRA's noise levels and the mean flow from there to the next, again and again.
+
+    `student` gives the flow that the model has with the LoRA as it is.
+    """
+    teacher, generator = Teacher(name, settings, student), settings.generator(step)
     source = Clips(settings.folder / STAGES[TURBOS[name].denoiser].clips, settings, generator).batches(settings.batch)
     most, held, place, filled, number = MOST[settings.device.type], Batch(), 0, 0, 0
     while True:
@@ -137,10 +145,11 @@ def pairs(name: str, settings: Settings, step: int) -> Iterator[Batch]:
 
 
 class Teacher:
-    """The denoisers without a LoRA, with guidance."""
+    """The denoisers without a LoRA, with guidance. What goes on from the steps of a `student` is half of its clips."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, student: Callable[[Batch], Tensor] | None = None) -> None:
         turbo = TURBOS[name]
+        self.student = student
         self.conditioning = STAGES[turbo.denoiser].conditioning
         self.null = Prompts(settings)([NEGATIVE_PROMPT])
         denoiser = turbo.denoiser
@@ -160,7 +169,13 @@ class Teacher:
             moved = self._go(latents, start, end, beside)
             if start in self.levels:
                 sigma = torch.full((len(latents),), start, device=latents.device)
-                yield {"latents": latents, "flow": (moved - latents) / (end - start), "sigma": sigma, **beside}
+                at = {"latents": latents, "sigma": sigma, **beside}
+                yield at | {"flow": (moved - latents) / (end - start)}
+                if self.student is not None:
+                    itself = torch.rand(len(latents), generator=generator, device=generator.device) < ITSELF
+                    moved = torch.where(
+                        itself[:, None, None, None, None], latents + (end - start) * self.student(at), moved
+                    )
             latents = moved
 
     def _go(self, latents: Tensor, start: float, end: float, beside: Batch) -> Tensor:
