@@ -63,7 +63,7 @@ def test_what_a_thread_has_loaded_is_for_the_first_who_takes_it() -> None:
     background = BackgroundLoader(str.upper)
     with background.loading(["a", "b"]):
         assert (background.take("b"), background.take("b"), background.take("c")) == ("B", None, None)
-    assert [*background.names] == ["a"] and background.has("a") and not background.has("b")
+    assert background.take("a") == "A" and not background.has("b")
 
 
 def test_what_goes_wrong_is_told_in_the_block_and_where_the_model_is_used() -> None:
@@ -125,7 +125,7 @@ def test_what_is_forgotten_while_it_comes_is_not_kept() -> None:
         assert begun.wait(10)
         models.forget_all()
         over.set()
-    assert not models.is_loaded(NAMES[0]) and not models._background.names
+    assert not models.is_loaded(NAMES[0]) and models._background.take(NAMES[0]) is None
 
 
 def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_not_read() -> None:

@@ -206,12 +206,13 @@ def test_models_leave_when_they_are_to_take_turns_and_not_again_for_the_same_pla
     owner.live_by(HostPlan())
     assert owner["vae"] is model
     owner.live_by(turns)
-    assert not owner.is_loaded("vae") and owner.take_turns
+    assert not owner.is_loaded("vae")
+    assert owner[EXPERTS[0]] in owner.loaded and owner["vae"] is not model and not owner.is_loaded(EXPERTS[0])
     model = owner["vae"]
     owner.live_by(HostPlan(in_turn=True))
     assert owner["vae"] is model
     owner.live_by(HostPlan())
-    assert owner["vae"] is model and not owner.take_turns
+    assert owner[EXPERTS[0]] in owner.loaded and owner["vae"] is model
 
 
 def test_models_wait_at_home(monkeypatch: pytest.MonkeyPatch) -> None:

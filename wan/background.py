@@ -68,11 +68,6 @@ class BackgroundLoader:
         coming = self._coming.get(name)
         return coming is not None and coming.done() and not coming.has_failed
 
-    @property
-    def names(self) -> Collection[str]:
-        """The models that have come, are coming or failed, and that nobody has taken."""
-        return self._coming.keys()
-
     def forget(self, name: str) -> None:
         """Load a model no further, or let it go; one that has begun ends at its next shard."""
         if (coming := self._coming.pop(name, None)) is not None:

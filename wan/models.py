@@ -122,14 +122,9 @@ class Models:
             self.forget_all()  # they may be mapped, or several
         self._plan = plan
 
-    @property
-    def take_turns(self) -> bool:
-        """Whether a model leaves host memory when another is needed."""
-        return self._plan.in_turn
-
     def forget_all(self) -> None:
         """Let all models go."""
-        for name in [*self._loaded, *self._background.names]:
+        for name in self._loaders.keys() | self._loaded.keys():
             self.forget(name)
         gc.collect()  # a model is in circles of its own hooks
 

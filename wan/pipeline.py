@@ -124,8 +124,7 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        apart = "they are rounded or sliced" if self.sharded or config.low_precision else ""
-        together = sharers(share_weights, apart)
+        together = sharers(share_weights, "they are rounded or sliced" if self.sharded or config.low_precision else "")
         self.host = HostBudget(
             self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=together
         )
