@@ -107,18 +107,18 @@ class TextEncoder(nn.Module):
         device: torch.device,
         mapped: bool = False,
         shards: Group | None = None,
-        common: Callable[[int], CommonMemory] | None = None,
+        shared: CommonMemory | None = None,
     ) -> TextEncoder:
         """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError.
 
-        `shards`: the processes of which each keeps a slice of every parameter. `common`: as in `load_into`.
+        `shards`: the processes of which each keeps a slice of every parameter. `shared`: as in `load_into`.
         """
         model, source_of = cls._empty(weights)
         model.encoder.embed_tokens = model.shared
         if shards is not None:
             shard(model, "encoder.block", lambda name: dtype, device, shards)
         layers = "encoder.block" if shards is None else ""
-        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped, common=common)
+        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped, shared=shared)
         return cls(model.to(device).eval(), tokenizer)
 
     @classmethod
