@@ -1,10 +1,14 @@
 """An InternVL3_5-8B of random weights made on the GPU, and the time of its captions; for `benchmarks.clip`.
 
     python -m benchmarks.captioning [--vlm FOLDER [--room GIB ...] [--tokens N] [--frames N]]
+    python -m benchmarks.captioning --vlm FOLDER --loads
 
 With `--vlm` a folder's captions: whole on the GPU, then with as much of it for its weights as each `--room` says, so
 that the layers beyond come one by one. Layers that come so run other kernels, which round otherwise, so where the
 words part the two must be about as likely: exits with 1 where one is not.
+
+With `--loads` seconds and GB/s of loading the folder, files in the system's cache: twice by the library alone and twice
+as a run does it. Exits with 1 where the numbers are not the same.
 """
 
 from __future__ import annotations
@@ -233,6 +237,26 @@ def streamed(folder: Path, rooms: list[float], tokens: int, pictures: int, devic
     return right
 
 
+def loads(folder: Path, device: torch.device) -> bool:
+    """A row for its tokenizer and each way of loading its weights; whether all make the same numbers."""
+    captioner, size, sums = InternVLCaptioner(folder, device), (weight_bytes(folder) or 0) / 1e9, set[int]()
+    for file in captioner.weights:
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+    torch.zeros(1, device=device)  # what CUDA takes is not the loading's
+    print({"tokenizer": round(timed(lambda: captioner.tokenizer, device)[0], 2)}, flush=True)
+    for way in ("library", "ours") * 2:  # the first one imports the model's code
+        with patch.object(InternVLCaptioner, "can_be_mapped", way == "ours"):
+            (taken,) = timed(captioner.prepare_weights, device)
+        tensors = [*captioner.model.parameters(), *captioner.model.buffers()]
+        sums.add(sum(int(tensor.view(torch.int16).sum(dtype=torch.int64)) for tensor in tensors))
+        print({"way": way, "seconds": round(taken, 2), "gb_per_s": round(size / taken, 2)}, flush=True)
+        del tensors
+        captioner.close()
+    return len(sums) == 1
+
+
 def one_pass(captioner: InternVLCaptioner, ids: Tensor, pixels: Tensor, words: Tensor) -> Tensor:
     """The logits [L, vocabulary] of an answer's words [L], float32 on the CPU."""
     whole = torch.cat([ids, words[None]], dim=1).to(captioner.device)
@@ -247,9 +271,12 @@ def main() -> int:
     parser.add_argument("--room", type=float, nargs="*", default=[12, 8, 4], metavar="GIB")
     parser.add_argument("--tokens", type=int, default=ANSWER)
     parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--loads", action="store_true")
     parser.add_argument("--device", default="cuda:0")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.loads:
+        return not loads(args.vlm, device)
     if args.vlm:
         return not streamed(args.vlm, args.room, args.tokens, args.frames, device)
     print(captions(device))

@@ -45,7 +45,7 @@ LAYERS = [
         "wan.comfy",
         "wan.stopwatch",
     ),
-    ("wan.models", "wan.prompting", "wan.chain.plan", "wan.encoding"),
+    ("wan.models", "wan.background", "wan.prompting", "wan.chain.plan", "wan.encoding"),
     ("wan.clip_sampler", "wan.sampling_rules", "wan.fitted_frames", "wan.caption_helpers"),
     ("wan.planning", "wan.candidates"),
     ("wan.pipeline",),

@@ -5,6 +5,7 @@ And the benchmark of seams: the report's threshold tells cut footage from footag
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clip, loading, many_chains, memory, real_size, rehearsal, seams, timing
+from benchmarks import captioning, clip, loading, many_chains, memory, real_size, rehearsal, seams, timing
+from tests.support.golden import GOLDEN_VLM
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from training import scenes
+from wan.captioner.internvl import InternVLCaptioner
 from wan.types import KnownFrames, Request
 
 pytestmark = pytest.mark.slow
@@ -234,3 +237,23 @@ def test_shapes_are_counted_by_what_is_in_sight_of_them() -> None:
     assert one.sum() > 3 and many_chains.in_most(frames, world)[one, 0].all()
     frames[:, :, 1:] = 0
     assert not many_chains.in_most(frames, world).any()
+
+
+def test_a_vlm_is_loaded_by_the_library_and_as_a_run_does_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, device = GOLDEN_VLM / "hf", torch.device("cpu")
+    assert captioning.loads(folder, device)
+    rows = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row.get("way") for row in rows] == [None, "library", "ours", "library", "ours"]
+    assert all(row["gb_per_s"] >= 0 for row in rows[1:])
+    load = InternVLCaptioner.load
+
+    def changed(self: InternVLCaptioner) -> Any:
+        model = load(self)
+        if self.can_be_mapped:
+            model.lm_head.weight.data = model.lm_head.weight.data + 1
+        return model
+
+    monkeypatch.setattr(InternVLCaptioner, "load", changed)
+    assert not captioning.loads(folder, device)

@@ -469,9 +469,10 @@ def test_the_public_names_are_there() -> None:
 def test_weights_that_cannot_be_in_common_are_said_to_be_each_process_s_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wan.pipeline.sharers", lambda asked: 1)
-    v2v = WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt", share_weights=2)
-    assert v2v.host.sharers == 1 and "holds its weights by itself, for this machine does not do it" in caplog.text
-    caplog.clear()
+    monkeypatch.setattr("wan.device.shared._is_open", lambda *facts: False)  # no /proc
+    for sliced, why in (False, "this machine does not do it"), (True, "they are rounded or sliced"):
+        v2v = WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt", t5_fsdp=sliced, share_weights=2)
+        assert v2v.host.sharers == 1 and f"holds its weights by itself, for {why}" in caplog.text
+        caplog.clear()
     WanV2V5B(float32("v2v-5B"), GOLDEN / "5b" / "ckpt")
     assert not caplog.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
@@ -35,7 +36,7 @@ from wan.files import (
     write_json,
     write_text,
 )
-from wan.foreign import count_numbered, fit, parse_json, parsing, read_bytes, read_json, shards
+from wan.foreign import count_numbered, fit, parse_json, parsing, read_bytes, read_json, shards, uncollected
 from wan.sizes import begun_size, best_size, continued_size, exact_size, fills, official_size
 
 MIB = 1 << 20
@@ -379,3 +380,20 @@ def test_a_video_is_continued_in_its_size_where_that_fills_the_area(
     )
     # 1120 x 800 fills the area in cells of 32, and is not what the rule makes of it
     assert continued_size("ti2v", 1120, 800, 1280 * 704) == (1120, 800)
+
+
+def test_circles_are_looked_for_again_as_they_were_before() -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError), uncollected():
+            with uncollected():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise ValueError
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

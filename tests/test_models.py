@@ -19,9 +19,11 @@ from transformers import UMT5EncoderModel
 
 from tests.support.golden import GOLDEN, float32
 from wan import UserError
+from wan.background import BackgroundLoader
 from wan.denoiser.model import WanModel
 from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
+from wan.device.shared import CommonLayers
 from wan.models import Models, loaders
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
@@ -39,7 +41,7 @@ def models_of(loader: Any, **options: Any) -> Models:
 def test_a_model_is_loaded_while_the_block_computes() -> None:
     begun, computed, calls = Event(), Event(), list[bool]()
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         calls.append(mapped)
         begun.set()
         assert computed.wait(10)
@@ -57,10 +59,17 @@ def test_a_model_is_loaded_while_the_block_computes() -> None:
         check()
 
 
+def test_what_a_thread_has_loaded_is_for_the_first_who_takes_it() -> None:
+    background = BackgroundLoader(str.upper)
+    with background.loading(["a", "b"]):
+        assert (background.take("b"), background.take("b"), background.take("c")) == ("B", None, None)
+    assert background.take("a") == "A" and not background.has("b")
+
+
 def test_what_goes_wrong_is_told_in_the_block_and_where_the_model_is_used() -> None:
     calls, is_mended = [], Event()
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         calls.append(mapped)
         if is_mended.is_set():
             return object()
@@ -82,14 +91,14 @@ def test_what_goes_wrong_is_told_in_the_block_and_where_the_model_is_used() -> N
 
 
 def test_who_waits_for_a_model_hears_what_its_thread_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan.models.LOOKS", 0.01)
+    monkeypatch.setattr("wan.background.LOOKS", 0.01)
     told, heard = list[str](), Event()
 
     def hear(detail: str) -> None:
         told.append(detail)
         heard.set()
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         tell_detail("shard 2 of 6")
         assert heard.wait(10)
         return object()
@@ -97,7 +106,7 @@ def test_who_waits_for_a_model_hears_what_its_thread_is_at(monkeypatch: pytest.M
     models = models_of(loader)
     with heard_by(hear), models.loading(NAMES[:1]):
         assert models[NAMES[0]] is not None
-    assert set(told) == {"shard 2 of 6"} and models._details == {}
+    assert set(told) == {"shard 2 of 6"}
     with models.loading(NAMES[:1]):  # it is there, and nobody loads it again
         pass
     assert len(models.loaded) == 1
@@ -106,7 +115,7 @@ def test_who_waits_for_a_model_hears_what_its_thread_is_at(monkeypatch: pytest.M
 def test_what_is_forgotten_while_it_comes_is_not_kept() -> None:
     begun, over = Event(), Event()
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         begun.set()
         assert over.wait(10)
         return object()
@@ -116,14 +125,14 @@ def test_what_is_forgotten_while_it_comes_is_not_kept() -> None:
         assert begun.wait(10)
         models.forget_all()
         over.set()
-    assert not models.is_loaded(NAMES[0]) and models._coming == {}
+    assert not models.is_loaded(NAMES[0]) and models._background.take(NAMES[0]) is None
 
 
 def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_not_read() -> None:
     begun, forgotten, begins, ends = Event(), Event(), list[str](), list[str]()
 
     def loader(name: str) -> Any:
-        def load(mapped: bool) -> object:
+        def load(mapped: bool, common: object) -> object:
             begins.append(name)
             tell_detail("shard 1 of 2")
             begun.set()
@@ -142,27 +151,22 @@ def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_n
         models.forget_all()
         forgotten.set()
         thread.join(10)
-    assert begins == [NAMES[0]] and not ends and models._details == {}
+    assert begins == [NAMES[0]] and not ends
 
 
 def test_what_is_read_again_while_its_thread_still_reads_lies_elsewhere(tmp_path: Path) -> None:
     begun, over, lain = Event(), Event(), list[Any]()
 
-    def loader(mapped: bool) -> object:
-        if lain:
-            lain.append(models.common(NAMES[0]))
-            return object()
-        lain.append(None)
-        begun.set()
-        assert over.wait(10)
-        lain[0] = models.common(NAMES[0])
+    def loader(mapped: bool, common: object) -> object:
+        lain.append(common)
+        if len(lain) == 1:
+            begun.set()
+            assert over.wait(10)
         return object()
 
     file = tmp_path / "weights"
     file.touch()
-    models = models_of(loader, in_common="float32")
-    checkpoint: Any = models.checkpoint
-    checkpoint.parts = [(NAMES[0], SimpleNamespace(files=[file]))]
+    models = models_of(loader, common=CommonLayers({NAMES[0]: [file]}, "float32"))
     with models.loading(NAMES[:1]):
         assert begun.wait(10)
         (thread,) = (one for one in threading.enumerate() if one.name == "loading")
@@ -170,7 +174,7 @@ def test_what_is_read_again_while_its_thread_still_reads_lies_elsewhere(tmp_path
         assert models[NAMES[0]] is not None
         over.set()
         thread.join(10)
-    assert lain[0] is not lain[1] and None not in lain and models._common == {}
+    assert lain[0] is not lain[1] and None not in lain
 
 
 def test_what_fails_in_a_thread_holds_no_memory_while_it_is_read_again() -> None:
@@ -180,7 +184,7 @@ def test_what_fails_in_a_thread_holds_no_memory_while_it_is_read_again() -> None
 
     halves, kept = list[Any](), list[bool]()
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         half = Half()
         kept.extend(one() is not None for one in halves)
         halves.append(weakref.ref(half))
@@ -196,7 +200,7 @@ def test_what_fails_in_a_thread_holds_no_memory_while_it_is_read_again() -> None
 def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(given: dict[str, Any]) -> None:
     options = dict(given)
     plan, alone = options.pop("plan", HostPlan()), options.pop("alone", True)
-    models = models_of(lambda mapped: pytest.fail("loaded"), **options)
+    models = models_of(lambda *_: pytest.fail("loaded"), **options)
     models.live_by(plan)
     with models.loading(["low_noise_model"], alone) as check:
         check()
@@ -206,7 +210,7 @@ def test_where_it_cannot_be_loaded_beside_another_only_its_files_are_read(given:
 def test_what_has_begun_when_the_block_ends_is_for_whoever_wants_it_next() -> None:
     begun, over, calls = Event(), Event(), []
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         calls.append(mapped)
         begun.set()
         assert over.wait(10)
@@ -234,7 +238,7 @@ def test_models_are_the_same_while_a_library_has_set_another_dtype_for_the_proce
     )
 
     def state(name: str) -> dict[str, torch.Tensor]:
-        model = load[name](False)
+        model = load[name](False, None)
         return dict(model.named_parameters()) | dict(model.named_buffers())
 
     for name in load:
@@ -277,7 +281,7 @@ def test_a_model_that_is_built_in_a_thread_takes_no_memory_from_modules_of_other
 
 
 def test_experts_that_are_in_memory_stay_for_the_next_clip_where_there_is_room() -> None:
-    models = models_of(lambda mapped: object())
+    models = models_of(lambda *_: object())
     assert models.experts_to_keep() == frozenset()
     assert models[NAMES[0]] is not None
     assert models.experts_to_keep() == {NAMES[0]}
@@ -288,7 +292,7 @@ def test_experts_that_are_in_memory_stay_for_the_next_clip_where_there_is_room()
 def single() -> Models:
     """One denoiser that serves both experts."""
     checkpoint: Any = SimpleNamespace(experts=dict.fromkeys(NAMES), single=True, parts=())
-    return Models("x", checkpoint, dict.fromkeys(NAMES, lambda mapped: object()))
+    return Models("x", checkpoint, dict.fromkeys(NAMES, lambda *_: object()))
 
 
 def test_one_denoiser_that_serves_both_experts_is_loaded_once() -> None:
@@ -303,7 +307,7 @@ def test_one_denoiser_that_serves_both_experts_is_loaded_once() -> None:
 
 
 def test_a_team_keeps_the_experts_that_all_have() -> None:
-    models = models_of(lambda mapped: object())
+    models = models_of(lambda *_: object())
     kept, other = models[NAMES[0]], models[NAMES[1]]
     models.keep_experts([NAMES[0]])
     assert models.loaded == [kept] and models[NAMES[1]] is not other
@@ -317,7 +321,7 @@ def test_a_team_keeps_the_experts_that_all_have() -> None:
 def test_weights_stay_mapped_where_the_plan_says_so(mapped: bool) -> None:
     asked: list[bool] = []
 
-    def loader(mapped: bool) -> object:
+    def loader(mapped: bool, common: object) -> object:
         asked.append(mapped)
         return object()
 
@@ -353,7 +357,7 @@ def files(*names: str) -> tuple[LoraFile, ...]:
 
 
 def test_loras_are_merged_when_they_change_and_read_once(merging: list[Any]) -> None:
-    models = models_of(lambda mapped: object())
+    models = models_of(lambda *_: object())
     high, low = NAMES
     models.check_loras({high: files("a")})
     assert models.lora_bytes({high: files("a", "bcd"), low: ()}) == {high: 4} and models.loaded == []
@@ -378,7 +382,7 @@ def test_loras_are_merged_when_they_change_and_read_once(merging: list[Any]) -> 
 
 
 def test_a_model_that_was_half_merged_is_let_go(merging: list[Any]) -> None:
-    models = models_of(lambda mapped: object())
+    models = models_of(lambda *_: object())
     assert models[NAMES[0]] is not None
     with pytest.raises(UserError, match="it is NaN"):
         models.merge_loras({NAMES[0]: files("bad")})
@@ -387,7 +391,7 @@ def test_a_model_that_was_half_merged_is_let_go(merging: list[Any]) -> None:
 
 def test_files_of_models_that_are_not_loaded_are_read_ahead_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan.models.that_fit", lambda files: files[:2])
-    models = models_of(lambda mapped: object())
+    models = models_of(lambda *_: object())
     parts = [(name, SimpleNamespace(files=[Path(f"{name}_{n}") for n in (1, 2)])) for name in ("vae", *NAMES)]
     checkpoint: Any = models.checkpoint
     checkpoint.parts = parts

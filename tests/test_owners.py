@@ -186,7 +186,7 @@ class Model:
 
 def models() -> Models:
     checkpoint: Any = SimpleNamespace(experts=dict.fromkeys(EXPERTS), single=False, parts=())
-    return Models("x", checkpoint, {name: lambda mapped: Model() for name in ("vae", *EXPERTS)}, in_threads=False)
+    return Models("x", checkpoint, {name: lambda *_: Model() for name in ("vae", *EXPERTS)}, in_threads=False)
 
 
 def test_models_that_are_let_go_are_gone_at_once() -> None:
@@ -206,12 +206,13 @@ def test_models_leave_when_they_are_to_take_turns_and_not_again_for_the_same_pla
     owner.live_by(HostPlan())
     assert owner["vae"] is model
     owner.live_by(turns)
-    assert not owner.is_loaded("vae") and owner.take_turns
+    assert not owner.is_loaded("vae")
+    assert owner[EXPERTS[0]] in owner.loaded and owner["vae"] is not model and not owner.is_loaded(EXPERTS[0])
     model = owner["vae"]
     owner.live_by(HostPlan(in_turn=True))
     assert owner["vae"] is model
     owner.live_by(HostPlan())
-    assert owner["vae"] is model and not owner.take_turns
+    assert owner[EXPERTS[0]] in owner.loaded and owner["vae"] is model
 
 
 def test_models_wait_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_an_expert_is_loaded_where_it_waits_and_its_slice_where_it_computes(
         shards=lambda name: group,
     )
     with pytest.raises(KeyboardInterrupt):
-        load["model"](False)
+        load["model"](False, None)
     assert where == [CPU if group is None else torch.device("meta")]
 
 

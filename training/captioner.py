@@ -69,8 +69,8 @@ def train_captioner(settings: Settings) -> None:
                 return answer_logits(model, batch, ids["<IMG_CONTEXT>"]).argmax(-1) == batch["labels"], batch["labels"]
 
         right, labels = right_in(world, asked.describe)
-        kept, said = right_in(other, asked.remembering)
-        of_kinds = torch.isin(said, torch.tensor(kinds, device=said.device))
+        kept, expected = right_in(other, asked.remembering)
+        of_kinds = torch.isin(expected, torch.tensor(kinds, device=expected.device))
         return {
             "exact": float((right | (labels == IGNORED)).all(1).float().mean()),
             "kept": float(kept[of_kinds].float().mean()),

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from threading import Thread, get_ident
-from traceback import clear_frames
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
+from wan.background import BackgroundLoader
 from wan.configs import ModelConfig
 from wan.denoiser.lora_file import LoraMatch, OpenedLora, check_for_experts, open_loras
-from wan.detail import heard_by, tell_detail
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import Group
 from wan.device.placement import move_home
-from wan.device.shared import CommonMemory, space
+from wan.device.shared import CommonLayers, CommonMemory, SharedMemory
 from wan.settings import LoraFile
 from wan.text.umt5 import PromptTokenizer, TextEncoder
-from wan.version import __version__
 from wan.weights.checkpoint import Checkpoint
 from wan.weights.prefetch import ReadAhead, that_fit
 
@@ -36,75 +29,38 @@ if TYPE_CHECKING:
     from wan.vae.vae import WanVAE
 
 
-LOOKS = 0.2  # seconds between two looks at what a thread is at
-
-
-class CommonLayers:
-    """Where the layers of a model lie for all processes of this machine that use the same weights, LoRAs among them.
-
-    `facts` are JSON that says all of what is in them.
-    """
-
-    def __init__(self, facts: Any) -> None:
-        self.name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-        self.memory: CommonMemory | None = None
-
-    def __call__(self, size: int) -> CommonMemory:
-        """Memory for so many bytes of layers."""
-        self.memory = CommonMemory(self.name, size)
-        return self.memory
-
-    def done(self) -> None:
-        """All is in them."""
-        if self.memory is not None:
-            self.memory.done()
-
-    def close(self) -> None:
-        """If they are not done, another process may fill them."""
-        if self.memory is not None:
-            self.memory.close()
-
-    @property
-    def are_used(self) -> bool:
-        """Whether a model has them, and other processes may."""
-        return self.memory is not None and self.memory.memory is not None
-
-    @property
-    def are_there(self) -> bool:
-        """Whether another process has filled them."""
-        return self.memory is not None and not self.memory.fills
+# Makes a model, given whether weights may stay mapped from their files, and memory that its layers have in common with
+# other processes, if they do.
+Loader: TypeAlias = Callable[[bool, CommonMemory | None], Any]
 
 
 class Models:
     """Models by name: "text_encoder", "vae", and the experts under their attribute names.
 
-    `loaders` make them, in host memory unless they say otherwise, and are given whether weights may stay mapped from
-    their files; `name` is the model's in messages. `in_threads`: one may be called while another model computes. LoRAs
-    are added up on `device`, or where an expert is. `in_common`: other processes of this machine use the same models;
-    as JSON, what becomes of the files' numbers.
+    `loaders` make them, in host memory unless they say otherwise; `name` is the model's in messages. `in_threads`: one
+    may be called while another model computes. LoRAs are added up on `device`, or where an expert is. `common`: which
+    models have their layers in common with other processes of this machine, if any do.
     """
 
     def __init__(
         self,
         name: str,
         checkpoint: Checkpoint,
-        loaders: Mapping[str, Callable[[bool], Any]],
+        loaders: Mapping[str, Loader],
         *,
         in_threads: bool = True,
         device: torch.device | None = None,
-        in_common: Any = None,
+        common: CommonLayers | None = None,
     ) -> None:
         self.name = name
         self.checkpoint = checkpoint
         self._loaders = loaders
         self._in_threads = in_threads
         self._device = device
-        self._in_common = in_common
-        self._common: dict[tuple[str, int], CommonLayers | None] = {}  # of what is being loaded, by thread
+        self._common = common
         self._lent: set[str] = set()  # the models whose layers other processes use
         self._loaded: dict[str, Any] = {}
-        self._coming: dict[str, Future[Any]] = {}  # what is being loaded
-        self._details: dict[str, str] = {}  # what its thread is at, by model
+        self._background = BackgroundLoader(self._load)
         self._plan = HostPlan()
         self._wanted: Mapping[str, tuple[LoraFile, ...]] = {}
         self._opened: dict[tuple[str, LoraFile], OpenedLora] = {}
@@ -118,55 +74,29 @@ class Models:
     def __getitem__(self, name: str) -> Any:
         name = self._kept_as(name)
         if name not in self._loaded:
-            if (coming := self._coming.get(name)) is not None:
-                self._wait_for(name)
-                self._coming.pop(name, None)
+            model = self._background.take(name)
             if self._plan.in_turn:
                 self.forget_all()
             # what failed in a thread is tried again: its file may have been mended, and else says what is wrong with it
-            has_come = coming is not None and coming.exception() is None
-            self._loaded[name] = coming.result() if coming and has_come else self._load(name)
+            self._loaded[name] = self._load(name) if model is None else model
             if self._wanted.get(name):
                 self._merge(name, self._wanted[name])
         return self._loaded[name]
 
     def _load(self, name: str) -> Any:
         """A new model. Layers that are in common get their LoRAs before other processes may use them."""
-        loras = self._wanted.get(name, ())
         self._lent.discard(name)
-        # one that was forgotten may still be read in its thread while it is read again
-        common = self._common[name, get_ident()] = self._layers_for(name, loras)
-        try:
-            model = self._loaders[name](self._plan.mapped)
-            if common is not None and common.are_used:
+        if self._common is None or self._plan.in_turn:
+            return self._loaders[name](self._plan.mapped, None)
+        loras = self._wanted.get(name, ())
+        with closing(self._common.memory(name, loras)) as layers:
+            model = self._loaders[name](self._plan.mapped, layers)
+            if layers.memory is not None:
                 if loras:
-                    self._add(name, model, loras, are_there=common.are_there)
+                    self._add(name, model, loras, are_there=not layers.fills)
                 self._lent.add(name)
-                common.done()
-        finally:
-            self._common.pop((name, get_ident()), None)
-            if common is not None:
-                common.close()
+                layers.done()
         return model
-
-    def _layers_for(self, name: str, loras: tuple[LoraFile, ...]) -> CommonLayers | None:
-        """Where a model's layers lie, None where they are this process's alone."""
-        if self._in_common is None or self._plan.in_turn or self.checkpoint.single:
-            return None
-        files = dict(self.checkpoint.parts)[name].files
-        states = [*map(_state_of, files), *((_state_of(one.path), one.strength) for one in loras)]
-        code = [__version__, sys.prefix]  # libraries say in which order parameters lie
-        return CommonLayers([space(), code, name, self._in_common, states])
-
-    def common(self, name: str) -> CommonLayers | None:
-        """Where the layers of a model lie that this thread loads now, if other processes use them too."""
-        return self._common.get((name, get_ident()))
-
-    def _wait_for(self, name: str) -> None:
-        """Wait until a thread has loaded a model, and pass on what it tells."""
-        while not wait([self._coming[name]], LOOKS).done:
-            if name in self._details:
-                tell_detail(self._details[name])
 
     @contextmanager
     def loading(self, names: Collection[str], alone: bool = True) -> Iterator[Callable[[], None]]:
@@ -179,51 +109,12 @@ class Models:
             with self.read_ahead(names) if names else nullcontext():
                 yield lambda: None
             return
-        self._coming = {name: future for name, future in self._coming.items() if not _has_failed(future)}
-        begun = self._loaded.keys() | self._coming.keys()
-        if self._in_common is not None:  # their LoRAs are added up at once, on the GPU that is at work
-            begun |= {name for name, loras in self._wanted.items() if loras}
-        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in begun]
-        coming: dict[str, Future[Any]] = {name: Future() for name in wanted}
-
-        def hear(name: str, detail: str | None = None) -> None:
-            if self._coming.get(name) is not coming[name]:
-                raise CancelledError(f"{name} was forgotten while it came")
-            if detail is not None:
-                self._details[name] = detail
-
-        def read(name: str) -> Any:
-            with heard_by(functools.partial(hear, name)):
-                model = self._load(name)
-            hear(name)
-            return model
-
-        def load() -> None:
-            for name, future in coming.items():
-                if not future.set_running_or_notify_cancel():
-                    continue
-                try:
-                    future.set_result(read(name))
-                except BaseException as error:  # raised again where the model is used, or by `check`
-                    clear_frames(error.__traceback__)  # which hold what was read, and the next try needs that memory
-                    gc.collect()
-                    future.set_exception(error)
-                finally:
-                    self._details.pop(name, None)
-
-        def check() -> None:
-            for future in list(self._coming.values()):
-                if future.done():
-                    future.result()
-
-        self._coming |= coming
-        Thread(target=load, name="loading", daemon=True).start()
-        try:
+        # LoRAs of layers that are in common are added up at once, on the GPU that is at work
+        not_now = {name for name, loras in self._wanted.items() if loras and self._common is not None}
+        not_now |= self._loaded.keys()
+        wanted = [name for name in dict.fromkeys(map(self._kept_as, names)) if name not in not_now]
+        with self._background.loading(wanted) as check:
             yield check
-        finally:  # what has begun goes on, for whoever wants it next
-            for name, future in coming.items():
-                if future.cancel() and self._coming.get(name) is future:
-                    del self._coming[name]
 
     def live_by(self, plan: HostPlan) -> None:
         """Keep to a plan of host memory from now on."""
@@ -231,14 +122,9 @@ class Models:
             self.forget_all()  # they may be mapped, or several
         self._plan = plan
 
-    @property
-    def take_turns(self) -> bool:
-        """Whether a model leaves host memory when another is needed."""
-        return self._plan.in_turn
-
     def forget_all(self) -> None:
         """Let all models go."""
-        for name in [*self._loaded, *self._coming]:
+        for name in self._loaders.keys() | self._loaded.keys():
             self.forget(name)
         gc.collect()  # a model is in circles of its own hooks
 
@@ -249,10 +135,7 @@ class Models:
     def is_loaded(self, name: str) -> bool:
         """Whether a model is in memory."""
         name = self._kept_as(name)
-        if name in self._loaded:
-            return True
-        coming = self._coming.get(name)
-        return coming is not None and coming.done() and not _has_failed(coming)
+        return name in self._loaded or self._background.has(name)
 
     def experts_to_keep(self) -> frozenset[str]:
         """The experts that stay in memory from one clip to the next."""
@@ -267,8 +150,7 @@ class Models:
     def forget(self, name: str) -> None:
         """Let a model go; it is loaded again when it is next used."""
         self._loaded.pop(self._kept_as(name), None)
-        if (coming := self._coming.pop(self._kept_as(name), None)) is not None:
-            coming.cancel()  # one that has begun ends at its next shard
+        self._background.forget(self._kept_as(name))
         self._lent.discard(name)
         for expert in [one for one in self.merged if self._kept_as(one) == self._kept_as(name)]:
             del self.merged[expert]
@@ -364,16 +246,6 @@ class Models:
         return [self._opened[expert, file] for file in files]
 
 
-def _state_of(file: Path) -> tuple[str, int, int, int, int]:
-    """What tells a file from what it was and from others; a container may have another one in the same place."""
-    seen = file.stat()
-    return str(file.resolve()), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
-
-
-def _has_failed(future: Future[Any]) -> bool:
-    return future.done() and future.exception() is not None
-
-
 def loaders(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -385,35 +257,30 @@ def loaders(
     convert_model_dtype: bool,
     shards: Callable[[str], Group | None] = lambda name: None,
     machine: Callable[[], Group | None] = lambda: None,
-    common: Callable[[str], CommonLayers | None] = lambda name: None,
-) -> dict[str, Callable[[bool], Any]]:
+) -> dict[str, Loader]:
     """What loads each model of a checkpoint: experts on `load_device`, the others in host memory.
 
-    Each is called with whether weights may stay mapped from their files.
-
     Weights that `config` wants in 8 bits are rounded on `device`. `shards`, asked when a model loads, are the processes
-    of which each keeps a slice of it on `device`, `machine` those that have experts in common in host memory. `common`
-    says where a model's layers lie that are in common with processes which this one does not know.
+    of which each keeps a slice of it on `device`, `machine` those that have experts in common in host memory.
     """
     cpu = torch.device("cpu")
 
-    def text_encoder(mapped: bool) -> TextEncoder:
+    def text_encoder(mapped: bool, common: CommonMemory | None) -> TextEncoder:
         weights, dtype = checkpoint.text_encoder, config.t5_dtype
         group = shards("text_encoder")
         home = cpu if group is None else device
-        lie = None if group is not None else common("text_encoder")
         return TextEncoder.from_weights(
-            weights, tokenizer, dtype=dtype, device=home, mapped=mapped, shards=group, common=lie
+            weights, tokenizer, dtype=dtype, device=home, mapped=mapped, shards=group, shared=common
         )
 
-    def vae(mapped: bool) -> WanVAE:
+    def vae(mapped: bool, common: CommonMemory | None) -> WanVAE:
         mean, std = config.vae_mean, config.vae_std
         return vae_class().from_weights(checkpoint.vae, mean=mean, std=std, dtype=config.vae_dtype, device=cpu)
 
-    def expert(name: str, mapped: bool) -> WanModel:
+    def expert(name: str, mapped: bool, common: CommonMemory | None) -> WanModel:
         from wan.denoiser.model import WanModel
 
-        group = shards(name)
+        group, team = shards(name), machine()
         return WanModel.from_weights(
             checkpoint.experts[name],
             dtype=config.param_dtype,
@@ -423,8 +290,7 @@ def loaders(
             rounded_on=device,
             mapped=mapped,
             shards=group,
-            machine=machine(),
-            common=common(name),
+            shared=common if team is None else SharedMemory(team),
         )
 
     experts = {name: functools.partial(expert, name) for name in checkpoint.experts}

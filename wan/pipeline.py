@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -35,7 +34,7 @@ from wan.device.host_budget import HostBudget, HostPlan, host_limit
 from wan.device.parallel import ALONE, Team, is_met, world_met
 from wan.device.placement import Placement
 from wan.device.ranks import World, choose_sizes
-from wan.device.shared import sharers
+from wan.device.shared import CommonLayers, sharers
 from wan.encoding import PromptEmbeddings, SharedVae
 from wan.errors import UserError
 from wan.models import Models, loaders
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     # diffusers, whose import takes seconds, is for what computes: a plan is made without it
     from wan.denoiser.sampling import Expert
     from wan.vae.vae import WanVAE
-
-log = logging.getLogger(__name__)
 
 
 class Pipeline(ABC):
@@ -127,12 +124,7 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        together = 1 if self.sharded or config.low_precision else sharers(share_weights)
-        if together < share_weights:
-            why = (
-                "they are rounded or sliced" if self.sharded or config.low_precision else "this machine does not do it"
-            )
-            log.warning("`share_weights`: this process holds its weights by itself, for %s", why)
+        together = sharers(share_weights, "they are rounded or sliced" if self.sharded or config.low_precision else "")
         self.host = HostBudget(
             self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=together
         )
@@ -150,17 +142,17 @@ class Pipeline(ABC):
             convert_model_dtype=convert_model_dtype,
             shards=lambda name: self.team.node if name in self.sharded else None,
             machine=lambda: self.team.machine,
-            common=lambda name: self.models.common(name),
         )
         needs_gpu = home.type != "cpu" or config.low_precision is not None or bool(self.sharded & experts)
         numbers = [str(config.param_dtype), str(config.t5_dtype), convert_model_dtype]
+        common = CommonLayers({name: weights.files for name, weights in self.checkpoint.parts}, numbers)
         self.models = Models(
             config.name,
             self.checkpoint,
             load,
             in_threads=not needs_gpu,
             device=self.device,
-            in_common=numbers if together > 1 else None,
+            common=common if together > 1 and not self.checkpoint.single else None,
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,9 @@ from wan.captioner.internvl import (
     quantization_method,
     quantization_of,
 )
-from wan.device.streaming import LayerStreamer
+from wan.detail import heard_by
+from wan.device import streaming
+from wan.device.streaming import LayerStreamer, move_in_pieces
 from wan.errors import UserError
 
 EXPECTED = json.loads((GOLDEN_VLM / "expected.json").read_text(encoding="utf-8"))
@@ -109,6 +112,54 @@ def test_default_dtype_loads_bfloat16_and_nothing_before_the_first_use() -> None
     captioner = InternVLCaptioner(GOLDEN_VLM / "orig", "cpu")
     assert not captioner.is_loaded
     assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["orig", "hf", "tied"])
+@torch.inference_mode()
+def test_weights_that_go_to_a_device_in_pieces_are_the_library_s(
+    name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PIECE", 5000)  # bytes, so that most tensors go in several
+    path = folder("hf") if name == "tied" else GOLDEN_VLM / name
+    if name == "tied":
+        edit(path / "config.json", lambda config: config.update(tie_word_embeddings=True))
+        edit(path / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=True))
+        lose_weight(path, "lm_head.weight")
+    model, moved = (InternVLCaptioner(path, "cpu").model for _ in range(2))
+    details: list[str] = []
+    with heard_by(details.append):
+        move_in_pieces(moved, torch.device("cpu"))
+    assert len(details) > len(list(model.parameters())) and re.fullmatch(r"(\S+) of \1 GB", details[-1])
+    for (key, value), (other, copy) in zip(everything(model), everything(moved), strict=True):
+        assert key == other and type(value) is type(copy) and value.dtype == copy.dtype and torch.equal(value, copy)
+        assert value.requires_grad == copy.requires_grad and value.data_ptr() != copy.data_ptr()
+    assert (moved.lm_head.weight is moved.model.language_model.embed_tokens.weight) == (name == "tied")
+    assert not moved.training
+
+
+def everything(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+@pytest.mark.parametrize("name", ["orig", "hf"])
+@pytest.mark.parametrize(("dtype", "mapped"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_weights_in_their_dtype_go_to_a_device_in_pieces(
+    name: str, dtype: torch.dtype, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    load = InternVLCaptioner.from_pretrained
+
+    def watched(self: InternVLCaptioner, *given: Any, home: torch.device, **options: Any) -> Any:
+        asked.append(f"library to {home}")
+        return load(self, *given, home=home, **options)
+
+    monkeypatch.setattr(InternVLCaptioner, "from_pretrained", watched)
+    monkeypatch.setattr(
+        "wan.captioner.internvl.move_in_pieces", lambda model, device: asked.append(f"{model.device} to {device}")
+    )
+    model = InternVLCaptioner(GOLDEN_VLM / name, "meta", dtype).model  # a device that is not the host's memory
+    assert asked == (["library to cpu", "cpu to meta"] if mapped else ["library to meta"])
+    assert {value.dtype for value in model.parameters()} == {dtype}
 
 
 def test_settings_in_the_folder_do_not_change_the_answer(folder: Callable[[str], Path]) -> None:
@@ -292,12 +343,12 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Callable[[str], Path]) 
         InternVLCaptioner(path, "cpu")
 
 
-def lose_weight(path: Path) -> None:
+def lose_weight(path: Path, *ends: str) -> None:
     from safetensors.torch import load_file, save_file
 
     file = next(path.glob("model*1-of-*.safetensors"), path / "model.safetensors")
     weights = load_file(file)
-    del weights[next(name for name in weights if name.endswith(("layers.0.ls1", "layer.0.lambda_1")))]
+    del weights[next(name for name in weights if name.endswith(ends or ("layers.0.ls1", "layer.0.lambda_1")))]
     save_file(weights, file, {"format": "pt"})
 
 

@@ -688,7 +688,7 @@ def test_the_headers_of_a_lora_are_read_once_for_each_expert(
 
     monkeypatch.setattr(lora_file_module, "open_file", counted)
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
-    models = Models("x", checkpoint, {name: lambda mapped: load(a14b) for name in checkpoint.experts})
+    models = Models("x", checkpoint, {name: lambda *_: load(a14b) for name in checkpoint.experts})
     for strength in (1.0, 0.5, 1.0):  # clips that differ
         files = (LoraFile(tmp_path / "lora.safetensors", strength),)
         wanted = {"high_noise_model": files, "low_noise_model": files}
@@ -707,7 +707,7 @@ def test_values_that_are_not_finite_are_told_before_an_expert_is_loaded(
     factor = next(key for key, value in good.items() if value.ndim == 2)
     save_file(good | {factor: good[factor] * math.nan}, tmp_path / "bad.safetensors")
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
-    models = Models("x", checkpoint, {name: lambda mapped: pytest.fail("loaded") for name in checkpoint.experts})
+    models = Models("x", checkpoint, {name: lambda *_: pytest.fail("loaded") for name in checkpoint.experts})
     wanted = {"low_noise_model": (LoraFile(tmp_path / "good.safetensors"),)}
     models.merge_loras(wanted)
     with pytest.raises(UserError, match=r"bad.safetensors makes \S+ infinite or NaN"):
@@ -721,8 +721,8 @@ def test_an_expert_gets_its_loras_when_it_is_first_used(a14b: Weights, tmp_path:
     checkpoint: Any = SimpleNamespace(experts={"high_noise_model": a14b, "low_noise_model": a14b}, single=False)
     loads: list[str] = []
 
-    def loader(name: str) -> Callable[[bool], WanModel]:
-        def made(mapped: bool) -> WanModel:
+    def loader(name: str) -> Callable[[bool, object], WanModel]:
+        def made(mapped: bool, common: object) -> WanModel:
             loads.append(name)
             return load(a14b)
 

@@ -25,6 +25,7 @@ from wan.device import shared
 from wan.device.parallel import Team
 from wan.device.placement import Placement
 from wan.device.ranks import Sizes, World
+from wan.device.shared import CommonLayers, CommonMemory, SharedMemory
 from wan.models import Models
 from wan.settings import LoraFile
 from wan.weights.tensors import open_safetensors
@@ -67,7 +68,7 @@ def in_a_rank(rank: int, size: int, folder: str) -> Any:
         if rank and not together:  # as where this process does not see what the other one has
             torch.from_file = missing
         before = memory()
-        model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu, machine=team.machine)
+        model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu, shared=SharedMemory(team.machine))
         team.share(lambda: None)
         grown = memory() - before
         # layers come one by one to a "GPU", and need no other place in host memory for it
@@ -141,8 +142,8 @@ def live(pipe: Any, folder: str, notes: str) -> None:
     checkpoint: Any = SimpleNamespace(single=False, parts=[("model", weights)], experts={"model": weights})
     models = Models("wide", checkpoint, {})
 
-    def loader(mapped: bool) -> WanModel:
-        model = WanModel.from_weights(weights, dtype=torch.float32, device=cpu, common=models.common("model"))
+    def loader(mapped: bool, common: CommonMemory | None) -> WanModel:
+        model = WanModel.from_weights(weights, dtype=torch.float32, device=cpu, shared=common)
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return model
@@ -152,7 +153,8 @@ def live(pipe: Any, folder: str, notes: str) -> None:
         if what == "load":
             models.forget_all()
             numbers, dies = more
-            models = Models("wide", checkpoint, {"model": loader}, in_common=numbers)
+            common = CommonLayers({"model": weights.files}, numbers)
+            models = Models("wide", checkpoint, {"model": loader}, common=common)
         before = memory()
         models.merge_loras({"model": tuple(LoraFile(Path(one)) for one in loras)} if loras else {})
         model = models["model"]
@@ -184,6 +186,12 @@ def lora_of(tmp_path: Path) -> str:
     up = {f"blocks.{n}.attn1.to_q.lora_B.weight": torch.full((256, 2), 0.5) for n in range(4)}
     save_file(down | up | {"proj_out.diff": torch.ones(16, 256)}, tmp_path / "lora.safetensors")
     return str(tmp_path / "lora.safetensors")
+
+
+def opened(name: str, size: int) -> CommonMemory:
+    memory = CommonMemory(name)
+    memory.open(size)
+    return memory
 
 
 LINUX = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a file is Linux's")
@@ -234,7 +242,7 @@ def test_what_cannot_be_in_common_is_each_process_s_own(tmp_path: Path, monkeypa
     home = tmp_path / f"wan-{os.getuid()}"
     home.mkdir()
     home.chmod(0o755)  # others may see what is in it, and who knows who made it
-    common = shared.CommonMemory("x", 4096)
+    common = opened("x", 4096)
     assert common.memory is None and common.fills
     common.done()
     home.chmod(0o700)
@@ -243,7 +251,7 @@ def test_what_cannot_be_in_common_is_each_process_s_own(tmp_path: Path, monkeypa
     monkeypatch.setattr("wan.device.shared._is_open", lambda *facts: False)  # no /proc
     assert shared.sharers(8) == 1
     monkeypatch.delattr("os.memfd_create")
-    assert shared.CommonMemory("x", 4096).memory is None and sorted(home.iterdir()) == left
+    assert opened("x", 4096).memory is None and sorted(home.iterdir()) == left
 
 
 def test_where_no_memory_can_be_in_common_none_is_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,25 +262,25 @@ def test_where_no_memory_can_be_in_common_none_is_counted_on(monkeypatch: pytest
 @LINUX
 def test_a_handle_that_has_become_another_file_s_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    first, other = shared.CommonMemory("x", 4096), shared.CommonMemory("y", 4096)
+    first, other = opened("x", 4096), opened("y", 4096)
     other.done()
     first.done()
     note = tmp_path / f"wan-{os.getuid()}" / "x.json"
     pid, number, *file = first._mine
     note.write_text(json.dumps({"open": [[pid, other._mine[1], *file]]}))
     monkeypatch.setattr("wan.device.shared._is_open", lambda *facts: True)  # it was, a moment before
-    again = shared.CommonMemory("x", 4096)
+    again = opened("x", 4096)
     assert again.fills
     again.close()
     note.write_text(json.dumps({"open": [[pid, number, *file]]}))
-    assert not shared.CommonMemory("x", 4096).fills
+    assert not opened("x", 4096).fills
 
 
 @LINUX
 def test_one_that_waits_says_so_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("wan.device.shared._TELLS", 0.02)
-    first = shared.CommonMemory("x", 4096)
+    first = opened("x", 4096)
     details = list[str]()
 
     def listen(detail: str) -> None:
@@ -281,7 +289,7 @@ def test_one_that_waits_says_so_again_and_again(tmp_path: Path, monkeypatch: pyt
             first.done()
 
     with heard_by(listen):
-        assert not shared.CommonMemory("x", 4096).fills
+        assert not opened("x", 4096).fills
     assert details == ["another process is reading it"] * 3
 
 
@@ -289,23 +297,20 @@ def test_one_that_waits_says_so_again_and_again(tmp_path: Path, monkeypatch: pyt
 def test_layers_are_in_common_with_processes_to_which_they_are_the_same(
     what: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = open_safetensors(checkpoint, "model")
-    parts: Any = SimpleNamespace(single=False, parts=[("model", weights)])
-    models = Models("wide", parts, {}, in_common="float32")
+    files = open_safetensors(checkpoint, "model").files
+    layers = CommonLayers({"model": files}, "float32")
 
     def name() -> str:
-        common = models._layers_for("model", ())
-        assert common is not None
-        return common.name
+        return layers.memory("model", ()).name
 
     before = name()
     assert name() == before
     if what == "environment":  # layers may lie otherwise with its libraries
         monkeypatch.setattr("sys.prefix", "another one")
     elif what == "place":  # its processes cannot see these
-        monkeypatch.setattr("wan.models.space", lambda: ("another machine", 1))
+        monkeypatch.setattr("wan.device.shared._space", lambda: ("another machine", 1))
     else:
-        file = weights.files[0]
+        file = files[0]
         copied, seen = file.read_bytes(), file.stat()
         other = file.with_suffix(".new")
         other.write_bytes(copied)
@@ -318,21 +323,21 @@ def test_layers_are_in_common_with_processes_to_which_they_are_the_same(
 def test_a_note_of_what_is_gone_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     note = tmp_path / f"wan-{os.getuid()}" / "x.json"
-    first = shared.CommonMemory("x", 4096)
+    first = opened("x", 4096)
     assert first.fills and first.memory is not None
     first.memory.fill_(7)
     first.done()
-    second = shared.CommonMemory("x", 4096)
+    second = opened("x", 4096)
     assert not second.fills and second.memory is not None and bool((second.memory == 7).all())
     assert len(json.loads(note.read_text())["open"]) == 2
-    assert shared.CommonMemory("x", 8192).fills  # of another size, so not what it should be
+    assert opened("x", 8192).fills  # of another size, so not what it should be
     handles = len(os.listdir("/proc/self/fd"))
     del first, second
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) < handles
     for text in ("", "{", '{"open": [[1, 2]]}', '{"open": [[1, 0, 0, 0]]}'):
         note.write_text(text)
-        again = shared.CommonMemory("x", 4096)
+        again = opened("x", 4096)
         assert again.fills and again.memory is not None and not again.memory.any()
         again.close()
 
@@ -342,9 +347,9 @@ def test_a_note_that_cannot_be_written_keeps_nobody_waiting(tmp_path: Path, monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(shared, "write_json", lambda path, value: os.open("/proc/nowhere", os.O_RDONLY))
-        first = shared.CommonMemory("x", 4096)
+        first = opened("x", 4096)
         first.done()
     assert first.memory is not None
-    second = shared.CommonMemory("x", 4096)
+    second = opened("x", 4096)
     assert second.fills
     second.close()

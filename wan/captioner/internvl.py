@@ -19,11 +19,12 @@ from wan.captioner.base import LocalModel, Pictures, foreseen_failures, number_f
 from wan.captioner.decoding import GreedyDecoder, LayeredVlm, fuse_norms
 from wan.captioner.frames import build_transform, pixels_of
 from wan.device.placement import Placement
+from wan.device.streaming import move_in_pieces
 from wan.errors import UserError
 from wan.files import something_else
-from wan.foreign import fit, parsing, shards
+from wan.foreign import fit, parsing, shards, uncollected
 from wan.weights.prefetch import ReadAhead
-from wan.weights.tensors import safetensors_shapes
+from wan.weights.tensors import PLAIN, safetensors_dtypes, safetensors_shapes
 
 log = logging.getLogger(__name__)
 
@@ -205,12 +206,12 @@ class InternVLCaptioner(LocalModel):
     def tokenizer(self) -> Any:
         from transformers import Qwen2Tokenizer
 
-        with parsing(f"the tokenizer in {self.folder}", "download it again"):
+        with parsing(f"the tokenizer in {self.folder}", "download it again"), uncollected():
             # this class and not AutoTokenizer, which asks about remote code on stdin
             tokenizer = Qwen2Tokenizer.from_pretrained(self.folder)
-            known = tokenizer.get_vocab()
+            id_of = tokenizer.backend_tokenizer.token_to_id
         for token in ("<|im_start|>", TURN_END, "<|endoftext|>", "<img>", "</img>", "<IMG_CONTEXT>"):
-            if token not in known:
+            if id_of(token) is None:
                 raise UserError(f"the tokenizer in {self.folder} lacks {token}: download the folder again")
         return tokenizer
 
@@ -246,8 +247,10 @@ class InternVLCaptioner(LocalModel):
         streams = room is not None and held > room and self.quantization is None
         with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
-            home = torch.device("cpu") if streams else self.device
+            home = torch.device("cpu") if streams or self.can_be_mapped else self.device
             model = fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, home=home, **options))
+            if not streams and home != self.device:
+                move_in_pieces(model, self.device)  # the library copies from memory that is not pinned
         if streams:
             log.warning(
                 "%s does not fit into the free memory of its GPU: its layers come one by one, which is slower",
@@ -257,6 +260,12 @@ class InternVLCaptioner(LocalModel):
             smaller = "use a smaller InternVL, fewer `num_segments`, `vlm_device` cpu"
             self._placement = Placement(self.device, weight_budget=room, instead=smaller)
         return model
+
+    @property
+    def can_be_mapped(self) -> bool:
+        """Whether the library leaves all weights in the files, of which it takes no other numbers than they hold."""
+        kinds = {PLAIN.get(kind) for file in self.weights for kind in safetensors_dtypes(file).values()}
+        return self.quantization is None and kinds == {str(self.dtype).removeprefix("torch.")}
 
     def _quantized_as_stored(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """How the weights are quantised, by native names: what is stored as numbers stays so. Raises UserError."""

@@ -29,7 +29,7 @@ from wan.denoiser.policy import FLOAT32_PARTS, stays_float32
 from wan.denoiser.sequence import Share
 from wan.device.parallel import Group
 from wan.device.sharding import shard
-from wan.device.shared import CommonMemory
+from wan.device.shared import CommonMemory, SharedMemory
 from wan.foreign import parsing
 from wan.weights.loading import load_into
 from wan.weights.tensors import Weights
@@ -71,17 +71,16 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         rounded_on: torch.device | None = None,
         mapped: bool = False,
         shards: Group | None = None,
-        machine: Group | None = None,
-        common: Callable[[int], CommonMemory] | None = None,
+        shared: SharedMemory | CommonMemory | None = None,
     ) -> WanModel:
         """The model with sizes taken from the tensors' shapes.
 
         `dtype` is that of the matrix products. `convert_model_dtype` also rounds to it the parameters that stay
         float32, as the official flag of that name does. Linear layers computed in `dtype` whose weights are quantized
         in the file hold them as they are. `low_precision`, of `fp8.PRECISIONS`: blocks compute in 8 bits, their weights
-        being rounded one by one as they are read, on the device `rounded_on`. `mapped`: as in `load_into`. `shards`:
-        the processes of which each keeps a slice of every parameter. `machine`: those that share host memory, and
-        `common`, see `load_into`. Raises UserError when the weights do not fit.
+        being rounded one by one as they are read, on the device `rounded_on`. `mapped`, `shared`: as in `load_into`.
+        `shards`: the processes of which each keeps a slice of every parameter. Raises UserError when the weights do not
+        fit.
         """
         model = cls._empty(weights)
         if shards is not None:
@@ -98,8 +97,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             # rounded weights are smaller, and slices lie elsewhere
             layers="" if low_precision or shards is not None else "blocks",
             mapped=mapped,
-            machine=machine,
-            common=common,
+            shared=shared,
             lower=None if low_precision is None else Lowering(dtype, device, rounded_on or device),
         )
         model.to(device).eval()

@@ -77,7 +77,7 @@ class HostBudget:
         """
         checkpoint, config = self.checkpoint, self.config
         in_8_bits = config.low_precision is not None
-        # those who take turns hold different models at a time; see `Models.in_common` for the others
+        # those who take turns hold different models at a time; see `Pipeline` for the others
         sharers = 1 if plan.in_turn or checkpoint.single or in_8_bits else self.sharers
         parts = [
             captioner,

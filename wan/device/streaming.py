@@ -8,12 +8,16 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import repeat
+from queue import SimpleQueue
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from wan.detail import tell_detail
 from wan.device.hardware import synchronize
 from wan.device.host import host_bytes
 from wan.device.layers import SLOTS
@@ -217,9 +221,10 @@ class PinnedBuffer(HostTensors):
 class PinnedStage:
     """Host memory that tensors pass through, one at a time, on their way to a GPU or back; pinned where it can be."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 0) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._unpin: Callable[[], object] = lambda: None
+        self.like(torch.empty(size, device="meta"), torch.uint8)
 
     def like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """An empty tensor of this shape; the one before lies there too, and has to have passed."""
@@ -253,6 +258,43 @@ class RoundTrip:
             tensor = self._stages[1].like(tensor, tensor.dtype).copy_(tensor, non_blocking=True)
             synchronize(self.device)
         return tensor.cpu()
+
+
+PIECE, THREADS = 16 * 2**20, 8  # bytes that a thread copies at a time, and threads: one has a fraction of a GPU's rate
+
+
+def move_in_pieces(module: nn.Module, device: torch.device) -> None:
+    """Move a module out of host memory, or of the files that it is mapped from, to a device through pinned memory.
+
+    Its tensors have no gaps there.
+    """
+    stages: SimpleQueue[PinnedStage] = SimpleQueue()
+    for _ in range(THREADS):
+        stages.put(PinnedStage(PIECE))
+    # the one that the memory for the tensors is of
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    @torch.inference_mode()  # a thread does not know whether its caller is in it
+    def copy(source: Tensor, target: Tensor) -> int:
+        stage = stages.get()
+        try:
+            with torch.cuda.stream(stream):
+                target.copy_(stage.like(source, source.dtype).copy_(source))  # waits until it is there
+        finally:
+            stages.put(stage)
+        return len(source)
+
+    tensors, copies = tensors_of(module), list[Future[int]]()
+    size, done = sum(tensor.nbytes for tensor in tensors), 0
+    with ThreadPoolExecutor(THREADS, "weights") as threads:
+        for tensor in tensors:
+            here = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            pieces = (torch.split(one.reshape(-1).view(torch.uint8), PIECE) for one in (tensor.data, here))
+            copies += map(threads.submit, repeat(copy), *pieces)
+            tensor.data = here
+        for one in copies:
+            done += one.result()
+            tell_detail(f"{done / 1e9:.1f} of {size / 1e9:.1f} GB")
 
 
 def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:

@@ -18,7 +18,7 @@ from wan.device.parallel import Group
 from wan.device.sharding import shard
 from wan.device.shared import CommonMemory
 from wan.errors import UserError
-from wan.foreign import count_numbered, parsing
+from wan.foreign import count_numbered, parsing, uncollected
 from wan.weights.loading import check_fit, load_into
 from wan.weights.tensors import Weights
 from wan.weights.vocabulary import Vocabulary, read_vocabulary
@@ -43,7 +43,7 @@ class PromptTokenizer:
 
         self.length = length
         vocabulary = None if source.is_dir() else read_vocabulary(source)
-        with parsing(f"the tokenizer in {source}", "download it again"):
+        with parsing(f"the tokenizer in {source}", "download it again"), uncollected():
             if vocabulary is None:
                 self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             else:
@@ -107,18 +107,18 @@ class TextEncoder(nn.Module):
         device: torch.device,
         mapped: bool = False,
         shards: Group | None = None,
-        common: Callable[[int], CommonMemory] | None = None,
+        shared: CommonMemory | None = None,
     ) -> TextEncoder:
         """The encoder with sizes from the tensors' shapes, its weights in `dtype`. Raises UserError.
 
-        `shards`: the processes of which each keeps a slice of every parameter. `common`: as in `load_into`.
+        `shards`: the processes of which each keeps a slice of every parameter. `shared`: as in `load_into`.
         """
         model, source_of = cls._empty(weights)
         model.encoder.embed_tokens = model.shared
         if shards is not None:
             shard(model, "encoder.block", lambda name: dtype, device, shards)
         layers = "encoder.block" if shards is None else ""
-        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped, common=common)
+        load_into(model, weights, source_of, lambda name: dtype, device, layers=layers, mapped=mapped, shared=shared)
         return cls(model.to(device).eval(), tokenizer)
 
     @classmethod

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from wan.device import sharding
-from wan.device.parallel import Group
 from wan.device.shared import CommonMemory, SharedMemory
 from wan.device.streaming import PinnedBuffer, in_one_buffer
 from wan.errors import UserError
@@ -49,8 +48,7 @@ def load_into(
     stays_quantized: Callable[[str], bool] = lambda name: False,
     layers: str = "",
     mapped: bool = False,
-    machine: Group | None = None,
-    common: Callable[[int], CommonMemory] | None = None,
+    shared: SharedMemory | CommonMemory | None = None,
     lower: Lower | None = None,
 ) -> None:
     """Put the weights into a model that was built without memory, tensor by tensor, straight in their final dtype.
@@ -60,10 +58,9 @@ def load_into(
     linear layers that `stays_quantized` names. Each of the modules in the list `layers` gets one host buffer, as
     offloading wants it; `mapped` leaves in the file instead what it holds in its final dtype. `lower` makes layers with
     weights in fewer bits, one by one in a thread, while the next weight is read. Host memory never holds more than the
-    model and one file; those buffers are the same memory in all processes of a `machine`, each of which calls this, and
-    the first of which fills it, or they are in what `common` makes of so many bytes, whose `done` is the caller's. Of a
-    model of slices (`wan.device.sharding`) only those are read, and all of it is expanded.
-    Raises UserError for missing and extra keys and for wrong shapes.
+    model and one file; those buffers are in `shared`, where that can be had. All processes of a team that have one call
+    this; the `done` of what strangers have in common is the caller's. Of a model of slices (`wan.device.sharding`) only
+    those are read, and all of it is expanded. Raises UserError for missing and extra keys and for wrong shapes.
     """
     check_fit(model, weights, source_of)
     name_of: dict[str, str] = {}
@@ -72,11 +69,9 @@ def load_into(
     mapped = mapped and device.type == "cpu" and rounding is None
     likes = _likes(model, layers, dtype_of) if layers and device.type == "cpu" and not mapped else []
     size = sum(PinnedBuffer.size(list(like.values())) for like in likes)
-    shared: SharedMemory | CommonMemory | None = None
-    if size and machine is not None:
-        shared = SharedMemory(size, machine)
-    elif size and common is not None:
-        shared = common(size)
+    shared = shared if size else None
+    if shared is not None:
+        shared.open(size)
     places = _places(likes, None if shared is None else shared.memory)
     waits = set() if shared is None or shared.memory is None or shared.fills else set(places)
     blocks = _Blocks()
