@@ -9,8 +9,9 @@
 warm files, and prints a row for each: seconds from Enter to the first line of output, to the first bar, to
 the first step that is done, to the result, from there to the prompt, and to the refusal of a budget that is too small
 for the clip. Cold: the weights and the installed packages are dropped from the system's cache first. The disk's own
-time is that of reading the weights one after the other, in the same run. Each moment is printed as it comes, so that a
-run that is cut off has told all until then.
+time is that of reading the weights one after the other, in the same run, and what the disks gave in each second of a
+command says when they were idle. Each moment is printed as it comes, so that a run that is cut off has told all until
+then.
 
 `chain` makes a chain with `--preset turbo` and LoRAs of random numbers, and prints for each clip, as soon as its record
 is there, how long it took, its stages by the record, and what is in none of them; then what share of the time sampling,
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -38,6 +40,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+
+import psutil
 
 SIZES = {"5b": (1280, 704, 24), "a14b": (832, 480, 16)}
 BAR, FIRST_STEP = re.compile(r"\d+%\||\| *\d+/|\[\d\d:\d\d"), re.compile(r"\| *[1-9]\d*/\d+ ")
@@ -104,12 +108,14 @@ def watch(
     """Exit code, seconds to each of `COLUMNS`, and what was printed, of a command on a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-    start, moments, output = time.perf_counter(), dict[str, float](), ""
+    start, moments, output, read = time.perf_counter(), dict[str, float](), "", [bytes_read()]
     path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, cwd=tree, env=environment)
     os.close(theirs)
     while True:
+        if time.perf_counter() - start > len(read):
+            read.append(bytes_read())
         ready, _, _ = select.select([ours], [], [], 0.01)
         if ready:
             try:
@@ -134,7 +140,15 @@ def watch(
     moments["to the prompt"] = end - moments.get("result", end)
     moments["end"] = end
     tell(f"exit {code} at {end:.1f} s")
+    rates = [f"{(after - before) / 1e9:.1f}" for before, after in itertools.pairwise(read)]
+    tell(f"GB from the disks in each second: {' '.join(rates)}")
     return code, moments, output
+
+
+def bytes_read() -> int:
+    """What this machine has read from its disks so far."""
+    counters = psutil.disk_io_counters()
+    return 0 if counters is None else counters.read_bytes
 
 
 def footage(target: Path, kind: str) -> Path:

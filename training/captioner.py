@@ -7,6 +7,7 @@ denoisers made: chains are made of such. It is asked for a description, and what
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -221,7 +222,7 @@ class Conversations:
             identity=f"{', '.join(names)}." if known else told["before"][-1],
             subject=names[0] if known else "",
             camera=self.draw.choice(CAMERAS) if clip > 1 else "",
-            prompts=tuple(told["before"][-min(3, clip - 1) :]) if clip > 1 else (),
+            prompts=tuple(map(self._perhaps_astray(), told["before"][-min(3, clip - 1) :])) if clip > 1 else (),
         )
         apart = RECENT_SECONDS / (SEGMENTS - 1)
         question = next_prompt_question(
@@ -238,6 +239,15 @@ class Conversations:
 
     def _again(self) -> str:
         return AGAIN.format(reasons=self.draw.choice(FAULTS)) if self.draw.random() < 0.3 else ""
+
+    def _perhaps_astray(self) -> Callable[[str], str]:
+        """Half of the time, captions whose shapes move in other ways: where one goes is for the pictures to say.
+
+        With true ones alone the captioner goes by what was said before, and passes an error on from clip to clip.
+        """
+        if self.draw.random() < 0.5:
+            return str
+        return lambda caption: WAYS.sub(lambda _: self.draw.choice(ANY_WAY), caption)
 
     def _motion(self) -> str:
         """A sentence on motion as it is measured, true or not: what the pictures show counts."""
@@ -291,6 +301,8 @@ class Conversations:
         return ids
 
 
+ANY_WAY = ("moves right", "moves left", "moves up", "moves down", "stays in place")
+WAYS = re.compile("|".join(ANY_WAY))
 CAMERAS = ("static", "pans left", "pans right")
 FAULTS = (
     "the prompt says the same as the one before",
