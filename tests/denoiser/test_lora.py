@@ -24,10 +24,11 @@ from torch import Tensor
 from tests.support.golden import GOLDEN
 from wan.denoiser import lora_file as lora_file_module
 from wan.denoiser.headers import infer_config, key_map
-from wan.denoiser.lora import _share_out, merge_loras
+from wan.denoiser.lora import _share_out, _workers, merge_loras
 from wan.denoiser.lora_file import LoraMatch, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
+from wan.device.sharding import Slice
 from wan.device.streaming import PinnedStage, RoundTrip
 from wan.errors import UserError
 from wan.files import sampled_digest
@@ -710,9 +711,9 @@ def test_what_no_lora_has_altered_is_not_read_again(
     assert same(values(model), before) and model.altered == frozenset()
 
 
-@pytest.mark.parametrize("why", ["in common", "rounded", "half done"])
+@pytest.mark.parametrize("why", ["in common", "sliced", "rounded", "half done"])
 def test_values_that_may_not_be_the_checkpoints_are_read(
-    why: str, a14b: Weights, tmp_path: Path, keys_read: dict[Path, list[str]]
+    why: str, a14b: Weights, tmp_path: Path, keys_read: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
     lora, rounded = LoraFile(tmp_path / "lora.safetensors", 0.7), why == "rounded"
@@ -721,6 +722,8 @@ def test_values_that_may_not_be_the_checkpoints_are_read(
     if why == "in common":  # another process was quicker
         model.in_common = True
         model.load_state_dict(values(reference))
+    if why == "sliced":  # that they are written too is in test_sharding.py
+        monkeypatch.setattr("wan.denoiser.lora.slice_of", lambda parameter: Slice(slice(0, 1), parameter[:1]))
     if why == "half done":
         state = load_file(lora.path)
         save_file({key: value * math.nan for key, value in state.items()}, tmp_path / "nan.safetensors")
@@ -849,6 +852,18 @@ def test_what_is_added_up_on_another_device_passes_through_pinned_memory(
     assert passed == ["go", "back"] * len(away.altered)
     merge_loras(away, weights, (), CPU)
     assert same(values(away), plain)
+
+
+def test_two_at_a_time_pass_to_a_gpu_where_they_take_little_of_it(a14b: Weights, tmp_path: Path) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "plain.safetensors")
+    state = load_file(tmp_path / "plain.safetensors")
+    save_file(state | {"blocks.0.self_attn.q.dora_scale": torch.ones(48, 1)}, tmp_path / "dora.safetensors")
+    plain, dora = (open_loras([LoraFile(tmp_path / f"{name}.safetensors")], a14b) for name in ("plain", "dora"))
+    model, gpu = load(a14b), torch.device("cuda")
+    assert [_workers(model, plain, device) for device in (gpu, CPU, None)] == [2, 1, 1]
+    assert [_workers(model, files, gpu) for files in ([], dora, [*plain, *dora])] == [2, 1, 1]
+    largest = max(value.numel() for value in state.values())
+    assert plain[0].is_light(largest) and not plain[0].is_light(largest - 1)
 
 
 def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _originals(
     """
     stored = weights.stored_dtypes() if model.rounding is None else {}
 
-    def is_original(name: str, dtype: str | None) -> bool:
+    def is_original(name: str, dtype: str) -> bool:
         parameter = model.get_parameter(name)
         return (
             str(parameter.dtype) == f"torch.{dtype}"
