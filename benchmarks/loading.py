@@ -2,11 +2,16 @@
 """Peak host memory and time of loading a denoiser of several GB, generated for the purpose.
 
     python -m benchmarks.loading FOLDER [--layers 24] [--dim 2560] [--precision fp8]
+    python -m benchmarks.loading FOLDER --merge 16
     python -m benchmarks.loading FOLDER --readers ours safetensors fastsafetensors runai [--device cuda cpu] [--cold]
 
 Writes a float32 checkpoint into FOLDER (kept, and used again), loads it in bf16, or in 8 bits that a GPU rounds where
 there is one, and compares the peak with the bytes of the loaded model. Resident memory counts the pages of the mapped
 files too. A folder of weights that is there already will do as well. The last line is JSON.
+
+With `--merge RANK` seconds of putting a LoRA of random numbers into all blocks of a folder in bf16, on the GPU where
+there is one: from the parameters as they were loaded, from the files, and of taking it out, twice each, and the
+GPU's peak. Exits with 1 where results differ.
 
 With `--readers` a line for each of them and each device: seconds until every tensor of the same files is in memory of
 its own there, with files in the system's cache and, with `--cold`, out of it. Exits with 1 where one reads other bits.
@@ -19,6 +24,7 @@ import contextlib
 import gc
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +32,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rehearsal import forget
+from benchmarks.rehearsal import forget, write_lora
 from benchmarks.timing import Timer
 from tests.support.tiny_checkpoint import Denoiser, write_denoiser
 from wan.denoiser.fp8 import PRECISIONS
+from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora_file import open_loras
 from wan.denoiser.model import WanModel
+from wan.device.hardware import peak_gib, reset_peak
 from wan.device.host import host_peak_gib
+from wan.settings import LoraFile
 from wan.weights.tensors import Weights, open_safetensors
 
 
@@ -109,6 +119,28 @@ def compare(folder: Path, readers: Sequence[str], devices: Sequence[str], cold: 
     return len(sums) <= 1 and all(right for right, _ in sums)
 
 
+def merge(folder: Path, rank: int) -> bool:
+    """A line of how long merging takes by its source, and what of the GPU; whether both give the same bits."""
+    weights = open_safetensors(folder, "diffusion_pytorch_model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=torch.device("cpu"))
+    row: dict[str, list[float]] = {"parameters": [], "files": [], "taken_out": []}
+    bits = set()
+    with tempfile.TemporaryDirectory() as place:
+        opened = open_loras([LoraFile(write_lora(Path(place) / "lora.safetensors", folder, rank))], weights)
+        reset_peak(device)
+        for source, files in 2 * [("parameters", opened), ("taken_out", []), ("files", opened), ("taken_out", [])]:
+            if source == "files":
+                model.altered = frozenset(opened[0].parts)  # as if they had been
+            with Timer(device) as watch:
+                merge_loras(model, weights, files, device)
+            row[source].append(round(watch.seconds, 2))
+            if files:
+                bits.add(sum(int(value.view(torch.int16).sum(dtype=torch.int64)) for value in model.parameters()))
+    print(json.dumps({**row, "gpu_peak_gib": peak_gib(device)}))
+    return len(bits) == 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -116,12 +148,15 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2560)
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--precision", choices=PRECISIONS)
+    parser.add_argument("--merge", type=int, metavar="RANK")
     parser.add_argument("--readers", choices=tuple(READERS), nargs="+")
     parser.add_argument("--device", choices=("cuda", "cpu"), nargs="+", default=["cuda"])
     parser.add_argument("--cold", action="store_true")
     args = parser.parse_args()
     if args.readers and args.folder.exists():
         sys.exit(not compare(args.folder, args.readers, args.device, args.cold))
+    if args.merge and args.folder.exists():
+        sys.exit(not merge(args.folder, args.merge))
     if not args.folder.exists():
         sizes = {
             "dim": args.dim,

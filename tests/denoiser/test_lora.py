@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,11 @@ from torch import Tensor
 from tests.support.golden import GOLDEN
 from wan.denoiser import lora_file as lora_file_module
 from wan.denoiser.headers import infer_config, key_map
-from wan.denoiser.lora import merge_loras
+from wan.denoiser.lora import _share_out, _workers, merge_loras
 from wan.denoiser.lora_file import LoraMatch, open_loras
 from wan.denoiser.model import WanModel
 from wan.device.placement import Placement
+from wan.device.sharding import Slice
 from wan.device.streaming import PinnedStage, RoundTrip
 from wan.errors import UserError
 from wan.files import sampled_digest
@@ -657,6 +659,85 @@ def test_what_is_taken_out_leaves_no_trace(weights: Weights, checkpoints: Any, c
     assert same(values(model), alone)
 
 
+def in_bfloat16(weights: Weights, folder: Path) -> Weights:
+    """The same weights rounded, in one file."""
+    folder.mkdir()
+    state = {key: value.bfloat16() for key, value in weights.tensors() if isinstance(value, Tensor)}
+    save_file(state, folder / "m.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(weights.config)))
+    return open_safetensors(folder, "m")
+
+
+@pytest.fixture
+def keys_read(monkeypatch: pytest.MonkeyPatch) -> dict[Path, list[str]]:
+    """The keys that are read from files, by the path of their weights."""
+    seen: dict[Path, list[str]] = {}
+    read = Weights.read
+
+    def noted(weights: Weights, keys: Any, *more: Any) -> Any:
+        for key, value in read(weights, keys, *more):
+            seen.setdefault(weights.path, []).append(key)
+            yield key, value
+
+    monkeypatch.setattr(Weights, "read", noted)
+    return seen
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_no_lora_has_altered_is_not_read_again(
+    number: int, a14b: Weights, tmp_path: Path, keys_read: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what has another dtype than its file, or has been altered; the numbers are the same, from either source."""
+    monkeypatch.setattr("wan.denoiser.lora._workers", lambda *_: number)
+    weights = in_bfloat16(a14b, tmp_path / "half")
+    one, other = LoraFile(tmp_path / "one.safetensors", 0.7), LoraFile(tmp_path / "other.safetensors", -1.5)
+    comfyui(pairs(a14b.shapes, EVERYWHERE[::2]), one.path)
+    kohya(pairs(a14b.shapes, EVERYWHERE[1:], seed=1), other.path)
+    source_of = key_map(weights)
+    model, reference = load(weights, torch.bfloat16), load(weights, torch.bfloat16)
+    before = values(model)
+    wide = {source_of[name] for name, value in before.items() if value.dtype == torch.float32}
+    altered: set[str] = set()
+    for loras in ([one], [one, other], [other], []):
+        reference.altered = frozenset(source_of)  # so that all of it is read
+        merge(reference, weights, loras)
+        keys_read.clear()
+        merge(model, weights, loras)
+        changed = {source_of[name] for file in open_loras(loras, weights) for name in file.parts}
+        read = keys_read.get(weights.path, [])
+        assert sorted(read) == sorted(altered | (changed & wide)), "each once"
+        assert same(values(model), values(reference))
+        altered = changed
+    assert same(values(model), before) and model.altered == frozenset()
+
+
+@pytest.mark.parametrize("why", ["in common", "sliced", "rounded", "half done"])
+def test_values_that_may_not_be_the_checkpoints_are_read(
+    why: str, a14b: Weights, tmp_path: Path, keys_read: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "lora.safetensors")
+    lora, rounded = LoraFile(tmp_path / "lora.safetensors", 0.7), why == "rounded"
+    model, reference = load(a14b, convert=rounded), load(a14b, convert=rounded)
+    merge(reference, a14b, [lora])
+    if why == "in common":  # another process was quicker
+        model.in_common = True
+        model.load_state_dict(values(reference))
+    if why == "sliced":  # that they are written too is in test_sharding.py
+        monkeypatch.setattr("wan.denoiser.lora.slice_of", lambda parameter: Slice(slice(0, 1), parameter[:1]))
+    if why == "half done":
+        state = load_file(lora.path)
+        save_file({key: value * math.nan for key, value in state.items()}, tmp_path / "nan.safetensors")
+        with pytest.raises(UserError, match="infinite or NaN"):
+            merge(model, a14b, [LoraFile(tmp_path / "nan.safetensors")])
+        assert model.loras is None
+        for name in model.altered:  # whichever of them were at work
+            model.get_parameter(name).fill_(math.nan)
+    keys_read.clear()
+    merge(model, a14b, [lora])
+    assert sorted(keys_read[a14b.path]) == sorted(f"{layer}.weight" for layer in BLOCKS)
+    assert same(values(model), values(reference))
+
+
 def test_several_loras_add_up(a14b: Weights, tmp_path: Path) -> None:
     one, other = pairs(a14b.shapes), pairs(a14b.shapes, EVERYWHERE, seed=1)
     svi(one, tmp_path / "one.safetensors")
@@ -771,6 +852,18 @@ def test_what_is_added_up_on_another_device_passes_through_pinned_memory(
     assert passed == ["go", "back"] * len(away.altered)
     merge_loras(away, weights, (), CPU)
     assert same(values(away), plain)
+
+
+def test_two_at_a_time_pass_to_a_gpu_where_they_take_little_of_it(a14b: Weights, tmp_path: Path) -> None:
+    svi(pairs(a14b.shapes), tmp_path / "plain.safetensors")
+    state = load_file(tmp_path / "plain.safetensors")
+    save_file(state | {"blocks.0.self_attn.q.dora_scale": torch.ones(48, 1)}, tmp_path / "dora.safetensors")
+    plain, dora = (open_loras([LoraFile(tmp_path / f"{name}.safetensors")], a14b) for name in ("plain", "dora"))
+    model, gpu = load(a14b), torch.device("cuda")
+    assert [_workers(model, plain, device) for device in (gpu, CPU, None)] == [2, 1, 1]
+    assert [_workers(model, files, gpu) for files in ([], dora, [*plain, *dora])] == [2, 1, 1]
+    largest = max(value.numel() for value in state.values())
+    assert plain[0].is_light(largest) and not plain[0].is_light(largest - 1)
 
 
 def test_full_differences_and_biases_are_added(a14b: Weights, tmp_path: Path) -> None:
@@ -1115,7 +1208,11 @@ def test_a_file_is_for_the_expert_that_its_name_says(
     assert matches([LoraFile(file)], checkpoints["5B"])[0].matched == len(BLOCKS)
 
 
-def test_an_error_half_way_is_put_right_by_the_next_merge(a14b: Weights, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_half_way_is_put_right_by_the_next_merge(
+    number: int, a14b: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan.denoiser.lora._workers", lambda *_: number)
     lora = pairs(a14b.shapes)
     svi(lora, tmp_path / "good.safetensors")
     broken = dataclasses.replace(lora[BLOCKS[-1]], up=lora[BLOCKS[-1]].up * math.nan)
@@ -1127,6 +1224,20 @@ def test_an_error_half_way_is_put_right_by_the_next_merge(a14b: Weights, tmp_pat
     assert not same(values(model), before)
     merge(model, a14b, [])
     assert same(values(model), before)
+
+
+def test_after_an_error_nothing_more_is_shared_out() -> None:
+    begun: list[str] = []
+
+    def work(item: tuple[str, Any]) -> None:
+        begun.append(item[0])
+        if item[0] == "3":
+            raise UserError("the fourth")
+        time.sleep(0.001)
+
+    with pytest.raises(UserError, match="the fourth"):
+        _share_out(((str(number), torch.zeros(1)) for number in range(500)), [work, work])
+    assert "3" in begun and len(begun) < 100
 
 
 # --- what the user types ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from tests.support.golden import GOLDEN
 from tests.support.tiny_denoiser import build, noise, prompt
 from wan import WAN_CONFIGS, UserError, WanV2V5B
 from wan.captioner import weight_bytes
+from wan.denoiser.headers import key_map
 from wan.denoiser.model import WanModel
+from wan.denoiser.policy import stays_float32
 from wan.device import layers, streaming
 from wan.device.budget import (
     ALWAYS,
@@ -703,6 +706,15 @@ def test_of_a_feed_forward_layer_its_inner_width_counts() -> None:
     width, hidden = 3072, 14336
     working = denoiser_memory(weights, "bfloat16", False, tokens, 512).working
     assert working == pytest.approx(ALWAYS + tokens * (4 * hidden + 7 * width), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["i2v-A14B", "ti2v-5B"])
+def test_two_matrices_that_get_loras_take_less_than_two_layers_and_what_is_in_none(task: str) -> None:
+    """A number takes up to ten bytes, and twelve where it stays float32: checkpoint's, summed, rounded."""
+    for weights in at_real_size(task).checkpoint.experts.values():
+        name_of = {key: name for name, key in key_map(weights).items() if len(weights.shapes[key]) == 2}
+        sizes = [math.prod(weights.shapes[key]) * (12 if stays_float32(name) else 10) for key, name in name_of.items()]
+        assert sum(sorted(sizes)[-2:]) < denoiser_memory(weights, "bfloat16", False, 0, 0).least
 
 
 def test_slices_count_the_layers_that_are_gathered_and_what_is_no_layer() -> None:

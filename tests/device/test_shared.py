@@ -69,6 +69,7 @@ def in_a_rank(rank: int, size: int, folder: str) -> Any:
             torch.from_file = missing
         before = memory()
         model = WanModel.from_weights(weights, dtype=torch.bfloat16, device=cpu, shared=SharedMemory(team.machine))
+        assert model.in_common == together
         team.share(lambda: None)
         grown = memory() - before
         # layers come one by one to a "GPU", and need no other place in host memory for it

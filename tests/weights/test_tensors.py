@@ -50,6 +50,8 @@ def test_dtypes_are_told_of_what_is_plain(tmp_path: Path) -> None:
     shapes = dict.fromkeys("abcdefg", (2,))
     dtypes = Weights(tmp_path, files, shapes, {}, prefix="x.").stored_dtypes()
     assert dtypes == {"a": "float32", "b": "float16", "c": "bfloat16", "e": "float64", "f": "float16", "g": "float32"}
+    scaled = Weights(tmp_path, files, shapes, {}, prefix="x.", scales={"b": "x.a"}).stored_dtypes()
+    assert scaled == {key: dtype for key, dtype in dtypes.items() if key != "b"}
     named = Weights(tmp_path, files, shapes, {}, expert="high_noise_model", prefix="x.")
     assert named.place_of("b") == f"{files[0]} (high_noise_model)" and named.place_of("f").startswith(str(files[1]))
     assert Weights(tmp_path, files, shapes, {}, prefix="x.").place_of("b") == str(files[0])

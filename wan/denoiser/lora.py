@@ -4,16 +4,21 @@ LoKr and LoHa put other products in the place of B @ A, and DoRA scales the rows
 says how far the weights go from the checkpoint's to the scaled ones.
 
 Strength and sum are applied in float32 to the checkpoint's own values and rounded once, so that what is merged depends
-on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again. A layer
-whose weight stays quantized holds the LoRA beside it and does the same sum whenever it is used.
+on the files alone and not on what was merged before; taking a LoRA out reads the checkpoint's values again. Those of a
+parameter that no LoRA has altered are in the parameter already, where it has the file's dtype. A layer whose weight
+stays quantized holds the LoRA beside it and does the same sum whenever it is used.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,11 +27,13 @@ from wan.denoiser.headers import key_map
 from wan.denoiser.lora_file import LOHA, OpenedLora
 from wan.denoiser.model import WanModel
 from wan.device.hardware import synchronize
-from wan.device.sharding import write
+from wan.device.sharding import slice_of, write
 from wan.device.streaming import RoundTrip
 from wan.errors import UserError
-from wan.weights.quantized import Addition, QuantizedLinear, dequantize
+from wan.weights.quantized import PIECE, Addition, QuantizedLinear, QuantizedTensor, dequantize
 from wan.weights.tensors import Weights
+
+Original: TypeAlias = tuple[str, Tensor | QuantizedTensor]  # the name of a parameter and the checkpoint's values
 
 _LOGGER = logging.getLogger(__name__)
 _TUCKER_LOHA = (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b"))
@@ -44,39 +51,44 @@ def merge_loras(
 
     `layers_have_them`: another process has put them into the parameters of blocks, which the two have in common.
 
-    Parameters are changed in place, one at a time, and stay where they are; the sums are made on `device`, or where the
-    parameters are. Raises UserError for values that are not finite; the next merge puts right what such an error left
-    half done.
+    Parameters are changed in place and stay where they are; the sums are made on `device`, or where the parameters are.
+    Raises UserError for values that are not finite; the next merge puts right what such an error left half done.
     """
     loras = tuple(one.match.lora for one in opened)
     if loras == model.loras:
         return
     changed = frozenset(name for file in opened for name in file.parts)
+    altered = model.altered
     source_of = key_map(weights)
-    name_of = {source_of[name]: name for name in changed | model.altered}
-    model.loras, model.altered = None, changed | model.altered  # until all is done
+    name_of = {source_of[name]: name for name in changed | altered}
+    model.loras, model.altered = None, changed | altered  # until all is done
     changing: set[Path] = set()  # the files that hold more than zeros
     packed = {name: module for name in name_of.values() if (module := _packed(model, name))}
     for name, linear in packed.items():
-        device, base = linear.weight.device, None
+        home, base = linear.weight.device, None
         if any(file.has_magnitude(name) for file in opened):
             ((_, original),) = weights.read({source_of[name]})
-            base = dequantize(original).to(device, torch.float32)
-        linear.set_loras([addition for file in opened for addition in _additions(file, name, device, base, changing)])
-    way = None if device is None else RoundTrip(device)
+            base = dequantize(original).to(home, torch.float32)
+        linear.set_loras([addition for file in opened for addition in _additions(file, name, home, base, changing)])
     done = {name for name in name_of.values() if layers_have_them and name.startswith("blocks.")}
-    for key, original in weights.read({key for key, name in name_of.items() if name not in packed.keys() | done}):
-        parameter, original = model.get_parameter(name_of[key]), dequantize(original)
+    name_of = {key: name for key, name in name_of.items() if name not in packed.keys() | done}
+
+    def merge(way: RoundTrip | None, given: Original) -> None:
+        name, original = given[0], dequantize(given[1])
+        parameter = model.get_parameter(name)
         original = original.to(parameter.device) if way is None else way.go(original, original.dtype)
         value = original.to(torch.float32, copy=True).view(parameter.shape)
-        base = value.clone() if any(file.has_magnitude(name_of[key]) for file in opened) else None
+        base = value.clone() if any(file.has_magnitude(name) for file in opened) else None
         for file in opened:
-            _add(file, name_of[key], value, base, changing)
+            _add(file, name, value, base, changing)
         value = (value if model.rounding is None else value.to(model.rounding)).to(parameter.dtype)
         if way is not None and parameter.device.type == "cpu":
             value = way.back(value)
         write(parameter, value)
         synchronize(parameter.device)  # the next one takes the places of this one
+
+    ways = [None if device is None else RoundTrip(device) for _ in range(_workers(model, opened, device))]
+    _share_out(_originals(model, weights, name_of, altered), [partial(merge, way) for way in ways])
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
@@ -86,6 +98,71 @@ def merge_loras(
                 file.file.path,
                 weights.expert or "this model",
             )
+
+
+def _originals(
+    model: WanModel, weights: Weights, name_of: Mapping[str, str], altered: Collection[str]
+) -> Generator[Original]:
+    """The checkpoint's values of parameters, which `name_of` names by key: their own where those are exactly these.
+
+    That is where they have the file's dtype, and no LoRA altered them, here or in a process that has their memory too.
+    """
+    stored = weights.stored_dtypes() if model.rounding is None else {}
+
+    def is_original(name: str, dtype: str) -> bool:
+        parameter = model.get_parameter(name)
+        return (
+            str(parameter.dtype) == f"torch.{dtype}"
+            and name not in altered
+            and not (model.in_common and name.startswith("blocks."))
+            and slice_of(parameter) is None
+        )
+
+    here = [key for key in stored if key in name_of and is_original(name_of[key], stored[key])]
+    for key in here:
+        yield name_of[key], model.get_parameter(name_of[key]).detach()
+    if rest := name_of.keys() - here:
+        for key, value in weights.read(rest):
+            yield name_of[key], value
+
+
+def _workers(model: WanModel, opened: Sequence[OpenedLora], device: torch.device | None) -> int:
+    """How many parameters are merged at a time: two where they are copied to a GPU and back, which takes the longest.
+
+    A number takes eight to twelve bytes of the GPU then, by its dtypes. For the two largest matrices that is less than
+    two layers and what is in none, for which every budget has room. DoRA and products of other forms take more, so they
+    come one at a time.
+    """
+    away = device is not None and device.type == "cuda" and next(model.parameters()).device.type == "cpu"
+    return 2 if away and all(file.is_light(PIECE) for file in opened) else 1
+
+
+def _share_out(items: Generator[Original], workers: Sequence[Callable[[Original], None]]) -> None:
+    """Give each item to one of the workers, of which each has a thread if there are several; stops at an error."""
+    if len(workers) == 1:
+        for item in items:
+            workers[0](item)
+        return
+    turn = Lock()
+
+    @torch.inference_mode()  # a thread does not know whether its caller is in it
+    def run(work: Callable[[Original], None]) -> None:
+        while True:
+            with turn:
+                item = next(items, None)
+            if item is None:
+                return
+            work(item)
+
+    with ThreadPoolExecutor(len(workers), "loras") as pool:
+        try:
+            running = [pool.submit(run, work) for work in workers]
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            with turn:
+                items.close()  # so that each ends with what it is at
+    for one in running:
+        one.result()
 
 
 def _packed(model: WanModel, name: str) -> QuantizedLinear | None:

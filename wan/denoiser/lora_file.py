@@ -145,6 +145,13 @@ class OpenedLora:
         """Whether what this file holds for a parameter depends on the checkpoint's values (DoRA)."""
         return name in self.parts and "dora_scale" in self.parts[name].keys
 
+    def is_light(self, size: int) -> bool:
+        """Whether it holds only products of two factors, and differences, of no more numbers than this each."""
+        held = [(role, key) for part in self.parts.values() for role, key in part.keys.items()]
+        return all(
+            role in ("down", "up", "bias", "diff") and math.prod(self.file.shapes[key]) <= size for role, key in held
+        )
+
 
 @dataclass(frozen=True)
 class _Fitting:

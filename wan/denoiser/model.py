@@ -54,6 +54,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
         self.rounding: torch.dtype | None = None  # what the weights were rounded through when they were loaded
         self.altered: frozenset[str] = frozenset()  # the parameters that are not the checkpoint's, see lora.py
         self.loras: tuple[Any, ...] | None = ()  # what is in them, None while that is being changed
+        self.in_common = False  # whether other processes alter the blocks' parameters too, see shared.py
         self.before_layer: Callable[[int], None] | None = None  # see placement.py
         self.low_precision: str | None = None  # what its blocks were lowered to
         self.token_group: Group | None = None  # the ranks that share a forward's tokens, see sequence.py
@@ -100,6 +101,7 @@ class WanModel(WanTransformer3DModel):  # type: ignore[misc]
             shared=shared,
             lower=None if low_precision is None else Lowering(dtype, device, rounded_on or device),
         )
+        model.in_common = isinstance(shared, SharedMemory) and shared.memory is not None
         model.to(device).eval()
         if low_precision is not None:
             quantize_model(model, low_precision, rounded_on or device)

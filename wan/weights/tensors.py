@@ -54,7 +54,8 @@ class Weights:
                 dtypes |= {name: tensor.dtype for name, tensor in _pth_tensors(file).items()}
             elif file.suffix.lower() == ".safetensors":
                 dtypes |= {name: PLAIN[kind] for name, kind in safetensors_dtypes(file).items() if kind in PLAIN}
-        return {key: dtypes[name] for key in self.shapes if (name := self.prefix + key) in dtypes}
+        plain = (key for key in self.shapes if key not in self.scales)
+        return {key: dtypes[name] for key in plain if (name := self.prefix + key) in dtypes}
 
     @property
     def is_distilled(self) -> bool:
