@@ -179,8 +179,9 @@ def test_hands_of_a_machine_share_its_memory(
             doing = await begin(hand, given)
             await group.speak(given["id"], ("end", {"state": "cancelled"}))
             await doing
-        shares = [told["settings"].get("host_memory") for told in group.told]
-        assert shares == [share, 5] and group.told[0]["settings"]["output_dir"] == "nowhere"
+        shares = [told["share"].get("host_memory") for told in group.told]
+        assert shares == [share, None] and "host_memory" not in group.told[0]["settings"]
+        assert group.told[1]["settings"]["host_memory"] == 5 and group.told[0]["settings"]["output_dir"] == "nowhere"
 
     working(work, monkeypatch, ranks=ranks, siblings=siblings)
 
@@ -199,13 +200,13 @@ def test_hands_of_a_machine_have_weights_in_common_unless_each_may_have_others(
             doing = await begin(hand, one if kinds is None else {**one, "kinds": kinds})
             await group.speak(one["id"], ("end", {"state": "cancelled"}))
             await doing
-        assert [one["settings"].get("share_weights") for one in group.told] == [told, 1]
+        assert [one["share"].get("share_weights") for one in group.told] == [told, None]
         rounded = order("c")
         rounded["settings"]["precision"] = "fp8"  # each process has its own then
         doing = await begin(hand, rounded)
         await group.speak("c", ("end", {"state": "cancelled"}))
         await doing
-        assert "share_weights" not in group.told[-1]["settings"]
+        assert "share_weights" not in group.told[-1]["share"]
 
     working(work, monkeypatch, ranks=ranks, siblings=siblings)
 

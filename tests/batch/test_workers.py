@@ -45,7 +45,7 @@ for line in sys.stdin:
     if os.environ.get("RANK", "0") == "1" and name == "follower dies": os._exit(1)
     if name == "follower dies": continue
     say("clip_finished", clip=2, count=3, seam=None)
-    say("end", state="completed", got=order["settings"].get("host_memory"))
+    say("end", state="completed", got=(order["settings"] | order["share"]).get("host_memory"))
 """
 
 
@@ -180,6 +180,9 @@ def test_six_chains_with_a_kill_are_those_of_lone_runs(tmp_path: Path) -> None:
     assert not psutil.pid_exists(killed)
     assert not list(tmp_path.glob("runs/*/redone")) and len(list(tmp_path.glob("runs/*/video_*.json"))) == 9
     again = next(row for row in recorded if row["failures"])
+    # the worker's share of the machine is not for who makes it again alone
+    arguments = json.loads((tmp_path / "runs" / again["name"] / "run.json").read_text(encoding="utf-8"))["arguments"]
+    assert (arguments["host_memory"], arguments["share_weights"]) == ("auto", 1)
     lone = ["--video", str(SHAPES), "--output_dir", str(tmp_path / "lone"), "--num_videos", str(again["clips"]), *each]
     assert cli.continuous_main([*lone, "--base_seed", str(10 * int(again["name"].split()[1]))]) == 0
     assert states(tmp_path / "runs" / again["name"]) == states(tmp_path / "lone") != {}

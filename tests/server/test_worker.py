@@ -34,8 +34,8 @@ def test_a_pipeline_stays_for_chains_of_its_models_and_goes_for_others() -> None
     told = list[str]()
 
     def job(key: str, question: str) -> Any:
-        def opened() -> Any:
-            told.append(f"open {key}")
+        def opened(**share: int) -> Any:
+            told.append(f"open {key}{share or ''}")
             vlm = SimpleNamespace(share=lambda ask: told.append(f"share {ask}"), question=None, fallback=None)
             return SimpleNamespace(vlm=vlm, close=lambda: told.append(f"close {key}"))
 
@@ -48,6 +48,9 @@ def test_a_pipeline_stays_for_chains_of_its_models_and_goes_for_others() -> None
     second = kept.open(job("b", "why?"))
     assert second is not first and second.vlm.question == "why?" and second.vlm.fallback is True
     assert told == ["open a", "share asking", "close a", "open b", "share asking"]
+    kept.share = {"host_memory": 5}  # of the machine, which is not the settings'
+    assert kept.open(job("b", "why?")) is not second
+    assert told[5:] == ["close b", "open b{'host_memory': 5}", "share asking"]
 
 
 def test_a_prompt_is_told_at_once_and_steps_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,13 +412,17 @@ class Process:
             patch.setattr(worker, "_work", work)
             patch.setattr(worker, "follow", follow)
             patch.setattr("wan.server.worker.World.read", lambda _: SimpleNamespace(is_first=rank == 0))
-            patch.setattr(worker, "KeptPipeline", lambda ask: self.works.append(("kept", ask)))
+            patch.setattr(worker, "KeptPipeline", self._kept)
             patch.setattr(logging.root, "addHandler", lambda handler: self.works.append(handler))
             patch.setenv("MASTER_PORT", "1")
             code = worker.main()
         assert self.works[0] == (2, 1)  # what libraries print is for the log
         assert isinstance(self.works[1], worker._Warnings)
         return code, [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+
+    def _kept(self, ask: Any) -> Any:
+        self.works.append(("kept", ask))
+        return SimpleNamespace()
 
 
 @pytest.fixture

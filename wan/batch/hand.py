@@ -167,16 +167,17 @@ class Hand:
     def _with_share(self, order: Mapping[str, Any]) -> Mapping[str, Any]:
         """The order with this hand's share of the machine's memory, and of the weights that all of them have in it.
 
-        `kinds` of an order is how many sets of weights and LoRAs the batch has; at worst each is in use somewhere.
+        It stands beside the settings, which a chain writes down for who goes on with it alone. `kinds` of an order is
+        how many sets of weights and LoRAs the batch has; at worst each is in use somewhere.
         """
-        settings = order["settings"]
+        settings, share = order["settings"], dict[str, float]()
         if self.siblings * self.ranks > 1 and "host_memory" not in settings:
-            settings = {**settings, "host_memory": self._share}
+            share["host_memory"] = self._share
         alike = self.siblings // min(self.siblings, max(1, order.get("kinds", 1)))
         can = hasattr(os, "memfd_create") and self.ranks == 1 and "precision" not in settings
         if alike > 1 and can and "share_weights" not in settings:
-            settings = {**settings, "share_weights": alike}
-        return {**order, "settings": settings}
+            share["share_weights"] = alike
+        return {**order, "share": share}
 
     async def _hear_all(self, processes: Processes) -> None:
         """Hear the first process to its end, which is that of all that it had in hand."""

@@ -188,9 +188,7 @@ class Job:
             part_files=part_files(settings) | ({} if self.tokenizer is None else {"tokenizer": self.tokenizer}),
             compile_blocks=settings.compile == "auto",
             vram=settings.vram,
-            host_memory=settings.host_memory,
-            share_weights=settings.share_weights,
-            **continuing,
+            **{"host_memory": settings.host_memory, "share_weights": settings.share_weights} | continuing,
         )
 
     @property
@@ -219,8 +217,8 @@ class Job:
         given = self.settings.offload_model
         return self.world.size == 1 or self.settings.vram is not None if given is None else given
 
-    def open_continuation(self) -> VideoContinuation:
-        """The pipeline of a v2v task."""
+    def open_continuation(self, **share: Any) -> VideoContinuation:
+        """The pipeline of a v2v task; `share`: arguments of memory in place of those of the settings."""
         settings = self.settings
         from wan.continuation import VideoContinuation
 
@@ -232,6 +230,7 @@ class Job:
             vlm_fallback=settings.vlm_fallback,
             vlm_trust_remote_code=settings.vlm_trust_remote_code,
             video_reader=settings.video_reader,
+            **share,
         )
         assert isinstance(continuation, VideoContinuation)  # its task is one of V2V_TASKS
         return continuation

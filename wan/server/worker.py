@@ -61,17 +61,18 @@ class KeptPipeline:
 
     def __init__(self, ask: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> None:
         self._ask = ask  # a captioner that others share
+        self.share: Mapping[str, Any] = {}  # of the machine, where others work beside this process
         self._opened: VideoContinuation | None = None
         self._key: object = None
 
     def open(self, job: Job) -> VideoContinuation:
         """The pipeline, which asks the VLM what this chain asks it. That of another checkpoint is let go."""
-        key = job.models_key
+        key = job.models_key, self.share
         if self._opened is None or self._key != key:
             if self._opened is not None:
                 self._opened.close()
                 self._opened = None
-            self._opened, self._key = job.open_continuation(), key
+            self._opened, self._key = job.open_continuation(**self.share), key
             if self._ask is not None:
                 self._opened.vlm.share(self._ask)
         self._opened.vlm.question, self._opened.vlm.fallback = job.settings.vlm_question, job.settings.vlm_fallback
@@ -227,6 +228,7 @@ def main() -> int:
             now["id"] = order["id"]
             of_chain = _chain.set(order["id"])
             settings = settings_of_chain(owner, order["settings"])
+            kept.share = order.get("share", {})
             if "port" in order:
                 os.environ["MASTER_PORT"] = str(order["port"])
             if not world.is_first:
