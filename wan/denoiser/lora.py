@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,8 +88,13 @@ def merge_loras(
         write(parameter, value)
         synchronize(parameter.device)  # the next one takes the places of this one
 
+    def merge_there(way: RoundTrip | None, given: Original) -> None:
+        # a thread begins on the first GPU, and would pin its memory there
+        with torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext():
+            merge(way, given)
+
     ways = [None if device is None else RoundTrip(device) for _ in range(_workers(model, opened, device))]
-    _share_out(_originals(model, weights, name_of, altered), [partial(merge, way) for way in ways])
+    _share_out(_originals(model, weights, name_of, altered), [partial(merge_there, way) for way in ways])
     model.loras, model.altered = loras, changed
     for file in opened:
         _LOGGER.info("merged %s", file.match)
