@@ -140,15 +140,16 @@ def watch(
     moments["to the prompt"] = end - moments.get("result", end)
     moments["end"] = end
     tell(f"exit {code} at {end:.1f} s")
-    rates = [f"{(after - before) / 1e9:.1f}" for before, after in itertools.pairwise(read)]
-    tell(f"GB from the disks in each second: {' '.join(rates)}")
+    if read[0] is not None:
+        rates = [f"{(after - before) / 1e9:.1f}" for before, after in itertools.pairwise(filter(None, read))]
+        tell(f"GB from the disks in each second: {' '.join(rates)}")
     return code, moments, output
 
 
-def bytes_read() -> int:
-    """What this machine has read from its disks so far."""
+def bytes_read() -> int | None:
+    """What this machine has read from its disks so far; None where it does not count."""
     counters = psutil.disk_io_counters()
-    return 0 if counters is None else counters.read_bytes
+    return None if counters is None else counters.read_bytes
 
 
 def footage(target: Path, kind: str) -> Path:

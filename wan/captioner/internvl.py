@@ -247,9 +247,10 @@ class InternVLCaptioner(LocalModel):
         streams = room is not None and held > room and self.quantization is None
         with reading(self.folder), ReadAhead(self.weights, len(self.weights)):
             source = None if self.original else self.folder
-            home = torch.device("cpu") if streams or self.can_be_mapped else self.device
+            in_pieces = self.device.type != "cpu" and not streams and self.can_be_mapped
+            home = torch.device("cpu") if streams or in_pieces else self.device
             model = fuse_norms(self.from_pretrained(InternVLForConditionalGeneration, source, home=home, **options))
-            if not streams and home != self.device:
+            if in_pieces:
                 move_in_pieces(model, self.device)  # the library copies from memory that is not pinned
         if streams:
             log.warning(

@@ -266,7 +266,7 @@ PIECE, THREADS = 16 * 2**20, 8  # bytes that a thread copies at a time, and thre
 def move_in_pieces(module: nn.Module, device: torch.device) -> None:
     """Move a module out of host memory, or of the files that it is mapped from, to a device through pinned memory.
 
-    Its tensors have no gaps there.
+    Its tensors have no gaps there. After an error it is of no use.
     """
     stages: SimpleQueue[PinnedStage] = SimpleQueue()
     for _ in range(THREADS):
@@ -292,9 +292,12 @@ def move_in_pieces(module: nn.Module, device: torch.device) -> None:
             pieces = (torch.split(one.reshape(-1).view(torch.uint8), PIECE) for one in (tensor.data, here))
             copies += map(threads.submit, repeat(copy), *pieces)
             tensor.data = here
-        for one in copies:
-            done += one.result()
-            tell_detail(f"{done / 1e9:.1f} of {size / 1e9:.1f} GB")
+        try:
+            for one in copies:
+                done += one.result()
+                tell_detail(f"{done / 1e9:.1f} of {size / 1e9:.1f} GB")
+        finally:
+            threads.shutdown(cancel_futures=True)  # after an error no more of many GB
 
 
 def in_one_buffer(tensors: Sequence[Tensor], memory: Tensor | None = None) -> list[Tensor]:
