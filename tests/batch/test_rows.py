@@ -235,6 +235,14 @@ def test_two_videos_of_a_folder_with_one_name_are_told_how_to_be_told_apart(fold
     ]
 
 
+def test_a_row_s_folder_is_not_where_the_report_goes(folder: Path) -> None:
+    for name in ("batch.html", "Batch.jsonl"):
+        assert wrong("l.jsonl", json.dumps({"video": "a.mp4", "name": name})) == [
+            f"l.jsonl, line 1: its folder {folder / 'runs' / name} is where the report goes; give `report_dir` or "
+            "another name"
+        ]
+
+
 def test_what_a_batch_alone_has_is_no_chain_s(folder: Path) -> None:
     words = (
         "--workers",

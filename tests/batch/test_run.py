@@ -309,17 +309,6 @@ def test_a_dry_run_adds_up_clips_hours_and_disk() -> None:
     )
 
 
-def test_rows_that_cannot_be_made_are_said_before_anything_begins(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "l.csv").write_text("video,seed\na.mp4,x\nb.mp4,1\nc.mp4,y\n", encoding="utf-8")
-    given = Settings(videos="l.csv", ckpt_dir="m", output_dir="runs/{name}")
-    with pytest.raises(UserError, match="2 rows of videos l.csv cannot be made; nothing was begun"):
-        run_module.make_batch(given)
-    assert "l.csv, line 2: `base_seed` must be a whole number" in caplog.text and "line 4" in caplog.text
-    assert not (tmp_path / "runs").exists()
-
-
 def test_the_report_escapes_what_anybody_wrote_and_leads_to_the_chains(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     task = tasks_of("a")[0]
@@ -397,10 +386,10 @@ def test_a_table_is_drawn_on_a_terminal(
 def test_a_file_that_no_batch_made_is_not_replaced_by_the_report(name: str, text: str, tmp_path: Path) -> None:
     report = Report(tmp_path, Settings(ckpt_dir="x", videos="films"), [BadRow("line 1", "no video")])
     report.write([], {}, status="running")
-    _check_report(tmp_path, [])  # of the batch before
+    _check_report(tmp_path)  # of the batch before
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"{name} would be overwritten, and no batch made it; move it"):
-        _check_report(tmp_path, [])
+        _check_report(tmp_path)
     assert (tmp_path / name).read_text(encoding="utf-8") == text
 
 
@@ -418,7 +407,7 @@ def test_a_report_that_somebody_changed_gets_another_name(
     for kept in (f"batch_changed{path.suffix}", f"batch_changed_2{path.suffix}"):
         mine = path.read_bytes().replace(b"line 1", b"line one", 1)
         path.write_bytes(mine)
-        _check_report(tmp_path, [])
+        _check_report(tmp_path)
         Report(tmp_path, given, bad).write([], {}, status="running")
         assert (tmp_path / kept).read_bytes() == mine and b"line 1" in path.read_bytes()
         assert f"{path} is not what was written; it is {kept} from now on" in caplog.text
@@ -554,6 +543,34 @@ def test_a_row_that_fails_its_check_ends_the_batch_unless_it_is_to_be_left_out(
     capsys.readouterr()
     batch(skip_bad=True, dry_run=True)
     assert capsys.readouterr().out.endswith("1 row left out, which cannot be made\n")
+
+
+def test_rows_that_cannot_be_made_are_said_at_once_whoever_sees_it(
+    batch: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfit(batch.crew, "a", "c")
+    (tmp_path / "l.csv").write_text("video,seed\na.mp4,1\nb.mp4,x\nc.mp4,2\nb.mp4,3\nb.mp4,4\n", encoding="utf-8")
+    with pytest.raises(UserError, match="^4 rows of videos l.csv cannot be made; nothing was begun"):
+        batch(videos="l.csv")
+    lines = [
+        "l.csv, line 2: no such LoRA",
+        "l.csv, line 3: `base_seed` must be a whole number, 'x' is not",
+        "l.csv, line 4: no such LoRA",
+        f"l.csv, line 6: its folder {tmp_path / 'runs/b'} is that of l.csv, line 5, too; give one of them another name",
+    ]
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR] == lines
+    assert batch.crew.given == [] and batch.crew.closed == 1 and not (tmp_path / "runs").exists()
+    caplog.clear()
+    batch(videos="l.csv", skip_bad=True)
+    assert [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING] == lines
+    assert [name for _, name in batch.crew.given] == ["b"]
+
+
+def test_no_workers_start_for_a_list_of_bad_rows(batch: Command, caplog: pytest.LogCaptureFixture) -> None:
+    Path("l.csv").write_text("video,seed\na.mp4,x\nb.mp4,y\n", encoding="utf-8")
+    with pytest.raises(UserError, match="^2 rows of videos l.csv cannot be made"):
+        batch(videos="l.csv")
+    assert "l.csv, line 2: `base_seed`" in caplog.text and "line 3" in caplog.text and batch.joined == []
 
 
 def test_a_batch_that_is_interrupted_keeps_what_it_has(
@@ -756,16 +773,13 @@ def test_a_dry_run_says_on_what_its_hours_rest() -> None:
 
 
 def test_a_report_needs_names_that_nothing_else_has(tmp_path: Path) -> None:
-    row = Row("batch.html", "list, line 2", Settings(output_dir=str(tmp_path / "batch.html")))
-    with pytest.raises(UserError, match="list, line 2: its folder .*batch.html is where the report goes"):
-        _check_report(tmp_path, [row])
     (tmp_path / "batch.jsonl").mkdir()
     with pytest.raises(UserError, match=r"batch.jsonl is no file, and the report needs that name"):
-        _check_report(tmp_path, [])
+        _check_report(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"report_dir .*file is a file; give a folder"):
-        _check_report(tmp_path / "file", [])
-    _check_report(tmp_path / "nowhere", [])
+        _check_report(tmp_path / "file")
+    _check_report(tmp_path / "nowhere")
 
 
 # --- the report

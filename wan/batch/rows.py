@@ -57,11 +57,12 @@ _WHOLE, _REAL = re.compile(r"-?(0|[1-9]\d{0,18})"), re.compile(r"[-+]?(\d+\.\d*|
 
 @dataclass(frozen=True)
 class Row:
-    """One chain of a batch: its name, which no other has, where the list says it, and all its settings."""
+    """One chain of a batch: its name, which no other has, where the list says it, all its settings, and its number."""
 
     name: str
     where: str
     settings: Settings
+    number: int = 0  # in the list
 
     @property
     def folder(self) -> Path:
@@ -75,6 +76,7 @@ class BadRow:
 
     where: str
     reason: str
+    number: int = 0  # in the list
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -105,19 +107,22 @@ def read_rows(settings: Settings) -> tuple[list[Row], list[BadRow]]:
     common = _placed(dataclasses.replace(settings, **of_batch, dry_run=False), Path())
     rows, bad = list[Row](), list[BadRow]()
     taken: dict[str, Row] = {}
+    reports = {_key(report_folder(settings) / name) for name in (PAGE, DATA)}
     for count, entry in enumerate(_read_list(source) if in_list else _look_for(settings.videos), 1):
         if count > MOST_ROWS:
             raise UserError(f"`videos` {source} has more than {MOST_ROWS} rows; make several batches of them")
         try:
-            row = _row(entry, common, folder.absolute())
-            other = taken.setdefault(_key(row.folder), row)
+            row = dataclasses.replace(_row(entry, common, folder.absolute()), number=count)
+            if (key := _key(row.folder)) in reports:
+                raise UserError(f"its folder {row.folder} is where the report goes; give `report_dir` or another name")
+            other = taken.setdefault(key, row)
             if other is not row:
                 raise UserError(
                     f"its folder {row.folder} is that of {other.where}, too; give one of them another name"
                     + ("" if in_list else ", in a list")
                 )
         except (Unfit, UserError) as error:
-            bad.append(BadRow(entry.where, error.marked if isinstance(error, UserError) else str(error)))
+            bad.append(BadRow(entry.where, error.marked if isinstance(error, UserError) else str(error), count))
         else:
             rows.append(row)
     if not rows and not bad:

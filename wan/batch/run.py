@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.batch.hand import LOST, UPLOAD, WRITING
 from wan.batch.report import Report, is_report
-from wan.batch.rows import DATA, PAGE, BadRow, Row, read_rows, report_folder
+from wan.batch.rows import DATA, PAGE, BadRow, read_rows, report_folder
 from wan.batch.schedule import STOPPED, WAITING, Schedule, Task
 from wan.batch.table import Table
 from wan.commands.flags import NAME
@@ -37,12 +37,13 @@ def make_batch(settings: Settings) -> None:
     """Make what is missing of a batch, or with `dry_run` say what that is. Raises UserError."""
     rows, bad = read_rows(settings)
     folder = report_folder(settings)
-    _check_report(folder, rows)
+    _check_report(folder)
     if settings.upload is not None:
         from wan.batch.upload import check_place
 
         check_place(settings.upload.replace(NAME, "name"))
-    _refuse(bad, settings)
+    if not rows:
+        _refuse(bad, settings)
     from wan.batch.crew import Crew, Gone  # which needs Ray
 
     tasks = [Task(row) for row in rows]
@@ -53,9 +54,9 @@ def make_batch(settings: Settings) -> None:
         if crew.dashboard:
             told.info("Ray's dashboard: http://%s", crew.dashboard)
         batch.check()
-        unfit = [BadRow(task.row.where, task.reason) for task in tasks if task.state == FAILED]
-        _refuse(unfit, settings)
-        bad += unfit
+        bad += [BadRow(task.row.where, task.reason, task.row.number) for task in tasks if task.state == FAILED]
+        # only now, so that those that the list itself shows and those that workers see are said at once
+        _refuse(sorted(bad, key=lambda one: one.number), settings)
         if settings.dry_run:
             say(*outline(tasks, bad, crew.places.size * crew.gpus_per_job if crew.places.uses_gpus else 0))
             return
@@ -351,14 +352,10 @@ def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
         )
 
 
-def _check_report(folder: Path, rows: Sequence[Row]) -> None:
+def _check_report(folder: Path) -> None:
     """Raise UserError where the report cannot be written, or would replace what no batch has made."""
     for name in (PAGE, DATA):
         path = folder / name
-        if taken := next((row for row in rows if row.folder == path), None):
-            raise UserError(
-                f"{taken.where}: its folder {path} is where the report goes; give `report_dir` or another name"
-            )
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file, and the report needs that name; give `report_dir`")
         if path.exists() and not is_report(path):
