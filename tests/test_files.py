@@ -233,7 +233,8 @@ def test_json_has_a_depth_and_numbers_a_length() -> None:
         ('{"a":' * 41 + "[]" + "}" * 41, "it is nested more than 40 deep"),
         (nested(100_000), "it is nested more than 40 deep"),
         ("9" * 41, "a number of 41 digits"),
-        ("{", "Expecting"),
+        ("{", "Expecting property name enclosed in double quotes: column 2$"),
+        ("[1,\n x]", "Expecting value: line 2 column 2$"),
         (b"\xff", "codec"),
     ):
         with pytest.raises(UserError, match=f"^x cannot be read as JSON: .*{message}"):

@@ -32,6 +32,10 @@ def parse_json(text: str | bytes, source: str) -> Any:
         value = json.loads(text, parse_int=_whole)
     except RecursionError as error:
         raise UserError(f"{source} cannot be read as JSON: it is nested more than {DEEPEST} deep") from error
+    except json.JSONDecodeError as error:
+        # what has one line may be a line of a file, which is named by who reads that
+        line = f"line {error.lineno} " if "\n" in error.doc else ""
+        raise UserError(f"{source} cannot be read as JSON: {error.msg}: {line}column {error.colno}") from error
     except ValueError as error:
         raise UserError(f"{source} cannot be read as JSON: {error}") from error
     level, depth = [value], 0

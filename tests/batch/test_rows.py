@@ -124,7 +124,17 @@ def test_files_are_looked_for_in_the_list_s_folder_and_hub_ids_stay(folder: Path
             'video,prompt,frame_num\na.mp4,"two\nlines",6\nb.mov,,7\n',
             ["l.csv, line 2: `frame_num` must be 4n+1: 6 is not", "l.csv, line 4: `frame_num` must be 4n+1: 7 is not"],
         ),
-        ("l.jsonl", '{"video": "a.mp4"\n"b.mov"\n', ["l.jsonl, line 1: it cannot be read as JSON"]),
+        (
+            "l.csv",
+            'video,prompt\na.mp4,x\nb.mov,"y\nz\n',
+            ["l.csv, line 4: this is not CSV: unexpected end of data (in a row that begins in line 3)"],
+        ),
+        ("l.csv", 'video\n"a"b\n', ["l.csv, line 2: this is not CSV: ',' expected after '\"'"]),
+        (
+            "l.jsonl",
+            '{"video": "a.mp4"\n"b.mov"\n',
+            ["l.jsonl, line 1: it cannot be read as JSON: Expecting ',' delimiter: column 18"],
+        ),
         ("l.jsonl", '{"prompt": "x"}\n3\n', ["line 1: there is no `video`", "line 2: a row is an object, 3 is not"]),
         ("l.jsonl", '{"video": "a.mp4", "redo": 2}\n', ["line 1: 'redo': a row may not set it"]),
         ("l.jsonl", '{"video": "a.mp4", "prompt": 5}\n', ["line 1: `prompt` must be text"]),

@@ -290,7 +290,9 @@ def _csv(path: Path, text: str) -> Iterator[_Said]:
             else:
                 yield _Said(where, {key: cell for key, cell in zip(keys, cells, strict=False) if cell.strip()})
     except csv.Error as error:
-        raise UserError(f"{_at(path, reader.line_num)}: this is not CSV: {error}") from error
+        # a quote that is not closed is seen at the end
+        begin = f" (in a row that begins in line {line})" if line != reader.line_num else ""
+        raise UserError(f"{_at(path, reader.line_num)}: this is not CSV: {error}{begin}") from error
 
 
 def _columns(where: str, cells: list[str]) -> list[str]:
