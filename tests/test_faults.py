@@ -425,12 +425,10 @@ def test_a_forward_is_the_products_of_all_matrices_and_attention(monkeypatch: py
         checkpoint=SimpleNamespace(experts={"model": SimpleNamespace(shapes=shapes, path="x")}),
         rules=SimpleNamespace(shares=lambda sampling: sampling),
     )
-    plan: Any = SimpleNamespace(
-        geometry=SimpleNamespace(tokens=10), candidates=(1, 2), sampling=SimpleNamespace(cache=None)
-    )
+    clip: Any = SimpleNamespace(geometry=SimpleNamespace(tokens=10), candidates=2, sampling=SimpleNamespace(cache=None))
     monkeypatch.setattr("wan.chain.dry_run.forwards", lambda *_: 3)
     products, attention = 2 * (2 * 8 * 8) * 10, 2 * (2 * 2 * 8 * 10 * 10)  # of two blocks
-    assert flops(continuation, plan) == 2 * 3 * (products + attention)
+    assert flops(continuation, clip) == 2 * 3 * (products + attention)
 
 
 def test_sizes_are_in_gib_from_half_of_one_on() -> None:

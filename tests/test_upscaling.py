@@ -332,12 +332,11 @@ def of_job(**settings: Any) -> Any:
     return Upscaling(job, Geometry(5, 480, 832, (4, 8, 8)))
 
 
-def test_what_a_larger_video_takes_is_told_from_its_new_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_larger_video_takes_is_told_from_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan.commands.finishing.open_upscaler", lambda path: Upscaler(Path(path), 2, twice))
-    plans = [SimpleNamespace(shown=80, fade_in=0), SimpleNamespace(shown=81, fade_in=8)]
     # 0.03 bytes for each of the 1664 x 960 pixels of 153 frames
     line = "joined_upscaled.mp4: 1664x960 by larger.safetensors, about 7 MiB"
-    assert list(of_job().outline(plans)) == [line] and round(0.03 * 1664 * 960 * 153 / 2**20) == 7
+    assert of_job().outline("joined_upscaled.mp4", 153) == line and round(0.03 * 1664 * 960 * 153 / 2**20) == 7
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -425,6 +424,8 @@ def test_a_single_clip_is_enlarged_beside_its_own_file(command: Callable[..., Se
     with av.open(str(world / "small_upscaled.mp4")) as opened:
         assert (opened.streams.video[0].width, opened.streams.video[0].height) == (128, 64)
     assert command("--save_file small.mp4 --upscale larger.safetensors", generate=True).code == 0  # ours
+    dry = command("--save_file small.mp4 --upscale larger.safetensors --dry_run", generate=True).output
+    assert dry.endswith("\nsmall_upscaled.mp4: 128x64 by larger.safetensors, about 0 MiB\n")
     (world / "new_upscaled.mp4").write_bytes(b"theirs")
     seen = command("--save_file new.mp4 --upscale larger.safetensors", generate=True)
     assert seen.code == 2 and "new_upscaled.mp4 is there already" in seen.output and not seen.requests

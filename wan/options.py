@@ -568,7 +568,7 @@ class Settings:
         False, only=("continuous",), same=_SHOWN,
     )
     dry_run: bool = option(
-        OUTPUT, Switch(), "print the plan of the run and make nothing", False, only=("continuous",), same=_SHOWN,
+        OUTPUT, Switch(), "print the plan of the run and make nothing", False, same=_SHOWN,
     )
 
     # Server

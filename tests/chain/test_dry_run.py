@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from wan.chain.dry_run import estimate, flops, mp4_bytes, outline, size_in_words, state_bytes
+from wan.chain.dry_run import Effort, estimate, flops, mp4_bytes, outline, outline_clip, size_in_words, state_bytes
 from wan.chain.plan import Plan
 from wan.errors import UserError
 from wan.settings import Context, Sampling
@@ -29,7 +29,7 @@ def test_a_state_holds_latents_last_frames_and_frames_for_the_captioner() -> Non
     # 16 channels of 3 x 4 x 8 cells and 9 frames in float32, 8 frames of bytes
     assert state_bytes(plan(), 16) == 4 * 16 * 3 * 4 * 8 + 4 * 3 * 9 * 32 * 64 + 3 * 8 * 32 * 64
     assert state_bytes(plan(81, num_segments=3), 16) == 4 * 16 * 21 * 4 * 8 + 4 * 3 * 17 * 32 * 64 + 3 * 3 * 32 * 64
-    assert mp4_bytes(plan()) == pytest.approx(0.03 * 9 * 32 * 64)
+    assert mp4_bytes(plan().geometry) == pytest.approx(0.03 * 9 * 32 * 64)
 
 
 def test_sizes_are_in_the_unit_that_one_would_say() -> None:
@@ -128,7 +128,7 @@ def test_a_finished_run_needs_nothing_more() -> None:
 
 def test_all_models_at_once_are_told_from_one_after_the_other() -> None:
     line = lines(plan(prompt="x", offload=False))[-2]
-    assert "(all models at once)" in line and line.startswith("about 40.")
+    assert line.endswith("(all models at once)") and line.startswith("about 40.")  # and no VLM is asked
 
 
 def test_memory_that_is_limited_by_what_is_free_says_so() -> None:
@@ -137,18 +137,31 @@ def test_memory_that_is_limited_by_what_is_free_says_so() -> None:
     continuation.budget_for = lambda *what: SimpleNamespace(**vars(plain(*what)) | {"vram": 8 * GIB})
     for given, limited in ((None, True), (8 * GIB, False)):
         continuation.budget.vram = given
-        line = list(outline(continuation, inventory(plan(prompt="x"))))[-2]
-        assert (", within the 8.0 that are free, beside" in line) == limited
+        line = list(outline(continuation, inventory(plan())))[-2]
+        assert (", within the 8.0 that are free, beside the VLM" in line) == limited
     continuation.host.given = True
     assert "of 64.0 that are given" in list(outline(continuation, inventory(plan(prompt="x"))))[-1]
+
+
+def test_a_clip_alone_takes_what_one_of_a_chain_takes() -> None:
+    continuation: Any = Continuation()
+    plain, checked = continuation.budget_for, list[Geometry]()
+    continuation.budget_for = lambda *what: SimpleNamespace(**vars(plain(*what)), check=checked.append)
+    for one in (plan(81, 1280, 704), plan(81, 1280, 704, prompt="x", offload=False)):
+        alone = list(outline_clip(continuation, Effort.of(continuation, one)))
+        assert alone[0] == "about 2 MiB of disk" and alone[1].endswith(" of sampling on an H200")
+        of_chain = list(outline(continuation, inventory(one)))
+        assert alone[2:] == of_chain[-2:] and of_chain[-3].startswith(f"{alone[1]};")
+        assert checked.pop() == one.geometry
 
 
 def test_a_clip_s_arithmetic_is_that_of_its_products_and_its_attention() -> None:
     continuation: Any = Continuation()
     tokens = 3 * 2 * 4
     forward = 2 * (8 * 8 + 8 * 8 + 64 * 8) * tokens + 4 * 2 * 8 * tokens**2
-    assert flops(continuation, plan()) == forward * 5  # four steps, of which one is guided
-    assert flops(continuation, plan(best_of=3)) == 3 * flops(continuation, plan())
+    one = Effort.of(continuation, plan())
+    assert flops(continuation, one) == forward * 5  # four steps, of which one is guided
+    assert flops(continuation, Effort.of(continuation, plan(best_of=3))) == 3 * flops(continuation, one)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +183,7 @@ def test_time_is_as_finished_clips_took_or_as_on_an_h200(clips: Any, seconds: fl
     told = estimate(continuation, inventory(*[plan()] * 4, clips=clips))
     missing = 4 - len(clips)
     assert told.clips == 4 and told.missing == missing and told.measured == measured
-    assert told.work == pytest.approx(missing * flops(continuation, plan()))
+    assert told.work == pytest.approx(missing * flops(continuation, Effort.of(continuation, plan())))
     assert told.seconds == pytest.approx(told.work / 5.5e14 if seconds is None else missing * seconds)
 
 
@@ -183,7 +196,7 @@ def test_time_that_is_measured_is_said_to_be() -> None:
 
 def test_disk_is_states_videos_twice_and_takes() -> None:
     continuation: Any = Continuation()
-    state, video = state_bytes(plan(), 16), mp4_bytes(plan())
+    state, video = state_bytes(plan(), 16), mp4_bytes(plan().geometry)
     of = inventory(*[plan()] * 3)
     assert estimate(continuation, of).disk_bytes == pytest.approx(3 * state + 6 * video)
     of.settings.keep_state = "last"

@@ -155,8 +155,8 @@ def test_what_a_command_must_be_told_may_be_missing_where_it_prunes() -> None:
 
 
 def test_a_flag_of_other_commands_is_told_with_them() -> None:
-    with pytest.raises(UserError, match=r"^unknown flag --dry_run; it is one of generate_continuous.py and gen"):
-        parse("generate", ["--ckpt_dir", "a", "--dry_run"])
+    with pytest.raises(UserError, match=r"^unknown flag --no_lock; it is one of generate_continuous.py and gen"):
+        parse("generate", ["--ckpt_dir", "a", "--no_lock"])
 
 
 def test_the_help_says_what_a_flag_is_by_default() -> None:

@@ -148,6 +148,57 @@ def test_a_file_under_a_clips_name_moves_away_and_this_is_said(
 # --- one clip
 
 
+@pytest.mark.parametrize(
+    ("weights", "words", "lines"),
+    [
+        (
+            "ti2v",
+            "",
+            ["a clip of 9 frames of 64x32 at 24", "3 steps of unipc, seed drawn, known: nothing", "prompt: x"],
+        ),
+        (
+            "ti2v",
+            "--frame_num 1 --base_seed 7",
+            ["a clip of 1 frame of 64x32", "3 steps of unipc, seed 7", "prompt: x"],
+        ),
+        ("ti2v", "--image red.png --cfg_size 2", ["a clip of 9 frames", "known: the image", "prompt: x", "2 GPUs: "]),
+        ("i2v", "--task i2v-A14B --image red.png", ["a clip of 9 frames of 32x16 at 16", "known: the image"]),
+        ("ti2v", "--task v2v-5B --video source.mp4 --vlm_path vlm", ["a clip of 9 frames", "known: last_frame 1"]),
+    ],
+)
+def test_a_dry_run_tells_of_a_clip_and_makes_nothing(
+    weights: str, words: str, lines: list[str], command: Callable[..., Seen], world: Path
+) -> None:
+    before = content(world)
+    words = f"--frame_num 9 --sample_steps 3 --save_file plan.mp4 {words}"
+    seen = command(f"{words} --dry_run", generate=True, weights=f"--ckpt_dir {weights}")
+    assert seen.code == 0 and seen.requests == [] and content(world) == before
+    assert ", in plan.mp4\n" in seen.output and all(line in seen.output for line in lines), seen.output
+    for part in ("MiB of disk", "of sampling on an H200", "GiB of GPU memory (", "GiB of host memory"):
+        assert seen.output.count(part) == 1
+    made = command(words.replace("--cfg_size 2", ""), generate=True, weights=f"--ckpt_dir {weights}").first
+    assert (made.geometry.frames, made.sampling.steps) == (1 if "--frame_num 1" in words else 9, 3)
+    for name in ("plan.mp4", "plan.json"):
+        (world / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--size 640*480", "size 640*480 is not one of"),
+        ("--lora nowhere.safetensors", "LoRA nowhere.safetensors does not exist"),
+        ("--task v2v-5B --video nowhere.mp4", "cannot read video 'nowhere.mp4'"),
+        ("--save_file source.mp4", "source.mp4 is there already"),
+        ("--cfg_size 2 --ulysses_size 7 --ring_size 1", "--ulysses_size 7"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_clip_would_be_refused_for(
+    words: str, message: str, command: Callable[..., Seen]
+) -> None:
+    seen = command(f"{words} --dry_run", generate=True)
+    assert seen.code == 2 and seen.output.startswith("error: ") and message in seen.output
+
+
 def test_a_save_file_of_ours_is_replaced_and_another_is_not(command: Callable[..., Seen], tmp_path: Path) -> None:
     target = tmp_path / "movie.mp4"
     words = f"--save_file {target}"

@@ -17,7 +17,7 @@ from wan.chain.fingerprint import clip_settings
 from wan.chain.finished_clip import FinishedClip
 from wan.chain.inventory import Inventory
 from wan.chain.run import ChainRun
-from wan.chain.run_folder import PREVIEW, RunFolder
+from wan.chain.run_folder import PREVIEW, UPSCALED, RunFolder
 from wan.chain.script import Script
 from wan.chain.storyboard import Scene, ahead, check_storyboard, said_otherwise
 from wan.commands.finishing import Upscaling
@@ -125,7 +125,9 @@ class Chain:
         yield from (*inventory.damaged, *inventory.moved, *in_words(inventory.again))
         yield from job.gpus.lines(self._pipeline)
         if self._upscaling is not None:
-            yield from self._upscaling.outline(inventory.plans)
+            # the frames of the source are not counted
+            frames = sum(plan.shown - plan.fade_in for plan in inventory.plans)
+            yield self._upscaling.outline(UPSCALED[0], frames)
         if job.settings.include_source:
             yield f"sound of the source: {self._sound or 'none'}"
 

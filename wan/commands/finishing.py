@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ from wan.types import Geometry, Step
 from wan.upscaling import made_of, open_upscaler, upscale
 
 if TYPE_CHECKING:
-    from wan.chain.plan import Plan
     from wan.chain.run import ChainRun
 
 
@@ -34,11 +33,11 @@ class Upscaling:
         self.upscaler = open_upscaler(job.settings.upscale)
         self.size = self.upscaler.size(geometry.width, geometry.height)
 
-    def outline(self, plans: Sequence[Plan]) -> Iterator[str]:
-        """A line of the dry run. The frames of the source are not counted."""
+    def outline(self, name: str, frames: int) -> str:
+        """The line of the dry run for a larger video of so many frames."""
         width, height = self.size
-        size = MP4_BYTES * width * height * sum(plan.shown - plan.fade_in for plan in plans)
-        yield f"{UPSCALED[0]}: {width}x{height} by {self.upscaler.file.name}, about {size_in_words(size)}"
+        size = size_in_words(MP4_BYTES * width * height * frames)
+        return f"{name}: {width}x{height} by {self.upscaler.file.name}, about {size}"
 
     def of_chain(self, run: ChainRun, watch: Callable[[str, int, bool], Progress]) -> Path:
         """The larger video of a finished chain's joined one. Raises UserError.

@@ -6,48 +6,47 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan import media
+from wan.chain.dry_run import Effort, outline_clip, prompt_of
 from wan.commands.finishing import Upscaling
+from wan.commands.flags import spell_flag
 from wan.commands.inputs import lora_files, sampling_of
 from wan.commands.job import Job
-from wan.commands.outputs import check_file
-from wan.commands.progress import Progress, say
+from wan.commands.outputs import check_file, upscaled_name
+from wan.commands.progress import Progress, counted, say
+from wan.errors import spell
 from wan.files import file_digest, numbered, write_json
 from wan.options import settings_of
 from wan.settings import check_end_image, check_motion_amplitude
 from wan.sizes import begun_size
-from wan.types import KnownFrames, Request, to_uint8
+from wan.types import Generation, KnownFrames, Request, to_uint8
 
 if TYPE_CHECKING:
+    from wan.chain.plan import Plan
     from wan.pipeline import Pipeline
 
 
 def generate(job: Job) -> None:
-    """One mp4, its json beside it, and its name printed. Raises UserError."""
+    """One mp4, its json beside it, and its name printed; or what that would be. Raises UserError."""
     settings = job.settings
     target = _target(job)
     check_file(job, target)
 
-    pipeline: Pipeline
-    if settings.video is not None:
-        from wan.settings import draw_seed
-
-        footage = job.footage()
-        pipeline = continuation = job.open_continuation()
-        plan = job.plan(continuation, footage)
-        upscaling = None if settings.upscale is None else Upscaling(job, plan.geometry)
-        with job.gpus.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
-            made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
-    else:
-        pipeline, plan = job.open(), None
-        request = _request(job, pipeline)
-        upscaling = None if settings.upscale is None else Upscaling(job, request.geometry)
-        with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
-            made = pipeline.run(request, offload=job.offload, on_step=progress)
+    one = _continuing(job) if settings.video is not None else _beginning(job)
+    pipeline, plan = one.pipeline, one.plan
+    upscaling = None if settings.upscale is None else Upscaling(job, one.effort.geometry)
+    if settings.dry_run:
+        say(*(spell(line, spell_flag) for line in _outline(job, target, one, upscaling)))
+        return
+    with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+        made = one.make(on_step=progress)
     record = job.recorder.describe(made, settings.video or settings.image, plan)
     # giving tens of GB back takes the system seconds, which the writing takes as well
     with ThreadPoolExecutor(1) as beside:
@@ -60,6 +59,54 @@ def generate(job: Job) -> None:
     say(str(target))
     if upscaling is not None:
         say(str(upscaling.of_clip(target, Progress)))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """The clip that is asked for, whose models load when it is made: the prompt and what is known, in words."""
+
+    pipeline: Pipeline
+    plan: Plan | None  # of a video that is continued
+    effort: Effort
+    prompt: str
+    known: str
+    make: Callable[..., Generation]
+
+
+def _continuing(job: Job) -> _Clip:
+    from wan.settings import draw_seed
+
+    footage, continuation = job.footage(), job.open_continuation()
+    plan = job.plan(continuation, footage)
+    make = partial(continuation.extend, footage, draw_seed(job.settings.base_seed), plan)
+    known = f"{plan.context.mode} {plan.context.frames}"
+    return _Clip(continuation, plan, Effort.of(continuation, plan), prompt_of(plan), known, make)
+
+
+def _beginning(job: Job) -> _Clip:
+    pipeline = job.open()
+    request = _request(job, pipeline)
+    effort = Effort(request.geometry, request.sampling, job.offload, request.loras)
+    known = "the image" if request.known.leading else "nothing"
+    return _Clip(pipeline, None, effort, request.prompt, known, partial(pipeline.run, request, offload=job.offload))
+
+
+def _outline(job: Job, target: Path, clip: _Clip, upscaling: Upscaling | None) -> Iterator[str]:
+    """The lines of `dry_run`. Raises UserError."""
+    geometry, sampling, seed = clip.effort.geometry, clip.effort.sampling, job.settings.base_seed
+    size = f"{geometry.width}x{geometry.height}"
+    named = "" if job.settings.save_file else ", whose name has the time"
+    yield (
+        f"a clip of {counted(geometry.frames, 'frame')} of {size} at {clip.pipeline.config.sample_fps} frames per "
+        f"second, in {target}{named}"
+    )
+    drawn = "drawn" if seed < 0 else seed
+    yield f"{counted(sampling.steps, 'step')} of {sampling.solver}, seed {drawn}, known: {clip.known}"
+    yield f"prompt: {' '.join(clip.prompt.split())}"
+    yield from outline_clip(clip.pipeline, clip.effort)
+    yield from job.gpus.lines(clip.pipeline)
+    if upscaling is not None:
+        yield upscaling.outline(str(upscaled_name(target)), geometry.frames)
 
 
 def _target(job: Job) -> Path:
