@@ -33,6 +33,7 @@ from wan.device.budget import (
     BARE_CONTEXT,
     CONTEXT,
     GIB,
+    ClipNeeds,
     MemoryBudget,
     StageMemory,
     denoiser_memory,
@@ -385,6 +386,30 @@ def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
     assert peak <= budget.tensors < vram * GIB - CONTEXT
     with pytest.raises(UserError, match=r"vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
         dataclasses.replace(budget, vram=4 * GIB).check(geometry)
+
+
+@pytest.mark.parametrize(
+    ("offload", "limit", "tokens"),
+    [
+        (False, 80, 1),
+        (False, 78, 2),  # both experts, and what a half of the tokens takes
+        (False, 70, None),
+        (True, 13, 1),  # layers come one by one
+        (True, 12, 2),
+        (True, 8, None),
+    ],
+)
+def test_a_clip_whose_tokens_are_shared_fits_smaller_gpus(offload: bool, limit: int, tokens: int | None) -> None:
+    budget = at_real_size("i2v-A14B")
+    needs = [ClipNeeds(clip_of(budget, *size, 81), offload, {}) for size in ((832, 480), (1280, 720))]
+    fitting = [count for count in (1, 2, 4) if budget_with(budget, count).fits(needs, limit * GIB)]
+    assert fitting == [count for count in (1, 2, 4) if tokens is not None and count >= tokens]
+    assert budget.fits(needs, None) and budget.fits([], 1)
+    assert budget.limit is None and dataclasses.replace(budget, vram=2, free=1).limit == 2
+
+
+def budget_with(budget: MemoryBudget, token_ranks: int) -> MemoryBudget:
+    return dataclasses.replace(budget, token_ranks=token_ranks)
 
 
 def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:

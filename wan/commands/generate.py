@@ -40,13 +40,13 @@ def generate(job: Job) -> None:
         pipeline = continuation = job.open_continuation()
         plan = job.plan(continuation, footage)
         upscaling = None if settings.upscale is None else Upscaling(job, plan.geometry)
-        with job.gpus.together(continuation), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(continuation, [plan]), Progress(target.name, quiet=settings.quiet) as progress:
             made = continuation.extend(footage, draw_seed(settings.base_seed), plan, progress)
     else:
         pipeline, plan = job.open(), None
         request = _request(job, pipeline)
         upscaling = None if settings.upscale is None else Upscaling(job, request.geometry)
-        with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+        with job.gpus.together(pipeline, [request]), Progress(target.name, quiet=settings.quiet) as progress:
             made = pipeline.run(request, offload=job.offload, on_step=progress)
     record = job.recorder.describe(made, settings.video or settings.image, plan)
     # giving tens of GB back takes the system seconds, which the writing takes as well

@@ -77,6 +77,15 @@ class StageMemory:
         return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
 
 
+@dataclass(frozen=True)
+class ClipNeeds:
+    """What of a clip decides on the memory that it takes; `loras` are bytes by expert."""
+
+    geometry: Geometry
+    offload: bool
+    loras: Mapping[str, int]
+
+
 class Device(Protocol):
     """Where a model is to be, as far as an estimate asks; PyTorch's devices are such."""
 
@@ -192,6 +201,23 @@ class MemoryBudget:
         weights = [stage.weights for name, stage in stages.items() if name in ("text", "decoding")]
         weights += [stage.weights for stage in self._denoisers(geometry)]
         return sum(weights) + max(stage.working + stage.beside for stage in stages.values())
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that a clip may take: those that are given, or free."""
+        return self.free if self.vram is None else self.vram
+
+    def fits(self, clips: Iterable[ClipNeeds], limit: int | None) -> bool:
+        """Whether a GPU of so many bytes (None: any) is enough for clips, with layers one by one where they may be."""
+        if limit is None:
+            return True
+        pairs = [(replace(self, loras=clip.loras), clip) for clip in clips]
+        return all(
+            budget._least(clip.geometry)[1] <= limit
+            if clip.offload
+            else budget.gpu_bytes(clip.geometry, False) <= for_tensors(limit)
+            for budget, clip in pairs
+        )
 
     @property
     def holds_whole_experts(self) -> bool:
