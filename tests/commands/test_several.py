@@ -78,13 +78,11 @@ def run(ranks: Ranks, size: int, given: list[str], folder: Path) -> list[tuple[i
     [
         ("5b", 2, "--cfg_size 2, --ulysses_size 1", []),
         ("5b", 2, "--cfg_size 1, --ulysses_size 2", ["--ulysses_size", "2", "--cache", "first_block:0.01"]),
-        pytest.param("14b", 2, "--cfg_size 2, --ulysses_size 1", ["--dit_fsdp", "--t5_fsdp"], marks=pytest.mark.rare),
-        pytest.param("14b", 2, "--cfg_size 1, --ulysses_size 2", ["--cfg_size", "1"], marks=pytest.mark.slow),
-        pytest.param("14b", 4, "--cfg_size 2, --ulysses_size 2", [], marks=pytest.mark.slow),
-        pytest.param(
-            "5b", 2, "--cfg_size 1, --ulysses_size 1, --ring_size 2", ["--ring_size", "2"], marks=pytest.mark.rare
-        ),
-        pytest.param("5b", 4, "--cfg_size 1, --ulysses_size 4", ["--ulysses_size", "4"], marks=pytest.mark.slow),
+        ("14b", 2, "--cfg_size 2, --ulysses_size 1", ["--dit_fsdp", "--t5_fsdp"]),
+        ("14b", 2, "--cfg_size 1, --ulysses_size 2", ["--cfg_size", "1"]),
+        ("14b", 4, "--cfg_size 2, --ulysses_size 2", []),
+        ("5b", 2, "--cfg_size 1, --ulysses_size 1, --ring_size 2", ["--ring_size", "2"]),
+        ("5b", 4, "--cfg_size 1, --ulysses_size 4", ["--ulysses_size", "4"]),
     ],
 )
 def test_a_chain_of_several_processes_is_that_of_one_and_goes_on_with_another_count(
