@@ -31,6 +31,8 @@ CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
 FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
+# Tensors of a GPU's tokens that are packed for the others, or come from them, where tokens are shared.
+EXCHANGED = 4
 GATHERED = 5  # layers of slices that are whole at a time: the one in use, the next, and what they come in
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
 DECODING, DECODING_A_FRAME, DECODING_BY_FRAME, ENCODING = (3.1, 4.6), (2.8, 2.8), (4.1, 5.6), (3.6, 3.6)
@@ -186,9 +188,10 @@ class MemoryBudget:
                 weights,
                 config.dtype_name("param_dtype"),
                 in_8_bits,
-                -(-geometry.tokens // self.token_ranks),
+                geometry.tokens,
                 config.text_len,
                 self.loras.get(name, 0),
+                self.token_ranks,
             ).sliced(self.dit_shards)
             for name, weights in self.checkpoint.experts.items()
         ]
@@ -331,9 +334,10 @@ def text_memory(weights: Weights, dtype: str, length: int) -> StageMemory:
 
 
 def denoiser_memory(
-    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0
+    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0, ranks: int = 1
 ) -> StageMemory:
-    """One expert on a clip of so many tokens; `text`: rows of the prompt, `loras`: bytes of what is added to it.
+    """One expert on a clip of so many tokens, which `ranks` GPUs share; `text`: rows of the prompt, `loras`: bytes of
+    what is added to it.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
     rotation or the feed-forward layer before and after its activation.
@@ -342,7 +346,10 @@ def denoiser_memory(
     feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
     width, item = _shape(weights, "patch_embedding.weight")[0], DTYPES[dtype]
     hidden = _shape(weights, feed)[0]
-    working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    a_token = max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    if ranks > 1:
+        a_token += EXCHANGED * item * width
+    working = -(-tokens // ranks) * a_token
     part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     held = beside_packed(weights, dtype, loras)
