@@ -51,16 +51,20 @@ def seen(ti2v: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 def test_a_preset_is_timed_beside_the_steps_that_it_takes_the_place_of(
-    ti2v: Any, request_5b: Request, seen: dict[str, list[Any]]
+    ti2v: Any, request_5b: Request, seen: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = clip.timed_run(ti2v, request_5b, True, 1)
     assert plain["finite"] and plain["held_exactly"] and len(plain["steps"]) == 7
     seen["rows"].clear()
-    balanced = clip.preset_run(ti2v, request_5b, "balanced:12", True, 1, plain["step_median"])
-    turbo = clip.preset_run(ti2v, request_5b, "turbo", True, 1, plain["step_median"])
-    assert (balanced["steps_of_quality"], turbo["steps_of_quality"]) == (12, ti2v.config.sample_steps)
-    assert turbo["sample_over_quality"] < balanced["sample_over_quality"]
+    run = clip.timed_run
+    seconds = {"seconds": {"sample": 6.0}}  # those of a busy machine say nothing
+    monkeypatch.setattr(clip, "timed_run", lambda *given: run(*given) | seconds)
+    balanced = clip.preset_run(ti2v, request_5b, "balanced:12", True, 1, 0.25)
+    turbo = clip.preset_run(ti2v, request_5b, "turbo", True, 1, 0.25)
+    assert (balanced["steps_of_quality"], turbo["steps_of_quality"]) == (12, ti2v.config.sample_steps) == (12, 50)
+    assert (balanced["sample_over_quality"], turbo["sample_over_quality"]) == (6 / (12 * 0.25), 6 / (50 * 0.25))
     assert len(seen["rows"]) == 2 * 12 + 4  # a forward that is left out is called too
+    assert clip.preset_run(ti2v, request_5b, "turbo", True, 1, None)["sample_over_quality"] is None
 
 
 @pytest.mark.parametrize("name", clip.WITHOUT)

@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +24,7 @@ from wan.candidates import is_better
 from wan.clip_sampler import ClipSampler
 from wan.denoiser.conditioning import TextOnly
 from wan.denoiser.sampling import Expert, NotFinite
-from wan.device.budget import MemoryBudget
+from wan.device.budget import GIB, ClipNeeds, MemoryBudget
 from wan.device.host_budget import HostPlan
 from wan.device.parallel import ALONE
 from wan.device.ranks import Sizes, World
@@ -309,12 +309,32 @@ def test_slices_of_weights_are_in_the_budget(
 ) -> None:
     alone = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt")
     alone.sharded = sharded
-    team = SimpleNamespace(node=SimpleNamespace(size=4))
+    team = SimpleNamespace(node=SimpleNamespace(size=4), sizes=Sizes(ring=4))
     monkeypatch.setattr("wan.pipeline.Team.start", lambda *_: team)
-    monkeypatch.setattr("wan.pipeline.choose_sizes", lambda *_, **__: Sizes(1, 4))
-    alone.join(World(0, 4, 0))
+    alone.join(World(0, 4, 0), ring=4)
     assert (alone.budget.dit_shards, alone.budget.t5_shards) == (dit, t5)
     assert alone.host.elsewhere == sharded
+
+
+@pytest.mark.parametrize(("limits", "cfg"), [((90, 90), 2), ((90, 78), 1), ((None, 78), 1), ((None, None), 2)])
+def test_the_gpu_with_the_least_memory_decides_on_the_sizes_of_all(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int | None, ...], cfg: int
+) -> None:
+    alone = WanTI2V(float32("ti2v-5B"), GOLDEN / "5b" / "ckpt")
+    chosen: list[Sizes] = []
+
+    def start(world: World, choose: Callable[[Any], Sizes], *_: Any) -> Any:
+        told = [None if limit is None else limit * GIB for limit in limits]
+        team = SimpleNamespace(told_by_all=lambda _: told, share=lambda make: make(), node=None)
+        team.sizes = choose(team)
+        chosen.append(team.sizes)
+        return team
+
+    monkeypatch.setattr("wan.pipeline.Team.start", start)
+    monkeypatch.setattr(MemoryBudget, "gpu_bytes", lambda self, *_: (76 - 3 * self.token_ranks) * GIB)
+    clip = ClipNeeds(alone.geometry(64, 64, 5), False, {})
+    alone.join(World(0, 2, 0), clips=[clip])
+    assert chosen == [Sizes(cfg, 2 // cfg)] and alone.budget.token_ranks == 2 // cfg
 
 
 def test_the_first_gpu_is_number_0(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,7 +20,7 @@ from wan.denoiser.conditioning import Condition
 from wan.denoiser.fp8 import check_precision
 from wan.denoiser.headers import check_denoiser, infer_config
 from wan.denoiser.timetable import share_out, timesteps_of
-from wan.device.budget import MemoryBudget, free_limit, gpu_limit
+from wan.device.budget import ClipNeeds, MemoryBudget, free_limit, gpu_limit
 from wan.device.hardware import (
     drop_cache,
     generator_on,
@@ -33,7 +33,7 @@ from wan.device.hardware import (
 from wan.device.host_budget import HostBudget, HostPlan, host_limit
 from wan.device.parallel import ALONE, Team, is_met, world_met
 from wan.device.placement import Placement
-from wan.device.ranks import World, choose_sizes
+from wan.device.ranks import USUAL, Sizes, World, choose_sizes, possible_sizes
 from wan.device.shared import CommonLayers, sharers
 from wan.encoding import PromptEmbeddings, SharedVae
 from wan.errors import UserError
@@ -156,7 +156,7 @@ class Pipeline(ABC):
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)
-            self.join(world, **{"cfg": 1, "ulysses": world.size} if use_sp else {})
+            self.join(world, cfg=1 if use_sp else None, ulysses=world.size if use_sp else None)
 
     def close(self) -> None:
         """Free the memory of the models, on the GPU and beside it; they are loaded again when they are next used."""
@@ -173,6 +173,7 @@ class Pipeline(ABC):
         self,
         world: World,
         guided: float = 1.0,
+        clips: Sequence[ClipNeeds] = (),
         *,
         cfg: int | None = None,
         ulysses: int | None = None,
@@ -181,20 +182,41 @@ class Pipeline(ABC):
     ) -> None:
         """Make clips together with the other processes of a launcher, each of which calls this, too.
 
-        `cfg`, `ulysses` and `ring` are the sizes of `choose_sizes` where they are given, `guided` the share of steps
-        that have guidance. Then the first process calls `run`, the others `follow`, and the first `release` in the end.
-        Raises UserError.
+        `cfg`, `ulysses` and `ring` are the sizes of `Sizes` where they are given, `guided` the share of steps that have
+        guidance. The first process chooses the others, for the `clips` that it is about to make. Then it calls `run`,
+        the others `follow`, and the first `release` in the end. Raises UserError.
         """
-        sizes = choose_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
-        self.team = Team.start(world, sizes, self.device, timeout)
-        shards = 1 if self.team.node is None else self.team.node.size
-        self.budget = replace(
-            self.budget,
-            token_ranks=sizes.tokens,
-            dit_shards=shards if self.sharded - {"text_encoder"} else 1,
-            t5_shards=shards if "text_encoder" in self.sharded else 1,
+        possible = possible_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
+
+        def choose(team: Team) -> Sizes:
+            limits = [limit for limit in team.told_by_all(self.budget.limit) if limit is not None]
+            node = 1 if team.node is None else team.node.size
+            return team.share(lambda: self.choose_sizes(possible, guided, clips, node, min(limits, default=None)))
+
+        self.team = Team.start(world, choose if len(possible) > 1 else possible[0], self.device, timeout)
+        self.share_memory(self.team.sizes.tokens, 1 if self.team.node is None else self.team.node.size)
+
+    def choose_sizes(
+        self, possible: Sequence[Sizes], guided: float, clips: Sequence[ClipNeeds], node: int, limit: int | None
+    ) -> Sizes:
+        """The best of the sizes for these clips, with `node` processes a machine and `limit` bytes of each GPU."""
+        tokens = max((clip.geometry.tokens for clip in clips), default=USUAL)
+        return choose_sizes(
+            possible, guided, tokens, lambda sizes: self._budget_of(sizes.tokens, node).fits(clips, limit)
         )
+
+    def share_memory(self, tokens: int, node: int) -> None:
+        """Count with what one of several processes takes: `tokens` share a clip's, and `node` a machine."""
+        self.budget = self._budget_of(tokens, node)
         self.host = replace(self.host, elsewhere=frozenset(self.sharded))
+
+    def _budget_of(self, tokens: int, node: int) -> MemoryBudget:
+        return replace(
+            self.budget,
+            token_ranks=tokens,
+            dit_shards=node if self.sharded - {"text_encoder"} else 1,
+            t5_shards=node if "text_encoder" in self.sharded else 1,
+        )
 
     def follow(self, count: int | None = None) -> None:
         """In all processes but the first: make this one's share of `count` clips, or until that one calls `release`."""

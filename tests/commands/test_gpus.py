@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from wan.commands.gpus import Gpus, check_world
-from wan.device.ranks import World
+from wan.device.budget import ClipNeeds
+from wan.device.ranks import Sizes, World, choose_sizes
 from wan.errors import UserError
 from wan.options import Settings
 
@@ -64,6 +65,8 @@ class Pipeline:
 
     def __init__(self) -> None:
         self.told: list[Any] = []
+        self.budget = SimpleNamespace(limit=5)
+        self.models = SimpleNamespace(lora_bytes=lambda loras: {"model": len(loras)})
         self.rules = SimpleNamespace(
             merge=lambda *_, **__: "sampling", shares=lambda sampling: [(1, 1), (3, 1)] * (sampling == "sampling")
         )
@@ -73,6 +76,13 @@ class Pipeline:
     def _watched(self) -> Iterator[None]:
         self.told.append("watched")
         yield
+
+    def choose_sizes(self, possible: Any, guided: float, clips: list[ClipNeeds], node: int, limit: int) -> Sizes:
+        assert (clips, limit) == (NEEDS, 5)
+        return choose_sizes(possible, guided)
+
+    def share_memory(self, *how: int) -> None:
+        self.told.append(how)
 
     def join(self, *what: Any, **how: Any) -> None:
         self.told.append((what, how))
@@ -84,17 +94,32 @@ class Pipeline:
         self.told.append("follow")
 
 
+CLIP: Any = SimpleNamespace(geometry="geometry", loras={"model": "two"})
+NEEDS = [ClipNeeds(CLIP.geometry, True, {"model": 1})]
+
+
 def gpus(size: int = 1, **given: Any) -> Gpus:
-    return Gpus(Settings(ckpt_dir="x", **given), World(size=size))
+    return Gpus(Settings(ckpt_dir="x", **given), World(size=size), offload=True)
 
 
 def test_a_dry_run_tells_how_gpus_would_share_the_work() -> None:
     pipeline: Any = Pipeline()
-    assert gpus().lines(pipeline) == gpus(cfg_size=1).lines(pipeline) == []
+    assert gpus().outline(pipeline, [CLIP]) == gpus(cfg_size=1).outline(pipeline, [CLIP]) == [] == pipeline.told
     # half of the steps are guided, so that two groups would lose more than they gain
-    assert gpus(4).lines(pipeline) == ["4 GPUs: `cfg_size` 1, `ulysses_size` 4"]
-    assert gpus(ulysses_size=2, cfg_size=2).lines(pipeline) == ["4 GPUs: `cfg_size` 2, `ulysses_size` 2"]
-    assert gpus(4, ring_size=2).lines(pipeline)[0].endswith("`ulysses_size` 2, `ring_size` 2")
+    assert gpus(4).outline(pipeline, [CLIP]) == ["4 GPUs: `cfg_size` 1, `ulysses_size` 4"]
+    assert gpus(ulysses_size=2, cfg_size=2).outline(pipeline, [CLIP]) == ["4 GPUs: `cfg_size` 2, `ulysses_size` 2"]
+    assert pipeline.told == [(4, 4), (2, 4)]  # its memory is that of a process
+    assert gpus(4, ring_size=2).outline(pipeline, [CLIP])[0].endswith("`ulysses_size` 2, `ring_size` 2")
+
+
+def test_until_sizes_are_chosen_a_clip_needs_what_the_best_of_them_for_memory_take() -> None:
+    pipeline: Any = Pipeline()
+    gpus().expect(pipeline)
+    for given in ({}, {"cfg_size": 2}, {"ring_size": 2}):
+        gpus(4, **given).expect(pipeline)
+    assert pipeline.told == [(4, 4), (2, 4), (4, 4)]
+    with pytest.raises(UserError, match="ulysses_size 16 does not go"):
+        gpus(32, ulysses_size=16).expect(pipeline)
 
 
 @pytest.fixture
@@ -107,16 +132,16 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("environment")
 def test_processes_join_before_a_clip_and_part_after_it() -> None:
     pipeline: Any = Pipeline()
-    with gpus().together(pipeline):
+    with gpus().together(pipeline, [CLIP]):
         assert pipeline.told == []  # alone there is nothing to share
     given = gpus(4, ulysses_size=4, collective_timeout=77)
-    with given.together(pipeline):
-        (world, guided), how = pipeline.told[0]
-        assert (world, guided) == (given.world, 0.5)  # two of four steps
+    with given.together(pipeline, [CLIP]):
+        (world, guided, clips), how = pipeline.told[0]
+        assert (world, guided, clips) == (given.world, 0.5, NEEDS)  # two of four steps
         assert how == {"timeout": 77, "cfg": None, "ulysses": 4, "ring": None}
         assert pipeline.told[1:] == ["watched"]
         assert os.environ["NCCL_NVLS_ENABLE"] == os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
-    assert pipeline.told[2:] == ["release", "end"]
+    assert pipeline.told[2:] == ["release", "end", (4, 4)]
 
 
 @pytest.mark.usefixtures("environment")
@@ -125,9 +150,9 @@ def test_a_loop_that_is_left_lets_the_others_end_and_an_error_does_not_wait_for_
     error: type[BaseException], parts: bool
 ) -> None:
     pipeline: Any = Pipeline()
-    with pytest.raises(error), gpus(2).together(pipeline):
+    with pytest.raises(error), gpus(2).together(pipeline, [CLIP]):
         raise error
-    assert pipeline.told[2:] == (["release", "end"] if parts else [])
+    assert pipeline.told[2:] == (["release", "end", (2, 2)] if parts else [])
 
 
 @pytest.mark.usefixtures("environment")

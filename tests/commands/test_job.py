@@ -150,6 +150,7 @@ def test_a_captioner_that_is_not_there_is_missed_at_once(described: bool, more: 
         (2, {"vram": 8.0}, True),
         (1, {"offload_model": False}, False),
         (2, {"offload_model": True}, True),
+        (1, {"ulysses_size": 4, "dry_run": True}, False),
     ],
 )
 def test_models_take_turns_on_a_gpu_as_in_wan_s_script(size: int, settings: dict[str, Any], offloads: bool) -> None:
@@ -162,13 +163,20 @@ def test_every_setting_of_a_pipeline_reaches_it(dry: bool, monkeypatch: pytest.M
     made: list[Any] = []
 
     def pipeline_class(task: str) -> Any:
-        return lambda *what, **how: made.append((task, what, how))
+        def pipeline(*what: Any, **how: Any) -> int:
+            made.append((task, what, how))
+            return len(made)
+
+        return pipeline
 
     monkeypatch.setattr("wan.experts.pipeline_class", pipeline_class)
+    expecting: list[Any] = []
+    monkeypatch.setattr("wan.commands.gpus.Gpus.expect", lambda gpus, pipeline: expecting.append((gpus, pipeline)))
     imported: list[str] = []
     monkeypatch.setattr(job_module, "import_module", imported.append)
     one = job(world=World(2, 4, 1), dry_run=dry)
-    one.open(vlm_path="vlm")
+    opened: Any = one.open(vlm_path="vlm")
+    assert expecting == [(one.gpus, opened)] and opened == 1
     task, (config, folder), how = made[0]
     assert (task, config, folder) == ("v2v-5B", one.config, Path("ckpt"))
     assert imported == ([] if dry else ["wan.clip_sampler"])  # what a plan alone need not wait for

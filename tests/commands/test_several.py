@@ -10,7 +10,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from tests.support import ranks as support
 from tests.support.golden import ROOT
 from tests.support.ranks import Ranks
 from wan import cli
-from wan.device.ranks import Sizes, World, choose_sizes
+from wan.device.budget import CONTEXT, FITTING, MemoryBudget, StageMemory
+from wan.device.ranks import Sizes, World, choose_sizes, possible_sizes
 from wan.errors import UserError
+from wan.settings import Geometry
 
 pytestmark = pytest.mark.slow
 
@@ -74,13 +78,11 @@ def run(ranks: Ranks, size: int, given: list[str], folder: Path) -> list[tuple[i
     [
         ("5b", 2, "--cfg_size 2, --ulysses_size 1", []),
         ("5b", 2, "--cfg_size 1, --ulysses_size 2", ["--ulysses_size", "2", "--cache", "first_block:0.01"]),
-        pytest.param("14b", 2, "--cfg_size 2, --ulysses_size 1", ["--dit_fsdp", "--t5_fsdp"], marks=pytest.mark.rare),
-        pytest.param("14b", 2, "--cfg_size 1, --ulysses_size 2", ["--cfg_size", "1"], marks=pytest.mark.slow),
-        pytest.param("14b", 4, "--cfg_size 2, --ulysses_size 2", [], marks=pytest.mark.slow),
-        pytest.param(
-            "5b", 2, "--cfg_size 1, --ulysses_size 1, --ring_size 2", ["--ring_size", "2"], marks=pytest.mark.rare
-        ),
-        pytest.param("5b", 4, "--cfg_size 1, --ulysses_size 4", ["--ulysses_size", "4"], marks=pytest.mark.slow),
+        ("14b", 2, "--cfg_size 2, --ulysses_size 1", ["--dit_fsdp", "--t5_fsdp"]),
+        ("14b", 2, "--cfg_size 1, --ulysses_size 2", ["--cfg_size", "1"]),
+        ("14b", 4, "--cfg_size 2, --ulysses_size 2", []),
+        ("5b", 2, "--cfg_size 1, --ulysses_size 1, --ring_size 2", ["--ring_size", "2"]),
+        ("5b", 4, "--cfg_size 1, --ulysses_size 4", ["--ulysses_size", "4"]),
     ],
 )
 def test_a_chain_of_several_processes_is_that_of_one_and_goes_on_with_another_count(
@@ -222,19 +224,49 @@ def test_nothing_is_lost_by_twenty_kills_at_random_moments(ranks: Ranks, alone: 
 def test_the_fastest_sizes_are_chosen(
     ranks: int, heads: int, guided: float, given: dict[str, int], sizes: tuple[int, ...]
 ) -> None:
-    assert choose_sizes(ranks, heads, guided, **given) == Sizes(*sizes)
+    possible = possible_sizes(ranks, heads, guided, **given)
+    assert choose_sizes(possible, guided) == choose_sizes(possible, guided, 75_600) == Sizes(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "guided", "tokens", "sizes"),
+    [
+        (8, 0.5, 64, (1, 8)),
+        (8, 0.5, 9, (2, 4)),  # eight would compute two each
+        (4, 0.25, 11, (1, 4)),
+        (4, 0.25, 10, (2, 2)),  # the last of four would have one, and two to fill it up
+        (4, 0.25, 9, (2, 2)),  # or none
+        (4, 0.0, 9, (1, 4)),  # but without guidance there is no other way
+        (2, 0.9, 32_760, (1, 2)),
+        (2, 0.9, 3, (2, 1)),
+    ],
+)
+def test_tokens_that_have_to_be_filled_up_cost_as_much_as_others(
+    ranks: int, guided: float, tokens: int, sizes: tuple[int, ...]
+) -> None:
+    assert choose_sizes(possible_sizes(ranks, 24, guided), guided, tokens) == Sizes(*sizes)
+
+
+def test_of_sizes_that_a_gpu_has_the_memory_for_the_fastest_are_chosen() -> None:
+    possible = possible_sizes(4, 40, 1.0)
+    chosen = choose_sizes(possible, 1.0, fits=lambda sizes: sizes.tokens > 2)
+    assert chosen == Sizes(1, 4) and chosen.faster == Sizes(2, 2)
+    why = "; a GPU has too little memory for `cfg_size` 2, `ulysses_size` 2, which is faster"
+    assert str(chosen) == f"`cfg_size` 1, `ulysses_size` 4{why}"
+    assert str(choose_sizes(possible, 1.0, fits=lambda sizes: sizes.ring == 1)) == "`cfg_size` 2, `ulysses_size` 2"
+    assert str(choose_sizes(possible, 1.0, fits=lambda _: False)) == "`cfg_size` 2, `ulysses_size` 2"
 
 
 def test_sizes_that_do_not_go_are_refused_with_those_that_do() -> None:
     with pytest.raises(UserError) as caught:
-        choose_sizes(4, 40, 1.0, ulysses=3)
+        possible_sizes(4, 40, 1.0, ulysses=3)
     message = (
         "ulysses_size 3 does not go with 4 GPUs and 40 heads; what goes: cfg_size 1, ulysses_size 1, ring_size 4; "
     )
     message += "cfg_size 1, ulysses_size 2, ring_size 2; cfg_size 1, ulysses_size 4; cfg_size 2, ulysses_size 1, "
     assert str(caught.value) == message + "ring_size 2; cfg_size 2, ulysses_size 2"
     with pytest.raises(UserError, match="cfg_size 2 does not go with 2 GPUs and 40 heads, without guidance"):
-        choose_sizes(2, 40, 0.0, cfg=2)
+        possible_sizes(2, 40, 0.0, cfg=2)
 
 
 def test_a_launcher_s_environment_is_read() -> None:
@@ -267,3 +299,27 @@ def test_a_dry_run_tells_the_sizes_without_other_processes(tmp_path: Path, capsy
     more = ["--dry_run", "--ulysses_size", "2", "--cfg_size", "2"]
     assert cli.continuous_main(words("5b", tmp_path, *more)) == 0
     assert "4 GPUs: --cfg_size 2, --ulysses_size 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", [1.5, 0.5, -0.5])
+def test_a_dry_run_says_where_memory_has_chosen(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", "x"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    small = StageMemory(0, 0)  # tiny VAEs take more than tiny denoisers
+    monkeypatch.setattr("wan.device.budget.vae_memory", lambda *_: (small, small))
+
+    def with_a_gpu(*given: Any) -> MemoryBudget:
+        budget = MemoryBudget(*given)
+        geometry = Geometry(1001, 96, 160, budget.config.vae_stride, budget.config.patch_size)
+        shared, whole = (replace(budget, token_ranks=count).gpu_bytes(geometry, False) for count in (2, 1))
+        return replace(budget, free=int(CONTEXT + (shared + room * (whole - shared)) / FITTING))
+
+    monkeypatch.setattr("wan.pipeline.MemoryBudget", with_a_gpu)
+    given = words("5b", tmp_path, "--dry_run", "--prompt", "a ball", "--frame_num", "1001", "--num_videos", "1")
+    assert cli.continuous_main(given) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "GPUs" in line]
+    why = "; a GPU has too little memory for --cfg_size 2, --ulysses_size 1, which is faster"
+    chosen = "--cfg_size 1, --ulysses_size 2" + why if room == 0.5 else "--cfg_size 2, --ulysses_size 1"
+    assert line == f"2 GPUs: {chosen}"

@@ -12,6 +12,7 @@ import pytest
 
 from wan.chain.storyboard import Scene
 from wan.commands import start
+from wan.commands.gpus import Gpus
 from wan.configs import WAN_CONFIGS
 from wan.device.ranks import World
 from wan.errors import UserError
@@ -281,7 +282,7 @@ def test_a_clip_s_memory_is_checked_before_anything_is_imported(
     monkeypatch.setattr("wan.media.read_image", lambda path: picture)
     given = Settings(**{"lora": ("a:0.5",), **settings})
     config = WAN_CONFIGS["v2v-5B"].variant(frame_num=81)
-    one = job(given, config=config, size=(832, 480), world=World(), checkpoint=None)
+    one = job(given, config=config, size=(832, 480), gpus=Gpus(given, World()), checkpoint=None)
     start.check_budget(one)
     device = "cuda" if gpu else "cpu"
     assert asked == [
@@ -291,7 +292,8 @@ def test_a_clip_s_memory_is_checked_before_anything_is_imported(
         (geometry, {"model": 0}),  # what LoRAs themselves take is known later
     ]
     asked.clear()
-    start.check_budget(job(given, config=config, size=(832, 480), world=World(size=2), checkpoint=None))
+    for gpus in (Gpus(given, World(size=2)), Gpus(Settings(ulysses_size=2, dry_run=True), World())):
+        start.check_budget(job(given, config=config, size=(832, 480), gpus=gpus, checkpoint=None))
     assert asked == [], "several GPUs may share a model"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from wan.device.budget import (
     BARE_CONTEXT,
     CONTEXT,
     GIB,
+    ClipNeeds,
     MemoryBudget,
     StageMemory,
     denoiser_memory,
@@ -208,7 +210,9 @@ def test_what_a_checkpoint_fills_needs_no_other_place(request: pytest.FixtureReq
     )
 
 
-def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[tuple[str, int]] = []
 
     def register(place: int, size: int, flags: int) -> bool:
@@ -222,13 +226,39 @@ def test_no_more_host_memory_is_locked_than_leaves_room_for_the_rest(monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
     monkeypatch.setattr("wan.device.streaming.host_bytes", lambda: 10 << 20)
-    monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
-    pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 2)]
-    # 8 of 10 MiB would be too much; the driver refuses the third
-    assert [streaming._pin(piece) for piece in pieces] == [True, False, False, True]
-    assert streaming._pinned == {"bytes": 6 << 20, "said": 1}
+    monkeypatch.setattr(streaming, "_pinned", {})
+    streaming._say_that_copies_are_slow.cache_clear()
+    pieces = [torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 3, 3, 2)]
+    # 8 of 10 MiB would be too much; the driver refuses the third and fourth
+    assert [streaming._pin(piece) for piece in pieces] == [True, False, False, False, True]
+    assert sum(streaming._pinned.values()) == 6 << 20 and caplog.text.count("cannot be pinned") == 1
     streaming._unpin(pieces[0])
-    assert streaming._pinned["bytes"] == 2 << 20 and calls[-1] == ("unlock", 0)
+    assert list(streaming._pinned.values()) == [2 << 20] and calls[-1] == ("unlock", 0)
+
+
+def test_threads_that_pin_at_a_time_take_no_more_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, garbage = (torch.empty(size << 20, dtype=torch.uint8) for size in (4, 4, 2))
+    others: list[bool] = []
+
+    def register(place: int, *_: int) -> int:
+        if place == first.data_ptr():  # which takes seconds with many GB
+            with ThreadPoolExecutor(1) as thread:
+                others.append(thread.submit(streaming._pin, second).result(10))
+        return 0
+
+    def host() -> int:
+        if id(garbage) in streaming._pinned:
+            streaming._unpin(garbage)  # as where it is collected in the middle of the counting
+        return 10 << 20
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda place: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    monkeypatch.setattr("wan.device.streaming.host_bytes", host)
+    monkeypatch.setattr(streaming, "_pinned", {id(garbage): garbage.nbytes})
+    assert streaming._pin(first) and others == [False] and list(streaming._pinned) == [id(first)]
+    streaming._unpin(first)
+    assert streaming._pin(second)
 
 
 def test_a_stage_is_one_piece_of_memory_for_all_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,16 +274,16 @@ def test_a_stage_is_one_piece_of_memory_for_all_that_pass(monkeypatch: pytest.Mo
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
-    monkeypatch.setattr(streaming, "_pinned", {"bytes": 0, "said": 0})
+    monkeypatch.setattr(streaming, "_pinned", {})
     stage = streaming.PinnedStage()
     first = stage.like(torch.zeros(3, 1000), torch.bfloat16)
     assert first.shape == (3, 1000) and first.dtype == torch.bfloat16 and first.data_ptr() % 4096 == 0
     assert stage.like(torch.zeros(2, 8), torch.float8_e4m3fn).data_ptr() == first.data_ptr()
     stage.like(torch.zeros(5000), torch.float32)  # a larger one
     assert calls == [("pin", 8192), ("unpin", first.data_ptr()), ("pin", 20480)]
-    assert streaming._pinned["bytes"] == 20480
+    assert list(streaming._pinned.values()) == [20480]
     del stage
-    assert len(calls) == 4 and streaming._pinned["bytes"] == 0
+    assert len(calls) == 4 and not streaming._pinned
 
 
 @pytest.mark.skipif(
@@ -385,6 +415,44 @@ def test_small_gpus_have_a_plan_at_full_size(task: str, vram: int) -> None:
     assert peak <= budget.tensors < vram * GIB - CONTEXT
     with pytest.raises(UserError, match=r"vram 4: \w+ of \d+ frames of \d+x\d+ needs \d+\.\d GiB; "):
         dataclasses.replace(budget, vram=4 * GIB).check(geometry)
+
+
+@pytest.mark.parametrize(
+    ("offload", "limit", "tokens"),
+    [
+        (False, 80, 1),
+        (False, 78, 2),  # both experts, and what a half of the tokens takes
+        (False, 70, None),
+        (True, 13, 1),  # layers come one by one
+        (True, 12, 2),
+        (True, 8, None),
+    ],
+)
+def test_a_clip_whose_tokens_are_shared_fits_smaller_gpus(offload: bool, limit: int, tokens: int | None) -> None:
+    budget = at_real_size("i2v-A14B")
+    needs = [ClipNeeds(clip_of(budget, *size, 81), offload, {}) for size in ((832, 480), (1280, 720))]
+    fitting = [count for count in (1, 2, 4) if budget_with(budget, count).fits(needs, limit * GIB)]
+    assert fitting == [count for count in (1, 2, 4) if tokens is not None and count >= tokens]
+    assert budget.fits(needs, None) and budget.fits([], 1)
+    assert budget.limit is None and dataclasses.replace(budget, vram=2, free=1).limit == 2
+
+
+# Of a step of four layers on two H200s: by how much the peak of `cfg_size` 2 is above that of `ulysses_size` 2, in GiB.
+@pytest.mark.parametrize(
+    ("task", "size", "saved"),
+    [("i2v-A14B", (832, 480, 81), 1.0), ("i2v-A14B", (1280, 720, 81), 2.9), ("ti2v-5B", (1280, 704, 121), 0.7)],
+)
+def test_what_two_gpus_save_by_sharing_tokens_is_what_was_measured(
+    task: str, size: tuple[int, int, int], saved: float
+) -> None:
+    budget = at_real_size(task)
+    geometry = clip_of(budget, *size)
+    alone, shared = (budget_with(budget, count).stages(geometry)["sampling"].working for count in (1, 2))
+    assert (alone - shared) / GIB == pytest.approx(saved, rel=0.2)
+
+
+def budget_with(budget: MemoryBudget, token_ranks: int) -> MemoryBudget:
+    return dataclasses.replace(budget, token_ranks=token_ranks)
 
 
 def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:

@@ -121,9 +121,10 @@ class Chain:
     def outline(self) -> Iterator[str]:
         """The lines of `dry_run`: what would be made, how long that takes, and whether it fits."""
         job, inventory = self.job, self._scripts.inventory(RunFolder(self.folder))
+        gpus = job.gpus.outline(self._pipeline, inventory.missing)
         yield from outline(self._pipeline, inventory)
         yield from (*inventory.damaged, *inventory.moved, *in_words(inventory.again))
-        yield from job.gpus.lines(self._pipeline)
+        yield from gpus
         if self._upscaling is not None:
             # the frames of the source are not counted
             frames = sum(plan.shown - plan.fade_in for plan in inventory.plans)
@@ -159,7 +160,7 @@ class Chain:
             _agree(inventory)
             run = ChainRun(inventory, self._footage, self.job.recorder.describe)
             with ExitStack() as team:
-                team.enter_context(self.job.gpus.together(self._pipeline))
+                team.enter_context(self.job.gpus.together(self._pipeline, inventory.missing))
                 with (
                     self._watch("", inventory.count, settings.quiet) as progress,
                     self._steering.listening(),

@@ -45,7 +45,7 @@ def generate(job: Job) -> None:
     if settings.dry_run:
         say(*(spell(line, spell_flag) for line in _outline(job, target, one, upscaling)))
         return
-    with job.gpus.together(pipeline), Progress(target.name, quiet=settings.quiet) as progress:
+    with job.gpus.together(pipeline, [one.effort]), Progress(target.name, quiet=settings.quiet) as progress:
         made = one.make(on_step=progress)
     record = job.recorder.describe(made, settings.video or settings.image, plan)
     # giving tens of GB back takes the system seconds, which the writing takes as well
@@ -103,8 +103,9 @@ def _outline(job: Job, target: Path, clip: _Clip, upscaling: Upscaling | None) -
     drawn = "drawn" if seed < 0 else seed
     yield f"{counted(sampling.steps, 'step')} of {sampling.solver}, seed {drawn}, known: {clip.known}"
     yield f"prompt: {' '.join(clip.prompt.split())}"
+    gpus = job.gpus.outline(clip.pipeline, [clip.effort])  # before memory is told, which it divides
     yield from outline_clip(clip.pipeline, clip.effort)
-    yield from job.gpus.lines(clip.pipeline)
+    yield from gpus
     if upscaling is not None:
         yield upscaling.outline(str(upscaled_name(target)), geometry.frames)
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wan.commands.inputs import sampling_of
 from wan.commands.lines import PROGRESS
-from wan.device.ranks import World, choose_sizes
+from wan.device.ranks import Sizes, World, possible_sizes
 from wan.errors import UserError
 from wan.options import Settings
 
 if TYPE_CHECKING:
+    from wan.chain.dry_run import Effort
+    from wan.chain.plan import Plan
+    from wan.device.budget import ClipNeeds
     from wan.pipeline import Pipeline
+
 
 _SIZES = ("ulysses_size", "cfg_size", "ring_size")
 
@@ -38,19 +42,47 @@ def check_world(settings: Settings, world: World) -> None:
 
 @dataclass(frozen=True)
 class Gpus:
-    """How one process of `world` works with the others."""
+    """How one process of `world` works with the others. `offload`: only the model in use is on its GPU."""
 
     settings: Settings
     world: World
+    offload: bool = False
 
-    def lines(self, pipeline: Pipeline) -> list[str]:
-        """A line about how several processes share the work, or would if they were started. Raises UserError."""
+    @property
+    def size(self) -> int:
+        """How many processes there are, or would be with the sizes that are given."""
         given = [size for size in self._given_sizes.values() if size is not None]
-        world = self.world if self.world.size > 1 else World(size=math.prod(given))
-        if world.size == 1:
+        return self.world.size if self.world.size > 1 else math.prod(given)
+
+    def expect(self, pipeline: Pipeline) -> None:
+        """Count with what a process takes where that is the least, until sizes are chosen. Raises UserError."""
+        if self.size > 1:
+            pipeline.share_memory(max(sizes.tokens for sizes in self._possible(pipeline)), self.size)
+
+    def outline(self, pipeline: Pipeline, clips: Iterable[Plan | Effort]) -> list[str]:
+        """Count with what a process takes, also where none is started; a line on how they share the clips' work.
+
+        Raises UserError.
+        """
+        if self.size == 1:
             return []
-        sizes = choose_sizes(world.size, pipeline.heads, self._guided(pipeline), **self._given_sizes)
-        return [f"{world.size} GPUs: {sizes}"]
+        sizes = pipeline.choose_sizes(
+            self._possible(pipeline),
+            self._guided(pipeline),
+            self._needs(pipeline, clips),
+            self.size,
+            pipeline.budget.limit,  # the others' may be less
+        )
+        pipeline.share_memory(sizes.tokens, self.size)
+        return [f"{self.size} GPUs: {sizes}"]
+
+    def _possible(self, pipeline: Pipeline) -> list[Sizes]:
+        return possible_sizes(self.size, pipeline.heads, self._guided(pipeline), **self._given_sizes)
+
+    def _needs(self, pipeline: Pipeline, clips: Iterable[Plan | Effort]) -> list[ClipNeeds]:
+        from wan.device.budget import ClipNeeds
+
+        return [ClipNeeds(clip.geometry, self.offload, pipeline.models.lora_bytes(clip.loras)) for clip in clips]
 
     @property
     def _given_sizes(self) -> dict[str, int | None]:
@@ -64,12 +96,12 @@ class Gpus:
         return sum(guided for _, guided in shares) / sum(steps for steps, _ in shares)
 
     @contextmanager
-    def together(self, pipeline: Pipeline) -> Iterator[None]:
-        """In the first process: the others make their shares of what is made in the block. Raises UserError."""
+    def together(self, pipeline: Pipeline, clips: Iterable[Plan | Effort]) -> Iterator[None]:
+        """In the first process: the others make their shares of the clips in the block. Raises UserError."""
         if self.world.size == 1:
             yield
             return
-        self._join(pipeline)
+        self._join(pipeline, self._needs(pipeline, clips))
         logging.getLogger(PROGRESS).info("%d GPUs: %s", self.world.size, pipeline.team.sizes)
         try:
             with pipeline.team.watched():
@@ -82,6 +114,7 @@ class Gpus:
     def _part(self, pipeline: Pipeline) -> None:
         pipeline.release()
         pipeline.team.end()
+        self.expect(pipeline)  # for the next chain
 
     def follow(self, pipeline: Pipeline) -> None:
         """In any other process: make its shares until the first has done."""
@@ -90,8 +123,8 @@ class Gpus:
             pipeline.follow()
         pipeline.team.end()
 
-    def _join(self, pipeline: Pipeline) -> None:
+    def _join(self, pipeline: Pipeline, clips: Sequence[ClipNeeds] = ()) -> None:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast can hang a host, and nothing here gains by it
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # which holds up the end, for who looks into NCCL
         timeout = self.settings.collective_timeout
-        pipeline.join(self.world, self._guided(pipeline), timeout=timeout, **self._given_sizes)
+        pipeline.join(self.world, self._guided(pipeline), clips, timeout=timeout, **self._given_sizes)

@@ -176,7 +176,7 @@ class Job:
 
         transformers.utils.logging.disable_progress_bar()  # it would be drawn through ours, and into log files
         settings = self.settings
-        return pipeline_class(self.config.name)(
+        pipeline: Pipeline = pipeline_class(self.config.name)(
             self.config,
             self.folder,
             device_id=self.world.local_rank,
@@ -190,11 +190,13 @@ class Job:
             vram=settings.vram,
             **{"host_memory": settings.host_memory, "share_weights": settings.share_weights} | continuing,
         )
+        self.gpus.expect(pipeline)
+        return pipeline
 
     @property
     def gpus(self) -> Gpus:
         """The processes that make its clips together."""
-        return Gpus(self.settings, self.world)
+        return Gpus(self.settings, self.world, self.offload)
 
     @property
     def recorder(self) -> Recorder:
@@ -215,7 +217,8 @@ class Job:
     def offload(self) -> bool:
         """Whether only the model in use is on the GPU: what is given, or as in Wan2.2's script."""
         given = self.settings.offload_model
-        return self.world.size == 1 or self.settings.vram is not None if given is None else given
+        alone = Gpus(self.settings, self.world).size == 1
+        return alone or self.settings.vram is not None if given is None else given
 
     def open_continuation(self, **share: Any) -> VideoContinuation:
         """The pipeline of a v2v task; `share`: arguments of memory in place of those of the settings."""

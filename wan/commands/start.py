@@ -89,7 +89,7 @@ def check_budget(job: Job) -> None:
     if settings.vram is not None and not has_gpu_driver():
         raise no_gpu_for_vram()
     # several GPUs may share a model, which is arranged later
-    if job.world.size > 1:
+    if job.gpus.size > 1:
         return
     width, height = job.size
     if settings.video is not None:

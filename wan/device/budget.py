@@ -31,6 +31,8 @@ CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
 FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
+# Tensors of a GPU's tokens that are packed for the others, or come from them, where tokens are shared.
+EXCHANGED = 4
 GATHERED = 5  # layers of slices that are whole at a time: the one in use, the next, and what they come in
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
 DECODING, DECODING_A_FRAME, DECODING_BY_FRAME, ENCODING = (3.1, 4.6), (2.8, 2.8), (4.1, 5.6), (3.6, 3.6)
@@ -75,6 +77,15 @@ class StageMemory:
         """What it takes with all layers coming one by one."""
         coming = max(0, self.count - SLOTS)
         return self.weights - coming * self.layer + self.working + (self.beside if coming else 0)
+
+
+@dataclass(frozen=True)
+class ClipNeeds:
+    """What of a clip decides on the memory that it takes; `loras` are bytes by expert."""
+
+    geometry: Geometry
+    offload: bool
+    loras: Mapping[str, int]
 
 
 class Device(Protocol):
@@ -177,9 +188,10 @@ class MemoryBudget:
                 weights,
                 config.dtype_name("param_dtype"),
                 in_8_bits,
-                -(-geometry.tokens // self.token_ranks),
+                geometry.tokens,
                 config.text_len,
                 self.loras.get(name, 0),
+                self.token_ranks,
             ).sliced(self.dit_shards)
             for name, weights in self.checkpoint.experts.items()
         ]
@@ -192,6 +204,23 @@ class MemoryBudget:
         weights = [stage.weights for name, stage in stages.items() if name in ("text", "decoding")]
         weights += [stage.weights for stage in self._denoisers(geometry)]
         return sum(weights) + max(stage.working + stage.beside for stage in stages.values())
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that a clip may take: those that are given, or free."""
+        return self.free if self.vram is None else self.vram
+
+    def fits(self, clips: Iterable[ClipNeeds], limit: int | None) -> bool:
+        """Whether a GPU of so many bytes (None: any) is enough for clips, with layers one by one where they may be."""
+        if limit is None:
+            return True
+        pairs = [(replace(self, loras=clip.loras), clip) for clip in clips]
+        return all(
+            budget._least(clip.geometry)[1] <= limit
+            if clip.offload
+            else budget.gpu_bytes(clip.geometry, False) <= for_tensors(limit)
+            for budget, clip in pairs
+        )
 
     @property
     def holds_whole_experts(self) -> bool:
@@ -305,9 +334,10 @@ def text_memory(weights: Weights, dtype: str, length: int) -> StageMemory:
 
 
 def denoiser_memory(
-    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0
+    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0, ranks: int = 1
 ) -> StageMemory:
-    """One expert on a clip of so many tokens; `text`: rows of the prompt, `loras`: bytes of what is added to it.
+    """One expert on a clip of so many tokens, which `ranks` GPUs share; `text`: rows of the prompt, `loras`: bytes of
+    what is added to it.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
     rotation or the feed-forward layer before and after its activation.
@@ -316,7 +346,10 @@ def denoiser_memory(
     feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
     width, item = _shape(weights, "patch_embedding.weight")[0], DTYPES[dtype]
     hidden = _shape(weights, feed)[0]
-    working = tokens * max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    a_token = max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    if ranks > 1:
+        a_token += EXCHANGED * item * width
+    working = -(-tokens // ranks) * a_token
     part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     held = beside_packed(weights, dtype, loras)

@@ -86,16 +86,22 @@ class Team:
         self._watch: Watch | None = None
 
     @classmethod
-    def start(cls, world: World, sizes: Sizes, device: torch.device, timeout: float) -> Team:
+    def start(cls, world: World, sizes: Sizes | Callable[[Team], Sizes], device: torch.device, timeout: float) -> Team:
         """Meet the other processes; one that lets them wait for longer than `timeout` seconds is an error.
 
-        Raises UserError where some do not come.
+        `sizes` may be chosen when they have met and can tell each other something. Raises UserError where some do not
+        come.
         """
-        team = cls(world, sizes)
+        team = cls(world, sizes if isinstance(sizes, Sizes) else Sizes())
         if world.size == 1:
             return team
         try:
-            team._meet(device, timeout)
+            # the watch comes first, and it knows whom they wait for
+            wait = timedelta(seconds=1.1 * timeout + 10)
+            team._meet(device, wait)
+            if not isinstance(sizes, Sizes):
+                team.sizes = sizes(team)
+            team._divide(wait)
         except dist.DistError as error:
             raise Ended(
                 f"the {world.size} processes did not all come together within {timeout:g} s (`collective_timeout`): "
@@ -105,9 +111,7 @@ class Team:
         team._watch.start(team.share, world.address or team._address())
         return team
 
-    def _meet(self, device: torch.device, timeout: float) -> None:
-        # the watch comes first, and it knows whom they wait for
-        wait = timedelta(seconds=1.1 * timeout + 10)
+    def _meet(self, device: torch.device, wait: timedelta) -> None:
         if not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -116,6 +120,15 @@ class Team:
                 dist.init_process_group("gloo", timeout=wait)
         # a caption on a CPU or a long clip's writing may take much longer than a step
         self._words = dist.new_group(backend="gloo", timeout=_LONG)
+        machines = self._machines()
+        alone = min(map(len, machines)) == 1
+        self.node = self._group([range(self.world.size)] if alone else machines, wait)
+        # one of them may read weights for a long time
+        here = self._group(machines, _LONG, "gloo")
+        self.machine = here if here.size > 1 else None
+        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
+
+    def _divide(self, wait: timedelta) -> None:
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
         tokens, ulysses = self.sizes.tokens, self.sizes.ulysses
         halves = [range(first, first + tokens) for first in range(0, self.world.size, tokens)]
@@ -129,13 +142,6 @@ class Team:
             )
         if self.sizes.cfg > 1:
             self.guidance = self._group([range(first, self.world.size, tokens) for first in range(tokens)], wait)
-        machines = self._machines()
-        alone = min(map(len, machines)) == 1
-        self.node = self._group([range(self.world.size)] if alone else machines, wait)
-        # one of them may read weights for a long time
-        here = self._group(machines, _LONG, "gloo")
-        self.machine = here if here.size > 1 else None
-        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
 
     def _address(self) -> str:
         """Where the first process can be reached: the name of its machine, or this one."""
@@ -144,9 +150,14 @@ class Team:
 
     def _machines(self) -> list[Sequence[int]]:
         """The processes of each machine."""
-        names: list[Any] = [None] * self.world.size
-        dist.all_gather_object(names, platform.node(), group=self._words)
+        names = self.told_by_all(platform.node())
         return [[rank for rank, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
+
+    def told_by_all(self, mine: Value) -> list[Value]:
+        """What each process has to tell, in order."""
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, mine, group=self._words)
+        return values
 
     def _group(self, members: Sequence[Sequence[int]], wait: timedelta, backend: str | None = None) -> Group:
         mine = None

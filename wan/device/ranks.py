@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from wan.errors import UserError
 
@@ -11,6 +11,7 @@ ULYSSES_LOSS = 0.035  # of a step's speed with each doubling, measured: 1.88x on
 # The same, set high so that a ring is for what Ulysses cannot do, since each GPU then holds keys and values of all
 # tokens. On 2 GPUs its step took 1 % longer than that of Ulysses.
 RING_LOSS = 0.3
+USUAL = 32_760  # tokens of a clip of 81 frames at 480p
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class World:
 class Sizes:
     """How the work of a step is shared: its two forwards over `cfg` groups, a forward's tokens over `ulysses` * `ring`.
 
-    For attention `ulysses` GPUs share the heads, and each has all keys of its heads from `ring` of them.
+    For attention `ulysses` GPUs share the heads, and each has all keys of its heads from `ring` of them. `faster` are
+    sizes for which a GPU has too little memory.
     """
 
     cfg: int = 1
     ulysses: int = 1
     ring: int = 1
+    faster: Sizes | None = field(default=None, compare=False, kw_only=True)
 
     @property
     def ranks(self) -> int:
@@ -70,16 +73,29 @@ class Sizes:
 
     def __str__(self) -> str:
         ring = f", `ring_size` {self.ring}" if self.ring > 1 else ""
-        return f"`cfg_size` {self.cfg}, `ulysses_size` {self.ulysses}{ring}"
+        why = f"; a GPU has too little memory for {self.faster}, which is faster" if self.faster else ""
+        return f"`cfg_size` {self.cfg}, `ulysses_size` {self.ulysses}{ring}{why}"
 
-    def step(self, guided: float) -> float:
-        """The time of a step, in forwards of one GPU; `guided` is the share of steps with guidance's second forward."""
+    def step(self, guided: float, tokens: int) -> float:
+        """The time of a step on a clip of so many tokens, in forwards of one GPU, with what is filled up.
+
+        `guided` is the share of steps with guidance's second forward.
+        """
         forwards = 1.0 if self.cfg == 2 else 1 + guided
         loss = (1 + ULYSSES_LOSS) ** (self.ulysses - 1).bit_length() * (1 + RING_LOSS) ** (self.ring - 1).bit_length()
-        return forwards / self.tokens * loss
+        return forwards * self._count(tokens) / tokens * loss
+
+    def leaves_some_idle(self, tokens: int) -> bool:
+        """Whether the last process would have fewer of a clip's tokens than zeros to fill them up."""
+        count = self._count(tokens)
+        return 2 * (tokens - (self.tokens - 1) * count) < count
+
+    def _count(self, tokens: int) -> int:
+        """The tokens that each process computes."""
+        return -(-tokens // self.tokens)
 
 
-def choose_sizes(
+def possible_sizes(
     ranks: int,
     heads: int,
     guided: float,
@@ -87,8 +103,8 @@ def choose_sizes(
     cfg: int | None = None,
     ulysses: int | None = None,
     ring: int | None = None,
-) -> Sizes:
-    """The fastest sizes for so many GPUs, with those that are given. Raises UserError that lists what goes."""
+) -> list[Sizes]:
+    """The sizes that go with so many GPUs, and with those that are given. Raises UserError that lists what goes."""
     going = [
         Sizes(one, other, ranks // one // other)
         for one in (1, 2)
@@ -96,9 +112,21 @@ def choose_sizes(
         if ranks % (one * other) == 0 and heads % other == 0 and (one == 1 or guided > 0)
     ]
     given = {"cfg": cfg, "ulysses": ulysses, "ring": ring}
-    fitting = [one for one in going if all(size in (None, getattr(one, name)) for name, size in given.items())]
-    if fitting:
-        return min(fitting, key=lambda one: (one.step(guided), one.cfg))
+    if fitting := [one for one in going if all(size in (None, getattr(one, name)) for name, size in given.items())]:
+        return fitting
     asked = ", ".join(f"`{name}_size` {size}" for name, size in given.items() if size is not None)
     listed, why = "; ".join(map(str, going)), ", without guidance" if not guided else ""
     raise UserError(f"{asked} does not go with {ranks} GPUs and {heads} heads{why}; what goes: {listed}")
+
+
+def choose_sizes(
+    possible: Sequence[Sizes], guided: float, tokens: int = USUAL, fits: Callable[[Sizes], bool] = lambda _: True
+) -> Sizes:
+    """The fastest for clips of so many tokens, of those that a GPU's memory `fits`, or of all where it fits none."""
+
+    def cost(one: Sizes) -> tuple[bool, float, int]:
+        return one.leaves_some_idle(tokens), one.step(guided, tokens), one.cfg
+
+    fastest = min(possible, key=cost)
+    chosen = min((one for one in possible if fits(one)), key=cost, default=fastest)
+    return chosen if chosen == fastest else replace(chosen, faster=fastest)

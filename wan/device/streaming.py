@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import sys
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -340,23 +342,29 @@ def _layout(tensor: Tensor) -> Sequence[int]:
 
 # Pinned memory cannot be swapped out. Where models fill the host's memory, the rest of them stays as it is.
 PINNED_SHARE = 0.7
-_pinned = {"bytes": 0, "said": 0}
+_pinned: dict[int, int] = {}  # the bytes of each tensor that is pinned or about to be, by its id
+_counting = threading.Lock()  # of those that pin; `_unpin` runs wherever garbage is collected, and must not wait for it
 
 
 def _pin(host: Tensor) -> bool:
     """Pin whole pages of host memory for a GPU, if there is one and memory to spare."""
     if not torch.cuda.is_available():
         return False
-    if _pinned["bytes"] + host.nbytes > PINNED_SHARE * host_bytes():
-        return False
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    with _counting:
+        if sum(list(_pinned.values())) + host.nbytes > PINNED_SHARE * host_bytes():
+            return False
+        _pinned[id(host)] = host.nbytes
     if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
-        if not _pinned["said"]:
-            log.warning("host memory cannot be pinned, so weights come to the GPU slowly; see ulimit -l")
-        _pinned["said"] = 1
+        del _pinned[id(host)]
+        _say_that_copies_are_slow()
         return False
-    _pinned["bytes"] += host.nbytes
     return True
+
+
+@functools.cache
+def _say_that_copies_are_slow() -> None:
+    log.warning("host memory cannot be pinned, so weights come to the GPU slowly; see ulimit -l")
 
 
 def _pin_for(owner: object, host: Tensor) -> Callable[[], object]:
@@ -371,7 +379,7 @@ def _pin_for(owner: object, host: Tensor) -> Callable[[], object]:
 def _unpin(host: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     runtime.cudaHostUnregister(host.data_ptr())
-    _pinned["bytes"] -= host.nbytes
+    del _pinned[id(host)]
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
