@@ -571,6 +571,9 @@ def test_no_workers_start_for_a_list_of_bad_rows(batch: Command, caplog: pytest.
     with pytest.raises(UserError, match="^2 rows of videos l.csv cannot be made"):
         batch(videos="l.csv")
     assert "l.csv, line 2: `base_seed`" in caplog.text and "line 3" in caplog.text and batch.joined == []
+    caplog.clear()
+    batch(videos="l.csv", skip_bad=True)
+    assert caplog.text.count("l.csv, line 2: `base_seed`") == 1 and batch.crew.given == []
 
 
 def test_a_batch_that_is_interrupted_keeps_what_it_has(

@@ -42,7 +42,7 @@ def make_batch(settings: Settings) -> None:
         from wan.batch.upload import check_place
 
         check_place(settings.upload.replace(NAME, "name"))
-    if not rows:
+    if not rows and not settings.skip_bad:
         _refuse(bad, settings)
     from wan.batch.crew import Crew, Gone  # which needs Ray
 
