@@ -161,9 +161,16 @@ def test_a_file_under_a_clips_name_moves_away_and_this_is_said(
             "--frame_num 1 --base_seed 7",
             ["a clip of 1 frame of 64x32", "3 steps of unipc, seed 7", "prompt: x"],
         ),
-        ("ti2v", "--image red.png --cfg_size 2", ["a clip of 9 frames", "known: the image", "prompt: x", "2 GPUs: "]),
+        ("ti2v", "--image red.png --cfg_size 2", ["a clip of 9 frames", "known: the image\n", "prompt: x", "2 GPUs: "]),
+        ("ti2v", "--end_image red.png", ["known: the end image\n"]),
+        ("ti2v", "--image red.png --end_image red.png", ["known: the image and the end image\n"]),
         ("i2v", "--task i2v-A14B --image red.png", ["a clip of 9 frames of 32x16 at 16", "known: the image"]),
-        ("ti2v", "--task v2v-5B --video source.mp4 --vlm_path vlm", ["a clip of 9 frames", "known: last_frame 1"]),
+        ("ti2v", "--task v2v-5B --video source.mp4 --vlm_path vlm", ["a clip of 9 frames", "known: last_frame 1\n"]),
+        (
+            "ti2v",
+            "--task v2v-5B --video source.mp4 --vlm_path vlm --end_image red.png",
+            ["known: last_frame 1 and the end image\n"],
+        ),
     ],
 )
 def test_a_dry_run_tells_of_a_clip_and_makes_nothing(

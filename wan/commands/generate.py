@@ -63,7 +63,7 @@ def generate(job: Job) -> None:
 
 @dataclass(frozen=True)
 class _Clip:
-    """The clip that is asked for, whose models load when it is made: the prompt and what is known, in words."""
+    """The clip that is asked for, whose models load when it is made: its prompt and known beginning, in words."""
 
     pipeline: Pipeline
     plan: Plan | None  # of a video that is continued
@@ -87,7 +87,7 @@ def _beginning(job: Job) -> _Clip:
     pipeline = job.open()
     request = _request(job, pipeline)
     effort = Effort(request.geometry, request.sampling, job.offload, request.loras)
-    known = "the image" if request.known.leading else "nothing"
+    known = "the image" if request.known.leading else ""
     return _Clip(pipeline, None, effort, request.prompt, known, partial(pipeline.run, request, offload=job.offload))
 
 
@@ -101,7 +101,8 @@ def _outline(job: Job, target: Path, clip: _Clip, upscaling: Upscaling | None) -
         f"second, in {target}{named}"
     )
     drawn = "drawn" if seed < 0 else seed
-    yield f"{counted(sampling.steps, 'step')} of {sampling.solver}, seed {drawn}, known: {clip.known}"
+    known = " and ".join(filter(None, (clip.known, job.settings.end_image and "the end image"))) or "nothing"
+    yield f"{counted(sampling.steps, 'step')} of {sampling.solver}, seed {drawn}, known: {known}"
     yield f"prompt: {' '.join(clip.prompt.split())}"
     gpus = job.gpus.outline(clip.pipeline, [clip.effort])  # before memory is told, which it divides
     yield from outline_clip(clip.pipeline, clip.effort)
