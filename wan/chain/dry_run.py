@@ -31,7 +31,7 @@ class Effort:
     """What of a clip its time and memory follow from.
 
     So many `candidates` of it are made. `captioner` is the host memory in bytes of a VLM that describes what was
-    before; None where nothing is described.
+    before; None where none does so in this process.
     """
 
     geometry: Geometry
@@ -44,7 +44,7 @@ class Effort:
     @classmethod
     def of(cls, continuation: VideoContinuation, plan: Plan) -> Effort:
         """That of a clip that continues a video."""
-        captioner = continuation.vlm.host_bytes if plan.described else None
+        captioner = continuation.vlm.host_bytes if plan.described and not continuation.vlm.is_elsewhere else None
         return cls(plan.geometry, plan.sampling, plan.offload, plan.loras, len(plan.candidates), captioner)
 
 
