@@ -272,6 +272,8 @@ def test_sizes_that_do_not_go_are_refused_with_those_that_do() -> None:
 def test_a_launcher_s_environment_is_read() -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     assert World.read(environment) == World(1, 2, 1) and World.read({}) == World() and World.read({"RANK": ""}).is_first
+    assert World.read(environment).local_size == 0
+    assert World.read(environment | {"LOCAL_WORLD_SIZE": "2"}).local_size == 2
     with pytest.raises(UserError, match="WORLD_SIZE is 2 without MASTER_PORT: start the command with torchrun"):
         World.read(environment | {"MASTER_PORT": ""})
     with pytest.raises(UserError, match="RANK='one' is no number"):

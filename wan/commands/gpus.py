@@ -54,10 +54,15 @@ class Gpus:
         given = [size for size in self._given_sizes.values() if size is not None]
         return self.world.size if self.world.size > 1 else math.prod(given)
 
+    @property
+    def node(self) -> int:
+        """How many of them keep the weights together, each a slice; `Team.node` as far as the launcher tells it."""
+        return self.world.local_size if self.world.local_size > 1 else self.size
+
     def expect(self, pipeline: Pipeline) -> None:
         """Count with what a process takes where that is the least, until sizes are chosen. Raises UserError."""
         if self.size > 1:
-            pipeline.share_memory(max(sizes.tokens for sizes in self._possible(pipeline)), self.size)
+            pipeline.share_memory(max(sizes.tokens for sizes in self._possible(pipeline)), self.node)
 
     def outline(self, pipeline: Pipeline, clips: Iterable[Plan | Effort]) -> list[str]:
         """Count with what a process takes, also where none is started; a line on how they share the clips' work.
@@ -70,10 +75,10 @@ class Gpus:
             self._possible(pipeline),
             self._guided(pipeline),
             self._needs(pipeline, clips),
-            self.size,
+            self.node,
             pipeline.budget.limit,  # the others' may be less
         )
-        pipeline.share_memory(sizes.tokens, self.size)
+        pipeline.share_memory(sizes.tokens, self.node)
         return [f"{self.size} GPUs: {sizes}"]
 
     def _possible(self, pipeline: Pipeline) -> list[Sizes]:

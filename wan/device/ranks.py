@@ -18,25 +18,28 @@ USUAL = 32_760  # tokens of a clip of 81 frames at 480p
 class World:
     """This process among those that a launcher such as torchrun has started; alone without one.
 
-    `address` is where the first of them can be reached, "" where that is asked of it.
+    `address` is where the first of them can be reached, "" where that is asked of it. `local_size` are those on its
+    machine, 0 where that is not known.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     address: str = field(default="127.0.0.1", compare=False)
+    local_size: int = field(default=0, compare=False)
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> World:
         """What the launcher's environment says. Raises UserError."""
         numbers = {}
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 0)):
             text = environment.get(name) or str(default)
             if not text.isdecimal():
                 raise UserError(f"the launcher's {name}={text!r} is no number; start the command with torchrun")
             numbers[name] = int(text)
         address = environment.get("MASTER_ADDR") or cls.address
-        world = cls(numbers["RANK"], max(1, numbers["WORLD_SIZE"]), numbers["LOCAL_RANK"], address)
+        size, local_size = max(1, numbers["WORLD_SIZE"]), numbers["LOCAL_WORLD_SIZE"]
+        world = cls(numbers["RANK"], size, numbers["LOCAL_RANK"], address, local_size)
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if world.size > 1 and missing:
             raise UserError(f"WORLD_SIZE is {world.size} without {', '.join(missing)}: start the command with torchrun")
