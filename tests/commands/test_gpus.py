@@ -110,7 +110,7 @@ def test_a_dry_run_tells_how_gpus_would_share_the_work() -> None:
     assert gpus(ulysses_size=2, cfg_size=2).outline(pipeline, [CLIP]) == ["4 GPUs: `cfg_size` 2, `ulysses_size` 2"]
     assert pipeline.told == [(4, 4), (2, 4)]  # its memory is that of a process
     several = Gpus(Settings(ckpt_dir="x"), World(size=4, local_size=2), offload=True)
-    assert several.outline(pipeline, [CLIP]) and pipeline.told[2:] == [(4, 2)]  # slices are a machine's
+    assert several.outline(pipeline, [CLIP, CLIP]) and pipeline.told[2:] == [(4, 2)]  # slices are a machine's
     assert gpus(4, ring_size=2).outline(pipeline, [CLIP])[0].endswith("`ulysses_size` 2, `ring_size` 2")
 
 
