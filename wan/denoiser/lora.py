@@ -59,6 +59,7 @@ def merge_loras(
     if loras == model.loras:
         return
     changed = frozenset(name for file in opened for name in file.parts)
+    held = [_Values(file) for file in opened]
     altered = model.altered
     source_of = key_map(weights)
     name_of = {source_of[name]: name for name in changed | altered}
@@ -70,7 +71,7 @@ def merge_loras(
         if any(file.has_magnitude(name) for file in opened):
             ((_, original),) = weights.read({source_of[name]})
             base = dequantize(original).to(home, torch.float32)
-        linear.set_loras([addition for file in opened for addition in _additions(file, name, home, base, changing)])
+        linear.set_loras([addition for file in held for addition in file.additions(name, home, base, changing)])
     done = {name for name in name_of.values() if layers_have_them and name.startswith("blocks.")}
     name_of = {key: name for key, name in name_of.items() if name not in packed.keys() | done}
 
@@ -80,8 +81,8 @@ def merge_loras(
         original = original.to(parameter.device) if way is None else way.go(original, original.dtype)
         value = original.to(torch.float32, copy=True).view(parameter.shape)
         base = value.clone() if any(file.has_magnitude(name) for file in opened) else None
-        for file in opened:
-            _add(file, name, value, base, changing)
+        for file in held:
+            file.add(name, value, base, changing)
         value = (value if model.rounding is None else value.to(model.rounding)).to(parameter.dtype)
         if way is not None and parameter.device.type == "cpu":
             value = way.back(value)
@@ -178,41 +179,45 @@ def _packed(model: WanModel, name: str) -> QuantizedLinear | None:
     return module if leaf == "weight" and isinstance(module, QuantizedLinear) else None
 
 
-def _add(opened: OpenedLora, name: str, value: Tensor, base: Tensor | None, changing: set[Path]) -> None:
-    """Add what a LoRA holds for a parameter to its float32 value; no more of the file is read.
+class _Values:
+    """What a LoRA file holds for the model, mapped: opening it anew for each parameter takes as long as a small sum."""
 
-    `base` are the checkpoint's own values, which only DoRA needs. A file with more than zeros comes into `changing`.
-    """
-    additions = _additions(opened, name, value.device, base, changing)
-    for addition in additions:
-        addition.add_to(value, base=base)
-    if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
-        raise _not_finite(opened, name)
+    def __init__(self, opened: OpenedLora) -> None:
+        self._opened = opened
+        self._tensors = dict(opened.file.read({key for part in opened.parts.values() for key in part.keys.values()}))
 
+    def add(self, name: str, value: Tensor, base: Tensor | None, changing: set[Path]) -> None:
+        """Add what it holds for a parameter to its float32 value.
 
-def _additions(
-    opened: OpenedLora, name: str, device: torch.device, base: Tensor | None, changing: set[Path]
-) -> list[Addition]:
-    """What a LoRA adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
-    part = opened.parts.get(name)
-    if part is None:
-        return []
-    read = {key: dequantize(tensor).to(device, copy=True) for key, tensor in opened.file.read(part.keys.values())}
-    tensors = {role: read[key] for role, key in part.keys.items()}
-    if not all(_is_finite(tensor) for tensor in tensors.values()):
-        raise _not_finite(opened, name)
-    additions = _products(tensors, part.scale)
-    if "bias" in tensors:
-        additions.append(Addition(tensors["bias"], None, part.scale))
-    if "diff" in tensors:
-        additions.append(Addition(tensors["diff"], None, 1.0))
-    if "dora_scale" in tensors:
-        assert base is not None
-        additions = _with_magnitude(additions, tensors["dora_scale"].float(), base)
-    if opened.file.path not in changing and not all(addition.is_zero for addition in additions):
-        changing.add(opened.file.path)
-    strength = opened.match.lora.strength
-    return [replace(addition, strength=strength * addition.strength) for addition in additions]
+        `base` are the checkpoint's own values, which only DoRA needs. A file of more than zeros goes into `changing`.
+        """
+        additions = self.additions(name, value.device, base, changing)
+        for addition in additions:
+            addition.add_to(value, base=base)
+        if additions and not value.sum().isfinite():  # as telling as every value by itself, and far quicker
+            raise _not_finite(self._opened, name)
+
+    def additions(self, name: str, device: torch.device, base: Tensor | None, changing: set[Path]) -> list[Addition]:
+        """What it adds to a parameter, in the dtypes of the file, on the device. Raises UserError for NaN."""
+        opened = self._opened
+        part = opened.parts.get(name)
+        if part is None:
+            return []
+        tensors = {role: dequantize(self._tensors[key]).to(device, copy=True) for role, key in part.keys.items()}
+        if not all(_is_finite(tensor) for tensor in tensors.values()):
+            raise _not_finite(opened, name)
+        additions = _products(tensors, part.scale)
+        if "bias" in tensors:
+            additions.append(Addition(tensors["bias"], None, part.scale))
+        if "diff" in tensors:
+            additions.append(Addition(tensors["diff"], None, 1.0))
+        if "dora_scale" in tensors:
+            assert base is not None
+            additions = _with_magnitude(additions, tensors["dora_scale"].float(), base)
+        if opened.file.path not in changing and not all(addition.is_zero for addition in additions):
+            changing.add(opened.file.path)
+        strength = opened.match.lora.strength
+        return [replace(addition, strength=strength * addition.strength) for addition in additions]
 
 
 def check_values(opened: OpenedLora) -> None:
