@@ -125,11 +125,15 @@ def possible_sizes(
 def choose_sizes(
     possible: Sequence[Sizes], guided: float, tokens: int = USUAL, fits: Callable[[Sizes], bool] = lambda _: True
 ) -> Sizes:
-    """The fastest for clips of so many tokens, of those that a GPU's memory `fits`, or of all where it fits none."""
+    """The fastest for clips of so many tokens, of those that a GPU's memory `fits`.
+
+    Where it fits none, of those that need the least.
+    """
 
     def cost(one: Sizes) -> tuple[bool, float, int]:
         return one.leaves_some_idle(tokens), one.step(guided, tokens), one.cfg
 
-    fastest = min(possible, key=cost)
-    chosen = min((one for one in possible if fits(one)), key=cost, default=fastest)
+    fastest, most = min(possible, key=cost), max(one.tokens for one in possible)
+    fitting = [one for one in possible if fits(one)] or [one for one in possible if one.tokens == most]
+    chosen = min(fitting, key=cost)
     return chosen if chosen == fastest else replace(chosen, faster=fastest)
