@@ -324,5 +324,5 @@ def test_a_dry_run_says_where_memory_has_chosen(
     assert cli.continuous_main(given) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "GPUs" in line]
     why = "; a GPU has too little memory for --cfg_size 2, --ulysses_size 1, which is faster"
-    chosen = "--cfg_size 1, --ulysses_size 2" + why if room == 0.5 else "--cfg_size 2, --ulysses_size 1"
+    chosen = "--cfg_size 2, --ulysses_size 1" if room > 1 else "--cfg_size 1, --ulysses_size 2" + why
     assert line == f"2 GPUs: {chosen}"
