@@ -89,8 +89,9 @@ def test_an_upload_that_fails_is_none_and_goes_on_where_it_was(cuts: bool, why: 
     upload(folder, URL)
     assert Flaky.puts == ["joined.mp4", "run.json", "run.json", "one.mp4"] and is_uploaded(folder, URL)
     Flaky().rm_file("/store/runs/a b/joined.mp4")  # by somebody else
+    assert not is_uploaded(folder, URL)
     upload(folder, URL)
-    assert Flaky.puts[4:] == ["joined.mp4"]
+    assert Flaky.puts[4:] == ["joined.mp4"] and is_uploaded(folder, URL)
 
 
 class NoSuchBucket(Exception):

@@ -39,7 +39,9 @@ def is_uploaded(folder: Path, url: str) -> bool:
         place = _Place(url)
         listed = place.list()
         sizes = {name: path.stat().st_size for name, path in _files(folder)}
-        return bool(listed["complete"]) and {name: one["bytes"] for name, one in listed["files"].items()} == sizes
+        is_listed = {name: one["bytes"] for name, one in listed["files"].items()} == sizes
+        # a file may have been taken away or cut there since
+        return bool(listed["complete"]) and is_listed and all(place.size(name) == sizes[name] for name in sizes)
     except Exception as error:
         raise UploadError(f"the upload to {without_login(url)} cannot be looked at ({_line(error)})") from error
 
