@@ -326,4 +326,5 @@ def _reason(error: Exception) -> str:
     why = next(
         (line for line in lines if "cause" in line.lower() or "node" in line.lower()), lines[-1] if lines else ""
     )
-    return f"{cause} ({why[:300]})"
+    # what follows is Ray's list of what may be behind any death
+    return f"{cause} ({why.partition(' Some common causes')[0][:300]})"
