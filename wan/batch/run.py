@@ -346,9 +346,9 @@ def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
     for one in bad:
         told.log(logging.WARNING if settings.skip_bad else logging.ERROR, "%s", one)
     if bad and not settings.skip_bad:
-        rows = "a row" if len(bad) == 1 else f"{len(bad)} rows"
+        rows, them = ("a row", "it") if len(bad) == 1 else (f"{len(bad)} rows", "them")
         raise UserError(
-            f"{rows} of `videos` {settings.videos} cannot be made; nothing was begun (`skip_bad` leaves them out)"
+            f"{rows} of `videos` {settings.videos} cannot be made; nothing was begun (`skip_bad` leaves {them} out)"
         )
 
 
