@@ -539,7 +539,9 @@ def test_a_row_that_fails_its_check_ends_the_batch_unless_it_is_to_be_left_out(
     batch(skip_bad=True)
     assert [name for _, name in batch.crew.given] == ["a", "c"]
     assert [one.levelno for one in caplog.records if "no such LoRA" in one.message] == [logging.ERROR, logging.WARNING]
-    assert states_of(tmp_path / "runs") == [DONE, FAILED, DONE]
+    assert states_of(tmp_path / "runs") == [DONE, DONE, "bad"]
+    page = (tmp_path / "runs/batch.html").read_text(encoding="utf-8")
+    assert "<dd>2 completed</dd>" in page and page.count("left out</span>") == 1
     capsys.readouterr()
     batch(skip_bad=True, dry_run=True)
     assert capsys.readouterr().out.endswith("1 row left out, which cannot be made\n")

@@ -56,10 +56,12 @@ def make_batch(settings: Settings) -> None:
         batch.check()
         bad += [BadRow(task.row.where, task.reason, task.row.number) for task in tasks if task.state == FAILED]
         # only now, so that those that the list itself shows and those that workers see are said at once
-        _refuse(sorted(bad, key=lambda one: one.number), settings)
+        bad.sort(key=lambda one: one.number)
+        _refuse(bad, settings)
         if settings.dry_run:
             say(*outline(tasks, bad, crew.places.size * crew.gpus_per_job if crew.places.uses_gpus else 0))
             return
+        batch.leave_out(bad)
         batch.make()
     except BaseException as error:
         if isinstance(error, Exception) and not crew.is_connected:
@@ -107,6 +109,12 @@ class Batch:
         self._checks = True
         self._work(Schedule(self.tasks, self.settings.max_failures), "check", lambda task: None)
         self._checks = False
+
+    def leave_out(self, bad: Sequence[BadRow]) -> None:
+        """Go on without the tasks that failed their check. The report names them with all rows that cannot be made."""
+        self.tasks = [task for task in self.tasks if task.state != FAILED]
+        if self.report is not None:
+            self.report.bad = bad
 
     def make(self) -> None:
         """Make all that passed the check and is not finished."""
