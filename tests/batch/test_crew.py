@@ -197,7 +197,7 @@ def test_an_address_of_ipv6_is_asked_without_its_brackets(monkeypatch: pytest.Mo
     [
         ("OutOfMemoryError", "killed\n\n  on node 10.0.0.2\nlast", "its machine ran out of memory (on node 10.0.0.2)"),
         ("ActorDiedError", "first\nThe cause is known\nlast", "its worker died (The cause is known)"),
-        ("ActorDiedError", "x\nNode: end of file. Some common causes include: (1)", "its worker died (Node: end of file.)"),
+        ("ActorDiedError", "x\nNode: the end. Some common causes include: 1", "its worker died (Node: the end.)"),
         ("ActorUnavailableError", "first\nlast\n\n", "its machine cannot be reached (last)"),
         ("NodeDiedError", "", "its machine has gone ()"),
         ("Strange", "x" * 400, f"Strange ({'x' * 300})"),
