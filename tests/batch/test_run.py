@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -949,3 +950,12 @@ def test_what_workers_say_while_a_batch_is_left_is_kept(
     assert "1 of 4 chains are finished; the same command goes on with the others" in caplog.text
     assert (tmp_path / "batch.jsonl").exists() is made
     assert not made or ">stopped</span>" in (tmp_path / "batch.html").read_text(encoding="utf-8")
+
+
+def test_many_rows_that_follow_each_other_and_are_bad_alike_have_one_line() -> None:
+    bad = [BadRow(f"l.csv, line {line}", "no folder x", line) for line in (2, 3, 4, 5, 8, 9, 10)]
+    bad[5] = replace(bad[5], reason="no video")
+    ends = ["l.csv, line 8: no folder x", "l.csv, line 9: no video", "l.csv, line 10: no folder x"]
+    assert list(run_module.in_lines(bad)) == ["l.csv, line 2, to l.csv, line 5, 4 rows: no folder x", *ends]
+    assert list(run_module.in_lines(bad[1:])) == [*(f"l.csv, line {line}: no folder x" for line in (3, 4, 5)), *ends]
+    assert list(run_module.in_lines([])) == []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ told = logging.getLogger(PROGRESS)
 
 STOP_SECONDS = 20.0  # for workers to leave what they make and join what is finished
 WAIT_SECONDS = 0.5
+MOST_ALIKE = 3  # bad rows that have a line each
 MOST_FALSE_STARTS = 3  # of workers in a row: then something is wrong with all of them
 
 
@@ -351,13 +353,24 @@ def _is_fit(outcome: Mapping[str, Any], gpus: int) -> bool:
 
 def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
     """Say which rows cannot be made. Raises UserError unless they are to be left out."""
-    for one in bad:
-        told.log(logging.WARNING if settings.skip_bad else logging.ERROR, "%s", one)
+    for line in in_lines(bad):
+        told.log(logging.WARNING if settings.skip_bad else logging.ERROR, "%s", line)
     if bad and not settings.skip_bad:
         rows, them = ("a row", "it") if len(bad) == 1 else (f"{len(bad)} rows", "them")
         raise UserError(
             f"{rows} of `videos` {settings.videos} cannot be made; nothing was begun (`skip_bad` leaves {them} out)"
         )
+
+
+def in_lines(bad: Sequence[BadRow]) -> Iterator[str]:
+    """A line for each row, or one for many in a row that are bad alike, as by a folder that is misspelled."""
+    numbered = enumerate(bad)
+    for (reason, _), group in itertools.groupby(numbered, lambda one: (one[1].reason, one[1].number - one[0])):
+        alike = [row for _, row in group]
+        if len(alike) > MOST_ALIKE:
+            yield f"{alike[0].where}, to {alike[-1].where}, {len(alike)} rows: {reason}"
+        else:
+            yield from map(str, alike)
 
 
 def _check_report(folder: Path) -> None:
