@@ -128,6 +128,12 @@ def test_a_captioner_of_another_process_takes_nothing_here(tmp_path: Path) -> No
     assert shared.is_elsewhere and shared.host_bytes == 0 and shared._ask == ask
     assert endpoint.is_elsewhere and endpoint._ask is None, "an endpoint is asked itself"
     assert not owner().is_elsewhere
+    assert not shared.is_beside and not endpoint.is_beside and owner().is_beside
+
+
+@pytest.mark.parametrize(("device", "beside"), [("cuda", True), ("cuda:1", False), ("cpu", False)])
+def test_a_captioner_is_beside_the_models_where_it_lives_with_them(device: str, beside: bool) -> None:
+    assert owner(device=torch.device(device), main=torch.device("cuda:0")).is_beside == beside
 
 
 @pytest.mark.parametrize(("main", "room"), [(GPU, 19 * GIB), (CPU, None)])

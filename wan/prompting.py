@@ -125,6 +125,11 @@ class CaptionerOwner:
         return size if waits else 0
 
     @property
+    def is_beside(self) -> bool:
+        """Whether it lives where the other models do."""
+        return not self.is_elsewhere and same_device(self.device, self._main)
+
+    @property
     def device(self) -> torch.device:
         """Where it lives: as given, with the other models, or in host memory where it is larger than their budget."""
         if self._device is None:

@@ -53,7 +53,7 @@ class Continuation:
         self.fps = Fraction(16)
         self.config = SimpleNamespace(z_dim=16)
         self.rules = SimpleNamespace(shares=lambda sampling: [(1, 1), (3, 0)])
-        self.vlm = SimpleNamespace(host_bytes=5 * GIB, is_elsewhere=False)
+        self.vlm = SimpleNamespace(host_bytes=5 * GIB, is_beside=True)
         self.models = SimpleNamespace(lora_bytes=lambda loras: {})
         self.budget = SimpleNamespace(vram=None)
         self.host = SimpleNamespace(given=False, limit=64 * GIB, plan=lambda *what: what[3], need=self._need)
@@ -139,7 +139,7 @@ def test_memory_that_is_limited_by_what_is_free_says_so() -> None:
         continuation.budget.vram = given
         line = list(outline(continuation, inventory(plan())))[-2]
         assert (", within the 8.0 that are free, beside the VLM" in line) == limited
-    continuation.vlm = SimpleNamespace(host_bytes=0, is_elsewhere=True)  # at an endpoint
+    continuation.vlm = SimpleNamespace(host_bytes=0, is_beside=False)  # at an endpoint
     assert list(outline(continuation, inventory(plan())))[-2].endswith(")")
     continuation.host.given = True
     assert "of 64.0 that are given" in list(outline(continuation, inventory(plan(prompt="x"))))[-1]

@@ -39,13 +39,15 @@ class Effort:
     offload: bool
     loras: Mapping[str, tuple[LoraFile, ...]] = field(default_factory=dict)
     candidates: int = 1
-    captioner: int | None = None
+    captioner: int = 0
+    has_vlm_beside: bool = False
 
     @classmethod
     def of(cls, continuation: VideoContinuation, plan: Plan) -> Effort:
         """That of a clip that continues a video."""
-        captioner = continuation.vlm.host_bytes if plan.described and not continuation.vlm.is_elsewhere else None
-        return cls(plan.geometry, plan.sampling, plan.offload, plan.loras, len(plan.candidates), captioner)
+        vlm = continuation.vlm
+        captioner, is_beside = (vlm.host_bytes, vlm.is_beside) if plan.described else (0, False)
+        return cls(plan.geometry, plan.sampling, plan.offload, plan.loras, len(plan.candidates), captioner, is_beside)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _memory(pipeline: Pipeline, efforts: Sequence[Effort]) -> str:
     by_stage = ", ".join(f"{stage} {(peak + CONTEXT) / GIB:.1f}" for stage, peak in peaks.items())
     loading = by_stage if max(peaks.values()) == whole else "all models at once"
     limited = f", within the {budget.vram / GIB:.1f} that are free" if budget.vram and not pipeline.budget.vram else ""
-    beside = "" if all(one.captioner is None for one in efforts) else ", beside the VLM"
+    beside = ", beside the VLM" if any(one.has_vlm_beside for one in efforts) else ""
     return f"about {(whole + CONTEXT) / GIB:.1f} GiB of GPU memory ({loading}){limited}{beside}"
 
 
@@ -132,8 +134,8 @@ def _host_memory(pipeline: Pipeline, efforts: Sequence[Effort]) -> str:
     host, needs = pipeline.host, []
     for one in efforts:
         loras = pipeline.models.lora_bytes(one.loras)
-        chosen = host.plan(pipeline.budget, one.geometry, loras, one.captioner or 0)
-        needs.append((host.need(chosen, pipeline.budget, one.geometry, loras, one.captioner or 0), chosen))
+        chosen = host.plan(pipeline.budget, one.geometry, loras, one.captioner)
+        needs.append((host.need(chosen, pipeline.budget, one.geometry, loras, one.captioner), chosen))
     size, chosen = max(needs, key=lambda one: one[0])
     limited_by = "given" if host.given else "free"
     return f"about {size / GIB:.1f} GiB of host memory, of {host.limit / GIB:.1f} that are {limited_by}: {chosen}"
