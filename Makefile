@@ -39,7 +39,7 @@ test: lint  ## lint, format, types and all tests, as CI runs them
 	$(TESTS)
 
 test-all: lint demo  ## the same with the demo, ten times the fuzzing, and the share of wan/ that the tests run
-	$(BIN)/python -m pytest --rare --fuzz 10 --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --rare --fuzz 10 --cov --cov-report=term:skip-covered
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.serve import states
 from tests.support.golden import ROOT
@@ -46,7 +48,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as the run that it is compared with
     each = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=each)
     nodes.second = nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
@@ -66,7 +68,7 @@ def begin(folder: Path, address: str, jobs: int) -> subprocess.Popen[bytes]:
 
 def wait_for(what: str, folder: Path, count: int, running: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + 180
-    while len(list(folder.glob(what))) < count:
+    while len(glob(what, root_dir=folder)) < count:  # folders may go meanwhile
         assert running.poll() is None and time.monotonic() < end, (folder / "output.log").read_text(encoding="utf-8")
         time.sleep(0.05)
 
