@@ -182,9 +182,9 @@ class Pipeline(ABC):
     ) -> None:
         """Make clips together with the other processes of a launcher, each of which calls this, too.
 
-        `cfg`, `ulysses` and `ring` are the sizes of `Sizes` where they are given, `guided` the share of steps that have
-        guidance. The first process chooses the others, for the `clips` that it is about to make. Then it calls `run`,
-        the others `follow`, and the first `release` in the end. Raises UserError.
+        `cfg`, `ulysses` and `ring` are sizes that are given (see `Sizes`), `guided` the share of steps that have
+        guidance. The first process chooses the other sizes, for the `clips` that it is about to make. Then it calls
+        `run`, the others `follow`, and the first `release` in the end. Raises UserError.
         """
         possible = possible_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
 

@@ -363,7 +363,7 @@ def _refuse(bad: Sequence[BadRow], settings: Settings) -> None:
 
 
 def in_lines(bad: Sequence[BadRow]) -> Iterator[str]:
-    """A line for each row, or one for many in a row that are bad alike, as by a folder that is misspelled."""
+    """A line for each row, or one for many that follow each other and are bad alike, as by a misspelled folder."""
     numbered = enumerate(bad)
     for (reason, _), group in itertools.groupby(numbered, lambda one: (one[1].reason, one[1].number - one[0])):
         alike = [row for _, row in group]

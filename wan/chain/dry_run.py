@@ -31,7 +31,7 @@ class Effort:
     """What of a clip its time and memory follow from.
 
     So many `candidates` of it are made. `captioner` is the host memory in bytes of a VLM that describes what was
-    before; None where none does so in this process.
+    before, and `has_vlm_beside` whether that lives on the device of the models.
     """
 
     geometry: Geometry
