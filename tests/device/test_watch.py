@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.ranks import Ranks
+from wan.device import watch
 from wan.device.parallel import Group, Team
 from wan.device.peers import MISSED, Ended, Peer
 from wan.device.ranks import Sizes, World
@@ -115,6 +119,54 @@ def test_all_end_and_the_one_at_fault_is_named(do: str, line: str, ranks: Ranks,
         "first dies": [-9, 1, 1],
     }
     assert codes == expected.get(do, [1, 1, 1])
+
+
+def _forms(rank: int, size: int, folder: str, who: int, nth: int, do: str) -> None:
+    """Processes divide their work; at the making of a group one of them does not go on."""
+    makes, made = Team._group, [0]
+
+    def breaks(*given: Any, **more: Any) -> Any:
+        made[0] += 1
+        if rank == who and made[0] == nth:
+            if do == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(100)
+        return makes(*given, **more)
+
+    watch.LEAVE = 1.0  # seconds; the first process waits in the making, out of which no signal brings it
+    Team._group = breaks  # type: ignore[method-assign]
+    with (Path(folder) / f"output_{rank}").open("w") as file:
+        sys.stdout = sys.stderr = file
+        logging.basicConfig(stream=file, force=True)
+        Team.start(World(rank, size, rank, "127.0.0.1"), lambda team: Sizes(cfg=2), torch.device("cpu"), TIMEOUT)
+    sys.exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "nth", "do"),
+    [
+        (1, 1, "dies"),
+        (1, 4, "hangs"),
+        *(
+            pytest.param(who, nth, do, marks=pytest.mark.rare)
+            for who, nth, do in ((1, 2, "dies"), (1, 3, "dies"), (1, 4, "dies"), (0, 1, "dies"), (1, 1, "hangs"))
+        ),
+        (1, 5, "dies"),
+    ],
+)
+def test_a_process_that_dies_while_groups_are_made_ends_all(
+    who: int, nth: int, do: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    begun = time.monotonic()
+    codes = ranks.codes(_forms, 2, str(tmp_path), who, nth, do, seconds=20)
+    if nth == 5:  # there are four, so that this test would see it if a group came to be
+        assert codes == [0, 0]
+        return
+    assert codes == {(1, "dies"): [2, -9], (0, "dies"): [-9, 1], (1, "hangs"): [2, 1]}[who, do]
+    assert time.monotonic() - begun < 15
+    words = "has died" if do == "dies" else "lets the others wait for more than 2 s"
+    assert f"process {who} on" in output_of(tmp_path, 1 - who) and words in output_of(tmp_path, 1 - who)
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ class Team:
         self.machine: Group | None = None
         self.all_: Group | None = None
         self._words: Any = None
+        self._groups = 0  # that this process has begun to make, its own or not
         self._watch: Watch | None = None
 
     @classmethod
@@ -95,38 +96,44 @@ class Team:
         team = cls(world, sizes if isinstance(sizes, Sizes) else Sizes())
         if world.size == 1:
             return team
+        wait = timedelta(seconds=1.1 * timeout + 10)  # the watch comes first, and it knows whom they wait for
         try:
-            # the watch comes first, and it knows whom they wait for
-            wait = timedelta(seconds=1.1 * timeout + 10)
             team._meet(device, wait)
-            if not isinstance(sizes, Sizes):
-                team.sizes = sizes(team)
-            team._divide(wait)
+            watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
+            watch.start(team.share, world.address or team._address())
         except dist.DistError as error:
             raise Ended(
                 f"the {world.size} processes did not all come together within {timeout:g} s (`collective_timeout`): "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        team._watch = Watch(world.rank, world.size, team._begun, team._abort, timeout)
-        team._watch.start(team.share, world.address or team._address())
+        team._watch = watch
+        with team.watched():
+            team._gather(wait)
+            if not isinstance(sizes, Sizes):
+                team.sizes = sizes(team)
+            team._divide(wait)
         return team
 
     def _meet(self, device: torch.device, wait: timedelta) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
             if device.type == "cuda":
-                torch.cuda.set_device(device)
                 dist.init_process_group("cpu:gloo,cuda:nccl", timeout=wait, device_id=device)
             else:
                 dist.init_process_group("gloo", timeout=wait)
+        self._words = dist.group.WORLD
+        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
+
+    def _gather(self, wait: timedelta) -> None:
         # a caption on a CPU or a long clip's writing may take much longer than a step
-        self._words = dist.new_group(backend="gloo", timeout=_LONG)
+        self._words = self._group([range(self.world.size)], _LONG, "gloo").handle
         machines = self._machines()
         alone = min(map(len, machines)) == 1
         self.node = self._group([range(self.world.size)] if alone else machines, wait)
         # one of them may read weights for a long time
         here = self._group(machines, _LONG, "gloo")
         self.machine = here if here.size > 1 else None
-        self.all_ = Group(dist.group.WORLD, self.world.size, self.world.rank)
 
     def _divide(self, wait: timedelta) -> None:
         # neighbours share tokens, which is most of the traffic; each group has to be made by all
@@ -162,6 +169,7 @@ class Team:
     def _group(self, members: Sequence[Sequence[int]], wait: timedelta, backend: str | None = None) -> Group:
         mine = None
         for ranks in members:
+            self._groups += 1
             handle = dist.new_group(list(ranks), timeout=wait, backend=backend)
             if self.world.rank in ranks:
                 mine = Group(handle, len(ranks), ranks.index(self.world.rank))
@@ -222,8 +230,8 @@ class Team:
             raise cause from error
 
     def _begun(self) -> int:
-        """Operations of this process with others; each process begins as many."""
-        return sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
+        """Operations of this process with others, and groups; each process begins as many."""
+        return self._groups + sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
 
     def _abort(self) -> None:
         # at once: NCCL waits for what the GPU does while it takes one group apart, which may be another one's exchange
