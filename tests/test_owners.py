@@ -536,8 +536,11 @@ def test_a_stage_is_charged_what_no_other_is(monkeypatch: pytest.MonkeyPatch) ->
         (1, 4, "sample"),
         (1, 4, "load"),
         (1, 4, "read"),
+        (1, 4, "load"),  # goes on
+        (1, 4, "sample"),
         (3, 4, "sample"),
         (3, 4, "load"),
+        (3, 4, "sample"),
         (3, 4, "decode"),
     ]
     silent = Stopwatch(CPU, 4)

@@ -17,7 +17,7 @@ class Stopwatch:
     """Seconds per named stage; the GPU is waited for, so that each stage is charged its own work.
 
     A stage inside another, such as a model that is loaded between two steps, is not charged to that. `on_step` hears of
-    every stage that begins, and of what is done in it.
+    every stage that begins or goes on, and of what is done in it.
     """
 
     def __init__(self, device: torch.device, steps: int, on_step: OnStep | None = None, done: int = 0) -> None:
@@ -27,7 +27,8 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._told = on_step
         self._done = done  # solver steps
-        self._inside = 0.0  # seconds of the stages inside the one that goes on
+        self._stage = ""  # that goes on
+        self._inside = 0.0  # seconds of the stages inside it
 
     def _hear(self, step: Step) -> None:
         self._done = step.index
@@ -36,16 +37,22 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        if self._told is not None:
-            self._told(Step(self._done, self.steps, name))
-        before, self._inside = self._inside, 0.0
+        self._enter(name)
+        outer, before = self._stage, self._inside
+        self._stage, self._inside = name, 0.0
         start = time.perf_counter()
         with heard_by(detail_to(self._told, lambda: self._done, self.steps, name)):
             yield
         synchronize(self.device)
         taken = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + taken - self._inside
-        self._inside = before + taken
+        self._stage, self._inside = outer, before + taken
+        if outer:
+            self._enter(outer)
+
+    def _enter(self, name: str) -> None:
+        if self._told is not None:
+            self._told(Step(self._done, self.steps, name))
 
 
 def detail_to(on_step: OnStep | None, done: Callable[[], int], steps: int, stage: str) -> Callable[[str], None] | None:

@@ -23,6 +23,7 @@ import torch
 
 from tests.support.commands import Seen
 from tests.support.golden import DATA, ROOT, small_checkpoints
+from wan.commands.lines import STAGE
 from wan.commands.progress import Progress, counted, say
 from wan.detail import span, tell_detail
 from wan.stopwatch import Stopwatch
@@ -324,7 +325,31 @@ def test_a_stage_inside_another_is_charged_once_and_says_its_details() -> None:
     tell_detail("nobody listens")
     assert watch.seconds["load"] >= 0.2 > watch.seconds["sample"]
     stages = [(step.index, step.stage, step.detail) for step in heard]
-    assert stages[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2")]
+    assert stages[2:] == [(2, "load", ""), (2, "load", "shard 1 of 2"), (2, "sample", "")]  # which goes on
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_each_denoiser_is_charged_its_own_steps(loads: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    now = [0.0]
+    monkeypatch.setattr("wan.commands.progress.time.perf_counter", lambda: now[0])
+    caplog.set_level(STAGE)
+    with Progress("a") as progress:
+        caplog.clear()
+
+        def after(seconds: float, *step: Any) -> None:
+            now[0] += seconds
+            progress(Step(*step))
+
+        after(0, 0, 3, "sample")
+        after(5, 1, 3, "high noise", torch.zeros(1))
+        after(4, 2, 3, "high noise", torch.zeros(1))
+        if loads:
+            after(0, 2, 3, "load")
+            after(20, 2, 3, "sample")
+        after(3, 3, 3, "low noise", torch.zeros(1))
+        after(1, 3, 3, "decode")
+    lines = ["a high noise: 2 steps, 9.0 s", *["a load: 20.0 s"] * loads, "a low noise: 1 step, 4.0 s"]
+    assert [record.getMessage() for record in caplog.records if "decode" not in record.getMessage()] == lines
 
 
 def test_a_length_of_time_is_in_words() -> None:

@@ -52,6 +52,7 @@ class Progress:
         self.started = time.perf_counter()
         self.finished_before = self.done = 0  # clips that were there when the run began, and those of this run
         self._stage, self._since, self._steps = "", self.started, 0
+        self._stepped = self.started  # when the last step was done
         self._over, self._resting = threading.Event(), False
 
     def __enter__(self) -> Progress:
@@ -101,13 +102,27 @@ class Progress:
         if name != self._stage:
             self._end_stage()
             self._stage, self._since, self._steps = name, time.perf_counter(), 0
-        if self.bar is not None:
-            self.bar.set_description(f"{self.title} {name}")
+        self._describe(name)
 
-    def _end_stage(self) -> None:
+    def _take_step(self, expert: str) -> None:
+        """A denoiser has taken a step, which began with the stage or with the end of another one's step."""
+        if expert != self._stage:
+            if self._steps:
+                self._end_stage(self._stepped)
+                self._since, self._steps = self._stepped, 0
+            self._stage = expert
+        self._steps, self._stepped = self._steps + 1, time.perf_counter()
+        self._describe(expert)
+
+    def _describe(self, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.set_description(f"{self.title} {stage}")
+
+    def _end_stage(self, at: float | None = None) -> None:
         if self._stage:
-            steps = f"{self._steps} steps, " if self._steps else ""
-            log.log(STAGE, "%s %s: %s%.1f s", self.title, self._stage, steps, time.perf_counter() - self._since)
+            steps = f"{counted(self._steps, 'step')}, " if self._steps else ""
+            seconds = (time.perf_counter() if at is None else at) - self._since
+            log.log(STAGE, "%s %s: %s%.1f s", self.title, self._stage, steps, seconds)
         self._stage = ""
 
     def finish_clips(self, count: int) -> None:
@@ -148,8 +163,10 @@ class Progress:
             self.bar.set_description(f"{self.title} {step.stage}: {step.detail}")
             return
         self.bar.total = step.total
-        self.stage(step.stage)
-        self._steps += step.latents is not None
+        if step.latents is None:
+            self.stage(step.stage)
+        else:
+            self._take_step(step.stage)
         if step.latents is None and step.index == 0:
             self.bar.reset(step.total)  # time left is counted from here, not from loading
         self.bar.update(step.index - self.bar.n)

@@ -231,7 +231,7 @@ class Team:
 
     def _begun(self) -> int:
         """Operations of this process with others, and groups; each process begins as many."""
-        return self._groups + sum(group.handle._get_sequence_number_for_group() for group in self._of_steps)
+        return self._groups + sum(int(group.handle._get_sequence_number_for_group()) for group in self._of_steps)
 
     def _abort(self) -> None:
         # at once: NCCL waits for what the GPU does while it takes one group apart, which may be another one's exchange
