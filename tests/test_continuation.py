@@ -160,7 +160,7 @@ def test_files_are_read_while_a_vlm_elsewhere_describes(v2v: Any, monkeypatch: p
     v2v.v2v(VIDEO, **CALL)
     parts = v2v.checkpoint.text_encoder, v2v.checkpoint.vae, v2v.checkpoint.experts["model"]
     assert read[1] == [file.name for part in parts for file in part.files]
-    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
+    monkeypatch.setattr("wan.device.host.host_free_bytes", lambda: 2 * parts[0].files[0].stat().st_size)
     v2v.models.forget("text_encoder")
     v2v.v2v(VIDEO, **CALL)
     assert read[2] == [parts[0].files[0].name]

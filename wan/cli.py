@@ -168,7 +168,8 @@ def _job(command: Command, settings: Settings, own_process: bool) -> Iterator[Jo
     try:
         yield job
     finally:
-        reading.stop()
+        if reading is not None:
+            reading.stop()
 
 
 def run(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:

@@ -208,23 +208,23 @@ def test_weights_are_read_in_the_order_of_their_use(
 
     started: list[Any] = []
     monkeypatch.setattr(start, "that_fit", that_fit)
-    monkeypatch.setattr("wan.weights.prefetch.ReadAhead.start", lambda self: started.append(self))
+    monkeypatch.setattr(start, "ReadingProcess", lambda files: started.append(files))
     caplog.set_level("INFO", "wan.commands.progress")
     given = Settings(**{"video": "v.mp4", "vlm_path": str(weights.folder / "vlm"), **settings})
     one = job(given, checkpoint=weights, world=World(), config=SimpleNamespace(name="v2v-5B"))
-    reading = start.read_ahead(one)
-    assert [file.stem for file in reading.files] == list(files) and reading.distance == len(files)
-    assert started == [reading] and caplog.messages == [f"v2v-5B with {weights.folder}: PyTorch starts{words}"]
+    start.read_ahead(one)
+    assert [[file.stem for file in files] for files in started] == ([list(files)] if files else [])
+    assert caplog.messages == [f"v2v-5B with {weights.folder}: PyTorch starts{words}"]
     assert asked == ([] if given.dry_run else [None if given.host_memory == "auto" else 2**30])
     other = job(given, checkpoint=weights, world=World(rank=1, size=2), config=one.config)
-    assert start.read_ahead(other).files == [] and len(started) == 1
+    assert start.read_ahead(other) is None and len(started) == bool(files)
 
 
 def test_little_is_said_in_megabytes(
     weights: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(start, "that_fit", lambda files, limit: list(files)[:1])
-    monkeypatch.setattr("wan.weights.prefetch.ReadAhead.start", lambda self: None)
+    monkeypatch.setattr(start, "ReadingProcess", list)
     caplog.set_level("INFO", "wan.commands.progress")
     given = Settings(image="a.png", prompt="x")
     start.read_ahead(job(given, checkpoint=weights, world=World(), config=SimpleNamespace(name="ti2v-5B")))

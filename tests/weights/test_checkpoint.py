@@ -433,11 +433,11 @@ def test_files_are_read_ahead_as_far_as_half_of_the_free_memory_holds_them(
     for file in files:
         if file.name != "missing":
             file.write_bytes(bytes(10))
-    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 40)
+    monkeypatch.setattr("wan.device.host.host_free_bytes", lambda: 40)
     a, _, b, c = files
     assert that_fit(files) == that_fit(files, 99) == [a, b]
     assert that_fit(files, 39) == [a] and that_fit(files, 19) == []
-    monkeypatch.setattr("wan.weights.prefetch.host_free_bytes", lambda: 60)
+    monkeypatch.setattr("wan.device.host.host_free_bytes", lambda: 60)
     assert that_fit(files) == [a, b, c]
 
 

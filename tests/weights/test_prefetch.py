@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from wan.weights import prefetch
-from wan.weights.prefetch import ReadAhead
+from wan.weights.prefetch import ReadAhead, ReadingProcess
 
 
 class Told:
@@ -105,3 +111,77 @@ def test_no_file_is_read_further_ahead_than_the_distance(distance: int) -> None:
     over.stop()
     over._read(0)
     assert not late.read
+
+
+def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.005)
+    return is_so()
+
+
+def _is_read(pipe: Path) -> bool:
+    """Whether somebody has opened a named pipe to read from it."""
+    try:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from wan.weights.prefetch import ReadingProcess
+reading = ReadingProcess([Path(sys.argv[1])])
+print(reading._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_a_process_reads_packages_and_then_files_until_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, weights = tmp_path / "package", tmp_path / "weights"
+    (package / "deep").mkdir(parents=True)
+    code, library = package / "deep" / "a.py", package / "library.so"
+    for pipe in (code, library, weights):
+        os.mkfifo(pipe)
+    (package / "none.py").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(prefetch, "_folders", lambda names: [str(package)] if "torch" in names else [])
+    monkeypatch.delitem(sys.modules, "torch")
+    reading = ReadingProcess([weights])
+    monkeypatch.undo()
+    try:
+        writer = os.open(code, os.O_WRONLY)  # waits until it is read
+        time.sleep(0.2)
+        assert not _is_read(weights)
+        os.close(writer)
+        assert _within(10, lambda: _is_read(weights)) and not _is_read(library)
+    finally:
+        reading.stop()
+    assert reading._process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes")
+def test_a_reading_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights")
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "weights")], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        reader = int(parent.stdout.readline())
+        os.kill(reader, 0)
+        parent.send_signal(signal.SIGKILL)
+
+    def is_over() -> bool:
+        stat = Path(f"/proc/{reader}/stat")
+        return not stat.exists() or stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+
+    assert _within(10, is_over)
+
+
+def test_packages_that_are_left_out_or_absent_have_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sympy", None)
+    assert prefetch._folders(["sympy", "no_such_package", "json"]) == [str(Path(os.__file__).parent / "json")]

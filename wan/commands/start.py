@@ -22,7 +22,7 @@ from wan.settings import Context, Geometry, check_continuation, check_end_image,
 from wan.sizes import begun_size, continued_size
 from wan.weights.checkpoint import default_vlm
 from wan.weights.hub import OFFER, check_vlm_place
-from wan.weights.prefetch import ReadAhead, that_fit
+from wan.weights.prefetch import ReadingProcess, that_fit
 
 log = logging.getLogger(PROGRESS)
 
@@ -206,14 +206,14 @@ def _check_frames(job: Job, scene: Scene, settings: Settings, is_last: bool) -> 
     check_motion_amplitude(settings.motion_amplitude, config, mode)
 
 
-def read_ahead(job: Job) -> ReadAhead:
+def read_ahead(job: Job) -> ReadingProcess | None:
     """Begin to read the weights in the order of their use, as far as memory goes, and say so: the first line.
 
     Stop what it returns where the command ends. Nothing is read for the plan alone, nor by the others of a launcher.
     """
     settings, checkpoint = job.settings, job.checkpoint
     if not job.world.is_first:
-        return ReadAhead([])
+        return None
     files = [file for _, weights in checkpoint.parts for file in weights.files]
     if settings.video is not None and settings.prompt is None and settings.vlm_url is None:
         files = [*sorted(_vlm_folder(settings, checkpoint.folder).glob("*.safetensors")), *files]
@@ -223,6 +223,4 @@ def read_ahead(job: Job) -> ReadAhead:
     shown = f"{size / 1e9:.1f} GB" if size > 1e8 else f"{size / 1e6:.0f} MB"
     what = f", {shown} of weights are read meanwhile" if chosen else ""
     log.info("%s with %s: PyTorch starts%s", job.config.name, checkpoint.folder, what)
-    reading = ReadAhead(chosen, len(chosen))
-    reading.start()
-    return reading
+    return ReadingProcess(chosen) if chosen else None

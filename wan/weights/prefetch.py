@@ -1,15 +1,25 @@
-"""Files that are about to be mapped, read before: a disk brings single pages at half of its speed."""
+"""Files that are about to be mapped, read before: a disk brings single pages at half of its speed.
+
+As a program of its own (`ReadingProcess`) it needs Python alone.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
-from wan.device.host import host_free_bytes
-
+PACKAGES = ("torch", "transformers", "diffusers", "sympy", "triton")  # that a command imports, in about that order
+CODE = (".py", ".pyc")
+SMALL_READERS = 16  # of files of some kB, each of which waits for the disk twice
 CHUNK = 8 * 2**20
 READERS = 4  # a disk that is far away, as of a rented machine, gives its rate to several requests at a time
 
@@ -70,11 +80,64 @@ class ReadAhead:
                     at += READERS * CHUNK
 
 
+class ReadingProcess:
+    """Brings code that is to be imported, and then files, into the system's cache, from now until `stop`.
+
+    It is a process of its own: threads would wait for Python's lock after each piece, which an import gives up every
+    5 ms. Code comes first, since a disk that is busy with weights lets thousands of small files wait.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        packages = [] if "torch" in sys.modules else _folders(PACKAGES)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the command, which stops this
+        )
+        assert self._process.stdin is not None
+        order = {"packages": packages, "files": [str(file.absolute()) for file in files]}
+        with suppress(BrokenPipeError):  # it has ended, and said why
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Read no more."""
+        self._process.communicate()
+
+
+def _folders(packages: Iterable[str]) -> list[str]:
+    """Where packages are that are installed; they are not imported."""
+    specs = [find_spec(name) for name in packages if sys.modules.get(name, True) is not None]
+    return [folder for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
+
+
+def _read_code(folders: Iterable[str]) -> None:
+    """Read the code of packages, which an import reads in small pieces."""
+    with ThreadPoolExecutor(SMALL_READERS) as pool:
+        for folder in folders:
+            for at, _, names in os.walk(folder):
+                for name in names:
+                    if name.endswith(CODE):
+                        pool.submit(Path(at, name).read_bytes)  # one that cannot be read is for the import to report
+
+
+def _follow(order: str) -> None:
+    """What the process does."""
+    wanted = json.loads(order)
+    _read_code(wanted["packages"])
+    files = [Path(file) for file in wanted["files"]]
+    ReadAhead(files, len(files)).start()
+
+
 def that_fit(files: Iterable[Path], limit: int | None = None) -> list[Path]:
     """The first files that together take at most half of what is free of the host's memory, and of a limit in bytes.
 
     The other half is for the models that are made of them.
     """
+    from wan.device.host import host_free_bytes
+
     free = host_free_bytes() if limit is None else min(limit, host_free_bytes())
     chosen, size = [], 0
     for file in files:
@@ -86,3 +149,9 @@ def that_fit(files: Iterable[Path], limit: int | None = None) -> list[Path]:
             break
         chosen.append(file)
     return chosen
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_follow, args=(sys.stdin.readline(),), daemon=True).start()
+    sys.stdin.read()  # ends with whoever started this
+    os._exit(0)
