@@ -124,7 +124,10 @@ class Pipeline(ABC):
         self.tokenizer = PromptTokenizer(self.checkpoint.tokenizer, config.text_len)
         free = free_limit(self.device) if limit is None and self.device.type == "cuda" else None
         self.budget = MemoryBudget(self.checkpoint, config, self.device, self.text_device, limit, free)
-        together = sharers(share_weights, "they are rounded or sliced" if self.sharded or config.low_precision else "")
+        why_not = "one file is both experts" if self.checkpoint.single else ""
+        if self.sharded or config.low_precision:
+            why_not = "they are rounded or sliced"
+        together = sharers(share_weights, why_not)
         self.host = HostBudget(
             self.checkpoint, config, host_limit(host_memory), given=host_memory != "auto", sharers=together
         )
@@ -152,7 +155,7 @@ class Pipeline(ABC):
             load,
             in_threads=not needs_gpu,
             device=self.device,
-            common=common if together > 1 and not self.checkpoint.single else None,
+            common=common if together > 1 else None,
         )
         if use_sp or ((t5_fsdp or dit_fsdp) and is_met()):
             world = world_met(rank, self.device.index or 0)

@@ -416,7 +416,7 @@ def test_a_path_may_begin_with_a_tilde_after_an_equals_sign(name: str, monkeypat
 # --- one denoiser for both experts ------------------------------------------------------------------------------------
 
 
-def test_one_denoiser_serves_both_experts(tmp_path: Path) -> None:
+def test_one_denoiser_serves_both_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, file = GOLDEN / "14b" / "ckpt", tmp_path / "wan2.2-i2v-rapid-aio-v10.safetensors"
     state = official(HIGH)
     save_file({f"model.diffusion_model.{key}": value for key, value in state.items()}, file)
@@ -426,6 +426,8 @@ def test_one_denoiser_serves_both_experts(tmp_path: Path) -> None:
     call: dict[str, Any] = {"frame_num": 5, "sampling_steps": 2, "guide_scale": 1.0, "seed": 3, "max_area": 64 * 64}
     single = open_pipeline(folder, dit_files={"model": file})
     assert single.checkpoint.single and single.low_noise_model is single.high_noise_model
+    alone = open_pipeline(folder, dit_files={"model": file}, share_weights=2)
+    assert alone.host.sharers == 1 and "holds its weights by itself, for one file is both experts" in caplog.text
     pair = {f"{noise}_noise_model": tmp_path / f"{noise[0]}.safetensors" for noise in ("high", "low")}
     two = open_pipeline(folder, dit_files=pair)
     assert not two.checkpoint.single and two.low_noise_model is not two.high_noise_model
