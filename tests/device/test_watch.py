@@ -138,7 +138,7 @@ def _forms(rank: int, size: int, folder: str, who: int, nth: int, do: str) -> No
     with (Path(folder) / f"output_{rank}").open("w") as file:
         sys.stdout = sys.stderr = file
         logging.basicConfig(stream=file, force=True)
-        Team.start(World(rank, size, rank, "127.0.0.1"), lambda team: Sizes(cfg=2), torch.device("cpu"), TIMEOUT)
+        Team.start(World(rank, size, rank, "127.0.0.1"), lambda team: Sizes(cfg=2), torch.device("cpu"), TIMEOUT).end()
     sys.exit(0)
 
 
