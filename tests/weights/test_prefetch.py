@@ -120,12 +120,16 @@ def _within(seconds: float, is_so: Callable[[], bool]) -> bool:
     return is_so()
 
 
-def _is_read(pipe: Path) -> bool:
-    """Whether somebody has opened a named pipe to read from it."""
+def _is_read(pipe: Path, by: list[int] | None = None) -> bool:
+    """Whether somebody has opened a named pipe to read from it; `by` gets its other end, which is closed without."""
     try:
-        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return False
+    if by is None:
+        os.close(end)
+    else:
+        by.append(end)
     return True
 
 
@@ -153,15 +157,39 @@ def test_a_process_reads_packages_and_then_files_until_it_is_stopped(
     monkeypatch.delitem(sys.modules, "torch")
     reading = ReadingProcess([weights])
     monkeypatch.undo()
+    assert reading._process.stdin is not None
+    held = os.dup(reading._process.stdin.fileno())  # as a fork of this process has it
+    late = threading.Timer(10, os.close, [held])
     try:
-        writer = os.open(code, os.O_WRONLY)  # waits until it is read
+        ends: list[int] = []
+        assert _within(10, lambda: _is_read(code, ends))
+        os.kill(reading._process.pid, signal.SIGINT)  # Ctrl-C changes nothing
         time.sleep(0.2)
         assert not _is_read(weights)
-        os.close(writer)
+        for end in ends:
+            os.close(end)
         assert _within(10, lambda: _is_read(weights)) and not _is_read(library)
     finally:
+        late.start()
         reading.stop()
-    assert reading._process.returncode == 0
+        late.cancel()
+    os.close(held)  # which is open, since nothing waited for it
+    assert reading._process.returncode is not None
+
+
+def test_a_reading_process_that_is_told_nothing_says_nothing() -> None:
+    words = [sys.executable, "-I", "-S", prefetch.__file__]
+    ended = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
+def test_a_reading_process_that_cannot_begin_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prefetch, "__file__", "no_such_file.py")
+    reading = ReadingProcess([Path("a" * 200)] * 1000)  # more than a pipe holds
+    reading.stop()
+    assert reading._process.returncode and "no_such_file.py" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="named pipes")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -98,18 +99,19 @@ class ReadingProcess:
         )
         assert self._process.stdin is not None
         order = {"packages": packages, "files": [str(file.absolute()) for file in files]}
-        with suppress(BrokenPipeError):  # it has ended, and said why
+        with suppress(OSError):  # it has ended, and said why
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
 
     def stop(self) -> None:
         """Read no more."""
+        self._process.kill()  # it would not hear of the end of its input where a fork of this process has that, too
         self._process.communicate()
 
 
 def _folders(packages: Iterable[str]) -> list[str]:
     """Where packages are that are installed; they are not imported."""
-    specs = [find_spec(name) for name in packages if sys.modules.get(name, True) is not None]
+    specs = map(find_spec, packages)
     return [folder for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
 
 
@@ -152,6 +154,8 @@ def that_fit(files: Iterable[Path], limit: int | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_follow, args=(sys.stdin.readline(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows Ctrl-C is for all processes of a console
+    if order := sys.stdin.readline():  # else whoever started this has ended before it could say anything
+        threading.Thread(target=_follow, args=(order,), daemon=True).start()
     sys.stdin.read()  # ends with whoever started this
     os._exit(0)
