@@ -103,13 +103,13 @@ def within(pipeline: Pipeline, vram: float, request: Request, clips: int) -> dic
 
 
 def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -> dict[str, Any]:
-    stamps: list[tuple[str, float]] = []
+    stamps: list[tuple[str, float]] = []  # which denoiser took a step, "" where none did
 
     def on_step(step: Step) -> None:
         if step.detail:  # whose work is not to be waited for
             return
         torch.cuda.synchronize()
-        stamps.append((step.stage if step.latents is not None else f"begin {step.stage}", time.perf_counter()))
+        stamps.append((step.stage if step.latents is not None else "", time.perf_counter()))
 
     peaks: dict[str, float] = {}
     with patch("wan.pipeline.Stopwatch", partial(PeakWatch, peaks)):
@@ -118,7 +118,7 @@ def timed_run(pipeline: Pipeline, request: Request, offload: bool, clips: int) -
     condition = pipeline.condition(request, pipeline.noise(request), Placement(pipeline.device, offload))
     held = getattr(condition, "known", None)
     # the first step of a stage also moves the expert
-    steps = [after[1] - before[1] for before, after in zip(stamps, stamps[1:], strict=False) if before[0] == after[0]]
+    steps = [at - before for (last, before), (this, at) in zip(stamps, stamps[1:], strict=False) if last == this != ""]
     return {
         "kernels": {name: made.notes.get(name) for name in ("attention", "compiled")},
         "seconds": {stage: round(taken, 3) for stage, taken in made.seconds.items()},

@@ -55,6 +55,9 @@ def test_a_preset_is_timed_beside_the_steps_that_it_takes_the_place_of(
 ) -> None:
     plain = clip.timed_run(ti2v, request_5b, True, 1)
     assert plain["finite"] and plain["held_exactly"] and len(plain["steps"]) == 7
+    with monkeypatch.context() as alone:
+        alone.setattr(ti2v.models, "is_loaded", lambda part: False)  # a stage inside one of the same name is no step
+        assert len(clip.timed_run(ti2v, request_5b, True, 1)["steps"]) == 7
     seen["rows"].clear()
     run = clip.timed_run
     seconds = {"seconds": {"sample": 6.0}}  # those of a busy machine say nothing
