@@ -30,6 +30,8 @@ def work() -> int:
         steps, began = request.sampling.steps, time.perf_counter()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{request.seed} {request.prompt}".encode()))
         latents = torch.randn(self.config.z_dim, *request.geometry.latent, generator=generator)
+        if on_step is not None:
+            on_step(Step(0, steps, "sample"))
         for index in range(steps):
             time.sleep(STEP)
             if on_step is not None:

@@ -136,8 +136,9 @@ class TextContext:
 class Step:
     """Where a clip stands: `index` of `total` solver steps are done, and `stage` is what goes on.
 
-    After a solver step `latents` [z, F, h, w] are its result; when a stage begins they are None. `prompt` is the
-    clip's, when it is first known; `detail` says what is done inside a stage, such as "shard 2 of 6".
+    After a solver step `latents` [z, F, h, w] are its result; when a stage begins, or goes on after one inside it, they
+    are None. `prompt` is the clip's, when it is first known; `detail` says what is done inside a stage, such as "shard
+    2 of 6".
     """
 
     index: int
@@ -149,7 +150,7 @@ class Step:
 
 
 class OnStep(Protocol):
-    """Called when a stage begins and after every solver step: a progress bar, a preview or a stopwatch."""
+    """Called when a stage begins or goes on, and after every solver step: a progress bar, a preview or a stopwatch."""
 
     def __call__(self, step: Step, /) -> None: ...
 

@@ -58,6 +58,7 @@ def test_a_chain_is_planned_started_watched_and_changed(quick: Served) -> None:
     kinds = [event for event, _ in events]
     assert {"state", "clip_started", "stage", "step", "prompt", "preview", "clip_finished"} <= set(kinds)
     assert [told["clip"] for event, told in events if event == "clip_finished"] == [1, 2]
+    assert {told["stage"] for event, told in events if event == "stage"} >= {"sample", "write"}
     assert [clip["takes"] for clip in chain["clips"]] == [[], [1, 2]] and chain["clips"][1]["said"]["name"] == "stop"
     assert all(isinstance(clip["seam"]["score"], float) for clip in chain["clips"]) and chain["drift"]["colour"]
     for path, kind in (
