@@ -197,26 +197,25 @@ class Pipeline(ABC):
             return team.share(lambda: self.choose_sizes(possible, guided, clips, node, min(limits, default=None)))
 
         self.team = Team.start(world, choose if len(possible) > 1 else possible[0], self.device, timeout)
-        self.share_memory(self.team.sizes.tokens, 1 if self.team.node is None else self.team.node.size)
+        self.share_memory(self.team.sizes, 1 if self.team.node is None else self.team.node.size)
 
     def choose_sizes(
         self, possible: Sequence[Sizes], guided: float, clips: Sequence[ClipNeeds], node: int, limit: int | None
     ) -> Sizes:
         """The best of the sizes for these clips, with `node` processes a machine and `limit` bytes of each GPU."""
         tokens = max((clip.geometry.tokens for clip in clips), default=USUAL)
-        return choose_sizes(
-            possible, guided, tokens, lambda sizes: self._budget_of(sizes.tokens, node).fits(clips, limit)
-        )
+        return choose_sizes(possible, guided, tokens, lambda sizes: self._budget_of(sizes, node).fits(clips, limit))
 
-    def share_memory(self, tokens: int, node: int) -> None:
-        """Count with what one of several processes takes: `tokens` share a clip's, and `node` a machine."""
-        self.budget = self._budget_of(tokens, node)
+    def share_memory(self, sizes: Sizes, node: int) -> None:
+        """Count with what one of several processes takes, of which `node` share a machine."""
+        self.budget = self._budget_of(sizes, node)
         self.host = replace(self.host, elsewhere=frozenset(self.sharded))
 
-    def _budget_of(self, tokens: int, node: int) -> MemoryBudget:
+    def _budget_of(self, sizes: Sizes, node: int) -> MemoryBudget:
         return replace(
             self.budget,
-            token_ranks=tokens,
+            token_ranks=sizes.tokens,
+            ring_ranks=sizes.ring,
             dit_shards=node if self.sharded - {"text_encoder"} else 1,
             t5_shards=node if "text_encoder" in self.sharded else 1,
         )
