@@ -565,6 +565,20 @@ def test_loras_beside_packed_weights_are_in_the_estimate(tmp_path: Path) -> None
         assert every == more  # in host memory too
 
 
+def test_a_text_encoder_or_vae_that_its_file_packs_is_counted_as_it_is_expanded(tmp_path: Path) -> None:
+    budget = at_real_size("i2v-A14B")
+    geometry = clip_of(budget, 832, 480, 81)
+    packed = {}
+    for name, size in (("text_encoder", 7 * GIB), ("vae", GIB // 10)):
+        with (file := tmp_path / f"{name}.safetensors").open("wb") as opened:  # as in fp8
+            opened.truncate(size)
+        packed[name] = dataclasses.replace(getattr(budget.checkpoint, name), path=file)
+    other = dataclasses.replace(budget, checkpoint=dataclasses.replace(budget.checkpoint, **packed))
+    assert other.stages(geometry) == budget.stages(geometry)
+    plan, hosts = HostPlan(), [HostBudget(one.checkpoint, budget.config, 0) for one in (budget, other)]
+    assert hosts[0].need(plan, budget, geometry) == hosts[1].need(plan, other, geometry)
+
+
 def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -> None:
     budget = dataclasses.replace(at_real_size("i2v-A14B"), free=7 * GIB)
     with pytest.raises(

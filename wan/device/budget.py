@@ -361,7 +361,7 @@ def denoiser_memory(
     if ranks > ring:
         a_token += EXCHANGED * item * width
     working = -(-tokens // ranks) * a_token
-    part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
+    part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits, packs=True), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     held = beside_packed(weights, dtype, loras)
     layer = part.layer + held // max(1, part.count)
@@ -397,9 +397,11 @@ def denoiser_dtypes(dtype: str) -> Callable[[str], str]:
     return lambda name: "float32" if stays_float32(name) else dtype
 
 
-def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False) -> dict[str, int]:
-    """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
-    smaller, sizes = _stored_item(weights), {}
+def weight_sizes(
+    weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False, packs: bool = False
+) -> dict[str, int]:
+    """Bytes of each tensor in memory. A model that `packs` holds weights that are quantized in its file as they are."""
+    smaller, sizes = _stored_item(weights) if packs else math.inf, {}
     for name, shape in weights.shapes.items():
         item: float = DTYPES[dtype_of(name)]
         if len(shape) == 2 and LAYER.search(name):
