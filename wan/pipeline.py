@@ -192,11 +192,14 @@ class Pipeline(ABC):
         possible = possible_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
 
         def choose(team: Team) -> Sizes:
-            limits = [limit for limit in team.told_by_all(self.budget.limit) if limit is not None]
+            # none of them counts with more of its GPU than another one has
+            limits = zip(*team.told_by_all((self.budget.vram, self.budget.free)), strict=True)
+            vram, free = (min((one for one in told if one is not None), default=None) for told in limits)
+            self.budget = replace(self.budget, vram=vram, free=free)
             node = 1 if team.node is None else team.node.size
-            return team.share(lambda: self.choose_sizes(possible, guided, clips, node, min(limits, default=None)))
+            return team.share(lambda: self.choose_sizes(possible, guided, clips, node, self.budget.limit))
 
-        self.team = Team.start(world, choose if len(possible) > 1 else possible[0], self.device, timeout)
+        self.team = Team.start(world, choose, self.device, timeout)
         self.share_memory(self.team.sizes, 1 if self.team.node is None else self.team.node.size)
 
     def choose_sizes(
