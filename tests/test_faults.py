@@ -446,7 +446,7 @@ def test_a_dry_run_counts_the_steps_of_every_candidate(
     monkeypatch.setattr("wan.chain.dry_run.H200_FLOPS", 1.0)
 
     def hours(words: str) -> float:
-        (told,) = re.findall(r"about ([\d.]+) h of sampling on an H200", command(f"{words} --dry_run").output)
+        (told,) = re.findall(r"about ([\d.]+) h of sampling on one H200", command(f"{words} --dry_run").output)
         return float(told)
 
     once = hours("--sample_steps 4")

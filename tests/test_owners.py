@@ -324,7 +324,7 @@ def test_the_gpu_with_the_least_memory_decides_on_the_sizes_of_all(
     chosen: list[Sizes] = []
 
     def start(world: World, choose: Callable[[Any], Sizes], *_: Any) -> Any:
-        told = [None if limit is None else limit * GIB for limit in limits]
+        told = [(None, None if limit is None else limit * GIB) for limit in limits]
         team = SimpleNamespace(told_by_all=lambda _: told, share=lambda make: make(), node=None)
         team.sizes = choose(team)
         chosen.append(team.sizes)
@@ -335,6 +335,7 @@ def test_the_gpu_with_the_least_memory_decides_on_the_sizes_of_all(
     clip = ClipNeeds(alone.geometry(64, 64, 5), False, {})
     alone.join(World(0, 2, 0), clips=[clip])
     assert chosen == [Sizes(cfg, 2 // cfg)] and alone.budget.token_ranks == 2 // cfg
+    assert alone.budget.free == min((limit * GIB for limit in limits if limit is not None), default=None)
 
 
 def test_the_first_gpu_is_number_0(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,31 +192,33 @@ class Pipeline(ABC):
         possible = possible_sizes(world.size, self.heads, guided, cfg=cfg, ulysses=ulysses, ring=ring)
 
         def choose(team: Team) -> Sizes:
-            limits = [limit for limit in team.told_by_all(self.budget.limit) if limit is not None]
+            # none of them counts with more of its GPU than another one has
+            limits = zip(*team.told_by_all((self.budget.vram, self.budget.free)), strict=True)
+            vram, free = (min((one for one in told if one is not None), default=None) for told in limits)
+            self.budget = replace(self.budget, vram=vram, free=free)
             node = 1 if team.node is None else team.node.size
-            return team.share(lambda: self.choose_sizes(possible, guided, clips, node, min(limits, default=None)))
+            return team.share(lambda: self.choose_sizes(possible, guided, clips, node, self.budget.limit))
 
-        self.team = Team.start(world, choose if len(possible) > 1 else possible[0], self.device, timeout)
-        self.share_memory(self.team.sizes.tokens, 1 if self.team.node is None else self.team.node.size)
+        self.team = Team.start(world, choose, self.device, timeout)
+        self.share_memory(self.team.sizes, 1 if self.team.node is None else self.team.node.size)
 
     def choose_sizes(
         self, possible: Sequence[Sizes], guided: float, clips: Sequence[ClipNeeds], node: int, limit: int | None
     ) -> Sizes:
         """The best of the sizes for these clips, with `node` processes a machine and `limit` bytes of each GPU."""
         tokens = max((clip.geometry.tokens for clip in clips), default=USUAL)
-        return choose_sizes(
-            possible, guided, tokens, lambda sizes: self._budget_of(sizes.tokens, node).fits(clips, limit)
-        )
+        return choose_sizes(possible, guided, tokens, lambda sizes: self._budget_of(sizes, node).fits(clips, limit))
 
-    def share_memory(self, tokens: int, node: int) -> None:
-        """Count with what one of several processes takes: `tokens` share a clip's, and `node` a machine."""
-        self.budget = self._budget_of(tokens, node)
+    def share_memory(self, sizes: Sizes, node: int) -> None:
+        """Count with what one of several processes takes, of which `node` share a machine."""
+        self.budget = self._budget_of(sizes, node)
         self.host = replace(self.host, elsewhere=frozenset(self.sharded))
 
-    def _budget_of(self, tokens: int, node: int) -> MemoryBudget:
+    def _budget_of(self, sizes: Sizes, node: int) -> MemoryBudget:
         return replace(
             self.budget,
-            token_ranks=tokens,
+            token_ranks=sizes.tokens,
+            ring_ranks=sizes.ring,
             dit_shards=node if self.sharded - {"text_encoder"} else 1,
             t5_shards=node if "text_encoder" in self.sharded else 1,
         )

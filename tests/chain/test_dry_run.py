@@ -111,7 +111,7 @@ def test_a_plan_is_a_table_of_clips() -> None:
         "   5       9     8     2.31                   11  last_frame 1  <what the VLM says happens next>",
     ]
     assert shown[7] == "2.81 s of new video; 4 of 5 clips are still to be made"
-    assert shown[9] == "about 0 s of sampling on an H200; elsewhere the first clip will tell"
+    assert shown[9] == "about 0 s of sampling on one H200; elsewhere the first clip will tell"
     # of the longest, with 0.8 GiB of CUDA's own
     assert shown[10] == "about 12.1 GiB of GPU memory (encoding 4.6, sampling 12.1, decoding 6.5), beside the VLM"
     assert shown[11].startswith("about 23.9 GiB of host memory, of 64.0 that are free: ")  # with the captioner
@@ -151,7 +151,7 @@ def test_a_clip_alone_takes_what_one_of_a_chain_takes() -> None:
     continuation.budget_for = lambda *what: SimpleNamespace(**vars(plain(*what)), check=checked.append)
     for one in (plan(81, 1280, 704), plan(81, 1280, 704, prompt="x", offload=False)):
         alone = list(outline_clip(continuation, Effort.of(continuation, one)))
-        assert alone[0] == "about 2 MiB of disk" and alone[1].endswith(" of sampling on an H200")
+        assert alone[0] == "about 2 MiB of disk" and alone[1].endswith(" of sampling on one H200")
         of_chain = list(outline(continuation, inventory(one)))
         assert alone[2:] == of_chain[-2:] and of_chain[-3].startswith(f"{alone[1]};")
         assert checked.pop() == one.geometry

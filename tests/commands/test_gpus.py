@@ -81,8 +81,8 @@ class Pipeline:
         assert (clips, limit) == (NEEDS, 5)
         return choose_sizes(possible, guided)
 
-    def share_memory(self, *how: int) -> None:
-        self.told.append(how)
+    def share_memory(self, sizes: Sizes, node: int) -> None:
+        self.told.append((sizes.tokens, node) if sizes.ring == 1 else (sizes, node))
 
     def join(self, *what: Any, **how: Any) -> None:
         self.told.append((what, how))
@@ -119,7 +119,7 @@ def test_until_sizes_are_chosen_a_clip_needs_what_the_best_of_them_for_memory_ta
     gpus().expect(pipeline)
     for given in ({}, {"cfg_size": 2}, {"ring_size": 2}):
         gpus(4, **given).expect(pipeline)
-    assert pipeline.told == [(4, 4), (2, 4), (4, 4)]
+    assert pipeline.told == [(4, 4), (2, 4), (Sizes(1, 2, 2), 4)]  # without a ring, where the choice is free
     with pytest.raises(UserError, match="ulysses_size 16 does not go"):
         gpus(32, ulysses_size=16).expect(pipeline)
 

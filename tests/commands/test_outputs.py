@@ -181,7 +181,7 @@ def test_a_dry_run_tells_of_a_clip_and_makes_nothing(
     seen = command(f"{words} --dry_run", generate=True, weights=f"--ckpt_dir {weights}")
     assert seen.code == 0 and seen.requests == [] and content(world) == before
     assert ", in plan.mp4\n" in seen.output and all(line in seen.output for line in lines), seen.output
-    for part in ("MiB of disk", "of sampling on an H200", "GiB of GPU memory (", "GiB of host memory"):
+    for part in ("MiB of disk", "of sampling on one H200", "GiB of GPU memory (", "GiB of host memory"):
         assert seen.output.count(part) == 1
     made = command(words.replace("--cfg_size 2", ""), generate=True, weights=f"--ckpt_dir {weights}").first
     assert (made.geometry.frames, made.sampling.steps) == (1 if "--frame_num 1" in words else 9, 3)

@@ -33,6 +33,7 @@ from wan.device.budget import (
     ALWAYS,
     BARE_CONTEXT,
     CONTEXT,
+    EXCHANGED,
     GIB,
     ClipNeeds,
     MemoryBudget,
@@ -451,8 +452,21 @@ def test_what_two_gpus_save_by_sharing_tokens_is_what_was_measured(
     assert (alone - shared) / GIB == pytest.approx(saved, rel=0.2)
 
 
-def budget_with(budget: MemoryBudget, token_ranks: int) -> MemoryBudget:
-    return dataclasses.replace(budget, token_ranks=token_ranks)
+def budget_with(budget: MemoryBudget, token_ranks: int, ring_ranks: int = 1) -> MemoryBudget:
+    return dataclasses.replace(budget, token_ranks=token_ranks, ring_ranks=ring_ranks)
+
+
+def test_a_ring_holds_keys_and_values_of_all_tokens() -> None:
+    budget = at_real_size("i2v-A14B")
+    geometry = clip_of(budget, 1280, 720, 81)
+    alone, ring, both = (
+        budget_with(budget, *sizes).stages(geometry)["sampling"].working for sizes in ((1, 1), (7, 7), (14, 7))
+    )
+    tokens, width, bf16 = 75_600, 5120, 2
+    own = (alone - ALWAYS) / 7  # without packing for heads, where there is no exchange of them
+    assert ring - ALWAYS - own == pytest.approx(2 * tokens * width * bf16, rel=1e-6)
+    packed = EXCHANGED * tokens / 14 * width * bf16
+    assert both - ALWAYS - packed == pytest.approx((ring - ALWAYS) / 2, rel=1e-6)
 
 
 def test_a_file_that_lacks_what_the_plan_reads_is_said() -> None:
@@ -549,6 +563,20 @@ def test_loras_beside_packed_weights_are_in_the_estimate(tmp_path: Path) -> None
         host = HostBudget(dataclasses.replace(checkpoint, experts=experts), budget.config, 0)
         every = host.need(HostPlan(), budget, geometry, loras) - host.need(HostPlan(), budget, geometry)
         assert every == more  # in host memory too
+
+
+def test_a_text_encoder_or_vae_that_its_file_packs_is_counted_as_it_is_expanded(tmp_path: Path) -> None:
+    budget = at_real_size("i2v-A14B")
+    geometry = clip_of(budget, 832, 480, 81)
+    packed = {}
+    for name, size in (("text_encoder", 7 * GIB), ("vae", GIB // 10)):
+        with (file := tmp_path / f"{name}.safetensors").open("wb") as opened:  # as in fp8
+            opened.truncate(size)
+        packed[name] = dataclasses.replace(getattr(budget.checkpoint, name), path=file)
+    other = dataclasses.replace(budget, checkpoint=dataclasses.replace(budget.checkpoint, **packed))
+    assert other.stages(geometry) == budget.stages(geometry)
+    plan, hosts = HostPlan(), [HostBudget(one.checkpoint, budget.config, 0) for one in (budget, other)]
+    assert hosts[0].need(plan, budget, geometry) == hosts[1].need(plan, other, geometry)
 
 
 def test_a_clip_that_cannot_fit_into_what_is_free_is_refused_with_what_helps() -> None:

@@ -55,7 +55,7 @@ class Estimate:
     """What is still to be made of a run: `missing` of its `clips`, and about what that takes.
 
     `work` is the denoiser's arithmetic in floating point operations, and `seconds` its time: as finished clips took
-    where `measured`, else on an H200. `disk_bytes` is what the folder grows by.
+    where `measured`, else on one H200. `disk_bytes` is what the folder grows by.
     """
 
     clips: int
@@ -110,7 +110,7 @@ def outline_clip(pipeline: Pipeline, effort: Effort) -> Iterator[str]:
     """What a clip alone takes, in lines. Raises UserError where there is no memory for it."""
     pipeline.budget_for(effort.geometry, effort.offload, effort.loras).check(effort.geometry)
     yield f"about {size_in_words(mp4_bytes(effort.geometry))} of disk"
-    yield f"about {span(flops(pipeline, effort) / H200_FLOPS)} of sampling on an H200"
+    yield f"about {span(flops(pipeline, effort) / H200_FLOPS)} of sampling on one H200"
     yield _memory(pipeline, [effort])
     yield _host_memory(pipeline, [effort])
 
@@ -207,7 +207,7 @@ def _time(continuation: VideoContinuation, inventory: Inventory) -> str:
     seconds, measured = _seconds(continuation, inventory)
     if measured:
         return f"about {span(seconds)} of sampling, as its finished clips took"
-    return f"about {span(seconds)} of sampling on an H200; elsewhere the first clip will tell"
+    return f"about {span(seconds)} of sampling on one H200; elsewhere the first clip will tell"
 
 
 def _work(continuation: VideoContinuation, missing: Sequence[Plan]) -> float:

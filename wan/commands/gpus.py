@@ -62,7 +62,8 @@ class Gpus:
     def expect(self, pipeline: Pipeline) -> None:
         """Count with what a process takes where that is the least, until sizes are chosen. Raises UserError."""
         if self.size > 1:
-            pipeline.share_memory(max(sizes.tokens for sizes in self._possible(pipeline)), self.node)
+            least = max(self._possible(pipeline), key=lambda sizes: (sizes.tokens, -sizes.ring))
+            pipeline.share_memory(least, self.node)
 
     def outline(self, pipeline: Pipeline, clips: Iterable[Plan | Effort]) -> list[str]:
         """Count with what a process takes, also where none is started; a line on how they share the clips' work.
@@ -78,7 +79,7 @@ class Gpus:
             self.node,
             pipeline.budget.limit,  # the others' may be less
         )
-        pipeline.share_memory(sizes.tokens, self.node)
+        pipeline.share_memory(sizes, self.node)
         return [f"{self.size} GPUs: {sizes}"]
 
     def _possible(self, pipeline: Pipeline) -> list[Sizes]:

@@ -31,7 +31,7 @@ CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
 FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
-# Tensors of a GPU's tokens that are packed for the others, or come from them, where tokens are shared.
+# Tensors of a GPU's tokens that are packed for the others, or come from them, where heads are exchanged for tokens.
 EXCHANGED = 4
 GATHERED = 5  # layers of slices that are whole at a time: the one in use, the next, and what they come in
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
@@ -147,6 +147,7 @@ class MemoryBudget:
     vram: int | None = None
     free: int | None = None
     token_ranks: int = 1  # GPUs that share a clip's tokens
+    ring_ranks: int = 1  # of which so many have keys of the same heads
     dit_shards: int = 1  # of which each keeps a slice of the denoisers
     t5_shards: int = 1
     loras: Mapping[str, int] = field(default_factory=dict)  # bytes of the LoRAs of each expert
@@ -192,6 +193,7 @@ class MemoryBudget:
                 config.text_len,
                 self.loras.get(name, 0),
                 self.token_ranks,
+                self.ring_ranks,
             ).sliced(self.dit_shards)
             for name, weights in self.checkpoint.experts.items()
         ]
@@ -334,23 +336,32 @@ def text_memory(weights: Weights, dtype: str, length: int) -> StageMemory:
 
 
 def denoiser_memory(
-    weights: Weights, dtype: str, in_8_bits: bool, tokens: int, text: int, loras: int = 0, ranks: int = 1
+    weights: Weights,
+    dtype: str,
+    in_8_bits: bool,
+    tokens: int,
+    text: int,
+    loras: int = 0,
+    ranks: int = 1,
+    ring: int = 1,
 ) -> StageMemory:
-    """One expert on a clip of so many tokens, which `ranks` GPUs share; `text`: rows of the prompt, `loras`: bytes of
-    what is added to it.
+    """One expert on a clip of so many tokens, which `ranks` GPUs share, in rings of `ring`; `text`: rows of the prompt,
+    `loras`: bytes of what is added to it.
 
     Per token a block holds the residual stream in float32 and at its widest either queries, keys, values and their
-    rotation or the feed-forward layer before and after its activation.
+    rotation, in a ring also the keys and values of the others, or the feed-forward layer before and after its
+    activation.
     """
     official = "blocks.0.self_attn.q.weight" in weights.shapes
     feed = "blocks.0.ffn.0.weight" if official else "blocks.0.ffn.net.0.proj.weight"
     width, item = _shape(weights, "patch_embedding.weight")[0], DTYPES[dtype]
     hidden = _shape(weights, feed)[0]
-    a_token = max((12 + 4.5 * item) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
-    if ranks > 1:
+    gathered = 2 * ring * item if ring > 1 else 0
+    a_token = max((12 + 4.5 * item + gathered) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
+    if ranks > ring:
         a_token += EXCHANGED * item * width
     working = -(-tokens // ranks) * a_token
-    part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits), int(ALWAYS + working))
+    part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits, packs=True), int(ALWAYS + working))
     beside = 4 * text * width * item * part.count  # keys and values of two prompts
     held = beside_packed(weights, dtype, loras)
     layer = part.layer + held // max(1, part.count)
@@ -386,9 +397,11 @@ def denoiser_dtypes(dtype: str) -> Callable[[str], str]:
     return lambda name: "float32" if stays_float32(name) else dtype
 
 
-def weight_sizes(weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False) -> dict[str, int]:
-    """Bytes of each tensor in memory. Weights that a file holds quantized stay as large as there."""
-    smaller, sizes = _stored_item(weights), {}
+def weight_sizes(
+    weights: Weights, dtype_of: Callable[[str], str], in_8_bits: bool = False, packs: bool = False
+) -> dict[str, int]:
+    """Bytes of each tensor in memory. A model that `packs` holds weights that are quantized in its file as they are."""
+    smaller, sizes = _stored_item(weights) if packs else math.inf, {}
     for name, shape in weights.shapes.items():
         item: float = DTYPES[dtype_of(name)]
         if len(shape) == 2 and LAYER.search(name):

@@ -128,9 +128,9 @@ def _bytes(
 ) -> int:
     """A model in host memory; `mapped`: without what its file holds as it is used, `sharers` have layers in common.
 
-    A model that `packs` holds weights that are quantized in its file as they are, and these are each process's own.
+    Weights that a model `packs`, see `weight_sizes`, are each process's own.
     """
-    sizes = weight_sizes(weights, dtype_of, in_8_bits)
+    sizes = weight_sizes(weights, dtype_of, in_8_bits, packs)
     stored = weights.stored_dtypes() if mapped or (packs and sharers > 1) else {}
     taken = {name: size for name, size in sizes.items() if not mapped or stored.get(name) != dtype_of(name)}
 
