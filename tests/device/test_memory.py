@@ -463,8 +463,8 @@ def test_a_ring_holds_keys_and_values_of_all_tokens() -> None:
         budget_with(budget, *sizes).stages(geometry)["sampling"].working for sizes in ((1, 1), (7, 7), (14, 7))
     )
     tokens, width, bf16 = 75_600, 5120, 2
-    own = (alone - ALWAYS) / 7  # without packing for heads, where there is no exchange of them
-    assert ring - ALWAYS - own == pytest.approx(2 * tokens * width * bf16, rel=1e-6)
+    plain = (alone - ALWAYS) / 7  # without packing for heads, where there is no exchange of them
+    assert ring - ALWAYS - plain == pytest.approx(2 * tokens * width * bf16, rel=1e-6)
     packed = EXCHANGED * tokens / 14 * width * bf16
     assert both - ALWAYS - packed == pytest.approx((ring - ALWAYS) / 2, rel=1e-6)
 
