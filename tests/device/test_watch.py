@@ -219,6 +219,7 @@ def test_what_follows_from_a_death_is_not_its_cause() -> None:
     watcher._decide()
     assert watcher.fault is not None and watcher.fault.startswith("process 3 on host has died")
     assert is_collective(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert is_collective(torch.distributed.DistStoreError("Timed out after 3 clients joined"))
     assert not is_collective(RuntimeError("shapes differ")) and not is_collective(Ended("gloo"))
 
 

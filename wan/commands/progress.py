@@ -75,7 +75,7 @@ class Progress:
         """A new clip."""
         self._resting = False
         self._end_stage()
-        self.title = title
+        self.title, self._since, self._steps = title, time.perf_counter(), 0
         if seed is not None:
             log.log(CLIP, "%s seed %d", title, seed)
         if self.bar is not None:

@@ -384,6 +384,8 @@ _WORDS = ("gloo", "nccl", "process group", "communicator")  # of errors of opera
 
 def is_collective(error: BaseException) -> bool:
     """Whether an error is that of an operation with other processes, so that its cause is likely there."""
+    if "DistError" in (one.__name__ for one in type(error).__mro__):  # PyTorch's
+        return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
