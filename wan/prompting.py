@@ -1,4 +1,4 @@
-"""The captioner's device and life, and the prompt of a clip."""
+"""The captioner, its device and life; a clip's prompt."""
 
 from __future__ import annotations
 
