@@ -178,6 +178,21 @@ def test_a_process_reads_packages_and_then_files_until_it_is_stopped(
     assert reading._process.returncode is not None
 
 
+def test_weights_do_not_wait_for_code_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, read = threading.Event(), list[Any]()
+
+    def takes_long(folders: list[str]) -> None:
+        read.append(folders)
+        done.wait(60)
+
+    monkeypatch.setattr(prefetch, "HEAD_START", 0.05)
+    monkeypatch.setattr(prefetch, "_read_code", takes_long)
+    monkeypatch.setattr(ReadAhead, "start", lambda self: read.append((self.files, self.distance)))
+    prefetch._follow('{"packages": ["p"], "files": ["a", "b"]}')
+    done.set()
+    assert read == [["p"], ([Path("a"), Path("b")], 2)]
+
+
 def test_a_reading_process_that_is_told_nothing_says_nothing() -> None:
     words = [sys.executable, "-I", "-S", prefetch.__file__]
     ended = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
