@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 from tests.support.served import QUICK, Served, serving
 from wan.server import supervisor
 from wan.server.metrics import Metrics
-from wan.server.processes import Processes, free_port, rank_environment, without_launcher
+from wan.server.processes import Processes, free_port, kill, rank_environment, without_launcher
 from wan.server.supervisor import Supervisor
 from wan.server.tickets import DONE, Queue, Ticket, new_id
 
@@ -222,6 +224,22 @@ def test_a_process_that_is_killed_is_told_by_its_signal_and_one_that_lives_on_is
 
     talk(killed)
     talk(lives)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_killing_fetches_no_exit_code() -> None:
+    child = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    other: Any = SimpleNamespace(pid=child.pid, returncode=0, kill=child.poll)
+    kill(other)  # which has ended, so the number may be somebody else's
+    assert child.poll() is None
+    other.returncode = None
+    kill(other)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    kill(other)
+    assert child.returncode is None
+    child.communicate()
+    assert child.returncode == -9
+    kill(other)  # nobody
 
 
 def test_a_process_may_end_by_itself_when_its_stdin_does() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -66,14 +67,13 @@ def chain(
             at_event()
             os.kill(child, signal.SIGCONT)
         return os.waitstatus_to_exitcode(status)
-    events = 0
+    events = itertools.count(1)  # of several threads
 
     def event(*_: Any) -> None:
-        nonlocal events
-        events += 1
+        number = next(events)
         if at_event is not None:
             os.kill(os.getpid(), signal.SIGSTOP)
-        if events == kill_at:
+        if number == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     for name in ("replace", "rename"):
@@ -87,8 +87,16 @@ def chain(
     extend = WanV2V5B.extend
 
     def watched(self: Any, footage: Any, seed: int, plan: Any, on_step: Any = None, **more: Any) -> Any:
-        # what is told inside a stage changes nothing on disk
-        return extend(self, footage, seed, plan, lambda step: None if step.detail else event(), **more)
+        begun = set[tuple[str, int, bool]]()
+
+        def heard(step: Any) -> None:
+            """What is told inside a stage changes nothing on disk, and whether it waits for a load is chance."""
+            place = step.stage, step.index, step.latents is None
+            if not step.detail and place not in begun:
+                begun.add(place)
+                event()
+
+        return extend(self, footage, seed, plan, heard, **more)
 
     WanV2V5B.extend = watched  # type: ignore[method-assign]
     Progress.begin = lambda *_: event()  # type: ignore[method-assign]

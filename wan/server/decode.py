@@ -19,6 +19,7 @@ import psutil
 
 from wan.errors import UserError
 from wan.server.errors import ApiError, public
+from wan.server.processes import kill
 
 SECONDS = 120.0  # that one file may take
 MEMORY = 8 << 30  # bytes of address space
@@ -44,9 +45,8 @@ async def decode(what: str, file: Path, picture: Path) -> dict[str, Any]:
         except TimeoutError as error:
             raise ApiError("the file takes too long to read; send a shorter or smaller one") from error
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            kill(process)
+            await process.wait()
     try:
         facts: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from wan.options import Settings
 from wan.server.errors import ApiError
+from wan.server.processes import kill
 from wan.server.wire import as_json
 
 _TURN = asyncio.Semaphore(1)
@@ -29,9 +30,8 @@ async def plan_of(owner: Settings, order: Mapping[str, Any]) -> list[str]:
         except TimeoutError as error:
             raise ApiError("the plan takes too long", status=503) from error
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            kill(process)
+            await process.wait()
     lines = out.decode(errors="replace").splitlines()
     if process.returncode == 2 and lines:
         raise ApiError(lines[-1])

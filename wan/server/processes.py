@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import psutil
+
 _LINE = 1 << 31  # bytes of one that a process may say, which may hold 256 frames for a captioner
 _TAIL = 30  # lines of what a process says to its log, of which the last tells why it ended
 _LAST_WORD = 60.0  # seconds in which the first process says what became of the others
@@ -159,6 +161,11 @@ class Processes:
     def kill(self) -> None:
         """Kill them."""
         for process in self.processes:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+            kill(process)
+
+
+def kill(process: asyncio.subprocess.Process) -> None:
+    """Kill a process that has not ended. `Process.kill` may fetch the exit code of one that has, which is lost then."""
+    if process.returncode is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(process.pid).kill()
