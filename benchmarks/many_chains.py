@@ -1,13 +1,13 @@
-"""Hundreds of chains of the tiny family at once, with true captions: what the denoisers and VAEs lose, and of what.
+"""Hundreds of chains of the tiny family at once, true captions: what denoisers and VAEs lose, and of what.
 
     python -m training import --folder runs
     python -m benchmarks.many_chains --folder runs [--name chains22] [--chains 256] [--links 12] [--known 9]
         [--steps 12] [--guidance 3] [--seed 13] [--fresh] [--batch 256] [--device cuda]
 
-Right is what is right in most of the *new* frames of a clip. `--fresh` draws the known frames anew for each clip, so
-that nothing is handed on. Prints, clip by clip in %, `kinds` and `all` as `benchmarks.quality` counts them, and `vae`:
-the kinds of the truth after one round trip. Then of the shapes that went wrong: how many turn, are small, are
-covered, are wrong after the round trip as well. The last line is JSON. 256 chains of twelve take 20 s on an H200.
+Right is what is right in most *new* frames of a clip. `--fresh` draws known frames anew for each, so that nothing is
+handed on. Prints, clip by clip in %, `kinds` and `all` as `benchmarks.quality` counts them, and `vae`: the kinds of the
+truth after one round trip. Then of shapes that went wrong: how many turn, are small, are covered, are wrong after the
+round trip too. The last line is JSON. 256 chains take 20 s on an H200.
 """
 
 from __future__ import annotations
