@@ -38,6 +38,10 @@ def models_of(loader: Any, **options: Any) -> Models:
     return Models("x", checkpoint, dict.fromkeys(NAMES, loader), **options)
 
 
+def loading_threads() -> set[Thread]:
+    return {one for one in threading.enumerate() if one.name == "loading"}
+
+
 def test_a_model_is_loaded_while_the_block_computes() -> None:
     begun, computed, calls = Event(), Event(), list[bool]()
 
@@ -145,9 +149,10 @@ def test_what_is_forgotten_while_it_comes_is_read_no_further_and_what_waits_is_n
 
     models = models_of(None)
     models._loaders = {name: loader(name) for name in NAMES}
+    before = loading_threads()  # of other tests
     with models.loading(NAMES):
         assert begun.wait(10)
-        (thread,) = (one for one in threading.enumerate() if one.name == "loading")
+        (thread,) = loading_threads() - before
         models.forget_all()
         forgotten.set()
         thread.join(10)
@@ -167,9 +172,10 @@ def test_what_is_read_again_while_its_thread_still_reads_lies_elsewhere(tmp_path
     file = tmp_path / "weights"
     file.touch()
     models = models_of(loader, common=CommonLayers({NAMES[0]: [file]}, "float32"))
+    before = loading_threads()
     with models.loading(NAMES[:1]):
         assert begun.wait(10)
-        (thread,) = (one for one in threading.enumerate() if one.name == "loading")
+        (thread,) = loading_threads() - before
         models.forget_all()
         assert models[NAMES[0]] is not None
         over.set()

@@ -176,8 +176,7 @@ class Program:
         return self.printed, None
 
     def kill(self) -> None:
-        if self.returncode is None:
-            self.calls.append("kill")
+        self.calls.append("kill")
 
     async def wait(self) -> None:
         self.calls.append("wait")
@@ -192,7 +191,7 @@ def run(program: Program, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_file_is_looked_at_by_a_program_whose_last_line_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     program = Program(b'a warning\n{"kind": "video"}\n')
     assert run(program, monkeypatch) == {"kind": "video"}
-    assert program.calls == [(sys.executable, "-m", "wan.server.decode", "inspect", "a file", "a picture"), "wait"]
+    assert program.calls == [(sys.executable, "-m", "wan.server.decode", "inspect", "a file", "a picture")]
     with pytest.raises(ApiError, match=r"^a\.mp4 is broken$"):
         run(Program(b'{"error": "a.mp4 is broken"}\n'), monkeypatch)
     with pytest.raises(ApiError) as wrong:

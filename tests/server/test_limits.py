@@ -408,6 +408,7 @@ def test_a_plan_is_made_of_all_settings_and_names_no_folder(monkeypatch: pytest.
         assert wrong.value.status == status
     slow = Planner(hangs=True)
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slow.begin)
+    monkeypatch.setattr("wan.server.planning.kill", Planner.kill)
     with pytest.raises(ApiError, match="the plan takes too long") as wrong:
         asyncio.run(plan_of(Settings(), order))
     assert wrong.value.status == 503 and slow.calls[2:] == ["kill", "wait"]

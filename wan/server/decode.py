@@ -45,8 +45,9 @@ async def decode(what: str, file: Path, picture: Path) -> dict[str, Any]:
         except TimeoutError as error:
             raise ApiError("the file takes too long to read; send a shorter or smaller one") from error
         finally:
-            kill(process)
-            await process.wait()
+            if process.returncode is None:
+                kill(process)
+                await process.wait()
     try:
         facts: dict[str, Any] = json.loads(out.splitlines()[-1])
     except (IndexError, ValueError) as error:

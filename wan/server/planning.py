@@ -30,8 +30,9 @@ async def plan_of(owner: Settings, order: Mapping[str, Any]) -> list[str]:
         except TimeoutError as error:
             raise ApiError("the plan takes too long", status=503) from error
         finally:
-            kill(process)
-            await process.wait()
+            if process.returncode is None:
+                kill(process)
+                await process.wait()
     lines = out.decode(errors="replace").splitlines()
     if process.returncode == 2 and lines:
         raise ApiError(lines[-1])
