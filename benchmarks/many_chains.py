@@ -1,4 +1,4 @@
-"""Hundreds of chains of the tiny family at once, true captions: what denoisers and VAEs lose, and of what.
+"""Hundreds of chains of the tiny family with true captions: what denoisers and VAEs lose, and of what.
 
     python -m training import --folder runs
     python -m benchmarks.many_chains --folder runs [--name chains22] [--chains 256] [--links 12] [--known 9]

@@ -1,4 +1,4 @@
-"""The captioner, its device and life; a clip's prompt."""
+"""The captioner's device and life, and a clip's prompt."""
 
 from __future__ import annotations
 

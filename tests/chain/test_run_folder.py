@@ -127,21 +127,28 @@ def test_a_lock_is_of_the_process_whatever_thread_lets_it_go(tmp_path: Path) -> 
         (OSError(errno.ENOLCK, "No locks available"), True),
         (OSError(errno.ENOSYS, "Function not implemented"), True),
         (OSError(errno.EOPNOTSUPP, "Operation not supported"), True),
-        (NotImplementedError("no flock"), True),
         (OSError(errno.EACCES, "Permission denied"), False),
     ],
 )
 def test_a_folder_that_cannot_be_locked_says_whether_the_lock_may_be_left_out(
-    error: Exception, may_go_without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: OSError, may_go_without: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def acquire(self: Any, **_: Any) -> None:
         raise error
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
-    reason = getattr(error, "strerror", None) or error
-    with pytest.raises(UserError, match=rf"cannot be locked \({reason}\); give another folder") as refused:
+    with pytest.raises(UserError, match=rf"cannot be locked \({error.strerror}\); give another folder") as refused:
         FolderLock(tmp_path).acquire()
     assert ("no_lock" in str(refused.value)) == may_go_without
+
+
+def test_a_file_system_without_locks_is_one_to_filelock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match="Function not implemented.*no_lock"):
+        FolderLock(tmp_path).acquire()
 
 
 def test_a_file_is_the_run_s_as_long_as_it_is_what_was_written(

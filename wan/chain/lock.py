@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from wan.errors import InUse, UserError
 
 LOCK = ".lock"  # an empty file that stays
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems that know none
 
 
 class FolderLock:
@@ -29,18 +30,12 @@ class FolderLock:
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise InUse(f"{self.folder} is in use by another run; wait for it, or give another folder") from error
-        except (OSError, NotImplementedError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             # where files can be written, and only locks are missing
-            without = ", or `no_lock` if no other run uses it" if _has_no_locks(error) else ""
+            without = ", or `no_lock` if no other run uses it" if error.errno in _NO_LOCKS else ""
             raise UserError(f"{self.folder} cannot be locked ({reason}); give another folder{without}") from error
 
     def release(self) -> None:
         """Let other runs in."""
         self._lock.release()
-
-
-def _has_no_locks(error: OSError | NotImplementedError) -> bool:
-    """Whether a file could not be locked because its file system knows no locks."""
-    known = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-    return isinstance(error, NotImplementedError) or error.errno in known

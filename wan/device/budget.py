@@ -31,7 +31,7 @@ CONTEXT, BARE_CONTEXT = 0.8 * GIB, 0.5 * GIB
 FITTING = 0.94  # of the rest; some is lost between tensors, and estimates err
 # Measured on an H200 (benchmarks/LOG.md). Beside what is counted: workspaces, inputs and outputs of a step.
 ALWAYS, TEXT = 0.4 * GIB, 0.15 * GIB
-# Tensors of a GPU's tokens that are packed for the others, or come from them, where heads are exchanged for tokens.
+# Tensors of a GPU's tokens that are packed for the others, or come from them, where tokens are shared.
 EXCHANGED = 4
 GATHERED = 5  # layers of slices that are whole at a time: the one in use, the next, and what they come in
 # The most that a pass through a VAE holds, in its widest activation (one latent frame): VAE 2.1, VAE 2.2.
@@ -358,7 +358,7 @@ def denoiser_memory(
     hidden = _shape(weights, feed)[0]
     gathered = 2 * ring * item if ring > 1 else 0
     a_token = max((12 + 4.5 * item + gathered) * width, 2 * hidden * item + (4 + 1.5 * item) * width)
-    if ranks > ring:
+    if ranks > 1:
         a_token += EXCHANGED * item * width
     working = -(-tokens // ranks) * a_token
     part = _layered(weight_sizes(weights, denoiser_dtypes(dtype), in_8_bits, packs=True), int(ALWAYS + working))

@@ -96,7 +96,7 @@ class CommonMemory:
         self._lock = FileLock(home / f"{self.name}.lock", fallback_to_soft=False, thread_local=False)
         try:
             _wait_for(self._lock)
-        except (OSError, NotImplementedError) as error:  # no locks in that place
+        except OSError as error:  # no locks in that place
             log.warning("%s cannot be locked (%s), so this process holds its weights by itself", home, error)
             return
         try:

@@ -20,7 +20,7 @@ from types import TracebackType
 
 PACKAGES = ("torch", "transformers", "diffusers", "sympy", "triton")  # that a command imports, in about that order
 CODE = (".py", ".pyc")
-HEAD_START = 5.0  # seconds; it took 3 where files came at 1.5 GB/s
+HEAD_START = 5.0  # seconds; about 3 were enough where files came at 1.5 GB/s
 SMALL_READERS = 16  # of files of some kB, each of which waits for the disk twice
 CHUNK = 8 * 2**20
 READERS = 4  # a disk that is far away, as of a rented machine, gives its rate to several requests at a time
