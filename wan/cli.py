@@ -154,17 +154,18 @@ def _settings(command: Command, argv: Sequence[str] | None) -> Settings:
 @contextmanager
 def _job(command: Command, settings: Settings, own_process: bool) -> Iterator[Job]:
     """What that means for the files it names, whose weights are read from now on."""
+    from wan.commands import start
     from wan.commands.job import Job
-    from wan.commands.start import check_budget, check_early, leave_out_unused, read_ahead, take_cores
     from wan.device.host import usable_cores
 
     if own_process:
-        take_cores(os.environ, usable_cores())
-        leave_out_unused(settings)
+        start.take_cores(os.environ, usable_cores())
+        start.leave_out_unused(settings)
+        start.find_packages_late()
     job = Job.read(command, settings)
-    check_early(job)
-    check_budget(job)
-    reading = read_ahead(job)
+    start.check_early(job)
+    start.check_budget(job)
+    reading = start.read_ahead(job)
     try:
         yield job
     finally:

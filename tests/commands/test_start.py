@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_packages_of_captioners_are_for_those_who_ask_one(tmp_path: Path, monkey
     assert left_out(Settings(video="a.mp4", vlm_url="http://a/v1"), monkeypatch) == every
     nobody_knows = Settings(video="a.mp4", vlm_path=str(tmp_path / "none"))
     assert left_out(nobody_knows, monkeypatch) == ALWAYS
+
+
+def test_packages_are_found_when_somebody_looks_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    answer = {"PIL": ["pillow"], "yaml": ["PyYAML"]}
+
+    def ask() -> dict[str, list[str]]:
+        asked.append(1)
+        return answer
+
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", ask)
+    start.find_packages_late()
+    first, second = importlib.metadata.packages_distributions(), importlib.metadata.packages_distributions()
+    assert not asked
+    assert first["PIL"] == ["pillow"] and second.get("none", []) == [] and "yaml" in second
+    assert dict(first) == answer and len(second) == 2 and asked == [1]
 
 
 def job(settings: Settings, *scenes: Scene, ends: tuple[str, ...] = (), **more: Any) -> Any:

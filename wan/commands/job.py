@@ -34,6 +34,7 @@ from wan.commands.inputs import (
 from wan.configs import ModelConfig, config_for
 from wan.device.ranks import World
 from wan.files import readable
+from wan.foreign import uncollected
 from wan.options import EXPERT_OF_DIT, Command, Settings
 from wan.settings import Context
 
@@ -154,7 +155,7 @@ class Job:
         return Path(self.settings.video)
 
     def footage(self) -> VideoFile:
-        """The video to continue, up to where it is continued from; what is dull at its end is said."""
+        """The video to continue, up to `from_`; what is dull at its end is said."""
         from wan.footage import VideoFile
 
         until = self.settings.from_
@@ -165,6 +166,7 @@ class Job:
             log.warning("%s: %s%s", readable(self.video), end, advice)
         return opened
 
+    @uncollected()
     def open(self, **continuing: Any) -> Pipeline:
         """The pipeline of the task; its models load when they are used."""
         import transformers
@@ -220,6 +222,7 @@ class Job:
         alone = Gpus(self.settings, self.world).size == 1
         return alone or self.settings.vram is not None if given is None else given
 
+    @uncollected()
     def open_continuation(self, **share: Any) -> VideoContinuation:
         """The pipeline of a v2v task; `share`: arguments of memory in place of those of the settings."""
         settings = self.settings

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,32 @@ def leave_out_unused(settings: Settings) -> None:
     for name in unused:
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # from here on an import says "not found"
+
+
+class _WhenLookedAt(Mapping[str, list[str]]):
+    """An answer for which is asked when somebody looks at it, once."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._answer = functools.cache(ask)
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self._answer()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._answer())
+
+    def __len__(self) -> int:
+        return len(self._answer())
+
+
+def find_packages_late() -> None:
+    """Let libraries that ask which package each module is of, while they are imported, have the answer when they look.
+
+    diffusers asks, and looks for packages that nothing here uses. With many packages installed that takes a second.
+    For a process that is the command's own.
+    """
+    late = _WhenLookedAt(importlib.metadata.packages_distributions)
+    importlib.metadata.packages_distributions = lambda: late
 
 
 def take_cores(environment: MutableMapping[str, str], cores: int) -> None:
