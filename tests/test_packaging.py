@@ -34,7 +34,7 @@ def requirements(file: str) -> list[Requirement]:
 
 
 def declared() -> list[Requirement]:
-    """All that pyproject.toml asks for, its extras too, without the extra that only names the others."""
+    """All that pyproject.toml asks for, but for the extra that names the others."""
     extras = PROJECT["project"]["optional-dependencies"]
     texts = [*PROJECT["project"]["dependencies"], *(text for extra in extras.values() for text in extra)]
     return [requirement for requirement in map(Requirement, texts) if requirement.name != PROJECT["project"]["name"]]

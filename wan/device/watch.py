@@ -2,8 +2,8 @@
 every other. Needs no PyTorch.
 
 A process that dies closes its connection, whatever kills it, and one whose machine is gone is missed within a minute.
-The first process asks the others how many operations they have begun together, so that it can name one that hangs. What
-goes wrong is told to all: the others end at once, the first one when it has written what is finished.
+The first process asks the others how many operations they have begun, so that it can name one that hangs. What
+goes wrong is told to all: the others end at once, the first when it has written what is finished.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from wan.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SETTLE = 1.0  # seconds from the first sign of a fault to the verdict: what follows from it may be heard of earlier
-LEAVE = 30.0  # seconds in which the first process comes out of what it does, before it is ended
+SETTLE = 1.0  # seconds from a fault's first sign to the verdict: what follows from it may be heard earlier
+LEAVE = 30.0  # seconds for the first process to end what it does, before it is ended
 AGAIN = "what is finished is kept; give the same command again"
 
 Kind = Literal["died", "failed", "hung", "waited", "signal"]
