@@ -242,6 +242,10 @@ def test_a_command_line_is_taken_apart_as_its_system_does(monkeypatch: pytest.Mo
         (Guidance(), 2, (2, 2)),
         (Guidance(), "1,2", (1.0, 2.0)),
         (Guidance(), [1, 2], (1, 2)),
+        (Strength(unsaid=0.9), True, 0.9),
+        (Strength(unsaid=0.9), "On", 0.9),
+        (Strength(unsaid=0.9), False, 0),
+        (Strength(unsaid=0.9), "0.3", 0.3),
     ],
 )
 def test_a_plain_value_means_the_same(kind: Kind, plain: Any, value: Any) -> None:
@@ -262,6 +266,8 @@ def test_a_plain_value_means_the_same(kind: Kind, plain: Any, value: Any) -> Non
         (Words(), "", "is empty"),
         (Guidance(), True, "must be two numbers"),
         (Whole(), "x", "must be a whole number"),
+        (Strength(), "yes", "must be a number"),
+        (Real(), True, "must be from 0 to 1"),
     ],
 )
 def test_a_plain_value_of_another_kind_is_refused(kind: Kind, plain: Any, message: str) -> None:

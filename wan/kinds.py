@@ -338,7 +338,7 @@ class Real(Kind):
 
 @dataclass(frozen=True)
 class Strength(Real):
-    """A number that may be left out on the command line."""
+    """A number that may be left out: on the command line, and as `true` elsewhere."""
 
     unsaid: float = 1.0
 
@@ -525,6 +525,9 @@ class Files(Encoded):
         return [public_path(file) for file in value]
 
 
+_SAID = {"true": True, "on": True, "false": False, "off": False}
+
+
 def read_plain(kind: Kind, value: Any) -> Any:
     """What a value means as JSON, a form or a cell of a table writes it. Raises Unfit."""
     is_text = type(kind) is Kind or (isinstance(kind, Words | Local | Size) and not isinstance(kind, Files))
@@ -533,8 +536,8 @@ def read_plain(kind: Kind, value: Any) -> Any:
             value = value.replace("x", "*")
         if isinstance(kind, Interval):
             value = tuple(Real().read(word) for word in value.replace(",", " ").split())
-        elif isinstance(kind, Switch):
-            value = {"true": True, "on": True, "false": False, "off": False}.get(value.lower(), value)
+        elif isinstance(kind, Switch) or (isinstance(kind, Strength) and value.lower() in _SAID):
+            value = _SAID.get(value.lower(), value)
         elif isinstance(kind, TakeOf):
             value = kind.read(value.split())
         elif isinstance(kind, PromptFor):
@@ -551,6 +554,8 @@ def read_plain(kind: Kind, value: Any) -> Any:
         value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
     elif isinstance(kind, Guidance) and _is_number(value):
         value = (value, value)
+    if isinstance(kind, Strength) and isinstance(value, bool):
+        value = kind.unsaid if value else kind.low
     try:
         kind.check(value)
     except OverflowError as error:  # a whole number of JSON that no float holds
