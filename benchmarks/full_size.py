@@ -73,7 +73,8 @@ class Values:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # before Python 3.12
+    array: Any = tensor.view(torch.uint8).numpy()  # which is a buffer for mypy from Python 3.12 on
+    return memoryview(array).cast("B")
 
 
 def write_safetensors(path: Path, tensors: Tensors, values: Values) -> None:

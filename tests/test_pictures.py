@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -50,7 +51,7 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {
 }
 
 
-def of_file(name: str, folder: Path) -> np.ndarray:
+def of_file(name: str, folder: Path) -> npt.NDArray[Any]:
     """What the picture's file is read as."""
     picture = PICTURES[name]()
     kept = {key: picture.info[key] for key in ("icc_profile", "transparency", "exif") if key in picture.info}
@@ -59,7 +60,7 @@ def of_file(name: str, folder: Path) -> np.ndarray:
     return np.asarray(media.read_image(path))
 
 
-def levels_of(frame: Any) -> np.ndarray:
+def levels_of(frame: Any) -> npt.NDArray[Any]:
     """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
     return to_uint8(frame.permute(1, 2, 0))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -39,7 +40,7 @@ def twice(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def picture(height: int = 100, width: int = 150) -> np.ndarray:
+def picture(height: int = 100, width: int = 150) -> npt.NDArray[Any]:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -50,7 +51,7 @@ def test_a_picture_is_the_same_whole_and_in_pieces() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
 
-    def enlarge(tiles: tuple[int, ...]) -> np.ndarray:
+    def enlarge(tiles: tuple[int, ...]) -> npt.NDArray[Any]:
         with (
             torch.inference_mode(),
             Upscaler(Path("x"), 2, lambda x: twice(x) + layers(x) / 4, tiles).on(CPU) as larger,

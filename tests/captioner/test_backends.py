@@ -19,6 +19,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -702,7 +703,7 @@ def test_an_answer_is_of_bearable_length_and_says_something() -> None:
         np.zeros((1, 4, 4, 3), np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_shape(frame: np.ndarray) -> None:
+def test_what_is_no_picture_is_refused_with_its_shape(frame: npt.NDArray[Any]) -> None:
     shape = re.escape(f"a frame is {frame.dtype} {list(frame.shape)}")
     with pytest.raises(UserError, match=shape):
         to_images([frame])

@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.support.media_samples import number, numbered
@@ -203,7 +204,7 @@ def test_a_bridge_to_a_still_keeps_its_only_picture(tmp_path: Path) -> None:
 def test_a_picture_that_is_shown_again_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[int] = []
 
-    def to_rgb(frame: int, source: Any) -> np.ndarray:
+    def to_rgb(frame: int, source: Any) -> npt.NDArray[Any]:
         converted.append(frame)
         return np.full((4, 8, 3), frame, np.uint8)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -19,20 +21,20 @@ pytestmark = pytest.mark.slow
 HOPS = 12
 
 
-def gradient(width: int = 832, height: int = 480) -> np.ndarray:
+def gradient(width: int = 832, height: int = 480) -> npt.NDArray[Any]:
     """Dark to bright, and saturated colours into each other."""
     x, y = np.linspace(0, 1, width)[None, :], np.linspace(0, 1, height)[:, None]
     red, green, blue = 20 + 215 * x + 0 * y, 30 + 190 * y + 0 * x, 40 + 150 * (1 - x) * (1 - y) + 50 * y
-    picture: np.ndarray = np.rint(np.stack(np.broadcast_arrays(red, green, blue), -1)).astype(np.uint8)
+    picture: npt.NDArray[Any] = np.rint(np.stack(np.broadcast_arrays(red, green, blue), -1)).astype(np.uint8)
     return picture
 
 
-def dark(width: int = 832, height: int = 480) -> np.ndarray:
+def dark(width: int = 832, height: int = 480) -> npt.NDArray[Any]:
     """A night picture: most of it between 10 and 60."""
     return (natural(width, height, seed=5).astype(np.float64) * 0.25 + 5).astype(np.uint8)
 
 
-PICTURES: dict[str, Callable[[], np.ndarray]] = {
+PICTURES: dict[str, Callable[[], npt.NDArray[Any]]] = {
     "cloud": lambda: natural(832, 480),
     "warm": lambda: natural(832, 480, seed=7),
     "gradient": gradient,
@@ -40,19 +42,19 @@ PICTURES: dict[str, Callable[[], np.ndarray]] = {
 }
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
+def psnr(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     return float(10 * np.log10(255**2 / np.mean((one.astype(np.float64) - other) ** 2)))
 
 
-def through_a_file(picture: np.ndarray, path: Path) -> np.ndarray:
+def through_a_file(picture: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     media.write_video(path, [picture] * 2, 16)
     tail = media.read_tail(path, 1, Fraction(16))
     assert np.array_equal(tail[0], np.asarray(media.read_last_frame(path)))
-    frame: np.ndarray = tail[0]
+    frame: npt.NDArray[Any] = tail[0]
     return frame
 
 
-def through_the_state(picture: np.ndarray, path: Path) -> np.ndarray:
+def through_the_state(picture: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
     """As a clip's last frames are kept between clips."""
     save_file({"tail": from_uint8(picture)[None].contiguous()}, path)
     return to_uint8(load_file(path)["tail"][-1])

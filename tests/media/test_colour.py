@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image, ImageCms, features
 
@@ -36,17 +37,19 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
-def stripes(values: np.ndarray, side: int = 16) -> np.ndarray:
+def stripes(values: npt.NDArray[Any], side: int = 16) -> npt.NDArray[Any]:
     """[n] or [n, channels] -> a picture with a stripe of 16 x 16 pixels for each."""
     return np.repeat(np.repeat(values[None], side, 0), side, 1)
 
 
-def middles(picture: Any) -> np.ndarray:
+def middles(picture: Any) -> npt.NDArray[Any]:
     """What the stripes show, [n, 3]."""
     return np.asarray(picture)[8, 8::16].astype(int)
 
 
-def film(path: Path, picture: np.ndarray, given: str, codec: str, pixels: str, tags: tuple[int, int, int]) -> None:
+def film(
+    path: Path, picture: npt.NDArray[Any], given: str, codec: str, pixels: str, tags: tuple[int, int, int]
+) -> None:
     """Four pictures with these H.273 numbers for primaries, transfer and matrix."""
     primaries, transfer, matrix = tags
     with av.open(str(path), "w") as container:
@@ -66,7 +69,7 @@ def film(path: Path, picture: np.ndarray, given: str, codec: str, pixels: str, t
         container.mux(stream.encode(None))
 
 
-def in_yuv(picture: np.ndarray, matrix: int) -> av.VideoFrame:
+def in_yuv(picture: npt.NDArray[Any], matrix: int) -> av.VideoFrame:
     """RGB as yuv444p10le of limited range, by the definition of its H.273 matrix."""
     red, blue = WEIGHTS[matrix]
     r, g, b = picture.transpose(2, 0, 1) / 255.0
@@ -89,9 +92,9 @@ FROM_2020 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -
 FROM_P3 = [[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]]
 
 
-def converted(colours: np.ndarray, matrix: list[list[float]], gamma: float = 2.4) -> np.ndarray:
+def converted(colours: npt.NDArray[Any], matrix: list[list[float]], gamma: float = 2.4) -> npt.NDArray[Any]:
     screen = (colours / 255.0) ** gamma @ np.array(matrix).T
-    levels: np.ndarray = np.rint(screen.clip(0, 1) ** (1 / gamma) * 255).astype(int)
+    levels: npt.NDArray[Any] = np.rint(screen.clip(0, 1) ** (1 / gamma) * 255).astype(int)
     return levels
 
 
@@ -288,7 +291,7 @@ def test_a_transparent_picture_is_shown_on_white(
     ],
     ids=lambda value: str(getattr(value, "dtype", value)),
 )
-def test_grey_pictures_of_any_depth_keep_their_levels(name: str, values: np.ndarray, tmp_path: Path) -> None:
+def test_grey_pictures_of_any_depth_keep_their_levels(name: str, values: npt.NDArray[Any], tmp_path: Path) -> None:
     path = tmp_path / name
     if name.endswith("pgm"):
         path.write_bytes(b"P5 80 16 65535\n" + stripes(values).astype(">u2").tobytes())

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -24,26 +25,26 @@ RATE = 24
 SIZE = (160, 96)
 
 
-def moving(count: int) -> list[np.ndarray]:
+def moving(count: int) -> list[npt.NDArray[Any]]:
     return list(numbered(range(count), *SIZE))
 
 
-def panning(count: int, step: int = 2) -> list[np.ndarray]:
+def panning(count: int, step: int = 2) -> list[npt.NDArray[Any]]:
     """A camera over a photo, with a sensor's noise."""
     wide, rng = natural(SIZE[0] + step * count, SIZE[1]), np.random.default_rng(1)
     views = [wide[:, step * at : step * at + SIZE[0]] + rng.standard_normal((*SIZE[::-1], 3)) for at in range(count)]
     return [np.rint(view).clip(0, 255).astype(np.uint8) for view in views]
 
 
-def plain(colour: tuple[int, int, int], count: int) -> list[np.ndarray]:
+def plain(colour: tuple[int, int, int], count: int) -> list[npt.NDArray[Any]]:
     return [np.full((*SIZE[::-1], 3), colour, np.uint8)] * count
 
 
-def card(count: int) -> list[np.ndarray]:
+def card(count: int) -> list[npt.NDArray[Any]]:
     return [natural(*SIZE, seed=9)] * count
 
 
-def write(path: Path, pictures: Sequence[np.ndarray]) -> Path:
+def write(path: Path, pictures: Sequence[npt.NDArray[Any]]) -> Path:
     media.write_video(path, pictures, RATE)
     return path
 
@@ -61,7 +62,7 @@ def write(path: Path, pictures: Sequence[np.ndarray]) -> Path:
     ],
     ids=["black", "one black frame", "white", "blue", "a card", "a card, then black", "ten seconds of black"],
 )
-def test_a_cut_to_something_dull_is_found_to_the_frame(end: list[np.ndarray], kind: str, tmp_path: Path) -> None:
+def test_a_cut_to_something_dull_is_found_to_the_frame(end: list[npt.NDArray[Any]], kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", [*panning(60), *end])
     dull = find_dull_end(path)
     assert dull is not None and dull.kind == kind
@@ -121,7 +122,7 @@ def test_a_night_scene_is_not_black(tmp_path: Path) -> None:
     ("pictures", "kind"), [(card(60), "still"), (plain((0, 0, 0), 60), "black")], ids=["still", "black"]
 )
 def test_a_video_that_is_dull_throughout_has_no_lively_frame(
-    pictures: list[np.ndarray], kind: str, tmp_path: Path
+    pictures: list[npt.NDArray[Any]], kind: str, tmp_path: Path
 ) -> None:
     dull = find_dull_end(write(tmp_path / "a.mp4", pictures))
     assert dull is not None and (dull.kind, dull.last_lively) == (kind, None)
@@ -460,7 +461,7 @@ def test_a_moment_is_told_as_a_player_counts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_picture_is_looked_at_by_its_light_and_its_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown(left: int, right: int) -> np.ndarray:
+    def shown(left: int, right: int) -> npt.NDArray[Any]:
         picture = np.full((8, 8, 3), left, np.uint8)
         picture[:, 4:, 0] = right
         return picture
@@ -468,7 +469,7 @@ def test_a_picture_is_looked_at_by_its_light_and_its_contrast(monkeypatch: pytes
     pictures = [shown(90, 90), shown(60, 120), shown(60, 60)]
     asked: list[Any] = []
 
-    def to_rgb(frame: int, source: Any, *, max_side: int) -> np.ndarray:
+    def to_rgb(frame: int, source: Any, *, max_side: int) -> npt.NDArray[Any]:
         asked.append(max_side)
         return pictures[frame]
 

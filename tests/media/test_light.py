@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from wan.media import light
@@ -31,7 +34,7 @@ def srgb(share: float) -> int:
     return round(255 * (12.92 * share if share <= 0.0031308 else 1.055 * share ** (1 / 2.4) - 0.055))
 
 
-def signal_of(shares: list[float], table: np.ndarray) -> np.ndarray:
+def signal_of(shares: list[float], table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The codes of a pixel with this light."""
     return np.searchsorted(table, shares).astype(np.uint16)[None, None]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.support.media_samples import CORPUS, add_audio, add_video, beeps, beeps_in, moment_of, number, numbered
@@ -27,7 +28,7 @@ def fresh_warnings() -> None:
 
 def film(
     path: Path,
-    tracks: Sequence[tuple[str, np.ndarray, int, str]],
+    tracks: Sequence[tuple[str, npt.NDArray[Any], int, str]],
     *,
     first: int = 0,
     kind: str | None = None,

@@ -21,6 +21,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.data.corpus import vidmark
@@ -126,7 +127,7 @@ def test_metadata_survives_in_the_comment(tmp_path: Path) -> None:
         assert "a cat 🐈" in container.metadata["comment"]  # as a player shows it
 
 
-def psnr(path: Path, frames: list[np.ndarray]) -> float:
+def psnr(path: Path, frames: list[npt.NDArray[Any]]) -> float:
     with av.open(str(path)) as container:
         errors = [
             np.mean((picture.to_ndarray(format="rgb24").astype(float) - frame) ** 2)
@@ -179,14 +180,14 @@ def test_odd_sides_lose_one_row_and_column(tmp_path: Path) -> None:
     ],
     ids=["none", "two sizes", "floats", "grey", "one row"],
 )
-def test_frames_that_are_none_leave_nothing_behind(frames: list[np.ndarray], tmp_path: Path) -> None:
+def test_frames_that_are_none_leave_nothing_behind(frames: list[npt.NDArray[Any]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frame"):
         media.write_video(tmp_path / "clip.mp4", frames, 16)
     assert os.listdir(tmp_path) == []
 
 
 def test_an_error_while_frames_are_made_keeps_the_file_that_was_there(tmp_path: Path) -> None:
-    def failing() -> Iterator[np.ndarray]:
+    def failing() -> Iterator[npt.NDArray[Any]]:
         yield from numbered(range(3))
         raise KeyboardInterrupt
 
@@ -221,9 +222,9 @@ def test_a_video_that_another_program_holds_open_is_one_line(tmp_path: Path, mon
 def test_names_that_cannot_be_written_are_refused_before_any_frame_is_made(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "file").touch()
-    made: list[np.ndarray] = []
+    made: list[npt.NDArray[Any]] = []
 
-    def frames() -> Iterator[np.ndarray]:
+    def frames() -> Iterator[npt.NDArray[Any]]:
         for frame in numbered(range(2)):
             made.append(frame)
             yield frame
@@ -333,7 +334,7 @@ def test_joining_reads_each_packet_of_each_clip_as_often_however_many_there_are(
 
 def test_joining_changes_no_pixel(clips: list[Path], tmp_path: Path) -> None:
     media.join_videos(clips, tmp_path / "joined.mp4")
-    together, single = list[np.ndarray](), list[np.ndarray]()
+    together, single = list[npt.NDArray[Any]](), list[npt.NDArray[Any]]()
     for paths, pictures in (([tmp_path / "joined.mp4"], together), (clips, single)):
         for index, path in enumerate(paths):
             with av.open(str(path)) as container:
@@ -427,7 +428,7 @@ def test_a_fade_mixes_the_frames_around_a_cut_and_leaves_the_others_alone(keyed:
             assert np.abs(faded[first + step] - wanted).mean() < 2
 
 
-def rgb_of(path: Path) -> np.ndarray:
+def rgb_of(path: Path) -> npt.NDArray[Any]:
     """All pictures uint8 [T, H, W, 3]."""
     source = inspect(str(path))
     return np.stack([to_rgb(frame, source) for frame in Pictures(source)])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -78,7 +80,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, shares: Sequence[tuple[int, int, flo
     )
 
 
-def numbers(changes: Sequence[np.ndarray]) -> list[float]:
+def numbers(changes: Sequence[npt.NDArray[Any]]) -> list[float]:
     return [float(change[0]) for change in changes]
 
 
@@ -189,7 +191,7 @@ def test_a_picture_of_something_else_is_not_followed() -> None:
 
 def corrected(
     monkeypatch: pytest.MonkeyPatch,
-    change: np.ndarray,
+    change: npt.NDArray[Any],
     growth: float = 0.0,
     *,
     known: int = 2,
@@ -201,7 +203,7 @@ def corrected(
     asked: list[list[int]] = []
     count = 30 - known
 
-    def track(start: torch.Tensor, frames: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    def track(start: torch.Tensor, frames: Sequence[torch.Tensor]) -> list[npt.NDArray[Any]]:
         asked.append([round(float(frame[0, 0, 0]) * 1e4) for frame in frames])
         offsets = np.r_[[1.0] * 3, [0.0] * 7]
         return [change + growth * (time - known + 1) / count * offsets for time in asked[-1]]
@@ -278,8 +280,8 @@ def test_a_change_is_taken_out_at_the_mean_of_before_and_after(by_torch: bool) -
     rng = np.random.default_rng(0)
     rgb, change = rng.uniform(0.3, 0.7, (64, 3)), rng.normal(0, 0.03, 10)
 
-    def added(colours: np.ndarray) -> np.ndarray:
-        moved: np.ndarray = correction._basis(colours) @ change
+    def added(colours: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        moved: npt.NDArray[Any] = correction._basis(colours) @ change
         return moved
 
     frame = torch.from_numpy((rgb * 2 - 1).reshape(8, 8, 3).astype(np.float32))

@@ -7,9 +7,11 @@ import math
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -156,7 +158,7 @@ def test_the_look_follows_what_was_done_to_a_clip() -> None:
     frames = scene("pan", 0).clip(range(8))
     plain = measure_look(frames).whole
 
-    def changed(change: Callable[[np.ndarray], np.ndarray]) -> LookPart:
+    def changed(change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> LookPart:
         return measure_look(to_frames(change(picture) for picture in unit(frames))).whole
 
     noise = np.random.default_rng(0).normal(0, 5 / 255, frames.shape[1:])

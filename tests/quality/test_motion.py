@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -185,7 +186,7 @@ def test_facts_are_told_in_one_sentence(facts: dict[str, Any], sentence: str) ->
 
 
 def stepped(
-    monkeypatch: pytest.MonkeyPatch, flow: np.ndarray, textured: np.ndarray | None = None, scale: float = 2
+    monkeypatch: pytest.MonkeyPatch, flow: npt.NDArray[Any], textured: npt.NDArray[Any] | None = None, scale: float = 2
 ) -> _FrameMotion:
     """What is read from this flow [h, w, 2] over a picture with texture, everywhere or in these places."""
     grey = np.random.default_rng(0).integers(0, 256, flow.shape[:2]).astype(np.uint8)
@@ -197,7 +198,7 @@ def stepped(
     return _step(picture, picture)
 
 
-def moving_by(x: float, y: float) -> np.ndarray:
+def moving_by(x: float, y: float) -> npt.NDArray[Any]:
     flow = np.zeros((104, 208, 2))
     flow[...] = x, y
     return flow

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -282,7 +283,7 @@ def test_the_yellow_and_blue_of_a_picture_count_for_its_colour() -> None:
 def test_what_moves_in_a_clip_is_measured_on_sixteen_pairs_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def flow(first: Any, second: Any) -> np.ndarray:
+    def flow(first: Any, second: Any) -> npt.NDArray[Any]:
         asked.append(round(float(second.rgb.mean() - first.rgb.mean()) * 1000))
         field = np.zeros((416, 208, 2), np.float32)
         field[:208, :, 0] = 0.31
@@ -306,7 +307,7 @@ def test_what_moves_in_a_clip_is_measured_on_sixteen_pairs_at_most(monkeypatch: 
     assert measure_look(levels[:2]).moving == 0.5 and len(asked) == 17
 
 
-def lab_of(lightness: np.ndarray) -> Any:
+def lab_of(lightness: npt.NDArray[Any]) -> Any:
     return type("Frame", (), {"lab": np.stack([lightness, lightness * 0, lightness * 0], -1).astype(np.float32)})()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.container import OutputContainer
 
 from tests.data.corpus import vidmark
@@ -20,7 +21,7 @@ FILES: list[dict[str, Any]] = json.loads((CORPUS / "manifest.json").read_text(en
 READABLE = [entry for entry in FILES if entry["expect"] == "ok"]
 
 
-def numbered(numbers: Sequence[int], width: int = 320, height: int = 180) -> Iterator[np.ndarray]:
+def numbered(numbers: Sequence[int], width: int = 320, height: int = 180) -> Iterator[npt.NDArray[Any]]:
     """Frames that show their number and eight colours."""
     return (vidmark.render(width, height, number, 1) for number in numbers)
 
@@ -31,24 +32,24 @@ def number(picture: Any) -> int:
     return int(mark["index"]) if mark else -1
 
 
-def natural(width: int = 1280, height: int = 720, seed: int = 0) -> np.ndarray:
+def natural(width: int = 1280, height: int = 720, seed: int = 0) -> npt.NDArray[Any]:
     """A cloud with the statistics of a photo (detail falls with frequency, faster in colour), uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]).clip(1 / max(width, height))
 
-    def field(falloff: float) -> np.ndarray:
+    def field(falloff: float) -> npt.NDArray[Any]:
         phases = np.exp(2j * np.pi * rng.random(frequency.shape))
         values = np.fft.irfft2(frequency**-falloff * phases, (height, width))
-        scaled: np.ndarray = (values - values.mean()) / values.std()
+        scaled: npt.NDArray[Any] = (values - values.mean()) / values.std()
         return scaled
 
     grey, warm, cool = 32 * field(1.6), field(2), field(2)
     colours = np.stack([grey + 14 * warm, grey - 7 * warm - 3 * cool, grey + 16 * cool], -1)
-    picture: np.ndarray = np.rint(128 + colours).clip(0, 255).astype(np.uint8)
+    picture: npt.NDArray[Any] = np.rint(128 + colours).clip(0, 255).astype(np.uint8)
     return picture
 
 
-def restless(width: int, height: int, count: int = 33) -> Iterator[np.ndarray]:
+def restless(width: int, height: int, count: int = 33) -> Iterator[npt.NDArray[Any]]:
     """A pan over a cloud with noise: x264 has to weigh every macroblock."""
     wide, rng = natural(width + 2 * count, height + count), np.random.default_rng(0)
     for step in range(count):
@@ -56,7 +57,7 @@ def restless(width: int, height: int, count: int = 33) -> Iterator[np.ndarray]:
         yield np.rint(view + 1.5 * rng.standard_normal(view.shape)).clip(0, 255).astype(np.uint8)
 
 
-def bias(got: Any, expected: np.ndarray) -> float:
+def bias(got: Any, expected: npt.NDArray[Any]) -> float:
     """The largest mean error of the three channels, in levels."""
     return float(np.abs((np.asarray(got, np.float64) - expected).mean((0, 1))).max())
 
@@ -104,11 +105,11 @@ def encode(
         container.mux(stream.encode(None))
 
 
-def beeps(seconds: float, at: Sequence[float], rate: int = 48000) -> np.ndarray:
+def beeps(seconds: float, at: Sequence[float], rate: int = 48000) -> npt.NDArray[Any]:
     """A tenth of a second of a tone at each moment, int16 [n]."""
     moments = np.arange(round(seconds * rate)) / rate
     loud = np.any([(moments >= begin) & (moments < begin + 0.1) for begin in at], axis=0)
-    levels: np.ndarray = (np.sin(2 * np.pi * 880 * moments) * 20000 * loud).astype(np.int16)
+    levels: npt.NDArray[Any] = (np.sin(2 * np.pi * 880 * moments) * 20000 * loud).astype(np.int16)
     return levels
 
 
@@ -117,7 +118,7 @@ def recording(
     moments: Sequence[float],
     *,
     last: float = 0.0,
-    sound: np.ndarray | None = None,
+    sound: npt.NDArray[Any] | None = None,
     video: str = "libx264",
     audio: str = "aac",
     size: tuple[int, int] = (64, 36),
@@ -153,7 +154,7 @@ def recording(
             container.mux(packet)
 
 
-def samples(path: Path) -> np.ndarray:
+def samples(path: Path) -> npt.NDArray[Any]:
     """The sound of a file, float32 [n] at 48,000 a second, from its beginning on."""
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("flt", "mono", 48000)

@@ -50,7 +50,7 @@ def narrow(signal: npt.NDArray[np.uint16], primaries: int, transfer: int) -> Pic
 
     The light of a screen is converted: the signal is as bright as before for an eye, whatever a camera meant by it.
     """
-    light = _to_light(np.linspace(0, 1, 65536), transfer)[signal] @ to_709(WIDE[primaries][1]).T
+    light = _to_light(np.linspace(0, 1, 65536, dtype=np.float64), transfer)[signal] @ to_709(WIDE[primaries][1]).T
     return cast(Picture, np.rint(_from_light(light.clip(0, 1), transfer) * 255).astype(np.uint8))
 
 
@@ -92,7 +92,7 @@ def _from_light(light: npt.NDArray[np.float32], transfer: int) -> npt.NDArray[np
 def _pq_light() -> npt.NDArray[np.float32]:
     """PQ code value of 16 bits -> light, 1 = reference white (SMPTE ST 2084)."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
-    power = np.linspace(0, 1, 65536) ** (1 / m2)
+    power = np.linspace(0, 1, 65536, dtype=np.float64) ** (1 / m2)
     nits = 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
     return np.asarray(nits / _REFERENCE_WHITE_NITS, np.float32)
 
@@ -100,7 +100,7 @@ def _pq_light() -> npt.NDArray[np.float32]:
 def _hlg_light() -> npt.NDArray[np.float32]:
     """HLG code value of 16 bits -> scene light in [0, 1] (ARIB STD-B67)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
-    signal = np.linspace(0, 1, 65536)
+    signal = np.linspace(0, 1, 65536, dtype=np.float64)
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12).astype(np.float32)
 
 

@@ -141,7 +141,8 @@ def _change(first: _View, second: _View) -> tuple[Array, float]:
     if valid.sum() < 64:
         return np.zeros(10), 0.0
     colours, target = middle[::4, ::4][valid], difference[::4, ::4][valid].astype(float)
-    basis, weights = _basis(colours), np.ones(len(colours))
+    basis = _basis(colours)
+    weights: Array = np.ones(len(colours))
     for _ in range(4):  # what changes by itself, as a face that turns to the light, drops out
         weighted = basis * weights[:, None, None]
         normal = np.einsum("ncp,ncq->pq", weighted, basis) / weights.sum() + _RIDGE * np.eye(10)
@@ -156,7 +157,9 @@ def _track(start: Tensor, frames: Iterable[Tensor]) -> list[Array]:
     count = torch.get_num_threads()
     with ThreadPoolExecutor(count) as threads:
         reference, *pictures = threads.map(_View.of, [start, *frames])
-        last, before, total = reference, np.zeros(10), np.zeros(10)
+        last = reference
+        before: Array = np.zeros(10)
+        total = before
         while len(changes) < len(pictures):
             some = pictures[len(changes) :][:count]
             for picture, (change, share) in zip(some, threads.map(partial(_change, reference), some), strict=True):
