@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from wan.errors import UserError, spell
 from wan.options import Settings
@@ -17,7 +16,7 @@ _NO_LOGS = (".mp4", ".json", ".safetensors", ".html", ".webp")  # a command writ
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 
-class Lines(logging.StreamHandler[Any]):
+class Lines(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none
     """Log lines on stderr, with settings spelled as flags, that do not land in a bar's line."""
 
     def __init__(self) -> None:
