@@ -86,7 +86,7 @@ class Client:
                 while time.monotonic() < end:
                     try:
                         line = await asyncio.wait_for(reader.readline(), max(end - time.monotonic(), 0.01))
-                    except TimeoutError:
+                    except asyncio.TimeoutError:
                         break
                     if not line:
                         break

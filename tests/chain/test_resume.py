@@ -183,10 +183,14 @@ def test_redo_can_keep_what_follows(checkpoint: Path, folder: Path) -> None:
 def test_another_run_is_refused_and_nothing_is_touched(
     checkpoint: Path, folder: Path, more: list[str], options: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    def files() -> dict[Path, int]:
+        # the lock is taken, which counts as written with some versions of filelock
+        return {path: path.name != ".lock" and path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    before = files()
     assert run(checkpoint, folder, *more, **options) == 2
     assert message.format(folder=folder) in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert files() == before
 
 
 def test_another_checkpoint_of_the_same_size_is_another_run(

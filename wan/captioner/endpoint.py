@@ -136,6 +136,8 @@ class _NoRedirects(HTTPRedirectHandler):
             request.full_url, code, f"it sends on to {public_url(url) or 'another address'}", headers, opened
         )
 
+    http_error_308 = HTTPRedirectHandler.http_error_302  # which Python 3.10 does not follow
+
 
 def _ask(request: Request, timeout: float) -> bytes:
     """What a server answers, up to a byte more than it may. An HTTPError has what it says as its reason."""

@@ -32,7 +32,8 @@ _FORMATS = {  # of 16 bits a channel, with transparency
 LIMITED, FULL = 1, 2
 
 _SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coefficients -> swscale's numbers
-_UNSPECIFIED = frozenset({2, 3})
+_UNSAID = 2
+_UNSPECIFIED = frozenset({_UNSAID, 3})
 _RGB = 0
 _DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})
 _NOT_FOR_SCREENS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "those of digital cinema"}  # H.273
@@ -90,17 +91,24 @@ def _tiny(frame: VideoFrame) -> VideoFrame:
 
 def _convert(frame: VideoFrame, source: Source, form: str, size: tuple[int, int] | None) -> npt.NDArray[Any]:
     width, height = size or (frame.width, frame.height)
-    converted = VideoReformatter().reformat(
-        frame,
-        width=width,
-        height=height,
-        format=form,
-        interpolation=SWS_FLAGS,
-        src_colorspace=_matrix(frame, source),
-        src_color_range=_range(frame),
-        dst_color_range=FULL,
-        threads=1,  # swscale's thread pool would dead-lock a process forked later
-    )
+    matrix, coded = _matrix(frame, source), _range(frame)
+    tags = frame.colorspace, frame.color_trc, frame.color_primaries
+    # PyAV 17 goes by these, not by `src_colorspace`, and refuses tones and primaries that count for nothing here
+    frame.colorspace, frame.color_trc, frame.color_primaries = matrix, _UNSAID, _UNSAID
+    try:
+        converted = VideoReformatter().reformat(
+            frame,
+            width=width,
+            height=height,
+            format=form,
+            interpolation=SWS_FLAGS,
+            src_colorspace=matrix,
+            src_color_range=coded,
+            dst_color_range=FULL,
+            threads=1,  # swscale's thread pool would dead-lock a process forked later
+        )
+    finally:
+        frame.colorspace, frame.color_trc, frame.color_primaries = tags
     pixels: npt.NDArray[Any] = np.asarray(converted.to_ndarray())
     return pixels
 

@@ -42,7 +42,7 @@ async def decode(what: str, file: Path, picture: Path) -> dict[str, Any]:
         )
         try:
             out, _ = await asyncio.wait_for(process.communicate(), SECONDS)
-        except TimeoutError as error:
+        except asyncio.TimeoutError as error:  # no TimeoutError before Python 3.11
             raise ApiError("the file takes too long to read; send a shorter or smaller one") from error
         finally:
             if process.returncode is None:

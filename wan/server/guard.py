@@ -184,7 +184,7 @@ class Guard:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 message = await asyncio.wait_for(receive(), min(left, _SILENT_SECONDS))
-            except TimeoutError as error:
+            except asyncio.TimeoutError as error:  # no TimeoutError before Python 3.11
                 raise ApiError("the request takes too long", status=408, code="timeout") from error
             got += len(message.get("body", b""))
             whole = not message.get("more_body", False)

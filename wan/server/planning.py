@@ -27,7 +27,7 @@ async def plan_of(owner: Settings, order: Mapping[str, Any]) -> list[str]:
         )
         try:
             out, _ = await asyncio.wait_for(process.communicate(json.dumps(question).encode()), 180)
-        except TimeoutError as error:
+        except asyncio.TimeoutError as error:  # no TimeoutError before Python 3.11
             raise ApiError("the plan takes too long", status=503) from error
         finally:
             if process.returncode is None:

@@ -69,7 +69,7 @@ class Supervisor:
         self._say({"cancel": name})
         try:
             await asyncio.wait_for(gone.wait(), 30)
-        except TimeoutError:  # loading a model, say: nothing there asks whether it is wanted
+        except asyncio.TimeoutError:  # loading a model, say: nothing there asks whether it is wanted
             await self.end_worker()
             await gone.wait()
         finally:
