@@ -381,7 +381,7 @@ class Planner:
     async def communicate(self, asked: bytes) -> tuple[bytes, None]:
         self.calls.append(json.loads(asked))
         if self.hangs:
-            raise TimeoutError
+            raise asyncio.TimeoutError
         self.returncode = self.code
         return self.printed, None
 
