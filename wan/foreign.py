@@ -117,7 +117,7 @@ def parsing(source: str | Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While many objects are made that stay, as by imports: Python looks for no circles, up to a third of the time."""
+    """Without the cyclic garbage collector, which takes up to a third of the time that making many objects takes."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -338,7 +338,7 @@ class Real(Kind):
 
 @dataclass(frozen=True)
 class Strength(Real):
-    """A number that may be left out: on the command line, and as `true` elsewhere."""
+    """How much of something, from `low` for none. Its flag alone, or `true` in a list, means `unsaid`; `false` none."""
 
     unsaid: float = 1.0
 
@@ -525,7 +525,7 @@ class Files(Encoded):
         return [public_path(file) for file in value]
 
 
-_SAID = {"true": True, "on": True, "false": False, "off": False}
+_ON_OFF = {"true": True, "on": True, "false": False, "off": False}
 
 
 def read_plain(kind: Kind, value: Any) -> Any:
@@ -536,8 +536,8 @@ def read_plain(kind: Kind, value: Any) -> Any:
             value = value.replace("x", "*")
         if isinstance(kind, Interval):
             value = tuple(Real().read(word) for word in value.replace(",", " ").split())
-        elif isinstance(kind, Switch) or (isinstance(kind, Strength) and value.lower() in _SAID):
-            value = _SAID.get(value.lower(), value)
+        elif isinstance(kind, Switch) or (isinstance(kind, Strength) and value.lower() in _ON_OFF):
+            value = _ON_OFF.get(value.lower(), value)
         elif isinstance(kind, TakeOf):
             value = kind.read(value.split())
         elif isinstance(kind, PromptFor):

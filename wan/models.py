@@ -126,7 +126,7 @@ class Models:
         """Let all models go."""
         for name in self._loaders.keys() | self._loaded.keys():
             self.forget(name)
-        gc.collect()  # a model is in circles of its own hooks
+        gc.collect()  # a model is in reference cycles of its own hooks
 
     def put(self, name: str, model: Any) -> None:
         """Use a model that is there already."""

@@ -406,6 +406,14 @@ def file_of(**values: Any) -> Any:
     return SimpleNamespace(**({"path": "a.mp4", "codec_tag": "avc1", "sample_aspect_ratio": Fraction(1)} | values))
 
 
+@pytest.mark.parametrize(("transfer", "primaries"), [(0, 1), (3, 1), (9, 1), (19, 1), (1, 0), (1, 3), (3, 3)])
+def test_numbers_that_are_reserved_or_not_known_are_no_hindrance(transfer: int, primaries: int) -> None:
+    frame = in_yuv(stripes(COLOURS), 1)
+    tags = frame.colorspace, frame.color_trc, frame.color_primaries = 1, transfer, primaries
+    assert np.abs(middles(colour.to_rgb(frame, file_of())) - COLOURS).max() <= 1
+    assert (frame.colorspace, frame.color_trc, frame.color_primaries) == tags
+
+
 @pytest.mark.parametrize("matrix", WEIGHTS)
 def test_every_matrix_is_undone_by_its_own_weights(matrix: int) -> None:
     frame = in_yuv(stripes(COLOURS), matrix)

@@ -53,7 +53,7 @@ def leave_out_unused(settings: Settings) -> None:
 
 
 class _WhenLookedAt(Mapping[str, list[str]]):
-    """An answer for which is asked when somebody looks at it, once."""
+    """A mapping that is asked for when it is first looked at."""
 
     def __init__(self, ask: Callable[[], Mapping[str, list[str]]]) -> None:
         self._answer = functools.cache(ask)

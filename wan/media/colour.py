@@ -31,7 +31,7 @@ _FORMATS = {  # of 16 bits a channel, with transparency
 }
 LIMITED, FULL = 1, 2
 
-_SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coefficients -> swscale's numbers
+_SWS_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix coefficients -> swscale's, H.273's as well
 _UNSAID = 2
 _UNSPECIFIED = frozenset({_UNSAID, 3})
 _RGB = 0

@@ -82,9 +82,10 @@ class Body:
 @asynccontextmanager
 async def body_of(request: Request) -> AsyncIterator[Body]:
     """The body of a request; its files are there in the block. Raises ApiError."""
-    kind, parameters = (headers := request.headers.mutablecopy()).get("content-type", "").partition(";")[::2]
+    headers = request.headers.mutablecopy()
+    kind, *parameters = headers.get("content-type", "").split(";", 1)
     if kind.lower().startswith("multipart/"):
-        headers["content-type"] = f"{kind.lower()};{parameters}"  # some versions of its reader know small letters alone
+        headers["content-type"] = ";".join([kind.lower(), *parameters])  # old python-multipart minds capital letters
         request = Request({**request.scope, "headers": headers.raw}, request.receive)
         try:
             form = await request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_LONGEST_FIELD)
