@@ -138,7 +138,9 @@ def _forms(rank: int, size: int, folder: str, who: int, nth: int, do: str) -> No
     with (Path(folder) / f"output_{rank}").open("w") as file:
         sys.stdout = sys.stderr = file
         logging.basicConfig(stream=file, force=True)
-        Team.start(World(rank, size, rank, "127.0.0.1"), lambda team: Sizes(cfg=2), torch.device("cpu"), TIMEOUT).end()
+        team = Team.start(World(rank, size, rank, "127.0.0.1"), lambda team: Sizes(cfg=2), torch.device("cpu"), TIMEOUT)
+        torch.distributed.barrier()  # the first process has the store, by which the other one makes its last group
+        team.end()
     sys.exit(0)
 
 
